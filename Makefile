@@ -1,0 +1,64 @@
+# Needs git, make and python3 >= 3.11; everything else goes into .venv (and, for a second interpreter, .venv-newest).
+
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+NEWEST := .venv-newest
+PIP := -m pip --disable-pip-version-check --no-input --quiet install
+PYTEST := -m pytest -n $(JOBS)
+# All root folders by name: ruff does not follow the links in coalesce/.
+SOURCES := coalesce passes scheduler models experiments tests tools
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint interpreters pytest pytest-newest soak clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/demo.stamp  ## fuse a few tenants and show what happened
+	@$(VENV)/bin/python -m experiments.demo
+
+test: lint interpreters pytest pytest-newest  ## lint, then the suite on python3 and on the newest interpreter found
+
+lint: $(VENV)/test.stamp $(VENV)/lint.stamp  ## ruff, pyright, import-linter
+	@$(VENV)/bin/ruff check $(SOURCES)
+	@$(VENV)/bin/pyright
+	@$(VENV)/bin/lint-imports --no-logo
+
+interpreters:
+	@echo "First interpreter: $$($(VENV)/bin/python --version)"
+	@if python=$$($(PYTHON) tools/newest_python.py --newer-than $(VENV)/bin/python 2>/dev/null); then \
+	    echo "Second interpreter: $$($$python --version)"; \
+	else \
+	    echo "No newer interpreter on PATH or in pyenv: the suite runs on this one only."; \
+	fi
+
+pytest: $(VENV)/test.stamp  ## the suite on python3 alone
+	@$(VENV)/bin/python $(PYTEST)
+
+pytest-newest:  ## the suite on the newest interpreter found, with the newest JAX
+	@if python=$$($(PYTHON) tools/newest_python.py --newer-than $(VENV)/bin/python 2>/dev/null); then \
+	    $(MAKE) --no-print-directory PYTHON=$$python $(NEWEST)/test.stamp && $(NEWEST)/bin/python $(PYTEST); \
+	fi
+
+soak: $(VENV)/test.stamp  ## the property tests with many examples, and the slow tests
+	@$(VENV)/bin/python $(PYTEST) -m "slow or soak" --hypothesis-profile soak --timeout 0
+
+clean:  ## remove what was built, the environments included
+	rm -rf $(VENV) $(NEWEST) .cache .hypothesis .pytest_cache .ruff_cache .import_linter_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# DIR/EXTRA.stamp: the environment DIR holds the checkout (editable) and what the extra asks for.
+%/bin/python:
+	@python=$$($(PYTHON) tools/newest_python.py) && echo "Making $* with $$python" && $$python -m venv $*
+
+.SECONDARY: $(VENV)/bin/python $(NEWEST)/bin/python
+
+define STAMP
+%/$(1).stamp: pyproject.toml | %/bin/python
+	@echo "Installing coalesce-jax[$(1)] into $$*"
+	@$$*/bin/python $$(PIP) --editable ".[$(1)]"
+	@touch $$@
+endef
+$(foreach extra,demo test lint,$(eval $(call STAMP,$(extra))))

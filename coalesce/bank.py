@@ -1,0 +1,76 @@
+"""The weights of a bundle on the device: each prepared once, laid out once, in one stacked array a weight.
+
+A tenant is written by one jitted call: prepare its raw weights, lay each out, and put it into its row in place (the
+arrays are donated). Rows that an earlier tenant wrote, because the two share them, are not computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from coalesce import jaxpr as J
+from coalesce.bundle import Array, Bundle
+from coalesce.layout import Layout
+from coalesce.program import Program
+from coalesce.structure import canonical
+
+Entry = tuple[int, int, Layout]  # (array, prepared weight, layout)
+
+
+def bank_structs(bundle: Bundle) -> list[jax.ShapeDtypeStruct]:
+    """What `build_bank` gives, without the values."""
+    return [jax.ShapeDtypeStruct((len(a.rows), *a.shape), a.dtype) for a in bundle.arrays]
+
+
+def build_bank(bundle: Bundle, programs: Sequence[Program]) -> list[jax.Array]:
+    """One array for each of `bundle.arrays`, on the default device."""
+    bank = [jnp.zeros(s.shape, s.dtype) for s in bank_structs(bundle)]
+    writers: dict[Any, Callable[..., list[jax.Array]]] = {}
+    for tenant, places in places_by_tenant(bundle.arrays).items():
+        program = programs[tenant]
+        entries = tuple((array, weight, bundle.arrays[array].layout) for array, _, weight in places)
+        key = (prepare_key(program), entries)
+        if key not in writers:
+            writers[key] = writer(program, entries)
+        chosen = [array for array, _, _ in entries]
+        rows = np.asarray([row for _, row, _ in places], np.int32)
+        unique = list(dict.fromkeys(chosen))
+        written = writers[key]([bank[a] for a in unique], rows, [leaf.value for leaf in program.leaves])
+        for a, new in zip(unique, written, strict=True):
+            bank[a] = new
+    return bank
+
+
+def places_by_tenant(arrays: Sequence[Array]) -> dict[int, list[tuple[int, int, int]]]:
+    """tenant -> [(array, row, prepared weight)]; each row is some one tenant's to write."""
+    places: dict[int, list[tuple[int, int, int]]] = {}
+    for a, array in enumerate(arrays):
+        for row, (tenant, weight) in enumerate(array.rows):
+            places.setdefault(tenant, []).append((a, row, weight))
+    return places
+
+
+def prepare_key(program: Program) -> Any:
+    prepare = program.prepare
+    return len(program.leaves) if prepare is None else canonical(prepare, positional=True).key
+
+
+def writer(program: Program, entries: Sequence[Entry]) -> Callable[..., list[jax.Array]]:
+    """(arrays, rows, raw weights) -> the arrays with one tenant's rows written."""
+    position = {a: i for i, a in enumerate(dict.fromkeys(array for array, _, _ in entries))}
+
+    def write(arrays: list[jax.Array], rows: Any, leaves: list[Any]) -> list[jax.Array]:
+        prepared = leaves if program.prepare is None else J.evaluate(program.prepare, leaves)
+        arrays = list(arrays)
+        for i, (array, weight, layout) in enumerate(entries):
+            at = position[array]
+            arrays[at] = lax.dynamic_update_index_in_dim(arrays[at], layout(jnp.asarray(prepared[weight])), rows[i], 0)
+        return arrays
+
+    return jax.jit(write, donate_argnums=0)

@@ -1,0 +1,91 @@
+"""A call's arguments and results: pytrees of each tenant to the flat arrays of the fused program, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from coalesce import jaxpr as J
+from coalesce.errors import InvalidInput
+from coalesce.program import Program, Slot
+
+
+class Caller:
+    """The calling convention of a list of programs."""
+
+    def __init__(self, programs: Sequence[Program]) -> None:
+        self.programs = programs
+        self.structs = [slot.aval for p in programs for slot in p.inputs]
+
+    def flatten(self, inputs: Sequence[Sequence[Any]]) -> list[Any]:
+        """Every tenant's inputs as one flat list of arrays; raises InvalidInput, naming tenant and argument."""
+        if len(inputs) != len(self.programs):
+            names = ", ".join(p.name for p in self.programs)
+            raise InvalidInput(
+                f"got inputs for {len(inputs)} tenants, expected {len(self.programs)}: one tuple for each of {names}"
+            )
+        flat: list[Any] = []
+        for program, given in zip(self.programs, inputs, strict=True):
+            leaves, tree = jax.tree_util.tree_flatten(tuple(given) if isinstance(given, list) else given)
+            if tree != program.in_tree:
+                raise InvalidInput(
+                    f"tenant {program.name!r}: inputs are {tree}, traced with {program.in_tree}; "
+                    "give a tuple with one entry for each input after params"
+                )
+            flat.extend(checked(program.name, leaf, slot) for leaf, slot in zip(leaves, program.inputs, strict=True))
+        return flat
+
+    def split(self, flat: Sequence[Any]) -> list[list[Any]]:
+        """The flat list, tenant by tenant."""
+        parts, rest = [], iter(flat)
+        for program in self.programs:
+            parts.append([next(rest) for _ in program.inputs])
+        return parts
+
+    def join(self, outputs: Sequence[Sequence[Any]]) -> list[Any]:
+        """All tenants' outputs in one list, with the weak types of their own runs."""
+        return [
+            J.set_weak_type(x, bool(slot.aval.weak_type))
+            for program, values in zip(self.programs, outputs, strict=True)
+            for x, slot in zip(values, program.outputs, strict=True)
+        ]
+
+    def unflatten(self, flat: Sequence[Any]) -> list[Any]:
+        """Each tenant's outputs in its own pytree."""
+        rest = iter(flat)
+        return [p.out_tree.unflatten([rewrapped(next(rest), slot) for slot in p.outputs]) for p in self.programs]
+
+
+def checked(tenant: str, leaf: Any, slot: Slot) -> Any:
+    """An input as the array that the program takes."""
+    want = slot.aval
+    if slot.key_impl is not None:
+        if not (hasattr(leaf, "dtype") and J.is_key(leaf)) or str(jax.random.key_impl(leaf)) != str(slot.key_impl):
+            raise InvalidInput(
+                f"tenant {tenant!r}: input{slot.path} is not a PRNG key of {slot.key_impl}, as it was traced with"
+            )
+        leaf = jax.random.key_data(leaf)
+    elif isinstance(leaf, bool | int | float | complex):
+        leaf = np.asarray(leaf, want.dtype) if want.weak_type else np.asarray(leaf)
+    elif not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+        raise InvalidInput(f"tenant {tenant!r}: input{slot.path} is a {type(leaf).__name__}, expected {J.short(want)}")
+    if leaf.shape != want.shape or leaf.dtype != want.dtype:
+        if leaf.shape != want.shape or jax.dtypes.canonicalize_dtype(leaf.dtype) != want.dtype:
+            got = (
+                f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+                if not J.is_key(leaf)
+                else f"{leaf.dtype}{list(leaf.shape)}"
+            )
+            raise InvalidInput(
+                f"tenant {tenant!r}: input{slot.path} is {got}, traced with {np.dtype(want.dtype).name}{list(want.shape)}; "
+                "cast or pad it, or trace another program for this request shape"
+            )
+        leaf = np.asarray(leaf, want.dtype)
+    return leaf
+
+
+def rewrapped(x: Any, slot: Slot) -> Any:
+    return x if slot.key_impl is None else jax.random.wrap_key_data(x, impl=slot.key_impl)

@@ -1,0 +1,176 @@
+"""`fuse`: programs -> one fused program that can be called, compiled ahead of time and read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr
+
+from coalesce import jaxpr as J
+from coalesce.bank import bank_structs, build_bank
+from coalesce.bundle import Bundle
+from coalesce.call import Caller
+from coalesce.errors import PlanError, TraceError
+from coalesce.explain import bundle_text, explain
+from coalesce.family import find_families
+from coalesce.kernels import choose
+from coalesce.lower import lower
+from coalesce.passes.bundle_pipeline import BundleStep, plan
+from coalesce.passes.pipeline import normalise, Normalised
+from coalesce.program import Program
+from coalesce.report import Report, report_of
+
+
+def fuse(
+    programs: Sequence[Program],
+    *,
+    within_program: bool = False,
+    pack_unbounded_loops: bool = False,
+    choose_kernel: Callable[..., str] = choose,
+    platform: str | None = None,
+    strict: bool = False,
+) -> Fused:
+    """One program that runs all the given ones, with equal work of equal programs in shared superkernels.
+
+    Weights are prepared and stacked here, once; the caller's arrays are not kept.
+
+    Args:
+      programs: what `trace` gave, in any mix; names must differ.
+      within_program: also pack independent equal ops of one program, such as the Q, K and V of attention.
+      pack_unbounded_loops: also batch while loops whose trip count depends on the lane. One lane that never ends
+        (a NaN in its predicate, say) then keeps all lanes from ending.
+      choose_kernel: (HeavyOp, number of problems, platform) -> a name in coalesce.kernels.KERNELS.
+      platform: what kernels are chosen for; the default backend's unless given.
+      strict: run JAX's own type check after every pass (for tests and for writing passes; slow).
+
+    Raises:
+      PlanError: no programs, two of one name, or a kernel that does not support an op.
+      PassError: a compiler pass failed; it names the pass, those before it and the tenant.
+    """
+    programs = list(programs)
+    check_names(programs)
+    memo: dict[int, Normalised] = {}
+    normalised = []
+    for program in programs:
+        # Tenants with one traced function differ in weights alone: the passes run once for all of them.
+        done = memo.get(id(program.jaxpr))
+        if done is None:
+            done = memo[id(program.jaxpr)] = normalise(program, strict=strict)
+        normalised.append(program.with_jaxpr(done.program.jaxpr, done.program.prepare))
+    bundle = Bundle(tuple(p.name for p in programs), find_families(normalised))
+    options = dict(within_program=within_program, pack_unbounded_loops=pack_unbounded_loops)
+    steps = plan(bundle, platform=platform or jax.default_backend(), choice=choose_kernel, **options)
+    histories = tuple(memo[id(p.jaxpr)] for p in programs)
+    bank = None if any(p.abstract for p in programs) else build_bank(steps[-1].bundle, normalised)
+    return Fused(tuple(normalised), histories, steps, bank)
+
+
+def check_names(programs: Sequence[Program]) -> None:
+    if not programs:
+        raise PlanError("fuse got no programs; give it what coalesce.trace returned, as a list")
+    for i, program in enumerate(programs):
+        if not isinstance(program, Program):
+            raise PlanError(f"programs[{i}] is a {type(program).__name__}; expected what coalesce.trace returns")
+    names = [p.name for p in programs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise PlanError(f"two tenants are called {twice[0]!r}; give each its own name in coalesce.trace(..., name=)")
+
+
+class Fused:
+    """Many tenants' programs as one. Call it with each tenant's inputs, in the order given to `fuse`."""
+
+    def __init__(
+        self,
+        programs: tuple[Program, ...],
+        histories: tuple[Normalised, ...],
+        steps: tuple[BundleStep, ...],
+        bank: list[jax.Array] | None,
+    ) -> None:
+        self._programs = tuple(p.without_values() for p in programs)
+        self._histories = histories
+        self._steps = steps
+        self._bank = bank
+        self._compiled: Any = None
+        self._caller = Caller(self._programs)
+
+    def __call__(self, inputs: Sequence[Sequence[Any]]) -> list[Any]:
+        """`inputs[i]` is the tuple of inputs of program i; returns each program's outputs, in its own pytree.
+
+        Raises:
+          InvalidInput: an input is not what its tenant was traced with; nothing has run then.
+          TraceError: some program was traced from ShapeDtypeStructs and has no weights.
+        """
+        if self._bank is None:
+            missing = next(p.name for p in self._programs if p.abstract)
+            raise TraceError(
+                f"tenant {missing!r} was traced from ShapeDtypeStructs and has no weights; trace it with its arrays"
+            )
+        flat = self._caller.flatten(inputs)
+        if self._compiled is None:
+            self.compile()
+        return self._caller.unflatten(self._compiled(self._bank, flat))
+
+    @property
+    def bundle(self) -> Bundle:
+        """The plan: families, schedule and weight arrays."""
+        return self._steps[-1].bundle
+
+    @property
+    def bank(self) -> tuple[jax.Array, ...]:
+        """The stacked weights, one array for each of `bundle.arrays`; empty for abstract programs."""
+        return tuple(self._bank or ())
+
+    @cached_property
+    def report(self) -> Report:
+        """Counts of heavy ops and superkernels, over all tenants and for each."""
+        return report_of(self.bundle)
+
+    def explain(self) -> str:
+        """The programs after each pass, every pack, and every heavy op left alone with the reason."""
+        return explain(self._programs, self._histories, self._steps)
+
+    @cached_property
+    def jaxpr(self) -> ClosedJaxpr:
+        """The rewritten program: (bank, inputs) -> outputs, with a named call for each superkernel."""
+        return J.stage(self._function, *self._structs())[0]
+
+    def __str__(self) -> str:
+        return bundle_text(self.bundle)
+
+    def lower(self) -> Any:
+        """JAX's Lowered for the default device."""
+        return jax.jit(self._function).lower(*self._structs())
+
+    def compile(self, compiler_options: dict[str, Any] | None = None) -> Any:
+        """Compile ahead of time, for later calls too; returns JAX's Compiled."""
+        if self._compiled is None or compiler_options is not None:
+            self._compiled = self.lower().compile(compiler_options=compiler_options)
+        return self._compiled
+
+    def cost_analysis(self) -> Any:
+        """XLA's cost analysis of the compiled program."""
+        return self.compile().cost_analysis()
+
+    def memory_analysis(self) -> Any:
+        """XLA's memory analysis of the compiled program."""
+        return self.compile().memory_analysis()
+
+    def as_text(self) -> str:
+        """The optimised HLO of the compiled program."""
+        return self.compile().as_text()
+
+    @cached_property
+    def _function(self) -> Callable[..., Any]:
+        run, caller = lower(self.bundle), self._caller
+
+        def fused(bank: Sequence[Any], flat: Sequence[Any]) -> list[Any]:
+            return caller.join(run(bank, caller.split(flat)))
+
+        return fused
+
+    def _structs(self) -> tuple[list[Any], list[Any]]:
+        return bank_structs(self.bundle), self._caller.structs

@@ -1,0 +1,123 @@
+"""What `explain()` and `str(fused)` print."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from coalesce import jaxpr as J
+from coalesce.bundle import Bundle, fold, items, Loop, Member, Pack, packs, Schedule, Step
+from coalesce.family import literal_splits
+from coalesce.passes.bundle_pipeline import BundleStep
+from coalesce.passes.pipeline import Normalised
+from coalesce.program import Program
+from coalesce.report import alone_members, flops, report_of
+from coalesce.text import equation, Names, program_lines
+
+
+def explain(programs: Sequence[Program], histories: Sequence[Normalised], steps: Sequence[BundleStep]) -> str:
+    return "\n".join(lines(programs, histories, steps))
+
+
+def lines(programs: Sequence[Program], histories: Sequence[Normalised], steps: Sequence[BundleStep]) -> Iterator[str]:
+    bundle = steps[-1].bundle
+    yield str(report_of(bundle))
+    for history, names in by_history(programs, histories):
+        for step in history.steps:
+            unchanged = "" if step.changed else ", nothing to change"
+            yield f"\n# {names}: after {step.name} ({step.seconds * 1e3:.1f} ms{unchanged})"
+            if step.changed:
+                yield str(step.program)
+    for step in steps:
+        yield f"\n# bundle: after {step.name} ({step.seconds * 1e3:.1f} ms)"
+        yield bundle_text(step.bundle)
+    yield "\n# families"
+    yield from family_lines(bundle)
+    yield "\n# superkernels"
+    yield from (pack_text(pack, bundle) for pack in packs(bundle.schedule) if pack.width > 1)
+    yield "\n# heavy ops left alone"
+    yield from (f"{member_text(m, bundle)}: {m.op.shape}: {reason}" for m, reason in alone_members(bundle))
+    yield "\n# run lane by lane"
+    for item in items(bundle.schedule):
+        if isinstance(item, Step) and item.each:
+            yield f"family {item.family} at {item.site}: {item.eqn.primitive.name}: {item.each}"
+
+
+def by_history(programs: Sequence[Program], histories: Sequence[Normalised]) -> list[tuple[Normalised, str]]:
+    """Each history once, with the names of the tenants that share it."""
+    found: dict[int, tuple[Normalised, list[str]]] = {}
+    for program, history in zip(programs, histories, strict=True):
+        found.setdefault(id(history), (history, []))[1].append(program.name)
+    return [
+        (h, names[0] + (f" and {len(names) - 1} more of its function" if len(names) > 1 else ""))
+        for h, names in found.values()
+    ]
+
+
+def family_lines(bundle: Bundle) -> Iterator[str]:
+    for f, family in enumerate(bundle.families):
+        names = ", ".join(bundle.tenants[lane.tenant] for lane in family.lanes)
+        shared = sum(len(set(rows)) < len(rows) for rows in family.rows)
+        note = f", {shared} of {family.n_weights} weights shared between lanes" if shared else ""
+        yield f"family {f}: {family.width} lane{'s' * (family.width > 1)} ({names}){note}"
+    for split in literal_splits(bundle.families):
+        i, j = split.families
+        at = f" at {split.source}" if split.source else ""
+        yield (
+            f"families {i} and {j} differ in one kind of thing, a literal: {split.primitive} has {split.literals[0]} in "
+            f"family {i} and {split.literals[1]} in family {j}{at}; make it an array in params to run them as one family"
+        )
+
+
+def bundle_text(bundle: Bundle) -> str:
+    """The plan in our stable text form."""
+    names = {f: Names() for f in range(len(bundle.families))}
+    out = []
+    for f, family in enumerate(bundle.families):
+        header = next(iter(program_lines(f"family {f} x{family.width}", family.jaxpr, family.n_weights, names[f])))
+        out.append(header)
+    out += schedule_lines(bundle, bundle.schedule, names, "  ")
+    for f, family in enumerate(bundle.families):
+        out.append(f"  -> family {f}: {', '.join(map(names[f], J.outvars(family.jaxpr)))}")
+    for i, array in enumerate(bundle.arrays):
+        out.append(f"  array {i}: {len(array.rows)} rows of {array.dtype}{list(array.shape)}, {array.layout}")
+    return "\n".join(out)
+
+
+def schedule_lines(bundle: Bundle, schedule: Schedule, names: dict[int, Names], indent: str) -> Iterator[str]:
+    for item in schedule:
+        match item:
+            case Pack():
+                yield indent + pack_text(item, bundle)
+                yield from (f"{indent}  f{m.family}: {equation(m.eqn, names[m.family])}" for m in item.members)
+            case Step(family, _, eqn, each):
+                yield f"{indent}f{family}: {equation(eqn, names[family])}{f'  # lane by lane: {each}' if each else ''}"
+            case Loop(family, _, eqn, bodies):
+                yield f"{indent}f{family}: {equation(eqn, names[family])}"
+                for body, region in zip(bodies, J.regions(eqn), strict=True):
+                    yield f"{indent}  ({', '.join(map(names[family].typed, J.invars(region)))})"
+                    yield from schedule_lines(bundle, body, names, indent + "    ")
+                    yield f"{indent}    -> {', '.join(map(names[family], J.outvars(region)))}"
+
+
+def pack_text(pack: Pack, bundle: Bundle) -> str:
+    """One line: width, members, shape, kernel, waste."""
+    total, padding = flops(pack, bundle)
+    waste = f", {padding / total:.1%} padding" if padding else ""
+    folds = [fold(m, bundle.families[m.family]) for m in pack.members]
+    groups = sum(f.groups for f in folds)
+    problems = (
+        f" as {groups} problem{'s' * (groups > 1)} of {folds[0].per_group} lanes" if folds[0].per_group > 1 else ""
+    )
+    where = " + ".join(member_text(m, bundle) for m in pack.members)
+    kernel = f": {pack.kernel}" if pack.kernel else ""
+    array = f" on array {pack.array}" if pack.array is not None else ""
+    return f"pack {pack.index} x{pack.width} {pack.members[0].op.shape}{kernel}{array}{problems}{waste} [{where}]"
+
+
+def member_text(member: Member, bundle: Bundle) -> str:
+    lanes = (
+        f" x{member.width}"
+        if member.width > 1
+        else f" ({bundle.tenants[bundle.families[member.family].lanes[0].tenant]})"
+    )
+    return f"family {member.family} at {member.site}{lanes}"

@@ -1,0 +1,150 @@
+"""Families: tenants whose normalised programs are the same computation, with different weights.
+
+    Lane      one tenant in its family: which of its weights and inputs the family's arguments are
+    Family    the one program that all lanes run, with weights and inputs numbered by first use
+
+Two programs are of one family if their dataflow from the outputs is equal, shapes, dtypes, parameters and scalar literals
+included. Lanes that share an array have one row for it: `rows[w][lane]`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jax.extend.core import ClosedJaxpr
+
+from coalesce import jaxpr as J
+from coalesce.program import Leaf, Program
+from coalesce.structure import Canonical, canonical, ValueNumbers
+from coalesce.text import scalar
+
+
+@dataclass(frozen=True)
+class Lane:
+    tenant: int  # position among the programs given to `fuse`
+    weights: tuple[int, ...]  # for each weight of the family, which prepared weight of the tenant it is
+    inputs: tuple[int, ...]  # for each input of the family, which flat input of the tenant it is
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """Lanes that run `jaxpr`: (weights..., inputs...) -> the outputs of each tenant, in its own order."""
+
+    jaxpr: ClosedJaxpr
+    n_weights: int
+    lanes: tuple[Lane, ...]
+    rows: tuple[tuple[int, ...], ...]  # rows[w][lane]: which row of the weight's array the lane reads
+
+    @property
+    def width(self) -> int:
+        return len(self.lanes)
+
+    @property
+    def weights(self) -> list[J.Var]:
+        return J.invars(self.jaxpr)[: self.n_weights]
+
+    @property
+    def inputs(self) -> list[J.Var]:
+        return J.invars(self.jaxpr)[self.n_weights :]
+
+
+def find_families(programs: Sequence[Program]) -> tuple[Family, ...]:
+    """Group normalised programs; families and lanes stand in the order of their first tenant."""
+    found: dict[Any, list[tuple[int, Canonical]]] = {}
+    forms: dict[int, Canonical] = {}
+    for i, program in enumerate(programs):
+        form = forms.get(id(program.jaxpr))
+        if form is None:
+            form = forms[id(program.jaxpr)] = canonical(program.jaxpr, program.n_weights)
+        found.setdefault(form.key, []).append((i, form))
+    numbers = ValueNumbers()
+    return tuple(family([(i, programs[i], form) for i, form in group], numbers) for group in found.values())
+
+
+def family(group: Sequence[tuple[int, Program, Canonical]], numbers: ValueNumbers) -> Family:
+    _, first, form = group[0]
+    n = first.n_weights
+    args = J.invars(first.jaxpr)
+    weights, inputs = [a for a in form.args if a < n], [a for a in form.args if a >= n]
+    jaxpr = J.close([args[a] for a in [*weights, *inputs]], form.eqns, J.outvars(first.jaxpr), "family")
+    lanes = [
+        (
+            Lane(
+                i,
+                tuple(a for a in f.args if a < p.n_weights),
+                tuple(a - p.n_weights for a in f.args if a >= p.n_weights),
+            ),
+            weight_tokens(p, numbers),
+        )
+        for i, p, f in group
+    ]
+    lanes = by_share_group(lanes)
+    rows = tuple(row_numbers([tokens[lane.weights[w]] for lane, tokens in lanes]) for w in range(len(weights)))
+    return Family(jaxpr, len(weights), tuple(lane for lane, _ in lanes), rows)
+
+
+def row_numbers(tokens: Sequence[Hashable]) -> tuple[int, ...]:
+    """Equal tokens get equal numbers, counted up in the order of appearance."""
+    numbers: dict[Hashable, int] = {}
+    return tuple(numbers.setdefault(t, len(numbers)) for t in tokens)
+
+
+def by_share_group(lanes: list[tuple[Lane, list[Hashable]]]) -> list[tuple[Lane, list[Hashable]]]:
+    """Lanes with the same shared arrays side by side, so that a group is a contiguous run of lanes."""
+    counts = Counter(token for _, tokens in lanes for token in set(tokens))
+    groups: dict[Hashable, list[tuple[Lane, list[Hashable]]]] = {}
+    for lane in lanes:
+        shared = tuple(t for t in lane[1] if counts[t] > 1)
+        groups.setdefault(shared, []).append(lane)
+    return [lane for group in groups.values() for lane in group]
+
+
+def weight_tokens(program: Program, numbers: ValueNumbers) -> list[Hashable]:
+    """For each prepared weight, what it is: equal tokens mean the same computation on the same raw weights."""
+    leaves = [leaf_token(program, leaf) for leaf in program.leaves]
+    return list(numbers.of(program.prepare, leaves)) if program.prepare is not None else leaves
+
+
+def leaf_token(program: Program, leaf: Leaf) -> Hashable:
+    if leaf.constant or (leaf.shared and leaf.value is not None):
+        array = np.asarray(leaf.value)
+        return (array.shape, array.dtype.name, hashlib.blake2b(array.tobytes(), digest_size=16).digest())
+    if leaf.shared:
+        return ("declared", leaf.path, leaf.aval.shape, str(leaf.aval.dtype))
+    return ("array", id(leaf.value)) if leaf.value is not None else ("own", id(program), leaf.path)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Two families that differ in the value of a scalar literal alone."""
+
+    families: tuple[int, int]
+    primitive: str
+    literals: tuple[str, str]
+    source: str
+
+
+def literal_splits(families: Sequence[Family]) -> list[Split]:
+    """Families that one literal keeps apart: tenants that are nearly, not quite, the same."""
+    blind: dict[Any, int] = {}
+    splits: list[Split] = []
+    for i, fam in enumerate(families):
+        first = blind.setdefault(canonical(fam.jaxpr, fam.n_weights, literals=False).key, i)
+        if first != i:
+            splits.append(first_difference(first, i, families[first].jaxpr, fam.jaxpr))
+    return splits
+
+
+def first_difference(i: int, j: int, a: ClosedJaxpr, b: ClosedJaxpr) -> Split:
+    for ours, theirs in zip(J.walk(a), J.walk(b), strict=False):
+        for x, y in zip(ours.invars, theirs.invars, strict=False):
+            if isinstance(x, J.Literal) and isinstance(y, J.Literal):
+                texts = scalar(J.literal_value(x)), scalar(J.literal_value(y))
+                if texts[0] != texts[1]:
+                    return Split((i, j), ours.primitive.name, texts, J.source(theirs))
+    return Split((i, j), "output", ("?", "?"), "")

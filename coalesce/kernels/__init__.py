@@ -1,0 +1,55 @@
+"""Superkernels: one operation for many equal heavy ops. One file each, one signature.
+
+    supports(op)            whether the kernel can run an op
+    layout(op)              the layout in which it reads a row of right operands
+    run(op, lhs, rhs)       lhs [G, R, *op.lhs.shape], rhs [G, *layout(op).of(op.rhs.shape)] -> [G, R, *op.out.shape]
+
+G counts problems with distinct right operands (weights), R the lanes that share one. Lanes never mix: no kernel reduces
+over G or R, and what a kernel pads it cuts away. `choose` is the one function that picks; a tuning database replaces it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from coalesce.heavy import HeavyOp
+from coalesce.kernels import batched_dot, conv_grouped, conv_slices, separate
+from coalesce.layout import Layout
+
+
+class Kernel(Protocol):
+    def supports(self, op: HeavyOp, /) -> bool: ...
+    def layout(self, op: HeavyOp, /) -> Layout: ...
+    def run(self, op: HeavyOp, lhs: Any, rhs: Any, /) -> Any: ...
+
+
+KERNELS: Mapping[str, Kernel] = {
+    "batched_dot": batched_dot,
+    "conv_slices": conv_slices,
+    "conv_grouped": conv_grouped,
+    "separate": separate,
+}
+
+# On a CPU, slices win only while the patch matrix stays in cache (measured with 8 lanes, 8x8x16 to 56x56x64).
+CPU_PATCH_BYTES = 256 * 1024
+
+
+def choose(op: HeavyOp, groups: int, platform: str) -> str:
+    """The kernel for `groups` problems of `op`, by rule.
+
+    - Dots: batched_dot, everywhere.
+    - Grouped and depthwise convolutions: one grouped convolution on a GPU; on a CPU one by one.
+    - Other convolutions: slices and a batched dot on a GPU (faster than cuDNN at batch 1 even for one problem); on a CPU
+      one by one, as Eigen's convolution beats a patch matrix that leaves the cache.
+    """
+    if op.kind == "dot":
+        return "batched_dot"
+    if not conv_slices.supports(op):
+        return "separate"
+    cpu = platform == "cpu"
+    if op.params["feature_group_count"] > 1:
+        return "separate" if cpu else "conv_grouped"
+    if not cpu:
+        return "conv_slices"
+    return "conv_slices" if groups > 1 and op.m * op.k * op.lhs.dtype.itemsize <= CPU_PATCH_BYTES else "separate"

@@ -1,0 +1,130 @@
+"""Loops and branches for many lanes: scan, while and cond rebuilt around the schedules of their regions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from coalesce import jaxpr as J
+from coalesce.bundle import Loop, Schedule
+from coalesce.lanes import LaneValue, read_bank, Shared, Stacked, stacked
+
+if TYPE_CHECKING:
+    from coalesce.lower import Env, Walk
+
+
+def lower_loop(walk: Walk, loop: Loop, env: Env) -> list[LaneValue]:
+    """The results of a control-flow equation for all lanes."""
+    return RULES[loop.eqn.primitive.name](walk, loop, env)
+
+
+def region(walk: Walk, loop: Loop, schedule: Schedule, jaxpr: Any, args: Sequence[LaneValue | None]) -> list[LaneValue]:
+    """Run the schedule of one region on its arguments; None stands for a weight that only packs read."""
+    pairs = zip(J.invars(jaxpr), args, strict=True)
+    inner: Env = {(loop.family, var): value for var, value in pairs if value is not None}
+    walk.run(schedule, inner)
+    return [read_bank(walk.read(inner, loop.family, atom)) for atom in J.outvars(jaxpr)]
+
+
+def operands(walk: Walk, loop: Loop, env: Env, atoms: Sequence[J.Atom]) -> list[LaneValue | None]:
+    return [walk.read(env, loop.family, a) if isinstance(a, J.Literal) else env.get((loop.family, a)) for a in atoms]
+
+
+def as_flagged(values: Sequence[LaneValue | None], flags: Sequence[bool], lanes: int) -> list[Any]:
+    """Raw arrays: [L, ...] where the flag is set, one lane's own elsewhere."""
+    return [stacked(v, lanes) if flag else read_bank(v).value for v, flag in zip(values, flags, strict=True)]  # type: ignore
+
+
+def from_flags(values: Sequence[Any], flags: Sequence[bool]) -> list[LaneValue]:
+    return [Stacked(v) if flag else Shared(v) for v, flag in zip(values, flags, strict=True)]
+
+
+def scan(walk: Walk, loop: Loop, env: Env) -> list[LaneValue]:
+    parts, lanes, flags = J.as_scan(loop.eqn), walk.width(loop.family), loop.varies
+    consts = operands(walk, loop, env, parts.consts)
+    init = as_flagged(operands(walk, loop, env, parts.init), flags, lanes)
+    xs = [read_bank(walk.read(env, loop.family, a)) for a in parts.xs]
+    x_flags = [isinstance(x, Stacked) for x in xs]
+    moved = [jnp.moveaxis(x.value, 0, 1) if flag else x.value for x, flag in zip(xs, x_flags, strict=True)]
+    y_flags: list[bool] = []
+
+    def step(carry: Any, x: Any) -> Any:
+        args = [*consts, *from_flags(carry, flags), *from_flags(x, x_flags)]
+        outs = region(walk, loop, loop.bodies[0], parts.body, args)
+        ys = outs[len(carry) :]
+        y_flags[:] = [isinstance(y, Stacked) for y in ys]
+        return like(as_flagged(outs[: len(carry)], flags, lanes), carry), [y.value for y in ys]  # type: ignore[union-attr]
+
+    with J.context_of(loop.eqn):
+        carry, ys = lax.scan(step, init, moved, parts.length, parts.reverse, parts.unroll)
+    ys = [jnp.moveaxis(y, 1, 0) if flag else y for y, flag in zip(ys, y_flags, strict=True)]
+    return from_flags(carry, flags) + from_flags(ys, y_flags)
+
+
+def while_loop(walk: Walk, loop: Loop, env: Env) -> list[LaneValue]:
+    parts, lanes, flags = J.as_while(loop.eqn), walk.width(loop.family), loop.varies
+    cond_consts = operands(walk, loop, env, parts.cond_consts)
+    body_consts = operands(walk, loop, env, parts.body_consts)
+    init = as_flagged(operands(walk, loop, env, parts.init), flags, lanes)
+
+    def runs(carry: Any) -> Any:
+        (go,) = region(walk, loop, loop.bodies[0], parts.cond, [*cond_consts, *from_flags(carry, flags)])
+        return go
+
+    def body(carry: Any) -> Any:
+        outs = region(walk, loop, loop.bodies[1], parts.body, [*body_consts, *from_flags(carry, flags)])
+        new = like(as_flagged(outs, flags, lanes), carry)
+        if not loop.decides:
+            return new
+        go = stacked(runs(carry), lanes)  # lanes that are done keep what they have
+        return [select(go, n, old) for n, old in zip(new, carry, strict=True)]
+
+    def any_runs(carry: Any) -> Any:
+        go = runs(carry)
+        return jnp.any(go.value) if loop.decides else go.value
+
+    with J.context_of(loop.eqn):
+        return from_flags(lax.while_loop(any_runs, body, init), flags)
+
+
+def cond(walk: Walk, loop: Loop, env: Env) -> list[LaneValue]:
+    parts, lanes, flags = J.as_cond(loop.eqn), walk.width(loop.family), loop.varies
+    args = operands(walk, loop, env, parts.operands)
+    index = read_bank(walk.read(env, loop.family, parts.index))
+
+    def branch(i: int) -> Callable[[], list[Any]]:
+        return lambda: as_flagged(region(walk, loop, loop.bodies[i], parts.branches[i], args), flags, lanes)
+
+    branches = [branch(i) for i in range(len(loop.bodies))]
+    with J.context_of(loop.eqn):
+        if not loop.decides:
+            return from_flags(lax.switch(index.value, branches), flags)
+        which = jnp.clip(stacked(index, lanes), 0, len(branches) - 1)
+        results = [run() for run in branches]  # every lane runs every branch and keeps its own
+        chosen = [jax.vmap(pick)(which, *column) for column in zip(*results, strict=True)]
+    return from_flags(chosen, flags)
+
+
+def pick(index: Any, *cases: Any) -> Any:
+    out = cases[0]
+    for i, case in enumerate(cases[1:], 1):
+        out = lax.select(jnp.broadcast_to(index == i, case.shape), case, out)
+    return out
+
+
+def select(lanes: Any, new: Any, old: Any) -> Any:
+    return jax.vmap(lambda go, n, o: lax.select(jnp.broadcast_to(go, n.shape), n, o))(lanes, new, old)
+
+
+def like(values: Sequence[Any], carry: Sequence[Any]) -> list[Any]:
+    """Values with the weak types of the carry, which a loop must keep."""
+    return [
+        J.set_weak_type(v, bool(getattr(jax.typeof(c), "weak_type", False))) for v, c in zip(values, carry, strict=True)
+    ]
+
+
+RULES: dict[str, Callable[[Any, Loop, Any], list[LaneValue]]] = {"scan": scan, "while": while_loop, "cond": cond}

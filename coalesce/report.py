@@ -1,0 +1,89 @@
+"""What fusing did, in counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from coalesce.bundle import Bundle, fold, items, Member, Pack, packs, Step
+from coalesce.heavy import heavy_eqns
+
+
+@dataclass(frozen=True)
+class TenantReport:
+    """One tenant's part of a Report."""
+
+    name: str
+    family: int
+    heavy_ops: int  # dots and convolutions of its program, after normalisation
+    superkernels: int  # packs of two or more that it takes part in
+    alone: int  # its heavy ops in no such pack
+    padding_waste: float  # share of the FLOPs of those superkernels that is padding
+
+
+@dataclass(frozen=True)
+class Report:
+    """Counted after normalisation. The body of a scan counts once and every branch of a cond counts; one pack is one
+    superkernel, whatever it lowers to."""
+
+    programs: int
+    families: int
+    heavy_ops: int  # dots and convolutions of all programs, one by one
+    superkernels: int  # packs of two or more of them
+    alone: int  # heavy ops in no such pack
+    padding_waste: float  # share of superkernel FLOPs that is padding, 0 to 1
+    tenants: tuple[TenantReport, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.programs} programs in {self.families} families: {self.heavy_ops} heavy ops -> {self.superkernels} "
+            f"superkernels, {self.alone} alone, {self.padding_waste:.1%} padding"
+        )
+
+
+def flops(pack: Pack, bundle: Bundle) -> tuple[int, int]:
+    """(FLOPs that a superkernel does, of them padding)."""
+    folds = [(m.op.flops, fold(m, bundle.families[m.family])) for m in pack.members]
+    return sum(n * f.groups * f.per_group for n, f in folds), sum(n * f.padding for n, f in folds)
+
+
+def share(parts: list[tuple[int, int]]) -> float:
+    total = sum(all_ for all_, _ in parts)
+    return sum(pad for _, pad in parts) / total if total else 0.0
+
+
+def alone_members(bundle: Bundle) -> list[tuple[Member, str]]:
+    """Heavy ops in no superkernel, one for each member, with the reason."""
+    found: list[tuple[Member, str]] = []
+    for item in items(bundle.schedule):
+        if isinstance(item, Pack) and item.width == 1:
+            found.append((item.members[0], item.reason))
+        if isinstance(item, Step):
+            found.extend((m, item.each) for m in item.alone)
+    return found
+
+
+def report_of(bundle: Bundle) -> Report:
+    supers = [pack for pack in packs(bundle.schedule) if pack.width > 1]
+    alone = alone_members(bundle)
+    tenants: Mapping[int, TenantReport] = {
+        lane.tenant: TenantReport(
+            name=bundle.tenants[lane.tenant],
+            family=f,
+            heavy_ops=len(heavy_eqns(family.jaxpr)),
+            superkernels=sum(any(m.family == f for m in pack.members) for pack in supers),
+            alone=sum(m.family == f for m, _ in alone),
+            padding_waste=share([flops(p, bundle) for p in supers if any(m.family == f for m in p.members)]),
+        )
+        for f, family in enumerate(bundle.families)
+        for lane in family.lanes
+    }
+    return Report(
+        programs=len(bundle.tenants),
+        families=len(bundle.families),
+        heavy_ops=sum(t.heavy_ops for t in tenants.values()),
+        superkernels=len(supers),
+        alone=sum(m.width for m, _ in alone),
+        padding_waste=share([flops(pack, bundle) for pack in supers]),
+        tenants=tuple(tenants[i] for i in range(len(bundle.tenants))),
+    )

@@ -1,0 +1,56 @@
+"""The passes over a bundle, in order: families in, a schedule of packs with kernels and weight arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+
+from coalesce.bundle import Bundle, check_bundle
+from coalesce.errors import IRError, PassError
+from coalesce.kernels import choose
+from coalesce.passes.choose_kernels import Choice, choose_kernels
+from coalesce.passes.form_packs import form_packs
+from coalesce.passes.plan_layouts import plan_layouts
+
+BundlePass = Callable[[Bundle], Bundle]
+
+
+def bundle_passes(
+    *, platform: str, choice: Choice = choose, within_program: bool = False, pack_unbounded_loops: bool = False
+) -> tuple[BundlePass, ...]:
+    return (
+        # which heavy ops run as one, in what order
+        partial(form_packs, within_program=within_program, pack_unbounded_loops=pack_unbounded_loops),
+        partial(choose_kernels, platform=platform, choice=choice),  # what runs each pack
+        plan_layouts,  # where the weights lie: last, since kernels say how they read them
+    )
+
+
+@dataclass(frozen=True)
+class BundleStep:
+    name: str
+    bundle: Bundle
+    seconds: float
+
+
+def plan(bundle: Bundle, **options) -> tuple[BundleStep, ...]:
+    """Run the bundle passes, checking the schedule after each.
+
+    Raises:
+      PassError: a pass handed on a schedule that is not a topological order of every equation.
+    """
+    steps: list[BundleStep] = []
+    for run in bundle_passes(**options):
+        name = getattr(getattr(run, "func", run), "__name__", repr(run))
+        start = perf_counter()
+        bundle = run(bundle)
+        seconds = perf_counter() - start
+        try:
+            check_bundle(bundle)
+        except IRError as e:
+            before = ", ".join(step.name for step in steps) or "none"
+            raise PassError(f"{name} handed on a broken bundle (ran before: {before}): {e}") from e
+        steps.append(BundleStep(name, bundle, seconds))
+    return tuple(steps)

@@ -1,0 +1,220 @@
+"""The rules of `canonicalize`, by primitive. Each rule is View -> Answer (see coalesce.rewrite)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jax import lax
+
+from coalesce import jaxpr as J
+from coalesce.rewrite import Answer, Rules, Staged, View
+
+# ---- dot_general ---------------------------------------------------------------------------------------------------
+
+
+def weights_on_the_right(view: View) -> Answer:
+    lhs, rhs = view.eqn.invars
+    if not view.is_weight(lhs) or view.is_weight(rhs):
+        return None
+    return Staged(swapped_dot, [rhs, lhs], freeze(view.eqn.params))
+
+
+def swapped_dot(rhs, lhs, *, dimension_numbers, **params):
+    ((lc, rc), (lb, rb)) = dimension_numbers
+    out = lax.dot_general(rhs, lhs, ((rc, lc), (rb, lb)), **keep(params))
+    batch, right = len(lb), rhs.ndim - len(rc) - len(rb)
+    left = lhs.ndim - len(lc) - len(lb)
+    # [batch, right, left] -> [batch, left, right]
+    order = [*range(batch), *range(batch + right, batch + right + left), *range(batch, batch + right)]
+    return lax.transpose(out, order)
+
+
+def dimensions_in_order(view: View) -> Answer:
+    lhs, rhs = view.eqn.invars
+    ((lc, rc), (lb, rb)) = view.eqn.params["dimension_numbers"]
+    left, right, numbers = ordered_dimensions(lhs.aval.ndim, rhs.aval.ndim, lc, rc, lb, rb)
+    if (tuple(lc), tuple(rc), tuple(lb), tuple(rb)) == (*numbers[0], *numbers[1]):
+        return None
+    return Staged(ordered_dot, [lhs, rhs], {"left": left, "right": right, **freeze(view.eqn.params)})
+
+
+def ordered_dimensions(l_ndim, r_ndim, lc, rc, lb, rb):
+    """(permutation of the left operand, of the right, the canonical dimension numbers)."""
+    pairs = sorted(zip(lc, rc, strict=True))
+    lc, rc = [p[0] for p in pairs], [p[1] for p in pairs]
+    l_free = [d for d in range(l_ndim) if d not in lc and d not in lb]
+    r_free = [d for d in range(r_ndim) if d not in rc and d not in rb]
+    left, right = (*lb, *l_free, *lc), (*rb, *rc, *r_free)
+    batch, k = tuple(range(len(lb))), len(lc)
+    contract = tuple(range(l_ndim - k, l_ndim)), tuple(range(len(rb), len(rb) + k))
+    return left, right, (contract, (batch, batch))
+
+
+def ordered_dot(lhs, rhs, *, left, right, dimension_numbers, **params):
+    (lc, rc), (lb, rb) = dimension_numbers
+    _, _, numbers = ordered_dimensions(lhs.ndim, rhs.ndim, lc, rc, lb, rb)
+    return lax.dot_general(lax.transpose(lhs, left), lax.transpose(rhs, right), numbers, **keep(params))
+
+
+# ---- conv_general_dilated ------------------------------------------------------------------------------------------
+
+
+def channels_last(view: View) -> Answer:
+    spec, n = view.eqn.params["dimension_numbers"], view.eqn.invars[0].aval.ndim
+    if spec == last_numbers(n):
+        return None
+    return Staged(transposed_conv, view.eqn.invars, freeze(view.eqn.params))
+
+
+def last_numbers(ndim: int) -> lax.ConvDimensionNumbers:
+    spatial = tuple(range(1, ndim - 1))
+    data = (0, ndim - 1, *spatial)
+    return lax.ConvDimensionNumbers(data, (ndim - 1, ndim - 2, *range(ndim - 2)), data)
+
+
+def transposed_conv(lhs, rhs, *, dimension_numbers, **params):
+    spec = dimension_numbers
+    lhs = lax.transpose(lhs, (spec.lhs_spec[0], *spec.lhs_spec[2:], spec.lhs_spec[1]))
+    rhs = lax.transpose(rhs, (*spec.rhs_spec[2:], spec.rhs_spec[1], spec.rhs_spec[0]))
+    out = lax.conv_general_dilated(lhs, rhs, dimension_numbers=last_numbers(lhs.ndim), **keep(params))
+    back = np.argsort((spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1]))
+    return lax.transpose(out, tuple(int(d) for d in back))
+
+
+def windows_apart(view: View) -> Answer:
+    """1x1 kernels and kernels whose windows do not overlap: each input element is read at most once."""
+    params, (lhs, rhs) = view.eqn.params, view.eqn.invars
+    if params["dimension_numbers"] != last_numbers(lhs.aval.ndim) or 0 in lhs.aval.shape:
+        return None
+    kernel, strides = rhs.aval.shape[:-2], params["window_strides"]
+    grouped = params["feature_group_count"] != 1 or params["batch_group_count"] != 1
+    dilated = set(params["lhs_dilation"]) - {1} or any(d > 1 and k > 1 for d, k in zip(params["rhs_dilation"], kernel))
+    pointwise = all(k == 1 for k in kernel)
+    patches = tuple(kernel) == tuple(strides) and all(p == (0, 0) for p in params["padding"])
+    single = all(o == 1 for o in view.eqn.outvars[0].aval.shape[1:-1]) and all(p == (0, 0) for p in params["padding"])
+    if grouped or dilated or not (pointwise or patches or single):
+        return None
+    options = {k: params[k] for k in ("window_strides", "padding", "precision", "preferred_element_type")}
+    return Staged(dot_of_windows, view.eqn.invars, freeze(options))
+
+
+def dot_of_windows(lhs, rhs, *, window_strides, padding, precision, preferred_element_type):
+    kernel, (i, o) = rhs.shape[:-2], rhs.shape[-2:]
+    if any(p != (0, 0) for p in padding):  # of 1x1 kernels only
+        lhs = lax.pad(lhs, lhs.dtype.type(0), [(0, 0, 0), *((lo, hi, 0) for lo, hi in padding), (0, 0, 0)])
+    n, c = lhs.shape[0], lhs.shape[-1]
+    out = [(s - k) // w + 1 for s, k, w in zip(lhs.shape[1:-1], kernel, window_strides, strict=True)]
+    if all(k == 1 for k in kernel):
+        limits = [(m - 1) * w + 1 for m, w in zip(out, window_strides, strict=True)]
+        patches = lax.slice(lhs, [0] * lhs.ndim, [n, *limits, c], [1, *window_strides, 1])
+    else:
+        patches = lax.slice(lhs, [0] * lhs.ndim, [n, *(m * k for m, k in zip(out, kernel, strict=True)), c])
+        split = [d for m, k in zip(out, kernel, strict=True) for d in (m, k)]
+        rank = len(kernel)
+        outer, inner = [1 + 2 * d for d in range(rank)], [2 + 2 * d for d in range(rank)]
+        patches = lax.transpose(lax.reshape(patches, [n, *split, c]), [0, *outer, *inner, 1 + 2 * rank])
+        patches = lax.reshape(patches, [n, *out, int(np.prod(kernel)) * c])
+    weights = lax.reshape(rhs, [int(np.prod(kernel)) * i, o])
+    numbers = (((patches.ndim - 1,), (0,)), ((), ()))
+    return lax.dot_general(patches, weights, numbers, precision, preferred_element_type)
+
+
+# ---- shapes --------------------------------------------------------------------------------------------------------
+
+
+def as_reshape(view: View) -> Answer:
+    """broadcast_in_dim, squeeze, expand_dims and transpose that only move unit dimensions."""
+    (operand, *dynamic), out = view.eqn.invars, view.eqn.outvars[0]
+    if dynamic or isinstance(operand, J.Literal) or np.prod(operand.aval.shape) != np.prod(out.aval.shape):
+        return None
+    if view.eqn.primitive.name == "broadcast_in_dim" and 0 in out.aval.shape:
+        return None
+    if view.eqn.primitive.name == "transpose":
+        moved = [d for d in view.eqn.params["permutation"] if operand.aval.shape[d] != 1]
+        if moved != sorted(moved):
+            return None
+    return Staged(reshape, [operand], {"shape": out.aval.shape})
+
+
+def reshape(x, *, shape):
+    return lax.reshape(x, shape)
+
+
+def merge_reshapes(view: View) -> Answer:
+    operand, out = view.eqn.invars[0], view.eqn.outvars[0]
+    if view.eqn.params["dimensions"] is not None or len(view.eqn.invars) > 1 or isinstance(operand, J.Literal):
+        return None
+    if operand.aval.shape == out.aval.shape:
+        return [operand]
+    inner = view.definition(operand, "reshape")
+    if inner is None or inner.params["dimensions"] is not None or isinstance(inner.invars[0], J.Literal):
+        return None
+    return Staged(reshape, [inner.invars[0]], {"shape": out.aval.shape})
+
+
+def merge_transposes(view: View) -> Answer:
+    (operand,), order = view.eqn.invars, view.eqn.params["permutation"]
+    if tuple(order) == tuple(range(len(order))):
+        return [operand]
+    inner = view.definition(operand, "transpose")
+    if inner is None:
+        return None
+    return Staged(transpose, [inner.invars[0]], {"order": tuple(inner.params["permutation"][d] for d in order)})
+
+
+def transpose(x, *, order):
+    return lax.transpose(x, order)
+
+
+# ---- what changes nothing ------------------------------------------------------------------------------------------
+
+
+def same_type(view: View) -> Answer:
+    (operand,), out = view.eqn.invars, view.eqn.outvars[0]
+    return [operand] if not isinstance(operand, J.Literal) and operand.aval.dtype == out.aval.dtype else None
+
+
+def first_operand(view: View) -> Answer:
+    return [view.eqn.invars[0]]
+
+
+def whole_slice(view: View) -> Answer:
+    operand, out = view.eqn.invars[0], view.eqn.outvars[0]
+    return [operand] if operand.aval.shape == out.aval.shape else None
+
+
+def commute(view: View) -> Answer:
+    lhs, rhs = view.eqn.invars
+
+    def rank(atom: J.Atom) -> int:
+        return 2 if isinstance(atom, J.Literal) else int(view.is_weight(atom))
+
+    return J.respell(view.eqn, [rhs, lhs], view.eqn.outvars) if rank(lhs) > rank(rhs) else None
+
+
+def freeze(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters as hashable options."""
+    return {k: tuple(map(tuple, v)) if k == "padding" else v for k, v in params.items()}
+
+
+def keep(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that the public function of a primitive takes."""
+    return {k: v for k, v in params.items() if v is not None or k in ("precision", "preferred_element_type")}
+
+
+RULES: Rules = {
+    "dot_general": (weights_on_the_right, dimensions_in_order),
+    "conv_general_dilated": (channels_last, windows_apart),
+    "broadcast_in_dim": (as_reshape,),
+    "squeeze": (as_reshape,),
+    "expand_dims": (as_reshape,),
+    "reshape": (merge_reshapes,),
+    "transpose": (as_reshape, merge_transposes),
+    "convert_element_type": (same_type,),
+    "copy": (first_operand,),
+    "copy_p": (first_operand,),
+    "slice": (whole_slice,),
+    "add": (commute,),
+    "mul": (commute,),
+}

@@ -1,0 +1,31 @@
+"""Give each operation one spelling, so that equal work looks equal and dense work looks like a dot.
+
+Before                                                     After
+    a(%0:f32[1,1,8,4] | %1:f32[2,6,6,8])                       a(%0:f32[1,1,8,4] | %1:f32[2,6,6,8])
+      %2:f32[2,3,3,4] = conv_general_dilated %1 %0 [           %2:f32[2,3,3,8] = slice %1 [... strides=(1,2,2,1)]
+        dimension_numbers=NHWC,HWIO,NHWC                       %3:f32[8,4] = reshape %0
+        window_strides=(2,2)]                                  %4:f32[2,3,3,4] = dot_general %2 %3
+      -> %2                                                    -> %4
+
+- dots: batch dimensions first, then free, then contracting on the left; batch, contracting, free on the right; an
+  operand that depends on weights alone stands on the right.
+- convolutions: channels last ([N, spatial, C] x [spatial, I, O] -> [N, spatial, O]); 1x1 kernels, with a stride or not,
+  and kernels whose windows do not overlap (stride = kernel, as in a patch embedding) are dots.
+- unit dimensions come and go through reshape alone; reshapes and transposes of themselves merge; what changes nothing goes.
+- in commutative equations a literal, else a weight, stands on the right.
+
+The rules per primitive are in canonical_rules; primitives without one stay as they are. precision and
+preferred_element_type pass through unchanged. Gives: every heavy op is in the form that `coalesce.heavy` reads.
+"""
+
+from __future__ import annotations
+
+from coalesce.passes.canonical_rules import RULES
+from coalesce.program import Program
+from coalesce.rewrite import Rewriter
+
+
+def canonicalize(program: Program) -> Program:
+    weights = [i < program.n_weights for i in range(len(program.jaxpr.jaxpr.invars))]
+    main = Rewriter(RULES)(program.jaxpr, weights)
+    return program if main is program.jaxpr else program.with_jaxpr(main)

@@ -1,0 +1,160 @@
+"""Schedule every family's equations and group heavy ops into packs.
+
+Before                                  After
+    family 0: 16 lanes                      pack 0   x16  dot M=1 N=64 K=64 ...  family 0 at 3
+      %2 = dot_general %1 %0                step     family 0 at 4: max
+      %3 = max %2 0                         ...
+
+A member is one equation at the width of its family, so all its lanes run in one superkernel. With `within_program`,
+independent heavy ops of one family with equal keys (Q, K and V of an attention layer) become members of one pack:
+everything else runs as early as it can, and when only heavy ops are ready, the largest set of equal ones is issued.
+Scan, while and cond are walked into; what cannot be batched runs lane by lane and says why. Gives: `bundle.schedule` is a
+topological order of every equation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr
+
+from coalesce import jaxpr as J
+from coalesce.bundle import Bundle, fold, Item, Loop, Member, Pack, Schedule, Step
+from coalesce.dependence import mark, mark_carry
+from coalesce.family import Family
+from coalesce.heavy import heavy_eqns, heavy_op, is_heavy
+from coalesce.passes.lane_rules import why_lane_by_lane
+
+
+@dataclass(frozen=True)
+class Options:
+    within_program: bool = False
+    pack_unbounded_loops: bool = False
+
+
+def form_packs(bundle: Bundle, *, within_program: bool = False, pack_unbounded_loops: bool = False) -> Bundle:
+    if bundle.schedule:
+        return bundle
+    options, numbers = Options(within_program, pack_unbounded_loops), count()
+    schedule: list[Item] = []
+    for f, family in enumerate(bundle.families):
+        varies = [len(set(rows)) > 1 for rows in family.rows] + [family.width > 1] * len(family.inputs)
+        weight_of = {var: w for w, var in enumerate(family.weights)}
+        schedule += Scheduler(f, family, options, numbers).schedule(family.jaxpr, varies, weight_of, "")
+    return replace(bundle, schedule=tuple(schedule))
+
+
+class Scheduler:
+    """Schedules one family, region by region."""
+
+    def __init__(self, index: int, family: Family, options: Options, numbers: Any) -> None:
+        self.index, self.family, self.options, self.numbers = index, family, options, numbers
+
+    def schedule(self, jaxpr: ClosedJaxpr, varies: Sequence[bool], weight_of: dict[Any, int], prefix: str) -> Schedule:
+        marks, _ = mark(jaxpr, varies)
+        sites = {id(eqn): f"{prefix}{i}" for i, eqn in enumerate(jaxpr.jaxpr.eqns)}
+        out: list[Item] = []
+        if not self.options.within_program:
+            for eqn in jaxpr.jaxpr.eqns:
+                site = sites[id(eqn)]
+                if is_heavy(eqn):
+                    out.append(self.pack([self.member(eqn, marks, weight_of, site)]))
+                else:
+                    out.append(self.item(eqn, marks, weight_of, site))
+            return tuple(out)
+        waiting, bound = list(jaxpr.jaxpr.eqns), set(J.invars(jaxpr))
+        while waiting:
+            ready = [e for e in waiting if all(isinstance(a, J.Literal) or a in bound for a in e.invars)]
+            light = [e for e in ready if not is_heavy(e)]
+            if light:
+                out += [self.item(e, marks, weight_of, sites[id(e)]) for e in light]
+                chosen = light
+            else:
+                members = self.largest([self.member(e, marks, weight_of, sites[id(e)]) for e in ready])
+                out.append(self.pack(members))
+                chosen = [m.eqn for m in members]
+            taken = set(map(id, chosen))
+            waiting = [e for e in waiting if id(e) not in taken]
+            bound.update(v for e in chosen for v in e.outvars)
+        return tuple(out)
+
+    def largest(self, members: Sequence[Member]) -> list[Member]:
+        """The most members that one kernel call can take; the first such set if several are as large."""
+        groups: dict[Any, list[Member]] = {}
+        for m in members:
+            how = fold(m, self.family)
+            groups.setdefault((m.op.key, m.weight is None, m.lhs_varies, how.per_group), []).append(m)
+        return max(groups.values(), key=len)
+
+    def pack(self, members: Sequence[Member]) -> Pack:
+        width = sum(m.width for m in members)
+        return Pack(next(self.numbers), tuple(members), reason="" if width > 1 else self.why_alone(members[0]))
+
+    def why_alone(self, member: Member) -> str:
+        if not self.options.within_program:
+            equal = [
+                e for e in heavy_eqns(self.family.jaxpr) if e is not member.eqn and heavy_op(e).key == member.op.key
+            ]
+            if equal:
+                return f"one lane in its family; {len(equal)} equal op(s) in its own program: see within_program=True"
+        return "one lane in its family, and no independent equal op in its program"
+
+    def member(self, eqn: J.Eqn, marks: dict[Any, bool], weight_of: dict[Any, int], site: str) -> Member:
+        flags = [not isinstance(a, J.Literal) and marks[a] for a in eqn.invars]
+        weight = None if isinstance(eqn.invars[1], J.Literal) else weight_of.get(eqn.invars[1])
+        return Member(self.index, site, eqn, heavy_op(eqn), self.family.width, flags[0], flags[1], weight)
+
+    def item(self, eqn: J.Eqn, marks: dict[Any, bool], weight_of: dict[Any, int], site: str) -> Item:
+        flags = [not isinstance(a, J.Literal) and marks[a] for a in eqn.invars]
+        name = eqn.primitive.name
+        decides = self.decides(eqn, flags)
+        each = why_lane_by_lane(eqn, decides, self.options.pack_unbounded_loops) if self.family.width > 1 else ""
+        if each and (any(flags) or eqn.effects):
+            inside = [e for sub in J.subjaxprs(eqn) for e in heavy_eqns(sub)]
+            alone = [Member(self.index, f"{site}.{i}", e, heavy_op(e), self.family.width, True, True, None)
+                     for i, e in enumerate(inside)]  # fmt: skip
+            return Step(self.index, site, eqn, each, tuple(alone))
+        if name not in J.REGIONS:
+            return Step(self.index, site, eqn)
+        labels = {"scan": ("body",), "while": ("cond", "body")}.get(name, [f"branch{i}" for i in range(99)])
+        bodies = []
+        region_varies, varies = self.region_flags(eqn, flags, decides)
+        operands = J.region_operands(eqn)
+        for label, region, args, (atoms, fixed) in zip(labels, J.regions(eqn), region_varies, operands, strict=False):
+            pairs = zip(J.invars(region)[:fixed], atoms[:fixed], strict=True)
+            inner = {arg: weight_of[a] for arg, a in pairs if not isinstance(a, J.Literal) and a in weight_of}
+            bodies.append(self.schedule(region, args, inner, f"{site}.{label}."))
+        return Loop(self.index, site, eqn, tuple(bodies), tuple(varies), decides)
+
+    def decides(self, eqn: J.Eqn, flags: Sequence[bool]) -> bool:
+        """Whether a cond's index or a while's predicate differs between lanes."""
+        if eqn.primitive.name == "cond":
+            return flags[0]
+        if eqn.primitive.name != "while":
+            return False
+        loop = J.as_while(eqn)
+        c, b = len(loop.cond_consts), len(loop.body_consts)
+        carry = mark_carry(loop.body, flags[c : c + b], flags[c + b :], ())
+        return mark(loop.cond, [*flags[:c], *carry])[1][0]
+
+    def region_flags(self, eqn: J.Eqn, flags: Sequence[bool], decides: bool) -> tuple[list[list[bool]], list[bool]]:
+        """(which arguments of each region differ between lanes, which carry or result does)."""
+        match eqn.primitive.name:
+            case "scan":
+                scan = J.as_scan(eqn)
+                c, n = len(scan.consts), len(scan.init)
+                carry = mark_carry(scan.body, flags[:c], flags[c : c + n], flags[c + n :])
+                return [[*flags[:c], *carry, *flags[c + n :]]], carry
+            case "while":
+                loop = J.as_while(eqn)
+                c, b = len(loop.cond_consts), len(loop.body_consts)
+                carry = mark_carry(loop.body, flags[c : c + b], flags[c + b :], ())
+                carry = [True] * len(carry) if decides else carry
+                return [[*flags[:c], *carry], [*flags[c : c + b], *carry]], carry
+        branches = J.as_cond(eqn).branches
+        results = [mark(branch, flags[1:])[1] for branch in branches]
+        varies = [True] * len(eqn.outvars) if decides else [any(r) for r in zip(*results, strict=True)]
+        return [list(flags[1:])] * len(branches), varies

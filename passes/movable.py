@@ -1,0 +1,120 @@
+"""Which equations `hoist_weights` may move: the one rule, for whole programs and for the bodies of loops."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr
+
+from coalesce import jaxpr as J
+from coalesce.heavy import HEAVY
+
+STAYS = {"pure_callback", "io_callback", "debug_callback", "debug_print"}
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The answer: `eqns` move; `copied` are constants that moved equations read and that stay as well."""
+
+    eqns: frozenset[int]  # id(eqn)
+    copied: frozenset[int]
+    results: frozenset[Any]  # variables that moved equations bind
+
+    def dead(self, stay: Sequence[J.Eqn], outs: Sequence[J.Atom]) -> set[int]:
+        """Copied constants that nothing reads any more where they stand."""
+        read = {a for eqn in stay if id(eqn) not in self.copied for a in eqn.invars if not isinstance(a, J.Literal)}
+        read |= {a for a in outs if not isinstance(a, J.Literal)}
+        dead: set[int] = set()
+        for eqn in reversed(stay):
+            if id(eqn) not in self.copied:
+                continue
+            if read.isdisjoint(eqn.outvars):
+                dead.add(id(eqn))
+            else:
+                read |= {a for a in eqn.invars if not isinstance(a, J.Literal)}
+        return dead
+
+
+def movable(jaxpr: ClosedJaxpr, weights: Sequence[J.Var]) -> Moved:
+    """Equations of `jaxpr` to compute ahead, given the arguments that are weights."""
+    sources = {v: 1 << i for i, v in enumerate(weights)}  # the weights that a value reads, as bits; 0 for constants
+    size = [J.nbytes(v.aval) for v in weights]
+    constants: set[int] = set()
+    candidates: list[J.Eqn] = []
+    for eqn in jaxpr.jaxpr.eqns:
+        reads = source_bits(eqn, sources)
+        if reads is None:
+            continue
+        sources.update((v, reads) for v in eqn.outvars if not J.is_drop(v))
+        if reads:
+            candidates.append(eqn)
+        else:
+            constants.add(id(eqn))
+    consumers = consumers_of(jaxpr)
+    moved: set[int] = set()
+    for eqn in reversed(candidates):
+        frontier = [v for v in eqn.outvars if any(id(use) not in moved for use in consumers[v])]
+        read = sum(size[i] for i in range(len(size)) if sources[next(iter(outs(eqn)))] >> i & 1)
+        grows = sum(J.nbytes(v.aval) for v in frontier) > read
+        if not frontier and any(consumers[v] for v in eqn.outvars):
+            moved.add(id(eqn))
+        elif frontier and (not grows or any(feeds_heavy(v, consumers[v]) for v in frontier)):
+            moved.add(id(eqn))
+    copied: set[int] = set()
+    needed: set[Any] = set()
+    for eqn in reversed(jaxpr.jaxpr.eqns):
+        if id(eqn) in moved or (id(eqn) in constants and not needed.isdisjoint(eqn.outvars)):
+            needed.update(a for a in eqn.invars if not isinstance(a, J.Literal))
+            if id(eqn) in constants:
+                copied.add(id(eqn))
+    results = frozenset(v for eqn in candidates if id(eqn) in moved for v in outs(eqn))
+    return Moved(frozenset(moved), frozenset(copied), results)
+
+
+def outs(eqn: J.Eqn) -> list[J.Var]:
+    return [v for v in eqn.outvars if not J.is_drop(v)]
+
+
+def source_bits(eqn: J.Eqn, sources: dict[Any, int]) -> int | None:
+    """The weights that an equation's results read; None if they read anything else or must stay."""
+    atoms = [a for a in eqn.invars if not isinstance(a, J.Literal)]
+    if eqn.effects or eqn.primitive.name in STAYS or not outs(eqn) or any(a not in sources for a in atoms):
+        return None
+    if any(J.is_key(v.aval) for v in [*atoms, *eqn.outvars]):
+        return None
+    bits = 0
+    for a in atoms:
+        bits |= sources[a]
+    return bits
+
+
+class Output:
+    """Stands for the program's outputs among the consumers of a variable."""
+
+
+def consumers_of(jaxpr: ClosedJaxpr) -> defaultdict[Any, list[Any]]:
+    uses: defaultdict[Any, list[Any]] = defaultdict(list)
+    for eqn in jaxpr.jaxpr.eqns:
+        for a in eqn.invars:
+            if not isinstance(a, J.Literal):
+                uses[a].append(eqn)
+    for a in J.outvars(jaxpr):
+        if not isinstance(a, J.Literal):
+            uses[a].append(Output)
+    return uses
+
+
+def feeds_heavy(var: J.Var, uses: Sequence[Any]) -> bool:
+    """Whether a heavy op reads the value, as it is or as an argument of a loop's body or a branch."""
+    for eqn in uses:
+        if eqn is Output:
+            continue
+        if eqn.primitive.name in HEAVY:
+            return True
+        for arg, region in J.region_args(eqn, var):
+            if feeds_heavy(arg, consumers_of(region)[arg]):
+                return True
+    return False

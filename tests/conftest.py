@@ -1,0 +1,63 @@
+"""What all tests share: strict arithmetic, golden texts and the hypothesis profiles.
+
+    pytest --update-golden                      rewrite tests/golden/; read the diff before committing it
+    pytest --hypothesis-profile quick           20 examples a property (default: 200, soak: 2000)
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# Read when keras is first imported; its own folder, so that no user's keras.json changes a test.
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ["KERAS_HOME"] = str(Path(__file__).parent.parent / ".cache" / "keras")
+
+import jax
+import pytest
+from hypothesis import settings
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+settings.register_profile("default", max_examples=200, deadline=None, print_blob=True)
+settings.register_profile("quick", settings.get_profile("default"), max_examples=20)
+settings.register_profile("soak", settings.get_profile("default"), max_examples=2000)
+settings.load_profile("default")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the golden files instead of comparing")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu and jax.default_backend() != "gpu":
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def standard_promotion() -> Iterator[None]:
+    """JAX's own rules, for tests that run code of keras or optax: both promote dtypes and ranks implicitly."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[object], None]:
+    """`golden(text)` compares with tests/golden/<test file>/<test name>.txt. One text a test."""
+    name = re.sub(r"[^\w.-]+", "_", request.node.name).strip("_")
+    path = GOLDEN / request.path.stem / f"{name}.txt"
+
+    def compare(text: object) -> None:
+        actual = f"{text}\n"
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(actual, encoding="utf-8")
+        assert path.exists(), f"no golden file {path}; run pytest --update-golden and read what it wrote"
+        assert actual == path.read_text(encoding="utf-8"), "if the change is meant: pytest --update-golden"
+
+    return compare
