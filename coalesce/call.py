@@ -80,7 +80,8 @@ def checked(tenant: str, leaf: Any, slot: Slot) -> Any:
                 else f"{leaf.dtype}{list(leaf.shape)}"
             )
             raise InvalidInput(
-                f"tenant {tenant!r}: input{slot.path} is {got}, traced with {np.dtype(want.dtype).name}{list(want.shape)}; "
+                f"tenant {tenant!r}: input{slot.path} is {got}, "
+                f"traced with {np.dtype(want.dtype).name}{list(want.shape)}; "
                 "cast or pad it, or trace another program for this request shape"
             )
         leaf = np.asarray(leaf, want.dtype)

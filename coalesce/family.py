@@ -3,8 +3,8 @@
     Lane      one tenant in its family: which of its weights and inputs the family's arguments are
     Family    the one program that all lanes run, with weights and inputs numbered by first use
 
-Two programs are of one family if their dataflow from the outputs is equal, shapes, dtypes, parameters and scalar literals
-included. Lanes that share an array have one row for it: `rows[w][lane]`.
+Two programs are of one family if their dataflow from the outputs is equal, shapes, dtypes, parameters and scalar
+literals included. Lanes that share an array have one row for it: `rows[w][lane]`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     GEMM dims: B batch (or feature groups), M rows, N columns, K contraction; FLOPs = 2 B M N K
 
-The forms read here are those `canonicalize` leaves: dots as [B.., M.., K..] x [B.., K.., N..], convolutions channels last.
+The forms read here are those `canonicalize` leaves: dots as [B.., M.., K..] x [B.., K.., N..], convolutions channels
+last.
 """
 
 from __future__ import annotations

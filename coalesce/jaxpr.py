@@ -227,7 +227,9 @@ def stage(fn: Callable[..., Any], *args: Any) -> tuple[ClosedJaxpr, Any]:
 
 
 def separate_consts(jaxpr: ClosedJaxpr) -> tuple[ClosedJaxpr, list[Any]]:
-    """(jaxpr with its constants as leading arguments, the constants)."""
+    """(jaxpr with its constants as leading arguments, the constants); the same object if it has none."""
+    if not jaxpr.consts:
+        return jaxpr, []
     inner = jaxpr.jaxpr
     return close([*inner.constvars, *inner.invars], inner.eqns, inner.outvars), list(jaxpr.consts)
 
@@ -254,7 +256,7 @@ class Splicer:
         self.eqns: list[Eqn] = []
 
     def inline(self, jaxpr: ClosedJaxpr, args: Sequence[Atom], like: Eqn | None = None) -> list[Atom]:
-        """Append the equations of `jaxpr` applied to `args`; returns its results. `like` lends source and name stack."""
+        """Append the equations of `jaxpr` applied to `args`; returns its results. `like` lends source, name stack."""
         env: dict[Any, Atom] = dict(zip(jaxpr.jaxpr.invars, args, strict=True))
         for var, value in zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True):
             env[var] = constant(value, var.aval)

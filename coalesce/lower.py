@@ -23,7 +23,7 @@ Env = dict[tuple[int, Any], LaneValue]
 
 
 def lower(bundle: Bundle) -> Callable[[Sequence[Any], Sequence[Sequence[Any]]], list[list[Any]]]:
-    """The fused function: (one array for each of bundle.arrays, each tenant's flat inputs) -> each tenant's flat outputs."""
+    """The fused function: (an array for each of bundle.arrays, each tenant's flat inputs) -> each tenant's outputs."""
 
     def fused(bank: Sequence[Any], inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
         walk = Walk(bundle, bank)

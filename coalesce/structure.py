@@ -1,7 +1,8 @@
 """Structural keys: when two equations, or two programs, are the same up to the names of their variables.
 
 `canonical` walks the dataflow from the outputs, so that the order in which a program was written, its unused arguments
-and the order of its arguments do not count: weights and inputs are numbered by first use. Scalar literals are structure.
+and the order of its arguments do not count: weights and inputs are numbered by first use. Scalar literals are
+structure.
 """
 
 from __future__ import annotations

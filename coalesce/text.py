@@ -22,9 +22,9 @@ from coalesce import jaxpr as J
 
 # Parameters that say nothing about what is computed, or that a control-flow line spells in its own way.
 HIDDEN = {
-    "sharding", "out_sharding", "name", "linear", "reverse", "jaxpr", "branches", "cond_jaxpr", "body_jaxpr", "num_consts",
-    "num_carry", "ft_in", "ft_out", "cond_nconsts", "body_nconsts", "_split_transpose", "unroll", "length",
-    "np_printoptions", "logging_record", "in_tree", "static_args", "has_placeholders",
+    "sharding", "out_sharding", "name", "linear", "reverse", "jaxpr", "branches", "cond_jaxpr", "body_jaxpr",
+    "num_consts", "num_carry", "ft_in", "ft_out", "cond_nconsts", "body_nconsts", "_split_transpose", "unroll",
+    "length", "np_printoptions", "logging_record", "in_tree", "static_args", "has_placeholders",
 }  # fmt: skip
 
 

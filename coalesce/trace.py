@@ -112,9 +112,9 @@ def refuse_effects(name: str, jaxpr: ClosedJaxpr) -> None:
         bad = sorted(type(effect).__name__ for effect in eqn.effects if type(effect).__name__ != "DebugEffect")
         if bad and not any(set(map(type, sub.effects)) & set(map(type, eqn.effects)) for sub in J.subjaxprs(eqn)):
             raise TraceError(
-                f"tenant {name!r}: equation {eqn.primitive.name} at {J.source(eqn) or 'an unknown line'} has the effect "
-                f"{', '.join(bad)}; ordered and I/O effects cannot be fused. Use jax.debug.callback(ordered=False) or "
-                "jax.pure_callback, or move the call out of the function"
+                f"tenant {name!r}: equation {eqn.primitive.name} at {J.source(eqn) or 'an unknown line'} has the "
+                f"effect {', '.join(bad)}; ordered and I/O effects cannot be fused. Use "
+                "jax.debug.callback(ordered=False) or jax.pure_callback, or move the call out of the function"
             )
 
 

@@ -1,1 +1,1 @@
-"""The passes, one a file, and the pipelines that list them. Each is pure: it returns the same object if nothing changed."""
+"""The passes, one a file, and the pipelines that list them. Each is pure; if nothing changed, it returns its input."""

@@ -11,7 +11,8 @@ Before                                                     After
   operand that depends on weights alone stands on the right.
 - convolutions: channels last ([N, spatial, C] x [spatial, I, O] -> [N, spatial, O]); 1x1 kernels, with a stride or not,
   and kernels whose windows do not overlap (stride = kernel, as in a patch embedding) are dots.
-- unit dimensions come and go through reshape alone; reshapes and transposes of themselves merge; what changes nothing goes.
+- unit dimensions come and go through reshape alone; reshapes and transposes of themselves merge; what changes nothing
+  goes.
 - in commutative equations a literal, else a weight, stands on the right.
 
 The rules per primitive are in canonical_rules; primitives without one stay as they are. precision and

@@ -25,8 +25,8 @@ def choose_kernels(bundle: Bundle, *, platform: str, choice: Choice = choose) ->
         name = choice(pack.members[0].op, groups, platform)
         if name not in KERNELS or not KERNELS[name].supports(pack.members[0].op):
             raise PlanError(
-                f"pack {pack.index} ({pack.members[0].op.shape}): kernel {name!r} does not support it; "
-                f"kernels that do: {', '.join(k for k, kernel in KERNELS.items() if kernel.supports(pack.members[0].op))}"
+                f"pack {pack.index} ({pack.members[0].op.shape}): kernel {name!r} does not support it; kernels that "
+                f"do: {', '.join(k for k, kernel in KERNELS.items() if kernel.supports(pack.members[0].op))}"
             )
         new[pack.index] = replace(pack, kernel=name)
     return replace(bundle, schedule=map_packs(bundle.schedule, new))

@@ -12,10 +12,10 @@ Before                                            After
                                                         -> %4
 
 Batch-norm scales, casts, transposes and layout changes of weights go this way, each in the dtype the tenant computes it
-in. A value that is larger than the weights it reads and feeds no heavy op stays: broadcasts, iotas and widening casts are
-cheaper to compute than to keep. So do values of no weight at all, PRNG keys, and callbacks. Work on weights inside scan,
-while and cond leaves the region first. Gives: `prepare` is set, every weight of the program is read, and the program's
-weights stand in the order of their first use.
+in. A value that is larger than the weights it reads and feeds no heavy op stays: broadcasts, iotas and widening casts
+are cheaper to compute than to keep. So do values of no weight at all, PRNG keys, and callbacks. Work on weights inside
+scan, while and cond leaves the region first. Gives: `prepare` is set, every weight of the program is read, and the
+program's weights stand in the order of their first use.
 """
 
 from __future__ import annotations

@@ -29,7 +29,10 @@ def why_lane_by_lane(eqn: J.Eqn, decides: bool, pack_unbounded_loops: bool) -> s
         return "batching this key implementation would give lanes other random bits"
     if name == "while":
         if decides and not pack_unbounded_loops:
-            return "its trip count depends on the lane, and one lane can keep a batch from ending: see pack_unbounded_loops"
+            return (
+                "its trip count depends on the lane, and one lane can keep a batch from ending: see "
+                "pack_unbounded_loops"
+            )
         if decides and eqn.effects:
             return "its trip count depends on the lane and its body has side effects"
     if name == "cond" and decides:

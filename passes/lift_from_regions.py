@@ -95,7 +95,7 @@ class Shell:
         self.before = J.close(weights, [e for e in eqns if id(e) in moved.eqns or id(e) in moved.copied], self.fixed)
 
     def emit(self, splicer: J.Splicer, operands: Sequence[J.Atom]) -> list[J.Atom]:
-        """Emit the lifted work outside, on the loop-invariant operands; returns the operands that `body` takes for them."""
+        """Emit the lifted work outside, on the loop-invariant operands; returns the operands `body` takes for them."""
         paired = list(zip(operands, self.flags, strict=False))
         fixed = splicer.inline(self.before, [a for a, flag in paired if flag])
         return [*fixed, *(a for a, flag in paired if not flag)]

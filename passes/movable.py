@@ -57,11 +57,13 @@ def movable(jaxpr: ClosedJaxpr, weights: Sequence[J.Var]) -> Moved:
     moved: set[int] = set()
     for eqn in reversed(candidates):
         frontier = [v for v in eqn.outvars if any(id(use) not in moved for use in consumers[v])]
-        read = sum(size[i] for i in range(len(size)) if sources[next(iter(outs(eqn)))] >> i & 1)
+        if not frontier:
+            if any(consumers[v] for v in eqn.outvars):  # everything that reads it moves
+                moved.add(id(eqn))
+            continue
+        read = sum(size[i] for i in bits(sources[outs(eqn)[0]]))
         grows = sum(J.nbytes(v.aval) for v in frontier) > read
-        if not frontier and any(consumers[v] for v in eqn.outvars):
-            moved.add(id(eqn))
-        elif frontier and (not grows or any(feeds_heavy(v, consumers[v]) for v in frontier)):
+        if not grows or any(feeds_heavy(v, consumers[v]) for v in frontier):
             moved.add(id(eqn))
     copied: set[int] = set()
     needed: set[Any] = set()
@@ -78,6 +80,16 @@ def outs(eqn: J.Eqn) -> list[J.Var]:
     return [v for v in eqn.outvars if not J.is_drop(v)]
 
 
+def bits(mask: int) -> list[int]:
+    """The positions of the set bits."""
+    found = []
+    while mask:
+        low = mask & -mask
+        found.append(low.bit_length() - 1)
+        mask ^= low
+    return found
+
+
 def source_bits(eqn: J.Eqn, sources: dict[Any, int]) -> int | None:
     """The weights that an equation's results read; None if they read anything else or must stay."""
     atoms = [a for a in eqn.invars if not isinstance(a, J.Literal)]
@@ -85,10 +97,10 @@ def source_bits(eqn: J.Eqn, sources: dict[Any, int]) -> int | None:
         return None
     if any(J.is_key(v.aval) for v in [*atoms, *eqn.outvars]):
         return None
-    bits = 0
+    mask = 0
     for a in atoms:
-        bits |= sources[a]
-    return bits
+        mask |= sources[a]
+    return mask
 
 
 class Output:

@@ -6,8 +6,8 @@ Before                                            After
 
 A weight that heavy ops alone read lies in the layout of their kernel. A weight that anything else reads, such as a tied
 embedding, lies as it is for that reader, and once more for a kernel that wants another layout or another company. Rows
-follow `family.rows`: lanes that share a weight share its row. Gives: every pack with a weight operand has its array, and
-`bundle.stored` finds every other weight.
+follow `family.rows`: lanes that share a weight share its row. Gives: every pack with a weight operand has its array,
+and `bundle.stored` finds every other weight.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
     run(op, lhs, rhs)       lhs [G, R, *op.lhs.shape], rhs [G, *layout(op).of(op.rhs.shape)] -> [G, R, *op.out.shape]
 
 G counts problems with distinct right operands (weights), R the lanes that share one. Lanes never mix: no kernel reduces
-over G or R, and what a kernel pads it cuts away. `choose` is the one function that picks; a tuning database replaces it.
+over G or R, and what a kernel pads it cuts away. `choose` is the one function that picks; a tuning database replaces
+it.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def choose(op: HeavyOp, groups: int, platform: str) -> str:
 
     - Dots: batched_dot, everywhere.
     - Grouped and depthwise convolutions: one grouped convolution on a GPU; on a CPU one by one.
-    - Other convolutions: slices and a batched dot on a GPU (faster than cuDNN at batch 1 even for one problem); on a CPU
-      one by one, as Eigen's convolution beats a patch matrix that leaves the cache.
+    - Other convolutions: slices and a batched dot on a GPU (faster than cuDNN at batch 1 even for one problem); on a
+      CPU one by one, as Eigen's convolution beats a patch matrix that leaves the cache.
     """
     if op.kind == "dot":
         return "batched_dot"

@@ -1,6 +1,7 @@
 """Convolutions as one grouped convolution over [N, spatial.., G*C], with weights packed ahead as [G*O, window.., I].
 
-A weight that arrives as a run-time argument with O last costs a transpose on every call on a GPU; with O first it does not.
+A weight that arrives as a run-time argument with O last costs a transpose on every call on a GPU; with O first it does
+not.
 """
 
 from __future__ import annotations

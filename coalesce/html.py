@@ -1,0 +1,244 @@
+"""The page of `python -m coalesce inspect --html`: every family's program beside the others, coloured by superkernel.
+
+    html_page(fused) -> str     one self-contained document, the same for the same programs
+
+A column is a family; its tenants are the strips at its right edge, so that sixteen equal tenants take the space of one.
+What an equation says when it is pointed at stands in its `title`, one fact a line, so that the page needs no
+JavaScript; the script of `inspect.html` shows the same lines in a panel and lights up the members of a pack.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Iterator
+from importlib.resources import files
+from string import Template
+
+from jax.extend.core import ClosedJaxpr
+
+from coalesce import jaxpr as J
+from coalesce.bundle import Bundle, equations, fold, Item, items, Loop, Member, Pack, packs, Schedule, Step
+from coalesce.compile import Fused
+from coalesce.explain import member_text
+from coalesce.family import literal_splits
+from coalesce.heavy import heavy_eqns, is_heavy
+from coalesce.report import alone_members, flops, Report
+from coalesce.text import equation, Names, region_labels
+
+
+def html_page(fused: Fused) -> str:
+    """One self-contained HTML document about a fused program; nothing is compiled, and nothing runs."""
+    bundle, report = fused.bundle, fused.report
+    template = files("coalesce").joinpath("inspect.html").read_text(encoding="utf-8")
+    return Template(template).substitute(
+        title=html.escape(str(report)),
+        summary=summary(report),
+        families=join(Column(bundle, f, report).section() for f in range(len(bundle.families))),
+        packs=join(pack_entry(p, bundle) for p in packs(bundle.schedule) if p.width > 1),
+        alone=join(entry(m, bundle, m.op.shape, reason) for m, reason in alone_members(bundle)),
+        notes=join(el("li", note) for note in notes(bundle)),
+    )
+
+
+# ---- markup --------------------------------------------------------------------------------------------------------
+
+
+class Html(str):
+    """Text that is markup already. Every other string is escaped on its way into the page."""
+
+
+def el(tag: str, *children: str, **attributes: object) -> Html:
+    """An element. `class_` is the attribute class, `data_pack` is data-pack; attributes that are None are left out."""
+    names = {name: name.rstrip("_").replace("_", "-") for name in attributes}
+    shown = "".join(f' {names[k]}="{html.escape(str(v))}"' for k, v in attributes.items() if v is not None)
+    return Html(f"<{tag}{shown}>{join(children)}</{tag}>")
+
+
+def join(parts: Iterable[str]) -> Html:
+    return Html("".join(part if isinstance(part, Html) else html.escape(part) for part in parts))
+
+
+def details(name: str, text: str) -> Html:
+    return el("details", el("summary", name), el("code", text))
+
+
+def plural(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
+# ---- the summary and the lists -------------------------------------------------------------------------------------
+
+
+def summary(report: Report) -> Html:
+    numbers = {
+        "programs": f"{report.programs:,}",
+        "families": f"{report.families:,}",
+        "heavy ops": f"{report.heavy_ops:,}",
+        "superkernels": f"{report.superkernels:,}",
+        "left alone": f"{report.alone:,}",
+        "padding": f"{report.padding_waste:.1%}",
+    }
+    return el(
+        "dl", *(el("div", el("dt", name), el("dd", number)) for name, number in numbers.items()), class_="summary"
+    )
+
+
+def hue(pack: Pack) -> str | None:
+    """Neighbouring packs differ by the golden angle, so that they look different however many there are."""
+    return f"--hue:{pack.index * 137.508 % 360:.0f}" if pack.width > 1 else None
+
+
+def row_id(member: Member) -> str:
+    return f"f{member.family}-{member.site}"
+
+
+def link(member: Member, bundle: Bundle) -> Html:
+    return el("a", member_text(member, bundle), href=f"#{row_id(member)}")
+
+
+def entry(member: Member, bundle: Bundle, what: str, why: str) -> Html:
+    return el("li", link(member, bundle), " ", el("code", what), " ", el("span", why, class_="why"))
+
+
+def pack_entry(pack: Pack, bundle: Bundle) -> Html:
+    return el(
+        "li",
+        el("span", str(pack.index), class_="chip"),
+        el("code", pack.members[0].op.shape),
+        el("span", f"{plural(pack.width, 'lane')}, {pack.kernel}, padding {padding(pack, bundle)}", class_="why"),
+        el("span", *(part for m in pack.members for part in (link(m, bundle), " ")), class_="members"),
+        data_pack=pack.index,
+        style=hue(pack),
+    )
+
+
+def padding(pack: Pack, bundle: Bundle) -> str:
+    total, waste = flops(pack, bundle)
+    return f"{waste / total:.1%}" if waste else "none"
+
+
+def notes(bundle: Bundle) -> Iterator[str]:
+    """What runs lane by lane, and families that one literal keeps apart."""
+    for item in items(bundle.schedule):
+        if isinstance(item, Step) and item.each:
+            yield f"family {item.family} at {item.site}: {item.eqn.primitive.name} runs lane by lane: {item.each}"
+    for split in literal_splits(bundle.families):
+        (i, j), (x, y) = split.families, split.literals
+        yield f"families {i} and {j} differ in a literal alone: {split.primitive} has {x} in one and {y} in the other"
+
+
+# ---- a family ------------------------------------------------------------------------------------------------------
+
+
+class Column:
+    """Writes one family: its tenants, and its equations in program order."""
+
+    def __init__(self, bundle: Bundle, index: int, report: Report) -> None:
+        self.bundle, self.index, self.names = bundle, index, Names()
+        self.family = bundle.families[index]
+        self.weights = frozenset(self.family.weights)
+        self.tenants = [report.tenants[lane.tenant] for lane in self.family.lanes]
+
+    def section(self) -> Html:
+        first, width = self.tenants[0], self.family.width
+        weights, inputs = ([self.names.typed(v) for v in args] for args in (self.family.weights, self.family.inputs))
+        each = "each: " if width > 1 else ""
+        return el(
+            "section",
+            el(
+                "header",
+                el("h2", f"family {self.index} ", el("small", first.name if width == 1 else f"{width} tenants")),
+                el("p", f"{each}{first.heavy_ops} heavy, {first.alone} alone, {first.padding_waste:.1%} padding"),
+                details(plural(width, "tenant"), ", ".join(t.name for t in self.tenants)),
+                details(
+                    f"{plural(len(weights), 'weight')}, {plural(len(inputs), 'input')}",
+                    f"{', '.join(weights)} | {', '.join(inputs)}",
+                ),
+                el("div", *(el("span", t.name) for t in self.tenants), class_="names", aria_hidden="true"),
+            ),
+            self.scheduled(self.family.jaxpr, self.bundle.schedule, ""),
+            class_="family",
+            data_family=self.index,
+            style=f"--lanes:{width};--cell:{max(3, min(14, 224 // width))}px",
+        )
+
+    def scheduled(self, jaxpr: ClosedJaxpr, schedule: Schedule, prefix: str) -> Html:
+        """The equations of a region that the schedule walks into."""
+        items: dict[int, Item] = {id(eqn): item for item in schedule for f, eqn in equations(item) if f == self.index}
+        rows = [self.row(eqn, f"{prefix}{i}", items[id(eqn)]) for i, eqn in enumerate(jaxpr.jaxpr.eqns)]
+        return el("ol", *rows, self.results(jaxpr))
+
+    def row(self, eqn: J.Eqn, site: str, item: Item) -> Html:
+        if isinstance(item, Pack):
+            return el("li", self.line(eqn, site, pack_facts(item, self.bundle), "heavy", item))
+        if isinstance(item, Loop):
+            inner: list[Html] = []
+            for label, body, region in zip(region_labels(eqn), item.bodies, J.regions(eqn), strict=True):
+                prefix = f"{site}.{label.replace(' ', '')}."  # as form_packs numbers the sites of a region
+                inner += [self.arguments(label, region), self.scheduled(region, body, prefix)]
+            return el("li", self.line(eqn, site), *inner)
+        facts = [f"lane by lane: {item.each}"] if item.each else []
+        inside = self.unscheduled(eqn, site, iter([m.site for m in item.alone]), item.each)
+        return el("li", self.line(eqn, site, facts, "each" if item.each else ""), *inside)
+
+    def unscheduled(self, eqn: J.Eqn, site: str, sites: Iterator[str], each: str) -> Iterator[Html]:
+        """What an equation that runs as it is holds, if there is a heavy op inside."""
+        why = f"alone: {each}" if each else f"alone: inside {eqn.primitive.name}, which is not walked into"
+        for i, region in enumerate(J.subjaxprs(eqn)):
+            if not heavy_eqns(region):
+                continue
+            rows: list[Html] = []
+            for j, inner in enumerate(region.jaxpr.eqns):
+                at = f"{site}.{i}.{j}"
+                if is_heavy(inner):
+                    rows.append(el("li", self.line(inner, next(sites, at), [why], "heavy alone")))
+                else:
+                    rows.append(el("li", self.line(inner, at), *self.unscheduled(inner, at, sites, each)))
+            yield self.arguments(f"inside {eqn.primitive.name}", region)
+            yield el("ol", *rows, self.results(region))
+
+    def line(self, eqn: J.Eqn, site: str, facts: Iterable[str] = (), kind: str = "", pack: Pack | None = None) -> Html:
+        """An equation, with what is known of it in its title."""
+        text = equation(eqn, self.names)
+        left, primitive, right = text.partition(eqn.primitive.name)
+        operands = ", ".join(map(self.operand, eqn.invars))
+        about = [text, *facts, f"operands: {operands or 'none'}", f"source: {J.source(eqn) or 'unknown'}"]
+        alone = pack is not None and pack.width == 1
+        return el(
+            "div",
+            el("span", site, class_="site"),
+            el("code", left, el("b", primitive), right),
+            el("span", str(pack.index) if pack and not alone else "alone" if "heavy" in kind else "", class_="tag"),
+            el("i"),
+            class_=f"eqn {kind}{' alone' * alone}".strip(),
+            id=f"f{self.index}-{site}",
+            data_pack=pack.index if pack else None,
+            style=hue(pack) if pack else None,
+            title="\n".join(about),
+        )
+
+    def operand(self, atom: J.Atom) -> str:
+        return self.names.typed(atom) + (
+            " (weight)" if not isinstance(atom, J.Literal) and atom in self.weights else ""
+        )
+
+    def arguments(self, label: str, region: ClosedJaxpr) -> Html:
+        return el("p", f"{label}({', '.join(map(self.names.typed, J.invars(region)))})", class_="label")
+
+    def results(self, jaxpr: ClosedJaxpr) -> Html:
+        return el("li", f"-> {', '.join(map(self.names, J.outvars(jaxpr)))}", class_="label")
+
+
+def pack_facts(pack: Pack, bundle: Bundle) -> Iterator[str]:
+    """What a pack is, one fact a line."""
+    yield f"pack: {pack.index}, a superkernel of {pack.width} lanes" if pack.width > 1 else f"alone: {pack.reason}"
+    yield f"work: {pack.members[0].op.shape}"
+    yield f"kernel: {pack.kernel}"
+    if pack.width > 1:
+        folds = [fold(m, bundle.families[m.family]) for m in pack.members]
+        yield f"members: {', '.join(member_text(m, bundle) for m in pack.members)}"
+        yield f"problems: {sum(f.groups for f in folds)}, of {plural(max(f.per_group for f in folds), 'lane')} each"
+        yield f"padding: {padding(pack, bundle)}"
+    if pack.array is not None:
+        array = bundle.arrays[pack.array]
+        yield f"weights: array {pack.array}, {plural(len(array.rows), 'row')} of {array.dtype}{list(array.shape)}"

@@ -1,0 +1,156 @@
+"""Random tenant programs for the property tests: `fn(params, *inputs)` functions built from drawn ops.
+
+    Op       one step: reads values that are there, has weights of its own, adds one value
+    Block    a straight line of ops over some arguments; the body of a loop is a Block too
+    Model    a Block with a tenant's calling convention: a params pytree, nested inputs, nested outputs
+    Tenant   a Model with params and inputs; several tenants of one Model make a family
+
+Which ops there are: tests/program_ops.py, program_heavy.py and program_control.py. Shapes come from `jax.eval_shape`, so
+that an op says only what it computes. Each value knows whether it is exact: of movement and integer arithmetic alone,
+so that any right program returns the same bits. Whatever jumps (a comparison, an index, a predicate) reads exact values
+only; what a fused program rounds differently then moves every output a little, and none by much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Aval = jax.ShapeDtypeStruct
+MAX_SIZE = 256  # elements of one value
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """`apply(weights, *operands)` -> one value."""
+
+    name: str
+    reads: tuple[int, ...]  # positions among the values
+    weights: tuple[Aval, ...]
+    apply: Callable[..., Any]
+    exact: bool = False  # whether exact operands give an exact result
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Ops in order: arguments first among the values, then each op's result."""
+
+    ops: tuple[Op, ...]
+
+    @property
+    def weights(self) -> tuple[Aval, ...]:
+        return tuple(w for op in self.ops for w in op.weights)
+
+    def __call__(self, weights: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        values, rest = list(args), iter(weights)
+        for op in self.ops:
+            values.append(op.apply([next(rest) for _ in op.weights], *(values[i] for i in op.reads)))
+        return values
+
+    def __str__(self) -> str:
+        return "; ".join(f"{op.name}{list(op.reads)}" for op in self.ops)
+
+
+class Scope:
+    """What is there to read while a block is drawn, and how deep inside loops it stands."""
+
+    def __init__(self, args: Sequence[Aval], exact: Sequence[bool], dtype: Any, depth: int = 0) -> None:
+        self.values, self.exact = list(args), list(exact)
+        self.dtype, self.depth = jnp.dtype(dtype), depth
+        self.ops: list[Op] = []
+
+    def candidates(self, kinds: str, exact: bool = False) -> list[int]:
+        """Positions of values of these kinds ("f" float, "i" integer, "b" bool), the latest first."""
+        found = [i for i, v in enumerate(self.values) if kind_of(v) in kinds and (self.exact[i] or not exact)]
+        return found[::-1]
+
+    def add(self, op: Op) -> bool:
+        """Append the op unless its result is empty or large."""
+        operands = [self.values[i] for i in op.reads]
+        result = jax.eval_shape(op.apply, list(op.weights), *operands)
+        if not 0 < result.size <= MAX_SIZE:
+            return False
+        self.ops.append(op)
+        self.values.append(Aval(result.shape, result.dtype, weak_type=result.weak_type))
+        self.exact.append(op.exact and all(self.exact[i] for i in op.reads))
+        return True
+
+    def block(self) -> Block:
+        return Block(tuple(self.ops))
+
+
+def kind_of(aval: Any) -> str:
+    if jnp.issubdtype(aval.dtype, jnp.floating):
+        return "f"
+    return "b" if aval.dtype == jnp.bool_ else "i"
+
+
+@dataclass(frozen=True, eq=False)
+class Ref:
+    """An output that is a value of the block."""
+
+    index: int
+    exact: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A tenant's function. `outputs` is a pytree of Refs and of constants."""
+
+    block: Block
+    inputs: tuple[Aval, ...]
+    outputs: Any
+    nested: bool  # inputs are ({"first": a, "rest": [b]},) rather than (a, b)
+
+    def __call__(self, params: Any, *inputs: Any) -> Any:
+        values = self.block(params["ops"], jax.tree.leaves(inputs))
+        return jax.tree.map(lambda ref: values[ref.index] if isinstance(ref, Ref) else ref, self.outputs)
+
+    @property
+    def exact(self) -> list[bool]:
+        """For each output leaf, whether it must come out bit by bit."""
+        return [ref.exact if isinstance(ref, Ref) else True for ref in jax.tree.leaves(self.outputs)]
+
+    def pack(self, flat: Sequence[Any]) -> tuple[Any, ...]:
+        """Flat inputs as the positional arguments of a call."""
+        return ({"first": flat[0], "rest": list(flat[1:])},) if self.nested else tuple(flat)
+
+    def __str__(self) -> str:
+        ins = ", ".join(f"{i.dtype}{list(i.shape)}" for i in self.inputs)
+        outs = jax.tree.map(lambda ref: ref.index if isinstance(ref, Ref) else ref, self.outputs)
+        return f"({ins}) {self.block} -> {outs}"
+
+
+@dataclass(frozen=True, eq=False)
+class Tenant:
+    model: Model
+    fn: Callable[..., Any]  # the model itself, or another function object that does the same
+    params: Any
+    inputs: tuple[Any, ...]
+    shared: Any  # the subtree of params that is declared as shared, or None
+
+    def __repr__(self) -> str:
+        shared = "" if self.shared is None else f", shares {len(self.shared)}"
+        return f"Tenant({self.model}{shared})"
+
+
+def array(aval: Any, rng: np.random.Generator, scale: float = 1.0) -> Any:
+    """Data for a weight or an input: normal floats, integers from 0 to 7, fair bools."""
+    match kind_of(aval):
+        case "f":
+            return jnp.asarray(scale * rng.standard_normal(aval.shape), aval.dtype)
+        case "b":
+            return jnp.asarray(rng.random(aval.shape) < 0.5)
+    return jnp.asarray(rng.integers(0, 8, aval.shape), aval.dtype)
+
+
+def fit(x: Any, like: Any) -> Any:
+    """`x` repeated or cut to the shape of `like`, in its dtype."""
+    return jnp.resize(x, like.shape).astype(like.dtype)
+
+

@@ -1,0 +1,262 @@
+"""Which tenants are one family: those whose normalised dataflow is equal, however it was written down."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+from jax import lax
+
+import coalesce
+from tests.alone import check_fused
+
+RNG = np.random.default_rng(0)
+
+
+def array(*shape, dtype=np.float32):
+    return jnp.asarray(RNG.standard_normal(shape), dtype)
+
+
+def families(*tenants):
+    return check_fused(tenants).report.families
+
+
+# ---- one network in two frameworks ---------------------------------------------------------------------------------
+
+
+class LinenCNN(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        x = linen.Conv(4, (3, 3), strides=2)(x)
+        x = linen.relu(linen.BatchNorm(use_running_average=True)(x))
+        x = linen.Conv(6, (1, 1), use_bias=False)(x)
+        x = linen.max_pool(linen.gelu(x), (2, 2), strides=(2, 2))
+        return linen.Dense(5)(x.reshape(x.shape[0], -1))
+
+
+class NnxCNN(nnx.Module):
+    def __init__(self, rngs):
+        # Other names, in another order, than linen's: only the dataflow counts.
+        self.head = nnx.Linear(24, 5, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.wide = nnx.Conv(4, 6, (1, 1), use_bias=False, rngs=rngs)
+        self.stem = nnx.Conv(3, 4, (3, 3), strides=2, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.stem(x)))
+        x = nnx.max_pool(nnx.gelu(self.wide(x)), (2, 2), strides=(2, 2))
+        return self.head(x.reshape(x.shape[0], -1))
+
+
+class LinenMLP(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        for _ in range(3):
+            x = linen.relu(linen.Dense(8)(linen.LayerNorm()(x)))
+        return x
+
+
+class NnxMLP(nnx.Module):
+    def __init__(self, rngs):
+        self.norms = nnx.List([nnx.LayerNorm(8, rngs=rngs) for _ in range(3)])
+        self.layers = nnx.List([nnx.Linear(8, 8, rngs=rngs) for _ in range(3)])
+
+    def __call__(self, x):
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = nnx.relu(layer(norm(x)))
+        return x
+
+
+def in_linen(module, x):
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x)
+    return module.apply, jax.tree.map(lambda s: abs(array(*s.shape)), shapes), (x,)
+
+
+def in_nnx(module, x):
+    module.eval()
+    graph, state = nnx.split(module)
+    return lambda state, x: nnx.merge(graph, state)(x), state, (x,)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "shape", "heavy"),
+    [(LinenCNN, NnxCNN, (2, 8, 8, 3), 3), (LinenMLP, NnxMLP, (2, 8), 3)],
+    ids=["cnn", "mlp"],
+)
+def test_linen_and_nnx(ours, theirs, shape, heavy):
+    x = array(*shape)
+    report = check_fused([in_linen(ours(), x), in_nnx(theirs(nnx.Rngs(0)), x + 1)]).report
+    assert (report.families, report.heavy_ops, report.superkernels, report.alone) == (1, 2 * heavy, heavy, 0)
+
+
+# ---- what does not count -------------------------------------------------------------------------------------------
+
+X, Y = array(2, 4), array(2, 4)
+
+
+def test_order_of_params():
+    one = lambda p, x: jnp.tanh(x @ p[0]) @ p[1]  # noqa: E731
+    other = lambda p, x: jnp.tanh(x @ p[1]) @ p[0]  # noqa: E731
+    assert families((one, [array(4, 4), array(4, 4)], (X,)), (other, [array(4, 4), array(4, 4)], (X,))) == 1
+
+
+def test_order_of_dict_keys():
+    one = lambda p, x: x @ p["a"] + p["z"][None]  # noqa: E731
+    other = lambda p, x: x @ p["z"] + p["a"][None]  # noqa: E731
+    params = {"a": array(4, 3), "z": array(3)}, {"z": array(4, 3), "a": array(3)}
+    assert families((one, params[0], (X,)), (other, params[1], (X,))) == 1
+
+
+def test_order_of_inputs():
+    one = lambda w, x, y: jnp.sin(x @ w) - y  # noqa: E731
+    other = lambda w, y, x: jnp.sin(x @ w) - y  # noqa: E731
+    assert families((one, array(4, 4), (X, Y)), (other, array(4, 4), (Y, X))) == 1
+
+
+def test_unused_params_and_inputs():
+    one = lambda p, x, y: x @ p["w"]  # noqa: E731
+    other = lambda p, x: x @ p["w"]  # noqa: E731
+    assert families((one, {"a": array(7), "w": array(4, 4)}, (X, array(9))), (other, {"w": array(4, 4)}, (X,))) == 1
+
+
+def test_order_of_statements():
+    def one(w, x):
+        a = jnp.sin(x)
+        b = jnp.cos(x)
+        return (a @ w, b)
+
+    def other(w, x):
+        b = jnp.cos(x)
+        a = jnp.sin(x)
+        return (a @ w, b)
+
+    assert families((one, array(4, 4), (X,)), (other, array(4, 4), (X,))) == 1
+
+
+def test_operands_of_what_commutes():
+    one = lambda p, x: 2.0 * (x @ p[0] + p[1][None])  # noqa: E731
+    other = lambda p, x: (p[1][None] + x @ p[0]) * 2.0  # noqa: E731
+    params = [array(4, 4), array(4)], [array(4, 4), array(4)]
+    assert families((one, params[0], (X,)), (other, params[1], (X,))) == 1
+
+
+def test_calls():
+    one = lambda w, x: jax.nn.relu(x @ w)  # noqa: E731
+    other = jax.jit(lambda w, x: jax.checkpoint(lambda y: jnp.maximum(y, jnp.zeros((), y.dtype)))(x @ w))
+    assert families((one, array(4, 4), (X,)), (other, array(4, 4), (X,))) == 1
+
+
+def test_dead_code():
+    def one(w, x):
+        jnp.linalg.norm(x @ w)
+        return x @ w
+
+    assert families((one, array(4, 4), (X,)), (lambda w, x: x @ w, array(4, 4), (X,))) == 1
+
+
+def test_literals_that_are_equal_in_another_spelling():
+    one = lambda w, x: (x @ w) * np.float32(0.5)  # noqa: E731
+    other = lambda w, x: (x @ w) * 0.5  # noqa: E731
+    assert families((one, array(4, 4), (X,)), (other, array(4, 4), (X,))) == 1
+
+
+def rnn(first, second):
+    """A scan whose body reads two weights; which of params they are is the caller's."""
+
+    def apply(params, x):
+        def body(carry, row):
+            carry = jnp.tanh(row[None] @ params[first] + carry @ params[second])
+            return carry, carry
+
+        return lax.scan(body, jnp.zeros((1, 4)), x)
+
+    return apply
+
+
+def test_bodies_of_scans():
+    one, other = [array(3, 4), array(4, 4)], [array(4, 4), array(3, 4)]
+    assert families((rnn(0, 1), one, (array(5, 3),)), (rnn(1, 0), other, (array(5, 3),))) == 1
+
+
+def test_branches_of_conds():
+    def apply(first, second):
+        return lambda p, i, x: lax.cond(i > 0, lambda: x @ p[first], lambda: jnp.sin(x) @ p[second])
+
+    params = [array(4, 4), array(4, 4)], [array(4, 4), array(4, 4)]
+    assert families((apply(0, 1), params[0], (jnp.int32(1), X)), (apply(1, 0), params[1], (jnp.int32(0), X))) == 1
+
+
+# ---- what counts ---------------------------------------------------------------------------------------------------
+
+
+def scan_of(length, reverse=False):
+    def apply(w, x):
+        return lax.scan(lambda c, _: (jnp.sin(c) @ w, c[0]), x, None, length, reverse)
+
+    return apply
+
+
+SPLITS = {
+    "literals": (lambda w, x: (x @ w) * 2.0, lambda w, x: (x @ w) * 3.0),
+    "literals' types": (lambda w, x: (x @ w).astype(int) * 2, lambda w, x: (x @ w) * 2.0),
+    "primitives": (lambda w, x: jnp.sin(x @ w), lambda w, x: jnp.cos(x @ w)),
+    "parameters": (lambda w, x: (x @ w).sum(0), lambda w, x: (x @ w).sum(1)),
+    "precision": (lambda w, x: x @ w, lambda w, x: jnp.matmul(x, w, precision="highest")),
+    "what does not commute": (lambda w, x: x - x @ w, lambda w, x: x @ w - x),
+    "number of outputs": (lambda w, x: x @ w, lambda w, x: (x @ w, x)),
+    "order of outputs": (lambda w, x: (x @ w, x), lambda w, x: (x, x @ w)),
+    "weak types": (lambda w, x: ((x @ w).sum(), 2.0), lambda w, x: ((x @ w).sum(), np.float32(2))),
+    "trip counts": (scan_of(3), scan_of(4)),
+    "direction": (scan_of(3), scan_of(3, reverse=True)),
+    "which value is read twice": (lambda w, x: (x @ w) * x * x, lambda w, x: (x @ w) * (x @ w) * x),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_kept_apart(name):
+    one, other = SPLITS[name]
+    assert families((one, array(4, 4), (X,)), (other, array(4, 4), (X,))) == 2
+
+
+@pytest.mark.parametrize(
+    ("w", "x"), [((4, 5), (2, 4)), ((4, 4), (3, 4)), ((4, 4), (4,))], ids=["weights", "inputs", "ranks"]
+)
+def test_shapes_are_kept_apart(w, x):
+    apply = lambda w, x: x @ w  # noqa: E731
+    assert families((apply, array(4, 4), (X,)), (apply, array(*w), (array(*x),))) == 2
+
+
+def test_dtypes_are_kept_apart():
+    apply = lambda w, x: (x * 2).sum() + w  # noqa: E731
+    assert families((apply, jnp.float32(1), (X,)), (apply, jnp.int32(1), (jnp.ones((2, 4), int),))) == 2
+
+
+def test_explain_names_the_literal():
+    def scaled(by):
+        return lambda w, x: jnp.tanh(x @ w) * by
+
+    scales = {"a": 0.5, "b": 0.25, "c": 0.5}
+    fused = coalesce.fuse([coalesce.trace(scaled(by), array(4, 4), X, name=name) for name, by in scales.items()])
+    assert fused.report.families == 2
+    [line] = [line for line in fused.explain().splitlines() if "differ in" in line]
+    assert "a literal: mul has 0.5 in family 0 and 0.25 in family 1 at " in line
+    assert f"{__file__}:{scaled.__code__.co_firstlineno + 1}" in line
+    assert "make it an array in params" in line
+
+
+def test_explain_names_the_literal_inside_a_loop():
+    def decay(by):
+        return lambda w, x: lax.fori_loop(0, 3, lambda _, c: jnp.sin(c @ w) * by, x)
+
+    fused = coalesce.fuse([coalesce.trace(decay(b), array(4, 4), X, name=f"by{b}") for b in (0.5, 0.25)])
+    assert "mul has 0.5 in family 0 and 0.25 in family 1" in fused.explain()
+
+
+def test_explain_is_silent_about_literals_where_more_differs():
+    fused = coalesce.fuse(
+        [
+            coalesce.trace(lambda w, x: jnp.sin(x @ w) * 2.0, array(4, 4), X, name="a"),
+            coalesce.trace(lambda w, x: jnp.cos(x @ w) * 3.0, array(4, 4), X, name="b"),
+        ]
+    )
+    assert "differ in" not in fused.explain()

@@ -1,0 +1,236 @@
+"""What `trace` accepts: every kind of input, output and parameter that a JAX function may have, and what becomes of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+import coalesce
+from tests.alone import assert_same, check_fused
+
+RNG = np.random.default_rng(0)
+
+
+def array(*shape, dtype=np.float32):
+    return jnp.asarray(RNG.standard_normal(shape), dtype)
+
+
+def three(fn, params, inputs):
+    """Three tenants of one function; `params` and `inputs` are thunks, so that each gets values of its own."""
+    return [(fn, params(), inputs()) for _ in range(3)]
+
+
+def weights():
+    return array(4, 4)
+
+
+def inputs():
+    return (array(2, 4),)
+
+
+# ---- pytrees -------------------------------------------------------------------------------------------------------
+
+
+def test_nested_pytrees_in_and_out():
+    def apply(params, batch, extra):
+        hidden = batch["x"] @ params["layers"][0]["w"] + params["layers"][0]["b"][None]
+        return {"hidden": hidden, "more": (hidden * extra[0], [extra[1], None]), "empty": {}}
+
+    fused = check_fused(
+        three(
+            apply,
+            lambda: {"layers": [{"w": array(4, 3), "b": array(3)}], "none": None},
+            lambda: ({"x": array(2, 4), "unused": array(1)}, (array(2, 3), array(5))),
+        )
+    )
+    assert fused.report.families == 1
+
+
+def test_outputs_that_are_inputs_weights_or_constants():
+    constant = np.arange(3, dtype=np.int32)
+
+    def apply(w, x, unused):
+        return x, w, constant, 7, 2.5, True, x, jnp.zeros(2), unused
+
+    check_fused(three(apply, weights, lambda: (array(2, 4), array(2))))
+
+
+def test_no_inputs_and_no_params():
+    check_fused(three(lambda w: jnp.sin(w), weights, tuple))
+    check_fused(three(lambda _, x: jnp.sin(x), dict, inputs))
+    check_fused(three(lambda _: jnp.arange(3), tuple, tuple))
+
+
+def test_arrays_without_elements_and_without_dimensions():
+    check_fused(three(lambda w, x: (x @ w, x.sum(), x.size), lambda: array(4, 0), inputs))
+    check_fused(three(lambda w, x: w * x, lambda: array(), lambda: (array(),)))
+
+
+# ---- dtypes --------------------------------------------------------------------------------------------------------
+
+
+def test_integers_bools_and_bfloat16():
+    def apply(params, tokens, mask, x):
+        rows = jnp.where(mask[:, None], params["table"][tokens], 0)
+        return rows + x, tokens + params["offset"], ~mask, (tokens > 2) | mask
+
+    fused = check_fused(
+        three(
+            apply,
+            lambda: {"table": array(9, 4, dtype=jnp.bfloat16), "offset": jnp.int8(3)},
+            lambda: (jnp.array([1, 8, 3], jnp.int8), jnp.array([True, False, True]), array(3, 4, dtype=jnp.bfloat16)),
+        )
+    )
+    assert fused.report.families == 1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "uint8", "int16", "uint32", "complex64", "float8_e4m3fn"])
+def test_every_dtype_passes(dtype):
+    check_fused(three(lambda w, x: (lax.neg(w), jnp.stack([x, w])), lambda: jnp.ones(3, dtype), lambda: (jnp.ones(3, dtype),)))
+
+
+def test_python_scalars():
+    def apply(params, x, scale, flag):
+        return x @ params["w"] * scale + params["bias"], scale * 2, jnp.where(flag, x, -x)
+
+    tenants = three(apply, lambda: {"w": array(4, 4), "bias": 0.5}, lambda: (array(2, 4), 3, True))
+    fused = check_fused(tenants)
+    results = fused([(x, 4, False) for _, _, (x, _, _) in tenants])
+    assert_same(results[1], jax.jit(apply)(tenants[1][1], tenants[1][2][0], 4, False))
+
+
+def test_numpy_params_and_inputs():
+    fused = check_fused(three(lambda w, x: x @ w, lambda: RNG.standard_normal((4, 4), np.float32), inputs))
+    results = fused([(np.ones((2, 4), np.float32),)] * 3)
+    assert all(isinstance(r, jax.Array) for r in results)
+
+
+def test_64_bit_numpy_arrays_become_32_bit_as_under_jit():
+    check_fused(three(lambda w, x: (x * w, w), lambda: np.arange(4), lambda: (np.arange(4),)))
+    check_fused(three(lambda w, x: (x * w, w), lambda: np.arange(4.0), lambda: (np.arange(4.0),)))
+
+
+# ---- PRNG keys -----------------------------------------------------------------------------------------------------
+
+KEYS = {
+    "raw threefry": lambda seed: jax.random.PRNGKey(seed),
+    "raw rbg": lambda seed: jax.random.key_data(jax.random.key(seed, impl="rbg")),
+    "typed threefry": lambda seed: jax.random.key(seed),
+    "typed rbg": lambda seed: jax.random.key(seed, impl="rbg"),
+    "typed unsafe_rbg": lambda seed: jax.random.key(seed, impl="unsafe_rbg"),
+}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_keys_as_inputs(kind):
+    """Random bits are each tenant's own, bit for bit; keys come back as keys."""
+
+    def apply(w, key, x):
+        if kind == "raw rbg":
+            key = jax.random.wrap_key_data(key, impl="rbg")
+        ours, theirs = jax.random.split(key)
+        noise = jax.random.bits(ours, x.shape) if w.ndim else None
+        return noise, jax.random.randint(theirs, (3,), 0, 100), x @ w, theirs, jax.random.fold_in(key, 3)
+
+    tenants = [(apply, array(4, 4), (KEYS[kind](seed), array(2, 4))) for seed in range(3)]
+    assert check_fused(tenants).report.families == 1
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_arrays_of_keys(impl):
+    apply = lambda w, keys: (jax.vmap(lambda k: jax.random.bits(k, (2,)))(keys), keys[1:], w)  # noqa: E731
+    check_fused([(apply, array(3), (jax.random.split(jax.random.key(s, impl=impl), 4),)) for s in range(3)])
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_keys_in_params_and_closed_over(impl):
+    constant = jax.random.key(7, impl=impl)
+
+    def apply(params, x):
+        bits = jax.random.bits(params["key"], x.shape), jax.random.bits(constant, (2,))
+        return x @ params["w"], bits, params["key"]
+
+    check_fused([(apply, {"key": jax.random.key(s, impl=impl), "w": array(4, 4)}, (array(2, 4),)) for s in range(3)])
+
+
+def test_key_leaves_of_nnx():
+    class Noisy(nnx.Module):
+        def __init__(self, seed):
+            self.rngs = nnx.Rngs(dropout=seed, params=seed)
+            self.dense = nnx.Linear(4, 4, rngs=self.rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=self.rngs)
+
+        def __call__(self, x):
+            return self.dropout(self.dense(x))
+
+    graph, _ = nnx.split(Noisy(0))
+    apply = lambda state, x: nnx.merge(graph, state)(x)  # noqa: E731
+    fused = check_fused([(apply, nnx.split(Noisy(seed))[1], (array(2, 4),)) for seed in range(3)])
+    assert (fused.report.families, fused.report.superkernels) == (1, 1)
+
+
+# ---- params --------------------------------------------------------------------------------------------------------
+
+
+def test_closed_over_arrays_and_unused_params():
+    table = np.asarray(array(3, 4))
+    device = array(3, 4)
+    apply = lambda p, x: (x @ p["w"] + table) * device  # noqa: E731
+    program = coalesce.trace(apply, {"w": array(4, 4), "unused": array(7)}, array(3, 4))
+    assert sorted((leaf.path, leaf.constant) for leaf in program.leaves) == [
+        ("['unused']", False), ("['w']", False), ("constant 0", True), ("constant 1", True)]  # fmt: skip
+    check_fused(three(apply, lambda: {"w": array(4, 4), "unused": array(7)}, lambda: (array(3, 4),)))
+
+
+def test_leaves_that_are_no_arrays_are_closed_over():
+    apply = lambda p, x: p["act"](x @ p["w"]) if p["mode"] == "on" else x  # noqa: E731
+    fused = check_fused(
+        [(apply, {"act": act, "mode": "on", "w": array(4, 4)}, inputs()) for act in (jnp.tanh, jnp.tanh, jnp.sin)]
+    )
+    assert fused.report.families == 2
+
+
+def test_abstract_params():
+    """Everything that reads no weight works; a call says what is missing."""
+    apply = lambda p, x: jnp.tanh(x @ p["w"] * jnp.sqrt(p["s"]))  # noqa: E731
+    params = {"w": jax.ShapeDtypeStruct((4, 4), jnp.float32), "s": jax.ShapeDtypeStruct((1, 4), jnp.float32)}
+    x = jax.ShapeDtypeStruct((2, 4), jnp.float32)
+    programs = [coalesce.trace(apply, params, x, name=name) for name in "ab"]
+    concrete = coalesce.trace(apply, {"w": array(4, 4), "s": array(1, 4)}, x, name="c")
+    fused = coalesce.fuse([*programs, concrete])
+    assert fused.report.superkernels == 1
+    assert "pack 0 x3" in fused.explain()
+    assert [v.aval.shape for v in fused.jaxpr.jaxpr.outvars] == [(2, 4)] * 3
+    assert fused.compile().cost_analysis() is not None
+    with pytest.raises(coalesce.TraceError, match="tenant 'a' was traced from ShapeDtypeStructs"):
+        fused([(array(2, 4),)] * 3)
+
+
+def test_abstract_keys():
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    program = coalesce.trace(lambda p, k: (jax.random.bits(k), jax.random.bits(p)), key, key)
+    assert coalesce.fuse([program]).jaxpr.jaxpr.outvars[0].aval.shape == ()
+
+
+def test_tenants_with_one_function_share_its_trace():
+    runs = []
+
+    def apply(w, x):
+        runs.append(1)
+        return x @ w
+
+    programs = [coalesce.trace(apply, array(4, 4), array(2, 4), name=name) for name in "abc"]
+    assert len(runs) == 1
+    assert programs[0].jaxpr is programs[1].jaxpr is programs[2].jaxpr
+    coalesce.trace(apply, array(4, 4), array(3, 4))
+    assert len(runs) == 2
+
+
+def test_trace_reads_no_array():
+    """A deleted array has a shape and no bytes."""
+    w, x = array(4, 4), array(2, 4)
+    w.delete()
+    x.delete()
+    assert str(coalesce.trace(lambda w, x: x @ w, w, x, name="a")).startswith("a(%0:f32[4,4] | %1:f32[2,4])")
