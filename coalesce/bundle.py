@@ -102,7 +102,11 @@ class Step:
     site: str
     eqn: J.Eqn
     each: str = ""
-    alone: tuple[Member, ...] = ()  # heavy ops inside an equation that runs lane by lane
+    alone: tuple[Member, ...] = ()  # heavy ops inside an equation that is not walked into
+
+    @property
+    def why_alone(self) -> str:
+        return self.each or f"inside {self.eqn.primitive.name}, which runs as it is"
 
 
 @dataclass(frozen=True, eq=False)

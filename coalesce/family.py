@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ class Family:
     n_weights: int
     lanes: tuple[Lane, ...]
     rows: tuple[tuple[int, ...], ...]  # rows[w][lane]: which row of the weight's array the lane reads
+    owners: tuple[tuple[tuple[int, int], ...], ...]  # owners[w][row]: the (tenant, prepared weight) that the row holds
 
     @property
     def width(self) -> int:
@@ -63,29 +64,38 @@ def find_families(programs: Sequence[Program]) -> tuple[Family, ...]:
             form = forms[id(program.jaxpr)] = canonical(program.jaxpr, program.n_weights)
         found.setdefault(form.key, []).append((i, form))
     numbers = ValueNumbers()
-    return tuple(family([(i, programs[i], form) for i, form in group], numbers) for group in found.values())
+    tokens = [weight_tokens(p, numbers) for p in programs]
+    # Equal values have one owner in the whole bundle, so that families too keep one copy of what they share.
+    owner: dict[Hashable, tuple[int, int]] = {}
+    for i, row in enumerate(tokens):
+        for w, token in enumerate(row):
+            owner.setdefault(token, (i, w))
+    return tuple(family([(i, programs[i], form) for i, form in g], tokens, owner) for g in found.values())
 
 
-def family(group: Sequence[tuple[int, Program, Canonical]], numbers: ValueNumbers) -> Family:
+def family(
+    group: Sequence[tuple[int, Program, Canonical]],
+    tokens: Sequence[Sequence[Hashable]],
+    owner: Mapping[Hashable, tuple[int, int]],
+) -> Family:
+    """A family from its tenants: (tenant, its program, the canonical form of it)."""
     _, first, form = group[0]
     n = first.n_weights
     args = J.invars(first.jaxpr)
-    weights, inputs = [a for a in form.args if a < n], [a for a in form.args if a >= n]
-    jaxpr = J.close([args[a] for a in [*weights, *inputs]], form.eqns, J.outvars(first.jaxpr), "family")
-    lanes = [
-        (
-            Lane(
-                i,
-                tuple(a for a in f.args if a < p.n_weights),
-                tuple(a - p.n_weights for a in f.args if a >= p.n_weights),
-            ),
-            weight_tokens(p, numbers),
-        )
-        for i, p, f in group
-    ]
-    lanes = by_share_group(lanes)
-    rows = tuple(row_numbers([tokens[lane.weights[w]] for lane, tokens in lanes]) for w in range(len(weights)))
-    return Family(jaxpr, len(weights), tuple(lane for lane, _ in lanes), rows)
+    order = [a for a in form.args if a < n] + [a for a in form.args if a >= n]
+    jaxpr = J.close([args[a] for a in order], form.eqns, J.outvars(first.jaxpr), "family")
+    lanes = by_share_group([lane_of(i, p, f) for i, p, f in group], tokens)
+    rows, owners = [], []
+    for w in range(sum(a < n for a in order)):
+        column = [tokens[lane.tenant][lane.weights[w]] for lane in lanes]
+        rows.append(row_numbers(column))
+        owners.append(tuple(owner[token] for token in dict.fromkeys(column)))
+    return Family(jaxpr, len(rows), tuple(lanes), tuple(rows), tuple(owners))
+
+
+def lane_of(tenant: int, program: Program, form: Canonical) -> Lane:
+    n = program.n_weights
+    return Lane(tenant, tuple(a for a in form.args if a < n), tuple(a - n for a in form.args if a >= n))
 
 
 def row_numbers(tokens: Sequence[Hashable]) -> tuple[int, ...]:
@@ -94,12 +104,12 @@ def row_numbers(tokens: Sequence[Hashable]) -> tuple[int, ...]:
     return tuple(numbers.setdefault(t, len(numbers)) for t in tokens)
 
 
-def by_share_group(lanes: list[tuple[Lane, list[Hashable]]]) -> list[tuple[Lane, list[Hashable]]]:
+def by_share_group(lanes: Sequence[Lane], tokens: Sequence[Sequence[Hashable]]) -> list[Lane]:
     """Lanes with the same shared arrays side by side, so that a group is a contiguous run of lanes."""
-    counts = Counter(token for _, tokens in lanes for token in set(tokens))
-    groups: dict[Hashable, list[tuple[Lane, list[Hashable]]]] = {}
+    counts = Counter(token for lane in lanes for token in {tokens[lane.tenant][w] for w in lane.weights})
+    groups: dict[Hashable, list[Lane]] = {}
     for lane in lanes:
-        shared = tuple(t for t in lane[1] if counts[t] > 1)
+        shared = tuple(t for t in (tokens[lane.tenant][w] for w in lane.weights) if counts[t] > 1)
         groups.setdefault(shared, []).append(lane)
     return [lane for group in groups.values() for lane in group]
 

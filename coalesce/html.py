@@ -148,7 +148,7 @@ class Column:
             el(
                 "header",
                 el("h2", f"family {self.index} ", el("small", first.name if width == 1 else f"{width} tenants")),
-                el("p", f"{each}{first.heavy_ops} heavy, {first.alone} alone, {first.padding_waste:.1%} padding"),
+                el("p", f"{each}{first.heavy_ops} heavy ops, {first.alone} alone, {first.padding_waste:.1%} padding"),
                 details(plural(width, "tenant"), ", ".join(t.name for t in self.tenants)),
                 details(
                     f"{plural(len(weights), 'weight')}, {plural(len(inputs), 'input')}",
@@ -198,19 +198,21 @@ class Column:
             yield el("ol", *rows, self.results(region))
 
     def line(self, eqn: J.Eqn, site: str, facts: Iterable[str] = (), kind: str = "", pack: Pack | None = None) -> Html:
-        """An equation, with what is known of it in its title."""
-        text = equation(eqn, self.names)
-        left, primitive, right = text.partition(eqn.primitive.name)
-        operands = ", ".join(map(self.operand, eqn.invars))
-        about = [text, *facts, f"operands: {operands or 'none'}", f"source: {J.source(eqn) or 'unknown'}"]
-        alone = pack is not None and pack.width == 1
+        """An equation in short, and in its title all that is known of it."""
+        operands, outs = [self.operand(a) for a in eqn.invars], [v for v in eqn.outvars if not J.is_drop(v)]
+        about = [equation(eqn, self.names), *facts, f"operands: {', '.join(operands) or 'none'}"]
+        about.append(f"source: {J.source(eqn) or 'unknown'}")
+        left = ", ".join(self.names(v) for v in outs[:2]) + ", .." * (len(outs) > 2) + " = " * bool(outs)
+        together = pack is not None and pack.width > 1
+        kind += " alone" * (pack is not None and not together)
         return el(
             "div",
-            el("span", site, class_="site"),
-            el("code", left, el("b", primitive), right),
-            el("span", str(pack.index) if pack and not alone else "alone" if "heavy" in kind else "", class_="tag"),
+            el("span", site.rpartition(".")[2], class_="site"),
+            el("code", left, el("b", eqn.primitive.name), *(f" {self.names(a)}" for a in eqn.invars)),
+            el("code", J.short(outs[0].aval) if len(outs) == 1 else "", class_="type"),
+            el("span", str(pack.index) if together else "alone" * ("alone" in kind), class_="tag"),
             el("i"),
-            class_=f"eqn {kind}{' alone' * alone}".strip(),
+            class_=f"eqn {kind}".strip(),
             id=f"f{self.index}-{site}",
             data_pack=pack.index if pack else None,
             style=hue(pack) if pack else None,

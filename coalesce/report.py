@@ -59,7 +59,7 @@ def alone_members(bundle: Bundle) -> list[tuple[Member, str]]:
         if isinstance(item, Pack) and item.width == 1:
             found.append((item.members[0], item.reason))
         if isinstance(item, Step):
-            found.extend((m, item.each) for m in item.alone)
+            found.extend((m, item.why_alone) for m in item.alone)
     return found
 
 

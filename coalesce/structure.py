@@ -40,22 +40,23 @@ def aval_key(aval: Any) -> Key:
     return (aval.shape, str(aval.dtype)) if hasattr(aval, "shape") else str(aval)
 
 
-def eqn_key(eqn: J.Eqn) -> Key:
+def eqn_key(eqn: J.Eqn, literals: bool = True) -> Key:
     """Primitive, parameters, context and result types; everything but the operands."""
-    params = tuple((k, value_key(v)) for k, v in sorted(eqn.params.items()) if k not in MEANINGLESS)
+    params = tuple((k, value_key(v, literals)) for k, v in sorted(eqn.params.items()) if k not in MEANINGLESS)
     if eqn.primitive.name == "scan":
         scan = J.as_scan(eqn)
         params += (("split", (len(scan.consts), len(scan.init), len(scan.xs))),)
     return (eqn.primitive.name, params, J.context_key(eqn), tuple(aval_key(v.aval) for v in eqn.outvars))
 
 
-def value_key(value: Any) -> Key:
+def value_key(value: Any, literals: bool = True) -> Key:
+    """A parameter's value, hashable; regions by their structure."""
     if J.is_jaxpr(value):
-        return canonical(J.closed(value), positional=True).key
+        return canonical(J.closed(value), positional=True, literals=literals).key
     if isinstance(value, tuple | list):
-        return tuple(map(value_key, value))
+        return tuple(value_key(v, literals) for v in value)
     if isinstance(value, dict):
-        return tuple((k, value_key(v)) for k, v in sorted(value.items()))
+        return tuple((k, value_key(v, literals)) for k, v in sorted(value.items()))
     if isinstance(value, np.ndarray):
         return (value.dtype.name, value.shape, value.tobytes())
     if isinstance(value, bool | int | float):
@@ -99,7 +100,7 @@ def canonical(jaxpr: ClosedJaxpr, n_weights: int = 0, positional: bool = False, 
         for k, var in enumerate(eqn.outvars):
             number[var] = ("eqn", len(order), k)
         order.append(eqn)
-        keys.append((eqn_key(eqn), operands))
+        keys.append((eqn_key(eqn, literals), operands))
 
     done: set[int] = set()
     roots: Iterable[J.Eqn] = [producer[v] for v in J.outvars(jaxpr) if not isinstance(v, J.Literal) and v in producer]

@@ -57,6 +57,14 @@ def ordered_dot(lhs, rhs, *, left, right, dimension_numbers, **params):
     return lax.dot_general(lax.transpose(lhs, left), lax.transpose(rhs, right), numbers, **keep(params))
 
 
+def result_type_named(view: View) -> Answer:
+    """`nn.Dense` leaves preferred_element_type out where `jnp.einsum` writes down the type that it defaults to."""
+    (lhs, rhs), out = (a.aval for a in view.eqn.invars), view.eqn.outvars[0].aval
+    if view.eqn.params["preferred_element_type"] is not None or not lhs.dtype == rhs.dtype == out.dtype:
+        return None
+    return view.eqn.replace(params={**view.eqn.params, "preferred_element_type": out.dtype})
+
+
 # ---- conv_general_dilated ------------------------------------------------------------------------------------------
 
 
@@ -89,7 +97,7 @@ def windows_apart(view: View) -> Answer:
         return None
     kernel, strides = rhs.aval.shape[:-2], params["window_strides"]
     grouped = params["feature_group_count"] != 1 or params["batch_group_count"] != 1
-    dilated = set(params["lhs_dilation"]) - {1} or any(d > 1 and k > 1 for d, k in zip(params["rhs_dilation"], kernel))
+    dilated = set(params["lhs_dilation"]) - {1} or any(d > 1 and k > 1 for d, k in zip(params["rhs_dilation"], kernel, strict=True))
     pointwise = all(k == 1 for k in kernel)
     patches = tuple(kernel) == tuple(strides) and all(p == (0, 0) for p in params["padding"])
     single = all(o == 1 for o in view.eqn.outvars[0].aval.shape[1:-1]) and all(p == (0, 0) for p in params["padding"])
@@ -204,7 +212,7 @@ def keep(params: dict[str, Any]) -> dict[str, Any]:
 
 
 RULES: Rules = {
-    "dot_general": (weights_on_the_right, dimensions_in_order),
+    "dot_general": (weights_on_the_right, dimensions_in_order, result_type_named),
     "conv_general_dilated": (channels_last, windows_apart),
     "broadcast_in_dim": (as_reshape,),
     "squeeze": (as_reshape,),

@@ -111,14 +111,15 @@ class Scheduler:
         flags = [not isinstance(a, J.Literal) and marks[a] for a in eqn.invars]
         name = eqn.primitive.name
         decides = self.decides(eqn, flags)
-        each = why_lane_by_lane(eqn, decides, self.options.pack_unbounded_loops) if self.family.width > 1 else ""
-        if each and (any(flags) or eqn.effects):
+        differs = self.family.width > 1 and (any(flags) or bool(eqn.effects))
+        each = why_lane_by_lane(eqn, decides, self.options.pack_unbounded_loops) if differs else ""
+        if name not in J.REGIONS or each:
             inside = [e for sub in J.subjaxprs(eqn) for e in heavy_eqns(sub)]
-            alone = [Member(self.index, f"{site}.{i}", e, heavy_op(e), self.family.width, True, True, None)
-                     for i, e in enumerate(inside)]  # fmt: skip
-            return Step(self.index, site, eqn, each, tuple(alone))
-        if name not in J.REGIONS:
-            return Step(self.index, site, eqn)
+            width = self.family.width
+            alone = tuple(
+                Member(self.index, f"{site}.{i}", e, heavy_op(e), width, True, True, None) for i, e in enumerate(inside)
+            )
+            return Step(self.index, site, eqn, each, alone)
         labels = {"scan": ("body",), "while": ("cond", "body")}.get(name, [f"branch{i}" for i in range(99)])
         bodies = []
         region_varies, varies = self.region_flags(eqn, flags, decides)

@@ -50,10 +50,8 @@ def rows_of(
     family: Family, weight: int, layout: Layout
 ) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...], str, Layout]:
     """The fields of the Array that holds one weight of a family."""
-    rows = family.rows[weight]
-    lanes = [family.lanes[rows.index(r)] for r in range(max(rows) + 1)]
     aval = family.weights[weight].aval
-    return tuple((lane.tenant, lane.weights[weight]) for lane in lanes), layout.of(aval.shape), str(aval.dtype), layout
+    return family.owners[weight], layout.of(aval.shape), str(aval.dtype), layout
 
 
 def light_reads(bundle: Bundle, index: int, family: Family) -> set[int]:

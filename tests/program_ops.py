@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from hypothesis import strategies as st
 from jax import lax
 
@@ -179,7 +178,7 @@ def positions(draw: Any, scope: Scope, i: int) -> Op | None:
     """Integers and bools from exact floats."""
     if not scope.exact[i]:
         return None
-    how = draw(st.sampled_from([lambda v: jnp.argmax(v.reshape(-1)), lambda v: v > 0, lambda v: jnp.floor(v).astype(int)]))
+    how = draw(st.sampled_from([lambda v: jnp.argmax(v.reshape(-1)), lambda v: v > 0, lambda v: jnp.floor(v).astype(jnp.int32)]))
     return Op("positions", (i,), (), lambda _, v: how(v), exact=True)
 
 
@@ -194,9 +193,7 @@ def boolean(draw: Any, scope: Scope, i: int) -> Op:
 
 def selected(draw: Any, scope: Scope, i: int) -> Op:
     j, k = (draw(st.sampled_from(scope.candidates("f"))) for _ in "ab")
-    dtype = np.dtype(scope.values[j].dtype)
-    return Op("where", (i, j, k), (), lambda _, m, a, b: jnp.where(fit(m, Aval(a.shape, jnp.bool_)), a, fit(
-        b, Aval(a.shape, dtype)).astype(a.dtype)), exact=True)  # fmt: skip
+    return Op("where", (i, j, k), (), lambda _, m, a, b: jnp.where(jnp.resize(m, a.shape), a, fit(b, a)), exact=True)
 
 
 LIGHT = {
