@@ -62,9 +62,10 @@ def family_lines(bundle: Bundle) -> Iterator[str]:
     for split in literal_splits(bundle.families):
         i, j = split.families
         at = f" at {split.source}" if split.source else ""
+        ours, theirs = split.literals
         yield (
-            f"families {i} and {j} differ in one kind of thing, a literal: {split.primitive} has {split.literals[0]} in "
-            f"family {i} and {split.literals[1]} in family {j}{at}; make it an array in params to run them as one family"
+            f"families {i} and {j} differ in a literal alone: {split.primitive} has {ours} in family {i} and {theirs} in "
+            f"family {j}{at}; make it an array in params to run them as one family"
         )
 
 

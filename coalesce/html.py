@@ -170,7 +170,8 @@ class Column:
 
     def row(self, eqn: J.Eqn, site: str, item: Item) -> Html:
         if isinstance(item, Pack):
-            return el("li", self.line(eqn, site, pack_facts(item, self.bundle), "heavy", item))
+            kind = "heavy" if item.width > 1 else "heavy alone"
+            return el("li", self.line(eqn, site, pack_facts(item, self.bundle), kind, item))
         if isinstance(item, Loop):
             inner: list[Html] = []
             for label, body, region in zip(region_labels(eqn), item.bodies, J.regions(eqn), strict=True):
@@ -200,23 +201,22 @@ class Column:
     def line(self, eqn: J.Eqn, site: str, facts: Iterable[str] = (), kind: str = "", pack: Pack | None = None) -> Html:
         """An equation in short, and in its title all that is known of it."""
         operands, outs = [self.operand(a) for a in eqn.invars], [v for v in eqn.outvars if not J.is_drop(v)]
-        about = [equation(eqn, self.names), *facts, f"operands: {', '.join(operands) or 'none'}"]
-        about.append(f"source: {J.source(eqn) or 'unknown'}")
+        where = [f"source: {J.source(eqn) or 'unknown'}", f"operands: {', '.join(operands) or 'none'}"]
         left = ", ".join(self.names(v) for v in outs[:2]) + ", .." * (len(outs) > 2) + " = " * bool(outs)
-        together = pack is not None and pack.width > 1
-        kind += " alone" * (pack is not None and not together)
+        right = [f" {self.names(a)}" for a in eqn.invars]
+        type_ = J.short(outs[0].aval) if len(outs) == 1 else ""
+        tag = "alone" if "alone" in kind else str(pack.index) if pack else ""
         return el(
             "div",
             el("span", site.rpartition(".")[2], class_="site"),
-            el("code", left, el("b", eqn.primitive.name), *(f" {self.names(a)}" for a in eqn.invars)),
-            el("code", J.short(outs[0].aval) if len(outs) == 1 else "", class_="type"),
-            el("span", str(pack.index) if together else "alone" * ("alone" in kind), class_="tag"),
+            el("span", el("code", left, el("b", eqn.primitive.name), *right), el("code", type_), class_="what"),
+            el("span", tag, class_="tag"),
             el("i"),
             class_=f"eqn {kind}".strip(),
             id=f"f{self.index}-{site}",
             data_pack=pack.index if pack else None,
             style=hue(pack) if pack else None,
-            title="\n".join(about),
+            title="\n".join([equation(eqn, self.names), *where, *facts]),
         )
 
     def operand(self, atom: J.Atom) -> str:
@@ -239,7 +239,8 @@ def pack_facts(pack: Pack, bundle: Bundle) -> Iterator[str]:
     if pack.width > 1:
         folds = [fold(m, bundle.families[m.family]) for m in pack.members]
         yield f"members: {', '.join(member_text(m, bundle) for m in pack.members)}"
-        yield f"problems: {sum(f.groups for f in folds)}, of {plural(max(f.per_group for f in folds), 'lane')} each"
+        per_group = max(f.per_group for f in folds)
+        yield f"problems: {sum(f.groups for f in folds)} different right operands, {plural(per_group, 'lane')} on each"
         yield f"padding: {padding(pack, bundle)}"
     if pack.array is not None:
         array = bundle.arrays[pack.array]

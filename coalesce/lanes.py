@@ -37,6 +37,7 @@ class Banked:
 
 
 LaneValue = Shared | Stacked | Banked
+Env = dict[tuple[int, Any], LaneValue]  # (family, variable) -> its value, in one scope
 
 
 def read_bank(value: LaneValue) -> Shared | Stacked:

@@ -15,11 +15,21 @@ import jax.numpy as jnp
 from coalesce import jaxpr as J
 from coalesce.bundle import Bundle, Fold, fold, Loop, Member, Pack, Schedule, Step
 from coalesce.kernels import KERNELS
-from coalesce.lanes import apply, apply_each, Banked, from_lanes, lane, LaneValue, read_bank, Shared, Stacked, take
+from coalesce.lanes import (
+    apply,
+    apply_each,
+    Banked,
+    Env,
+    from_lanes,
+    lane,
+    LaneValue,
+    read_bank,
+    Shared,
+    Stacked,
+    take,
+)
 from coalesce.layout import Layout
 from coalesce.lower_control import lower_loop
-
-Env = dict[tuple[int, Any], LaneValue]
 
 
 def lower(bundle: Bundle) -> Callable[[Sequence[Any], Sequence[Sequence[Any]]], list[list[Any]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TYPE_CHECKING
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,15 @@ from jax import lax
 
 from coalesce import jaxpr as J
 from coalesce.bundle import Loop, Schedule
-from coalesce.lanes import LaneValue, read_bank, Shared, Stacked, stacked
+from coalesce.lanes import Env, LaneValue, read_bank, Shared, Stacked, stacked
 
-if TYPE_CHECKING:
-    from coalesce.lower import Env, Walk
+
+class Walk(Protocol):
+    """What loops need of the walk that runs them."""
+
+    def width(self, family: int) -> int: ...
+    def read(self, env: Env, family: int, atom: J.Atom) -> LaneValue: ...
+    def run(self, schedule: Schedule, env: Env) -> None: ...
 
 
 def lower_loop(walk: Walk, loop: Loop, env: Env) -> list[LaneValue]:

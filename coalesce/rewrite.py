@@ -35,6 +35,14 @@ class View:
     producer: Mapping[Any, J.Eqn]
     weight_only: frozenset[Any] | set[Any]
 
+    @property
+    def operands(self) -> list[Any]:
+        return list(self.eqn.invars)
+
+    @property
+    def result(self) -> Any:
+        return self.eqn.outvars[0]
+
     def definition(self, atom: J.Atom, primitive: str) -> J.Eqn | None:
         """The equation that made `atom`, if it is of that primitive."""
         made = None if isinstance(atom, J.Literal) else self.producer.get(atom)

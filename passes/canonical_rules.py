@@ -14,7 +14,7 @@ from coalesce.rewrite import Answer, Rules, Staged, View
 
 
 def weights_on_the_right(view: View) -> Answer:
-    lhs, rhs = view.eqn.invars
+    lhs, rhs = view.operands
     if not view.is_weight(lhs) or view.is_weight(rhs):
         return None
     return Staged(swapped_dot, [rhs, lhs], freeze(view.eqn.params))
@@ -31,7 +31,7 @@ def swapped_dot(rhs, lhs, *, dimension_numbers, **params):
 
 
 def dimensions_in_order(view: View) -> Answer:
-    lhs, rhs = view.eqn.invars
+    lhs, rhs = view.operands
     ((lc, rc), (lb, rb)) = view.eqn.params["dimension_numbers"]
     left, right, numbers = ordered_dimensions(lhs.aval.ndim, rhs.aval.ndim, lc, rc, lb, rb)
     if (tuple(lc), tuple(rc), tuple(lb), tuple(rb)) == (*numbers[0], *numbers[1]):
@@ -59,7 +59,7 @@ def ordered_dot(lhs, rhs, *, left, right, dimension_numbers, **params):
 
 def result_type_named(view: View) -> Answer:
     """`nn.Dense` leaves preferred_element_type out where `jnp.einsum` writes down the type that it defaults to."""
-    (lhs, rhs), out = (a.aval for a in view.eqn.invars), view.eqn.outvars[0].aval
+    (lhs, rhs), out = (a.aval for a in view.operands), view.result.aval
     if view.eqn.params["preferred_element_type"] is not None or not lhs.dtype == rhs.dtype == out.dtype:
         return None
     return view.eqn.replace(params={**view.eqn.params, "preferred_element_type": out.dtype})
@@ -69,10 +69,10 @@ def result_type_named(view: View) -> Answer:
 
 
 def channels_last(view: View) -> Answer:
-    spec, n = view.eqn.params["dimension_numbers"], view.eqn.invars[0].aval.ndim
+    spec, n = view.eqn.params["dimension_numbers"], view.operands[0].aval.ndim
     if spec == last_numbers(n):
         return None
-    return Staged(transposed_conv, view.eqn.invars, freeze(view.eqn.params))
+    return Staged(transposed_conv, view.operands, freeze(view.eqn.params))
 
 
 def last_numbers(ndim: int) -> lax.ConvDimensionNumbers:
@@ -92,19 +92,21 @@ def transposed_conv(lhs, rhs, *, dimension_numbers, **params):
 
 def windows_apart(view: View) -> Answer:
     """1x1 kernels and kernels whose windows do not overlap: each input element is read at most once."""
-    params, (lhs, rhs) = view.eqn.params, view.eqn.invars
+    params, (lhs, rhs) = view.eqn.params, view.operands
     if params["dimension_numbers"] != last_numbers(lhs.aval.ndim) or 0 in lhs.aval.shape:
         return None
     kernel, strides = rhs.aval.shape[:-2], params["window_strides"]
     grouped = params["feature_group_count"] != 1 or params["batch_group_count"] != 1
-    dilated = set(params["lhs_dilation"]) - {1} or any(d > 1 and k > 1 for d, k in zip(params["rhs_dilation"], kernel, strict=True))
+    dilated = set(params["lhs_dilation"]) - {1} or any(
+        d > 1 and k > 1 for d, k in zip(params["rhs_dilation"], kernel, strict=True)
+    )
     pointwise = all(k == 1 for k in kernel)
     patches = tuple(kernel) == tuple(strides) and all(p == (0, 0) for p in params["padding"])
-    single = all(o == 1 for o in view.eqn.outvars[0].aval.shape[1:-1]) and all(p == (0, 0) for p in params["padding"])
+    single = all(o == 1 for o in view.result.aval.shape[1:-1]) and all(p == (0, 0) for p in params["padding"])
     if grouped or dilated or not (pointwise or patches or single):
         return None
     options = {k: params[k] for k in ("window_strides", "padding", "precision", "preferred_element_type")}
-    return Staged(dot_of_windows, view.eqn.invars, freeze(options))
+    return Staged(dot_of_windows, view.operands, freeze(options))
 
 
 def dot_of_windows(lhs, rhs, *, window_strides, padding, precision, preferred_element_type):
@@ -133,7 +135,7 @@ def dot_of_windows(lhs, rhs, *, window_strides, padding, precision, preferred_el
 
 def as_reshape(view: View) -> Answer:
     """broadcast_in_dim, squeeze, expand_dims and transpose that only move unit dimensions."""
-    (operand, *dynamic), out = view.eqn.invars, view.eqn.outvars[0]
+    (operand, *dynamic), out = view.operands, view.result
     if dynamic or isinstance(operand, J.Literal) or np.prod(operand.aval.shape) != np.prod(out.aval.shape):
         return None
     if view.eqn.primitive.name == "broadcast_in_dim" and 0 in out.aval.shape:
@@ -150,8 +152,8 @@ def reshape(x, *, shape):
 
 
 def merge_reshapes(view: View) -> Answer:
-    operand, out = view.eqn.invars[0], view.eqn.outvars[0]
-    if view.eqn.params["dimensions"] is not None or len(view.eqn.invars) > 1 or isinstance(operand, J.Literal):
+    operand, out = view.operands[0], view.result
+    if view.eqn.params["dimensions"] is not None or len(view.operands) > 1 or isinstance(operand, J.Literal):
         return None
     if operand.aval.shape == out.aval.shape:
         return [operand]
@@ -162,7 +164,7 @@ def merge_reshapes(view: View) -> Answer:
 
 
 def merge_transposes(view: View) -> Answer:
-    (operand,), order = view.eqn.invars, view.eqn.params["permutation"]
+    (operand,), order = view.operands, view.eqn.params["permutation"]
     if tuple(order) == tuple(range(len(order))):
         return [operand]
     inner = view.definition(operand, "transpose")
@@ -179,21 +181,21 @@ def transpose(x, *, order):
 
 
 def same_type(view: View) -> Answer:
-    (operand,), out = view.eqn.invars, view.eqn.outvars[0]
+    (operand,), out = view.operands, view.result
     return [operand] if not isinstance(operand, J.Literal) and operand.aval.dtype == out.aval.dtype else None
 
 
 def first_operand(view: View) -> Answer:
-    return [view.eqn.invars[0]]
+    return [view.operands[0]]
 
 
 def whole_slice(view: View) -> Answer:
-    operand, out = view.eqn.invars[0], view.eqn.outvars[0]
+    operand, out = view.operands[0], view.result
     return [operand] if operand.aval.shape == out.aval.shape else None
 
 
 def commute(view: View) -> Answer:
-    lhs, rhs = view.eqn.invars
+    lhs, rhs = view.operands
 
     def rank(atom: J.Atom) -> int:
         return 2 if isinstance(atom, J.Literal) else int(view.is_weight(atom))

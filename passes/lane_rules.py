@@ -25,7 +25,7 @@ def why_lane_by_lane(eqn: J.Eqn, decides: bool, pack_unbounded_loops: bool) -> s
         return LANE_BY_LANE[name]
     if eqn.effects and name not in J.REGIONS:
         return "it has a side effect, which runs once for each tenant"
-    if name == "random_bits" and not vmap_keeps_bits(eqn):
+    if not vmap_keeps_bits(eqn):
         return "batching this key implementation would give lanes other random bits"
     if name == "while":
         if decides and not pack_unbounded_loops:
@@ -47,9 +47,20 @@ def why_lane_by_lane(eqn: J.Eqn, decides: bool, pack_unbounded_loops: bool) -> s
 
 
 def batches(eqn: J.Eqn) -> bool:
-    return eqn.primitive in batching.fancy_primitive_batchers or eqn.primitive in batching.axis_primitive_batchers
+    return eqn.primitive in batching.fancy_primitive_batchers
+
+
+# Key primitives whose batching rule gives every lane its own bits, by the name of the key's dtype.
+KEEPS_BITS = {
+    "key<fry>": {"random_bits", "random_split", "random_fold_in", "random_gamma", "random_seed"},
+    "key<rbg>": {"random_split", "random_fold_in", "random_seed"},  # these are threefry's
+}
 
 
 def vmap_keeps_bits(eqn: J.Eqn) -> bool:
     """Threefry is a function of each key alone; the hardware generators are not, once batched."""
-    return "fry" in str(eqn.invars[0].aval.dtype)
+    name = eqn.primitive.name
+    if not name.startswith("random_") or name in ("random_wrap", "random_unwrap"):
+        return True
+    keys = {str(a.aval.dtype) for a in [*eqn.invars, *eqn.outvars] if J.is_key(a.aval)}
+    return all(name in KEEPS_BITS.get(key, ()) for key in keys)

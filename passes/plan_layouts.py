@@ -50,7 +50,7 @@ def rows_of(
     family: Family, weight: int, layout: Layout
 ) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...], str, Layout]:
     """The fields of the Array that holds one weight of a family."""
-    aval = family.weights[weight].aval
+    aval = J.aval_struct(family.weights[weight].aval)
     return family.owners[weight], layout.of(aval.shape), str(aval.dtype), layout
 
 

@@ -67,7 +67,7 @@ def branched(draw: Any, scope: Scope, i: int) -> Op | None:
         def branch(b: Block, part: Any) -> Any:
             return lambda operand: fit(b(part, [operand])[-1], Aval(like, v.dtype))
 
-        index = jnp.sum(by > 0, dtype=jnp.int32) % len(blocks)
+        index = jnp.sum(by if by.dtype == jnp.bool_ else by > 0, dtype=jnp.int32) % len(blocks)
         return lax.switch(index, [branch(b, part) for b, part in zip(blocks, parts, strict=True)], v)
 
     weights = tuple(w for b in blocks for w in b.weights)

@@ -1,0 +1,67 @@
+"""Everything that takes a jaxpr apart or puts one together, and every difference between JAX versions.
+
+The rest of the library sees these names. A *closed* jaxpr here has no constants: `trace` turns them into weights.
+Equations are rebuilt in two ways only: `respell` replaces operands and same-signature regions of an equation, and
+`stage` traces ordinary `lax` code, whose equations `Splicer` inlines. Control flow is never edited by hand: its
+parameters differ between versions, the signature of `lax.scan` does not.
+"""
+
+from coalesce.jaxpr.build import (
+    close as close,
+    constant as constant,
+    drop_dead as drop_dead,
+    fresh as fresh,
+    fresh_out as fresh_out,
+    read as read,
+    respell as respell,
+    separate_consts as separate_consts,
+    Splicer as Splicer,
+    stage as stage,
+    under as under,
+)
+from coalesce.jaxpr.control import (
+    as_cond as as_cond,
+    as_scan as as_scan,
+    as_while as as_while,
+    Cond as Cond,
+    region_args as region_args,
+    region_operands as region_operands,
+    REGIONS as REGIONS,
+    regions as regions,
+    Scan as Scan,
+    While as While,
+)
+from coalesce.jaxpr.keys import (
+    key_layout as key_layout,
+    key_struct as key_struct,
+)
+from coalesce.jaxpr.read import (
+    Atom as Atom,
+    aval_struct as aval_struct,
+    callee as callee,
+    CALLS as CALLS,
+    closed as closed,
+    context_key as context_key,
+    Eqn as Eqn,
+    invars as invars,
+    is_drop as is_drop,
+    is_jaxpr as is_jaxpr,
+    is_key as is_key,
+    Literal as Literal,
+    literal_value as literal_value,
+    nbytes as nbytes,
+    outvars as outvars,
+    short as short,
+    source as source,
+    struct_short as struct_short,
+    subjaxprs as subjaxprs,
+    Var as Var,
+    walk as walk,
+)
+from coalesce.jaxpr.run import (
+    bind as bind,
+    context_of as context_of,
+    evaluate as evaluate,
+    set_weak_type as set_weak_type,
+    verify as verify,
+)

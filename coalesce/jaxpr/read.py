@@ -1,0 +1,111 @@
+"""Reading a jaxpr: variables, types, sources, and what an equation holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.extend.core as jec
+import jax.extend.source_info_util as siu
+import numpy as np
+from jax.extend.core import ClosedJaxpr, JaxprEqn as Eqn, Literal, Var
+
+Atom = Var | Literal
+
+# Call-like primitives, and the parameter that holds what they call.
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "call": "call_jaxpr",
+    "eval_jaxpr": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "call_jaxpr",
+}
+
+
+def is_jaxpr(value: object) -> bool:
+    return isinstance(value, ClosedJaxpr | jec.Jaxpr)
+
+
+def closed(value: Any) -> ClosedJaxpr:
+    """A ClosedJaxpr, from one or from a bare Jaxpr (`remat2` on JAX 0.10 holds one)."""
+    return value if isinstance(value, ClosedJaxpr) else ClosedJaxpr(value, ())
+
+
+def invars(jaxpr: ClosedJaxpr) -> list[Var]:
+    return list(jaxpr.jaxpr.invars)
+
+
+def outvars(jaxpr: ClosedJaxpr) -> list[Atom]:
+    return list(jaxpr.jaxpr.outvars)
+
+
+def callee(eqn: Eqn) -> ClosedJaxpr | None:
+    """What a call-like equation calls, else None."""
+    param = CALLS.get(eqn.primitive.name)
+    if param not in eqn.params or not is_jaxpr(eqn.params[param]):
+        return None
+    return closed(eqn.params[param])
+
+
+def is_drop(var: object) -> bool:
+    return isinstance(var, jec.DropVar)
+
+
+def aval_struct(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+
+
+def is_key(aval: Any) -> bool:
+    return jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended)
+
+
+def nbytes(aval: Any) -> int:
+    return 0 if is_key(aval) else int(np.prod(aval.shape, dtype=np.int64)) * np.dtype(aval.dtype).itemsize
+
+
+def literal_value(literal: Literal) -> Any:
+    return literal.val
+
+
+def short(aval: Any) -> str:
+    """`f32[4,3]`, the form used in all texts."""
+    return aval.str_short(short_dtypes=True) if hasattr(aval, "str_short") else struct_short(aval)
+
+
+def struct_short(struct: Any) -> str:
+    return jax.core.ShapedArray(struct.shape, struct.dtype).str_short(short_dtypes=True)
+
+
+def source(eqn: Eqn) -> str:
+    """`file:line` of the user's call that made the equation, or an empty string."""
+    text = siu.summarize(eqn.source_info)
+    return "" if text.startswith("<unknown") else text
+
+
+def subjaxprs(eqn: Eqn) -> Iterator[ClosedJaxpr]:
+    """The jaxprs that an equation holds, whatever the primitive."""
+    for value in eqn.params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if is_jaxpr(item):
+                yield closed(item)
+
+
+def walk(jaxpr: ClosedJaxpr) -> Iterator[Eqn]:
+    """Every equation, also those inside other equations, outer before inner."""
+    for eqn in jaxpr.jaxpr.eqns:
+        yield eqn
+        for sub in subjaxprs(eqn):
+            yield from walk(sub)
+
+
+def context_key(eqn: Eqn) -> Any:
+    """What of an equation's context changes what it computes or where."""
+    ctx = eqn.ctx
+    return (ctx.compute_type, ctx.threefry_partitionable, repr(ctx.xla_metadata))

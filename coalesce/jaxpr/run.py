@@ -1,0 +1,44 @@
+"""Running jaxprs and equations on values or tracers, with the context and source they were traced with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.extend.core as jec
+import jax.extend.source_info_util as siu
+from jax.extend.core import ClosedJaxpr, JaxprEqn as Eqn
+from jax.extend.core.primitives import convert_element_type_p
+
+
+@contextmanager
+def context_of(eqn: Eqn) -> Iterator[None]:
+    """The context an equation was traced in, and its place in the user's source."""
+    with eqn.ctx.manager, siu.user_context(eqn.source_info.traceback, name_stack=siu.current_name_stack()):
+        yield
+
+
+def bind(eqn: Eqn, args: Sequence[Any]) -> list[Any]:
+    """Apply an equation to values; always a list."""
+    with context_of(eqn):
+        outs = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
+    return list(outs) if eqn.primitive.multiple_results else [outs]
+
+
+def evaluate(jaxpr: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
+    """Interpret a closed jaxpr on values or tracers."""
+    return jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *args)
+
+
+def set_weak_type(x: Any, weak: bool) -> Any:
+    """`x` with the given weak type; results keep the weak type that the tenant's own run has."""
+    if bool(getattr(jax.typeof(x), "weak_type", False)) == weak:
+        return x
+    return convert_element_type_p.bind(x, new_dtype=x.dtype, weak_type=weak, sharding=None)
+
+
+def verify(jaxpr: ClosedJaxpr) -> None:
+    """JAX's own type check of a jaxpr (28 us an equation); raises what JAX raises."""
+    jec.check_jaxpr(jaxpr.jaxpr)

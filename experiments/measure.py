@@ -1,0 +1,64 @@
+"""Interleaved timing: contenders take turns, so that a busy or throttled machine is unfair to none of them.
+
+In a repeat every contender has one turn, and the next repeat starts with the next contender. A turn is one round that is
+not timed, which brings the contender's own code and weights back into the caches, and one that is. Times are host
+seconds, from the first dispatch of a round until the last of its results is ready.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+Round = Callable[[], Any]  # dispatches a round's work and returns its outputs, without waiting for them
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds a round, over `repeats` of them."""
+
+    median: float
+    p10: float
+    p90: float
+    repeats: int
+
+
+def interleave(rounds: Mapping[str, Round], *, repeats: int, seconds: float, warmup: int = 3) -> dict[str, Timing]:
+    """Time every contender `repeats` times, or fewer (but at least three) once `seconds` have passed."""
+    for run in rounds.values():
+        for _ in range(warmup):
+            jax.block_until_ready(run())
+    names = list(rounds)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    until = time.perf_counter() + seconds
+    collecting = gc.isenabled()
+    gc.disable()  # a collection in the middle of a round would count as that contender's time
+    try:
+        for repeat in range(repeats):
+            if repeat >= 3 and time.perf_counter() > until:
+                break
+            first = repeat % len(names)
+            for name in names[first:] + names[:first]:
+                jax.block_until_ready(rounds[name]())
+                samples[name].append(timed(rounds[name]))
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: summary(times) for name, times in samples.items()}
+
+
+def timed(run: Round) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
+def summary(times: list[float]) -> Timing:
+    p10, median, p90 = (round(float(x) * 1e6, 1) for x in np.percentile(times, (10, 50, 90)))
+    return Timing(median, p10, p90, len(times))

@@ -1,0 +1,113 @@
+"""Ways to serve one round of n tenants. Each is built ahead of time and gets its arguments ready ahead of the timed
+loop: weights are on the device, in the form the method likes best, and a round is dispatch and execution alone.
+
+A method yields one candidate for each configuration worth trying; the caller measures them all and keeps the best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.serialize_executable import deserialize_and_load, serialize
+
+import coalesce
+from experiments.measure import Round
+
+Options = dict[str, Any]  # XLA's, for `Lowered.compile`
+
+
+@dataclass(frozen=True)
+class Tenants:
+    """Tenants of one model: params and a request for each, all on the device."""
+
+    apply: Callable[..., Any]
+    params: list[Any]
+    inputs: list[tuple[jax.Array, ...]]
+
+    @property
+    def count(self) -> int:
+        return len(self.params)
+
+    def on_leaves(self, leaves: tuple[Any, ...]) -> Any:
+        """One tenant's outputs from its flat params and inputs: flat arguments are the cheapest to dispatch."""
+        return self.apply(*jax.tree.unflatten(jax.tree.structure((self.params[0], *self.inputs[0])), leaves))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One configuration of a method, compiled."""
+
+    how: str
+    run: Round
+    split: Callable[[Any], list[Any]] = list  # a round's result -> outputs, tenant by tenant
+
+
+Method = Callable[[Tenants, Options], Iterator[Candidate]]
+
+
+def sequential(tenants: Tenants, options: Options, own_executables: bool = False) -> Iterator[Candidate]:
+    """One ahead-of-time executable, called for one tenant after the other; the round waits once, at its end."""
+    arguments = [tuple(jax.tree.leaves(both)) for both in zip(tenants.params, tenants.inputs, strict=True)]
+    executable = jax.jit(lambda *leaves: tenants.on_leaves(leaves)).lower(*arguments[0]).compile(options)
+    yield Candidate("one executable for all tenants", lambda: [executable(*args) for args in arguments])
+    if own_executables and tenants.count > 1:
+        # A CUDA graph records addresses: an executable that always sees the same weights need not update its graph.
+        saved = serialize(executable)
+        calls = [(deserialize_and_load(*saved), args) for args in arguments]
+        yield Candidate("an executable for each tenant", lambda: [own(*args) for own, args in calls])
+
+
+def one_program(tenants: Tenants, options: Options) -> Iterator[Candidate]:
+    """All tenants' programs in one XLA program, side by side, as they are."""
+    arguments = [leaf for both in zip(tenants.params, tenants.inputs, strict=True) for leaf in jax.tree.leaves(both)]
+    each = len(arguments) // tenants.count
+
+    def together(*leaves: Any) -> list[Any]:
+        return [tenants.on_leaves(leaves[start : start + each]) for start in range(0, len(leaves), each)]
+
+    executable = jax.jit(together).lower(*arguments).compile(options)
+    yield Candidate("", lambda: executable(*arguments))
+
+
+def vmap(tenants: Tenants, options: Options) -> Iterator[Candidate]:
+    """jax.vmap over weights that were stacked ahead."""
+    n, n_inputs = tenants.count, len(jax.tree.leaves(tenants.inputs[0]))
+    weights = jax.tree.leaves(jax.tree.map(lambda *leaves: jnp.stack(leaves), *tenants.params))
+    requests = [jax.tree.leaves(inputs) for inputs in tenants.inputs]
+    stacked = [jnp.stack(column) for column in zip(*requests, strict=True)]
+    apart = [leaf for request in requests for leaf in request]
+    batched = jax.vmap(lambda *leaves: tenants.on_leaves(leaves))
+
+    def split(outputs: Any) -> list[Any]:
+        leaves, tree = jax.tree.flatten(outputs)
+        return [tree.unflatten([leaf[tenant] for leaf in leaves]) for tenant in range(n)]
+
+    def stack_inside(*leaves: Any) -> list[Any]:
+        requests = leaves[len(weights) :]
+        columns = [jnp.stack(requests[i::n_inputs]) for i in range(n_inputs)]
+        return split(batched(*leaves[: len(weights)], *columns))
+
+    ahead = jax.jit(batched).lower(*weights, *stacked).compile(options)
+    yield Candidate("inputs and outputs stay stacked", lambda: ahead(*weights, *stacked), split)
+    inside = jax.jit(stack_inside).lower(*weights, *apart).compile(options)
+    yield Candidate("inputs stacked inside, an output for each tenant", lambda: inside(*weights, *apart))
+
+
+def fused(tenants: Tenants, options: Options, within_program: bool = False) -> Iterator[Candidate]:
+    """coalesce.fuse, by its public call: checks of the inputs and each tenant's own outputs are part of the round."""
+    pairs = zip(tenants.params, tenants.inputs, strict=True)
+    programs = [coalesce.trace(tenants.apply, p, *x, name=f"tenant {i}") for i, (p, x) in enumerate(pairs)]
+    for within in (False, True) if within_program else (False,):
+        together = coalesce.fuse(programs, within_program=within)
+        together.compile(options)
+        yield Candidate("within_program" if within else "", lambda together=together: together(tenants.inputs))
+
+
+def own_jit(tenants: Tenants, options: Options) -> Iterator[Candidate]:
+    """What a single tenant does without us: jax.jit of its function, called with its pytrees."""
+    call = jax.jit(tenants.apply, compiler_options=options or None)
+    yield Candidate("", lambda: [call(tenants.params[0], *tenants.inputs[0])])

@@ -1,0 +1,204 @@
+"""What cannot run for all lanes at once runs lane by lane inside the fused program, and explain() says why."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+from tests.alone import alone, assert_same, check_fused, fuse_tenants
+
+RNG = np.random.default_rng(0)
+
+
+def array(*shape):
+    return jnp.asarray(RNG.standard_normal(shape), np.float32)
+
+
+def three(fn):
+    return [(fn, array(4, 4), (array(2, 4),)) for _ in range(3)]
+
+
+def reasons(fused):
+    """The lines under `# run lane by lane`."""
+    return fused.explain().split("# run lane by lane\n")[1].splitlines()
+
+
+# ---- debug callbacks -----------------------------------------------------------------------------------------------
+
+
+def test_a_debug_callback_runs_once_for_each_tenant_and_call():
+    seen = []
+
+    def apply(w, x):
+        y = x @ w
+        jax.debug.callback(lambda v: seen.append(float(v)), y.sum())
+        return jnp.sin(y)
+
+    tenants = three(apply)
+    fused = fuse_tenants(tenants)
+    assert seen == []
+    for calls in (1, 2):
+        fused([xs for _, _, xs in tenants])
+        jax.effects_barrier()
+        want = [float((x @ w).sum()) for _, w, (x,) in tenants] * calls
+        np.testing.assert_allclose(sorted(seen), sorted(want), rtol=1e-4)
+    assert fused.report.families == fused.report.superkernels == 1
+    assert reasons(fused) == [
+        "family 0 at 2: debug_callback: a debug callback runs once for each tenant"
+    ]
+
+
+def test_debug_print(capfd):
+    def apply(w, x):
+        jax.debug.print("first is {x}", x=x[0, 0].astype(int))
+        return x @ w
+
+    tenants = [(apply, array(2, 2), (jnp.full((2, 2), float(i)),)) for i in range(3)]
+    fuse_tenants(tenants)([xs for _, _, xs in tenants])
+    jax.effects_barrier()
+    assert sorted(capfd.readouterr().out.split("\n")) == ["", "first is 0", "first is 1", "first is 2"]
+
+
+def test_a_debug_callback_of_one_tenant_leaves_the_others_alone():
+    seen = []
+    loud = lambda w, x: (jax.debug.callback(lambda: seen.append(1)), x @ w)[1]  # noqa: E731
+    quiet = lambda w, x: x @ w  # noqa: E731
+    tenants = [(fn, array(4, 4), (array(2, 4),)) for fn in (loud, quiet)]
+    fused = fuse_tenants(tenants)
+    fused([xs for _, _, xs in tenants])
+    jax.effects_barrier()
+    assert (len(seen), fused.report.families) == (1, 2)
+
+
+def test_a_debug_callback_in_a_scan_runs_in_every_step():
+    seen = []
+
+    def apply(w, x):
+        def step(carry, _):
+            jax.debug.callback(lambda v: seen.append(float(v)), carry[0, 0])
+            return jnp.sin(carry @ w), None
+
+        return lax.scan(step, x, None, 4)[0]
+
+    tenants = three(apply)
+    fused = fuse_tenants(tenants)
+    results = fused([xs for _, _, xs in tenants])
+    jax.effects_barrier()
+    assert len(seen) == 12
+    assert fused.report.superkernels == 1
+    for tenant, result in zip(tenants, results, strict=True):
+        assert_same(result, alone(tenant))
+
+
+# ---- callbacks that give values ------------------------------------------------------------------------------------
+
+
+def on_host(x):
+    return jax.pure_callback(lambda v: np.cumsum(v, dtype=v.dtype), jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+
+def test_pure_callbacks():
+    fused = check_fused(three(lambda w, x: on_host((x @ w).sum(0)) * 2))
+    assert reasons(fused) == ["family 0 at 2: pure_callback: a callback on the host runs once for each tenant"]
+    assert fused.report.superkernels == 1
+
+
+def test_a_pure_callback_in_a_scan_and_a_cond():
+    def in_scan(w, x):
+        return lax.scan(lambda c, row: (on_host(jnp.sin(c + row)), c), jnp.zeros(4), x @ w)
+
+    def in_cond(w, x):
+        return lax.cond(x[0, 0] > 0, lambda: on_host((x @ w)[0]), lambda: x[0])
+
+    for fn in (in_scan, in_cond):
+        assert "pure_callback" in "".join(reasons(check_fused(three(fn))))
+
+
+# ---- random bits ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["RNG_THREE_FRY", "RNG_PHILOX", "RNG_DEFAULT"])
+def test_rng_bit_generator_gives_each_lane_its_own_bits(algorithm):
+    def apply(_, key):
+        return lax.rng_bit_generator(key, (3, 5), algorithm=getattr(lax.RandomAlgorithm, algorithm))
+
+    width = 2 if algorithm == "RNG_THREE_FRY" else 4
+    tenants = [(apply, (), (jnp.arange(width, dtype=jnp.uint32) + seed,)) for seed in range(3)]
+    fused = check_fused(tenants)
+    assert reasons(fused) == [
+        "family 0 at 0: rng_bit_generator: batching rng_bit_generator would give lanes other random bits"
+    ]
+
+
+def test_random_bits_of_rbg_keys_give_the_reason():
+    tenants = [(lambda _, k: jax.random.bits(k, (3,)), (), (jax.random.key(s, impl="rbg"),)) for s in range(3)]
+    assert reasons(check_fused(tenants)) == [
+        "family 0 at 1: random_bits: batching this key implementation would give lanes other random bits"
+    ]
+
+
+def test_random_bits_of_threefry_keys_run_at_once():
+    tenants = [(lambda _, k: jax.random.bits(k, (3,)), (), (jax.random.key(s),)) for s in range(3)]
+    assert reasons(check_fused(tenants)) == []
+
+
+# ---- primitives that JAX cannot batch ------------------------------------------------------------------------------
+
+
+def unbatchable(name):
+    """A primitive as a user may define one: it computes sin, and has no batching rule."""
+    primitive = Primitive(name)
+    primitive.def_abstract_eval(lambda x: jax.core.ShapedArray(x.shape, x.dtype))
+    mlir.register_lowering(primitive, mlir.lower_fun(jnp.sin, multiple_results=False))
+    return primitive
+
+
+@pytest.mark.parametrize("tenants", [1, 3])
+def test_a_primitive_without_a_batching_rule(tenants):
+    ours = unbatchable("ours")
+    fused = check_fused(three(lambda w, x: ours.bind(x @ w) + 1)[:tenants])
+    assert reasons(fused) == (["family 0 at 1: ours: ours has no batching rule"] if tenants > 1 else [])
+    assert fused.report.superkernels == (tenants > 1)
+
+
+def test_a_primitive_without_a_batching_rule_inside_a_loop():
+    ours = unbatchable("ours")
+    fused = check_fused(three(lambda w, x: lax.fori_loop(0, 3, lambda _, c: ours.bind(c @ w), x)))
+    assert reasons(fused) == ["family 0 at 1.body.2: ours: ours has no batching rule"]
+
+
+def test_nothing_runs_lane_by_lane_where_no_operand_differs():
+    """One lane-by-lane equation on shared values runs once."""
+    ours = unbatchable("ours")
+    constant = array(4)
+    fused = check_fused(three(lambda w, x: x @ w + jnp.arange(4.0) + ours.bind(constant)[None]))
+    assert reasons(fused) == []
+
+
+# ---- loops that one lane could keep from ending --------------------------------------------------------------------
+
+
+def halve(w, x):
+    """As many steps as the input needs."""
+    return lax.while_loop(lambda c: jnp.abs(c).max() > 0.1, lambda c: jnp.tanh(c @ w) / 2, x)
+
+
+def test_unbounded_loops_run_lane_by_lane_unless_asked_for():
+    tenants = [(halve, array(4, 4), (array(2, 4) * scale,)) for scale in (0.01, 1, 30)]
+    fused = check_fused(tenants)
+    [line] = reasons(fused)
+    assert "while: its trip count depends on the lane" in line and "pack_unbounded_loops" in line
+    assert (fused.report.superkernels, fused.report.alone, fused.report.heavy_ops) == (0, 3, 3)
+    packed = check_fused(tenants, pack_unbounded_loops=True)
+    assert reasons(packed) == []
+    assert (packed.report.superkernels, packed.report.alone) == (1, 0)
+
+
+def test_a_branch_with_an_unbounded_loop_runs_lane_by_lane():
+    apply = lambda w, x: lax.cond(x[0, 0] > 0, lambda: halve(w, x), lambda: x)  # noqa: E731
+    tenants = [(apply, array(4, 4), (jnp.full((2, 4), value),)) for value in (-1.0, 1.0, 5.0)]
+    [line] = reasons(check_fused(tenants))
+    assert "cond: a branch holds a while_loop" in line
