@@ -25,6 +25,8 @@ from coalesce.heavy import heavy_eqns, is_heavy
 from coalesce.report import alone_members, flops, Report
 from coalesce.text import equation, Names, region_labels
 
+READABLE = 20  # tenants whose names find room above their strips
+
 
 def html_page(fused: Fused) -> str:
     """One self-contained HTML document about a fused program; nothing is compiled, and nothing runs."""
@@ -142,6 +144,7 @@ class Column:
     def section(self) -> Html:
         first, width = self.tenants[0], self.family.width
         weights, inputs = ([self.names.typed(v) for v in args] for args in (self.family.weights, self.family.inputs))
+        names = [t.name for t in self.tenants]
         each = "each: " if width > 1 else ""
         return el(
             "section",
@@ -149,17 +152,17 @@ class Column:
                 "header",
                 el("h2", f"family {self.index} ", el("small", first.name if width == 1 else f"{width} tenants")),
                 el("p", f"{each}{first.heavy_ops} heavy ops, {first.alone} alone, {first.padding_waste:.1%} padding"),
-                details(plural(width, "tenant"), ", ".join(t.name for t in self.tenants)),
+                details(plural(width, "tenant"), ", ".join(names)),
                 details(
                     f"{plural(len(weights), 'weight')}, {plural(len(inputs), 'input')}",
                     f"{', '.join(weights)} | {', '.join(inputs)}",
                 ),
-                el("div", *(el("span", t.name) for t in self.tenants), class_="names", aria_hidden="true"),
+                el("div", *(el("span", n) for n in names if width <= READABLE), class_="names", aria_hidden="true"),
             ),
             self.scheduled(self.family.jaxpr, self.bundle.schedule, ""),
             class_="family",
             data_family=self.index,
-            style=f"--lanes:{width};--cell:{max(3, min(14, 224 // width))}px",
+            style=f"--lanes:{width};--cell:{max(2, min(14, 224 // width))}px",
         )
 
     def scheduled(self, jaxpr: ClosedJaxpr, schedule: Schedule, prefix: str) -> Html:
@@ -178,33 +181,40 @@ class Column:
                 prefix = f"{site}.{label.replace(' ', '')}."  # as form_packs numbers the sites of a region
                 inner += [self.arguments(label, region), self.scheduled(region, body, prefix)]
             return el("li", self.line(eqn, site), *inner)
-        facts = [f"lane by lane: {item.each}"] if item.each else []
-        inside = self.unscheduled(eqn, site, iter([m.site for m in item.alone]), item.each)
-        return el("li", self.line(eqn, site, facts, "each" if item.each else ""), *inside)
+        line = self.line(eqn, site, [f"lane by lane: {item.each}"] * bool(item.each), "each" * bool(item.each))
+        return el("li", line, *self.inside(eqn, item, iter(item.alone)))
 
-    def unscheduled(self, eqn: J.Eqn, site: str, sites: Iterator[str], each: str) -> Iterator[Html]:
-        """What an equation that runs as it is holds, if there is a heavy op inside."""
-        why = f"alone: {each}" if each else f"alone: inside {eqn.primitive.name}, which is not walked into"
-        for i, region in enumerate(J.subjaxprs(eqn)):
+    def inside(self, eqn: J.Eqn, step: Step, alone: Iterator[Member]) -> Iterator[Html]:
+        """What an equation that is not walked into holds, where there are heavy ops in it."""
+        for region in J.subjaxprs(eqn):
             if not heavy_eqns(region):
                 continue
-            rows: list[Html] = []
-            for j, inner in enumerate(region.jaxpr.eqns):
-                at = f"{site}.{i}.{j}"
-                if is_heavy(inner):
-                    rows.append(el("li", self.line(inner, next(sites, at), [why], "heavy alone")))
-                else:
-                    rows.append(el("li", self.line(inner, at), *self.unscheduled(inner, at, sites, each)))
             yield self.arguments(f"inside {eqn.primitive.name}", region)
+            rows = [self.unscheduled(e, str(i), step, alone) for i, e in enumerate(region.jaxpr.eqns)]
             yield el("ol", *rows, self.results(region))
 
-    def line(self, eqn: J.Eqn, site: str, facts: Iterable[str] = (), kind: str = "", pack: Pack | None = None) -> Html:
+    def unscheduled(self, eqn: J.Eqn, site: str, step: Step, alone: Iterator[Member]) -> Html:
+        if is_heavy(eqn):
+            return el("li", self.line(eqn, site, [f"alone: {step.why_alone}"], "heavy alone", anchor=next(alone).site))
+        line = self.line(eqn, site, kind="each" * bool(step.each), anchor="")
+        return el("li", line, *self.inside(eqn, step, alone))
+
+    def line(
+        self,
+        eqn: J.Eqn,
+        site: str,
+        facts: Iterable[str] = (),
+        kind: str = "",
+        pack: Pack | None = None,
+        anchor: str | None = None,
+    ) -> Html:
         """An equation in short, and in its title all that is known of it."""
         operands, outs = [self.operand(a) for a in eqn.invars], [v for v in eqn.outvars if not J.is_drop(v)]
         where = [f"source: {J.source(eqn) or 'unknown'}", f"operands: {', '.join(operands) or 'none'}"]
         left = ", ".join(self.names(v) for v in outs[:2]) + ", .." * (len(outs) > 2) + " = " * bool(outs)
         right = [f" {self.names(a)}" for a in eqn.invars]
         type_ = J.short(outs[0].aval) if len(outs) == 1 else ""
+        anchor = site if anchor is None else anchor
         tag = "alone" if "alone" in kind else str(pack.index) if pack else ""
         return el(
             "div",
@@ -213,7 +223,7 @@ class Column:
             el("span", tag, class_="tag"),
             el("i"),
             class_=f"eqn {kind}".strip(),
-            id=f"f{self.index}-{site}",
+            id=f"f{self.index}-{anchor}" if anchor else None,
             data_pack=pack.index if pack else None,
             style=hue(pack) if pack else None,
             title="\n".join([equation(eqn, self.names), *where, *facts]),

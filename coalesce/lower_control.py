@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from coalesce.bundle import Loop, Schedule
 from coalesce.lanes import Env, LaneValue, read_bank, Shared, Stacked, stacked
 
 
+@runtime_checkable
 class Walk(Protocol):
     """What loops need of the walk that runs them."""
 

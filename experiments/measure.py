@@ -1,8 +1,8 @@
 """Interleaved timing: contenders take turns, so that a busy or throttled machine is unfair to none of them.
 
-In a repeat every contender has one turn, and the next repeat starts with the next contender. A turn is one round that is
-not timed, which brings the contender's own code and weights back into the caches, and one that is. Times are host
-seconds, from the first dispatch of a round until the last of its results is ready.
+In a repeat every contender has one turn, and the next repeat starts with the next contender. A turn is one round that
+is not timed, which brings the contender's own code and weights back into the caches, and one that is: host time from
+the first dispatch of a round until the last of its results is ready.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+Key = TypeVar("Key")  # what the caller calls a contender
 Round = Callable[[], Any]  # dispatches a round's work and returns its outputs, without waiting for them
 
 
@@ -29,13 +30,15 @@ class Timing:
     repeats: int
 
 
-def interleave(rounds: Mapping[str, Round], *, repeats: int, seconds: float, warmup: int = 3) -> dict[str, Timing]:
+def interleave(rounds: Mapping[Key, Round], *, repeats: int, seconds: float, warmup: int = 3) -> dict[Key, Timing]:
     """Time every contender `repeats` times, or fewer (but at least three) once `seconds` have passed."""
     for run in rounds.values():
         for _ in range(warmup):
             jax.block_until_ready(run())
+    if not rounds:
+        return {}
     names = list(rounds)
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    samples: dict[Key, list[float]] = {name: [] for name in names}
     until = time.perf_counter() + seconds
     collecting = gc.isenabled()
     gc.disable()  # a collection in the middle of a round would count as that contender's time

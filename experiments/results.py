@@ -33,12 +33,12 @@ def device_folder() -> str:
     return "cpu" if device.platform == "cpu" else (model.group() if model else device.platform).lower()
 
 
-def header(command: str, note: str = "", **settings: Any) -> dict[str, Any]:
+def header(command: str, device: str, note: str = "", **settings: Any) -> dict[str, Any]:
     packages = ("jax", "jaxlib", "flax", "numpy")
     return {
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": device_name(),
+        "device": device,
         "note": note,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "settings": settings,

@@ -1,128 +1,188 @@
-"""Claim: a round of many tenants costs little more than a round of one, once their programs are fused.
+"""Claim: serving many tenants of one model costs much less in one fused program than one tenant after the other.
 
-    python -m experiments.tenant_scaling --model=mlp --tenants=1,2,4,8,16,32,64
+    python -m experiments.tenant_scaling --model=mlp --override=width=64 --tenants=1,4,16
     python -m experiments.tenant_scaling --model=resnet50 --dtype=bfloat16 --tenants=1,16 --seconds=60
 
-Times one round of n tenants of one model, with distinct weights and distinct inputs, by each method of
-experiments/methods.py. A cell is one number of tenants: all methods give the same outputs, or are not timed; then they
-are timed in turns, each in several configurations, of which the best counts. Rows are written as their cell ends, and a
-second run fills in what the first one left out.
+Times one round of n tenants, with distinct weights and distinct inputs, by each method of experiments/methods.py, in
+every configuration of it that is worth trying, of which the best counts. A cell is one number of tenants: outputs are
+compared first, and then all configurations are timed in turns. Rows are written when their cell ends, and a second run
+measures only the cells that are not there yet.
 """
 
 from __future__ import annotations
 
 import ast
 import gc
+import json
+import shlex
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
-from coalesce.errors import CoalesceError
 from coalesce.models import by_name, Model, NAMES
 from experiments import methods
-from experiments.measure import interleave
-from experiments.methods import Candidate, Method, Options, Tenants
-from experiments.results import device_folder, header, load_rows, plot, Row, save_rows, table
+from experiments.cells import measure_cell, tenants_of
+from experiments.methods import Method, Options
+from experiments.results import device_folder, device_name, header, load_rows, plot, Row, save_rows, table
 
 METHODS: dict[str, Method] = {
-    "sequential": methods.sequential,
+    "sequential": methods.sequential,  # first: the others' outputs are compared with its
     "one_program": methods.one_program,
     "vmap": methods.vmap,
     "fused": methods.fused,
     "own_jit": methods.own_jit,
 }
-# CUDA graphs over dynamic slices as well: the default leaves those out, and each of them then cuts the graph in two.
-GPU_OPTIONS = '{"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION"}'
+# CUDA graphs over dynamic slices too: the default leaves these out, and each of them cuts a graph in two.
+COMMAND_BUFFERS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION",
+}
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum("model", "mlp", NAMES, "which model the tenants run")
-flags.DEFINE_list("override", [], "fields of the model to set, as width=64,layers=12")
-flags.DEFINE_integer("image_size", None, "the same as --override=image_size=...")
-flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and activations")
+flags.DEFINE_enum("model", "mlp", NAMES, "the model of all tenants")
+flags.DEFINE_list("override", [], "fields of the model to set, as in width=64,layers=12")
+flags.DEFINE_integer("image_size", None, "short for --override=image_size=...")
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of weights and activations")
 flags.DEFINE_integer("batch", 1, "rows of a request")
-flags.DEFINE_list("tenants", ["1", "2", "4", "8", "16", "32", "64"], "numbers of tenants, a cell each")
-flags.DEFINE_list("methods", list(METHODS), f"some of {', '.join(METHODS)}; own_jit runs with one tenant only")
-flags.DEFINE_string("precision", None, "of matrix products, such as highest; default: JAX's own")
-flags.DEFINE_float("tolerance", None, "largest error relative to sequential; default: by dtype and precision")
-flags.DEFINE_integer("repeats", 300, "timed rounds of each candidate")
-flags.DEFINE_float("seconds", 30.0, "of timing in one cell; ends the repeats early")
-flags.DEFINE_float("budget_s", None, "start no further cell after so many seconds")
-flags.DEFINE_integer("max_one_program", 16, "one_program with more tenants is left out: it compiles too long")
-flags.DEFINE_string("compiler_options", None, "XLA's, as JSON, for every method alike; default: {} on a CPU")
-flags.DEFINE_bool("try_options", True, "also measure with XLA's defaults, and keep each method's better one")
-flags.DEFINE_bool("own_executables", None, "sequential also with an executable for each tenant; default: on a GPU")
-flags.DEFINE_bool("within_program", False, "fused also with within_program=True")
-flags.DEFINE_string("note", "", "goes into the header, such as: shared machine")
-flags.DEFINE_string("out", None, "folder of the results; default: experiments/results/<device>")
-flags.DEFINE_bool("force", False, "measure again what the result file has already")
+flags.DEFINE_list("tenants", ["1", "2", "4", "8", "16", "32", "64"], "numbers of tenants, one cell each")
+flags.DEFINE_list("methods", list(METHODS), f"which of {', '.join(METHODS)}; sequential always runs")
+flags.DEFINE_string("precision", None, "jax_default_matmul_precision, such as highest")
+flags.DEFINE_float(
+    "tolerance", None, "largest error relative to sequential; by dtype and device if not given"
+)
+flags.DEFINE_integer("repeats", 300, "timed rounds of each configuration")
+flags.DEFINE_float("seconds", 60.0, "most time for the repeats of a cell")
+flags.DEFINE_float("budget_s", None, "no cell starts after so many seconds")
+flags.DEFINE_integer("max_one_program", 16, "one_program is left out with more tenants than that")
+flags.DEFINE_string(
+    "compiler_options", None, "JSON, for all methods; on a GPU CUDA graphs if not given"
+)
+flags.DEFINE_bool("try_options", True, "try XLA's defaults beside --compiler_options and keep each method's better one")
+flags.DEFINE_bool("own_executables", None, "try an executable a tenant for sequential; on a GPU unless said otherwise")
+flags.DEFINE_bool("within_program", False, "try within_program=True for fused")
+flags.DEFINE_string("device_name", None, "how the results call the device")
+flags.DEFINE_string("note", "", "a remark for the results' header, such as that others use the machine too")
+flags.DEFINE_string("out", None, "folder of the results; experiments/results/<device> if not given")
+flags.DEFINE_bool("force", False, "measure again what the results have already")
 
 
-def tenants_of(model: Model, count: int, batch: int) -> Tenants:
-    """Tenants with weights and requests of their own; tenant i is the same in every cell."""
-
-    @jax.jit
-    def make(key: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
-        weights, noise, request = jax.random.split(key, 3)
-        leaves, tree = jax.tree.flatten(model.init(weights))
-        keys = jax.random.split(noise, len(leaves))
-        return tree.unflatten(list(map(distinct, keys, leaves))), model.example(request, batch)
-
-    made = [make(jax.random.key(tenant)) for tenant in range(count)]
-    return Tenants(model.apply, [params for params, _ in made], [inputs for _, inputs in made])
+def chosen_model() -> tuple[Model, str]:
+    """The model, and its name with what was overridden."""
+    overrides = dict(item.split("=", 1) for item in FLAGS.override)
+    if FLAGS.image_size is not None:
+        overrides["image_size"] = str(FLAGS.image_size)
+    fields: dict[str, Any] = {name: ast.literal_eval(value) for name, value in overrides.items()}
+    model = by_name(FLAGS.model, dtype=FLAGS.dtype, param_dtype=FLAGS.dtype, **fields)
+    return model, " ".join([FLAGS.model, *(f"{name}={value}" for name, value in overrides.items())])
 
 
-def distinct(key: jax.Array, leaf: jax.Array) -> jax.Array:
-    """Initial biases, scales and statistics are equal in all tenants; a little noise tells them apart."""
-    if leaf.ndim != 1 or not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return leaf
-    return leaf + (0.01 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
+def options_to_try() -> list[Options]:
+    on_gpu = jax.default_backend() == "gpu"
+    given = FLAGS.compiler_options
+    options = json.loads(given) if given is not None else COMMAND_BUFFERS if on_gpu else {}
+    return [options, {}] if FLAGS.try_options and options else [options]
 
 
-def why_not(method: str, count: int) -> str:
-    if method == "one_program" and count > FLAGS.max_one_program:
-        return f"not run above {FLAGS.max_one_program} tenants: XLA's compile time grows faster than the program"
-    return ""
+def chosen_methods(count: int) -> dict[str, Method]:
+    """The methods of a cell, configured."""
+    own = jax.default_backend() == "gpu" if FLAGS.own_executables is None else FLAGS.own_executables
+    configured = METHODS | {
+        "sequential": partial(methods.sequential, own_executables=own),
+        "fused": partial(methods.fused, within_program=FLAGS.within_program),
+    }
+    wanted = [name for name in METHODS if name in FLAGS.methods or name == "sequential"]
+    return {name: configured[name] for name in wanted if name != "own_jit" or count == 1}
 
 
-def measure_cell(model: Model, count: int, names: list[str], options: list[Options], tolerance: float) -> list[Row]:
-    """One row a method."""
-    tenants = tenants_of(model, count, FLAGS.batch)
-    reference = None
-    found: dict[str, list[tuple[Candidate, Options]]] = {}
-    rows: dict[str, Row] = {name: {"method": name, "failed": why_not(name, count)} for name in names}
-    # Sequential comes first: what it computes is what the others are compared with.
-    for name in dict.fromkeys(["sequential", *(name for name in names if not why_not(name, count))]):
-        row, start = rows.get(name, {}), time.perf_counter()
-        print(f"  {name}: compiling", file=sys.stderr, flush=True)
-        try:
-            for option in options:
-                for candidate in built(name)(tenants, option):
-                    outputs = on_host(candidate.split(candidate.run()))
-                    reference = outputs if reference is None else reference
-                    row["error"] = max(row.get("error", 0.0), largest_error(outputs, reference))
-                    found.setdefault(name, []).append((candidate, option))
-        except (jax.errors.JaxRuntimeError, MemoryError, CoalesceError) as e:
-            row["failed"] = f"{type(e).__name__}: {str(e).splitlines()[0][:200]}"
-        row["compile_s"] = round(time.perf_counter() - start, 2)
-        if not row["failed"] and not row["error"] <= tolerance:
-            row["failed"] = f"differs from sequential by {row['error']:.1e}, more than {tolerance:.0e}"
-        if row["failed"] or name not in rows:
-            found.pop(name, None)
-    # The rounds of one method side by side are as far apart as those of two methods: each has the same neighbours.
-    contenders = {(name, i): c.run for name, all_ in found.items() for i, (c, _) in enumerate(all_)}
-    timings = interleave(contenders, repeats=FLAGS.repeats, seconds=FLAGS.seconds) if contenders else {}
-    for name, all_ in found.items():
-        tried = [{"how": c.how, "options": o, "round_us_median": timings[name, i].median} for i, (c, o) in enumerate(all_)]
-        best = min(range(len(all_)), key=lambda i: tried[i]["round_us_median"])
-        t = timings[name, best]
-        quantiles = {"round_us_median": t.median, "round_us_p10": t.p10, "round_us_p90": t.p90, "repeats": t.repeats}
-        rows[name] |= quantiles | {k: tried[best][k] for k in ("how", "options")}
-        rows[name] |= {"tried": tried} if len(tried) > 1 else {}
-    return list(rows.values())
+def default_tolerance() -> float:
+    """Deep random networks amplify rounding; errors in the rows say how far each method really is."""
+    if FLAGS.dtype == "bfloat16":
+        return 1e-1
+    return 1e-5 if jax.default_backend() == "cpu" or FLAGS.precision == "highest" else 1e-2
+
+
+def left_out(count: int) -> dict[str, Row]:
+    """Methods that a cell does not run, with the reason."""
+    if count <= FLAGS.max_one_program or "one_program" not in FLAGS.methods:
+        return {}
+    reason = f"left out above {FLAGS.max_one_program} tenants: XLA's compile time grows faster than the program"
+    return {"one_program": {"failed": reason}}
+
+
+def scaling_table(rows: Sequence[Row]) -> str:
+    """Medians in microseconds; behind each its ratio to fused."""
+    names = [name for name in METHODS if any(row["method"] == name for row in rows)]
+    cells = {(row["tenants"], row["method"]): row for row in rows}
+
+    def cell(count: int, name: str) -> str:
+        row, fused = cells.get((count, name), {}), cells.get((count, "fused"), {})
+        if "round_us_median" not in row:
+            return "failed" if row and name != "one_program" else "-"
+        mine, base = row["round_us_median"], fused.get("round_us_median")
+        return f"{mine:,.0f}" + (f" ({mine / base:.2f}x)" if base and name != "fused" else "")
+
+    counts = sorted({row["tenants"] for row in rows})
+    return table(["tenants", *names], [[str(n), *(cell(n, name) for name in names)] for n in counts])
+
+
+def report(title: str, head: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """What the .md beside the .json says."""
+    reasons = [f"- {row['method']} with {row['tenants']} tenants: {row['failed']}" for row in rows if row["failed"]]
+    text = [
+        f"# {title}",
+        f"{head['device']}, JAX {head['versions']['jax']}, {head['date']}. {head['note']}".rstrip(),
+        f"    {head['command']}",
+        "Median microseconds a round; in parentheses, how many times that of `fused`.",
+        scaling_table(rows),
+        *(["\n".join(reasons)] if reasons else []),
+    ]
+    return "\n\n".join(text) + "\n"
+
+
+def main(argv: Sequence[str]) -> None:
+    if unknown := [*argv[1:], *(set(FLAGS.methods) - set(METHODS))]:
+        raise app.UsageError(f"what is {unknown[0]}? Methods: {', '.join(METHODS)}")
+    start = time.perf_counter()
+    logging.set_verbosity(logging.WARNING)  # JAX names every backend that it does not find
+    if FLAGS.precision:
+        jax.config.update("jax_default_matmul_precision", FLAGS.precision)
+    model, label = chosen_model()
+    tolerance = default_tolerance() if FLAGS.tolerance is None else FLAGS.tolerance
+    common = {"model": label, "dtype": FLAGS.dtype, "batch": FLAGS.batch}
+    settings = {**common, "precision": FLAGS.precision, "tolerance": tolerance}
+    command = shlex.join(["python", "-m", "experiments.tenant_scaling", *sys.argv[1:]])
+    head = header(command, FLAGS.device_name or device_name(), FLAGS.note, **settings)
+    folder = Path(FLAGS.out or Path("experiments", "results", device_folder()))
+    batch = [f"batch={FLAGS.batch}"] if FLAGS.batch > 1 else []
+    stem = "_".join(["tenant_scaling", *label.replace("=", "").split(), FLAGS.dtype, *batch])
+    path = folder / f"{stem}.json"
+    rows = [] if FLAGS.force else load_rows(path, head)
+    for count in map(int, FLAGS.tenants):
+        cell_methods, skipped = chosen_methods(count), left_out(count)
+        if set(cell_methods) <= {row["method"] for row in rows if row["tenants"] == count}:
+            continue
+        if FLAGS.budget_s is not None and time.perf_counter() - start > FLAGS.budget_s:
+            print(f"the budget of {FLAGS.budget_s:g} s is spent; the same command goes on from here", file=sys.stderr)
+            break
+        print(f"{label}, {FLAGS.dtype}: {count} tenants", file=sys.stderr, flush=True)
+        run = {name: method for name, method in cell_methods.items() if name not in skipped}
+        limits = {"tolerance": tolerance, "repeats": FLAGS.repeats, "seconds": FLAGS.seconds}
+        measured = measure_cell(tenants_of(model, count, FLAGS.batch), run, options_to_try(), **limits) | skipped
+        new = [{**common, "tenants": count, "method": name, **measured[name]} for name in cell_methods]
+        rows = sorted([row for row in rows if row["tenants"] != count] + new, key=lambda row: row["tenants"])
+        save_rows(path, head, rows)
+        gc.collect()  # the cell's weights lie in cycles of closures; the next cell needs their memory
+    title = f"One round of n tenants: {label}, {FLAGS.dtype}, batch {FLAGS.batch}"
+    text = report(title, head, rows)
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+    print(plot(path.with_suffix(".png"), title, rows, x="tenants", line="method"))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
@@ -55,8 +54,51 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@given(found=tenants(), options=OPTIONS)
-def test_fused_equals_alone(found: list[Tenant], options: dict[str, Any]) -> None:
-    results = fused(found, **options)([t.inputs for t in found])
+@pytest.fixture(autouse=True, scope="module")
+def cheap_compiles() -> Iterator[None]:
+    """LLVM's optimisations are most of a compile here; XLA's own passes, which decide what is computed, stay on."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def check_equal(found: list[Tenant], options: dict[str, Any]) -> None:
+    results = fused(found, **options)(inputs_of(found))
     for tenant, got in zip(found, results, strict=True):
         assert_same(got, alone(tenant), tenant.model.exact)
+
+
+def check_precision(found: list[Tenant], options: dict[str, Any]) -> None:
+    results = fused(found, **options)(inputs_of(found))
+    for tenant, got in zip(found, results, strict=True):
+        assert_as_good(got, alone(tenant), reference(tenant), tenant.model.exact)
+
+
+def check_permuted(found: list[Tenant], order: list[int], options: dict[str, Any]) -> None:
+    straight = fused(found, **options)(inputs_of(found))
+    shuffled = [found[i] for i in order]
+    results = fused(shuffled, **options)(inputs_of(shuffled))
+    for i, got in zip(order, results, strict=True):
+        assert_same(got, straight[i], found[i].model.exact)
+
+
+def check_isolated(found: list[Tenant], poison: Poison, options: dict[str, Any]) -> None:
+    """Poison in inputs, then in weights: who has nothing of it gets the same bits from the same executable."""
+    program = fused(found, **options)
+    clean = program(inputs_of(found))
+    bad = [poison.in_inputs(t) if i == poison.tenant else t for i, t in enumerate(found)]
+    for i, got in enumerate(program(inputs_of(bad))):
+        if i != poison.tenant:
+            assert_bitwise(got, clean[i])
+    bad, hit = poison.in_weights(found)
+    if not hit:
+        return
+    other = coalesce.fuse(programs(bad), **options)
+    assert str(other) == str(program), "poison changed the plan"
+    results = run_with(program, other.bank, inputs_of(found))
+    for i in set(range(len(found))) - hit:
+        assert_bitwise(results[i], clean[i])
+
+
+SAME = dict(found=tenants(), options=OPTIONS)

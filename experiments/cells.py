@@ -1,0 +1,142 @@
+"""A cell of an experiment: the same tenants served by several methods, compared with each other and timed in turns."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from coalesce.errors import CoalesceError
+from coalesce.models import Model
+from experiments.measure import interleave, Timing
+from experiments.methods import Candidate, Method, Options, Tenants
+from experiments.results import Row
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One configuration of a method; `candidate` is None if it failed."""
+
+    options: Options
+    candidate: Candidate | None
+    error: float = 0.0  # of the outputs, relative to the reference
+    failed: str = ""
+
+
+def tenants_of(model: Model, count: int, batch: int) -> Tenants:
+    """Tenants with weights and requests of their own; tenant i is the same in every cell."""
+
+    @jax.jit
+    def make(key: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
+        weights, noise, request = jax.random.split(key, 3)
+        leaves, tree = jax.tree.flatten(model.init(weights))
+        keys = jax.random.split(noise, len(leaves))
+        return tree.unflatten(list(map(distinct, keys, leaves))), model.example(request, batch)
+
+    made = [make(jax.random.key(tenant)) for tenant in range(count)]
+    return Tenants(model.apply, [params for params, _ in made], [inputs for _, inputs in made])
+
+
+def distinct(key: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Initial biases, scales and statistics are equal in all tenants; a little noise tells them apart."""
+    if leaf.ndim != 1 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf
+    return leaf + (0.01 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
+
+
+def measure_cell(
+    tenants: Tenants,
+    methods: Mapping[str, Method],
+    options: Sequence[Options],
+    *,
+    tolerance: float,
+    repeats: int,
+    seconds: float,
+) -> dict[str, Row]:
+    """A row for each method. The outputs of the first one are what the others' are compared with."""
+    reference: list[np.ndarray] | None = None
+    attempts: dict[str, list[Attempt]] = {}
+    compile_s: dict[str, float] = {}
+    for name, method in methods.items():
+        print(f"  {name}: compiling", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        attempts[name] = build(method, tenants, options, reference, tolerance)
+        compile_s[name] = round(time.perf_counter() - start, 2)
+        working = next((a.candidate for a in attempts[name] if a.candidate), None)
+        reference = on_host(working) if reference is None and working else reference
+    rounds = {
+        (name, i): a.candidate.run for name, tried in attempts.items() for i, a in enumerate(tried) if a.candidate
+    }
+    print(f"  timing {len(rounds)} candidates in turns", file=sys.stderr, flush=True)
+    try:
+        timings = interleave(rounds, repeats=repeats, seconds=seconds)
+    except jax.errors.JaxRuntimeError as e:  # out of memory, say, with the temporaries of two rounds alive
+        return {name: {"failed": f"while timing: {brief(e)}", "compile_s": compile_s[name]} for name in methods}
+    return {
+        name: {**row_of(tried, {i: t for (of, i), t in timings.items() if of == name}), "compile_s": compile_s[name]}
+        for name, tried in attempts.items()
+    }
+
+
+def build(
+    method: Method, tenants: Tenants, options: Sequence[Options], reference: list[np.ndarray] | None, tolerance: float
+) -> list[Attempt]:
+    """Every configuration of a method, compiled and run once."""
+    attempts = []
+    for option in options:
+        try:
+            for candidate in method(tenants, option):
+                error = largest_error(on_host(candidate), reference) if reference else 0.0
+                wrong = not error <= tolerance  # a NaN is wrong too
+                reason = f"outputs differ by {error:.1e}, more than {tolerance:.0e}" if wrong else ""
+                attempts.append(Attempt(option, None if wrong else candidate, error, reason))
+        except (jax.errors.JaxRuntimeError, MemoryError, CoalesceError) as e:
+            attempts.append(Attempt(option, None, failed=brief(e)))
+    return attempts
+
+
+def brief(e: BaseException) -> str:
+    """The first line of an error; the exception itself would keep the arrays of its frames alive."""
+    return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}"
+
+
+def on_host(candidate: Candidate) -> list[np.ndarray]:
+    """Each tenant's outputs of one round, as one flat array."""
+    outputs = [jax.tree.leaves(tenant) for tenant in candidate.split(candidate.run())]
+    return [np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in leaves]) for leaves in outputs]
+
+
+def largest_error(outputs: list[np.ndarray], reference: list[np.ndarray]) -> float:
+    """Of the tenants, the largest norm of the difference relative to the norm of the reference."""
+    pairs = zip(outputs, reference, strict=True)
+    return max(float(np.linalg.norm(out - want) / np.linalg.norm(want)) for out, want in pairs)
+
+
+def row_of(attempts: Sequence[Attempt], timings: Mapping[int, Timing]) -> Row:
+    """The best configuration's numbers, and every configuration that was tried."""
+    tried: list[Row] = []
+    for i, attempt in enumerate(attempts):
+        how = attempt.candidate.how if attempt.candidate else ""
+        median = {"round_us_median": timings[i].median} if i in timings else {"failed": attempt.failed}
+        tried.append({"how": how, "options": attempt.options, **median})
+    if not timings:
+        return {"failed": "; ".join(a.failed for a in attempts), "tried": tried}
+    best = min(timings, key=lambda i: timings[i].median)
+    time_ = timings[best]
+    return {
+        "round_us_median": time_.median,
+        "round_us_p10": time_.p10,
+        "round_us_p90": time_.p90,
+        "repeats": time_.repeats,
+        "error": attempts[best].error,
+        "how": tried[best]["how"],
+        "options": attempts[best].options,
+        "failed": "",
+        "tried": tried,
+    }

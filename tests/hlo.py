@@ -1,0 +1,30 @@
+"""Reading optimised HLO text: instructions with their result sizes."""
+
+from collections.abc import Iterator
+from math import prod
+import re
+from typing import NamedTuple
+
+# `%name = f32[2,3]{1,0} opcode(...)`
+INSTRUCTION = re.compile(r"= (\w+)\[([\d,]*)\](?:\{[^}]*\})? ([\w-]+)\(")
+
+
+class Instruction(NamedTuple):
+    opcode: str
+    elements: int
+    text: str
+
+
+def instructions(text: str) -> Iterator[Instruction]:
+    """Every instruction with one array for a result, those inside fusions too."""
+    for line in text.splitlines():
+        found = INSTRUCTION.search(line)
+        if found:
+            shape = [int(d) for d in found[2].split(",") if d]
+            yield Instruction(found[3], prod(shape), line.strip())
+
+
+def moves_of_size(text: str, elements: int) -> list[str]:
+    """Instructions that make a copy at least as large as `elements`."""
+    moves = {"copy", "copy-start", "concatenate", "gather", "transpose", "pad", "dynamic-slice"}
+    return [i.text for i in instructions(text) if i.opcode in moves and i.elements >= elements]

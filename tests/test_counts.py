@@ -1,0 +1,96 @@
+"""Heavy ops and superkernels of every model, asserted exactly and derived a second time from `fused.jaxpr`.
+
+On the platform "gpu" every superkernel lowers to one dot_general, or to one grouped convolution, so that counting the
+equations of the rewritten jaxpr gives the number of superkernels without asking the plan.
+"""
+
+import jax
+import jax.extend.core as jec
+import pytest
+
+import coalesce
+from coalesce.models import by_name, NAMES
+
+TENANTS = 3
+# heavy ops of one tenant; superkernels within lanes, and with within_program (Q, K and V; the gates of a GRU)
+EXPECTED = {
+    "resnet18": (21, 21, 21),
+    "resnet34": (37, 37, 37),
+    "resnet50": (54, 54, 54),
+    "vgg16": (16, 16, 16),
+    "vit_ti16": (98, 98, 74),
+    "vit_b16": (98, 98, 74),
+    "bert_base": (97, 97, 73),
+    "bert_small": (33, 33, 25),
+    "lstm": (3, 3, 2),
+    "gru": (7, 7, 2),
+    "dlrm": (8, 8, 8),
+    "mlp": (24, 24, 24),
+}
+
+
+def programs(name: str, tenants: int = TENANTS) -> list[coalesce.Program]:
+    model = by_name(name, **({"max_rows": 100} if name == "dlrm" else {}))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    return [coalesce.trace(model.apply, params, *model.inputs(1), name=f"{name}{i}") for i in range(tenants)]
+
+
+def count(jaxpr: jec.Jaxpr, primitives: tuple[str, ...]) -> int:
+    """Equations of those primitives, inside calls and bodies too; a function that two calls share counts twice."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    total = 0
+    for eqn in inner.eqns:
+        total += eqn.primitive.name in primitives
+        total += sum(count(sub, primitives) for sub in jec.jaxprs_in_params(eqn.params))
+    return total
+
+
+HEAVY = ("dot_general", "conv_general_dilated")
+
+
+def test_every_model_is_expected():
+    assert set(EXPECTED) == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_counts_of_tenants_of_one_model(name):
+    heavy, superkernels, _ = EXPECTED[name]
+    fused = coalesce.fuse(programs(name), platform="gpu")
+    report = fused.report
+    assert (report.programs, report.families) == (TENANTS, 1)
+    assert (report.heavy_ops, report.superkernels, report.alone) == (TENANTS * heavy, superkernels, 0)
+    assert report.padding_waste == 0.0
+    assert all((t.heavy_ops, t.superkernels, t.alone) == (heavy, superkernels, 0) for t in report.tenants)
+    assert count(fused.jaxpr, HEAVY) == superkernels
+    model = by_name(name, **({"max_rows": 100} if name == "dlrm" else {}))
+    before = jax.make_jaxpr(model.apply)(jax.eval_shape(model.init, jax.random.key(0)), *model.inputs(1))
+    assert count(before, HEAVY) == heavy
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_counts_within_a_program(name):
+    heavy, _, superkernels = EXPECTED[name]
+    fused = coalesce.fuse(programs(name), platform="gpu", within_program=True)
+    assert (fused.report.heavy_ops, fused.report.superkernels, fused.report.alone) == (TENANTS * heavy, superkernels, 0)
+    assert count(fused.jaxpr, HEAVY) == superkernels
+
+
+def test_sixteen_resnet50s_are_54_superkernels():
+    fused = coalesce.fuse(programs("resnet50", 16), platform="gpu")
+    assert str(fused.report) == "16 programs in 1 families: 864 heavy ops -> 54 superkernels, 0 alone, 0.0% padding"
+    assert count(fused.jaxpr, HEAVY) == 54
+
+
+def test_a_mix_of_three_families_is_packed_family_by_family():
+    mix = [p for name in ("resnet18", "lstm", "bert_small") for p in programs(name)]
+    fused = coalesce.fuse(mix, platform="gpu")
+    assert fused.report.families == 3
+    assert fused.report.heavy_ops == 3 * (21 + 3 + 33)
+    assert (fused.report.superkernels, fused.report.alone) == (21 + 3 + 33, 0)
+    assert count(fused.jaxpr, HEAVY) == 57
+
+
+def test_one_tenant_is_alone_and_the_report_says_why():
+    fused = coalesce.fuse(programs("mlp", 1))
+    assert (fused.report.heavy_ops, fused.report.superkernels, fused.report.alone) == (24, 0, 24)
+    assert "one lane in its family" in fused.explain()
