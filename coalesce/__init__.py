@@ -1,18 +1,49 @@
 """Coalesce: many tenants' JAX programs as one, with their equal work in shared superkernels.
 
-prog  = coalesce.trace(fn, params, *example_inputs, name="a")
-fused = coalesce.fuse([prog_a, prog_b, ...])
-ys    = fused([(x_a,), (x_b,), ...])
+    prog  = coalesce.trace(fn, params, *example_inputs, name="a")
+    fused = coalesce.fuse([prog_a, prog_b, ...])
+    ys    = fused([(x_a,), (x_b,), ...])
+
+Names are loaded when they are first used, so that what needs no JAX (the scheduler) can be imported without it.
 """
 
-from coalesce.compile import fuse as fuse, Fused as Fused
-from coalesce.errors import (
-    CoalesceError as CoalesceError,
-    InvalidInput as InvalidInput,
-    PassError as PassError,
-    PlanError as PlanError,
-    TraceError as TraceError,
-)
-from coalesce.program import Program as Program
-from coalesce.report import Report as Report
-from coalesce.trace import trace as trace
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from coalesce.compile import fuse as fuse, Fused as Fused
+    from coalesce.errors import (
+        CoalesceError as CoalesceError,
+        InvalidInput as InvalidInput,
+        PassError as PassError,
+        PlanError as PlanError,
+        TraceError as TraceError,
+    )
+    from coalesce.program import Program as Program
+    from coalesce.report import Report as Report
+    from coalesce.tracing import trace as trace
+
+_HOME = {
+    "trace": "coalesce.tracing",
+    "fuse": "coalesce.compile",
+    "Fused": "coalesce.compile",
+    "Program": "coalesce.program",
+    "Report": "coalesce.report",
+    "CoalesceError": "coalesce.errors",
+    "InvalidInput": "coalesce.errors",
+    "PassError": "coalesce.errors",
+    "PlanError": "coalesce.errors",
+    "TraceError": "coalesce.errors",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'coalesce' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOME)

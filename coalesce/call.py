@@ -19,9 +19,23 @@ class Caller:
     def __init__(self, programs: Sequence[Program]) -> None:
         self.programs = programs
         self.structs = [slot.aval for p in programs for slot in p.inputs]
+        self.in_tree = jax.tree.structure([p.in_tree.unflatten([0] * len(p.inputs)) for p in programs])
+        self.out_tree = jax.tree.structure([p.out_tree.unflatten([0] * len(p.outputs)) for p in programs])
+        self.shapes, self.dtypes = [s.shape for s in self.structs], [s.dtype for s in self.structs]
+        self.key_inputs = any(slot.key_impl is not None for p in programs for slot in p.inputs)
+        self.key_outputs = any(slot.key_impl is not None for p in programs for slot in p.outputs)
 
     def flatten(self, inputs: Sequence[Sequence[Any]]) -> list[Any]:
         """Every tenant's inputs as one flat list of arrays; raises InvalidInput, naming tenant and argument."""
+        if not self.key_inputs:  # the usual call, in one pass; whatever is not as traced is looked at one by one below
+            leaves, tree = jax.tree.flatten(inputs)
+            if (
+                tree == self.in_tree
+                and all(isinstance(leaf, jax.Array) for leaf in leaves)
+                and [leaf.shape for leaf in leaves] == self.shapes
+                and [leaf.dtype for leaf in leaves] == self.dtypes
+            ):
+                return leaves
         if len(inputs) != len(self.programs):
             names = ", ".join(p.name for p in self.programs)
             raise InvalidInput(
@@ -55,6 +69,8 @@ class Caller:
 
     def unflatten(self, flat: Sequence[Any]) -> list[Any]:
         """Each tenant's outputs in its own pytree."""
+        if not self.key_outputs:
+            return self.out_tree.unflatten(flat)
         rest = iter(flat)
         return [p.out_tree.unflatten([rewrapped(next(rest), slot) for slot in p.outputs]) for p in self.programs]
 

@@ -91,6 +91,7 @@ class Fused:
         bank: list[jax.Array] | None,
     ) -> None:
         self._programs = tuple(p.without_values() for p in programs)
+        self._no_weights = next((p.name for p in programs if p.abstract), None)
         self._histories = histories
         self._steps = steps
         self._bank = bank
@@ -105,14 +106,13 @@ class Fused:
           TraceError: some program was traced from ShapeDtypeStructs and has no weights.
         """
         if self._bank is None:
-            missing = next(p.name for p in self._programs if p.abstract)
             raise TraceError(
-                f"tenant {missing!r} was traced from ShapeDtypeStructs and has no weights; trace it with its arrays"
+                f"tenant {self._no_weights!r} was traced from ShapeDtypeStructs and has no weights; "
+                "trace it with its arrays"
             )
         flat = self._caller.flatten(inputs)
-        if self._compiled is None:
-            self.compile()
-        return self._caller.unflatten(self._compiled(self._bank, flat))
+        compiled = self._compiled if self._compiled is not None else self.compile()
+        return self._caller.unflatten(compiled(self._bank, flat))
 
     @property
     def bundle(self) -> Bundle:

@@ -64,8 +64,8 @@ def family_lines(bundle: Bundle) -> Iterator[str]:
         at = f" at {split.source}" if split.source else ""
         ours, theirs = split.literals
         yield (
-            f"families {i} and {j} differ in a literal alone: {split.primitive} has {ours} in family {i} and {theirs} in "
-            f"family {j}{at}; make it an array in params to run them as one family"
+            f"families {i} and {j} differ in a literal alone: {split.primitive} has {ours} in family {i} and {theirs} "
+            f"in family {j}{at}; make it an array in params to run them as one family"
         )
 
 

@@ -80,9 +80,7 @@ def summary(report: Report) -> Html:
         "left alone": f"{report.alone:,}",
         "padding": f"{report.padding_waste:.1%}",
     }
-    return el(
-        "dl", *(el("div", el("dt", name), el("dd", number)) for name, number in numbers.items()), class_="summary"
-    )
+    return el("dl", *(el("div", el("dt", k), el("dd", v)) for k, v in numbers.items()), class_="summary")
 
 
 def hue(pack: Pack) -> str | None:
@@ -90,12 +88,8 @@ def hue(pack: Pack) -> str | None:
     return f"--hue:{pack.index * 137.508 % 360:.0f}" if pack.width > 1 else None
 
 
-def row_id(member: Member) -> str:
-    return f"f{member.family}-{member.site}"
-
-
 def link(member: Member, bundle: Bundle) -> Html:
-    return el("a", member_text(member, bundle), href=f"#{row_id(member)}")
+    return el("a", member_text(member, bundle), href=f"#f{member.family}-{member.site}")  # an id of Column.line
 
 
 def entry(member: Member, bundle: Bundle, what: str, why: str) -> Html:
@@ -230,9 +224,8 @@ class Column:
         )
 
     def operand(self, atom: J.Atom) -> str:
-        return self.names.typed(atom) + (
-            " (weight)" if not isinstance(atom, J.Literal) and atom in self.weights else ""
-        )
+        weight = not isinstance(atom, J.Literal) and atom in self.weights
+        return f"{self.names.typed(atom)}{' (weight)' if weight else ''}"
 
     def arguments(self, label: str, region: ClosedJaxpr) -> Html:
         return el("p", f"{label}({', '.join(map(self.names.typed, J.invars(region)))})", class_="label")

@@ -21,7 +21,6 @@ from coalesce.lanes import (
     Banked,
     Env,
     from_lanes,
-    lane,
     LaneValue,
     read_bank,
     Shared,
@@ -32,8 +31,14 @@ from coalesce.layout import Layout
 from coalesce.lower_control import lower_loop
 
 
-def lower(bundle: Bundle) -> Callable[[Sequence[Any], Sequence[Sequence[Any]]], list[list[Any]]]:
-    """The fused function: (an array for each of bundle.arrays, each tenant's flat inputs) -> each tenant's outputs."""
+def lower(
+    bundle: Bundle, backend: str | None = None
+) -> Callable[[Sequence[Any], Sequence[Sequence[Any]]], list[list[Any]]]:
+    """The fused function: (an array for each of bundle.arrays, each tenant's flat inputs) -> each tenant's outputs.
+
+    `backend` is what it will run on, the default backend unless given.
+    """
+    backend = backend or jax.default_backend()
 
     def fused(bank: Sequence[Any], inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
         walk = Walk(bundle, bank)
@@ -48,11 +53,31 @@ def lower(bundle: Bundle) -> Callable[[Sequence[Any], Sequence[Sequence[Any]]], 
         outputs: list[list[Any]] = [[] for _ in bundle.tenants]
         for f, family in enumerate(bundle.families):
             results = [read_bank(walk.read(env, f, atom)) for atom in J.outvars(family.jaxpr)]
-            for i, ln in enumerate(family.lanes):
-                outputs[ln.tenant] = [lane(value, i) for value in results]
+            for ln, values in zip(family.lanes, by_lane(results, family.width, backend), strict=True):
+                outputs[ln.tenant] = values
         return outputs
 
     return fused
+
+
+# Results up to this size are handed out by one small kernel on a CPU; larger ones deserve several threads.
+SMALL_RESULTS = 1 << 20
+
+
+def by_lane(results: Sequence[Shared | Stacked], lanes: int, backend: str) -> list[list[Any]]:
+    """Each lane's own results."""
+
+    def split(stacks: Sequence[Any]) -> list[list[Any]]:
+        return [[x[i] for x in stacks] for i in range(lanes)]
+
+    stacks = [r.value for r in results if isinstance(r, Stacked)]
+    if backend == "cpu" and stacks and sum(J.nbytes(x) for x in stacks) <= SMALL_RESULTS:
+        with J.cpu_small_call():
+            parts = jax.jit(split)(stacks)
+    else:
+        parts = split(stacks)
+    rest = [iter(part) for part in parts]
+    return [[next(rest[i]) if isinstance(r, Stacked) else r.value for r in results] for i in range(lanes)]
 
 
 class Walk:

@@ -19,8 +19,6 @@ from coalesce import jaxpr as J
 from coalesce.errors import IRError
 from coalesce.text import program_lines
 
-HELD = object()  # stands for the value of a leaf that a bank holds
-
 
 @dataclass(frozen=True, eq=False)
 class Leaf:
@@ -72,9 +70,8 @@ class Program:
         return replace(self, jaxpr=jaxpr, prepare=prepare if prepare is not None else self.prepare)
 
     def without_values(self) -> Program:
-        """The program without its weights, which are the bank's by then; `abstract` stays what it was."""
-        leaves = tuple(replace(leaf, value=None if leaf.value is None else HELD) for leaf in self.leaves)
-        return replace(self, leaves=leaves)
+        """The program without its weights, which a bank holds by then."""
+        return replace(self, leaves=tuple(replace(leaf, value=None) for leaf in self.leaves))
 
     def __str__(self) -> str:
         lines = list(program_lines(self.name, self.jaxpr, self.n_weights))

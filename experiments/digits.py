@@ -3,7 +3,7 @@ images and seed. The data ships with scikit-learn; nothing is downloaded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from flax import linen as nn
 from sklearn.datasets import load_digits
 
 Params = dict[str, Any]  # linen variables, batch statistics included
-CLASSES = 10
+SHAPE, CLASSES = (8, 8), 10
 HELD_OUT = 360  # images that no tenant trains on
 BATCH = 64
 OPTIMIZER = optax.adam(3e-3)
@@ -54,7 +54,7 @@ class RowReader(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        steps = nn.RNN(nn.OptimizedLSTMCell(48))(images)
+        steps: Any = nn.RNN(nn.OptimizedLSTMCell(48))(images)
         return nn.Dense(CLASSES)(steps[:, -1])
 
 
@@ -86,7 +86,8 @@ def tenants() -> list[Tenant]:
 
 def predict(network: nn.Module, params: Params, images: jax.Array) -> jax.Array:
     """Logits; what is traced, and served."""
-    return network.apply(params, images)
+    logits: Any = network.apply(params, images)
+    return logits
 
 
 @dataclass(frozen=True)
@@ -105,16 +106,23 @@ def load() -> tuple[Split, Split]:
     return Split(images[HELD_OUT:], labels[HELD_OUT:]), Split(images[:HELD_OUT], labels[:HELD_OUT])
 
 
-def train(tenant: Tenant, data: Split, steps: int) -> Iterator[Params]:
-    """Train on the tenant's own images, `BATCH` of them a step; yields the parameters after each step."""
+def train(tenant: Tenant, data: Split, steps: int, after_step: Callable[[], object]) -> Params:
+    """Parameters learnt from the tenant's own images, `BATCH` of them a step."""
     random = np.random.default_rng(tenant.seed)
     own = random.permutation(len(data.labels))[: tenant.images]
-    params = tenant.network.init(jax.random.key(tenant.seed), data.images[:1])
-    state = OPTIMIZER.init(params["params"])
+    params, state = start(tenant.network, jax.random.key(tenant.seed))
     for _ in range(steps):
         batch = random.choice(own, BATCH)
         params, state = step(tenant.network, params, state, data.images[batch], data.labels[batch])
-        yield params
+        after_step()
+    return params
+
+
+@partial(jax.jit, static_argnums=0)
+def start(network: nn.Module, key: jax.Array) -> tuple[Params, Any]:
+    """Random parameters, and the optimizer's state for them."""
+    params: Any = network.init(key, jnp.zeros((1, *SHAPE)))
+    return params, OPTIMIZER.init(params["params"])
 
 
 @partial(jax.jit, static_argnums=0)

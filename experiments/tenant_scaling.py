@@ -52,16 +52,12 @@ flags.DEFINE_integer("batch", 1, "rows of a request")
 flags.DEFINE_list("tenants", ["1", "2", "4", "8", "16", "32", "64"], "numbers of tenants, one cell each")
 flags.DEFINE_list("methods", list(METHODS), f"which of {', '.join(METHODS)}; sequential always runs")
 flags.DEFINE_string("precision", None, "jax_default_matmul_precision, such as highest")
-flags.DEFINE_float(
-    "tolerance", None, "largest error relative to sequential; by dtype and device if not given"
-)
+flags.DEFINE_float("tolerance", None, "largest error relative to sequential; by dtype and device if not given")
 flags.DEFINE_integer("repeats", 300, "timed rounds of each configuration")
 flags.DEFINE_float("seconds", 60.0, "most time for the repeats of a cell")
 flags.DEFINE_float("budget_s", None, "no cell starts after so many seconds")
 flags.DEFINE_integer("max_one_program", 16, "one_program is left out with more tenants than that")
-flags.DEFINE_string(
-    "compiler_options", None, "JSON, for all methods; on a GPU CUDA graphs if not given"
-)
+flags.DEFINE_string("compiler_options", None, "JSON, for all methods; on a GPU CUDA graphs if not given")
 flags.DEFINE_bool("try_options", True, "try XLA's defaults beside --compiler_options and keep each method's better one")
 flags.DEFINE_bool("own_executables", None, "try an executable a tenant for sequential; on a GPU unless said otherwise")
 flags.DEFINE_bool("within_program", False, "try within_program=True for fused")

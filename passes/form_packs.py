@@ -14,6 +14,7 @@ a topological order of every equation.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -52,6 +53,7 @@ class Scheduler:
 
     def __init__(self, index: int, family: Family, options: Options, numbers: Any) -> None:
         self.index, self.family, self.options, self.numbers = index, family, options, numbers
+        self.equal_ops = Counter(heavy_op(eqn).key for eqn in heavy_eqns(family.jaxpr))
 
     def schedule(self, jaxpr: ClosedJaxpr, varies: Sequence[bool], weight_of: dict[Any, int], prefix: str) -> Schedule:
         marks, _ = mark(jaxpr, varies)
@@ -94,12 +96,9 @@ class Scheduler:
         return Pack(next(self.numbers), tuple(members), reason="" if width > 1 else self.why_alone(members[0]))
 
     def why_alone(self, member: Member) -> str:
-        if not self.options.within_program:
-            equal = [
-                e for e in heavy_eqns(self.family.jaxpr) if e is not member.eqn and heavy_op(e).key == member.op.key
-            ]
-            if equal:
-                return f"one lane in its family; {len(equal)} equal op(s) in its own program: see within_program=True"
+        equal = self.equal_ops[member.op.key] - 1
+        if equal and not self.options.within_program:
+            return f"one lane in its family; {equal} equal op(s) in its own program: see within_program=True"
         return "one lane in its family, and no independent equal op in its program"
 
     def member(self, eqn: J.Eqn, marks: dict[Any, bool], weight_of: dict[Any, int], site: str) -> Member:

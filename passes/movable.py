@@ -17,14 +17,14 @@ STAYS = {"pure_callback", "io_callback", "debug_callback", "debug_print"}
 
 @dataclass(frozen=True)
 class Moved:
-    """The answer: `eqns` move; `copied` are constants that moved equations read and that stay as well."""
+    """The answer: `eqns` move; `copied` are constants and broadcasts that moved equations read and that stay too."""
 
     eqns: frozenset[int]  # id(eqn)
     copied: frozenset[int]
     results: frozenset[Any]  # variables that moved equations bind
 
     def dead(self, stay: Sequence[J.Eqn], outs: Sequence[J.Atom]) -> set[int]:
-        """Copied constants that nothing reads any more where they stand."""
+        """Copied equations that nothing reads any more where they stand."""
         read = {a for eqn in stay if id(eqn) not in self.copied for a in eqn.invars if not isinstance(a, J.Literal)}
         read |= {a for a in outs if not isinstance(a, J.Literal)}
         dead: set[int] = set()
@@ -42,17 +42,16 @@ def movable(jaxpr: ClosedJaxpr, weights: Sequence[J.Var]) -> Moved:
     """Equations of `jaxpr` to compute ahead, given the arguments that are weights."""
     sources = {v: 1 << i for i, v in enumerate(weights)}  # the weights that a value reads, as bits; 0 for constants
     size = [J.nbytes(v.aval) for v in weights]
-    constants: set[int] = set()
+    ahead: set[int] = set()  # what could be computed ahead, constants included
     candidates: list[J.Eqn] = []
     for eqn in jaxpr.jaxpr.eqns:
         reads = source_bits(eqn, sources)
         if reads is None:
             continue
         sources.update((v, reads) for v in eqn.outvars if not J.is_drop(v))
+        ahead.add(id(eqn))
         if reads:
             candidates.append(eqn)
-        else:
-            constants.add(id(eqn))
     consumers = consumers_of(jaxpr)
     moved: set[int] = set()
     for eqn in reversed(candidates):
@@ -68,9 +67,9 @@ def movable(jaxpr: ClosedJaxpr, weights: Sequence[J.Var]) -> Moved:
     copied: set[int] = set()
     needed: set[Any] = set()
     for eqn in reversed(jaxpr.jaxpr.eqns):
-        if id(eqn) in moved or (id(eqn) in constants and not needed.isdisjoint(eqn.outvars)):
+        if id(eqn) in moved or (id(eqn) in ahead and not needed.isdisjoint(eqn.outvars)):
             needed.update(a for a in eqn.invars if not isinstance(a, J.Literal))
-            if id(eqn) in constants:
+            if id(eqn) not in moved:
                 copied.add(id(eqn))
     results = frozenset(v for eqn in candidates if id(eqn) in moved for v in outs(eqn))
     return Moved(frozenset(moved), frozenset(copied), results)

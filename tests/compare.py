@@ -20,6 +20,7 @@ import numpy as np
 RELATIVE = 1e-5
 FLOOR = 0.01
 TIMES = 1.5
+ROUNDINGS = 1.0
 
 
 def assert_same(got: Any, want: Any, exact: Sequence[bool] | None = None) -> None:
@@ -33,15 +34,15 @@ def assert_same(got: Any, want: Any, exact: Sequence[bool] | None = None) -> Non
         assert error <= RELATIVE * scale, f"{path}: error {error:.3g}, norm {scale:.3g}: {error / scale:.3g} relative"
 
 
-def assert_as_good(got: Any, own: Any, truth: Any, floor: float) -> None:
-    """`floor` is in units of the dtype's rounding: what one operation more or less may cost."""
-    for (path, a, b), t in zip(matched(got, own), jax.tree.leaves(truth), strict=True):
-        if not jnp.issubdtype(jnp.result_type(b), jnp.floating):
+def assert_as_good(got: Any, own: Any, truth: Any, exact: Sequence[bool]) -> None:
+    for i, (path, a, b) in enumerate(matched(got, own)):
+        if exact[i] or not jnp.issubdtype(b.dtype, jnp.floating):
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=path)
             continue
+        t = jax.tree.leaves(truth)[i]
         fused, alone = distance(a, t), distance(b, t)
-        limit = TIMES * alone + floor * float(jnp.finfo(jnp.result_type(b)).eps) * norm(t)
-        assert fused <= limit, f"{path}: error {fused:.3g} fused, {alone:.3g} alone, limit {limit:.3g}"
+        limit = TIMES * alone + ROUNDINGS * float(jnp.finfo(b.dtype).eps) * norm(t)
+        assert fused <= limit, f"{path}: error {fused:.3g} fused, {alone:.3g} alone, limit {limit:.3g}, norm {norm(t):.3g}"
 
 
 def assert_bitwise(got: Any, want: Any) -> None:

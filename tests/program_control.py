@@ -124,13 +124,13 @@ def models(draw: Any, max_ops: int = 5, dtypes: Sequence[Any] = (jnp.float32,)) 
 
 @st.composite
 def tenants(
-    draw: Any, model: st.SearchStrategy[Model] | None = None, max_families: int = 2, max_lanes: int = 4
+    draw: Any, model: st.SearchStrategy[Model] | None = None, max_families: int = 2, min_lanes: int = 1
 ) -> list[Tenant]:
     """Tenants of a few models in any order; weights of one model are shared between its lanes in drawn groups."""
     found: list[Tenant] = []
     for _ in range(draw(st.integers(1, max_families))):
         chosen = draw(model if model is not None else models())
-        found += family(draw, chosen, draw(st.integers(1, max_lanes)))
+        found += family(draw, chosen, draw(st.integers(min_lanes, 4)))
     return draw(st.permutations(found))
 
 

@@ -16,9 +16,9 @@ SIDES = ["weight right", "weight left", "no weight"]
 def other_operand(draw: Any, scope: Scope, i: int, aval: Aval, side: str) -> tuple[tuple[int, ...], tuple[Aval, ...], Any]:
     """The second operand of a heavy op: (what the op reads, its weights, how to get it from them)."""
     if side != "no weight":
-        return (i,), (aval,), lambda w, rest: w[0]
+        return (i,), (aval,), lambda w, rest, dtype: w[0]
     j = draw(st.sampled_from([j for j in scope.candidates("fi") if scope.values[j].dtype == aval.dtype]))
-    return (i, j), (), lambda w, rest: fit(rest[0], aval)
+    return (i, j), (), lambda w, rest, dtype: fit(rest[0], Aval(aval.shape, dtype))
 
 
 def dot(draw: Any, scope: Scope, i: int) -> Op:
@@ -41,7 +41,7 @@ def dot(draw: Any, scope: Scope, i: int) -> Op:
     kind = jnp.float32 if wide else None
 
     def apply(w: Any, v: Any, *rest: Any) -> Any:
-        y = get(w, rest)
+        y = get(w, rest, v.dtype)
         if side == "weight left":
             out = lax.dot_general(y, v, ((yc, xc), (yb, xb)), lax.Precision.HIGHEST, kind)
         else:
@@ -87,7 +87,7 @@ def conv(draw: Any, scope: Scope, i: int) -> Op:
     numbers = lax.ConvDimensionNumbers(lhs_spec, rhs_spec, out_spec)
 
     def apply(w: Any, v: Any, *rest: Any) -> Any:
-        y = get(w, rest)
+        y = get(w, rest, v.dtype)
         a, b = (y, fit(v, Aval(right.shape, v.dtype))) if side == "weight left" else (fit(v, Aval(shape, v.dtype)), y)
         return lax.conv_general_dilated(a, b, strides, padding, lhs_dilation, rhs_dilation, numbers, groups, batch_groups,
                                         lax.Precision.HIGHEST)  # fmt: skip

@@ -8,7 +8,8 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from tests.alone import alone, assert_same, check_fused, fuse_tenants
+from tests.alone import alone, check_fused, fuse_tenants
+from tests.compare import assert_same
 
 RNG = np.random.default_rng(0)
 
@@ -22,8 +23,8 @@ def three(fn):
 
 
 def reasons(fused):
-    """The lines under `# run lane by lane`."""
-    return fused.explain().split("# run lane by lane\n")[1].splitlines()
+    """The lines under `# run lane by lane`, without the places of the equations."""
+    return [line.split(": ", 1)[1] for line in fused.explain().split("# run lane by lane")[1].splitlines()[1:]]
 
 
 # ---- debug callbacks -----------------------------------------------------------------------------------------------
@@ -46,9 +47,7 @@ def test_a_debug_callback_runs_once_for_each_tenant_and_call():
         want = [float((x @ w).sum()) for _, w, (x,) in tenants] * calls
         np.testing.assert_allclose(sorted(seen), sorted(want), rtol=1e-4)
     assert fused.report.families == fused.report.superkernels == 1
-    assert reasons(fused) == [
-        "family 0 at 2: debug_callback: a debug callback runs once for each tenant"
-    ]
+    assert reasons(fused) == ["debug_callback: a debug callback runs once for each tenant"]
 
 
 def test_debug_print(capfd):
@@ -102,7 +101,7 @@ def on_host(x):
 
 def test_pure_callbacks():
     fused = check_fused(three(lambda w, x: on_host((x @ w).sum(0)) * 2))
-    assert reasons(fused) == ["family 0 at 2: pure_callback: a callback on the host runs once for each tenant"]
+    assert reasons(fused) == ["pure_callback: a callback on the host runs once for each tenant"]
     assert fused.report.superkernels == 1
 
 
@@ -125,18 +124,15 @@ def test_rng_bit_generator_gives_each_lane_its_own_bits(algorithm):
     def apply(_, key):
         return lax.rng_bit_generator(key, (3, 5), algorithm=getattr(lax.RandomAlgorithm, algorithm))
 
-    width = 2 if algorithm == "RNG_THREE_FRY" else 4
-    tenants = [(apply, (), (jnp.arange(width, dtype=jnp.uint32) + seed,)) for seed in range(3)]
+    tenants = [(apply, (), (jnp.arange(4, dtype=jnp.uint32) + seed,)) for seed in range(3)]
     fused = check_fused(tenants)
-    assert reasons(fused) == [
-        "family 0 at 0: rng_bit_generator: batching rng_bit_generator would give lanes other random bits"
-    ]
+    assert reasons(fused) == ["rng_bit_generator: batching rng_bit_generator would give lanes other random bits"]
 
 
 def test_random_bits_of_rbg_keys_give_the_reason():
     tenants = [(lambda _, k: jax.random.bits(k, (3,)), (), (jax.random.key(s, impl="rbg"),)) for s in range(3)]
     assert reasons(check_fused(tenants)) == [
-        "family 0 at 1: random_bits: batching this key implementation would give lanes other random bits"
+        "random_bits: batching this key implementation would give lanes other random bits"
     ]
 
 
@@ -160,21 +156,21 @@ def unbatchable(name):
 def test_a_primitive_without_a_batching_rule(tenants):
     ours = unbatchable("ours")
     fused = check_fused(three(lambda w, x: ours.bind(x @ w) + 1)[:tenants])
-    assert reasons(fused) == (["family 0 at 1: ours: ours has no batching rule"] if tenants > 1 else [])
+    assert reasons(fused) == (["ours: ours has no batching rule"] if tenants > 1 else [])
     assert fused.report.superkernels == (tenants > 1)
 
 
 def test_a_primitive_without_a_batching_rule_inside_a_loop():
     ours = unbatchable("ours")
     fused = check_fused(three(lambda w, x: lax.fori_loop(0, 3, lambda _, c: ours.bind(c @ w), x)))
-    assert reasons(fused) == ["family 0 at 1.body.2: ours: ours has no batching rule"]
+    assert reasons(fused) == ["ours: ours has no batching rule"]
 
 
 def test_nothing_runs_lane_by_lane_where_no_operand_differs():
     """One lane-by-lane equation on shared values runs once."""
     ours = unbatchable("ours")
-    constant = array(4)
-    fused = check_fused(three(lambda w, x: x @ w + jnp.arange(4.0) + ours.bind(constant)[None]))
+    constant = array(2, 4)
+    fused = check_fused(three(lambda w, x: x @ w + jnp.arange(8.0).reshape(2, 4) + ours.bind(constant)))
     assert reasons(fused) == []
 
 
@@ -183,7 +179,7 @@ def test_nothing_runs_lane_by_lane_where_no_operand_differs():
 
 def halve(w, x):
     """As many steps as the input needs."""
-    return lax.while_loop(lambda c: jnp.abs(c).max() > 0.1, lambda c: jnp.tanh(c @ w) / 2, x)
+    return lax.while_loop(lambda c: jnp.abs(c).max() > 0.1, lambda c: jnp.tanh(c @ w) * c / 2, x)
 
 
 def test_unbounded_loops_run_lane_by_lane_unless_asked_for():

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import coalesce
-from tests.alone import alone, assert_same, check_fused
+from tests.alone import alone, check_fused
+from tests.compare import assert_same
 
 RNG = np.random.default_rng(0)
 

@@ -8,7 +8,8 @@ from flax import nnx
 from jax import lax
 
 import coalesce
-from tests.alone import assert_same, check_fused
+from tests.alone import check_fused
+from tests.compare import assert_same
 
 RNG = np.random.default_rng(0)
 
@@ -88,7 +89,9 @@ def test_integers_bools_and_bfloat16():
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "uint8", "int16", "uint32", "complex64", "float8_e4m3fn"])
 def test_every_dtype_passes(dtype):
-    check_fused(three(lambda w, x: (lax.neg(w), jnp.stack([x, w])), lambda: jnp.ones(3, dtype), lambda: (jnp.ones(3, dtype),)))
+    check_fused(
+        three(lambda w, x: (lax.neg(w), jnp.stack([x, w])), lambda: jnp.ones(3, dtype), lambda: (jnp.ones(3, dtype),))
+    )
 
 
 def test_python_scalars():

@@ -61,6 +61,7 @@ from coalesce.jaxpr.read import (
 from coalesce.jaxpr.run import (
     bind as bind,
     context_of as context_of,
+    cpu_small_call as cpu_small_call,
     evaluate as evaluate,
     set_weak_type as set_weak_type,
     verify as verify,

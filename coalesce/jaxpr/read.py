@@ -8,7 +8,9 @@ from typing import Any
 import jax
 import jax.extend.core as jec
 import jax.extend.source_info_util as siu
+import jax.numpy as jnp
 import numpy as np
+from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, JaxprEqn as Eqn, Literal, Var
 
 Atom = Var | Literal
@@ -63,7 +65,7 @@ def aval_struct(aval: Any) -> jax.ShapeDtypeStruct:
 
 
 def is_key(aval: Any) -> bool:
-    return jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended)
+    return jnp.issubdtype(aval.dtype, jax.dtypes.extended)
 
 
 def nbytes(aval: Any) -> int:
@@ -80,7 +82,7 @@ def short(aval: Any) -> str:
 
 
 def struct_short(struct: Any) -> str:
-    return jax.core.ShapedArray(struct.shape, struct.dtype).str_short(short_dtypes=True)
+    return ShapedArray(struct.shape, struct.dtype).str_short(short_dtypes=True)
 
 
 def source(eqn: Eqn) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.extend.core as jec
 import jax.extend.source_info_util as siu
+from jax.core import eval_jaxpr
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import ClosedJaxpr, JaxprEqn as Eqn
 from jax.extend.core.primitives import convert_element_type_p
 
@@ -29,7 +31,18 @@ def bind(eqn: Eqn, args: Sequence[Any]) -> list[Any]:
 
 def evaluate(jaxpr: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
     """Interpret a closed jaxpr on values or tracers."""
-    return jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *args)
+    return eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *args)
+
+
+@contextmanager
+def cpu_small_call() -> Iterator[None]:
+    """Calls staged here stay calls and run as one kernel on XLA's CPU backend.
+
+    A program is a chain of kernels there until many small results hang off one value; then XLA hands all of its kernels
+    to a thread pool, which costs a program of small kernels a third of its time.
+    """
+    with set_xla_metadata(inlineable="false", xla_cpu_small_call="true"):
+        yield
 
 
 def set_weak_type(x: Any, weak: bool) -> Any:

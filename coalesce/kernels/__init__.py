@@ -34,6 +34,8 @@ KERNELS: Mapping[str, Kernel] = {
 
 # On a CPU, slices win only while the patch matrix stays in cache (measured with 8 lanes, 8x8x16 to 56x56x64).
 CPU_PATCH_BYTES = 256 * 1024
+# On a GPU they win everywhere measured; this only keeps the patches of all lanes from crowding out the weights.
+GPU_PATCH_BYTES = 8 * 1024**3
 
 
 def choose(op: HeavyOp, groups: int, platform: str) -> str:
@@ -51,6 +53,7 @@ def choose(op: HeavyOp, groups: int, platform: str) -> str:
     cpu = platform == "cpu"
     if op.params["feature_group_count"] > 1:
         return "separate" if cpu else "conv_grouped"
+    patch_bytes = op.m * op.k * op.lhs.dtype.itemsize
     if not cpu:
-        return "conv_slices"
-    return "conv_slices" if groups > 1 and op.m * op.k * op.lhs.dtype.itemsize <= CPU_PATCH_BYTES else "separate"
+        return "conv_slices" if groups * patch_bytes <= GPU_PATCH_BYTES else "separate"
+    return "conv_slices" if groups > 1 and patch_bytes <= CPU_PATCH_BYTES else "separate"

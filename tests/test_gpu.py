@@ -1,0 +1,113 @@
+"""On an NVIDIA GPU: numerics, isolation and the compiled program. Skipped elsewhere; run with `pytest -m gpu`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import coalesce
+from coalesce.models import by_name
+from tests.hlo import moves_of_size
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU"),
+]
+
+TENANTS = 4
+MODELS = {
+    "resnet18": {"image_size": 64},
+    "resnet50": {"image_size": 64},
+    "vit_ti16": {"image_size": 32},
+    "bert_small": {},
+    "lstm": {},
+    "gru": {},
+    "dlrm": {"max_rows": 100},
+    "mlp": {},
+}
+
+
+def setup(name: str, dtype: str, tenants: int = TENANTS):
+    model = by_name(name, dtype=jnp.dtype(dtype), **MODELS[name])
+    params = [model.init(jax.random.key(i)) for i in range(tenants)]
+    inputs = [model.example(jax.random.key(100 + i)) for i in range(tenants)]
+    return model, params, inputs
+
+
+def fused_of(model, params, inputs, **options) -> coalesce.Fused:
+    pairs = zip(params, inputs, strict=True)
+    return coalesce.fuse([coalesce.trace(model.apply, p, *x, name=f"t{i}") for i, (p, x) in enumerate(pairs)], **options)
+
+
+def distance(got, want) -> float:
+    got, want = (np.asarray(jnp.asarray(v, jnp.float32), np.float64) for v in (got, want))
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_float32_at_highest_precision_is_the_tenants_own(name):
+    with jax.default_matmul_precision("highest"):
+        model, params, inputs = setup(name, "float32")
+        alone = [jax.jit(lambda p, x, m=model: m.apply(p, *x))(p, x) for p, x in zip(params, inputs, strict=True)]
+        fused = fused_of(model, params, inputs)(inputs)
+    for got, want in zip(fused, alone, strict=True):
+        assert distance(got, want) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_lower_precision_is_as_good_as_the_tenants_own(name, dtype):
+    """TF32 and bfloat16, in norm over all tenants, against float32 at highest precision."""
+    model, params, inputs = setup(name, dtype)
+    reference, _, _ = setup(name, "float32", 0)
+    with jax.default_matmul_precision("highest"):
+        run = jax.jit(lambda p, x: reference.apply(p, *x))
+        as_f32 = [jax.tree.map(widened, x) for x in inputs]
+        exact = [run(p, x) for p, x in zip(params, as_f32, strict=True)]
+    own = jax.jit(lambda p, x: model.apply(p, *x))
+    alone = [own(p, x) for p, x in zip(params, inputs, strict=True)]
+    fused = fused_of(model, params, inputs)(inputs)
+    own_error = np.linalg.norm([distance(a, e) for a, e in zip(alone, exact, strict=True)])
+    error = np.linalg.norm([distance(f, e) for f, e in zip(fused, exact, strict=True)])
+    assert error <= 1.5 * own_error + 1e-6
+
+
+def widened(x):
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+@pytest.mark.parametrize("kernel", ["conv_slices", "conv_grouped", "separate"])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_poisoned_lane_reaches_no_other(kernel, poison):
+    model, params, inputs = setup("resnet18", "float32")
+
+    def choice(op, groups, platform):
+        return kernel if op.kind == "conv" else "batched_dot"
+
+    fused = fused_of(model, params, inputs, choose_kernel=choice)
+    clean = [np.asarray(y) for y in fused(inputs)]
+    again = [np.asarray(y) for y in fused(inputs)]
+    bad = [*inputs[:2], (jnp.full_like(inputs[2][0], poison),), *inputs[3:]]
+    dirty = [np.asarray(y) for y in fused(bad)]
+    assert not np.isfinite(dirty[2]).all()
+    for lane in (0, 1, 3):
+        if np.array_equal(clean[lane], again[lane]):  # the contract is against a replay, wherever two agree
+            np.testing.assert_array_equal(dirty[lane], clean[lane])
+        else:
+            assert distance(dirty[lane], clean[lane]) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["mlp", "lstm", "gru", "dlrm"])
+def test_no_move_of_the_size_of_a_weight(name):
+    model, params, inputs = setup(name, "float32")
+    fused = fused_of(model, params, inputs)
+    largest = max(int(np.prod((len(a.rows), *a.shape))) for a in fused.bundle.arrays)
+    assert moves_of_size(fused.as_text(), largest) == []
+
+
+def test_a_single_tenant_runs_as_it_does_alone():
+    with jax.default_matmul_precision("highest"):
+        model, params, inputs = setup("resnet50", "float32", 1)
+        alone = jax.jit(model.apply)(params[0], *inputs[0])
+        (fused,) = fused_of(model, params, inputs)(inputs)
+    assert distance(fused, alone) <= 1e-5
