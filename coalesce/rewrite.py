@@ -59,23 +59,23 @@ def depends_on_weights_alone(eqn: J.Eqn, known: set[Any]) -> bool:
     return not eqn.effects and all(isinstance(a, J.Literal) or a in known for a in eqn.invars)
 
 
+def flags(atoms: Sequence[J.Atom], known: set[Any]) -> list[bool]:
+    return [isinstance(a, J.Literal) or a in known for a in atoms]
+
+
 def region_flags(eqn: J.Eqn, known: set[Any]) -> list[list[bool]]:
     """For each region of a control-flow equation, which of its arguments depend on weights alone in every iteration."""
-
-    def flag(atoms: Sequence[J.Atom]) -> list[bool]:
-        return [isinstance(a, J.Literal) or a in known for a in atoms]
-
     match eqn.primitive.name:
         case "scan":
             scan = J.as_scan(eqn)
-            return [flag(scan.consts) + [False] * (len(scan.init) + len(scan.xs))]
+            return [flags(scan.consts, known) + [False] * (len(scan.init) + len(scan.xs))]
         case "while":
             loop = J.as_while(eqn)
             rest = [False] * len(loop.init)
-            return [flag(loop.cond_consts) + rest, flag(loop.body_consts) + rest]
+            return [flags(loop.cond_consts, known) + rest, flags(loop.body_consts, known) + rest]
         case "cond":
             cond = J.as_cond(eqn)
-            return [flag(cond.operands) for _ in cond.branches]
+            return [flags(cond.operands, known) for _ in cond.branches]
     return []
 
 

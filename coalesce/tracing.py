@@ -82,14 +82,12 @@ def staged(leaf: Any) -> bool:
 
 def abstract(tree: Any) -> Any:
     """The pytree with ShapeDtypeStructs for leaves, weak types kept."""
-
-    def struct(leaf: Any) -> jax.ShapeDtypeStruct:
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
-        aval = jax.typeof(leaf)
-        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
-
     return jax.tree.map(struct, tree)
+
+
+def struct(leaf: Any) -> jax.ShapeDtypeStruct:
+    aval = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
 
 
 def hold_static(fn: Callable[..., Any], tree: Any, leaves: list[Any], is_array: list[bool]) -> Callable[..., Any]:

@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         alone = one_by_one(tenants, weights, image)
     console.print("\nHeavy operations, that is matrix products and convolutions:", heavy_table(fused.report))
     console.print("The step of all LSTMs is one of them; fused.explain() says of it:")
-    console.print(f"  {superkernel(fused.explain())}", markup=False)
+    console.print(f"  {superkernel(fused.explain())}", markup=False, soft_wrap=True)
 
     console.print("\n[bold]3. Serve[/bold] with the fused program, and with an executable for each tenant")
     with console.status("  reading the held-out scans"):
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print("\n[bold]Read on[/bold]")
     console.print("  README.md                               your own tenants")
     console.print("  docs/architecture.md                    how it works")
-    console.print("  python -m experiments.tenant_scaling    more tenants, larger models, other ways to serve them")
+    console.print("  python -m experiments.tenant_scaling    more tenants, larger models")
     accuracy = [np.mean(x == held_out.labels[:, None], axis=0) for x in (before, after)]
     if not np.array_equal(*accuracy):
         console.print("[red]A fused tenant is not as accurate as it is alone. That is a bug; please report it.[/red]")

@@ -151,7 +151,8 @@ def main(argv: Sequence[str]) -> None:
     tolerance = default_tolerance() if FLAGS.tolerance is None else FLAGS.tolerance
     common = {"model": label, "dtype": FLAGS.dtype, "batch": FLAGS.batch}
     settings = {**common, "precision": FLAGS.precision, "tolerance": tolerance}
-    command = shlex.join(["python", "-m", "experiments.tenant_scaling", *sys.argv[1:]])
+    named = [argument for argument in sys.argv[1:] if not argument.startswith("--out")]  # a folder of this machine
+    command = shlex.join(["python", "-m", "experiments.tenant_scaling", *named])
     head = header(command, FLAGS.device_name or device_name(), FLAGS.note, **settings)
     folder = Path(FLAGS.out or Path("experiments", "results", device_folder()))
     batch = [f"batch={FLAGS.batch}"] if FLAGS.batch > 1 else []
@@ -173,6 +174,8 @@ def main(argv: Sequence[str]) -> None:
         rows = sorted([row for row in rows if row["tenants"] != count] + new, key=lambda row: row["tenants"])
         save_rows(path, head, rows)
         gc.collect()  # the cell's weights lie in cycles of closures; the next cell needs their memory
+    if not rows:
+        return
     title = f"One round of n tenants: {label}, {FLAGS.dtype}, batch {FLAGS.batch}"
     text = report(title, head, rows)
     path.with_suffix(".md").write_text(text, encoding="utf-8")

@@ -4,15 +4,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 import coalesce
 from tests.compare import assert_same
 
 Tenant = tuple[Callable[..., Any], Any, tuple[Any, ...]]  # fn, params, inputs
 
+RNG = np.random.default_rng(0)
+
+
+def array(*shape: int, dtype: Any = np.float32) -> jax.Array:
+    """Other random numbers each time."""
+    return jnp.asarray(RNG.standard_normal(shape), dtype)
+
 
 def alone(tenant: Tenant) -> Any:
-    """The outputs of one tenant. Leaves of params that are no arrays, such as equinox's activations, are closed over."""
+    """The outputs of one tenant. Leaves of params that are no arrays, such as activation functions, are closed over."""
     fn, params, inputs = tenant
     leaves, tree = jax.tree.flatten(params)
     arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype") or isinstance(leaf, float)}
@@ -46,4 +55,4 @@ def plain(tree: Any) -> Any:
 
 
 def is_key(x: Any) -> bool:
-    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -5,17 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from tests.alone import alone, check_fused, fuse_tenants
+from tests.alone import alone, array, check_fused, fuse_tenants
 from tests.compare import assert_same
-
-RNG = np.random.default_rng(0)
-
-
-def array(*shape):
-    return jnp.asarray(RNG.standard_normal(shape), np.float32)
 
 
 def three(fn):
@@ -147,7 +142,7 @@ def test_random_bits_of_threefry_keys_run_at_once():
 def unbatchable(name):
     """A primitive as a user may define one: it computes sin, and has no batching rule."""
     primitive = Primitive(name)
-    primitive.def_abstract_eval(lambda x: jax.core.ShapedArray(x.shape, x.dtype))
+    primitive.def_abstract_eval(lambda x: ShapedArray(x.shape, x.dtype))
     mlir.register_lowering(primitive, mlir.lower_fun(jnp.sin, multiple_results=False))
     return primitive
 

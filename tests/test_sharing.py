@@ -6,14 +6,8 @@ import numpy as np
 import pytest
 
 import coalesce
-from tests.alone import alone, check_fused
+from tests.alone import alone, array, check_fused
 from tests.compare import assert_same
-
-RNG = np.random.default_rng(0)
-
-
-def array(*shape):
-    return jnp.asarray(RNG.standard_normal(shape), np.float32)
 
 
 def apply(params, x):

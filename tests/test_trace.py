@@ -1,21 +1,14 @@
-"""What `trace` accepts: every kind of input, output and parameter that a JAX function may have, and what becomes of it."""
+"""What `trace` accepts: every kind of input, output and parameter of a JAX function, and what becomes of it."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax import lax
 
 import coalesce
-from tests.alone import check_fused
+from tests.alone import array, check_fused
 from tests.compare import assert_same
-
-RNG = np.random.default_rng(0)
-
-
-def array(*shape, dtype=np.float32):
-    return jnp.asarray(RNG.standard_normal(shape), dtype)
 
 
 def three(fn, params, inputs):
@@ -105,7 +98,7 @@ def test_python_scalars():
 
 
 def test_numpy_params_and_inputs():
-    fused = check_fused(three(lambda w, x: x @ w, lambda: RNG.standard_normal((4, 4), np.float32), inputs))
+    fused = check_fused(three(lambda w, x: x @ w, lambda: np.asarray(array(4, 4)), inputs))
     results = fused([(np.ones((2, 4), np.float32),)] * 3)
     assert all(isinstance(r, jax.Array) for r in results)
 
@@ -113,65 +106,6 @@ def test_numpy_params_and_inputs():
 def test_64_bit_numpy_arrays_become_32_bit_as_under_jit():
     check_fused(three(lambda w, x: (x * w, w), lambda: np.arange(4), lambda: (np.arange(4),)))
     check_fused(three(lambda w, x: (x * w, w), lambda: np.arange(4.0), lambda: (np.arange(4.0),)))
-
-
-# ---- PRNG keys -----------------------------------------------------------------------------------------------------
-
-KEYS = {
-    "raw threefry": lambda seed: jax.random.PRNGKey(seed),
-    "raw rbg": lambda seed: jax.random.key_data(jax.random.key(seed, impl="rbg")),
-    "typed threefry": lambda seed: jax.random.key(seed),
-    "typed rbg": lambda seed: jax.random.key(seed, impl="rbg"),
-    "typed unsafe_rbg": lambda seed: jax.random.key(seed, impl="unsafe_rbg"),
-}
-
-
-@pytest.mark.parametrize("kind", KEYS)
-def test_keys_as_inputs(kind):
-    """Random bits are each tenant's own, bit for bit; keys come back as keys."""
-
-    def apply(w, key, x):
-        if kind == "raw rbg":
-            key = jax.random.wrap_key_data(key, impl="rbg")
-        ours, theirs = jax.random.split(key)
-        noise = jax.random.bits(ours, x.shape) if w.ndim else None
-        return noise, jax.random.randint(theirs, (3,), 0, 100), x @ w, theirs, jax.random.fold_in(key, 3)
-
-    tenants = [(apply, array(4, 4), (KEYS[kind](seed), array(2, 4))) for seed in range(3)]
-    assert check_fused(tenants).report.families == 1
-
-
-@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
-def test_arrays_of_keys(impl):
-    apply = lambda w, keys: (jax.vmap(lambda k: jax.random.bits(k, (2,)))(keys), keys[1:], w)  # noqa: E731
-    check_fused([(apply, array(3), (jax.random.split(jax.random.key(s, impl=impl), 4),)) for s in range(3)])
-
-
-@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
-def test_keys_in_params_and_closed_over(impl):
-    constant = jax.random.key(7, impl=impl)
-
-    def apply(params, x):
-        bits = jax.random.bits(params["key"], x.shape), jax.random.bits(constant, (2,))
-        return x @ params["w"], bits, params["key"]
-
-    check_fused([(apply, {"key": jax.random.key(s, impl=impl), "w": array(4, 4)}, (array(2, 4),)) for s in range(3)])
-
-
-def test_key_leaves_of_nnx():
-    class Noisy(nnx.Module):
-        def __init__(self, seed):
-            self.rngs = nnx.Rngs(dropout=seed, params=seed)
-            self.dense = nnx.Linear(4, 4, rngs=self.rngs)
-            self.dropout = nnx.Dropout(0.5, rngs=self.rngs)
-
-        def __call__(self, x):
-            return self.dropout(self.dense(x))
-
-    graph, _ = nnx.split(Noisy(0))
-    apply = lambda state, x: nnx.merge(graph, state)(x)  # noqa: E731
-    fused = check_fused([(apply, nnx.split(Noisy(seed))[1], (array(2, 4),)) for seed in range(3)])
-    assert (fused.report.families, fused.report.superkernels) == (1, 1)
 
 
 # ---- params --------------------------------------------------------------------------------------------------------
@@ -209,12 +143,6 @@ def test_abstract_params():
     assert fused.compile().cost_analysis() is not None
     with pytest.raises(coalesce.TraceError, match="tenant 'a' was traced from ShapeDtypeStructs"):
         fused([(array(2, 4),)] * 3)
-
-
-def test_abstract_keys():
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    program = coalesce.trace(lambda p, k: (jax.random.bits(k), jax.random.bits(p)), key, key)
-    assert coalesce.fuse([program]).jaxpr.jaxpr.outvars[0].aval.shape == ()
 
 
 def test_tenants_with_one_function_share_its_trace():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+import sysconfig
 from typing import Any
 
 import jax
@@ -14,6 +15,9 @@ from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, JaxprEqn as Eqn, Literal, Var
 
 Atom = Var | Literal
+
+# Where packages are installed, and the standard library.
+INSTALLED = tuple({sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib")})
 
 # Call-like primitives, and the parameter that holds what they call.
 CALLS = {
@@ -86,7 +90,15 @@ def struct_short(struct: Any) -> str:
 
 
 def source(eqn: Eqn) -> str:
-    """`file:line` of the user's call that made the equation, or an empty string."""
+    """`file:line (function)` of the user's call that made the equation, or an empty string.
+
+    The innermost line outside of installed packages: a model's own line rather than flax's. If there is none, the
+    innermost line outside of JAX.
+    """
+    trace = eqn.source_info.traceback
+    for frame in trace.frames if trace is not None else ():
+        if not frame.file_name.startswith(INSTALLED) and not frame.file_name.startswith("<"):
+            return f"{frame.file_name}:{frame.line_num} ({frame.function_name})"
     text = siu.summarize(eqn.source_info)
     return "" if text.startswith("<unknown") else text
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from coalesce.heavy import HeavyOp
-from coalesce.kernels import batched_dot, conv_grouped, conv_slices, separate
+from coalesce.kernels import batched_dot, batched_matvec, conv_grouped, conv_slices, separate
 from coalesce.layout import Layout
 
 
@@ -27,6 +27,7 @@ class Kernel(Protocol):
 
 KERNELS: Mapping[str, Kernel] = {
     "batched_dot": batched_dot,
+    "batched_matvec": batched_matvec,
     "conv_slices": conv_slices,
     "conv_grouped": conv_grouped,
     "separate": separate,

@@ -1,0 +1,237 @@
+"""What each refusal says: which tenant, which equation or argument, what was expected, and what to do."""
+
+import inspect
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental import io_callback
+
+import coalesce
+from tests.alone import alone, array
+from tests.compare import assert_same
+
+W, X = array(4, 4), array(2, 4)
+
+
+def dense(w, x):
+    return x @ w
+
+
+def line_of(fn, text):
+    """`file:line` of the line of a function's source that holds a text."""
+    lines, start = inspect.getsourcelines(fn)
+    [number] = [start + i for i, line in enumerate(lines) if text in line]
+    return f"{__file__}:{number}"
+
+
+# ---- effects -------------------------------------------------------------------------------------------------------
+
+
+def ordered_print(w, x):
+    jax.debug.print("{}", x[0, 0], ordered=True)
+    return x @ w
+
+
+def ordered_debug(w, x):
+    jax.debug.callback(print, x[0, 0], ordered=True)
+    return x @ w
+
+
+def io(w, x):
+    io_callback(print, None, x[0, 0])
+    return x @ w
+
+
+def ordered_io(w, x):
+    return x @ w + io_callback(np.sin, jax.ShapeDtypeStruct((), jnp.float32), x[0, 0], ordered=True)
+
+
+def io_in_a_scan(w, x):
+    def step(carry, _):
+        io_callback(print, None, carry[0, 0])
+        return jnp.sin(carry @ w), None
+
+    return lax.scan(step, x, None, 3)[0]
+
+
+def io_in_a_branch(w, x):
+    return lax.cond(x[0, 0] > 0, lambda: [x @ w, io_callback(print, None)][0], lambda: x)
+
+
+def io_in_a_call(w, x):
+    return jax.jit(jax.checkpoint(lambda v: [v @ w, io_callback(print, None)][0]))(x)
+
+
+@pytest.mark.parametrize(
+    ("fn", "call", "primitive", "effect"),
+    [
+        (ordered_print, "jax.debug.print", r"debug_\w+", "OrderedDebugEffect"),
+        (ordered_debug, "jax.debug.callback", "debug_callback", "OrderedDebugEffect"),
+        (io, "io_callback(", "io_callback", "IOEffect"),
+        (ordered_io, "io_callback(", "io_callback", "OrderedIOEffect"),
+        (io_in_a_scan, "io_callback(", "io_callback", "IOEffect"),
+        (io_in_a_branch, "io_callback(", "io_callback", "IOEffect"),
+        (io_in_a_call, "io_callback(", "io_callback", "IOEffect"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_effects(fn, call, primitive, effect):
+    with pytest.raises(coalesce.TraceError) as caught:
+        coalesce.trace(fn, W, X, name="loud")
+    assert re.fullmatch(
+        rf"tenant 'loud': equation {primitive} at {re.escape(line_of(fn, call))}\S* \({fn.__name__}\S*\) has the "
+        rf"effect {effect}; ordered and I/O effects cannot be fused\. Use jax\.debug\.callback\(ordered=False\) or "
+        r"jax\.pure_callback, or move the call out of the function",
+        str(caught.value),
+    )
+
+
+# ---- functions and params that cannot be traced --------------------------------------------------------------------
+
+
+def raises(w, x):
+    raise KeyError("no such layer")
+
+
+def branches(w, x):
+    return x if x[0, 0] > 0 else w
+
+
+@pytest.mark.parametrize(
+    ("fn", "text"),
+    [
+        (raises, "tenant 'bad': raises cannot be traced: KeyError: 'no such layer'"),
+        (branches, "tenant 'bad': branches cannot be traced: TracerBoolConversionError: "),
+        (lambda w, x: "text", "tenant 'bad': .*<lambda> cannot be traced: TypeError: .*str"),
+        (lambda w: w, "tenant 'bad': .*<lambda> cannot be traced: TypeError: .*takes 1 positional argument"),
+        (lambda w, x: w @ x, "tenant 'bad': .*<lambda> cannot be traced: TypeError: .*shape"),
+    ],
+    ids=["raises", "branches on a value", "returns no array", "takes fewer inputs", "shapes do not fit"],
+)
+def test_functions_that_cannot_be_traced(fn, text):
+    with pytest.raises(coalesce.TraceError, match=text) as caught:
+        coalesce.trace(fn, W, X, name="bad")
+    assert caught.value.__cause__ is not None
+
+
+def test_an_example_that_is_no_array():
+    with pytest.raises(coalesce.TraceError, match=r"tenant 'a': example input\[1\]\['k'\] is a str; expected an array"):
+        coalesce.trace(lambda w, x, y: x, W, X, {"k": "text"}, name="a")
+
+
+def test_shared_that_is_no_part_of_params():
+    params = {"backbone": {"w": W}, "head": array(4, 3)}
+    copied = {"backbone": {"w": jnp.array(W, copy=True)}}
+    with pytest.raises(coalesce.TraceError, match=r"tenant 'a': shared\['backbone'\]\['w'\] is not a leaf of params; "):
+        coalesce.trace(lambda p, x: x @ p["backbone"]["w"] @ p["head"], params, X, name="a", shared=copied)
+
+
+# ---- lists of programs that contradict each other ------------------------------------------------------------------
+
+
+def test_no_programs():
+    with pytest.raises(coalesce.PlanError, match="fuse got no programs; give it what coalesce.trace returned"):
+        coalesce.fuse([])
+
+
+def test_two_programs_of_one_name():
+    programs = [coalesce.trace(dense, W, X, name=name) for name in "aba"]
+    with pytest.raises(coalesce.PlanError, match="two tenants are called 'a'; give each its own name"):
+        coalesce.fuse(programs)
+
+
+@pytest.mark.parametrize("kernel", ["fastest", "conv_slices"], ids=["unknown", "of another operation"])
+def test_kernels_that_do_not_exist_or_support_the_operation(kernel):
+    text = (
+        rf"pack 0 \(dot M=2 N=4 K=4 f32\[2,4\] x f32\[4,4\]\): kernel '{kernel}' does not support it; "
+        "kernels that do: batched_dot, separate"
+    )
+    with pytest.raises(coalesce.PlanError, match=text):
+        coalesce.fuse([coalesce.trace(dense, W, X, name="a")], choose_kernel=lambda op, groups, platform: kernel)
+
+
+# ---- calls ---------------------------------------------------------------------------------------------------------
+
+KEY = jax.random.key(0)
+
+
+def keyed(w, inputs, key, n, raw):
+    return inputs["x"] @ w, jax.random.bits(key), n + 1, raw
+
+
+GOOD = ({"x": X}, KEY, 3, jax.random.PRNGKey(1))
+
+
+def replaced(i, value):
+    return tuple(value if i == j else old for j, old in enumerate(GOOD))
+
+
+BAD = {
+    "tenants": ([GOOD], r"got inputs for 1 tenants, expected 2: one tuple for each of a, b"),
+    "no tuple": ([GOOD, X], r"tenant 'b': inputs are .*, traced with "),
+    "fewer inputs": ([GOOD, GOOD[:3]], r"tenant 'b': inputs are .*, traced with "),
+    "pytree": ([replaced(0, {"y": X}), GOOD], r"tenant 'a': inputs are .*'y'.*, traced with .*'x'"),
+    "shape": (
+        [GOOD, replaced(0, {"x": X[:1]})],
+        r"tenant 'b': input\[0\]\['x'\] is float32\[1, 4\], traced with float32\[2, 4\]; cast or pad it, or",
+    ),
+    "rank": ([GOOD, replaced(0, {"x": X[0]})], r"tenant 'b': input\[0\]\['x'\] is float32\[4\], traced with"),
+    "dtype": (
+        [replaced(0, {"x": X.astype(jnp.bfloat16)}), GOOD],
+        r"tenant 'a': input\[0\]\['x'\] is bfloat16\[2, 4\], traced with float32\[2, 4\]; cast",
+    ),
+    "text": ([GOOD, replaced(0, {"x": "text"})], r"tenant 'b': input\[0\]\['x'\] is a str, expected f32\[2,4\]"),
+    "key implementation": (
+        [replaced(1, jax.random.key(0, impl="rbg")), GOOD],
+        r"tenant 'a': input\[1\] is not a PRNG key of threefry2x32, as it was traced with",
+    ),
+    "raw key for a typed one": (
+        [GOOD, replaced(1, jax.random.PRNGKey(0))],
+        r"tenant 'b': input\[1\] is not a PRNG key",
+    ),
+    "typed key for a raw one": (
+        [GOOD, replaced(3, KEY)],
+        r"tenant 'b': input\[3\] is key<fry>\[\], traced with uint32\[2\]",
+    ),
+    "two typed keys for a raw one": (
+        [GOOD, replaced(3, jax.random.split(KEY))],
+        r"tenant 'b': input\[3\] is key<fry>\[2\], traced with uint32\[2\]",
+    ),
+    "more keys": ([GOOD, replaced(1, jax.random.split(KEY))], r"tenant 'b': input\[1\] is "),
+    "number of another type": ([GOOD, replaced(2, 3.7)], r"tenant 'b': input\[2\] is "),
+    "number out of range": ([GOOD, replaced(2, 2**40)], r"tenant 'b': input\[2\] is "),
+}
+
+
+@pytest.fixture(scope="module")
+def fused():
+    return coalesce.fuse([coalesce.trace(keyed, array(4, 4), *GOOD, name=name) for name in "ab"])
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_inputs_that_were_not_traced(fused, name):
+    inputs, text = BAD[name]
+    with pytest.raises(coalesce.InvalidInput, match=text):
+        fused(inputs)
+
+
+def test_a_good_call_after_bad_ones():
+    weights = [array(4, 4), array(4, 4)]
+    fused = coalesce.fuse([coalesce.trace(dense, w, X, name=name) for w, name in zip(weights, "ab", strict=True)])
+    for _ in range(2):
+        with pytest.raises(coalesce.InvalidInput):
+            fused([(X,), (X[:1],)])
+        for w, result in zip(weights, fused([(X,), (X,)]), strict=True):
+            assert_same(result, alone((dense, w, (X,))))
+
+
+@pytest.mark.parametrize(
+    ("error", "usual"),
+    [(coalesce.TraceError, TypeError), (coalesce.PlanError, ValueError), (coalesce.InvalidInput, ValueError)],
+)
+def test_errors_are_ours_and_usual_ones(error, usual):
+    assert issubclass(error, coalesce.CoalesceError) and issubclass(error, usual)

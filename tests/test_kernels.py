@@ -1,0 +1,154 @@
+"""Every kernel against the plain operation, run for each lane alone.
+
+G problems with right operands of their own, R lanes on each. Operations are drawn in the form that `canonicalize` leaves,
+which is what a kernel gets: dots as [B.., M.., K..] x [B.., K.., N..], convolutions channels last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+from jax import lax
+
+from coalesce.heavy import heavy_op, HeavyOp
+from coalesce.kernels import choose, KERNELS
+from tests.compare import assert_as_good, assert_bitwise, assert_same
+from tests.programs import array, Aval, kind_of
+
+FLOATS = (jnp.float32, jnp.float32, jnp.bfloat16, jnp.float16)
+LAST = {1: ("NHC", "HIO", "NHC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A plain operation on one lane, and how many lanes there are."""
+
+    call: Callable[[Any, Any], Any]
+    lhs: Aval
+    rhs: Aval
+    groups: int
+    per_group: int
+
+    @property
+    def op(self) -> HeavyOp:
+        (eqn,) = jax.make_jaxpr(self.call)(self.lhs, self.rhs).jaxpr.eqns
+        return heavy_op(eqn)
+
+    @property
+    def kernels(self) -> list[str]:
+        return [name for name, kernel in KERNELS.items() if kernel.supports(self.op)]
+
+    def data(self, seed: int) -> tuple[Any, Any]:
+        rng = np.random.default_rng(seed)
+        lhs = Aval((self.groups, self.per_group, *self.lhs.shape), self.lhs.dtype)
+        return array(lhs, rng), array(Aval((self.groups, *self.rhs.shape), self.rhs.dtype), rng)
+
+    def compiled(self) -> Callable[[Any, Any], dict[str, Any]]:
+        """(lhs, rhs) -> the results of every kernel that supports the operation, and of the plain one."""
+        op = self.op
+
+        def run(lhs: Any, rhs: Any) -> dict[str, Any]:
+            results = {}
+            for name in self.kernels:
+                results[name] = KERNELS[name].run(op, lhs, jax.vmap(KERNELS[name].layout(op))(rhs))
+            plain = [[self.call(x, w) for x in xs] for xs, w in zip(lhs, rhs, strict=True)]
+            results["plain"] = jnp.stack([jnp.stack(row) for row in plain])
+            return results
+
+        return jax.jit(run)
+
+
+@st.composite
+def dots(draw: Any) -> Case:
+    sizes = st.lists(st.integers(1, 5), max_size=2)
+    batch, free_l, free_r = (draw(sizes) for _ in range(3))
+    contract = draw(st.lists(st.integers(1, 5), max_size=2))
+    dtype = draw(st.sampled_from([*FLOATS, jnp.int32]))
+    b, m, k = len(batch), len(free_l), len(contract)
+    ends = tuple(range(b + m, b + m + k)), tuple(range(b, b + k))
+    numbers = (ends, (tuple(range(b)), tuple(range(b))))
+    wide = jnp.float32 if dtype in FLOATS and draw(st.booleans()) else None
+    call = partial(lax.dot_general, dimension_numbers=numbers, precision="highest", preferred_element_type=wide)
+    lhs, rhs = Aval((*batch, *free_l, *contract), dtype), Aval((*batch, *contract, *free_r), dtype)
+    return Case(call, lhs, rhs, draw(st.integers(1, 3)), draw(st.integers(1, 3)))
+
+
+@st.composite
+def convs(draw: Any) -> Case:
+    rank = draw(st.integers(1, 3))
+
+    def each(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw(st.integers(low, high)) for _ in range(rank))
+
+    groups, channels, features = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    n, batch_groups = draw(st.integers(1, 2)), 1
+    if groups == 1 and draw(st.integers(0, 7)) == 7:
+        batch_groups = n
+    size, kernel, strides, lhs_dilation, rhs_dilation = each(1, 6), each(1, 3), each(1, 3), each(1, 2), each(1, 2)
+    lo, hi = each(-1, 2), each(-1, 2)
+    reach = [(k - 1) * d + 1 for k, d in zip(kernel, rhs_dilation, strict=True)]
+    held = [(s - 1) * d + 1 + a + b for s, d, a, b in zip(size, lhs_dilation, lo, hi, strict=True)]
+    # Where the window does not fit into what is held, more padding on the right lets it.
+    padding = [(a, b + max(0, r - h)) for a, b, r, h in zip(lo, hi, reach, held, strict=True)]
+    dtype = draw(st.sampled_from(FLOATS))
+    call = partial(
+        lax.conv_general_dilated, window_strides=strides, padding=padding, lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation, dimension_numbers=LAST[rank], feature_group_count=groups,
+        batch_group_count=batch_groups, precision="highest",
+        preferred_element_type=jnp.float32 if draw(st.booleans()) else None,
+    )  # fmt: skip
+    lhs, rhs = Aval((n, *size, groups * channels), dtype), Aval((*kernel, channels, groups * batch_groups * features), dtype)
+    return Case(call, lhs, rhs, draw(st.integers(1, 3)), draw(st.integers(1, 3)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cheap_compiles() -> Iterator[None]:
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@given(case=dots() | convs(), seed=st.integers(0, 99))
+def test_kernel_is_the_plain_operation(case: Case, seed: int) -> None:
+    lhs, rhs = case.data(seed)
+    results = case.compiled()(lhs, rhs)
+    plain = results.pop("plain")
+    assert results, "no kernel supports the operation"
+    if kind_of(case.lhs) == "f" and case.lhs.dtype != jnp.float32:
+        wide = Case(case.call, Aval(case.lhs.shape, jnp.float32), Aval(case.rhs.shape, jnp.float32), case.groups,
+                    case.per_group)  # fmt: skip
+        truth = wide.compiled()(lhs.astype(jnp.float32), rhs.astype(jnp.float32))["plain"]
+        for got in results.values():
+            assert_as_good(got, plain, truth, [False])
+        return
+    for name, got in results.items():
+        assert_same({name: got}, {name: plain})
+
+
+@given(case=dots() | convs(), seed=st.integers(0, 99), poison=st.sampled_from([np.nan, np.inf]), data=st.data())
+def test_kernel_keeps_poison_in_its_lane(case: Case, seed: int, poison: float, data: st.DataObject) -> None:
+    lhs, rhs = case.data(seed)
+    if kind_of(case.lhs) != "f":
+        return
+    run = case.compiled()
+    clean = run(lhs, rhs)
+    g, r = data.draw(st.integers(0, case.groups - 1)), data.draw(st.integers(0, case.per_group - 1))
+    others = np.ones(lhs.shape[:2], bool)
+    others[g, r] = False
+    assert_bitwise(*(jax.tree.map(lambda y: y[others], ys) for ys in (run(lhs.at[g, r].set(poison), rhs), clean)))
+    others[g] = False
+    assert_bitwise(*(jax.tree.map(lambda y: y[others], ys) for ys in (run(lhs, rhs.at[g].set(poison)), clean)))
+
+
+@given(case=dots() | convs(), platform=st.sampled_from(["cpu", "gpu", "cuda"]), groups=st.integers(1, 64))
+def test_choice_supports_the_operation(case: Case, platform: str, groups: int) -> None:
+    assert choose(case.op, groups, platform) in case.kernels
