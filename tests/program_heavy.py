@@ -85,12 +85,14 @@ def conv(draw: Any, scope: Scope, i: int) -> Op:
     left, right = Aval(shape, x.dtype), Aval(tuple(rhs), x.dtype)
     reads, weights, get = other_operand(draw, scope, i, left if side == "weight left" else right, side)
     numbers = lax.ConvDimensionNumbers(lhs_spec, rhs_spec, out_spec)
+    kind = jnp.float32 if draw(st.booleans()) else None
 
     def apply(w: Any, v: Any, *rest: Any) -> Any:
         y = get(w, rest, v.dtype)
         a, b = (y, fit(v, Aval(right.shape, v.dtype))) if side == "weight left" else (fit(v, Aval(shape, v.dtype)), y)
-        return lax.conv_general_dilated(a, b, strides, padding, lhs_dilation, rhs_dilation, numbers, groups, batch_groups,
-                                        lax.Precision.HIGHEST)  # fmt: skip
+        out = lax.conv_general_dilated(a, b, strides, padding, lhs_dilation, rhs_dilation, numbers, groups, batch_groups,
+                                       lax.Precision.HIGHEST, kind)  # fmt: skip
+        return out.astype(v.dtype)
 
     return Op(f"conv{rank} {side} g{groups}", reads, weights, apply)
 

@@ -56,6 +56,16 @@ def moved(draw: Any, scope: Scope, i: int) -> Op:
     return op("reshape", lambda v: v.reshape(shape))
 
 
+TABLE = jnp.arange(16.0) / 16  # closed over, not a parameter
+
+
+@jax.custom_vjp
+def squash(v: Any) -> Any:
+    return v / (1 + jnp.abs(v))
+
+
+squash.defvjp(lambda v: (squash(v), None), lambda _, g: (g,))
+
 # Smooth or at least continuous, and of moderate slope: rounding stays rounding.
 UNARY = {
     "tanh": jnp.tanh,
@@ -74,6 +84,9 @@ UNARY = {
     "cumsum": lambda v: jnp.cumsum(v, 0) if v.ndim else v,
     "checkpoint": jax.checkpoint(lambda v: jnp.cos(v) * v),
     "jit": jax.jit(lambda v: jnp.tanh(v) + v),
+    "custom_vjp": squash,
+    "closed_over": lambda v: v + fit(TABLE, v),
+    "weak": lambda v: jnp.full(v.shape, 0.5),  # of a weak type, whatever the operand
 }
 
 
@@ -158,6 +171,7 @@ INTEGER = {
     "max": lambda v: jnp.max(v),
     "compare": lambda v: v > 3,
     "sort": lambda v: jnp.sort(v.reshape(-1)),
+    "weak": lambda v: jnp.full(v.shape, 3),
     "random": lambda v: jax.random.randint(jax.random.key(v.reshape(-1)[0]), (3,), 0, 8),
     "one_hot": lambda v: jax.nn.one_hot(v.reshape(-1), 5, dtype=jnp.int32),
 }

@@ -37,10 +37,10 @@ def prose(text: str) -> str:
 
 
 class Runner(doctest.DocTestRunner):
-    """Runs examples, and keeps what those printed that printed something else."""
+    """Runs examples, in which "..." stands for any text, and keeps what those printed that printed something else."""
 
     def __init__(self) -> None:
-        super().__init__(verbose=False)
+        super().__init__(verbose=False, optionflags=doctest.ELLIPSIS)
         self.printed: list[tuple[doctest.Example, str]] = []
 
     def report_failure(self, out: Any, test: doctest.DocTest, example: doctest.Example, got: str) -> None:

@@ -1,0 +1,88 @@
+"""What a call refuses: the error names tenant and argument, nothing has run by then, and the next good call works."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import coalesce
+from tests.alone import alone, array
+from tests.compare import assert_same
+
+X = array(2, 4)
+
+
+def dense(w, x):
+    return x @ w
+
+
+KEY = jax.random.key(0)
+
+
+def keyed(w, inputs, key, n, raw):
+    return inputs["x"] @ w, jax.random.bits(key), n + 1, raw
+
+
+GOOD = ({"x": X}, KEY, 3, jax.random.PRNGKey(1))
+
+
+def replaced(i, value):
+    return tuple(value if i == j else old for j, old in enumerate(GOOD))
+
+
+BAD = {
+    "tenants": ([GOOD], r"got inputs for 1 tenants, expected 2: one tuple for each of a, b"),
+    "no tuple": ([GOOD, X], r"tenant 'b': inputs are .*, traced with "),
+    "fewer inputs": ([GOOD, GOOD[:3]], r"tenant 'b': inputs are .*, traced with "),
+    "pytree": ([replaced(0, {"y": X}), GOOD], r"tenant 'a': inputs are .*'y'.*, traced with .*'x'"),
+    "shape": (
+        [GOOD, replaced(0, {"x": X[:1]})],
+        r"tenant 'b': input\[0\]\['x'\] is float32\[1, 4\], traced with float32\[2, 4\]; cast or pad it, or",
+    ),
+    "rank": ([GOOD, replaced(0, {"x": X[0]})], r"tenant 'b': input\[0\]\['x'\] is float32\[4\], traced with"),
+    "dtype": (
+        [replaced(0, {"x": X.astype(jnp.bfloat16)}), GOOD],
+        r"tenant 'a': input\[0\]\['x'\] is bfloat16\[2, 4\], traced with float32\[2, 4\]; cast",
+    ),
+    "text": ([GOOD, replaced(0, {"x": "text"})], r"tenant 'b': input\[0\]\['x'\] is a str, expected f32\[2,4\]"),
+    "key implementation": (
+        [replaced(1, jax.random.key(0, impl="rbg")), GOOD],
+        r"tenant 'a': input\[1\] is not a PRNG key of threefry2x32, as it was traced with",
+    ),
+    "raw key for a typed one": (
+        [GOOD, replaced(1, jax.random.PRNGKey(0))],
+        r"tenant 'b': input\[1\] is not a PRNG key",
+    ),
+    "typed key for a raw one": (
+        [GOOD, replaced(3, KEY)],
+        r"tenant 'b': input\[3\] is key<fry>\[\], traced with uint32\[2\]",
+    ),
+    "two typed keys for a raw one": (
+        [GOOD, replaced(3, jax.random.split(KEY))],
+        r"tenant 'b': input\[3\] is key<fry>\[2\], traced with uint32\[2\]",
+    ),
+    "more keys": ([GOOD, replaced(1, jax.random.split(KEY))], r"tenant 'b': input\[1\] is "),
+    "number of another type": ([GOOD, replaced(2, 3.7)], r"tenant 'b': input\[2\] is "),
+    "number out of range": ([GOOD, replaced(2, 2**40)], r"tenant 'b': input\[2\] is "),
+}
+
+
+@pytest.fixture(scope="module")
+def fused():
+    return coalesce.fuse([coalesce.trace(keyed, array(4, 4), *GOOD, name=name) for name in "ab"])
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_inputs_that_were_not_traced(fused, name):
+    inputs, text = BAD[name]
+    with pytest.raises(coalesce.InvalidInput, match=text):
+        fused(inputs)
+
+
+def test_a_good_call_after_bad_ones():
+    weights = [array(4, 4), array(4, 4)]
+    fused = coalesce.fuse([coalesce.trace(dense, w, X, name=name) for w, name in zip(weights, "ab", strict=True)])
+    for _ in range(2):
+        with pytest.raises(coalesce.InvalidInput):
+            fused([(X,), (X[:1],)])
+        for w, result in zip(weights, fused([(X,), (X,)]), strict=True):
+            assert_same(result, alone((dense, w, (X,))))
