@@ -60,13 +60,7 @@ def family_lines(bundle: Bundle) -> Iterator[str]:
         note = f", {shared} of {family.n_weights} weights shared between lanes" if shared else ""
         yield f"family {f}: {family.width} lane{'s' * (family.width > 1)} ({names}){note}"
     for split in literal_splits(bundle.families):
-        i, j = split.families
-        at = f" at {split.source}" if split.source else ""
-        ours, theirs = split.literals
-        yield (
-            f"families {i} and {j} differ in a literal alone: {split.primitive} has {ours} in family {i} and {theirs} "
-            f"in family {j}{at}; make it an array in params to run them as one family"
-        )
+        yield f"{split}; make it an array in params to run them as one family"
 
 
 def bundle_text(bundle: Bundle) -> str:

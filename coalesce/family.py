@@ -138,6 +138,11 @@ class Split:
     literals: tuple[str, str]
     source: str
 
+    def __str__(self) -> str:
+        (i, j), (x, y) = self.families, self.literals
+        at = f" at {self.source}" if self.source else ""
+        return f"families {i} and {j} differ in a literal alone: {self.primitive} has {x} in {i} and {y} in {j}{at}"
+
 
 def literal_splits(families: Sequence[Family]) -> list[Split]:
     """Families that one literal keeps apart: tenants that are nearly, not quite, the same."""

@@ -119,8 +119,7 @@ def notes(bundle: Bundle) -> Iterator[str]:
         if isinstance(item, Step) and item.each:
             yield f"family {item.family} at {item.site}: {item.eqn.primitive.name} runs lane by lane: {item.each}"
     for split in literal_splits(bundle.families):
-        (i, j), (x, y) = split.families, split.literals
-        yield f"families {i} and {j} differ in a literal alone: {split.primitive} has {x} in one and {y} in the other"
+        yield str(split)
 
 
 # ---- a family ------------------------------------------------------------------------------------------------------

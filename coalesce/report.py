@@ -36,9 +36,14 @@ class Report:
 
     def __str__(self) -> str:
         return (
-            f"{self.programs} programs in {self.families} families: {self.heavy_ops} heavy ops -> {self.superkernels} "
-            f"superkernels, {self.alone} alone, {self.padding_waste:.1%} padding"
+            f"{counted(self.programs, 'program')} in {counted(self.families, 'family', 'families')}: "
+            f"{counted(self.heavy_ops, 'heavy op')} -> {counted(self.superkernels, 'superkernel')}, {self.alone} alone, "
+            f"{self.padding_waste:.1%} padding"
         )
+
+
+def counted(n: int, one: str, many: str = "") -> str:
+    return f"{n} {one if n == 1 else many or one + 's'}"
 
 
 def flops(pack: Pack, bundle: Bundle) -> tuple[int, int]:

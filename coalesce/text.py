@@ -1,7 +1,7 @@
 """The stable text form of jaxprs, ours and versioned by us: the format of goldens, `str(program)` and `explain()`.
 
     a(%0:f32[4,3] | %1:f32[2,4])
-      %2:f32[2,3] = dot_general %1 %0 [dimensions=(1),(0);(),() precision=HIGHEST]
+      %2:f32[2,3] = dot_general %1 %0 [dimension_numbers=(((1),(0)),((),())) precision=(HIGHEST,HIGHEST)]
       -> %2
 
 Weights stand before the bar and request inputs after it. Names count up in the order of binding; regions of `scan`,

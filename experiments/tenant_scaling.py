@@ -17,7 +17,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from coalesce.models import by_name, Model, NAMES
 from experiments import methods
 from experiments.cells import measure_cell, tenants_of
 from experiments.methods import Method, Options
-from experiments.results import device_folder, device_name, header, load_rows, plot, Row, save_rows, table
+from experiments.results import device_folder, device_name, header, load_rows, plot, Row, save_rows
+from experiments.scaling_report import report
 
 METHODS: dict[str, Method] = {
     "sequential": methods.sequential,  # first: the others' outputs are compared with its
@@ -108,36 +109,6 @@ def left_out(count: int) -> dict[str, Row]:
         return {}
     reason = f"left out above {FLAGS.max_one_program} tenants: XLA's compile time grows faster than the program"
     return {"one_program": {"failed": reason}}
-
-
-def scaling_table(rows: Sequence[Row]) -> str:
-    """Medians in microseconds; behind each its ratio to fused."""
-    names = [name for name in METHODS if any(row["method"] == name for row in rows)]
-    cells = {(row["tenants"], row["method"]): row for row in rows}
-
-    def cell(count: int, name: str) -> str:
-        row, fused = cells.get((count, name), {}), cells.get((count, "fused"), {})
-        if "round_us_median" not in row:
-            return "failed" if row and name != "one_program" else "-"
-        mine, base = row["round_us_median"], fused.get("round_us_median")
-        return f"{mine:,.0f}" + (f" ({mine / base:.2f}x)" if base and name != "fused" else "")
-
-    counts = sorted({row["tenants"] for row in rows})
-    return table(["tenants", *names], [[str(n), *(cell(n, name) for name in names)] for n in counts])
-
-
-def report(title: str, head: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """What the .md beside the .json says."""
-    reasons = [f"- {row['method']} with {row['tenants']} tenants: {row['failed']}" for row in rows if row["failed"]]
-    text = [
-        f"# {title}",
-        f"{head['device']}, JAX {head['versions']['jax']}, {head['date']}. {head['note']}".rstrip(),
-        f"    {head['command']}",
-        "Median microseconds a round; in parentheses, how many times that of `fused`.",
-        scaling_table(rows),
-        *(["\n".join(reasons)] if reasons else []),
-    ]
-    return "\n\n".join(text) + "\n"
 
 
 def main(argv: Sequence[str]) -> None:

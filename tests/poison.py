@@ -34,22 +34,25 @@ class Poison:
 
     def in_weights(self, tenants: Sequence[Tenant]) -> tuple[list[Tenant], set[int]]:
         """(tenants, who holds the poisoned weight): it stays shared, if it was, by identity or by bytes."""
-        weights = tenants[self.tenant].params["ops"]
+        owner = tenants[self.tenant]
+        weights = [w for w in owner.params["ops"] if kind_of(w) == "f"]
         if not weights:
             return list(tenants), set()
         old = weights[self.weight % len(weights)]
+
+        def same(tenant: Tenant, w: Any) -> bool:
+            declared = owner.shared is not None and tenant.shared is not None
+            return w is old or (declared and w.shape == old.shape and w.dtype == old.dtype and bool(jnp.all(w == old)))
+
         new, found, hit = self.of(old), [], set()
         for i, t in enumerate(tenants):
-            if any(same(w, old) for w in t.params["ops"]):
+            flags = [same(t, w) for w in t.params["ops"]]
+            if any(flags):
                 hit.add(i)
-                ops = [jnp.array(new, copy=t.shared is not None) if same(w, old) else w for w in t.params["ops"]]
+                ops = [jnp.array(new, copy=t.shared is not None) if f else w for f, w in zip(flags, t.params["ops"], strict=True)]
                 t = replace(t, params={**t.params, "ops": ops}, shared=None if t.shared is None else ops)
             found.append(t)
         return found, hit
-
-
-def same(x: Any, y: Any) -> bool:
-    return (x.shape, x.dtype) == (y.shape, y.dtype) and bool(jnp.all(x == y))
 
 
 def poisons(tenants: Sequence[Tenant]) -> st.SearchStrategy[Poison]:

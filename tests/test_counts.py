@@ -77,7 +77,7 @@ def test_counts_within_a_program(name):
 
 def test_sixteen_resnet50s_are_54_superkernels():
     fused = coalesce.fuse(programs("resnet50", 16), platform="gpu")
-    assert str(fused.report) == "16 programs in 1 families: 864 heavy ops -> 54 superkernels, 0 alone, 0.0% padding"
+    assert str(fused.report) == "16 programs in 1 family: 864 heavy ops -> 54 superkernels, 0 alone, 0.0% padding"
     assert count(fused.jaxpr, HEAVY) == 54
 
 

@@ -71,7 +71,7 @@ def environment(**more: str) -> dict[str, str]:
 def test_text_from_the_current_folder(here):
     done = python_m("inspect", f"{MODULE}:programs", cwd=here)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("2 programs in 1 families: 4 heavy ops -> 2 superkernels, 0 alone")
+    assert done.stdout.startswith("2 programs in 1 family: 4 heavy ops -> 2 superkernels, 0 alone")
     assert "# superkernels\npack 0 x2 dot M=1 N=8 K=4" in done.stdout
 
 
@@ -103,7 +103,7 @@ def test_options_reach_fuse(here, capsys):
         return capsys.readouterr().out
 
     assert "-> 2 superkernels" in text(f"{MODULE}:pairs")
-    assert "-> 1 superkernels" in text(f"{MODULE}:pairs", "--within-program")
+    assert "-> 1 superkernel" in text(f"{MODULE}:pairs", "--within-program")
     assert "2 alone" in text(f"{MODULE}:loops")
     assert "0 alone" in text(f"{MODULE}:loops", "--pack-unbounded-loops")
     assert "groups=8" in text(f"{MODULE}:images", "--platform", "cpu")

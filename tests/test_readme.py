@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from coalesce.kernels import KERNELS
 from coalesce.passes.bundle_pipeline import bundle_passes
 from coalesce.passes.pipeline import PROGRAM_PASSES
 
@@ -115,6 +116,10 @@ def first_column(heading: str) -> list[str]:
 def test_passes_in_architecture_are_the_pipelines() -> None:
     passes = [*PROGRAM_PASSES, *bundle_passes(platform="cpu")]
     assert first_column("Passes") == [getattr(run, "func", run).__name__ for run in passes]  # type: ignore[attr-defined]
+
+
+def test_kernels_in_architecture_are_the_librarys() -> None:
+    assert first_column("Kernels") == list(KERNELS)
 
 
 def test_layers_in_architecture_are_the_linters() -> None:
