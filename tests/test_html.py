@@ -126,7 +126,7 @@ def test_titles_say_what_is_known_of_an_equation(fused):
     assert "test_html.py:" in facts["source"] and "(vision)" in facts["source"]
     assert re.fullmatch(r"%\d+:f32\[1,8\], %\d+:f32\[8,4\] \(weight\)", facts["operands"])
     assert facts["pack"].endswith("a superkernel of 4 lanes")
-    assert facts["kernel"] == "batched_dot"
+    assert facts["kernel"] == "batched_matvec"
     assert facts["members"].startswith("family 0 at ") and facts["padding"] == "none"
     assert facts["weights"].endswith("4 rows of float32[8, 4]")
 
