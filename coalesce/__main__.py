@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         "inspect",
         help="show what fusing some programs gives",
         description="Print the programs after each pass, every superkernel, and every heavy op left alone with the "
-        "reason. Nothing is compiled.",
+        "reason. The fused program is not compiled.",
     )
     command.add_argument("function", metavar="MODULE:FUNCTION", help=f"{EXPECTED}; looked up from this directory too")
     command.add_argument("--html", metavar="FILE", type=Path, help="write one self-contained page instead of the text")

@@ -58,7 +58,7 @@ def fuse(
         # Tenants with one traced function differ in weights alone: the passes run once for all of them.
         done = memo.get(id(program.jaxpr))
         if done is None:
-            done = memo[id(program.jaxpr)] = normalise(program, strict=strict)
+            done = memo[id(program.jaxpr)] = normalise(program.without_values(), strict=strict)
         normalised.append(program.with_jaxpr(done.program.jaxpr, done.program.prepare))
     bundle = Bundle(tuple(p.name for p in programs), find_families(normalised))
     options = dict(within_program=within_program, pack_unbounded_loops=pack_unbounded_loops)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import jax
+
 from coalesce import jaxpr as J
 from coalesce.bundle import Bundle, fold, items, Loop, Member, Pack, packs, Schedule, Step
 from coalesce.family import literal_splits
 from coalesce.passes.bundle_pipeline import BundleStep
 from coalesce.passes.pipeline import Normalised
 from coalesce.program import Program
-from coalesce.report import alone_members, flops, report_of
+from coalesce.report import alone_members, counted, flops, report_of
 from coalesce.text import equation, Names, program_lines
 
 
@@ -74,7 +76,8 @@ def bundle_text(bundle: Bundle) -> str:
     for f, family in enumerate(bundle.families):
         out.append(f"  -> family {f}: {', '.join(map(names[f], J.outvars(family.jaxpr)))}")
     for i, array in enumerate(bundle.arrays):
-        out.append(f"  array {i}: {len(array.rows)} rows of {array.dtype}{list(array.shape)}, {array.layout}")
+        row = J.struct_short(jax.ShapeDtypeStruct(array.shape, array.dtype))
+        out.append(f"  array {i}: {counted(len(array.rows), 'row')} of {row}, {array.layout}")
     return "\n".join(out)
 
 

@@ -35,9 +35,10 @@ class Layout:
         return tuple(shape[d] for d in self.order) if self.order is not None else shape
 
     def __str__(self) -> str:
-        if self == Layout():
-            return "as is"
-        return "x".join(map(str, self.shape or self.split or ())) + (f" by {self.order}" if self.order else "")
+        moves = [f"split to {list(self.split)}"] if self.split is not None else []
+        moves += [f"transposed by {list(self.order)}"] if self.order is not None else []
+        moves += [f"as {list(self.shape)}"] if self.shape is not None else []
+        return ", ".join(moves) or "as it is"
 
 
 AS_IS = Layout()

@@ -37,8 +37,8 @@ class Report:
     def __str__(self) -> str:
         return (
             f"{counted(self.programs, 'program')} in {counted(self.families, 'family', 'families')}: "
-            f"{counted(self.heavy_ops, 'heavy op')} -> {counted(self.superkernels, 'superkernel')}, {self.alone} alone, "
-            f"{self.padding_waste:.1%} padding"
+            f"{counted(self.heavy_ops, 'heavy op')} -> {counted(self.superkernels, 'superkernel')}, "
+            f"{self.alone} alone, {self.padding_waste:.1%} padding"
         )
 
 

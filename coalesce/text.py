@@ -1,7 +1,7 @@
 """The stable text form of jaxprs, ours and versioned by us: the format of goldens, `str(program)` and `explain()`.
 
     a(%0:f32[4,3] | %1:f32[2,4])
-      %2:f32[2,3] = dot_general %1 %0 [dimension_numbers=(((1),(0)),((),())) precision=(HIGHEST,HIGHEST)]
+      %2:f32[2,3] = dot_general %1 %0 [dimensions=(1),(0);(),() precision=(HIGHEST,HIGHEST)]
       -> %2
 
 Weights stand before the bar and request inputs after it. Names count up in the order of binding; regions of `scan`,
@@ -96,6 +96,10 @@ def params(eqn: J.Eqn) -> str:
     if J.callee(eqn) is not None:
         return f"name={eqn.params['name']}" if "name" in eqn.params else ""
     match eqn.primitive.name:
+        case "dot_general":
+            (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
+            shown = [s for s in shown if not s.startswith("dimension_numbers")]
+            shown.insert(0, f"dimensions={value(lc)},{value(rc)};{value(lb)},{value(rb)}")
         case "scan":
             scan = J.as_scan(eqn)
             shown = [f"length={scan.length}", f"consts={len(scan.consts)}", f"carry={len(scan.init)}"]

@@ -1,9 +1,9 @@
 """Schedule every family's equations and group heavy ops into packs.
 
-Before                                  After
-    family 0: 16 lanes                      pack 0   x16  dot M=1 N=64 K=64 ...  family 0 at 3
-      %2 = dot_general %1 %0                step     family 0 at 4: max
-      %3 = max %2 0                         ...
+Before                                        After
+    family 0 x16(%0:f32[64,64] | ...)             pack 0 x16 dot M=1 N=64 K=64 ... [family 0 at 0 x16]
+      %2:f32[1,64] = dot_general %1 %0              f0: %2:f32[1,64] = dot_general %1 %0
+      %3:f32[1,64] = max %2 0                     f0: %3:f32[1,64] = max %2 0
 
 A member is one equation at the width of its family, so all its lanes run in one superkernel. With `within_program`,
 independent heavy ops of one family with equal keys (Q, K and V of an attention layer) become members of one pack:

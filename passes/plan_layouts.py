@@ -1,8 +1,8 @@
 """Say where every weight lies: one stacked array a weight of a family, or a weight of a pack, in its reader's layout.
 
-Before                                            After
-    pack 0 x16 ... conv_slices                        pack 0 x16 ... conv_slices, reads array 0
-    weight 0: f32[3,3,64,64] of 16 tenants            array 0: 16 rows of f32[576,64]
+Before                                        After
+    pack 0 x16 conv 3x3 ...: conv_slices          pack 0 x16 conv 3x3 ...: conv_slices on array 0
+                                                  array 0: 16 rows of f32[576,64]
 
 A weight that heavy ops alone read lies in the layout of their kernel. A weight that anything else reads, such as a tied
 embedding, lies as it is for that reader, and once more for a kernel that wants another layout or another company. Rows

@@ -128,7 +128,7 @@ def test_titles_say_what_is_known_of_an_equation(fused):
     assert facts["pack"].endswith("a superkernel of 4 lanes")
     assert facts["kernel"] == "batched_matvec"
     assert facts["members"].startswith("family 0 at ") and facts["padding"] == "none"
-    assert facts["weights"].endswith("4 rows of float32[8, 4]")
+    assert facts["weights"].endswith("4 rows of float32[4, 8]")
 
 
 def test_links_lead_to_equations(fused):

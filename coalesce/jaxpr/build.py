@@ -61,10 +61,7 @@ def constant(value: Any, aval: Any) -> Literal:
 
 
 class Splicer:
-    """Collects equations; inlines whole jaxprs among them under fresh names.
-
-    `memo` keeps traced fragments by (key, operand avals), so that the rewriting of fifty equal layers traces one.
-    """
+    """Collects equations; inlines whole jaxprs among them under fresh names."""
 
     def __init__(self) -> None:
         self.eqns: list[Eqn] = []

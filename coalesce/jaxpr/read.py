@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 import sysconfig
+from collections.abc import Iterator
 from typing import Any
 
 import jax
