@@ -205,6 +205,10 @@ def check_schedule(schedule: Schedule, scopes: Sequence[tuple[int, list[J.Var], 
                     raise IRError(f"family {f}: {eqn.primitive.name} runs before what it reads")
         bound |= {(f, v) for f, eqn in ran for v in eqn.outvars}  # members of a pack see nothing of each other
         if isinstance(item, Loop):
+            if len(item.bodies) != len(J.regions(item.eqn)):
+                raise IRError(
+                    f"family {item.family}: {item.eqn.primitive.name} has {len(item.bodies)} scheduled regions"
+                )
             for body, region in zip(item.bodies, J.regions(item.eqn), strict=True):
                 check_schedule(body, [(item.family, J.invars(region), region)])
     if want:

@@ -25,7 +25,7 @@ class Caller:
         self.key_inputs = any(slot.key_impl is not None for p in programs for slot in p.inputs)
         self.key_outputs = any(slot.key_impl is not None for p in programs for slot in p.outputs)
 
-    def flatten(self, inputs: Sequence[Sequence[Any]]) -> list[Any]:
+    def flatten(self, inputs: Sequence[Any]) -> list[Any]:
         """Every tenant's inputs as one flat list of arrays; raises InvalidInput, naming tenant and argument."""
         if not self.key_inputs:  # the usual call, in one pass; whatever is not as traced is looked at one by one below
             leaves, tree = jax.tree.flatten(inputs)
@@ -79,29 +79,42 @@ def checked(tenant: str, leaf: Any, slot: Slot) -> Any:
     """An input as the array that the program takes."""
     want = slot.aval
     if slot.key_impl is not None:
-        if not (hasattr(leaf, "dtype") and J.is_key(leaf)) or str(jax.random.key_impl(leaf)) != str(slot.key_impl):
+        is_key = hasattr(leaf, "dtype") and J.is_key(leaf)
+        if not is_key or str(jax.random.key_impl(leaf)) != str(slot.key_impl):
             raise InvalidInput(
                 f"tenant {tenant!r}: input{slot.path} is not a PRNG key of {slot.key_impl}, as it was traced with"
             )
         leaf = jax.random.key_data(leaf)
     elif isinstance(leaf, bool | int | float | complex):
-        leaf = np.asarray(leaf, want.dtype) if want.weak_type else np.asarray(leaf)
+        leaf = number(tenant, leaf, slot)
     elif not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
         raise InvalidInput(f"tenant {tenant!r}: input{slot.path} is a {type(leaf).__name__}, expected {J.short(want)}")
-    if leaf.shape != want.shape or leaf.dtype != want.dtype:
-        if leaf.shape != want.shape or jax.dtypes.canonicalize_dtype(leaf.dtype) != want.dtype:
-            got = (
-                f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
-                if not J.is_key(leaf)
-                else f"{leaf.dtype}{list(leaf.shape)}"
-            )
-            raise InvalidInput(
-                f"tenant {tenant!r}: input{slot.path} is {got}, "
-                f"traced with {np.dtype(want.dtype).name}{list(want.shape)}; "
-                "cast or pad it, or trace another program for this request shape"
-            )
-        leaf = np.asarray(leaf, want.dtype)
-    return leaf
+    if leaf.shape == want.shape and leaf.dtype == want.dtype:
+        return leaf
+    if J.is_key(leaf) or leaf.shape != want.shape or jax.dtypes.canonicalize_dtype(leaf.dtype) != want.dtype:
+        got = f"{leaf.dtype}{list(leaf.shape)}"
+        raise InvalidInput(
+            f"tenant {tenant!r}: input{slot.path} is {got}, traced with {np.dtype(want.dtype).name}{list(want.shape)}; "
+            "cast or pad it, or trace another program for this request shape"
+        )
+    return np.asarray(leaf, want.dtype)
+
+
+def number(tenant: str, value: bool | int | float | complex, slot: Slot) -> np.ndarray:
+    """A Python number where a number of the same kind was traced; an int does for a float."""
+    want = slot.aval
+    fits = want.shape == () and np.can_cast(np.min_scalar_type(value), want.dtype, "same_kind")
+    if not fits or isinstance(value, bool) != (want.dtype == np.bool_):
+        raise InvalidInput(
+            f"tenant {tenant!r}: input{slot.path} is the number {value!r}, traced with "
+            f"{np.dtype(want.dtype).name}{list(want.shape)}; give a number of that kind"
+        )
+    try:
+        return np.asarray(value, want.dtype)
+    except OverflowError:
+        raise InvalidInput(
+            f"tenant {tenant!r}: input{slot.path} is the number {value!r}, too large for {np.dtype(want.dtype).name}"
+        ) from None
 
 
 def rewrapped(x: Any, slot: Slot) -> Any:

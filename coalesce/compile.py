@@ -98,7 +98,7 @@ class Fused:
         self._compiled: Any = None
         self._caller = Caller(self._programs)
 
-    def __call__(self, inputs: Sequence[Sequence[Any]]) -> list[Any]:
+    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         """`inputs[i]` is the tuple of inputs of program i; returns each program's outputs, in its own pytree.
 
         Raises:

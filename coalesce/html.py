@@ -23,7 +23,7 @@ from coalesce.explain import member_text
 from coalesce.family import literal_splits
 from coalesce.heavy import heavy_eqns, is_heavy
 from coalesce.report import alone_members, flops, Report
-from coalesce.text import equation, Names, region_labels
+from coalesce.text import equation, Names
 
 READABLE = 20  # tenants whose names find room above their strips
 
@@ -170,7 +170,7 @@ class Column:
             return el("li", self.line(eqn, site, pack_facts(item, self.bundle), kind, item))
         if isinstance(item, Loop):
             inner: list[Html] = []
-            for label, body, region in zip(region_labels(eqn), item.bodies, J.regions(eqn), strict=True):
+            for label, body, region in zip(J.region_labels(eqn), item.bodies, J.regions(eqn), strict=True):
                 prefix = f"{site}.{label.replace(' ', '')}."  # as form_packs numbers the sites of a region
                 inner += [self.arguments(label, region), self.scheduled(region, body, prefix)]
             return el("li", self.line(eqn, site), *inner)

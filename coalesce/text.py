@@ -62,21 +62,10 @@ def body_lines(jaxpr: ClosedJaxpr, names: Names, indent: str) -> Iterator[str]:
 
 def region_lines(eqn: J.Eqn, names: Names, indent: str) -> Iterator[str]:
     called = J.callee(eqn)
-    pairs = [("call", called)] if called is not None else zip(region_labels(eqn), J.regions(eqn), strict=True)
+    pairs = [("call", called)] if called is not None else zip(J.region_labels(eqn), J.regions(eqn), strict=True)
     for label, region in pairs:
         yield f"{indent}{label}({', '.join(map(names.typed, J.invars(region)))})"
         yield from body_lines(region, names, indent + "  ")
-
-
-def region_labels(eqn: J.Eqn) -> Sequence[str]:
-    match eqn.primitive.name:
-        case "scan":
-            return ("body",)
-        case "while":
-            return ("cond", "body")
-        case "cond":
-            return tuple(f"branch {i}" for i in range(len(eqn.params["branches"])))
-    return ()
 
 
 def equation(eqn: J.Eqn, names: Names) -> str:

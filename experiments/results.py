@@ -64,7 +64,8 @@ def save_rows(path: Path, head: Mapping[str, Any], rows: Sequence[Row]) -> None:
     """Replace the file in one step, so that a killed run leaves a whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(f"    {json.dumps(row)}" for row in rows)
-    text = f'{{\n  "header": {json.dumps(dict(head), indent=2)},\n  "rows": [\n{lines}\n  ]\n}}\n'
+    top = json.dumps(dict(head), indent=2).replace("\n", "\n  ")
+    text = f'{{\n  "header": {top},\n  "rows": [\n{lines}\n  ]\n}}\n'
     partial = path.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -96,6 +96,12 @@ def chosen_methods(count: int) -> dict[str, Method]:
     return {name: configured[name] for name in wanted if name != "own_jit" or count == 1}
 
 
+def given_flags() -> list[str]:
+    """The command line, without what the header says anyway and without the folder of one machine."""
+    names = [name for name in FLAGS if FLAGS[name].present and name not in ("device_name", "force", "note", "out")]
+    return [FLAGS[name].serialize() for name in names]
+
+
 def default_tolerance() -> float:
     """Deep random networks amplify rounding; errors in the rows say how far each method really is."""
     if FLAGS.dtype == "bfloat16":
@@ -122,8 +128,7 @@ def main(argv: Sequence[str]) -> None:
     tolerance = default_tolerance() if FLAGS.tolerance is None else FLAGS.tolerance
     common = {"model": label, "dtype": FLAGS.dtype, "batch": FLAGS.batch}
     settings = {**common, "precision": FLAGS.precision, "tolerance": tolerance}
-    named = [argument for argument in sys.argv[1:] if not argument.startswith("--out")]  # a folder of this machine
-    command = shlex.join(["python", "-m", "experiments.tenant_scaling", *named])
+    command = shlex.join(["python", "-m", "experiments.tenant_scaling", *given_flags()])
     head = header(command, FLAGS.device_name or device_name(), FLAGS.note, **settings)
     folder = Path(FLAGS.out or Path("experiments", "results", device_folder()))
     batch = [f"batch={FLAGS.batch}"] if FLAGS.batch > 1 else []

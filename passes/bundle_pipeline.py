@@ -8,7 +8,7 @@ from functools import partial
 from time import perf_counter
 
 from coalesce.bundle import Bundle, check_bundle
-from coalesce.errors import IRError, PassError
+from coalesce.errors import IRError, PassError, PlanError
 from coalesce.kernels import choose
 from coalesce.passes.choose_kernels import Choice, choose_kernels
 from coalesce.passes.form_packs import form_packs
@@ -39,18 +39,22 @@ def plan(bundle: Bundle, **options) -> tuple[BundleStep, ...]:
     """Run the bundle passes, checking the schedule after each.
 
     Raises:
-      PassError: a pass handed on a schedule that is not a topological order of every equation.
+      PassError: a pass raised, or handed on a schedule that is not a topological order of every equation.
+      PlanError: an option does not fit the programs.
     """
     steps: list[BundleStep] = []
     for run in bundle_passes(**options):
         name = getattr(getattr(run, "func", run), "__name__", repr(run))
         start = perf_counter()
-        bundle = run(bundle)
-        seconds = perf_counter() - start
         try:
+            bundle = run(bundle)
+            seconds = perf_counter() - start
             check_bundle(bundle)
-        except IRError as e:
+        except PlanError:
+            raise
+        except Exception as e:
+            kind = "handed on a broken bundle" if isinstance(e, IRError) else "failed"
             before = ", ".join(step.name for step in steps) or "none"
-            raise PassError(f"{name} handed on a broken bundle (ran before: {before}): {e}") from e
+            raise PassError(f"{name} {kind} (ran before: {before}): {type(e).__name__}: {e}") from e
         steps.append(BundleStep(name, bundle, seconds))
     return tuple(steps)

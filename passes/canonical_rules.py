@@ -17,7 +17,11 @@ def weights_on_the_right(view: View) -> Answer:
     lhs, rhs = view.operands
     if not view.is_weight(lhs) or view.is_weight(rhs):
         return None
-    return Staged(swapped_dot, [rhs, lhs], freeze(view.eqn.params))
+    params = view.eqn.params
+    sides = params["precision"]  # (left, right), a DotAlgorithm, or nothing
+    if isinstance(sides, tuple):
+        params = {**params, "precision": sides[::-1]}
+    return Staged(swapped_dot, [rhs, lhs], freeze(params))
 
 
 def swapped_dot(rhs, lhs, *, dimension_numbers, **params):
@@ -93,7 +97,8 @@ def transposed_conv(lhs, rhs, *, dimension_numbers, **params):
 def windows_apart(view: View) -> Answer:
     """1x1 kernels and kernels whose windows do not overlap: each input element is read at most once."""
     params, (lhs, rhs) = view.eqn.params, view.operands
-    if params["dimension_numbers"] != last_numbers(lhs.aval.ndim) or 0 in lhs.aval.shape:
+    empty = 0 in (*lhs.aval.shape, *rhs.aval.shape, *view.result.aval.shape)
+    if params["dimension_numbers"] != last_numbers(lhs.aval.ndim) or empty:
         return None
     kernel, strides = rhs.aval.shape[:-2], params["window_strides"]
     grouped = params["feature_group_count"] != 1 or params["batch_group_count"] != 1

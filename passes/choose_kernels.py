@@ -28,5 +28,7 @@ def choose_kernels(bundle: Bundle, *, platform: str, choice: Choice = choose) ->
                 f"pack {pack.index} ({pack.members[0].op.shape}): kernel {name!r} does not support it; kernels that "
                 f"do: {', '.join(k for k, kernel in KERNELS.items() if kernel.supports(pack.members[0].op))}"
             )
-        new[pack.index] = replace(pack, kernel=name)
+        new[pack.index] = pack if name == pack.kernel else replace(pack, kernel=name)
+    if all(new[pack.index] is pack for pack in packs(bundle.schedule)):
+        return bundle
     return replace(bundle, schedule=map_packs(bundle.schedule, new))

@@ -37,7 +37,7 @@ class Options:
 
 
 def form_packs(bundle: Bundle, *, within_program: bool = False, pack_unbounded_loops: bool = False) -> Bundle:
-    if bundle.schedule:
+    if bundle.schedule or not any(family.jaxpr.jaxpr.eqns for family in bundle.families):
         return bundle
     options, numbers = Options(within_program, pack_unbounded_loops), count()
     schedule: list[Item] = []
@@ -98,7 +98,8 @@ class Scheduler:
     def why_alone(self, member: Member) -> str:
         equal = self.equal_ops[member.op.key] - 1
         if equal and not self.options.within_program:
-            return f"one lane in its family; {equal} equal op(s) in its own program: see within_program=True"
+            ops = f"{equal} equal op{'s' * (equal > 1)}"
+            return f"one lane in its family; {ops} in its own program: see within_program=True"
         return "one lane in its family, and no independent equal op in its program"
 
     def member(self, eqn: J.Eqn, marks: dict[Any, bool], weight_of: dict[Any, int], site: str) -> Member:
@@ -119,11 +120,11 @@ class Scheduler:
                 Member(self.index, f"{site}.{i}", e, heavy_op(e), width, True, True, None) for i, e in enumerate(inside)
             )
             return Step(self.index, site, eqn, each, alone)
-        labels = {"scan": ("body",), "while": ("cond", "body")}.get(name, [f"branch{i}" for i in range(99)])
         bodies = []
         region_varies, varies = self.region_flags(eqn, flags, decides)
         operands = J.region_operands(eqn)
-        for label, region, args, (atoms, fixed) in zip(labels, J.regions(eqn), region_varies, operands, strict=False):
+        parts = zip(J.region_labels(eqn), J.regions(eqn), region_varies, operands, strict=True)
+        for label, region, args, (atoms, fixed) in parts:
             pairs = zip(J.invars(region)[:fixed], atoms[:fixed], strict=True)
             inner = {arg: weight_of[a] for arg, a in pairs if not isinstance(a, J.Literal) and a in weight_of}
             bodies.append(self.schedule(region, args, inner, f"{site}.{label}."))

@@ -17,15 +17,13 @@ from dataclasses import replace
 from typing import Any
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Array, Bundle, items, Loop, map_packs, Pack, Schedule
+from coalesce.bundle import Array, Bundle, Loop, map_packs, Pack, packs, Schedule
 from coalesce.family import Family
 from coalesce.kernels import KERNELS
 from coalesce.layout import AS_IS, Layout
 
 
 def plan_layouts(bundle: Bundle) -> Bundle:
-    if bundle.arrays:
-        return bundle
     arrays: dict[Array, int] = {}
     stored: dict[tuple[int, int], int] = {}
     for f, family in enumerate(bundle.families):
@@ -33,16 +31,18 @@ def plan_layouts(bundle: Bundle) -> Bundle:
             array = Array(*rows_of(family, w, AS_IS))
             stored[f, w] = arrays.setdefault(array, len(arrays))
     new: dict[int, Pack] = {}
-    for item in items(bundle.schedule):
-        if not isinstance(item, Pack):
-            continue
+    for item in packs(bundle.schedule):
         layout = KERNELS[item.kernel].layout(item.members[0].op)
         parts = [rows_of(bundle.families[m.family], m.weight, layout) for m in item.members if m.weight is not None]
         if not parts:
             new[item.index] = item
             continue
         array = Array(tuple(row for part in parts for row in part[0]), *parts[0][1:])
-        new[item.index] = replace(item, array=arrays.setdefault(array, len(arrays)))
+        index = arrays.setdefault(array, len(arrays))
+        new[item.index] = item if index == item.array else replace(item, array=index)
+    same = all(new[item.index] is item for item in packs(bundle.schedule))
+    if same and tuple(arrays) == bundle.arrays and stored == bundle.stored:
+        return bundle
     return replace(bundle, schedule=map_packs(bundle.schedule, new), arrays=tuple(arrays), stored=stored)
 
 

@@ -52,6 +52,17 @@ class Block:
             values.append(op.apply([next(rest) for _ in op.weights], *(values[i] for i in op.reads)))
         return values
 
+    def sinks(self, n_args: int) -> list[int]:
+        """The values that no op reads, which are therefore results; the last argument if there are no ops."""
+        read = {i for op in self.ops for i in op.reads}
+        return [i for i in range(n_args, n_args + len(self.ops)) if i not in read] or [n_args - 1]
+
+    def result(self, weights: Sequence[Any], args: Sequence[Any], like: Any) -> Any:
+        """All that the block computes as one value of the type of `like`."""
+        values = self(weights, args)
+        parts = [fit(values[i], like) for i in self.sinks(len(args))]
+        return sum(parts[1:], start=parts[0]) / len(parts)
+
     def __str__(self) -> str:
         return "; ".join(f"{op.name}{list(op.reads)}" for op in self.ops)
 
@@ -106,10 +117,14 @@ class Model:
     inputs: tuple[Aval, ...]
     outputs: Any
     nested: bool  # inputs are ({"first": a, "rest": [b]},) rather than (a, b)
+    gain: float  # a literal that multiplies the outputs of floats: a power of two, so that it is exact
 
     def __call__(self, params: Any, *inputs: Any) -> Any:
         values = self.block(params["ops"], jax.tree.leaves(inputs))
-        return jax.tree.map(lambda ref: values[ref.index] if isinstance(ref, Ref) else ref, self.outputs)
+        return jax.tree.map(lambda ref: self.output(values[ref.index]) if isinstance(ref, Ref) else ref, self.outputs)
+
+    def output(self, value: Any) -> Any:
+        return value * self.gain if kind_of(value) == "f" and self.gain != 1 else value
 
     @property
     def exact(self) -> list[bool]:

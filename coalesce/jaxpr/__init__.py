@@ -25,6 +25,7 @@ from coalesce.jaxpr.control import (
     as_while as as_while,
     Cond as Cond,
     region_args as region_args,
+    region_labels as region_labels,
     region_operands as region_operands,
     REGIONS as REGIONS,
     regions as regions,

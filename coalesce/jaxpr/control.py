@@ -59,6 +59,18 @@ def as_cond(eqn: Eqn) -> Cond:
 REGIONS = {"scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("branches",)}
 
 
+def region_labels(eqn: Eqn) -> tuple[str, ...]:
+    """What the regions are called in texts, in the order of `regions`."""
+    match eqn.primitive.name:
+        case "scan":
+            return ("body",)
+        case "while":
+            return ("cond", "body")
+        case "cond":
+            return tuple(f"branch{i}" for i in range(len(eqn.params["branches"])))
+    return ()
+
+
 def regions(eqn: Eqn) -> tuple[ClosedJaxpr, ...]:
     """The jaxprs of a scan, while or cond, in the order of `respell`; empty for every other equation."""
     found: list[ClosedJaxpr] = []

@@ -17,7 +17,8 @@ from coalesce.layout import Layout
 
 
 def supports(op: HeavyOp) -> bool:
-    return op.kind == "conv" and op.params["batch_group_count"] == 1
+    empty = 0 in (*op.lhs.shape, *op.rhs.shape, *op.out.shape)
+    return op.kind == "conv" and op.params["batch_group_count"] == 1 and not empty
 
 
 def layout(op: HeavyOp) -> Layout:

@@ -1,0 +1,147 @@
+"""The public names, and what each of them gives."""
+
+import dataclasses
+import inspect
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend.core import jaxpr_as_fun
+
+import coalesce
+from coalesce.models import by_name
+from tests.alone import array
+from tests.compare import assert_same
+
+NAMES = {
+    "trace", "fuse", "Fused", "Program", "Report",
+    "CoalesceError", "TraceError", "PassError", "PlanError", "InvalidInput",
+}  # fmt: skip
+
+
+def mlp(params, x):
+    for layer in params:
+        x = jnp.tanh(x @ layer["w"] + layer["b"][None])
+    return x
+
+
+def params(*widths):
+    return [{"w": array(i, o), "b": array(o)} for i, o in zip(widths, widths[1:], strict=False)]
+
+
+@pytest.fixture(scope="module")
+def fused():
+    """Two tenants of one family and one of another."""
+    programs = [coalesce.trace(mlp, params(4, 8, 3), array(2, 4), name=name) for name in ("a", "b")]
+    return coalesce.fuse([*programs, coalesce.trace(mlp, params(4, 5), array(2, 4), name="c")])
+
+
+def test_names():
+    assert set(dir(coalesce)) == NAMES
+    assert all(callable(getattr(coalesce, name)) for name in NAMES)
+    with pytest.raises(AttributeError, match="module 'coalesce' has no attribute 'Tracer'"):
+        _ = coalesce.Tracer  # type: ignore[attr-defined]
+
+
+def test_importing_the_package_does_not_import_jax():
+    code = "import sys, coalesce; assert 'jax' not in sys.modules; coalesce.trace; assert 'jax' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+
+
+def test_signatures():
+    trace = inspect.signature(coalesce.trace).parameters
+    assert list(trace) == ["fn", "params", "example_inputs", "name", "shared"]
+    assert trace["example_inputs"].kind == inspect.Parameter.VAR_POSITIONAL
+    fuse = inspect.signature(coalesce.fuse).parameters
+    assert next(iter(fuse)) == "programs"
+    assert {p.kind for name, p in fuse.items() if name != "programs"} == {inspect.Parameter.KEYWORD_ONLY}
+    assert fuse["within_program"].default is False
+    assert fuse["pack_unbounded_loops"].default is False
+
+
+def test_report(fused):
+    report = fused.report
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.programs = 4  # type: ignore[misc]
+    fields = ["programs", "families", "heavy_ops", "superkernels", "alone", "padding_waste", "tenants"]
+    assert [f.name for f in dataclasses.fields(report)] == fields
+    assert (report.programs, report.families, report.heavy_ops) == (3, 2, 5)
+    assert (report.superkernels, report.alone, report.padding_waste) == (2, 1, 0.0)
+    first, _, third = report.tenants
+    assert (first.name, first.family, first.heavy_ops, first.superkernels, first.alone) == ("a", 0, 2, 2, 0)
+    assert (third.name, third.family, third.heavy_ops, third.superkernels, third.alone) == ("c", 1, 1, 0, 1)
+    assert first.padding_waste == third.padding_waste == 0.0
+
+
+def test_report_text(fused, golden):
+    golden(fused.report)
+
+
+def test_program_text(golden):
+    golden(coalesce.trace(mlp, params(4, 8, 3), array(2, 4), name="a"))
+
+
+def test_fused_text(fused, golden):
+    golden(fused)
+
+
+def test_call(fused):
+    x = array(2, 4)
+    results = fused([(x,), (x + 1,), (x,)])
+    assert [r.shape for r in results] == [(2, 3), (2, 3), (2, 5)]
+    assert_same(results, fused([(x,), (x + 1,), (x,)]))
+    assert_same(results, fused([[x], [x + 1], [x]]))
+
+
+def test_explain(fused):
+    """Every pass with its time, every pack, every heavy op left alone with its reason."""
+    text = fused.explain()
+    for run in ("inline", "dce", "canonicalize", "hoist_weights", "cse"):
+        assert f"after {run} (" in text
+    for run in ("form_packs", "choose_kernels", "plan_layouts"):
+        assert f"# bundle: after {run} (" in text
+    assert "a and 1 more of its function" not in text.split("# bundle")[1]
+    assert "family 0: 2 lanes (a, b)" in text and "family 1: 1 lane (c)" in text
+    superkernels = text.split("# superkernels")[1].split("#")[0].strip().splitlines()
+    assert [line.split(":")[0] for line in superkernels] == [
+        "pack 0 x2 dot M=2 N=8 K=4 f32[2,4] x f32[4,8]",
+        "pack 1 x2 dot M=2 N=3 K=8 f32[2,8] x f32[8,3]",
+    ]
+    [alone] = text.split("# heavy ops left alone")[1].split("#")[0].strip().splitlines()
+    assert "(c): dot M=2 N=5 K=4 f32[2,4] x f32[4,5]: one lane in its family" in alone
+
+
+def test_jaxpr(fused):
+    """A closed jaxpr of banks and inputs, with a named call for each pack."""
+    jaxpr = fused.jaxpr
+    banks = [array.shape for array in fused.bank]
+    assert [v.aval.shape for v in jaxpr.jaxpr.invars] == [*banks, (2, 4), (2, 4), (2, 4)]
+    assert [v.aval.shape for v in jaxpr.jaxpr.outvars] == [(2, 3), (2, 3), (2, 5)]
+    calls = [eqn.params["name"] for eqn in jaxpr.jaxpr.eqns if "name" in eqn.params]
+    assert sum(name.startswith("superkernel") for name in calls) == 2
+    assert sum(name.startswith("alone") for name in calls) == 1
+    x = array(2, 4)
+    got = jaxpr_as_fun(jaxpr)(*fused.bank, x, x, x)
+    assert_same(got, fused([(x,)] * 3))
+
+
+def test_compiled(fused):
+    compiled = fused.compile()
+    assert fused.compile() is compiled
+    assert fused.cost_analysis()["flops"] > 0
+    assert fused.memory_analysis().argument_size_in_bytes > 0
+    assert "superkernel0" in fused.as_text()
+
+
+def test_eight_lstms():
+    """Abstract weights of the published size: the dots of the loop's body are packed, and counted once."""
+    model = by_name("lstm")
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    fused = coalesce.fuse([coalesce.trace(model.apply, shapes, *model.inputs(), name=f"lstm{i}") for i in range(8)])
+    report = fused.report
+    assert (report.programs, report.families) == (8, 1)
+    assert (report.heavy_ops, report.superkernels, report.alone) == (8 * 3, 3, 0)
+    assert sum(".body." in line for line in fused.explain().split("# superkernels")[1].splitlines()) == 2
