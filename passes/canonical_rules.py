@@ -17,11 +17,21 @@ def weights_on_the_right(view: View) -> Answer:
     lhs, rhs = view.operands
     if not view.is_weight(lhs) or view.is_weight(rhs):
         return None
-    params = view.eqn.params
-    sides = params["precision"]  # (left, right), a DotAlgorithm, or nothing
-    if isinstance(sides, tuple):
-        params = {**params, "precision": sides[::-1]}
+    params = {**view.eqn.params, "precision": other_way_round(view.eqn.params["precision"])}
     return Staged(swapped_dot, [rhs, lhs], freeze(params))
+
+
+def other_way_round(precision: Any) -> Any:
+    """A precision that may say one thing for each operand, for operands that change places."""
+    if isinstance(precision, lax.DotAlgorithm):
+        sides = {
+            "lhs_precision_type": precision.rhs_precision_type,
+            "rhs_precision_type": precision.lhs_precision_type,
+            "lhs_component_count": precision.rhs_component_count,
+            "rhs_component_count": precision.lhs_component_count,
+        }
+        return precision._replace(**sides)
+    return precision[::-1] if isinstance(precision, tuple) else precision
 
 
 def swapped_dot(rhs, lhs, *, dimension_numbers, **params):
