@@ -8,12 +8,12 @@ whose trace and passes JAX and the compiler share, and tenants that each bring a
 
 from __future__ import annotations
 
-from pathlib import Path
 import sys
+from pathlib import Path
 from time import perf_counter
 
-from absl import app, flags
 import jax
+from absl import app, flags
 
 import coalesce
 from coalesce.models import by_name, Model, NAMES

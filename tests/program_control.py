@@ -28,6 +28,11 @@ def body(draw: Any, scope: Scope, args: Sequence[Aval], exact: Sequence[bool] = 
     return inner.block()
 
 
+def positives(x: Any) -> Any:
+    """A small integer that tells lanes apart."""
+    return jnp.sum(x if x.dtype == jnp.bool_ else x > 0, dtype=jnp.int32)
+
+
 def scanned(draw: Any, scope: Scope, i: int) -> Op:
     """Over the leading dimension of the value, with a carry, constants of the outside and weights in the body."""
     x = scope.values[i]
@@ -68,7 +73,7 @@ def branched(draw: Any, scope: Scope, i: int) -> Op | None:
         def branch(b: Block, part: Any) -> Any:
             return lambda operand: b.result(part, [operand], Aval(like, v.dtype))
 
-        index = jnp.sum(by if by.dtype == jnp.bool_ else by > 0, dtype=jnp.int32) % len(blocks)
+        index = positives(by) % len(blocks)
         return lax.switch(index, [branch(b, part) for b, part in zip(blocks, parts, strict=True)], v)
 
     weights = tuple(w for b in blocks for w in b.weights)
@@ -77,13 +82,13 @@ def branched(draw: Any, scope: Scope, i: int) -> Op | None:
 
 def looped(draw: Any, scope: Scope, i: int) -> Op | None:
     """fori_loop with a fixed or an exact trip count; the latter is a while loop that ends at a lane's own time."""
-    counts = scope.candidates("i", exact=True)
+    counts = scope.candidates("fib", exact=True)
     x = scope.values[i]
     block = body(draw, scope, [x])
     j = draw(st.sampled_from([*counts, *counts, None])) if counts else None
 
     def apply(w: Any, v: Any, *count: Any) -> Any:
-        trips = jnp.max(jnp.abs(count[0])) % 4 if count else 2
+        trips = positives(count[0]) % 4 if count else 2
         return lax.fori_loop(0, trips, lambda _, c: (c + jnp.tanh(block.result(w, [c], c))) / 2, v)
 
     return Op(f"loop({block})", (i,) if j is None else (i, j), block.weights, apply)
@@ -98,7 +103,7 @@ def extend(draw: Any, scope: Scope, n: int) -> None:
         found = scope.candidates("fib")
         i = draw(st.sampled_from(found[:1] * len(found) + found))
         kind = kind_of(scope.values[i])
-        tables = [LIGHT, HEAVY, HEAVY, CONTROL, CONTROL] if scope.depth < DEPTH else [LIGHT, HEAVY]
+        tables = [LIGHT, HEAVY, CONTROL] if scope.depth < DEPTH else [LIGHT, HEAVY]
         rules = draw(st.sampled_from([t[kind] for t in tables if t[kind]]))
         op = draw(st.sampled_from(rules))(draw, scope, i)
         if op is not None:
@@ -106,7 +111,7 @@ def extend(draw: Any, scope: Scope, n: int) -> None:
 
 
 @st.composite
-def models(draw: Any, max_ops: int = 5, dtypes: Sequence[Any] = (jnp.float32,)) -> Model:
+def models(draw: Any, max_ops: int = 6, dtypes: Sequence[Any] = (jnp.float32,)) -> Model:
     """A function of one to three inputs, the first of them of floats."""
     dtype = draw(st.sampled_from(dtypes))
     shapes = st.sampled_from([2, 3, 4, 1, 0]).flatmap(lambda rank: st.tuples(*[st.integers(1, 6)] * rank))
@@ -121,7 +126,7 @@ def models(draw: Any, max_ops: int = 5, dtypes: Sequence[Any] = (jnp.float32,)) 
     outputs: dict[str, Any] = {"results": [Ref(i, scope.exact[i]) for i in results]}
     if draw(st.booleans()):
         outputs["more"] = (Ref(0, True), 1.5, np.arange(3, dtype=np.int32))
-    return Model(block, inputs, outputs, draw(st.booleans()), 1.0)
+    return Model(block, inputs, outputs, draw(st.booleans()), draw(st.sampled_from([1.0, 2.0])))
 
 
 @st.composite

@@ -117,4 +117,4 @@ def attention(draw: Any, scope: Scope, i: int) -> Op:
     return Op("attention", (i,), (weight,) * 3, apply)
 
 
-HEAVY = {"f": (dot, dot, conv, conv, attention), "i": (dot,), "b": ()}
+HEAVY = {"f": (dot, dot, conv, conv, conv, attention), "i": (dot,), "b": ()}

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Aval = jax.ShapeDtypeStruct
-MAX_SIZE = 256  # elements of one value
+MAX_SIZE = 512  # elements of one value
 
 
 @dataclass(frozen=True, eq=False)

@@ -80,7 +80,9 @@ def test_a_kernel_that_does_not_support_the_operation(name):
 
 
 def test_kernels_in_loops():
-    rnn = lambda w, x: lax.scan(lambda c, _: (lax.tanh(lax.dot(c, w)), None), x, None, 3)[0]  # noqa: E731
+    def rnn(w, x):
+        return lax.scan(lambda c, _: (lax.tanh(lax.dot(c, w)), None), x, None, 3)[0]
+
     bundle = form_packs(bundle_of(*[(rnn, array(4, 4), (array(2, 4),)) for _ in range(2)]))
     assert kernels(bundle) == [""]
     assert kernels(choose_kernels(bundle, platform="cpu"))[0] in KERNELS

@@ -79,13 +79,17 @@ def test_callbacks_and_effects_are_kept_apart():
 
 
 def test_random_bits_of_one_key_are_computed_once():
-    bits = lambda _, k: jax.random.bits(k, (3,)) + jax.random.bits(k, (3,))  # noqa: E731
+    def bits(_, k):
+        return jax.random.bits(k, (3,)) + jax.random.bits(k, (3,))
+
     after = checked(cse, inline(coalesce.trace(bits, (), jax.random.PRNGKey(0))))
     assert names(after).count("random_bits") == 1
 
 
 def test_precision_is_kept():
-    dots = lambda w, x: [lax.dot(x, w, precision="highest") for _ in range(2)]  # noqa: E731
+    def dots(w, x):
+        return [lax.dot(x, w, precision="highest") for _ in range(2)]
+
     [eqn] = equations(checked(cse, coalesce.trace(dots, array(3, 3), array(2, 3))))
     assert eqn.params["precision"] == (lax.Precision.HIGHEST,) * 2
 

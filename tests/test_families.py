@@ -88,27 +88,43 @@ X, Y = array(2, 4), array(2, 4)
 
 
 def test_order_of_params():
-    one = lambda p, x: jnp.tanh(x @ p[0]) @ p[1]  # noqa: E731
-    other = lambda p, x: jnp.tanh(x @ p[1]) @ p[0]  # noqa: E731
+    def one(p, x):
+        return jnp.tanh(x @ p[0]) @ p[1]
+
+    def other(p, x):
+        return jnp.tanh(x @ p[1]) @ p[0]
+
     assert families((one, [array(4, 4), array(4, 4)], (X,)), (other, [array(4, 4), array(4, 4)], (X,))) == 1
 
 
 def test_order_of_dict_keys():
-    one = lambda p, x: x @ p["a"] + p["z"][None]  # noqa: E731
-    other = lambda p, x: x @ p["z"] + p["a"][None]  # noqa: E731
+    def one(p, x):
+        return x @ p["a"] + p["z"][None]
+
+    def other(p, x):
+        return x @ p["z"] + p["a"][None]
+
     params = {"a": array(4, 3), "z": array(3)}, {"z": array(4, 3), "a": array(3)}
     assert families((one, params[0], (X,)), (other, params[1], (X,))) == 1
 
 
 def test_order_of_inputs():
-    one = lambda w, x, y: jnp.sin(x @ w) - y  # noqa: E731
-    other = lambda w, y, x: jnp.sin(x @ w) - y  # noqa: E731
+    def one(w, x, y):
+        return jnp.sin(x @ w) - y
+
+    def other(w, y, x):
+        return jnp.sin(x @ w) - y
+
     assert families((one, array(4, 4), (X, Y)), (other, array(4, 4), (Y, X))) == 1
 
 
 def test_unused_params_and_inputs():
-    one = lambda p, x, y: x @ p["w"]  # noqa: E731
-    other = lambda p, x: x @ p["w"]  # noqa: E731
+    def one(p, x, y):
+        return x @ p["w"]
+
+    def other(p, x):
+        return x @ p["w"]
+
     assert families((one, {"a": array(7), "w": array(4, 4)}, (X, array(9))), (other, {"w": array(4, 4)}, (X,))) == 1
 
 
@@ -127,14 +143,20 @@ def test_order_of_statements():
 
 
 def test_operands_of_what_commutes():
-    one = lambda p, x: 2.0 * (x @ p[0] + p[1][None])  # noqa: E731
-    other = lambda p, x: (p[1][None] + x @ p[0]) * 2.0  # noqa: E731
+    def one(p, x):
+        return 2.0 * (x @ p[0] + p[1][None])
+
+    def other(p, x):
+        return (p[1][None] + x @ p[0]) * 2.0
+
     params = [array(4, 4), array(4)], [array(4, 4), array(4)]
     assert families((one, params[0], (X,)), (other, params[1], (X,))) == 1
 
 
 def test_calls():
-    one = lambda w, x: jax.nn.relu(x @ w)  # noqa: E731
+    def one(w, x):
+        return jax.nn.relu(x @ w)
+
     other = jax.jit(lambda w, x: jax.checkpoint(lambda y: jnp.maximum(y, jnp.zeros((), y.dtype)))(x @ w))
     assert families((one, array(4, 4), (X,)), (other, array(4, 4), (X,))) == 1
 
@@ -148,8 +170,12 @@ def test_dead_code():
 
 
 def test_literals_that_are_equal_in_another_spelling():
-    one = lambda w, x: (x @ w) * np.float32(0.5)  # noqa: E731
-    other = lambda w, x: (x @ w) * 0.5  # noqa: E731
+    def one(w, x):
+        return (x @ w) * np.float32(0.5)
+
+    def other(w, x):
+        return (x @ w) * 0.5
+
     assert families((one, array(4, 4), (X,)), (other, array(4, 4), (X,))) == 1
 
 

@@ -48,12 +48,16 @@ def test_kept_apart(name):
     ("w", "x"), [((4, 5), (2, 4)), ((4, 4), (3, 4)), ((4, 4), (4,))], ids=["weights", "inputs", "ranks"]
 )
 def test_shapes_are_kept_apart(w, x):
-    apply = lambda w, x: x @ w  # noqa: E731
+    def apply(w, x):
+        return x @ w
+
     assert families((apply, array(4, 4), (X,)), (apply, array(*w), (array(*x),))) == 2
 
 
 def test_dtypes_are_kept_apart():
-    apply = lambda w, x: (x * 2).sum() + w  # noqa: E731
+    def apply(w, x):
+        return (x * 2).sum() + w
+
     assert families((apply, jnp.float32(1), (X,)), (apply, jnp.int32(1), (jnp.ones((2, 4), int),))) == 2
 
 
@@ -65,7 +69,7 @@ def test_explain_names_the_literal():
     fused = coalesce.fuse([coalesce.trace(scaled(by), array(4, 4), X, name=name) for name, by in scales.items()])
     assert fused.report.families == 2
     [line] = [line for line in fused.explain().splitlines() if "a literal alone" in line]
-    assert "differ in a literal alone: mul has 0.5 in family 0 and 0.25 in family 1 at " in line
+    assert line.startswith("families 0 and 1 differ in a literal alone: mul has 0.5 in 0 and 0.25 in 1 at ")
     assert f"{__file__}:{scaled.__code__.co_firstlineno + 1}" in line
     assert "make it an array in params" in line
 
@@ -75,7 +79,7 @@ def test_explain_names_the_literal_inside_a_loop():
         return lambda w, x: lax.fori_loop(0, 3, lambda _, c: jnp.sin(c @ w) * by, x)
 
     fused = coalesce.fuse([coalesce.trace(decay(b), array(4, 4), X, name=f"by{b}") for b in (0.5, 0.25)])
-    assert "mul has 0.5 in family 0 and 0.25 in family 1" in fused.explain()
+    assert "differ in a literal alone: mul has 0.5 in 0 and 0.25 in 1" in fused.explain()
 
 
 def test_explain_is_silent_about_literals_where_more_differs():

@@ -40,7 +40,9 @@ def test_two_lanes(golden):
 
 
 def test_two_families(golden):
-    other = lambda w, x: lax.sin(lax.dot(x, w))  # noqa: E731
+    def other(w, x):
+        return lax.sin(lax.dot(x, w))
+
     lanes = tenants(dense, lambda: array(4, 3), lambda: (array(2, 4),))
     golden(replanned(form_packs, bundle_of(lanes[0], (other, array(4, 3), (array(2, 4),)), lanes[1])))
 
@@ -55,7 +57,9 @@ def test_q_k_and_v_of_two_lanes():
 
 
 def test_what_depends_on_another_is_in_no_pack_with_it():
-    chain = lambda p, x: lax.dot(lax.dot(x, p[0]), p[1])  # noqa: E731
+    def chain(p, x):
+        return lax.dot(lax.dot(x, p[0]), p[1])
+
     bundle = bundle_of(*tenants(chain, lambda: [array(4, 4), array(4, 4)], lambda: (array(2, 4),), 1))
     assert widths(within(bundle)) == [1, 1]
 
@@ -85,7 +89,9 @@ def test_a_loop_whose_end_depends_on_the_lane(golden):
 
 
 def test_a_loop_whose_end_depends_on_the_lane_packed_on_request():
-    apply = lambda w, x: lax.while_loop(lambda c: lax.lt(c[0, 0], 9.0), lambda c: lax.exp(lax.dot(c, w)), x)  # noqa: E731
+    def apply(w, x):
+        return lax.while_loop(lambda c: lax.lt(c[0, 0], 9.0), lambda c: lax.exp(lax.dot(c, w)), x)
+
     bundle = bundle_of(*tenants(apply, lambda: array(4, 4), lambda: (array(2, 4),)))
     assert widths(form_packs(bundle)) == []
     assert widths(form_packs(bundle, pack_unbounded_loops=True)) == [2]

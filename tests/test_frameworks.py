@@ -64,7 +64,10 @@ def of_nnx_in_parts():
         model = NnxNet(nnx.Rngs(seed))
         model.eval()
         graph, params, rest = nnx.split(model, nnx.Param, ...)
-        apply = lambda params, x, graph=graph, rest=rest: nnx.merge(graph, params, rest)(x)  # noqa: E731
+
+        def apply(params, x, graph=graph, rest=rest):
+            return nnx.merge(graph, params, rest)(x)
+
         yield apply, params, (array(2, 8, 8, 3),)
 
 
@@ -106,7 +109,10 @@ def of_keras():
     for _ in range(TENANTS):
         model = net()
         params = [[v.value for v in vs] for vs in (model.trainable_variables, model.non_trainable_variables)]
-        apply = lambda params, x, model=model: model.stateless_call(*params, x, training=False)[0]  # noqa: E731
+
+        def apply(params, x, model=model):
+            return model.stateless_call(*params, x, training=False)[0]
+
         yield apply, params, (array(2, 8, 8, 3),)
 
 

@@ -44,7 +44,10 @@ def test_batch_norm(golden):
 
     def apply(p, x):
         scale = lax.rsqrt(p["var"] + 1e-5) * p["scale"]
-        wide = lambda v: lax.broadcast_in_dim(v, x.shape, (1,))  # noqa: E731
+
+        def wide(v):
+            return lax.broadcast_in_dim(v, x.shape, (1,))
+
         return (x - wide(p["mean"])) * wide(scale) + wide(p["bias"])
 
     params = {name: abs(array(3)) for name in ("bias", "mean", "scale", "var")}
@@ -137,7 +140,9 @@ def test_small_results_of_large_intermediates_move():
 
 def test_work_in_the_body_of_a_scan(golden):
     def apply(w, x):
-        step = lambda c, row: (lax.tanh(lax.dot(c, lax.transpose(w["h"], (1, 0))) + row * lax.exp(w["b"])), c)  # noqa: E731
+        def step(c, row):
+            return (lax.tanh(lax.dot(c, lax.transpose(w["h"], (1, 0))) + row * lax.exp(w["b"])), c)
+
         return lax.scan(step, jnp.zeros(4), x)
 
     golden(shown(apply, {"b": array(4), "h": array(4, 4)}, array(3, 4)))
@@ -145,8 +150,12 @@ def test_work_in_the_body_of_a_scan(golden):
 
 def test_work_in_a_loop_in_a_loop(golden):
     def apply(w, x):
-        inner = lambda c, _: (lax.dot(c, lax.neg(w)), None)  # noqa: E731
-        outer = lambda c, _: (lax.scan(inner, c, None, 2)[0], None)  # noqa: E731
+        def inner(c, _):
+            return (lax.dot(c, lax.neg(w)), None)
+
+        def outer(c, _):
+            return (lax.scan(inner, c, None, 2)[0], None)
+
         return lax.scan(outer, x, None, 3)[0]
 
     golden(shown(apply, array(4, 4), array(4)))

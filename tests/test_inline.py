@@ -70,7 +70,10 @@ def test_every_kind_of_call_goes():
 
 def test_arrays_that_a_call_closes_over():
     table = np.arange(3, dtype=np.float32)
-    apply = lambda _, x: jax.jit(lambda v: v + table)(x) + jax.jit(lambda v: v * table)(x)  # noqa: E731
+
+    def apply(_, x):
+        return jax.jit(lambda v: v + table)(x) + jax.jit(lambda v: v * table)(x)
+
     assert calls(checked(inline, coalesce.trace(apply, (), X))) == []
 
 
@@ -97,7 +100,10 @@ def test_the_callers_name_stack_stands_first():
 
 def test_precision_and_accumulation_type_are_kept():
     dot = jax.jit(lambda w, x: lax.dot(x, w, precision="highest", preferred_element_type=jnp.float32))
-    bf16 = lambda *shape: array(*shape, dtype=jnp.bfloat16)  # noqa: E731
+
+    def bf16(*shape):
+        return array(*shape, dtype=jnp.bfloat16)
+
     [eqn] = equations(checked(inline, coalesce.trace(dot, bf16(3, 3), bf16(2, 3))))
     assert eqn.params["precision"] == (lax.Precision.HIGHEST,) * 2
     assert eqn.params["preferred_element_type"] == jnp.float32

@@ -86,3 +86,10 @@ def test_a_good_call_after_bad_ones():
             fused([(X,), (X[:1],)])
         for w, result in zip(weights, fused([(X,), (X,)]), strict=True):
             assert_same(result, alone((dense, w, (X,))))
+
+
+@pytest.mark.xfail(strict=True, raises=TypeError, reason="JAX's own error comes first")
+def test_a_call_under_jit():
+    fused = coalesce.fuse([coalesce.trace(dense, array(4, 4), X, name="a")])
+    with pytest.raises(coalesce.InvalidInput, match=r"tenant 'a': input\[0\] is a tracer; .*outside of jax.jit"):
+        jax.jit(lambda x: fused([(x,)]))(X)

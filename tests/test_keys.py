@@ -34,7 +34,9 @@ def test_keys_as_inputs(kind):
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_arrays_of_keys(impl):
-    apply = lambda w, keys: (jax.vmap(lambda k: jax.random.bits(k, (2,)))(keys), keys[1:], w)  # noqa: E731
+    def apply(w, keys):
+        return (jax.vmap(lambda k: jax.random.bits(k, (2,)))(keys), keys[1:], w)
+
     check_fused([(apply, array(3), (jax.random.split(jax.random.key(s, impl=impl), 4),)) for s in range(3)])
 
 
@@ -60,7 +62,10 @@ def test_key_leaves_of_nnx():
             return self.dropout(self.dense(x))
 
     graph, _ = nnx.split(Noisy(0))
-    apply = lambda state, x: nnx.merge(graph, state)(x)  # noqa: E731
+
+    def apply(state, x):
+        return nnx.merge(graph, state)(x)
+
     fused = check_fused([(apply, nnx.split(Noisy(seed))[1], (array(2, 4),)) for seed in range(3)])
     assert (fused.report.families, fused.report.superkernels) == (1, 1)
 

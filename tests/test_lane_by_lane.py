@@ -58,8 +58,13 @@ def test_debug_print(capfd):
 
 def test_a_debug_callback_of_one_tenant_leaves_the_others_alone():
     seen = []
-    loud = lambda w, x: (jax.debug.callback(lambda: seen.append(1)), x @ w)[1]  # noqa: E731
-    quiet = lambda w, x: x @ w  # noqa: E731
+
+    def loud(w, x):
+        return (jax.debug.callback(lambda: seen.append(1)), x @ w)[1]
+
+    def quiet(w, x):
+        return x @ w
+
     tenants = [(fn, array(4, 4), (array(2, 4),)) for fn in (loud, quiet)]
     fused = fuse_tenants(tenants)
     fused([xs for _, _, xs in tenants])
@@ -189,7 +194,9 @@ def test_unbounded_loops_run_lane_by_lane_unless_asked_for():
 
 
 def test_a_branch_with_an_unbounded_loop_runs_lane_by_lane():
-    apply = lambda w, x: lax.cond(x[0, 0] > 0, lambda: halve(w, x), lambda: x)  # noqa: E731
+    def apply(w, x):
+        return lax.cond(x[0, 0] > 0, lambda: halve(w, x), lambda: x)
+
     tenants = [(apply, array(4, 4), (jnp.full((2, 4), value),)) for value in (-1.0, 1.0, 5.0)]
     [line] = reasons(check_fused(tenants))
     assert "cond: a branch holds a while_loop" in line

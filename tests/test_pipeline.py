@@ -105,9 +105,9 @@ def run_one_twice(bundle):
 @pytest.mark.parametrize(
     ("broken", "text"),
     [
-        (drop_the_last, r"broken bundle \(ran before: form_packs\): never scheduled: tanh"),
-        (reverse, r"broken bundle \(ran before: form_packs\): family 0: tanh runs before what it reads"),
-        (run_one_twice, r"broken bundle \(ran before: form_packs\): family 0: dot_general is scheduled twice"),
+        (drop_the_last, r"broken bundle \(ran before: form_packs\): IRError: never scheduled: tanh"),
+        (reverse, r"broken bundle \(ran before: form_packs\): IRError: family 0: tanh runs before what it reads"),
+        (run_one_twice, r"broken bundle \(ran before: form_packs\): IRError: family 0: dot_general is scheduled twice"),
         (fall_over, r"failed \(ran before: form_packs\): KeyError: 'dot_general'"),
     ],
 )

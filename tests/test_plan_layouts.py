@@ -66,13 +66,19 @@ def test_a_tied_embedding(golden):
 
 def test_a_weight_that_a_dot_and_another_equation_read(golden):
     """Both want it as it is, so it lies there once."""
-    apply = lambda w, x: lax.dot(x, w) * w  # noqa: E731
+
+    def apply(w, x):
+        return lax.dot(x, w) * w
+
     golden(shown(planned(*[(apply, array(4, 4), (array(4, 4),)) for _ in range(2)])))
 
 
 def test_a_kernel_of_a_conv_that_another_equation_reads(golden):
     """One array as it is, one in the layout of the kernel."""
-    apply = lambda w, x: (conv(w, x), lax.reduce_sum(w * x[0, 0, 0, 0], (0, 1, 2, 3)))  # noqa: E731
+
+    def apply(w, x):
+        return (conv(w, x), lax.reduce_sum(w * x[0, 0, 0, 0], (0, 1, 2, 3)))
+
     tenants = [(apply, array(3, 3, 2, 4), (array(1, 8, 8, 2),)) for _ in range(2)]
     golden(shown(planned(*tenants, kernel="conv_slices")))
 
@@ -98,7 +104,10 @@ def test_members_of_one_program(golden):
 
 def test_right_operands_that_are_no_weights():
     """Attention's scores: nothing to store."""
-    scores = lambda w, q, k: lax.dot(q, k)  # noqa: E731
+
+    def scores(w, q, k):
+        return lax.dot(q, k)
+
     bundle = plan_layouts(planned(*[(scores, (), (array(2, 4), array(4, 2))) for _ in range(2)]))
     assert (bundle.arrays, bundle.stored) == ((), {})
     assert plan_layouts(bundle) is bundle

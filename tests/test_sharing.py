@@ -140,7 +140,10 @@ def test_prepared_values_of_shared_leaves_are_kept_once():
 
 def test_a_prepared_value_of_a_leaf_of_its_own_has_a_row_of_its_own():
     backbone = array(4, 8)
-    adapted = lambda p, x: x @ (p["backbone"] + p["down"] @ p["up"])  # noqa: E731
+
+    def adapted(p, x):
+        return x @ (p["backbone"] + p["down"] @ p["up"])
+
     named = {n: (adapted, {"backbone": backbone, "down": array(4, 1), "up": array(1, 8)}, None) for n in "ab"}
     assert rows(fuse_and_check(named)) == {(4, 8): 2}
 
@@ -160,7 +163,9 @@ def test_tenants_that_prepare_alike_in_other_words_share():
 
 
 def test_weights_tied_inside_a_program_are_kept_once():
-    tied = lambda p, x: jnp.tanh(x @ p["in"]) @ p["out"]  # noqa: E731
+    def tied(p, x):
+        return jnp.tanh(x @ p["in"]) @ p["out"]
+
     fused = fuse_and_check({n: (tied, {"in": (w := array(4, 4)), "out": w}, None) for n in "ab"})
     assert [len(a.rows) for a in fused.bundle.arrays] == [2]
 

@@ -114,7 +114,10 @@ def test_64_bit_numpy_arrays_become_32_bit_as_under_jit():
 def test_closed_over_arrays_and_unused_params():
     table = np.asarray(array(3, 4))
     device = array(3, 4)
-    apply = lambda p, x: (x @ p["w"] + table) * device  # noqa: E731
+
+    def apply(p, x):
+        return (x @ p["w"] + table) * device
+
     program = coalesce.trace(apply, {"w": array(4, 4), "unused": array(7)}, array(3, 4))
     assert sorted((leaf.path, leaf.constant) for leaf in program.leaves) == [
         ("['unused']", False), ("['w']", False), ("constant 0", True), ("constant 1", True)]  # fmt: skip
@@ -122,7 +125,9 @@ def test_closed_over_arrays_and_unused_params():
 
 
 def test_leaves_that_are_no_arrays_are_closed_over():
-    apply = lambda p, x: p["act"](x @ p["w"]) if p["mode"] == "on" else x  # noqa: E731
+    def apply(p, x):
+        return p["act"](x @ p["w"]) if p["mode"] == "on" else x
+
     fused = check_fused(
         [(apply, {"act": act, "mode": "on", "w": array(4, 4)}, inputs()) for act in (jnp.tanh, jnp.tanh, jnp.sin)]
     )
@@ -131,7 +136,10 @@ def test_leaves_that_are_no_arrays_are_closed_over():
 
 def test_abstract_params():
     """Everything that reads no weight works; a call says what is missing."""
-    apply = lambda p, x: jnp.tanh(x @ p["w"] * jnp.sqrt(p["s"]))  # noqa: E731
+
+    def apply(p, x):
+        return jnp.tanh(x @ p["w"] * jnp.sqrt(p["s"]))
+
     params = {"w": jax.ShapeDtypeStruct((4, 4), jnp.float32), "s": jax.ShapeDtypeStruct((1, 4), jnp.float32)}
     x = jax.ShapeDtypeStruct((2, 4), jnp.float32)
     programs = [coalesce.trace(apply, params, x, name=name) for name in "ab"]
