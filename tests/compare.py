@@ -42,7 +42,9 @@ def assert_as_good(got: Any, own: Any, truth: Any, exact: Sequence[bool]) -> Non
         t = jax.tree.leaves(truth)[i]
         fused, alone = distance(a, t), distance(b, t)
         limit = TIMES * alone + ROUNDINGS * float(jnp.finfo(b.dtype).eps) * norm(t)
-        assert fused <= limit, f"{path}: error {fused:.3g} fused, {alone:.3g} alone, limit {limit:.3g}, norm {norm(t):.3g}"
+        assert fused <= limit, (
+            f"{path}: error {fused:.3g} fused, {alone:.3g} alone, limit {limit:.3g}, norm {norm(t):.3g}"
+        )
 
 
 def assert_bitwise(got: Any, want: Any) -> None:

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from hypothesis import strategies as st
 
-from tests.programs import kind_of, Tenant
+from tests.programs import kind_of
+from tests.tenants import Tenant
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,10 @@ class Poison:
             flags = [same(t, w) for w in t.params["ops"]]
             if any(flags):
                 hit.add(i)
-                ops = [jnp.array(new, copy=t.shared is not None) if f else w for f, w in zip(flags, t.params["ops"], strict=True)]
+                ops = [
+                    jnp.array(new, copy=t.shared is not None) if f else w
+                    for f, w in zip(flags, t.params["ops"], strict=True)
+                ]
                 t = replace(t, params={**t.params, "ops": ops}, shared=None if t.shared is None else ops)
             found.append(t)
         return found, hit

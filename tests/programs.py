@@ -3,23 +3,23 @@
     Op       one step: reads values that are there, has weights of its own, adds one value
     Block    a straight line of ops over some arguments; the body of a loop is a Block too
     Model    a Block with a tenant's calling convention: a params pytree, nested inputs, nested outputs
-    Tenant   a Model with params and inputs; several tenants of one Model make a family
 
-Which ops there are: tests/program_ops.py, program_heavy.py and program_control.py. Shapes come from `jax.eval_shape`, so
-that an op says only what it computes. Each value knows whether it is exact: of movement and integer arithmetic alone,
-so that any right program returns the same bits. Whatever jumps (a comparison, an index, a predicate) reads exact values
-only; what a fused program rounds differently then moves every output a little, and none by much.
+tests/program_moves.py, program_ops.py, program_heavy.py and program_control.py say which ops there are, tests/tenants.py
+draws models and gives them data. Shapes come from `jax.eval_shape`, so that an op says only what it computes. Each value
+knows whether it is exact: of movement and integer arithmetic alone, so that any right program returns the same bits.
+Whatever jumps (a comparison, an index, a predicate) reads exact values only; then what a fused program rounds
+differently moves every output a little, and none by much.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 Aval = jax.ShapeDtypeStruct
 MAX_SIZE = 512  # elements of one value
@@ -141,31 +141,17 @@ class Model:
         return f"({ins}) {self.block} -> {outs}"
 
 
-@dataclass(frozen=True, eq=False)
-class Tenant:
-    model: Model
-    fn: Callable[..., Any]  # the model itself, or another function object that does the same
-    params: Any
-    inputs: tuple[Any, ...]
-    shared: Any  # the subtree of params that is declared as shared, or None
-
-    def __repr__(self) -> str:
-        shared = "" if self.shared is None else f", shares {len(self.shared)}"
-        return f"Tenant({self.model}{shared})"
-
-
-def array(aval: Any, rng: np.random.Generator, scale: float = 1.0) -> Any:
-    """Data for a weight or an input: normal floats, integers from 0 to 7, fair bools."""
-    match kind_of(aval):
-        case "f":
-            return jnp.asarray(scale * rng.standard_normal(aval.shape), aval.dtype)
-        case "b":
-            return jnp.asarray(rng.random(aval.shape) < 0.5)
-    return jnp.asarray(rng.integers(0, 8, aval.shape), aval.dtype)
-
-
 def fit(x: Any, like: Any) -> Any:
     """`x` repeated or cut to the shape of `like`, in its dtype."""
     return jnp.resize(x, like.shape).astype(like.dtype)
 
 
+@contextmanager
+def without_llvm_optimisations() -> Iterator[None]:
+    """Compiles in half the time. XLA's own passes, which decide what is computed, stay on."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)

@@ -5,31 +5,26 @@ Every property runs the compiled fused program. Examples are small, since their 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 import coalesce
 from coalesce.kernels import choose, KERNELS
 from tests.compare import assert_as_good, assert_bitwise, assert_same
 from tests.poison import Poison, poisons
-from tests.program_control import models, reference, tenants
-from tests.programs import Tenant
-
-LOW = (jnp.bfloat16, jnp.float16)
+from tests.programs import without_llvm_optimisations
+from tests.tenants import alone, in_float32, models, Tenant, tenants
 
 
 @pytest.fixture(autouse=True, scope="module")
 def cheap_compiles() -> Iterator[None]:
-    """LLVM's optimisations are half of a compile; XLA's own passes, which decide what is computed, stay on."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    with without_llvm_optimisations():
+        yield
 
 
 def fuse(found: Sequence[Tenant], options: dict[str, Any]) -> coalesce.Fused:
@@ -39,10 +34,6 @@ def fuse(found: Sequence[Tenant], options: dict[str, Any]) -> coalesce.Fused:
 
 def inputs_of(found: Sequence[Tenant]) -> list[tuple[Any, ...]]:
     return [t.inputs for t in found]
-
-
-def alone(tenant: Tenant) -> Any:
-    return jax.jit(tenant.model)(tenant.params, *tenant.inputs)
 
 
 def preferring(n: int | None) -> Any:
@@ -64,27 +55,45 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-def check_equal(found: list[Tenant], options: dict[str, Any]) -> None:
+@st.composite
+def cases(draw: Any, drawn: st.SearchStrategy[list[Tenant]], **more: Any) -> tuple[Any, ...]:
+    """(tenants, options of fuse, what each function of `more` draws for these tenants)."""
+    found = draw(drawn)
+    return found, draw(OPTIONS), *(draw(strategy(found)) for strategy in more.values())
+
+
+@given(cases(tenants(models(max_ops=5))))
+def test_fused_equals_alone(case: tuple[list[Tenant], dict[str, Any]]) -> None:
+    found, options = case
     results = fuse(found, options)(inputs_of(found))
     for tenant, got in zip(found, results, strict=True):
         assert_same(got, alone(tenant), tenant.model.exact)
 
 
-def check_precision(found: list[Tenant], options: dict[str, Any]) -> None:
+@given(cases(tenants(models(max_ops=3, dtypes=(jnp.bfloat16, jnp.float16)), max_families=1)))
+def test_low_precision_is_as_good_as_alone(case: tuple[list[Tenant], dict[str, Any]]) -> None:
+    found, options = case
     results = fuse(found, options)(inputs_of(found))
     for tenant, got in zip(found, results, strict=True):
-        assert_as_good(got, alone(tenant), reference(tenant), tenant.model.exact)
+        assert_as_good(got, alone(tenant), alone(in_float32(tenant)), tenant.model.exact)
 
 
-def check_permuted(found: list[Tenant], order: list[int], options: dict[str, Any]) -> None:
+@given(cases(tenants(models(max_ops=2)), order=lambda found: st.permutations(range(len(found)))))
+def test_permuting_tenants_permutes_results(case: tuple[list[Tenant], dict[str, Any], list[int]]) -> None:
+    found, options, order = case
     straight = fuse(found, options)(inputs_of(found))
     shuffled = [found[i] for i in order]
     for i, got in zip(order, fuse(shuffled, options)(inputs_of(shuffled)), strict=True):
         assert_same(got, straight[i], found[i].model.exact)
 
 
-def check_isolated(found: list[Tenant], poison: Poison, options: dict[str, Any]) -> None:
-    """Poison in inputs, then in weights: who has nothing of it gets the same bits from the same executable."""
+lanes = tenants(models(max_ops=3, dtypes=(jnp.float32, jnp.bfloat16)), min_lanes=2)
+
+
+@given(cases(lanes, poison=poisons))
+def test_poison_stays_in_its_lane(case: tuple[list[Tenant], dict[str, Any], Poison]) -> None:
+    """In inputs, then in a weight: whoever has nothing of it gets the same bits from the same executable."""
+    found, options, poison = case
     program = fuse(found, options)
     clean = program(inputs_of(found))
     results = program(inputs_of(poison.in_inputs(found)))
@@ -101,30 +110,16 @@ def check_isolated(found: list[Tenant], poison: Poison, options: dict[str, Any])
         assert_bitwise(results[i], clean[i])
 
 
-small = models(max_ops=2)
-low = models(max_ops=3, dtypes=LOW)
-lanes = tenants(models(max_ops=3, dtypes=(jnp.float32, jnp.bfloat16)), max_families=2, min_lanes=2)
+PROPERTIES = (
+    test_fused_equals_alone,
+    test_low_precision_is_as_good_as_alone,
+    test_permuting_tenants_permutes_results,
+    test_poison_stays_in_its_lane,
+)
 
 
-@st.composite
-def permuted(draw: Any) -> dict[str, Any]:
-    found = draw(tenants(small))
-    return dict(found=found, order=draw(st.permutations(range(len(found)))), options=draw(OPTIONS))
-
-
-@st.composite
-def poisoned(draw: Any) -> dict[str, Any]:
-    found = draw(lanes)
-    return dict(found=found, poison=draw(poisons(found)), options=draw(OPTIONS))
-
-
-def some(**parts: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
-    return st.fixed_dictionaries(parts)
-
-
-PROPERTIES = {
-    "equal": (check_equal, some(found=tenants(), options=OPTIONS)),
-    "precision": (check_precision, some(found=tenants(low), options=OPTIONS)),
-    "permuted": (check_permuted, permuted()),
-    "isolated": (check_isolated, poisoned()),
-}
+@pytest.mark.slow
+@pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check.__name__)
+def test_soak(check: Callable[[], None]) -> None:
+    """The same with 2,000 examples each: `make soak` sets that profile."""
+    check()

@@ -21,7 +21,8 @@ from jax import lax
 from coalesce.heavy import heavy_op, HeavyOp
 from coalesce.kernels import choose, KERNELS
 from tests.compare import assert_as_good, assert_bitwise, assert_same
-from tests.programs import array, Aval, kind_of
+from tests.programs import Aval, kind_of, without_llvm_optimisations
+from tests.tenants import array
 
 FLOATS = (jnp.float32, jnp.float32, jnp.bfloat16, jnp.float16)
 LAST = {1: ("NHC", "HIO", "NHC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
@@ -106,16 +107,17 @@ def convs(draw: Any) -> Case:
         batch_group_count=batch_groups, precision="highest",
         preferred_element_type=jnp.float32 if draw(st.booleans()) else None,
     )  # fmt: skip
-    lhs, rhs = Aval((n, *size, groups * channels), dtype), Aval((*kernel, channels, groups * batch_groups * features), dtype)
+    lhs, rhs = (
+        Aval((n, *size, groups * channels), dtype),
+        Aval((*kernel, channels, groups * batch_groups * features), dtype),
+    )
     return Case(call, lhs, rhs, draw(st.integers(1, 3)), draw(st.integers(1, 3)))
 
 
 @pytest.fixture(autouse=True, scope="module")
 def cheap_compiles() -> Iterator[None]:
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    with without_llvm_optimisations():
+        yield
 
 
 @given(case=dots() | convs(), seed=st.integers(0, 99))
