@@ -13,7 +13,7 @@ variable belongs to one family, so (family, variable) names a value in every sco
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from coalesce import jaxpr as J
 from coalesce.errors import IRError
@@ -176,8 +176,7 @@ def map_packs(schedule: Schedule, new: Mapping[int, Pack]) -> Schedule:
         if isinstance(item, Pack):
             return new[item.index]
         if isinstance(item, Loop):
-            bodies = tuple(map_packs(body, new) for body in item.bodies)
-            return Loop(item.family, item.site, item.eqn, bodies, item.varies, item.decides)
+            return replace(item, bodies=tuple(map_packs(body, new) for body in item.bodies))
         return item
 
     return tuple(map(one, schedule))

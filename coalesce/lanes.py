@@ -88,8 +88,7 @@ def apply(eqn: J.Eqn, args: Sequence[LaneValue]) -> list[LaneValue]:
     if not any(isinstance(v, Stacked) for v in values):
         return [Shared(out) for out in J.bind(eqn, [v.value for v in values])]
     axes = tuple(0 if isinstance(v, Stacked) else None for v in values)
-    with J.context_of(eqn):
-        outs = jax.vmap(lambda *xs: J.bind(eqn, xs), in_axes=axes)(*(v.value for v in values))
+    outs = jax.vmap(lambda *xs: J.bind(eqn, xs), in_axes=axes)(*(v.value for v in values))
     return [Stacked(out) for out in outs]
 
 

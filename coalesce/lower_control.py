@@ -11,7 +11,7 @@ from jax import lax
 
 from coalesce import jaxpr as J
 from coalesce.bundle import Loop, Schedule
-from coalesce.lanes import Env, LaneValue, read_bank, Shared, Stacked, stacked
+from coalesce.lanes import Banked, Env, LaneValue, read_bank, Shared, Stacked, stacked
 
 
 @runtime_checkable
@@ -28,7 +28,9 @@ def lower_loop(walk: Walk, loop: Loop, env: Env) -> list[LaneValue]:
     return RULES[loop.eqn.primitive.name](walk, loop, env)
 
 
-def region(walk: Walk, loop: Loop, schedule: Schedule, jaxpr: Any, args: Sequence[LaneValue | None]) -> list[LaneValue]:
+def region(
+    walk: Walk, loop: Loop, schedule: Schedule, jaxpr: Any, args: Sequence[LaneValue | None]
+) -> list[Shared | Stacked]:
     """Run the schedule of one region on its arguments; None stands for a weight that only packs read."""
     pairs = zip(J.invars(jaxpr), args, strict=True)
     inner: Env = {(loop.family, var): value for var, value in pairs if value is not None}
@@ -53,22 +55,38 @@ def scan(walk: Walk, loop: Loop, env: Env) -> list[LaneValue]:
     parts, lanes, flags = J.as_scan(loop.eqn), walk.width(loop.family), loop.varies
     consts = operands(walk, loop, env, parts.consts)
     init = as_flagged(operands(walk, loop, env, parts.init), flags, lanes)
-    xs = [read_bank(walk.read(env, loop.family, a)) for a in parts.xs]
-    x_flags = [isinstance(x, Stacked) for x in xs]
-    moved = [jnp.moveaxis(x.value, 0, 1) if flag else x.value for x, flag in zip(xs, x_flags, strict=True)]
+    xs = [one_value(walk.read(env, loop.family, a)) for a in parts.xs]
     y_flags: list[bool] = []
 
-    def step(carry: Any, x: Any) -> Any:
-        args = [*consts, *from_flags(carry, flags), *from_flags(x, x_flags)]
-        outs = region(walk, loop, loop.bodies[0], parts.body, args)
-        ys = outs[len(carry) :]
+    def step(carry: Any, shared: Any) -> Any:
+        i, values = carry
+        at = parts.length - 1 - i if parts.reverse else i
+        rest = iter(shared)
+        x = [Shared(next(rest)) if isinstance(v, Shared) else step_of(v, at) for v in xs]
+        outs = region(walk, loop, loop.bodies[0], parts.body, [*consts, *from_flags(values, flags), *x])
+        new, ys = outs[: len(values)], outs[len(values) :]
         y_flags[:] = [isinstance(y, Stacked) for y in ys]
-        return like(as_flagged(outs[: len(carry)], flags, lanes), carry), [y.value for y in ys]  # type: ignore[union-attr]
+        return (i + 1, like(as_flagged(new, flags, lanes), values)), [y.value for y in ys]
 
     with J.context_of(loop.eqn):
-        carry, ys = lax.scan(step, init, moved, parts.length, parts.reverse, parts.unroll)
+        shared = [x.value for x in xs if isinstance(x, Shared)]
+        start = (jnp.zeros((), jnp.int32), init)
+        (_, carry), ys = lax.scan(step, start, shared, parts.length, parts.reverse, parts.unroll)
     ys = [jnp.moveaxis(y, 1, 0) if flag else y for y, flag in zip(ys, y_flags, strict=True)]
     return from_flags(carry, flags) + from_flags(ys, y_flags)
+
+
+def one_value(value: LaneValue) -> LaneValue:
+    """A weight that all lanes share, as the shared value that it is."""
+    return read_bank(value) if isinstance(value, Banked) and len(set(value.rows)) == 1 else value
+
+
+def step_of(value: LaneValue, at: Any) -> LaneValue:
+    """What one iteration reads of a scanned value: a slice behind the lane axis, since to move the axis would copy the
+    whole, which may be the weights of all layers."""
+    if isinstance(value, Banked):
+        return Banked(lax.dynamic_index_in_dim(value.array, at, 1, keepdims=False), value.rows)
+    return Stacked(lax.dynamic_index_in_dim(value.value, at, 1, keepdims=False))
 
 
 def while_loop(walk: Walk, loop: Loop, env: Env) -> list[LaneValue]:

@@ -81,8 +81,8 @@ class Program:
 
 
 def check(program: Program, strict: bool = False) -> None:
-    """Raise IRError unless the program is well formed: every variable bound once and before use, with the type it is
-    read at; the signature that `trace` recorded; prepared weights that fit. `strict` adds JAX's own type check."""
+    """Raise IRError unless the program is well formed: every variable bound once and before use, the signature that
+    `trace` recorded, prepared weights that fit. `strict` adds JAX's own check of every equation's types."""
     check_scope(program.name, program.jaxpr)
     ins = [J.aval_struct(v.aval) for v in J.invars(program.jaxpr)[program.n_weights :]]
     outs = [J.aval_struct(v.aval) for v in J.outvars(program.jaxpr)]

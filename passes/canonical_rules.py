@@ -149,7 +149,7 @@ def dot_of_windows(lhs, rhs, *, window_strides, padding, precision, preferred_el
 
 
 def as_reshape(view: View) -> Answer:
-    """broadcast_in_dim, squeeze, expand_dims and transpose that only move unit dimensions."""
+    """broadcast_in_dim, squeeze and transpose that only move unit dimensions."""
     (operand, *dynamic), out = view.operands, view.result
     if dynamic or isinstance(operand, J.Literal) or np.prod(operand.aval.shape) != np.prod(out.aval.shape):
         return None
@@ -233,12 +233,10 @@ RULES: Rules = {
     "conv_general_dilated": (channels_last, windows_apart),
     "broadcast_in_dim": (as_reshape,),
     "squeeze": (as_reshape,),
-    "expand_dims": (as_reshape,),
     "reshape": (merge_reshapes,),
     "transpose": (as_reshape, merge_transposes),
     "convert_element_type": (same_type,),
     "copy": (first_operand,),
-    "copy_p": (first_operand,),
     "slice": (whole_slice,),
     "add": (commute,),
     "mul": (commute,),

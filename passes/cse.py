@@ -18,10 +18,9 @@ from typing import Any
 from jax.extend.core import ClosedJaxpr
 
 from coalesce import jaxpr as J
+from coalesce.behaviour import may_merge
 from coalesce.program import Program
 from coalesce.structure import eqn_key, Key, literal_key
-
-KEPT_APART = {"pure_callback", "io_callback", "debug_callback", "debug_print", "optimization_barrier"}
 
 
 def cse(program: Program) -> Program:
@@ -45,7 +44,7 @@ def merge(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
             a is not b for a, b in zip(ins, eqn.invars, strict=True)
         ):
             eqn, changed = J.respell(eqn, ins, eqn.outvars, merged or None), True
-        if eqn.effects or eqn.primitive.name in KEPT_APART:
+        if not may_merge(eqn):
             eqns.append(eqn)
             continue
         key = (eqn_key(eqn), tuple(literal_key(a) if isinstance(a, J.Literal) else a for a in ins))

@@ -112,7 +112,7 @@ class Scheduler:
         name = eqn.primitive.name
         decides = self.decides(eqn, flags)
         differs = self.family.width > 1 and (any(flags) or bool(eqn.effects))
-        each = why_lane_by_lane(eqn, decides, self.options.pack_unbounded_loops) if differs else ""
+        each = why_lane_by_lane(eqn, flags, decides, self.options.pack_unbounded_loops) if differs else ""
         if name not in J.REGIONS or each:
             inside = [e for sub in J.subjaxprs(eqn) for e in heavy_eqns(sub)]
             width = self.family.width

@@ -80,7 +80,7 @@ class Shell:
         region = lift_from_regions(region, flags)  # inner loops first, so that their work can leave both
         args = J.invars(region)
         weights = [v for v, flag in zip(args, flags, strict=True) if flag]
-        moved = movable(region, weights)
+        moved = movable(region, weights, speculative=True)
         eqns = region.jaxpr.eqns
         stay = [e for e in eqns if id(e) not in moved.eqns]
         dead = moved.dead(stay, J.outvars(region))

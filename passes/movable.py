@@ -10,9 +10,8 @@ from typing import Any
 from jax.extend.core import ClosedJaxpr
 
 from coalesce import jaxpr as J
+from coalesce.behaviour import may_move, may_speculate
 from coalesce.heavy import HEAVY
-
-STAYS = {"pure_callback", "io_callback", "debug_callback", "debug_print"}
 
 
 @dataclass(frozen=True)
@@ -38,15 +37,18 @@ class Moved:
         return dead
 
 
-def movable(jaxpr: ClosedJaxpr, weights: Sequence[J.Var]) -> Moved:
-    """Equations of `jaxpr` to compute ahead, given the arguments that are weights."""
+def movable(jaxpr: ClosedJaxpr, weights: Sequence[J.Var], speculative: bool = False) -> Moved:
+    """Equations of `jaxpr` to compute ahead, given the arguments that are weights.
+
+    `speculative`: they would run where their own program might not have run them, as the work of an untaken branch.
+    """
     sources = {v: 1 << i for i, v in enumerate(weights)}  # the weights that a value reads, as bits; 0 for constants
     size = [J.nbytes(v.aval) for v in weights]
     ahead: set[int] = set()  # what could be computed ahead, constants included
     candidates: list[J.Eqn] = []
     for eqn in jaxpr.jaxpr.eqns:
         reads = source_bits(eqn, sources)
-        if reads is None:
+        if reads is None or (speculative and not may_speculate(eqn)):
             continue
         sources.update((v, reads) for v in eqn.outvars if not J.is_drop(v))
         ahead.add(id(eqn))
@@ -92,9 +94,7 @@ def bits(mask: int) -> list[int]:
 def source_bits(eqn: J.Eqn, sources: dict[Any, int]) -> int | None:
     """The weights that an equation's results read; None if they read anything else or must stay."""
     atoms = [a for a in eqn.invars if not isinstance(a, J.Literal)]
-    if eqn.effects or eqn.primitive.name in STAYS or not outs(eqn) or any(a not in sources for a in atoms):
-        return None
-    if any(J.is_key(v.aval) for v in [*atoms, *eqn.outvars]):
+    if not outs(eqn) or any(a not in sources for a in atoms) or not may_move(eqn):
         return None
     mask = 0
     for a in atoms:

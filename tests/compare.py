@@ -24,7 +24,7 @@ ROUNDINGS = 1.0
 
 
 def assert_same(got: Any, want: Any, exact: Sequence[bool] | None = None) -> None:
-    """Equal pytrees, shapes, dtypes and weak types, and equal values; `exact` marks leaves that must agree bit by bit."""
+    """Equal pytrees, shapes, dtypes, weak types and values; `exact` marks leaves that must agree bit by bit."""
     pairs = matched(got, want)
     for i, (path, a, b) in enumerate(pairs):
         if not jnp.issubdtype(jnp.result_type(b), jnp.floating) or (exact is not None and exact[i]):

@@ -85,7 +85,22 @@ def looped(draw: Any, scope: Scope, i: int) -> Op:
     return Op(f"loop({block})", (i,) if j is None else (i, j), block.weights, apply)
 
 
-CONTROL = {"f": (scanned, branched, looped, looped), "i": (), "b": ()}
+def layered(draw: Any, scope: Scope, i: int) -> Op:
+    """Equal layers by a scan over their weights, stacked in one array; another weight is the first carry."""
+    x = scope.values[i]
+    d = draw(st.integers(1, 4))
+    weights = Aval((draw(st.integers(1, 3)), d, d), x.dtype), Aval((d,), x.dtype)
+
+    def apply(w: Any, v: Any) -> Any:
+        def layer(h: Any, m: Any) -> Any:
+            return jnp.tanh(jnp.dot(h, m, precision="highest")) + fit(v, h), None
+
+        return lax.scan(layer, w[1], w[0])[0]
+
+    return Op("layers", (i,), weights, apply)
+
+
+CONTROL = {"f": (scanned, branched, looped, looped, layered), "i": (), "b": ()}
 
 
 def extend(draw: Any, scope: Scope, n: int) -> None:

@@ -11,19 +11,21 @@ from jax import lax
 
 from tests.programs import Aval, fit, kind_of, Op, Scope
 
-SIDES = ["weight right", "weight left", "no weight"]
+SIDES = ["weight right", "weight left", "no weight", "constant"]
 HIGHEST = lax.Precision.HIGHEST
 
 
 class Other(NamedTuple):
-    """The second operand of a heavy op: what the op reads besides its value, its weights, and `get(weights, read, dtype)`."""
+    """The second operand of a heavy op: what it is read from, weights, and how it comes from both."""
 
     reads: tuple[int, ...]
     weights: tuple[Aval, ...]
-    get: Callable[[Any, Any, Any], Any]
+    get: Callable[[Any, Any, Any], Any]  # (weights, what is read, dtype)
 
 
 def other_operand(draw: Any, scope: Scope, aval: Aval, side: str) -> Other:
+    if side == "constant":
+        return Other((), (), lambda w, read, dtype: fit(jnp.arange(5) - 2, Aval(aval.shape, dtype)))
     if side != "no weight":
         return Other((), (aval,), lambda w, read, dtype: w[0])
     j = draw(st.sampled_from([j for j in scope.candidates("fi") if scope.values[j].dtype == aval.dtype]))
@@ -124,4 +126,23 @@ def attention(draw: Any, scope: Scope, i: int) -> Op:
     return Op("attention", (i,), (weight,) * 3, apply)
 
 
-HEAVY = {"f": (dot, dot, conv, conv, conv, attention), "i": (dot,), "b": ()}
+def tied(draw: Any, scope: Scope, i: int) -> Op:
+    """An embedding table that is the output layer too: a weight that a gather and a dot read."""
+    n = draw(st.integers(1, 5))
+    table = Aval((n, draw(st.integers(1, 4))), scope.dtype)
+
+    def apply(w: Any, v: Any) -> Any:
+        return jnp.dot(jnp.take(w[0], v % n, axis=0, mode="clip"), w[0].T, precision=HIGHEST)
+
+    return Op("tied", (i,), (table,), apply)
+
+
+def outer(draw: Any, scope: Scope, i: int) -> Op:
+    """A dot of two weights whose product is larger than both."""
+    x = scope.values[i]
+    n, m = draw(st.integers(2, 5)), draw(st.integers(2, 5))
+    weights = Aval((n, 1), x.dtype), Aval((1, m), x.dtype)
+    return Op("outer", (i,), weights, lambda w, v: fit(v, Aval((n, m), v.dtype)) + jnp.dot(*w, precision=HIGHEST))
+
+
+HEAVY = {"f": (dot, dot, conv, conv, conv, attention, outer), "i": (dot, tied), "b": ()}

@@ -95,6 +95,21 @@ def reduced(draw: Any, scope: Scope, i: int) -> Op:
     return Op(name, (i,), (), lambda _, v: REDUCE[name](v, axis=axes))
 
 
+POOL = {"max": (-jnp.inf, lax.max), "sum": (0.0, lax.add)}
+
+
+def pooled(draw: Any, scope: Scope, i: int) -> Op:
+    """Over windows of any shape."""
+    name, shape = draw(st.sampled_from(sorted(POOL))), scope.values[i].shape
+    window, strides = (tuple(draw(st.integers(1, 2)) for _ in shape) for _ in range(2))
+    first, combine = POOL[name]
+
+    def apply(_: Any, v: Any) -> Any:
+        return lax.reduce_window(v, jnp.asarray(first, v.dtype), combine, window, strides, "SAME")
+
+    return Op(f"pool_{name}", (i,), (), apply)
+
+
 def widened(draw: Any, scope: Scope, i: int) -> Op:
     """Part of the way in float32, as normalisation layers go; the weight brings the dtype back."""
     weight = Aval((), scope.dtype)
@@ -154,7 +169,7 @@ def to_float(draw: Any, scope: Scope, i: int) -> Op:
 
 
 LIGHT = {
-    "f": (unary, binary, biased, batch_norm, reduced, widened, positions, *MOVES["f"]),
+    "f": (unary, binary, biased, batch_norm, reduced, pooled, widened, positions, *MOVES["f"]),
     "i": (integer, to_float, *MOVES["i"]),
     "b": (boolean, to_float, *MOVES["b"]),
 }

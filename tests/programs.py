@@ -4,9 +4,9 @@
     Block    a straight line of ops over some arguments; the body of a loop is a Block too
     Model    a Block with a tenant's calling convention: a params pytree, nested inputs, nested outputs
 
-tests/program_moves.py, program_ops.py, program_heavy.py and program_control.py say which ops there are, tests/tenants.py
-draws models and gives them data. Shapes come from `jax.eval_shape`, so that an op says only what it computes. Each value
-knows whether it is exact: of movement and integer arithmetic alone, so that any right program returns the same bits.
+program_moves.py, program_ops.py, program_heavy.py and program_control.py beside this file say which ops there are, and
+tenants.py draws models. Shapes come from `jax.eval_shape`, so that an op says only what it computes. Each value knows
+whether it is exact: of movement and integer arithmetic alone, so that any right program returns the same bits.
 Whatever jumps (a comparison, an index, a predicate) reads exact values only; then what a fused program rounds
 differently moves every output a little, and none by much.
 """
@@ -117,11 +117,13 @@ class Model:
     inputs: tuple[Aval, ...]
     outputs: Any
     nested: bool  # inputs are ({"first": a, "rest": [b]},) rather than (a, b)
+    returns_weight: bool
     gain: float  # a literal that multiplies the outputs of floats: a power of two, so that it is exact
 
     def __call__(self, params: Any, *inputs: Any) -> Any:
         values = self.block(params["ops"], jax.tree.leaves(inputs))
-        return jax.tree.map(lambda ref: self.output(values[ref.index]) if isinstance(ref, Ref) else ref, self.outputs)
+        outs = jax.tree.map(lambda ref: self.output(values[ref.index]) if isinstance(ref, Ref) else ref, self.outputs)
+        return (outs, params["extra"]) if self.returns_weight else outs
 
     def output(self, value: Any) -> Any:
         return value * self.gain if kind_of(value) == "f" and self.gain != 1 else value
@@ -129,7 +131,8 @@ class Model:
     @property
     def exact(self) -> list[bool]:
         """For each output leaf, whether it must come out bit by bit."""
-        return [ref.exact if isinstance(ref, Ref) else True for ref in jax.tree.leaves(self.outputs)]
+        flags = [ref.exact if isinstance(ref, Ref) else True for ref in jax.tree.leaves(self.outputs)]
+        return flags + [True] * self.returns_weight
 
     def pack(self, flat: Sequence[Any]) -> tuple[Any, ...]:
         """Flat inputs as the positional arguments of a call."""

@@ -49,7 +49,14 @@ def models(draw: Any, max_ops: int, dtypes: Sequence[Any] = (jnp.float32,)) -> M
     outputs: dict[str, Any] = {"results": [Ref(i, scope.exact[i]) for i in results]}
     if draw(st.booleans()):
         outputs["more"] = (Ref(0, True), 1.5, np.arange(3, dtype=np.int32))
-    return Model(block, inputs, outputs, nested=draw(st.booleans()), gain=draw(st.sampled_from([1.0, 2.0])))
+    return Model(
+        block,
+        inputs,
+        outputs,
+        nested=draw(st.booleans()),
+        returns_weight=draw(st.booleans()),
+        gain=draw(st.sampled_from([1.0, 2.0])),
+    )
 
 
 @st.composite
@@ -67,22 +74,25 @@ def tenants(draw: Any, model: st.SearchStrategy[Model], max_families: int = 2, m
 
 
 def family(draw: Any, model: Model, lanes: int, pool: Pool) -> list[Tenant]:
-    """Tenants of one model. Each weight is a tenant's own, or one of two arrays that tenants share as drawn."""
+    """Tenants of one model. Each weight is a tenant's own, or one of two arrays that tenants share as drawn; where
+    weights are tied, also those of one tenant that have one shape."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     sharing = draw(st.sampled_from(["none", "all", "some"]))
+    tie = draw(st.booleans())
     declared = sharing != "none" and draw(st.booleans())
     columns = []
     for k, aval in enumerate(model.block.weights):
         which = draw(st.lists(st.integers(0, 1), min_size=lanes, max_size=lanes)) if sharing == "some" else [0] * lanes
-        for g in set(which):
-            pool.setdefault((k, aval, g), array(aval, rng, 0.4))
-        columns.append([array(aval, rng, 0.4) if sharing == "none" else pool[k, aval, g] for g in which])
+        keys = [(aval, g, 0 if tie else k) for g in which]
+        for key in dict.fromkeys(keys):
+            pool.setdefault(key, array(aval, rng, 0.4))
+        columns.append([array(aval, rng, 0.4) if sharing == "none" else pool[key] for key in keys])
     found = []
     for lane in range(lanes):
         ops = [column[lane] for column in columns]
         if declared:
             ops = [jnp.array(w, copy=True) for w in ops]  # equal bytes, in arrays of their own
-        params = {"ops": ops, "unused": array(Aval((2,), jnp.dtype(jnp.float32)), rng)}
+        params = {"ops": ops, "extra": array(Aval((2,), jnp.dtype(jnp.float32)), rng)}
         fn = model if draw(st.booleans()) else wrapped(model)
         inputs = model.pack([array(aval, rng) for aval in model.inputs])
         found.append(Tenant(model, fn, params, inputs, ops if declared else None))

@@ -1,152 +1,17 @@
-"""Scans, branches and loops: packed where all lanes can go together, lane by lane where not, always as each tenant alone."""
+"""Branches and loops: packed where all lanes can go together, lane by lane where not, always as each tenant alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax import lax
 
-import coalesce
-from coalesce.models.recurrent import gru, lstm
-from tests.compare import assert_bitwise, assert_same
+from tests.compare import assert_bitwise
+from tests.small import check, counts, D, dot, floats, sequences, vectors, weights
 
-D = 4
-dot = partial(jnp.dot, precision="highest")
 TRIPS = "its trip count depends on the lane"
-
-
-def floats(seed: int, *shape: int) -> Any:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32) / 2
-
-
-def weights(n: int) -> list[dict[str, Any]]:
-    return [{"w": floats(2 * i, D, D), "u": floats(2 * i + 1, D, D)} for i in range(n)]
-
-
-def check(
-    fn: Callable[..., Any], params: Sequence[Any], inputs: Sequence[tuple[Any, ...]], **options: Any
-) -> coalesce.Fused:
-    """Fuse, run and compare with each tenant alone."""
-    programs = [coalesce.trace(fn, p, *x, name=f"t{i}") for i, (p, x) in enumerate(zip(params, inputs, strict=True))]
-    fused = coalesce.fuse(programs, **options)
-    for got, p, x in zip(fused(inputs), params, inputs, strict=True):
-        assert_same(got, jax.jit(fn)(p, *x))
-    return fused
-
-
-def counts(fused: coalesce.Fused) -> tuple[int, int, int]:
-    """(heavy ops, superkernels, alone)."""
-    return fused.report.heavy_ops, fused.report.superkernels, fused.report.alone
-
-
-def sequences(n: int) -> list[tuple[Any, ...]]:
-    return [(floats(100 + i, 5, D),) for i in range(n)]
-
-
-def vectors(n: int) -> list[tuple[Any, ...]]:
-    return [(floats(100 + i, D),) for i in range(n)]
-
-
-# ---- scan ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("unroll", [1, 2, True])
-def test_scan_packs_its_body(reverse: bool, unroll: int | bool) -> None:
-    def rnn(p: Any, xs: Any) -> Any:
-        def step(h: Any, x: Any) -> Any:
-            h = jnp.tanh(dot(h, p["w"]) + dot(x, p["u"]))
-            return h, (h, x)
-
-        return lax.scan(step, jnp.zeros(D), xs, reverse=reverse, unroll=unroll)
-
-    assert counts(check(rnn, weights(3), sequences(3))) == (6, 2, 0)
-
-
-def test_scan_over_weights() -> None:
-    """Layers stacked in one array, one a step: each step's weight is a slice, not a weight of the bank."""
-
-    def layers(p: Any, x: Any) -> Any:
-        return lax.scan(lambda h, w: (jnp.tanh(dot(h, w)), None), x, p)[0]
-
-    assert counts(check(layers, [floats(i, 6, D, D) for i in range(3)], vectors(3))) == (3, 1, 0)
-
-
-def test_scan_over_shared_weights() -> None:
-    def layers(p: Any, x: Any) -> Any:
-        return lax.scan(lambda h, w: (jnp.tanh(dot(h, w)), h[0]), x, p)
-
-    assert counts(check(layers, [floats(0, 6, D, D)] * 3, vectors(3))) == (3, 1, 0)
-
-
-def test_scan_without_anything_to_scan() -> None:
-    def power(p: Any, x: Any) -> Any:
-        return lax.scan(lambda h, _: (dot(h, p["w"]), None), x, None, length=3)[0]
-
-    assert counts(check(power, weights(2), vectors(2))) == (2, 1, 0)
-
-
-def test_scan_of_no_steps() -> None:
-    def none(p: Any, xs: Any) -> Any:
-        return lax.scan(lambda h, x: (dot(h, p["w"]) + x, h), jnp.ones(D), xs)
-
-    check(none, weights(2), [(jnp.zeros((0, D)),)] * 2)
-
-
-def test_carry_that_starts_equal_and_comes_to_differ() -> None:
-    """The second carry is the same in every lane at first, then takes the first one's value a step later."""
-
-    def delay(p: Any, xs: Any) -> Any:
-        def step(c: Any, x: Any) -> Any:
-            a, b, n = c
-            return (jnp.tanh(dot(a, p["w"]) + x), a, n + 1), (b, n)
-
-        return lax.scan(step, (jnp.zeros(D), jnp.ones(D), 0), xs)
-
-    assert counts(check(delay, weights(3), sequences(3))) == (3, 1, 0)
-
-
-def test_nested_scans() -> None:
-    def fn(p: Any, xs: Any) -> Any:
-        def inner(h: Any, x: Any) -> Any:
-            return jnp.tanh(dot(h, p["w"]) + x), h
-
-        def outer(h: Any, x: Any) -> Any:
-            h, hs = lax.scan(inner, h, jnp.stack([x, -x, dot(x, p["u"])]))
-            return h, hs.sum(0)
-
-        return lax.scan(outer, jnp.zeros(D), xs)
-
-    assert counts(check(fn, weights(3), sequences(3))) == (6, 2, 0)
-
-
-def test_shared_recurrence_with_own_inputs() -> None:
-    """Lanes with one recurrent weight are rows of one product inside the loop."""
-
-    def rnn(p: Any, xs: Any) -> Any:
-        return lax.scan(lambda h, x: (jnp.tanh(dot(h, p["w"]) + x * p["b"]), h), jnp.zeros(D), xs)
-
-    shared = floats(1, D, D)
-    fused = check(rnn, [{"w": shared, "b": floats(i, D)} for i in range(4)], sequences(4))
-    assert counts(fused) == (4, 1, 0)
-    assert "as 1 problem of 4 lanes" in fused.explain()
-
-
-@pytest.mark.parametrize("cell", [lstm, gru])
-def test_recurrent_models(cell: Any) -> None:
-    model = cell(features=3, hidden=4, classes=2, steps=3)
-    x = model.example(jax.random.key(9))
-    params = [jax.jit(model.init)(jax.random.key(i), *x) for i in range(3)]
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        fused = check(model.apply, params, [model.example(jax.random.key(10 + i)) for i in range(3)])
-    heavy, superkernels, alone = counts(fused)
-    assert (heavy, alone) == (3 * superkernels, 0)
 
 
 # ---- cond ----------------------------------------------------------------------------------------------------------
@@ -208,6 +73,36 @@ def test_branch_with_while_loop_runs_lane_by_lane() -> None:
     fused = check(fn, weights(3), signed(1, -1, 1))
     assert counts(fused) == (6, 1, 3)
     assert "cond: a branch holds a while_loop, which lanes that take another branch must not run" in fused.explain()
+
+
+def test_cond_inside_cond() -> None:
+    def fn(p: Any, x: Any) -> Any:
+        def inner(v: Any) -> Any:
+            return lax.cond(v[1] > 0, lambda u: dot(u, p["w"]), lambda u: u, v)
+
+        return lax.cond(x[0] > 0, inner, lambda v: dot(v, p["u"]), x)
+
+    inputs = [(jnp.asarray([a, b, 1.0, 2.0]),) for a in (-1.0, 1.0) for b in (-1.0, 1.0)]
+    assert counts(check(fn, weights(4), inputs)) == (8, 2, 0)
+
+
+def test_branches_that_compute_nothing() -> None:
+    """Operands, constants of either weak type, integers and bools come through the choice as they are."""
+
+    def fn(p: Any, x: Any) -> Any:
+        return lax.cond(x[0] > 0, lambda v: (v, 1.5, 7, True, p["w"]), lambda v: (-v, 2.5, 8, False, p["u"]), x)
+
+    check(fn, weights(3), signed(1, -1, 1))
+
+
+def test_scan_inside_cond() -> None:
+    def fn(p: Any, x: Any) -> Any:
+        def power(v: Any) -> Any:
+            return lax.scan(lambda h, _: (dot(h, p["w"]), h[0]), v, None, length=3)
+
+        return lax.cond(x[0] > 0, power, lambda v: (dot(v, p["u"]), jnp.arange(3.0)), x)
+
+    assert counts(check(fn, weights(3), signed(1, -1, 1))) == (6, 2, 0)
 
 
 def test_cond_inside_scan() -> None:
@@ -302,3 +197,22 @@ def test_one_tenant_keeps_its_loops() -> None:
     fused = check(until_count, weights(1), [(*vectors(1)[0], jnp.asarray(3))])
     assert counts(fused) == (1, 0, 1)
     assert TRIPS not in fused.explain()
+
+
+def test_heavy_op_in_the_predicate() -> None:
+    def fn(p: Any, x: Any) -> Any:
+        return lax.while_loop(lambda c: jnp.max(dot(c, p["u"])) > 0.1, lambda c: dot(c, p["w"]) / 4, x)
+
+    assert counts(check(fn, weights(3), vectors(3))) == (6, 0, 6)
+    assert counts(check(fn, weights(3), vectors(3), pack_unbounded_loops=True)) == (6, 2, 0)
+
+
+def test_cond_inside_packed_while() -> None:
+    def fn(p: Any, x: Any, n: Any) -> Any:
+        def step(i: Any, h: Any) -> Any:
+            return lax.cond(i % 2 == 0, lambda v: jnp.tanh(dot(v, p["w"])), lambda v: dot(v, p["u"]) + 1, h)
+
+        return lax.fori_loop(0, n, step, x)
+
+    inputs = [(*x, jnp.asarray(n)) for x, n in zip(vectors(3), (0, 3, 4), strict=True)]
+    assert counts(check(fn, weights(3), inputs, pack_unbounded_loops=True)) == (6, 2, 0)

@@ -1,7 +1,7 @@
 """Every kernel against the plain operation, run for each lane alone.
 
-G problems with right operands of their own, R lanes on each. Operations are drawn in the form that `canonicalize` leaves,
-which is what a kernel gets: dots as [B.., M.., K..] x [B.., K.., N..], convolutions channels last.
+G problems with right operands of their own, R lanes on each. Operations are drawn in the form that `canonicalize`
+leaves, which is what a kernel gets: dots as [B.., M.., K..] x [B.., K.., N..], convolutions channels last.
 """
 
 from __future__ import annotations

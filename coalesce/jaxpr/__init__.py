@@ -52,6 +52,7 @@ from coalesce.jaxpr.read import (
     literal_value as literal_value,
     nbytes as nbytes,
     outvars as outvars,
+    primitives as primitives,
     short as short,
     source as source,
     struct_short as struct_short,

@@ -22,16 +22,12 @@ INSTALLED = tuple({sysconfig.get_path(kind) for kind in ("purelib", "platlib", "
 # Call-like primitives, and the parameter that holds what they call.
 CALLS = {
     "jit": "jaxpr",
-    "pjit": "jaxpr",
     "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
     "call": "call_jaxpr",
     "eval_jaxpr": "jaxpr",
     "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "call_jaxpr",
 }
 
 
@@ -109,6 +105,11 @@ def subjaxprs(eqn: Eqn) -> Iterator[ClosedJaxpr]:
         for item in value if isinstance(value, tuple | list) else (value,):
             if is_jaxpr(item):
                 yield closed(item)
+
+
+def primitives(eqn: Eqn) -> frozenset[str]:
+    """The names of the equation's primitive and of all those inside it."""
+    return frozenset({eqn.primitive.name}.union(e.primitive.name for sub in subjaxprs(eqn) for e in walk(sub)))
 
 
 def walk(jaxpr: ClosedJaxpr) -> Iterator[Eqn]:

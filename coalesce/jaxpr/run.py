@@ -18,7 +18,8 @@ from jax.extend.core.primitives import convert_element_type_p
 @contextmanager
 def context_of(eqn: Eqn) -> Iterator[None]:
     """The context an equation was traced in, and its place in the user's source."""
-    with eqn.ctx.manager, siu.user_context(eqn.source_info.traceback, name_stack=siu.current_name_stack()):
+    info = eqn.source_info
+    with eqn.ctx.manager, siu.user_context(info.traceback, name_stack=siu.current_name_stack() + info.name_stack):
         yield
 
 
