@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from coalesce import jaxpr as J
 from coalesce.bundle import Array, Bundle
@@ -41,10 +42,28 @@ def build_bank(bundle: Bundle, programs: Sequence[Program]) -> list[jax.Array]:
         chosen = [array for array, _, _ in entries]
         rows = np.asarray([row for _, row, _ in places], np.int32)
         unique = list(dict.fromkeys(chosen))
-        written = writers[key]([bank[a] for a in unique], rows, [leaf.value for leaf in program.leaves])
+        leaves = on_device([leaf.value for leaf in program.leaves])
+        with J.precision_as_traced():
+            written = writers[key]([bank[a] for a in unique], rows, leaves)
         for a, new in zip(unique, written, strict=True):
             bank[a] = new
     return bank
+
+
+def default_device() -> Any:
+    chosen = getattr(jax.config, "jax_default_device")  # noqa: B009, whose attributes type checkers do not see
+    return chosen if hasattr(chosen, "platform") else jax.local_devices(backend=chosen)[0]
+
+
+def on_device(values: Sequence[Any]) -> list[Any]:
+    """The values, those that lie on other devices copied to the default one."""
+    device = default_device()
+
+    def place(x: Any) -> Any:
+        elsewhere = isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.devices() != {device}
+        return jax.device_put(x, device) if elsewhere else x
+
+    return [place(x) for x in values]
 
 
 def places_by_tenant(arrays: Sequence[Array]) -> dict[int, list[tuple[int, int, int]]]:

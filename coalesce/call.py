@@ -25,7 +25,7 @@ class Caller:
         self.key_inputs = any(slot.key_impl is not None for p in programs for slot in p.inputs)
         self.key_outputs = any(slot.key_impl is not None for p in programs for slot in p.outputs)
 
-    def flatten(self, inputs: Sequence[Any]) -> list[Any]:
+    def flatten(self, inputs: Any) -> list[Any]:
         """Every tenant's inputs as one flat list of arrays; raises InvalidInput, naming tenant and argument."""
         if not self.key_inputs:  # the usual call, in one pass; whatever is not as traced is looked at one by one below
             leaves, tree = jax.tree.flatten(inputs)
@@ -36,6 +36,10 @@ class Caller:
                 and [leaf.dtype for leaf in leaves] == self.dtypes
             ):
                 return leaves
+        if not isinstance(inputs, list | tuple):
+            raise InvalidInput(
+                f"inputs is a {type(inputs).__name__}; give a list with a tuple of inputs for each tenant"
+            )
         if len(inputs) != len(self.programs):
             names = ", ".join(p.name for p in self.programs)
             raise InvalidInput(

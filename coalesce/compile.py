@@ -7,10 +7,11 @@ from functools import cached_property
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr
 
 from coalesce import jaxpr as J
-from coalesce.bank import bank_structs, build_bank
+from coalesce.bank import bank_structs, build_bank, on_device
 from coalesce.bundle import Bundle
 from coalesce.call import Caller
 from coalesce.errors import PlanError, TraceError
@@ -41,17 +42,22 @@ def fuse(
       programs: what `trace` gave, in any mix; names must differ.
       within_program: also pack independent equal ops of one program, such as the Q, K and V of attention.
       pack_unbounded_loops: also batch while loops whose trip count depends on the lane. One lane that never ends
-        (a NaN in its predicate, say) then keeps all lanes from ending.
+        (a NaN in its predicate, say) then keeps all lanes from ending; and lanes that are done still run the loops
+        inside, as under `jax.vmap`, on the values they ended with.
       choose_kernel: (HeavyOp, number of problems, platform) -> a name in coalesce.kernels.KERNELS.
       platform: what kernels are chosen for; the default backend's unless given.
       strict: run JAX's own type check after every pass (for tests and for writing passes; slow).
 
     Raises:
-      PlanError: no programs, two of one name, or a kernel that does not support an op.
+      PlanError: no programs, two of one name, a program of 64-bit types without jax_enable_x64, a weight that was
+        deleted (donated) since it was traced, or a kernel that does not support an op.
       PassError: a compiler pass failed; it names the pass, those before it and the tenant.
     """
+    if isinstance(programs, Program):
+        raise PlanError(f"fuse got one program, {programs.name!r}; give it a list of them")
     programs = list(programs)
     check_names(programs)
+    check_usable(programs)
     memo: dict[int, Normalised] = {}
     normalised = []
     for program in programs:
@@ -80,6 +86,23 @@ def check_names(programs: Sequence[Program]) -> None:
         raise PlanError(f"two tenants are called {twice[0]!r}; give each its own name in coalesce.trace(..., name=)")
 
 
+def check_usable(programs: Sequence[Program]) -> None:
+    for program in programs:
+        for leaf in program.leaves:
+            if isinstance(leaf.value, jax.Array) and leaf.value.is_deleted():
+                raise PlanError(
+                    f"tenant {program.name!r}: params{leaf.path} was deleted (donated?) since it was traced; "
+                    "trace the tenant again with arrays that live"
+                )
+        avals = [s.aval for s in (*program.leaves, *program.inputs, *program.outputs)]
+        wide = [a for a in avals if not J.is_key(a) and jax.dtypes.canonicalize_dtype(a.dtype) != a.dtype]
+        if wide:
+            raise PlanError(
+                f"tenant {program.name!r} was traced with jax_enable_x64 and has {J.short(wide[0])}; "
+                "fuse and call it with that option too"
+            )
+
+
 class Fused:
     """Many tenants' programs as one. Call it with each tenant's inputs, in the order given to `fuse`."""
 
@@ -98,7 +121,7 @@ class Fused:
         self._compiled: Any = None
         self._caller = Caller(self._programs)
 
-    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+    def __call__(self, inputs: Any) -> list[Any]:
         """`inputs[i]` is the tuple of inputs of program i; returns each program's outputs, in its own pytree.
 
         Raises:
@@ -112,7 +135,18 @@ class Fused:
             )
         flat = self._caller.flatten(inputs)
         compiled = self._compiled if self._compiled is not None else self.compile()
-        return self._caller.unflatten(compiled(self._bank, flat))
+        try:
+            results = compiled(self._bank, flat)
+        except TypeError:
+            if not any(isinstance(x, Tracer) for x in flat):
+                raise
+            results = self._function(self._bank, flat)  # under jit, vmap or grad: a part of the caller's program
+        except ValueError:
+            placed = on_device(flat)
+            if all(a is b for a, b in zip(placed, flat, strict=True)):
+                raise
+            results = compiled(self._bank, placed)  # inputs lay on another device
+        return self._caller.unflatten(results)
 
     @property
     def bundle(self) -> Bundle:
@@ -136,14 +170,16 @@ class Fused:
     @cached_property
     def jaxpr(self) -> ClosedJaxpr:
         """The rewritten program: (bank, inputs) -> outputs, with a named call for each superkernel."""
-        return J.stage(self._function, *self._structs())[0]
+        with J.precision_as_traced():
+            return J.stage(self._function, *self._structs())[0]
 
     def __str__(self) -> str:
         return bundle_text(self.bundle)
 
     def lower(self) -> Any:
         """JAX's Lowered for the default device."""
-        return jax.jit(self._function).lower(*self._structs())
+        with J.precision_as_traced():
+            return jax.jit(self._function).lower(*self._structs())
 
     def compile(self, compiler_options: dict[str, Any] | None = None) -> Any:
         """Compile ahead of time, for later calls too; returns JAX's Compiled."""

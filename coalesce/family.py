@@ -20,7 +20,7 @@ from jax.extend.core import ClosedJaxpr
 
 from coalesce import jaxpr as J
 from coalesce.program import Leaf, Program
-from coalesce.structure import Canonical, canonical, ValueNumbers
+from coalesce.structure import Canonical, canonical, literal_key, ValueNumbers
 from coalesce.text import scalar
 
 
@@ -159,7 +159,10 @@ def first_difference(i: int, j: int, a: ClosedJaxpr, b: ClosedJaxpr) -> Split:
     for ours, theirs in zip(J.walk(a), J.walk(b), strict=False):
         for x, y in zip(ours.invars, theirs.invars, strict=False):
             if isinstance(x, J.Literal) and isinstance(y, J.Literal):
+                if literal_key(x) == literal_key(y):
+                    continue
                 texts = scalar(J.literal_value(x)), scalar(J.literal_value(y))
-                if texts[0] != texts[1]:
-                    return Split((i, j), ours.primitive.name, texts, J.source(theirs))
+                if texts[0] == texts[1]:  # they differ behind the digits that texts show
+                    texts = repr(J.literal_value(x)), repr(J.literal_value(y))
+                return Split((i, j), ours.primitive.name, texts, J.source(theirs))
     return Split((i, j), "output", ("?", "?"), "")

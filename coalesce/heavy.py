@@ -42,6 +42,11 @@ class HeavyOp:
         return 2 * self.batch * self.m * self.n * self.k
 
     @property
+    def empty(self) -> bool:
+        """Whether an operand or the result has no elements."""
+        return 0 in (*self.lhs.shape, *self.rhs.shape, *self.out.shape)
+
+    @property
     def precision(self) -> Any:
         return self.params["precision"]
 

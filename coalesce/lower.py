@@ -60,6 +60,9 @@ def lower(
     return fused
 
 
+# Kernels that run one op as its equation does.
+AS_WRITTEN = ("batched_dot", "separate")
+
 # Results up to this size are handed out by one small kernel on a CPU; larger ones deserve several threads.
 SMALL_RESULTS = 1 << 20
 
@@ -109,6 +112,12 @@ class Walk:
         env.update(((family, v), out) for v, out in zip(eqn.outvars, outs, strict=True) if not J.is_drop(v))
 
     def pack(self, pack: Pack, env: Env) -> None:
+        if pack.width == 1 and pack.kernel in AS_WRITTEN:  # nothing to stack: the tenant's own equation
+            (m,) = pack.members
+            lhs, rhs = m.eqn.invars
+            weights = Banked(self.bank[pack.array], (0,)) if pack.array is not None else self.read(env, m.family, rhs)
+            self.bind(env, m.family, m.eqn, apply(m.eqn, [self.read(env, m.family, lhs), weights]))
+            return
         folds = [fold(m, self.bundle.families[m.family]) for m in pack.members]
         lhs = [self.left(m, how, env) for m, how in zip(pack.members, folds, strict=True)]
         op, kernel = pack.members[0].op, KERNELS[pack.kernel]

@@ -135,6 +135,7 @@ class Rewriter:
         structs = tuple(J.aval_struct(a.aval) for a in staged.args)
         key = (staged.fn, tuple(sorted(staged.options.items())), structs)
         if key not in self.fragments:
-            jaxpr, _ = J.stage(lambda *args: staged.fn(*args, **staged.options), *structs)
+            with J.precision_as_traced():
+                jaxpr, _ = J.stage(lambda *args: staged.fn(*args, **staged.options), *structs)
             self.fragments[key] = jaxpr
         return self.fragments[key]

@@ -11,6 +11,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 
@@ -32,7 +33,8 @@ class Canonical:
 
 
 def literal_key(literal: J.Literal) -> Key:
-    array = np.asarray(J.literal_value(literal))
+    value = J.literal_value(literal)
+    array = np.asarray(jax.random.key_data(value) if J.is_key(literal.aval) else value)
     return ("literal", array.dtype.name, array.shape, array.tobytes())
 
 

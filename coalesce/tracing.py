@@ -7,7 +7,7 @@ arrays (equinox's activation functions, say) are closed over.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,8 @@ def trace(
 
     Args:
       fn: a JAX function of `params` and inputs that returns a pytree of arrays. Tenants that pass the same function
-        object and shapes share one trace.
+        object and shapes share one trace. As with `jax.jit`, what `fn` closes over is read when that object is first
+        traced: a global or an attribute that changed since needs a new function object.
       params: a pytree of arrays, or of ShapeDtypeStructs: then the program can be fused and inspected, not called.
       *example_inputs: pytrees of arrays or ShapeDtypeStructs; their shapes and dtypes are the tenant's request shape.
       name: the tenant's name in texts and errors.
@@ -46,6 +47,8 @@ def trace(
                 f"tenant {name!r}: example input{jax.tree_util.keystr(path)} is a {type(leaf).__name__}; expected an "
                 "array or a ShapeDtypeStruct. Close over what is not an array"
             )
+    check_leaves(name, "params", [pair for pair, ok in zip(param_leaves, is_array, strict=True) if ok])
+    check_leaves(name, "example input", in_leaves)
     if all(is_array):
         call, args = fn, (abstract(params), *abstract(example_inputs))
     else:
@@ -88,6 +91,18 @@ def abstract(tree: Any) -> Any:
 def struct(leaf: Any) -> jax.ShapeDtypeStruct:
     aval = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+
+
+def check_leaves(name: str, what: str, leaves: Sequence[tuple[Any, Any]]) -> None:
+    """Raise TraceError for leaves that look like arrays and are none to JAX: strings, objects, other libraries'."""
+    for path, leaf in leaves:
+        try:
+            struct(leaf)
+        except TypeError as e:
+            raise TraceError(
+                f"tenant {name!r}: {what}{jax.tree_util.keystr(path)} is a {type(leaf).__name__} that JAX does not "
+                f"take ({e}); convert it to a NumPy or JAX array of numbers"
+            ) from e
 
 
 def hold_static(fn: Callable[..., Any], tree: Any, leaves: list[Any], is_array: list[bool]) -> Callable[..., Any]:

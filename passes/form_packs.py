@@ -14,7 +14,7 @@ a topological order of every equation.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -48,6 +48,29 @@ def form_packs(bundle: Bundle, *, within_program: bool = False, pack_unbounded_l
     return replace(bundle, schedule=tuple(schedule))
 
 
+class ReadyList:
+    """Equations whose operands are bound, in the order in which they become so."""
+
+    def __init__(self, jaxpr: ClosedJaxpr) -> None:
+        self.readers: dict[Any, list[J.Eqn]] = {}
+        self.missing: dict[int, int] = {}
+        bound = set(J.invars(jaxpr))
+        for eqn in jaxpr.jaxpr.eqns:
+            unbound = {a for a in eqn.invars if not isinstance(a, J.Literal) and a not in bound}
+            self.missing[id(eqn)] = len(unbound)
+            for atom in unbound:
+                self.readers.setdefault(atom, []).append(eqn)
+        self.ready = deque(eqn for eqn in jaxpr.jaxpr.eqns if not self.missing[id(eqn)])
+
+    def done(self, eqn: J.Eqn) -> None:
+        """`eqn` ran: its results are bound."""
+        for var in eqn.outvars:
+            for reader in self.readers.get(var, ()):
+                self.missing[id(reader)] -= 1
+                if not self.missing[id(reader)]:
+                    self.ready.append(reader)
+
+
 class Scheduler:
     """Schedules one family, region by region."""
 
@@ -59,37 +82,35 @@ class Scheduler:
         marks, _ = mark(jaxpr, varies)
         sites = {id(eqn): f"{prefix}{i}" for i, eqn in enumerate(jaxpr.jaxpr.eqns)}
         out: list[Item] = []
-        if not self.options.within_program:
-            for eqn in jaxpr.jaxpr.eqns:
-                site = sites[id(eqn)]
-                if is_heavy(eqn):
-                    out.append(self.pack([self.member(eqn, marks, weight_of, site)]))
-                else:
-                    out.append(self.item(eqn, marks, weight_of, site))
-            return tuple(out)
-        waiting, bound = list(jaxpr.jaxpr.eqns), set(J.invars(jaxpr))
-        while waiting:
-            ready = [e for e in waiting if all(isinstance(a, J.Literal) or a in bound for a in e.invars)]
-            light = [e for e in ready if not is_heavy(e)]
-            if light:
-                out += [self.item(e, marks, weight_of, sites[id(e)]) for e in light]
-                chosen = light
+        for eqn in jaxpr.jaxpr.eqns if not self.options.within_program else ():
+            if is_heavy(eqn):
+                out.append(self.pack([self.member(eqn, marks, weight_of, sites[id(eqn)])]))
             else:
-                members = self.largest([self.member(e, marks, weight_of, sites[id(e)]) for e in ready])
+                out.append(self.item(eqn, marks, weight_of, sites[id(eqn)]))
+        if not self.options.within_program:
+            return tuple(out)
+        order = ReadyList(jaxpr)
+        groups: dict[Any, list[Member]] = {}  # heavy ops that are ready, by what can share a kernel call
+        while order.ready or groups:
+            while order.ready:
+                eqn = order.ready.popleft()
+                if is_heavy(eqn):
+                    member = self.member(eqn, marks, weight_of, sites[id(eqn)])
+                    groups.setdefault(self.company(member), []).append(member)
+                else:
+                    out.append(self.item(eqn, marks, weight_of, sites[id(eqn)]))
+                    order.done(eqn)
+            if groups:
+                members = groups.pop(max(groups, key=lambda key: len(groups[key])))  # the first of those as large
                 out.append(self.pack(members))
-                chosen = [m.eqn for m in members]
-            taken = set(map(id, chosen))
-            waiting = [e for e in waiting if id(e) not in taken]
-            bound.update(v for e in chosen for v in e.outvars)
+                for member in members:
+                    order.done(member.eqn)
         return tuple(out)
 
-    def largest(self, members: Sequence[Member]) -> list[Member]:
-        """The most members that one kernel call can take; the first such set if several are as large."""
-        groups: dict[Any, list[Member]] = {}
-        for m in members:
-            how = fold(m, self.family)
-            groups.setdefault((m.op.key, m.weight is None, m.lhs_varies, how.per_group), []).append(m)
-        return max(groups.values(), key=len)
+    def company(self, member: Member) -> Any:
+        """Members with equal keys fit into one kernel call."""
+        how = fold(member, self.family)
+        return (member.op.key, member.weight is None, member.lhs_varies, how.per_group)
 
     def pack(self, members: Sequence[Member]) -> Pack:
         width = sum(m.width for m in members)

@@ -14,6 +14,7 @@ region is a call. Equations keep their source line, and the name stack of their 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr
@@ -32,33 +33,18 @@ def flatten(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
         return jaxpr
     eqns: list[J.Eqn] = []
     args = J.invars(jaxpr)
-    outs = go(jaxpr, dict(zip(args, args, strict=True)), eqns, None)
+    arguments: dict[Any, J.Atom] = dict(zip(args, args, strict=True))
+    outs = J.expand_calls(jaxpr, arguments, eqns, None, lambda called: True, in_place, flatten)
     return J.close(args, eqns, outs)
 
 
-def walk_regions(jaxpr: ClosedJaxpr):
+def in_place(var: J.Var, value: Any) -> J.Atom:
+    """An array closed over inside a loop's body, where no weight can be added: it stays where it is."""
+    return J.constant(value, var.aval)
+
+
+def walk_regions(jaxpr: ClosedJaxpr) -> Iterator[J.Eqn]:
     for eqn in jaxpr.jaxpr.eqns:
         yield eqn
         for region in J.regions(eqn):
             yield from walk_regions(region)
-
-
-def go(jaxpr: ClosedJaxpr, env: dict[Any, J.Atom], eqns: list[J.Eqn], stack: Any) -> list[J.Atom]:
-    """Append the flat equations of `jaxpr`, whose arguments `env` binds; returns its results."""
-    for var, value in zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True):
-        env[var] = J.constant(value, var.aval)
-    for eqn in jaxpr.jaxpr.eqns:
-        ins = [J.read(env, a) for a in eqn.invars]
-        if stack is not None:
-            eqn = J.under(stack, eqn)
-        called = J.callee(eqn)
-        if called is not None:
-            outs = go(called, dict(zip(J.invars(called), ins, strict=True)), eqns, eqn.source_info.name_stack)
-            env.update((v, o) for v, o in zip(eqn.outvars, outs, strict=True) if not J.is_drop(v))
-            continue
-        # Two calls of one function hold the same variables: each copy gets its own.
-        outs = [J.fresh_out(v) for v in eqn.outvars]
-        inner = J.regions(eqn)
-        eqns.append(J.respell(eqn, ins, outs, [flatten(r) for r in inner] if inner else None))
-        env.update((v, o) for v, o in zip(eqn.outvars, outs, strict=True) if not J.is_drop(v))
-    return [J.read(env, a) for a in J.outvars(jaxpr)]

@@ -69,7 +69,8 @@ def lift(eqn: J.Eqn, flags: Sequence[Sequence[bool]], splicer: J.Splicer) -> lis
             operands = [shell.emit(splicer, branch.operands) for shell in shells]
             args = [branch.index, *(a for part in operands for a in part)]
             call = rebuilt_cond([s.body for s in shells], [len(part) for part in operands])
-    staged, _ = J.stage(call, *(J.aval_struct(a.aval) for a in args))
+    with J.precision_as_traced():
+        staged, _ = J.stage(call, *(J.aval_struct(a.aval) for a in args))
     return splicer.inline(staged, args, like=eqn)
 
 

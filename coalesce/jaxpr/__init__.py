@@ -10,6 +10,7 @@ from coalesce.jaxpr.build import (
     close as close,
     constant as constant,
     drop_dead as drop_dead,
+    expand_calls as expand_calls,
     fresh as fresh,
     fresh_out as fresh_out,
     read as read,
@@ -65,6 +66,7 @@ from coalesce.jaxpr.run import (
     context_of as context_of,
     cpu_small_call as cpu_small_call,
     evaluate as evaluate,
+    precision_as_traced as precision_as_traced,
     set_weak_type as set_weak_type,
     verify as verify,
 )

@@ -35,6 +35,11 @@ def evaluate(jaxpr: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
     return eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, *args)
 
 
+def precision_as_traced() -> Any:
+    """A context in which equations that were traced without a precision keep none, whatever the caller's default."""
+    return jax.default_matmul_precision(None)  # pyright: ignore[reportArgumentType]
+
+
 @contextmanager
 def cpu_small_call() -> Iterator[None]:
     """Calls staged here stay calls and run as one kernel on XLA's CPU backend.

@@ -17,8 +17,7 @@ from coalesce.layout import Layout
 
 
 def supports(op: HeavyOp) -> bool:
-    empty = 0 in (*op.lhs.shape, *op.rhs.shape, *op.out.shape)
-    return op.kind == "conv" and op.params["batch_group_count"] == 1 and not empty
+    return op.kind == "conv" and op.params["batch_group_count"] == 1 and not op.empty
 
 
 def layout(op: HeavyOp) -> Layout:
