@@ -31,7 +31,10 @@ def why_lane_by_lane(eqn: J.Eqn, flags: Sequence[bool], decides: bool, pack_unbo
         return why_not_batched(eqn, flags)
     if name == "while" and decides:
         if not pack_unbounded_loops:
-            return "its trip count depends on the lane, and one can keep a batch from ending: see pack_unbounded_loops"
+            return (
+                "its trip count depends on the lane, and one lane can keep a batch from ending: "
+                "see pack_unbounded_loops"
+            )
         if eqn.effects:
             return "its trip count depends on the lane and its body has side effects"
     if name == "cond" and decides:

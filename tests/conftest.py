@@ -1,7 +1,7 @@
 """What all tests share: strict arithmetic, golden texts and the hypothesis profiles.
 
-    pytest --update-golden                      rewrite tests/golden/; read the diff before committing it
-    pytest --hypothesis-profile quick           20 examples a property (default: 200, soak: 2000)
+pytest --update-golden                      rewrite tests/golden/; read the diff before committing it
+pytest --hypothesis-profile quick           20 examples a property (default: 200, soak: 2000)
 """
 
 import os

@@ -36,7 +36,9 @@ def setup(name: str, dtype: str, tenants: int = TENANTS):
 
 def fused_of(model, params, inputs, **options) -> coalesce.Fused:
     pairs = zip(params, inputs, strict=True)
-    return coalesce.fuse([coalesce.trace(model.apply, p, *x, name=f"t{i}") for i, (p, x) in enumerate(pairs)], **options)
+    return coalesce.fuse(
+        [coalesce.trace(model.apply, p, *x, name=f"t{i}") for i, (p, x) in enumerate(pairs)], **options
+    )
 
 
 def distance(got, want) -> float:
