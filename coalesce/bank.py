@@ -31,7 +31,8 @@ def bank_structs(bundle: Bundle) -> list[jax.ShapeDtypeStruct]:
 
 def build_bank(bundle: Bundle, programs: Sequence[Program]) -> list[jax.Array]:
     """One array for each of `bundle.arrays`, on the default device."""
-    bank = [jnp.zeros(s.shape, s.dtype) for s in bank_structs(bundle)]
+    structs = bank_structs(bundle)
+    bank = jax.jit(lambda: [jnp.zeros(s.shape, s.dtype) for s in structs])()
     writers: dict[Any, Callable[..., list[jax.Array]]] = {}
     for tenant, places in places_by_tenant(bundle.arrays).items():
         program = programs[tenant]

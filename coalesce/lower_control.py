@@ -85,8 +85,14 @@ def step_of(value: LaneValue, at: Any) -> LaneValue:
     """What one iteration reads of a scanned value: a slice behind the lane axis, since to move the axis would copy the
     whole, which may be the weights of all layers."""
     if isinstance(value, Banked):
-        return Banked(lax.dynamic_index_in_dim(value.array, at, 1, keepdims=False), value.rows)
-    return Stacked(lax.dynamic_index_in_dim(value.value, at, 1, keepdims=False))
+        return Banked(index_behind(value.array, at), value.rows)
+    return Stacked(index_behind(read_bank(value).value, at))
+
+
+def index_behind(x: Any, at: Any) -> Any:
+    if x.shape[1] == 0:  # a loop of no steps: its body is traced and never run
+        return jnp.zeros((x.shape[0], *x.shape[2:]), x.dtype)
+    return lax.dynamic_index_in_dim(x, at, 1, keepdims=False)
 
 
 def while_loop(walk: Walk, loop: Loop, env: Env) -> list[LaneValue]:

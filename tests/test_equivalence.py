@@ -6,7 +6,7 @@ Every property runs the compiled fused program. Examples are small, since their 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,13 @@ def preferring(n: int | None) -> Any:
     return choice
 
 
+class Case(NamedTuple):
+    found: list[Tenant]
+    options: dict[str, Any]
+    poison: Poison
+    order: list[int]
+
+
 OPTIONS = st.fixed_dictionaries(
     {
         "within_program": st.booleans(),
@@ -56,46 +63,14 @@ OPTIONS = st.fixed_dictionaries(
 
 
 @st.composite
-def cases(draw: Any, drawn: st.SearchStrategy[list[Tenant]], **more: Any) -> tuple[Any, ...]:
-    """(tenants, options of fuse, what each function of `more` draws for these tenants)."""
+def cases(draw: Any, drawn: st.SearchStrategy[list[Tenant]]) -> Case:
     found = draw(drawn)
-    return found, draw(OPTIONS), *(draw(strategy(found)) for strategy in more.values())
+    return Case(found, draw(OPTIONS), draw(poisons(found)), draw(st.permutations(range(len(found)))))
 
 
-@given(cases(tenants(models(max_ops=5))))
-def test_fused_equals_alone(case: tuple[list[Tenant], dict[str, Any]]) -> None:
-    found, options = case
-    results = fuse(found, options)(inputs_of(found))
-    for tenant, got in zip(found, results, strict=True):
-        assert_same(got, alone(tenant), tenant.model.exact)
-
-
-@given(cases(tenants(models(max_ops=3, dtypes=(jnp.bfloat16, jnp.float16)), max_families=1)))
-def test_low_precision_is_as_good_as_alone(case: tuple[list[Tenant], dict[str, Any]]) -> None:
-    found, options = case
-    results = fuse(found, options)(inputs_of(found))
-    for tenant, got in zip(found, results, strict=True):
-        assert_as_good(got, alone(tenant), alone(in_float32(tenant)), tenant.model.exact)
-
-
-@given(cases(tenants(models(max_ops=2)), order=lambda found: st.permutations(range(len(found)))))
-def test_permuting_tenants_permutes_results(case: tuple[list[Tenant], dict[str, Any], list[int]]) -> None:
-    found, options, order = case
-    straight = fuse(found, options)(inputs_of(found))
-    shuffled = [found[i] for i in order]
-    for i, got in zip(order, fuse(shuffled, options)(inputs_of(shuffled)), strict=True):
-        assert_same(got, straight[i], found[i].model.exact)
-
-
-lanes = tenants(models(max_ops=3, dtypes=(jnp.float32, jnp.bfloat16)), min_lanes=2)
-
-
-@given(cases(lanes, poison=poisons))
-def test_poison_stays_in_its_lane(case: tuple[list[Tenant], dict[str, Any], Poison]) -> None:
-    """In inputs, then in a weight: whoever has nothing of it gets the same bits from the same executable."""
-    found, options, poison = case
-    program = fuse(found, options)
-    clean = program(inputs_of(found))
+def assert_isolated(case: Case, program: coalesce.Fused, clean: list[Any]) -> None:
+    """Poison in inputs, then in a weight: whoever has nothing of it gets the same bits from the same executable."""
+    found, options, poison, _ = case
     results = program(inputs_of(poison.in_inputs(found)))
     for i in set(range(len(found))) - {poison.tenant}:
         assert_bitwise(results[i], clean[i])
@@ -110,16 +85,43 @@ def test_poison_stays_in_its_lane(case: tuple[list[Tenant], dict[str, Any], Pois
         assert_bitwise(results[i], clean[i])
 
 
-PROPERTIES = (
-    test_fused_equals_alone,
-    test_low_precision_is_as_good_as_alone,
-    test_permuting_tenants_permutes_results,
-    test_poison_stays_in_its_lane,
-)
+@given(cases(tenants(models(max_ops=5))))
+def test_each_tenant_gets_what_it_gets_alone(case: Case) -> None:
+    """And nothing else: isolation is tested here too, since what costs time is to compile the fused program."""
+    program = fuse(case.found, case.options)
+    results = program(inputs_of(case.found))
+    for tenant, got in zip(case.found, results, strict=True):
+        assert_same(got, alone(tenant), tenant.model.exact)
+    assert_isolated(case, program, results)
+
+
+@given(cases(tenants(models(max_ops=3, dtypes=(jnp.bfloat16, jnp.float16)), max_families=1)))
+def test_low_precision_is_as_good_as_alone(case: Case) -> None:
+    program = fuse(case.found, case.options)
+    results = program(inputs_of(case.found))
+    for tenant, got in zip(case.found, results, strict=True):
+        assert_as_good(got, alone(tenant), alone(in_float32(tenant)), tenant.model.exact)
+    assert_isolated(case, program, results)
+
+
+@given(cases(tenants(models(max_ops=2))))
+def test_permuting_tenants_permutes_results(case: Case) -> None:
+    found, options, _, order = case
+    straight = fuse(found, options)(inputs_of(found))
+    shuffled = [found[i] for i in order]
+    for i, got in zip(order, fuse(shuffled, options)(inputs_of(shuffled)), strict=True):
+        assert_same(got, straight[i], found[i].model.exact)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    "check",
+    [
+        test_each_tenant_gets_what_it_gets_alone,
+        test_low_precision_is_as_good_as_alone,
+        test_permuting_tenants_permutes_results,
+    ],
+)
 def test_soak(check: Callable[[], None]) -> None:
     """The same with 2,000 examples each: `make soak` sets that profile."""
     check()
