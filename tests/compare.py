@@ -27,7 +27,7 @@ def assert_same(got: Any, want: Any, exact: Sequence[bool] | None = None) -> Non
     """Equal pytrees, shapes, dtypes, weak types and values; `exact` marks leaves that must agree bit by bit."""
     pairs = matched(got, want)
     for i, (path, a, b) in enumerate(pairs):
-        if not jnp.issubdtype(jnp.result_type(b), jnp.floating) or (exact is not None and exact[i]):
+        if not jnp.issubdtype(b.dtype, jnp.inexact) or (exact is not None and exact[i]):
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=path)
             continue
         error, scale = distance(a, b), norm(b)
@@ -36,7 +36,7 @@ def assert_same(got: Any, want: Any, exact: Sequence[bool] | None = None) -> Non
 
 def assert_as_good(got: Any, own: Any, truth: Any, exact: Sequence[bool]) -> None:
     for i, (path, a, b) in enumerate(matched(got, own)):
-        if exact[i] or not jnp.issubdtype(b.dtype, jnp.floating):
+        if exact[i] or not jnp.issubdtype(b.dtype, jnp.inexact):
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=path)
             continue
         t = jax.tree.leaves(truth)[i]
@@ -66,7 +66,7 @@ def matched(got: Any, want: Any) -> list[tuple[str, Any, Any]]:
 
 
 def wide(x: Any) -> np.ndarray:
-    return np.asarray(x, np.float64)
+    return np.asarray(x, np.complex128 if jnp.iscomplexobj(x) else np.float64)
 
 
 def distance(a: Any, b: Any) -> float:

@@ -16,10 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 
 Aval = jax.ShapeDtypeStruct
 MAX_SIZE = 512  # elements of one value
@@ -150,11 +152,22 @@ def fit(x: Any, like: Any) -> Any:
 
 
 @contextmanager
-def without_llvm_optimisations() -> Iterator[None]:
-    """Compiles in half the time. XLA's own passes, which decide what is computed, stay on."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+def cheap_compiles(cache: Path) -> Iterator[None]:
+    """No LLVM optimisations, and what XLA has compiled once is read from a folder: together half of the time. XLA's own
+    passes, which decide what is computed, stay on."""
+    values = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(cache),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in values}
     try:
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
         yield
     finally:
-        jax.config.update("jax_disable_most_optimizations", before)
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

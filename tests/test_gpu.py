@@ -59,7 +59,11 @@ def test_float32_at_highest_precision_is_the_tenants_own(name):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_lower_precision_is_as_good_as_the_tenants_own(name, dtype):
-    """TF32 and bfloat16, in norm over all tenants, against float32 at highest precision."""
+    """TF32 and bfloat16, in norm over all tenants, against float32 at highest precision.
+
+    A product of one row is multiplied and added in float32 whatever the precision, so that a tenant's own error may be
+    nothing at all; the fused program is then held to the float32 clause, 1e-5.
+    """
     model, params, inputs = setup(name, dtype)
     reference, _, _ = setup(name, "float32", 0)
     with jax.default_matmul_precision("highest"):
@@ -71,7 +75,7 @@ def test_lower_precision_is_as_good_as_the_tenants_own(name, dtype):
     fused = fused_of(model, params, inputs)(inputs)
     own_error = np.linalg.norm([distance(a, e) for a, e in zip(alone, exact, strict=True)])
     error = np.linalg.norm([distance(f, e) for f, e in zip(fused, exact, strict=True)])
-    assert error <= 1.5 * own_error + 1e-6
+    assert error <= max(1.5 * own_error, 1e-5)
 
 
 def widened(x):

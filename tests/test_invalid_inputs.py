@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import coalesce
@@ -88,8 +89,9 @@ def test_a_good_call_after_bad_ones():
             assert_same(result, alone((dense, w, (X,))))
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="JAX's own error comes first")
-def test_a_call_under_jit():
-    fused = coalesce.fuse([coalesce.trace(dense, array(4, 4), X, name="a")])
-    with pytest.raises(coalesce.InvalidInput, match=r"tenant 'a': input\[0\] is a tracer; .*outside of jax.jit"):
-        jax.jit(lambda x: fused([(x,)]))(X)
+def test_a_call_under_jit_vmap_and_grad_is_a_part_of_the_callers_program():
+    w = array(4, 4)
+    fused = coalesce.fuse([coalesce.trace(dense, w, X, name="a")])
+    np.testing.assert_allclose(jax.jit(lambda x: fused([(x,)]))(X)[0], dense(w, X), rtol=1e-6)
+    slope = jax.grad(lambda x: fused([(x,)])[0].sum())(X)
+    np.testing.assert_allclose(slope, jax.grad(lambda x: dense(w, x).sum())(X), rtol=1e-6)
