@@ -1,8 +1,8 @@
 """Reading optimised HLO text: instructions with their result sizes."""
 
+import re
 from collections.abc import Iterator
 from math import prod
-import re
 from typing import NamedTuple
 
 # `%name = f32[2,3]{1,0} opcode(...)`

@@ -4,12 +4,14 @@ On the platform "gpu" every superkernel lowers to one dot_general, or to one gro
 equations of the rewritten jaxpr gives the number of superkernels without asking the plan.
 """
 
+from typing import Any
+
 import jax
 import jax.extend.core as jec
 import pytest
 
 import coalesce
-from coalesce.models import by_name, NAMES
+from coalesce.models import by_name, Model, NAMES
 
 TENANTS = 3
 # heavy ops of one tenant; superkernels within lanes, and with within_program (Q, K and V; the gates of a GRU)
@@ -29,13 +31,17 @@ EXPECTED = {
 }
 
 
+def model_of(name: str) -> Model:
+    return by_name(name, max_rows=100) if name == "dlrm" else by_name(name)
+
+
 def programs(name: str, tenants: int = TENANTS) -> list[coalesce.Program]:
-    model = by_name(name, **({"max_rows": 100} if name == "dlrm" else {}))
+    model = model_of(name)
     params = jax.eval_shape(model.init, jax.random.key(0))
     return [coalesce.trace(model.apply, params, *model.inputs(1), name=f"{name}{i}") for i in range(tenants)]
 
 
-def count(jaxpr: jec.Jaxpr, primitives: tuple[str, ...]) -> int:
+def count(jaxpr: Any, primitives: tuple[str, ...]) -> int:
     """Equations of those primitives, inside calls and bodies too; a function that two calls share counts twice."""
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     total = 0
@@ -62,7 +68,7 @@ def test_counts_of_tenants_of_one_model(name):
     assert report.padding_waste == 0.0
     assert all((t.heavy_ops, t.superkernels, t.alone) == (heavy, superkernels, 0) for t in report.tenants)
     assert count(fused.jaxpr, HEAVY) == superkernels
-    model = by_name(name, **({"max_rows": 100} if name == "dlrm" else {}))
+    model = model_of(name)
     before = jax.make_jaxpr(model.apply)(jax.eval_shape(model.init, jax.random.key(0)), *model.inputs(1))
     assert count(before, HEAVY) == heavy
 
