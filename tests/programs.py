@@ -13,7 +13,7 @@ differently moves every output a little, and none by much.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 from jax.experimental.compilation_cache import compilation_cache
 
 Aval = jax.ShapeDtypeStruct
@@ -152,9 +153,12 @@ def fit(x: Any, like: Any) -> Any:
 
 
 @contextmanager
-def cheap_compiles(cache: Path) -> Iterator[None]:
-    """No LLVM optimisations, and what XLA has compiled once is read from a folder: together half of the time. XLA's own
-    passes, which decide what is computed, stay on."""
+def many_compiles(cache: Path) -> Iterator[None]:
+    """Makes compiling hundreds of small programs bearable.
+
+    No LLVM optimisations, what XLA has compiled once is read from a folder, and no annotations are checked, which is
+    half of the cost of `fuse` and which all other tests do. XLA's own passes, which decide what is computed, stay on.
+    """
     values = {
         "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(cache),
@@ -162,12 +166,17 @@ def cheap_compiles(cache: Path) -> Iterator[None]:
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
     before = {name: jax.config.values[name] for name in values}
+    checked = jaxtyping.config.jaxtyping_disable
     try:
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+        set_all(values)
+        jaxtyping.config.update("jaxtyping_disable", True)
         yield
     finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+        set_all(before)
+        jaxtyping.config.update("jaxtyping_disable", checked)
+
+
+def set_all(values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # else the folder stays what it was at the first compile

@@ -17,13 +17,13 @@ import coalesce
 from coalesce.kernels import choose, KERNELS
 from tests.compare import assert_as_good, assert_bitwise, assert_same
 from tests.poison import Poison, poisons
-from tests.programs import cheap_compiles
+from tests.programs import many_compiles
 from tests.tenants import alone, in_float32, models, Tenant, tenants
 
 
 @pytest.fixture(autouse=True, scope="module")
-def cheaply(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with cheap_compiles(tmp_path_factory.mktemp("compiled")):
+def cheap_compiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with many_compiles(tmp_path_factory.mktemp("compiled")):
         yield
 
 

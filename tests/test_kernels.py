@@ -21,7 +21,7 @@ from jax import lax
 from coalesce.heavy import heavy_op, HeavyOp
 from coalesce.kernels import choose, KERNELS
 from tests.compare import assert_as_good, assert_bitwise, assert_same
-from tests.programs import Aval, cheap_compiles, kind_of
+from tests.programs import Aval, kind_of, many_compiles
 from tests.tenants import array
 
 FLOATS = (jnp.float32, jnp.float32, jnp.bfloat16, jnp.float16)
@@ -116,8 +116,8 @@ def convs(draw: Any) -> Case:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def cheaply(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with cheap_compiles(tmp_path_factory.mktemp("compiled")):
+def cheap_compiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with many_compiles(tmp_path_factory.mktemp("compiled")):
         yield
 
 
