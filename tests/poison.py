@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from hypothesis import strategies as st
 
 from tests.programs import kind_of
@@ -24,9 +25,11 @@ class Poison:
     weight: int  # counted round
 
     def of(self, x: Any) -> Any:
-        if kind_of(x) != "f" or not x.size:
+        if kind_of(x) != "f":
             return x
-        return jnp.full_like(x, self.value) if self.everywhere else x.reshape(-1).at[0].set(self.value).reshape(x.shape)
+        values = np.array(x)
+        values.reshape(-1)[slice(None if self.everywhere else 1)] = self.value
+        return jnp.asarray(values)
 
     def in_inputs(self, tenants: Sequence[Tenant]) -> list[Tenant]:
         found = list(tenants)
@@ -43,17 +46,15 @@ class Poison:
 
         def same(tenant: Tenant, w: Any) -> bool:
             declared = owner.shared is not None and tenant.shared is not None
-            return w is old or (declared and w.shape == old.shape and w.dtype == old.dtype and bool(jnp.all(w == old)))
+            return w is old or (declared and w.shape == old.shape and w.dtype == old.dtype and np.array_equal(w, old))
 
         new, found, hit = self.of(old), [], set()
         for i, t in enumerate(tenants):
             flags = [same(t, w) for w in t.params["ops"]]
             if any(flags):
                 hit.add(i)
-                ops = [
-                    jnp.array(new, copy=t.shared is not None) if f else w
-                    for f, w in zip(flags, t.params["ops"], strict=True)
-                ]
+                poisoned = new if t.shared is None else jnp.asarray(np.asarray(new))  # declared: an array of its own
+                ops = [poisoned if flag else w for flag, w in zip(flags, t.params["ops"], strict=True)]
                 t = replace(t, params={**t.params, "ops": ops}, shared=None if t.shared is None else ops)
             found.append(t)
         return found, hit

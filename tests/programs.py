@@ -154,11 +154,9 @@ def fit(x: Any, like: Any) -> Any:
 
 @contextmanager
 def many_compiles(cache: Path) -> Iterator[None]:
-    """Makes compiling hundreds of small programs bearable.
-
-    No LLVM optimisations, what XLA has compiled once is read from a folder, and no annotations are checked, which is
-    half of the cost of `fuse` and which all other tests do. XLA's own passes, which decide what is computed, stay on.
-    """
+    """Makes it bearable to compile hundreds of small programs: no LLVM optimisations, a folder of what XLA has compiled
+    already, and no check of annotations, which costs as much as the rest of `fuse`; all other tests have it. XLA's own
+    passes, which decide what is computed, stay on."""
     values = {
         "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(cache),
