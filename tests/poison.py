@@ -9,9 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import strategies as st
 
-from tests.programs import kind_of
+from tests.programs import Draw, kind_of
 from tests.tenants import Tenant
 
 
@@ -60,6 +59,6 @@ class Poison:
         return found, hit
 
 
-def poisons(tenants: Sequence[Tenant]) -> st.SearchStrategy[Poison]:
-    values = st.sampled_from([float("nan"), float("inf"), float("-inf")])
-    return st.builds(Poison, st.integers(0, len(tenants) - 1), values, st.booleans(), st.integers(0, 99))
+def draw_poison(draw: Draw, tenants: int) -> Poison:
+    value = draw.choice([float("nan"), float("inf"), float("-inf")])
+    return Poison(draw.integer(0, tenants - 1), value, draw.flag(), draw.integer(0, 99))

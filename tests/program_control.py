@@ -8,19 +8,18 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-from hypothesis import strategies as st
 from jax import lax
 
 from tests.program_heavy import HEAVY
 from tests.program_ops import LIGHT
-from tests.programs import Aval, Block, fit, kind_of, Op, Scope
+from tests.programs import Aval, Block, Draw, fit, kind_of, Op, Scope
 
 DEPTH = 2  # how deep control flow nests
 
 
-def body(draw: Any, scope: Scope, args: Sequence[Aval], exact: Sequence[bool]) -> Block:
+def body(draw: Draw, scope: Scope, args: Sequence[Aval], exact: Sequence[bool]) -> Block:
     inner = Scope(args, exact, scope.dtype, scope.depth + 1)
-    extend(draw, inner, draw(st.integers(1, 2)))
+    extend(draw, inner, draw.integer(1, 2))
     return inner.block()
 
 
@@ -29,16 +28,16 @@ def positives(x: Any) -> Any:
     return jnp.sum(x if x.dtype == jnp.bool_ else x > 0, dtype=jnp.int32)
 
 
-def scanned(draw: Any, scope: Scope, i: int) -> Op:
+def scanned(draw: Draw, scope: Scope, i: int) -> Op:
     """Over the leading dimension of the value, with a carry, a constant of the outside and weights in the body."""
     x = scope.values[i]
     xs = Aval(x.shape or (1,), x.dtype)
-    carry = Aval(tuple(draw(st.lists(st.integers(1, 3), max_size=2))), x.dtype)
-    j = draw(st.sampled_from(scope.candidates("f")))
+    carry = Aval(draw.shape(2, 3), x.dtype)
+    j = draw.choice(scope.candidates("f"))
     exact = [False, scope.exact[i], scope.exact[j]]
     block = body(draw, scope, [carry, Aval(xs.shape[1:], xs.dtype), scope.values[j]], exact)
-    reverse, unroll = draw(st.booleans()), draw(st.sampled_from([1, 2, True]))
-    from_value, result = draw(st.booleans()), draw(st.sampled_from(["carry", "ys", "both"]))
+    reverse, unroll = draw.flag(), draw.choice([1, 2, True])
+    from_value, result = draw.flag(), draw.choice(["carry", "ys", "both"])
 
     def apply(w: Any, v: Any, const: Any) -> Any:
         def step(c: Any, item: Any) -> Any:
@@ -53,14 +52,14 @@ def scanned(draw: Any, scope: Scope, i: int) -> Op:
     return Op(f"scan({block})", (i, j), block.weights, apply)
 
 
-def branched(draw: Any, scope: Scope, i: int) -> Op | None:
+def branched(draw: Draw, scope: Scope, i: int) -> Op | None:
     """By an exact value of any kind, which differs between lanes unless it is a constant."""
     by = scope.candidates("fib", exact=True)
     if not by:
         return None
     x = scope.values[i]
-    blocks = [body(draw, scope, [x], [scope.exact[i]]) for _ in range(draw(st.integers(2, 3)))]
-    like = draw(st.sampled_from([(), (2,), x.shape]))
+    blocks = [body(draw, scope, [x], [scope.exact[i]]) for _ in range(draw.integer(2, 3))]
+    like = draw.choice([(), (2,), x.shape])
 
     def apply(w: Any, v: Any, by: Any) -> Any:
         rest = iter(w)
@@ -68,15 +67,15 @@ def branched(draw: Any, scope: Scope, i: int) -> Op | None:
         return lax.switch(positives(by) % len(blocks), branches, [v])
 
     weights = tuple(w for b in blocks for w in b.weights)
-    return Op(f"cond({' | '.join(map(str, blocks))})", (i, draw(st.sampled_from(by))), weights, apply)
+    return Op(f"cond({' | '.join(map(str, blocks))})", (i, draw.choice(by)), weights, apply)
 
 
-def looped(draw: Any, scope: Scope, i: int) -> Op:
+def looped(draw: Draw, scope: Scope, i: int) -> Op:
     """fori_loop with a fixed trip count, or with one that differs between lanes."""
     x = scope.values[i]
     block = body(draw, scope, [x], [False])
     counts = scope.candidates("fib", exact=True)
-    j = draw(st.sampled_from([*counts, *counts, None])) if counts else None
+    j = draw.choice([*counts, *counts, None]) if counts else None
 
     def apply(w: Any, v: Any, *count: Any) -> Any:
         trips = positives(count[0]) % 4 if count else 2
@@ -85,11 +84,11 @@ def looped(draw: Any, scope: Scope, i: int) -> Op:
     return Op(f"loop({block})", (i,) if j is None else (i, j), block.weights, apply)
 
 
-def layered(draw: Any, scope: Scope, i: int) -> Op:
+def layered(draw: Draw, scope: Scope, i: int) -> Op:
     """Equal layers by a scan over their weights, stacked in one array; another weight is the first carry."""
     x = scope.values[i]
-    d = draw(st.integers(1, 4))
-    weights = Aval((draw(st.integers(1, 3)), d, d), x.dtype), Aval((d,), x.dtype)
+    d = draw.integer(1, 4)
+    weights = Aval((draw.integer(1, 3), d, d), x.dtype), Aval((d,), x.dtype)
 
     def apply(w: Any, v: Any) -> Any:
         def layer(h: Any, m: Any) -> Any:
@@ -103,14 +102,14 @@ def layered(draw: Any, scope: Scope, i: int) -> Op:
 CONTROL = {"f": (scanned, branched, looped, looped, layered), "i": (), "b": ()}
 
 
-def extend(draw: Any, scope: Scope, n: int) -> None:
+def extend(draw: Draw, scope: Scope, n: int) -> None:
     """Draw up to n ops into the scope, most of them on the latest value."""
     for _ in range(n):
         found = scope.candidates("fib")
-        i = draw(st.sampled_from(found[:1] * len(found) + found))
+        i = draw.choice(found[:1] * len(found) + found)
         kind = kind_of(scope.values[i])
         tables = [LIGHT, HEAVY, CONTROL] if scope.depth < DEPTH else [LIGHT, HEAVY]
-        rules = draw(st.sampled_from([t[kind] for t in tables if t[kind]]))
-        op = draw(st.sampled_from(rules))(draw, scope, i)
+        rules = draw.choice([t[kind] for t in tables if t[kind]])
+        op = draw.choice(rules)(draw, scope, i)
         if op is not None:
             scope.add(op)

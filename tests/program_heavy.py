@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from hypothesis import strategies as st
 from jax import lax
 
-from tests.programs import Aval, fit, kind_of, Op, Scope
+from tests.programs import Aval, Draw, fit, kind_of, Op, Scope
 
 SIDES = ["weight right", "weight left", "no weight", "constant"]
 HIGHEST = lax.Precision.HIGHEST
@@ -23,32 +22,32 @@ class Other(NamedTuple):
     get: Callable[[Any, Any, Any], Any]  # (weights, what is read, dtype)
 
 
-def other_operand(draw: Any, scope: Scope, aval: Aval, side: str) -> Other:
+def other_operand(draw: Draw, scope: Scope, aval: Aval, side: str) -> Other:
     if side == "constant":
         return Other((), (), lambda w, read, dtype: fit(jnp.arange(5) - 2, Aval(aval.shape, dtype)))
     if side != "no weight":
         return Other((), (aval,), lambda w, read, dtype: w[0])
-    j = draw(st.sampled_from([j for j in scope.candidates("fi") if scope.values[j].dtype == aval.dtype]))
+    j = draw.choice([j for j in scope.candidates("fi") if scope.values[j].dtype == aval.dtype])
     return Other((j,), (), lambda w, read, dtype: fit(read[0], Aval(aval.shape, dtype)))
 
 
-def accumulation(draw: Any, aval: Aval) -> Any:
+def accumulation(draw: Draw, aval: Aval) -> Any:
     """preferred_element_type"""
-    return jnp.float32 if kind_of(aval) == "f" and draw(st.booleans()) else None
+    return jnp.float32 if kind_of(aval) == "f" and draw.flag() else None
 
 
-def dot(draw: Any, scope: Scope, i: int) -> Op:
+def dot(draw: Draw, scope: Scope, i: int) -> Op:
     """Any number of batch and contracting dimensions, at any positions of either side."""
     x = scope.values[i]
     dims = range(len(x.shape))
-    role = [draw(st.sampled_from(["contract", "free", "batch"])) for _ in dims]
-    xc = draw(st.permutations([d for d in dims if role[d] == "contract"]))
-    xb = draw(st.permutations([d for d in dims if role[d] == "batch"]))
-    free = [("free", draw(st.integers(1, 6))) for _ in range(draw(st.integers(0, 2)))]
-    order = draw(st.permutations([*(("like", d) for d in [*xb, *xc]), *free]))
+    role = [draw.choice(["contract", "free", "batch"]) for _ in dims]
+    xc = draw.shuffled([d for d in dims if role[d] == "contract"])
+    xb = draw.shuffled([d for d in dims if role[d] == "batch"])
+    free = [("free", draw.integer(1, 6)) for _ in range(draw.integer(0, 2))]
+    order = draw.shuffled([*(("like", d) for d in [*xb, *xc]), *free])
     shape = tuple(n if part == "free" else x.shape[n] for part, n in order)
     yc, yb = ([order.index(("like", d)) for d in ds] for ds in (xc, xb))
-    side = draw(st.sampled_from(SIDES))
+    side = draw.choice(SIDES)
     other = other_operand(draw, scope, Aval(shape, x.dtype), side)
     wide = accumulation(draw, x)
 
@@ -61,25 +60,25 @@ def dot(draw: Any, scope: Scope, i: int) -> Op:
     return Op(f"dot {side}", (i, *other.reads), other.weights, apply, exact=kind_of(x) == "i")
 
 
-def conv(draw: Any, scope: Scope, i: int) -> Op:
+def conv(draw: Draw, scope: Scope, i: int) -> Op:
     """One to three spatial dimensions, with every parameter that a convolution has."""
     x = scope.values[i]
     shape = x.shape
     if not 3 <= len(shape) <= 5:
-        spatial = draw(st.integers(1, 3))
-        shape = tuple(draw(st.integers(1, 3 if spatial == 3 else 5)) for _ in range(spatial + 2))
+        spatial = draw.integer(1, 3)
+        shape = tuple(draw.integer(1, 3 if spatial == 3 else 5) for _ in range(spatial + 2))
     rank = len(shape) - 2
 
     def each(low: int, high: int) -> tuple[int, ...]:
-        return tuple(draw(st.integers(low, high)) for _ in range(rank))
+        return tuple(draw.integer(low, high) for _ in range(rank))
 
-    lhs_spec, rhs_spec, out_spec = (tuple(draw(st.permutations(range(rank + 2)))) for _ in range(3))
+    lhs_spec, rhs_spec, out_spec = (tuple(draw.shuffled(range(rank + 2))) for _ in range(3))
     n, c = shape[lhs_spec[0]], shape[lhs_spec[1]]
-    groups = draw(st.sampled_from([g for g in range(1, c + 1) if c % g == 0]))
-    batch_groups = n if groups == 1 and draw(st.integers(0, 7)) == 7 else 1  # rare in practice
+    groups = draw.choice([g for g in range(1, c + 1) if c % g == 0])
+    batch_groups = n if groups == 1 and draw.integer(0, 7) == 7 else 1  # rare in practice
     kernel, strides, rhs_dilation = each(1, 3), each(1, 3), each(1, 2)
     reach = [(k - 1) * d + 1 for k, d in zip(kernel, rhs_dilation, strict=True)]
-    lhs_dilation, padding = (1,) * rank, draw(st.sampled_from([None, None, "SAME", "VALID"]))
+    lhs_dilation, padding = (1,) * rank, draw.choice([None, None, "SAME", "VALID"])
     if padding is None:
         lhs_dilation, low, high = each(1, 2), each(-1, 2), each(-1, 2)
         padding = list(zip(low, high, strict=True))
@@ -90,9 +89,9 @@ def conv(draw: Any, scope: Scope, i: int) -> Op:
         if any(short):
             padding = [(lo, hi + more) for (lo, hi), more in zip(given, short, strict=True)]
     rhs = [0] * (rank + 2)
-    for d, size in zip(rhs_spec, (groups * batch_groups * draw(st.integers(1, 3)), c // groups, *kernel), strict=True):
+    for d, size in zip(rhs_spec, (groups * batch_groups * draw.integer(1, 3), c // groups, *kernel), strict=True):
         rhs[d] = size
-    side = draw(st.sampled_from(SIDES[:1] * 3 + SIDES))
+    side = draw.choice(SIDES[:1] * 3 + SIDES)
     left, right = shape, tuple(rhs)
     other = other_operand(draw, scope, Aval(left if side == "weight left" else right, x.dtype), side)
     params = {
@@ -111,11 +110,11 @@ def conv(draw: Any, scope: Scope, i: int) -> Op:
     return Op(f"conv{rank} {side} g{groups}", (i, *other.reads), other.weights, apply)
 
 
-def attention(draw: Any, scope: Scope, i: int) -> Op:
+def attention(draw: Draw, scope: Scope, i: int) -> Op:
     """One head over the leading dimension: three independent equal dots, then two of activations."""
     x = scope.values[i]
     d = x.shape[-1] if x.shape else 1
-    weight = Aval((d, draw(st.integers(1, 4))), x.dtype)
+    weight = Aval((d, draw.integer(1, 4)), x.dtype)
 
     def apply(w: Any, v: Any) -> Any:
         v = v.reshape(-1, d)
@@ -126,10 +125,10 @@ def attention(draw: Any, scope: Scope, i: int) -> Op:
     return Op("attention", (i,), (weight,) * 3, apply)
 
 
-def tied(draw: Any, scope: Scope, i: int) -> Op:
+def tied(draw: Draw, scope: Scope, i: int) -> Op:
     """An embedding table that is the output layer too: a weight that a gather and a dot read."""
-    n = draw(st.integers(1, 5))
-    table = Aval((n, draw(st.integers(1, 4))), scope.dtype)
+    n = draw.integer(1, 5)
+    table = Aval((n, draw.integer(1, 4)), scope.dtype)
 
     def apply(w: Any, v: Any) -> Any:
         return jnp.dot(jnp.take(w[0], v % n, axis=0, mode="clip"), w[0].T, precision=HIGHEST)
@@ -137,10 +136,10 @@ def tied(draw: Any, scope: Scope, i: int) -> Op:
     return Op("tied", (i,), (table,), apply)
 
 
-def outer(draw: Any, scope: Scope, i: int) -> Op:
+def outer(draw: Draw, scope: Scope, i: int) -> Op:
     """A dot of two weights whose product is larger than both."""
     x = scope.values[i]
-    n, m = draw(st.integers(2, 5)), draw(st.integers(2, 5))
+    n, m = draw.integer(2, 5), draw.integer(2, 5)
     weights = Aval((n, 1), x.dtype), Aval((1, m), x.dtype)
     return Op("outer", (i,), weights, lambda w, v: fit(v, Aval((n, m), v.dtype)) + jnp.dot(*w, precision=HIGHEST))
 

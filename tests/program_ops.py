@@ -9,11 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from hypothesis import strategies as st
 from jax import lax
 
 from tests.program_moves import MOVES
-from tests.programs import Aval, fit, Op, Scope
+from tests.programs import Aval, Draw, fit, Op, Scope
 
 TABLE = jnp.arange(16.0) / 16  # closed over: no parameter of anything
 
@@ -49,29 +48,29 @@ UNARY = {
 }
 
 
-def unary(draw: Any, scope: Scope, i: int) -> Op:
-    name = draw(st.sampled_from(sorted(UNARY)))
+def unary(draw: Draw, scope: Scope, i: int) -> Op:
+    name = draw.choice(sorted(UNARY))
     return Op(name, (i,), (), lambda _, v: UNARY[name](v))
 
 
 BINARY = {"add": jnp.add, "mul": lambda a, b: jnp.tanh(a) * b, "max": jnp.maximum, "mean": lambda a, b: (a + b) / 2}
 
 
-def binary(draw: Any, scope: Scope, i: int) -> Op:
+def binary(draw: Draw, scope: Scope, i: int) -> Op:
     """Of two values; the second one takes the shape of the first."""
-    name, x = draw(st.sampled_from(sorted(BINARY))), scope.values[i]
-    j = draw(st.sampled_from([j for j in scope.candidates("f") if scope.values[j].dtype == x.dtype]))
+    name, x = draw.choice(sorted(BINARY)), scope.values[i]
+    j = draw.choice([j for j in scope.candidates("f") if scope.values[j].dtype == x.dtype])
     return Op(name, (i, j), (), lambda _, a, b: BINARY[name](a, fit(b, a)))
 
 
-def biased(draw: Any, scope: Scope, i: int) -> Op:
+def biased(draw: Draw, scope: Scope, i: int) -> Op:
     """Of a value and a weight, which broadcasts."""
-    name, x = draw(st.sampled_from(sorted(BINARY))), scope.values[i]
-    weight = Aval(tuple(s if draw(st.booleans()) else 1 for s in x.shape), x.dtype)
+    name, x = draw.choice(sorted(BINARY)), scope.values[i]
+    weight = Aval(tuple(s if draw.flag() else 1 for s in x.shape), x.dtype)
     return Op(f"{name}_weight", (i,), (weight,), lambda w, a: BINARY[name](a, jnp.broadcast_to(w[0], a.shape)))
 
 
-def batch_norm(draw: Any, scope: Scope, i: int) -> Op:
+def batch_norm(draw: Draw, scope: Scope, i: int) -> Op:
     """With running statistics: all of it but one product and one sum depends on weights alone."""
     x = scope.values[i]
 
@@ -89,19 +88,19 @@ def root_sum_square(v: Any, axis: Any) -> Any:
 REDUCE = {"sum": jnp.sum, "max": jnp.max, "mean": jnp.mean, "logsumexp": jax.nn.logsumexp, "rss": root_sum_square}
 
 
-def reduced(draw: Any, scope: Scope, i: int) -> Op:
-    name = draw(st.sampled_from(sorted(REDUCE)))
-    axes = tuple(d for d in range(len(scope.values[i].shape)) if draw(st.booleans()))
+def reduced(draw: Draw, scope: Scope, i: int) -> Op:
+    name = draw.choice(sorted(REDUCE))
+    axes = tuple(d for d in range(len(scope.values[i].shape)) if draw.flag())
     return Op(name, (i,), (), lambda _, v: REDUCE[name](v, axis=axes))
 
 
 POOL = {"max": (-jnp.inf, lax.max), "sum": (0.0, lax.add)}
 
 
-def pooled(draw: Any, scope: Scope, i: int) -> Op:
+def pooled(draw: Draw, scope: Scope, i: int) -> Op:
     """Over windows of any shape."""
-    name, shape = draw(st.sampled_from(sorted(POOL))), scope.values[i].shape
-    window, strides = (tuple(draw(st.integers(1, 2)) for _ in shape) for _ in range(2))
+    name, shape = draw.choice(sorted(POOL)), scope.values[i].shape
+    window, strides = (tuple(draw.integer(1, 2) for _ in shape) for _ in range(2))
     first, combine = POOL[name]
 
     def apply(_: Any, v: Any) -> Any:
@@ -110,7 +109,7 @@ def pooled(draw: Any, scope: Scope, i: int) -> Op:
     return Op(f"pool_{name}", (i,), (), apply)
 
 
-def widened(draw: Any, scope: Scope, i: int) -> Op:
+def widened(draw: Draw, scope: Scope, i: int) -> Op:
     """Part of the way in float32, as normalisation layers go; the weight brings the dtype back."""
     weight = Aval((), scope.dtype)
     return Op("widen", (i,), (weight,), lambda w, v: jnp.sin(v.astype(jnp.float32)).astype(w[0].dtype))
@@ -123,9 +122,9 @@ POSITIONS = {
 }
 
 
-def positions(draw: Any, scope: Scope, i: int) -> Op | None:
+def positions(draw: Draw, scope: Scope, i: int) -> Op | None:
     """Integers and bools from floats, which must be exact."""
-    name = draw(st.sampled_from(sorted(POSITIONS)))
+    name = draw.choice(sorted(POSITIONS))
     return Op(name, (i,), (), lambda _, v: POSITIONS[name](v), exact=True) if scope.exact[i] else None
 
 
@@ -149,20 +148,20 @@ INTEGER = {
 }
 
 
-def integer(draw: Any, scope: Scope, i: int) -> Op:
-    name = draw(st.sampled_from(sorted(INTEGER)))
+def integer(draw: Draw, scope: Scope, i: int) -> Op:
+    name = draw.choice(sorted(INTEGER))
     return Op(f"int_{name}", (i,), (), lambda _, v: INTEGER[name](v), exact=True)
 
 
 BOOL = {"not": jnp.logical_not, "any": jnp.any, "all": jnp.all, "int": lambda v: v.astype(jnp.int32)}
 
 
-def boolean(draw: Any, scope: Scope, i: int) -> Op:
-    name = draw(st.sampled_from(sorted(BOOL)))
+def boolean(draw: Draw, scope: Scope, i: int) -> Op:
+    name = draw.choice(sorted(BOOL))
     return Op(f"bool_{name}", (i,), (), lambda _, v: BOOL[name](v), exact=True)
 
 
-def to_float(draw: Any, scope: Scope, i: int) -> Op:
+def to_float(draw: Draw, scope: Scope, i: int) -> Op:
     """Of an integer or a bool; the weight brings the dtype."""
     weight = Aval((), scope.dtype)
     return Op("to_float", (i,), (weight,), lambda w, v: jnp.tanh(v.astype(w[0].dtype)) + w[0])

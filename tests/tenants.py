@@ -1,21 +1,20 @@
-"""Strategies that draw models, and tenants that run them: `tenants()` is what the property tests are given."""
+"""Random models, and tenants that run them. See tests/programs.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import strategies as st
 
 from tests.program_control import extend
-from tests.programs import Aval, kind_of, Model, Ref, Scope
+from tests.programs import Aval, Draw, kind_of, Model, Ref, Scope
 
-RANKS = (2, 3, 4, 1, 0)
-LANES = (2, 3, 4, 1)
+RANKS = (0, 1, 2, 3, 4)
+LANES = (1, 2, 3, 4)
 Pool = dict[Any, Any]  # arrays that families have in common
 
 
@@ -33,57 +32,47 @@ class Tenant:
         return f"Tenant({self.model}{', shared' if self.shared is not None else ''})"
 
 
-@st.composite
-def models(draw: Any, max_ops: int, dtypes: Sequence[Any] = (jnp.float32,)) -> Model:
-    """A function of one to three inputs, the first of them of floats."""
-    dtype = draw(st.sampled_from(dtypes))
-    shapes = st.sampled_from(RANKS).flatmap(lambda rank: st.tuples(*[st.integers(1, 6)] * rank))
-    kinds = [dtype, *draw(st.lists(st.sampled_from([jnp.int32, jnp.bool_, dtype]), max_size=2))]
-    inputs = tuple(Aval(draw(shapes), jnp.dtype(kind)) for kind in kinds)
+def draw_model(draw: Draw, ops: int, dtype: Any) -> Model:
+    """A function of one to three inputs, the first of them of floats; fewer ops of the same seed are its beginning."""
+    kinds = [dtype] + [draw.choice([jnp.int32, jnp.bool_, dtype]) for _ in range(draw.integer(0, 2))]
+    inputs = tuple(Aval(tuple(draw.integer(1, 6) for _ in range(draw.choice(RANKS))), jnp.dtype(k)) for k in kinds)
+    nested, returns_weight, more, in_vain = (draw.flag() for _ in range(4))
+    gain = draw.choice([1.0, 2.0])
     scope = Scope(inputs, [True] * len(inputs), dtype)
-    extend(draw, scope, draw(st.integers(1, max_ops)))
+    extend(draw, scope, ops)
     block = scope.block()
     results = block.sinks(len(inputs))
-    if len(results) > 1 and draw(st.booleans()):
-        results = results[1:]  # something is computed in vain
+    if len(results) > 1 and in_vain:
+        results = results[1:]
     outputs: dict[str, Any] = {"results": [Ref(i, scope.exact[i]) for i in results]}
-    if draw(st.booleans()):
+    if more:
         outputs["more"] = (Ref(0, True), 1.5, np.arange(3, dtype=np.int32))
-    return Model(
-        block,
-        inputs,
-        outputs,
-        nested=draw(st.booleans()),
-        returns_weight=draw(st.booleans()),
-        gain=draw(st.sampled_from([1.0, 2.0])),
-    )
+    return Model(block, inputs, outputs, nested, returns_weight, gain)
 
 
-@st.composite
-def tenants(draw: Any, model: st.SearchStrategy[Model], max_families: int = 2, min_lanes: int = 1) -> list[Tenant]:
+def draw_tenants(draw: Draw, ops: int, families: int, dtype: Any) -> list[Tenant]:
     """Tenants of a few models, in any order."""
     found: list[Tenant] = []
     pool: Pool = {}
-    for _ in range(draw(st.integers(1, max_families))):
-        if found and draw(st.booleans()):
-            chosen = replace(found[0].model, gain=0.5)  # nearly, not quite, the same family
+    for _ in range(families):
+        if found and draw.flag():
+            model = replace(found[0].model, gain=0.5)  # nearly, not quite, the same family
         else:
-            chosen = draw(model)
-        found += family(draw, chosen, draw(st.sampled_from([n for n in LANES if n >= min_lanes])), pool)
-    return draw(st.permutations(found))
+            model = draw_model(draw, ops, dtype)
+        found += draw_family(draw, model, draw.choice(LANES), pool)
+    return draw.shuffled(found)
 
 
-def family(draw: Any, model: Model, lanes: int, pool: Pool) -> list[Tenant]:
+def draw_family(draw: Draw, model: Model, lanes: int, pool: Pool) -> list[Tenant]:
     """Tenants of one model. Each weight is a tenant's own, or one of two arrays that tenants share as drawn; where
     weights are tied, also those of one tenant that have one shape."""
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    sharing = draw(st.sampled_from(["none", "all", "some"]))
-    tie = draw(st.booleans())
-    declared = sharing != "none" and draw(st.booleans())
+    rng = np.random.default_rng(draw.getrandbits(32))
+    sharing = draw.choice(["none", "all", "some"])
+    tie, declared = draw.flag(), sharing != "none" and draw.flag()
     columns = []
     for k, aval in enumerate(model.block.weights):
-        which = draw(st.lists(st.integers(0, 1), min_size=lanes, max_size=lanes)) if sharing == "some" else [0] * lanes
-        keys = [(aval, g, 0 if tie else k) for g in which]
+        groups = [draw.integer(0, 1) if sharing == "some" else 0 for _ in range(lanes)]
+        keys = [(aval, group, 0 if tie else k) for group in groups]
         for key in dict.fromkeys(keys):
             pool.setdefault(key, array(aval, rng, 0.4))
         columns.append([array(aval, rng, 0.4) if sharing == "none" else pool[key] for key in keys])
@@ -93,7 +82,7 @@ def family(draw: Any, model: Model, lanes: int, pool: Pool) -> list[Tenant]:
         if declared:
             ops = [jnp.asarray(np.asarray(w)) for w in ops]  # equal bytes, in arrays of their own
         params = {"ops": ops, "extra": array(Aval((2,), jnp.dtype(jnp.float32)), rng)}
-        fn = model if draw(st.booleans()) else wrapped(model)
+        fn = model if draw.flag() else wrapped(model)
         inputs = model.pack([array(aval, rng) for aval in model.inputs])
         found.append(Tenant(model, fn, params, inputs, ops if declared else None))
     return found

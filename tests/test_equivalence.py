@@ -7,7 +7,8 @@ executable is used for all that can be asked of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,9 @@ from hypothesis import given, strategies as st
 import coalesce
 from coalesce.kernels import choose, KERNELS
 from tests.compare import assert_as_good, assert_bitwise, assert_same
-from tests.poison import Poison, poisons
-from tests.programs import many_compiles
-from tests.tenants import alone, in_float32, models, Tenant, tenants
+from tests.poison import draw_poison, Poison
+from tests.programs import Draw, many_compiles
+from tests.tenants import alone, draw_tenants, in_float32, Tenant
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -47,26 +48,27 @@ def preferring(n: int | None) -> Any:
     return choice
 
 
-class Case(NamedTuple):
+@dataclass(frozen=True)
+class Case:
+    """Tenants, how to fuse them, and what else a property asks of them."""
+
     found: list[Tenant]
     options: dict[str, Any]
     poison: Poison
     order: list[int]
 
 
-OPTIONS = st.fixed_dictionaries(
-    {
-        "within_program": st.booleans(),
-        "pack_unbounded_loops": st.booleans(),
-        "choose_kernel": st.sampled_from([None, 0, 1, 2]).map(preferring),
-    }
-)
-
-
 @st.composite
-def cases(draw: Any, drawn: st.SearchStrategy[list[Tenant]]) -> Case:
-    found = draw(drawn)
-    return Case(found, draw(OPTIONS), draw(poisons(found)), draw(st.permutations(range(len(found)))))
+def cases(draw: st.DrawFn, ops: int, families: int = 2, dtypes: Sequence[Any] = (jnp.float32,)) -> Case:
+    """Programs of up to that many ops: hypothesis makes a failing one shorter, by the same seed."""
+    length, pick = draw(st.sampled_from(range(1, ops + 1))), Draw(draw(st.integers(0, 2**64 - 1)))
+    found = draw_tenants(pick, length, pick.integer(1, families), pick.choice(dtypes))
+    options = {
+        "within_program": pick.flag(),
+        "pack_unbounded_loops": pick.flag(),
+        "choose_kernel": preferring(pick.choice([None, 0, 1, 2])),
+    }
+    return Case(found, options, draw_poison(pick, len(found)), pick.shuffled(range(len(found))))
 
 
 def assert_inputs_isolated(case: Case, program: coalesce.Fused, clean: list[Any]) -> None:
@@ -89,7 +91,7 @@ def assert_weights_isolated(case: Case, program: coalesce.Fused, clean: list[Any
         assert_bitwise(results[i], clean[i])
 
 
-@given(cases(tenants(models(max_ops=4))))
+@given(cases(ops=4))
 def test_each_tenant_gets_what_it_gets_alone(case: Case) -> None:
     """And nothing else: isolation is tested here too, since what costs time is to compile the fused program."""
     program = fuse(case.found, case.options)
@@ -100,7 +102,7 @@ def test_each_tenant_gets_what_it_gets_alone(case: Case) -> None:
     assert_weights_isolated(case, program, results)
 
 
-@given(cases(tenants(models(max_ops=2, dtypes=(jnp.bfloat16, jnp.float16)), max_families=1)))
+@given(cases(ops=2, families=1, dtypes=(jnp.bfloat16, jnp.float16)))
 def test_low_precision_is_as_good_as_alone(case: Case) -> None:
     program = fuse(case.found, case.options)
     results = program(inputs_of(case.found))
@@ -109,12 +111,12 @@ def test_low_precision_is_as_good_as_alone(case: Case) -> None:
     assert_inputs_isolated(case, program, results)
 
 
-@given(cases(tenants(models(max_ops=1))))
+@given(cases(ops=1))
 def test_permuting_tenants_permutes_results(case: Case) -> None:
-    found, options, _, order = case
+    found, options = case.found, case.options
     straight = fuse(found, options)(inputs_of(found))
-    shuffled = [found[i] for i in order]
-    for i, got in zip(order, fuse(shuffled, options)(inputs_of(shuffled)), strict=True):
+    shuffled = [found[i] for i in case.order]
+    for i, got in zip(case.order, fuse(shuffled, options)(inputs_of(shuffled)), strict=True):
         assert_same(got, straight[i], found[i].model.exact)
 
 
