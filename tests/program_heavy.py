@@ -78,7 +78,8 @@ def conv(draw: Draw, scope: Scope, i: int) -> Op:
     batch_groups = n if groups == 1 and draw.integer(0, 7) == 7 else 1  # rare in practice
     kernel, strides, rhs_dilation = each(1, 3), each(1, 3), each(1, 2)
     reach = [(k - 1) * d + 1 for k, d in zip(kernel, rhs_dilation, strict=True)]
-    lhs_dilation, padding = (1,) * rank, draw.choice([None, None, "SAME", "VALID"])
+    lhs_dilation = (1,) * rank
+    padding: Any = draw.choice([None, None, "SAME", "VALID"])
     if padding is None:
         lhs_dilation, low, high = each(1, 2), each(-1, 2), each(-1, 2)
         padding = list(zip(low, high, strict=True))
