@@ -1,7 +1,9 @@
-"""How a weight lies in its bank: a permutation, then a reshape, of each row.
+"""How a weight lies in its bank: moves that each row goes through once, when it is written.
 
-Layout()                          as the tenant's program has it
-Layout(split, order, shape)       row.reshape(split).transpose(order).reshape(shape)
+AS_IS                                       as the tenant's program has it
+AS_IS.split(s).transpose(o).reshape(t)      other dimensions; elements only move
+AS_IS.pad(s)                                zeros at the end of each dimension, up to shape s
+a.then(b)                                   the moves of a, then those of b
 """
 
 from __future__ import annotations
@@ -11,34 +13,57 @@ from typing import Any
 
 from jax import lax
 
+Dims = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Layout:
-    """An in-row change of layout; it moves elements and never changes or repeats one."""
+    """A change of layout within a row; it moves elements and pads with zeros, and never changes or repeats one."""
 
-    split: tuple[int, ...] | None = None  # the shape before the permutation
-    order: tuple[int, ...] | None = None
-    shape: tuple[int, ...] | None = None
+    moves: tuple[tuple[str, Dims], ...] = ()
+
+    def split(self, shape: Dims) -> Layout:
+        return Layout((*self.moves, ("split to", shape)))
+
+    def transpose(self, order: Dims) -> Layout:
+        return Layout((*self.moves, ("transposed by", order)))
+
+    def reshape(self, shape: Dims) -> Layout:
+        return Layout((*self.moves, ("as", shape)))
+
+    def pad(self, shape: Dims) -> Layout:
+        return Layout((*self.moves, ("padded to", shape)))
+
+    def then(self, other: Layout) -> Layout:
+        return Layout((*self.moves, *other.moves))
 
     def __call__(self, row: Any) -> Any:
-        if self.split is not None:
-            row = lax.reshape(row, self.split)
-        if self.order is not None:
-            row = lax.transpose(row, self.order)
-        return lax.reshape(row, self.shape) if self.shape is not None else row
+        for move, dims in self.moves:
+            match move:
+                case "transposed by":
+                    row = lax.transpose(row, dims)
+                case "padded to":
+                    row = pad_to(row, dims)
+                case _:
+                    row = lax.reshape(row, dims)
+        return row
 
-    def of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def of(self, shape: Dims) -> Dims:
         """The shape of a row in this layout."""
-        if self.shape is not None:
-            return self.shape
-        shape = self.split if self.split is not None else shape
-        return tuple(shape[d] for d in self.order) if self.order is not None else shape
+        for move, dims in self.moves:
+            shape = tuple(shape[d] for d in dims) if move == "transposed by" else dims
+        return shape
 
     def __str__(self) -> str:
-        moves = [f"split to {list(self.split)}"] if self.split is not None else []
-        moves += [f"transposed by {list(self.order)}"] if self.order is not None else []
-        moves += [f"as {list(self.shape)}"] if self.shape is not None else []
-        return ", ".join(moves) or "as it is"
+        return ", ".join(f"{move} {list(dims)}" for move, dims in self.moves) or "as it is"
 
 
 AS_IS = Layout()
+
+
+def pad_to(x: Any, shape: Dims) -> Any:
+    """`x` with zeros at the end of each dimension, up to `shape`; `x` itself if nothing is missing."""
+    if tuple(x.shape) == tuple(shape):
+        return x
+    zero = lax.full((), 0, x.dtype)
+    return lax.pad(x, zero, [(0, new - old, 0) for old, new in zip(x.shape, shape, strict=True)])

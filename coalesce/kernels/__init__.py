@@ -35,6 +35,9 @@ KERNELS: Mapping[str, Kernel] = {
 
 # On a CPU, slices win only while the patch matrix stays in cache (measured with 8 lanes, 8x8x16 to 56x56x64).
 CPU_PATCH_BYTES = 256 * 1024
+# With few rows they win for one problem too: 1.1 to 2.8 times at 9 to 49 rows of 2304 and 4608 (measured, 3x3 on 3x3x256
+# to 7x7x512), and 135 times at 2x2x512, where the library's convolution takes 24 ms.
+CPU_FEW_ROWS = 49
 # On a GPU they win everywhere measured; this only keeps the patches of all lanes from crowding out the weights.
 GPU_PATCH_BYTES = 8 * 1024**3
 
@@ -45,8 +48,8 @@ def choose(op: HeavyOp, groups: int, platform: str) -> str:
     - Dots: batched_dot; with one row on a GPU batched_matvec (5 to 25% less kernel time on an H200, for one LSTM to 32,
       and it alone leaves the weights of a loop where they are; on a CPU it is up to twice as slow).
     - Grouped and depthwise convolutions: one grouped convolution on a GPU; on a CPU one by one.
-    - Other convolutions: slices and a batched dot on a GPU (faster than cuDNN at batch 1 even for one problem); on a
-      CPU one by one, as Eigen's convolution beats a patch matrix that leaves the cache.
+    - Other convolutions: slices and a batched dot on a GPU (faster than cuDNN at batch 1 even for one problem), and for
+      few rows on a CPU; else one by one there, as Eigen's convolution beats a patch matrix that leaves the cache.
     """
     cpu = platform == "cpu"
     if op.kind == "dot":
@@ -58,4 +61,5 @@ def choose(op: HeavyOp, groups: int, platform: str) -> str:
     patch_bytes = op.m * op.k * op.lhs.dtype.itemsize
     if not cpu:
         return "conv_slices" if groups * patch_bytes <= GPU_PATCH_BYTES else "separate"
-    return "conv_slices" if groups > 1 and patch_bytes <= CPU_PATCH_BYTES else "separate"
+    small = op.m <= CPU_FEW_ROWS or (groups > 1 and patch_bytes <= CPU_PATCH_BYTES)
+    return "conv_slices" if small else "separate"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import batched_dot
-from coalesce.layout import Layout
+from coalesce.layout import AS_IS, Layout
 
 
 def supports(op: HeavyOp) -> bool:
@@ -23,7 +23,7 @@ def layout(op: HeavyOp) -> Layout:
     """[B.., K.., N..] -> [B.., N.., K..]."""
     b, k = contracted(op)
     rank = len(op.rhs.shape)
-    return Layout(order=(*range(b), *range(b + k, rank), *range(b, b + k)))
+    return AS_IS.transpose((*range(b), *range(b + k, rank), *range(b, b + k)))
 
 
 def run(op: HeavyOp, lhs: Any, rhs: Any) -> Any:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from coalesce.heavy import HeavyOp
-from coalesce.layout import Layout
+from coalesce.layout import AS_IS, Layout
 
 
 def supports(op: HeavyOp) -> bool:
@@ -22,7 +22,7 @@ def supports(op: HeavyOp) -> bool:
 def layout(op: HeavyOp) -> Layout:
     """[window.., I, O] -> [O, window.., I]."""
     d = op.rhs.ndim
-    return Layout(order=(d - 1, *range(d - 2), d - 2))
+    return AS_IS.transpose((d - 1, *range(d - 2), d - 2))
 
 
 def run(op: HeavyOp, lhs: Any, rhs: Any) -> Any:

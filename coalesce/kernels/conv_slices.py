@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from coalesce.heavy import HeavyOp
-from coalesce.layout import Layout
+from coalesce.layout import AS_IS, Layout
 
 
 def supports(op: HeavyOp) -> bool:
@@ -25,11 +25,10 @@ def layout(op: HeavyOp) -> Layout:
     *window, i, o = op.rhs.shape
     groups = op.params["feature_group_count"]
     if groups == 1:
-        return Layout(shape=(prod(window) * i, o))
+        return AS_IS.reshape((prod(window) * i, o))
     k = len(window)
-    return Layout(
-        (*window, i, groups, o // groups), (k + 1, *range(k + 1), k + 2), (groups, prod(window) * i, o // groups)
-    )
+    by_group = AS_IS.split((*window, i, groups, o // groups)).transpose((k + 1, *range(k + 1), k + 2))
+    return by_group.reshape((groups, prod(window) * i, o // groups))
 
 
 def run(op: HeavyOp, lhs: Any, rhs: Any) -> Any:
