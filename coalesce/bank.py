@@ -36,7 +36,7 @@ def build_bank(bundle: Bundle, programs: Sequence[Program]) -> list[jax.Array]:
     writers: dict[Any, Callable[..., list[jax.Array]]] = {}
     for tenant, places in places_by_tenant(bundle.arrays).items():
         program = programs[tenant]
-        entries = tuple((array, weight, bundle.arrays[array].layout) for array, _, weight in places)
+        entries = tuple((array, weight, bundle.arrays[array].layouts[row]) for array, row, weight in places)
         key = (prepare_key(program), entries)
         if key not in writers:
             writers[key] = writer(program, entries)

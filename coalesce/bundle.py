@@ -1,10 +1,12 @@
 """A bundle: the schedule of packs that runs many tenants' programs as one.
 
-    Step      an equation that all lanes of its family run together, or lane by lane
-    Loop      a scan, while or cond, with the schedule of each of its regions
-    Pack      heavy ops that one superkernel runs; members may come from any family
-    Array     one stacked array of weights: row r is one tenant's prepared weight, in the layout its readers want
-    Bundle    families, schedule and arrays: everything that lowering needs, and nothing about values
+    Step        an equation that all lanes of its family run together, or lane by lane
+    Loop        a scan, while or cond, with the schedule of each of its regions
+    Pack        heavy ops that one superkernel runs; members may come from any family
+    JointStep   equal equations of several members' families that run as one, on what a pack left stacked
+    JointLoop   scans of several families that run as one, with one schedule for their bodies
+    Array       one stacked array of weights: row r is one tenant's prepared weight, in the layout its readers want
+    Bundle      families, schedule and arrays: everything that lowering needs, and nothing about values
 
 A schedule is a topological order: whatever an item reads is bound by an item before it, or is an argument. Each
 variable belongs to one family, so (family, variable) names a value in every scope.
@@ -12,75 +14,33 @@ variable belongs to one family, so (family, variable) names a value in every sco
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from coalesce import jaxpr as J
+from coalesce.clusters import Cluster
 from coalesce.errors import IRError
 from coalesce.family import Family
 from coalesce.heavy import HeavyOp
-from coalesce.layout import AS_IS, Layout
+from coalesce.layout import Layout
+from coalesce.member import Fold, fold, Member, stacked_fold
+from coalesce.record import Record
 
-
-@dataclass(frozen=True, eq=False)
-class Member:
-    """A heavy op of a family, for all of the family's lanes."""
-
-    family: int
-    site: str  # "12", or "7.body.3" for an equation of a loop's body: position in the family's program
-    eqn: J.Eqn
-    op: HeavyOp
-    width: int  # lanes
-    lhs_varies: bool  # whether the left operand differs between lanes
-    rhs_varies: bool
-    weight: int | None  # which weight of the family the right operand is, if it is one
-
-
-@dataclass(frozen=True)
-class Fold:
-    """How the lanes of a member are laid out for a kernel: `groups` distinct right operands, `per_group` lanes on each.
-
-    `order[g][r]` is the lane in place (g, r); groups smaller than the largest repeat a lane of their own, and
-    `place[lane]` is where a lane's result is found in the flattened (g, r).
-    """
-
-    groups: int
-    per_group: int
-    order: tuple[tuple[int, ...], ...]
-    place: tuple[int, ...]
-
-    @property
-    def padding(self) -> int:
-        """Places that hold a repeated lane."""
-        return self.groups * self.per_group - len(set(self.place))
-
-
-def fold(member: Member, family: Family) -> Fold:
-    """Lanes with one right operand become rows of one matrix product."""
-    lanes = range(member.width)
-    rows = (
-        family.rows[member.weight]
-        if member.weight is not None
-        else tuple(lanes)
-        if member.rhs_varies
-        else (0,) * len(lanes)
-    )
-    if not member.lhs_varies:  # one left operand: compute each distinct result once
-        groups = max(rows) + 1
-        return Fold(groups, 1, tuple((rows.index(g),) for g in range(groups)), rows)
-    groups = [[lane for lane in lanes if rows[lane] == g] for g in range(max(rows) + 1)]
-    per = max(map(len, groups))
-    place = {lane: g * per + r for g, group in enumerate(groups) for r, lane in enumerate(group)}
-    order = tuple(tuple((group + [group[0]] * per)[:per]) for group in groups)
-    return Fold(len(groups), per, order, tuple(place[lane] for lane in lanes))
+STACKED = ("equal", "padded")  # forms whose results stay stacked
 
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """One superkernel, or one heavy op alone (`width` 1)."""
+    """One superkernel, or one heavy op alone (`width` 1).
+
+    `form` says how members of different shapes share it (see coalesce.unify); "" is a pack of one family, whose lanes
+    share operands as `fold` says. Results of the forms "equal" and "padded" stay stacked.
+    """
 
     index: int
     members: tuple[Member, ...]
+    op: HeavyOp  # what the kernel runs: the members' own, or what they are padded to
+    form: str = ""
     kernel: str = ""  # chosen by choose_kernels
     reason: str = ""  # of width 1: why nothing else is in it
     array: int | None = None  # the array its right operands lie in, set by plan_layouts
@@ -88,6 +48,11 @@ class Pack:
     @property
     def width(self) -> int:
         return sum(m.width for m in self.members)
+
+    @property
+    def families(self) -> tuple[int, ...]:
+        """The families of its members, each once."""
+        return tuple(dict.fromkeys(m.family for m in self.members))
 
     @property
     def name(self) -> str:
@@ -103,10 +68,21 @@ class Step:
     eqn: J.Eqn
     each: str = ""
     alone: tuple[Member, ...] = ()  # heavy ops inside an equation that is not walked into
+    weights: tuple[int | None, ...] = ()  # for each operand, which weight of the family it is, if it is one
+    stacks: bool = True  # whether lanes have results of their own, and batching them changes nothing but their place
 
     @property
     def why_alone(self) -> str:
         return self.each or f"inside {self.eqn.primitive.name}, which runs as it is"
+
+
+@dataclass(frozen=True, eq=False)
+class JointStep:
+    """`parts[i]` is the equation of the i-th member of the pack that its operands come from. `arrays[k]` is the array
+    of operand k, if that is a weight of each part."""
+
+    parts: tuple[Step, ...]
+    arrays: tuple[int | None, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,18 +98,47 @@ class Loop:
     decides: bool = False
 
 
-Item = Step | Loop | Pack
+@dataclass(frozen=True, eq=False)
+class JointLoop:
+    """Scans that run as one; `body` schedules the bodies of all. It runs as often as the longest, and a shorter one
+    keeps its carry from its own end on."""
+
+    parts: tuple[Loop, ...]
+    body: Schedule
+    stacked: tuple[tuple[int, ...], ...] = ()  # carries that stay one stack: for each, its position in every part
+
+    @property
+    def length(self) -> int:
+        return max(J.as_scan(part.eqn).length for part in self.parts)
+
+
+Place = tuple[int, str]  # (family, site)
+Item = Step | JointStep | Loop | JointLoop | Pack
 Schedule = tuple[Item, ...]
 
 
 @dataclass(frozen=True)
+class Aligned:
+    """Packs or scans of several families that are to run as one: each by the place of its first member."""
+
+    places: tuple[Place, ...]
+    form: str  # of coalesce.unify; "scan" for scans
+    stacked: bool = False  # whether another aligned pack leaves all their operands stacked
+
+
+@dataclass(frozen=True)
 class Array:
-    """`rows[r]` = (tenant, prepared weight): what lies in row r, in `layout`."""
+    """`rows[r]` = (tenant, prepared weight): what lies in row r, in `layouts[r]`."""
 
     rows: tuple[tuple[int, int], ...]
-    shape: tuple[int, ...]  # of one row, in layout
+    shape: tuple[int, ...]  # of one row, in its layout
     dtype: str
-    layout: Layout = AS_IS
+    layouts: tuple[Layout, ...]
+
+    @property
+    def layout(self) -> str:
+        """The layouts of its rows, each once."""
+        return "; ".join(dict.fromkeys(map(str, self.layouts)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,26 +152,67 @@ class Bundle:
     stored: Mapping[tuple[int, int], int] = field(
         default_factory=dict
     )  # (family, weight) -> the array other readers read
+    aligned: tuple[Aligned, ...] = ()  # what `align` chose to issue together
+    clusters: tuple[Cluster, ...] = ()  # packs that are near enough in shape to share a superkernel, by place
+    predicted_us: float = 0.0  # what `aligned` wins, by the cost model
+    records: Mapping[Place, Record] = field(default_factory=dict)  # why each heavy op is where it is
+
+
+def bodies(item: Item) -> tuple[Schedule, ...]:
+    """The schedules inside an item."""
+    match item:
+        case Loop():
+            return item.bodies
+        case JointLoop():
+            return (item.body,)
+    return ()
 
 
 def items(schedule: Schedule) -> Iterator[Item]:
     """Every item, those of loop bodies after their loop."""
     for item in schedule:
         yield item
-        if isinstance(item, Loop):
-            for body in item.bodies:
-                yield from items(body)
+        for body in bodies(item):
+            yield from items(body)
 
 
 def packs(schedule: Schedule) -> Iterator[Pack]:
     return (item for item in items(schedule) if isinstance(item, Pack))
 
 
+def place_of(item: Item) -> Place:
+    """What a pack or loop is called: the place of its first member."""
+    match item:
+        case Pack():
+            return item.members[0].family, item.members[0].site
+        case JointLoop() | JointStep():
+            return item.parts[0].family, item.parts[0].site
+    return item.family, item.site
+
+
 def equations(item: Item) -> list[tuple[int, J.Eqn]]:
     """(family, equation) of everything that an item runs at its own level."""
-    if isinstance(item, Pack):
-        return [(m.family, m.eqn) for m in item.members]
+    match item:
+        case Pack():
+            return [(m.family, m.eqn) for m in item.members]
+        case JointStep() | JointLoop():
+            return [(part.family, part.eqn) for part in item.parts]
     return [(item.family, item.eqn)]
+
+
+def folds_of(pack: Pack, families: Sequence[Family]) -> list[Fold]:
+    """How lanes lie in a pack: for each member, or for all of them as one in the forms that stack."""
+    if pack.form in STACKED:
+        return [stacked_fold(pack.members, families)]
+    return [fold(m, families[m.family]) for m in pack.members]
+
+
+def problems(pack: Pack, families: Sequence[Family]) -> tuple[int, int]:
+    """(problems with a right operand of their own, lanes that share each) of a superkernel."""
+    folds = folds_of(pack, families)
+    if pack.form == "product":
+        return sum(how.groups * m.op.batch for m, how in zip(pack.members, folds, strict=True)), 1
+    return sum(how.groups for how in folds), folds[0].per_group
 
 
 def map_packs(schedule: Schedule, new: Mapping[int, Pack]) -> Schedule:
@@ -177,9 +223,42 @@ def map_packs(schedule: Schedule, new: Mapping[int, Pack]) -> Schedule:
             return new[item.index]
         if isinstance(item, Loop):
             return replace(item, bodies=tuple(map_packs(body, new) for body in item.bodies))
+        if isinstance(item, JointLoop):
+            return replace(item, body=map_packs(item.body, new))
         return item
 
     return tuple(map(one, schedule))
+
+
+def map_joint_steps(schedule: Schedule, change: Callable[[JointStep], JointStep]) -> Schedule:
+    """The schedule with every joint step changed; others, and what holds none, stay the same objects."""
+
+    def one(item: Item) -> Item:
+        match item:
+            case JointStep():
+                return change(item)
+            case Loop():
+                inner = tuple(map_joint_steps(body, change) for body in item.bodies)
+                return item if inner == item.bodies else replace(item, bodies=inner)
+            case JointLoop():
+                body = map_joint_steps(item.body, change)
+                return item if body == item.body else replace(item, body=body)
+        return item
+
+    return tuple(map(one, schedule))
+
+
+def rows_of_parts(step: JointStep, operand: int, bundle: Bundle) -> tuple[int, ...]:
+    """Which row of its array each lane reads, for an operand that is a weight of each part."""
+    rows: list[int] = []
+    start = 0
+    for part in step.parts:
+        family = bundle.families[part.family]
+        w = part.weights[operand]
+        assert w is not None, f"operand {operand} of the step at {part.site} is no weight"
+        rows += [start + row for row in family.rows[w]]
+        start += len(family.owners[w])
+    return tuple(rows)
 
 
 def check_bundle(bundle: Bundle) -> None:
@@ -203,6 +282,9 @@ def check_schedule(schedule: Schedule, scopes: Sequence[tuple[int, list[J.Var], 
                 if not isinstance(atom, J.Literal) and (f, atom) not in bound:
                     raise IRError(f"family {f}: {eqn.primitive.name} runs before what it reads")
         bound |= {(f, v) for f, eqn in ran for v in eqn.outvars}  # members of a pack see nothing of each other
+        if isinstance(item, JointLoop):
+            inner = [(part.family, J.as_scan(part.eqn).body) for part in item.parts]
+            check_schedule(item.body, [(f, J.invars(body), body) for f, body in inner])
         if isinstance(item, Loop):
             if len(item.bodies) != len(J.regions(item.eqn)):
                 raise IRError(

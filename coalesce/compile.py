@@ -11,15 +11,17 @@ from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr
 
 from coalesce import jaxpr as J
-from coalesce.bank import bank_structs, build_bank, on_device
+from coalesce.bank import bank_structs, build_bank, default_device, on_device
 from coalesce.bundle import Bundle
 from coalesce.call import Caller
+from coalesce.clusters import WASTE_BOUND
+from coalesce.costs import Costs, device_of
 from coalesce.errors import PlanError, TraceError
 from coalesce.explain import bundle_text, explain
 from coalesce.family import find_families
 from coalesce.kernels import choose
 from coalesce.lower import lower
-from coalesce.passes.bundle_pipeline import BundleStep, plan
+from coalesce.passes.bundle_pipeline import BundleStep, plan, POLICIES
 from coalesce.passes.pipeline import normalise, Normalised
 from coalesce.program import Program
 from coalesce.report import Report, report_of
@@ -28,8 +30,11 @@ from coalesce.report import Report, report_of
 def fuse(
     programs: Sequence[Program],
     *,
+    policy: str = "auto",
+    waste_bound: float = WASTE_BOUND,
     within_program: bool = False,
     pack_unbounded_loops: bool = False,
+    costs: Costs | None = None,
     choose_kernel: Callable[..., str] = choose,
     platform: str | None = None,
     strict: bool = False,
@@ -40,10 +45,14 @@ def fuse(
 
     Args:
       programs: what `trace` gave, in any mix; names must differ.
+      policy: what runs together across families, whose tenants run different programs. "auto": what the cost model
+        predicts to win; "always": whatever is legal within the waste bound; "never": nothing.
+      waste_bound: the largest share of an op's FLOPs in a superkernel that may be padding, in [0, 1).
       within_program: also pack independent equal ops of one program, such as the Q, K and V of attention.
       pack_unbounded_loops: also batch while loops whose trip count depends on the lane. One lane that never ends
         (a NaN in its predicate, say) then keeps all lanes from ending; and lanes that are done still run the loops
         inside, as under `jax.vmap`, on the values they ended with.
+      costs: predictions for the device that will run it; those of the default device, or of the platform, unless given.
       choose_kernel: (HeavyOp, number of problems, platform) -> a name in coalesce.kernels.KERNELS.
       platform: what kernels are chosen for; the default backend's unless given.
       strict: run JAX's own type check after every pass (for tests and for writing passes; slow).
@@ -57,6 +66,10 @@ def fuse(
         raise PlanError(f"fuse got one program, {programs.name!r}; give it a list of them")
     programs = list(programs)
     check_names(programs)
+    if policy not in POLICIES:
+        raise PlanError(f"policy is {policy!r}; expected one of {', '.join(map(repr, POLICIES))}")
+    if not 0 <= waste_bound < 1:
+        raise PlanError(f"waste_bound is {waste_bound}; it is a share of the work and lies in [0, 1)")
     check_usable(programs)
     memo: dict[int, Normalised] = {}
     normalised = []
@@ -67,11 +80,27 @@ def fuse(
             done = memo[id(program.jaxpr)] = normalise(program.without_values(), strict=strict)
         normalised.append(program.with_jaxpr(done.program.jaxpr, done.program.prepare))
     bundle = Bundle(tuple(p.name for p in programs), find_families(normalised))
-    options = dict(within_program=within_program, pack_unbounded_loops=pack_unbounded_loops)
-    steps = plan(bundle, platform=platform or jax.default_backend(), choice=choose_kernel, **options)
+    steps = plan(
+        bundle,
+        platform=platform or jax.default_backend(),
+        costs=costs or default_costs(platform),
+        policy=policy,
+        waste_bound=waste_bound,
+        choice=choose_kernel,
+        within_program=within_program,
+        pack_unbounded_loops=pack_unbounded_loops,
+    )
     histories = tuple(memo[id(p.jaxpr)] for p in programs)
     bank = None if any(p.abstract for p in programs) else build_bank(steps[-1].bundle, normalised)
     return Fused(tuple(normalised), histories, steps, bank)
+
+
+def default_costs(platform: str | None) -> Costs:
+    """Predictions for the default device, or for a usual one of another platform."""
+    if platform in (None, jax.default_backend()):
+        device = default_device()
+        return Costs(device_of(device.platform, device.device_kind))
+    return Costs(device_of(platform))
 
 
 def check_names(programs: Sequence[Program]) -> None:
@@ -152,6 +181,11 @@ class Fused:
     def bundle(self) -> Bundle:
         """The plan: families, schedule and weight arrays."""
         return self._steps[-1].bundle
+
+    @property
+    def steps(self) -> tuple[BundleStep, ...]:
+        """The bundle after each pass, with the pass's name and time."""
+        return self._steps
 
     @property
     def bank(self) -> tuple[jax.Array, ...]:

@@ -7,8 +7,23 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Bundle, fold, items, Loop, Member, Pack, packs, Schedule, Step
+from coalesce.bundle import (
+    Aligned,
+    Bundle,
+    items,
+    JointLoop,
+    JointStep,
+    Loop,
+    Pack,
+    packs,
+    Place,
+    problems,
+    Schedule,
+    Step,
+)
+from coalesce.clusters import clusters_text
 from coalesce.family import literal_splits
+from coalesce.member import Member
 from coalesce.passes.bundle_pipeline import BundleStep
 from coalesce.passes.pipeline import Normalised
 from coalesce.program import Program
@@ -31,17 +46,35 @@ def lines(programs: Sequence[Program], histories: Sequence[Normalised], steps: S
                 yield str(step.program)
     for step in steps:
         yield f"\n# bundle: after {step.name} ({step.seconds * 1e3:.1f} ms)"
-        yield bundle_text(step.bundle)
+        match step.name:
+            case "cluster":
+                yield clusters_text(step.bundle.clusters)
+            case "align":
+                yield from (aligned_text(group) for group in step.bundle.aligned)
+            case _:
+                yield bundle_text(step.bundle)
     yield "\n# families"
     yield from family_lines(bundle)
     yield "\n# superkernels"
     yield from (pack_text(pack, bundle) for pack in packs(bundle.schedule) if pack.width > 1)
+    if bundle.records:
+        yield "\n# across families"
+        yield f"predicted to win {bundle.predicted_us:.1f} us a round"
+        yield from (f"{place_text(place)}: {record}" for place, record in bundle.records.items())
     yield "\n# heavy ops left alone"
     yield from (f"{member_text(m, bundle)}: {m.op.shape}: {reason}" for m, reason in alone_members(bundle))
     yield "\n# run lane by lane"
     for item in items(bundle.schedule):
         if isinstance(item, Step) and item.each:
             yield f"family {item.family} at {item.site}: {item.eqn.primitive.name}: {item.each}"
+
+
+def place_text(place: Place) -> str:
+    return f"family {place[0]} at {place[1]}"
+
+
+def aligned_text(group: Aligned) -> str:
+    return f"{group.form}: {' with '.join(map(place_text, group.places))}"
 
 
 def by_history(programs: Sequence[Program], histories: Sequence[Normalised]) -> list[tuple[Normalised, str]]:
@@ -89,6 +122,19 @@ def schedule_lines(bundle: Bundle, schedule: Schedule, names: dict[int, Names], 
                 yield from (f"{indent}  f{m.family}: {equation(m.eqn, names[m.family])}" for m in item.members)
             case Step(family, _, eqn, each):
                 yield f"{indent}f{family}: {equation(eqn, names[family])}{f'  # lane by lane: {each}' if each else ''}"
+            case JointStep(parts):
+                yield f"{indent}together"
+                yield from (f"{indent}  f{p.family}: {equation(p.eqn, names[p.family])}" for p in parts)
+            case JointLoop(parts, body):
+                yield f"{indent}together, {item.length} steps"
+                for part in parts:
+                    region = J.as_scan(part.eqn).body
+                    yield f"{indent}  f{part.family}: {equation(part.eqn, names[part.family])}"
+                    yield f"{indent}    ({', '.join(map(names[part.family].typed, J.invars(region)))})"
+                yield from schedule_lines(bundle, body, names, indent + "      ")
+                for part in parts:
+                    outs = ", ".join(map(names[part.family], J.outvars(J.as_scan(part.eqn).body)))
+                    yield f"{indent}      -> f{part.family}: {outs}"
             case Loop(family, _, eqn, bodies):
                 yield f"{indent}f{family}: {equation(eqn, names[family])}"
                 for body, region in zip(bodies, J.regions(eqn), strict=True):
@@ -101,15 +147,13 @@ def pack_text(pack: Pack, bundle: Bundle) -> str:
     """One line: width, members, shape, kernel, waste."""
     total, padding = flops(pack, bundle)
     waste = f", {padding / total:.1%} padding" if padding else ""
-    folds = [fold(m, bundle.families[m.family]) for m in pack.members]
-    groups = sum(f.groups for f in folds)
-    problems = (
-        f" as {groups} problem{'s' * (groups > 1)} of {folds[0].per_group} lanes" if folds[0].per_group > 1 else ""
-    )
+    groups, rows = problems(pack, bundle.families)
+    shared = f" as {groups} problem{'s' * (groups > 1)} of {rows} lanes" if rows > 1 else ""
     where = " + ".join(member_text(m, bundle) for m in pack.members)
     kernel = f": {pack.kernel}" if pack.kernel else ""
+    form = f" {pack.form}" if pack.form else ""
     array = f" on array {pack.array}" if pack.array is not None else ""
-    return f"pack {pack.index} x{pack.width} {pack.members[0].op.shape}{kernel}{array}{problems}{waste} [{where}]"
+    return f"pack {pack.index} x{pack.width} {pack.op.shape}{form}{kernel}{array}{shared}{waste} [{where}]"
 
 
 def member_text(member: Member, bundle: Bundle) -> str:
@@ -118,4 +162,4 @@ def member_text(member: Member, bundle: Bundle) -> str:
         if member.width > 1
         else f" ({bundle.tenants[bundle.families[member.family].lanes[0].tenant]})"
     )
-    return f"family {member.family} at {member.site}{lanes}"
+    return place_text((member.family, member.site)) + lanes

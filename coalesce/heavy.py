@@ -36,6 +36,7 @@ class HeavyOp:
     out: Any
     params: Any  # the equation's parameters: hashable as `key` is
     key: Hashable
+    context: Hashable = ()  # what of the equation's context changes what it computes: J.context_key
 
     @property
     def flops(self) -> int:
@@ -75,7 +76,8 @@ def heavy_op(eqn: J.Eqn) -> HeavyOp:
     key = (eqn_key(eqn), lhs.shape, str(lhs.dtype), rhs.shape, str(rhs.dtype))
     dims = dot_dims if eqn.primitive.name == "dot_general" else conv_dims
     kind = "dot" if eqn.primitive.name == "dot_general" else "conv"
-    return HeavyOp(kind, *dims(eqn.params, lhs.shape, rhs.shape, out.shape), lhs, rhs, out, eqn.params, key)
+    sizes = dims(eqn.params, lhs.shape, rhs.shape, out.shape)
+    return HeavyOp(kind, *sizes, lhs, rhs, out, eqn.params, key, J.context_key(eqn))
 
 
 def dot_dims(

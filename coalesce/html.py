@@ -17,11 +17,25 @@ from string import Template
 from jax.extend.core import ClosedJaxpr
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Bundle, equations, fold, Item, items, Loop, Member, Pack, packs, Schedule, Step
+from coalesce.bundle import (
+    Bundle,
+    equations,
+    Item,
+    items,
+    JointLoop,
+    JointStep,
+    Loop,
+    Pack,
+    packs,
+    problems,
+    Schedule,
+    Step,
+)
 from coalesce.compile import Fused
-from coalesce.explain import member_text
+from coalesce.explain import member_text, place_text
 from coalesce.family import literal_splits
 from coalesce.heavy import heavy_eqns, is_heavy
+from coalesce.member import Member
 from coalesce.report import alone_members, flops, Report
 from coalesce.text import equation, Names
 
@@ -100,7 +114,7 @@ def pack_entry(pack: Pack, bundle: Bundle) -> Html:
     return el(
         "li",
         el("span", str(pack.index), class_="chip"),
-        el("code", pack.members[0].op.shape),
+        el("code", pack.op.shape),
         el("span", f"{plural(pack.width, 'lane')}, {pack.kernel}, padding {padding(pack, bundle)}", class_="why"),
         el("span", *(part for m in pack.members for part in (link(m, bundle), " ")), class_="members"),
         data_pack=pack.index,
@@ -168,6 +182,12 @@ class Column:
         if isinstance(item, Pack):
             kind = "heavy" if item.width > 1 else "heavy alone"
             return el("li", self.line(eqn, site, pack_facts(item, self.bundle), kind, item))
+        if isinstance(item, JointStep):
+            return el("li", self.line(eqn, site, [company(item.parts, self.index, site)]))
+        if isinstance(item, JointLoop):
+            region = J.as_scan(eqn).body
+            inside = [self.arguments("body", region), self.scheduled(region, item.body, f"{site}.body.")]
+            return el("li", self.line(eqn, site, [company(item.parts, self.index, site)]), *inside)
         if isinstance(item, Loop):
             inner: list[Html] = []
             for label, body, region in zip(J.region_labels(eqn), item.bodies, J.regions(eqn), strict=True):
@@ -233,17 +253,24 @@ class Column:
         return el("li", f"-> {', '.join(map(self.names, J.outvars(jaxpr)))}", class_="label")
 
 
+def company(parts: Iterable[Step | Loop], family: int, site: str) -> str:
+    """With which equations of other families one runs."""
+    others = [(part.family, part.site) for part in parts if (part.family, part.site) != (family, site)]
+    return f"together with: {', '.join(map(place_text, others))}"
+
+
 def pack_facts(pack: Pack, bundle: Bundle) -> Iterator[str]:
     """What a pack is, one fact a line."""
     yield f"pack: {pack.index}, a superkernel of {pack.width} lanes" if pack.width > 1 else f"alone: {pack.reason}"
-    yield f"work: {pack.members[0].op.shape}"
+    yield f"work: {pack.op.shape}"
     yield f"kernel: {pack.kernel}"
     if pack.width > 1:
-        folds = [fold(m, bundle.families[m.family]) for m in pack.members]
+        groups, rows = problems(pack, bundle.families)
         yield f"members: {', '.join(member_text(m, bundle) for m in pack.members)}"
-        per_group = max(f.per_group for f in folds)
-        yield f"problems: {sum(f.groups for f in folds)} different right operands, {plural(per_group, 'lane')} on each"
+        yield f"problems: {groups} different right operands, {plural(rows, 'lane')} on each"
         yield f"padding: {padding(pack, bundle)}"
+    records = {place: bundle.records.get(place) for place in ((m.family, m.site) for m in pack.members)}
+    yield from (f"{place_text(place)}: {record}" for place, record in records.items() if record is not None)
     if pack.array is not None:
         array = bundle.arrays[pack.array]
         yield f"weights: array {pack.array}, {plural(len(array.rows), 'row')} of {array.dtype}{list(array.shape)}"

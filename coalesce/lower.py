@@ -10,25 +10,29 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Bundle, Fold, fold, Loop, Member, Pack, Schedule, Step
-from coalesce.kernels import KERNELS
+from coalesce.bundle import Bundle, JointLoop, JointStep, Loop, Pack, rows_of_parts, Schedule, Step
+from coalesce.joint import moves_apart, run
 from coalesce.lanes import (
     apply,
     apply_each,
     Banked,
     Env,
     from_lanes,
+    join,
+    Joint,
     LaneValue,
-    read_bank,
+    Part,
+    plain,
     Shared,
     Stacked,
     take,
 )
-from coalesce.layout import Layout
 from coalesce.lower_control import lower_loop
+from coalesce.lower_pack import lower_pack
+from coalesce.lower_scans import lower_scans
+from coalesce.unify import largest
 
 
 def lower(
@@ -52,7 +56,7 @@ def lower(
         walk.run(bundle.schedule, env)
         outputs: list[list[Any]] = [[] for _ in bundle.tenants]
         for f, family in enumerate(bundle.families):
-            results = [read_bank(walk.read(env, f, atom)) for atom in J.outvars(family.jaxpr)]
+            results = [plain(walk.read(env, f, atom)) for atom in J.outvars(family.jaxpr)]
             for ln, values in zip(family.lanes, by_lane(results, family.width, backend), strict=True):
                 outputs[ln.tenant] = values
         return outputs
@@ -105,11 +109,34 @@ class Walk:
                     args = [self.read(env, family, a) for a in eqn.invars]
                     outs = apply_each(eqn, args, self.width(family)) if each else apply(eqn, args)
                     self.bind(env, family, eqn, outs)
+                case JointStep():
+                    self.together(item, env)
                 case Loop(family, _, eqn):
                     self.bind(env, family, eqn, lower_loop(self, item, env))
+                case JointLoop(parts, body, together):
+                    for part, outs in zip(parts, lower_scans(self, parts, body, together, env), strict=True):
+                        self.bind(env, part.family, part.eqn, outs)
 
     def bind(self, env: Env, family: int, eqn: J.Eqn, outs: Sequence[LaneValue]) -> None:
         env.update(((family, v), out) for v, out in zip(eqn.outvars, outs, strict=True) if not J.is_drop(v))
+
+    def apart(self, step: JointStep, args: Sequence[Joint | None], env: Env) -> None:
+        """Each part by itself, and the results in one stack."""
+        outs: list[list[LaneValue]] = []
+        for i, part in enumerate(step.parts):
+            atoms = zip(part.eqn.invars, args, strict=True)
+            own = [self.read(env, part.family, a) if arg is None else Part(arg, i) for a, arg in atoms]
+            outs.append(apply(part.eqn, own))
+        lanes = [self.width(part.family) for part in step.parts]
+        for k, column in enumerate(zip(*outs, strict=True)):
+            shapes = [J.shape(part.eqn.outvars[k]) for part in step.parts]
+            self.bind_parts(env, step, k, join(column, lanes, largest(shapes)))
+
+    def bind_parts(self, env: Env, step: JointStep, k: int, joint: Joint) -> None:
+        """The k-th result of each part."""
+        for part, value in zip(step.parts, joint.parts(), strict=True):
+            if not J.is_drop(var := part.eqn.outvars[k]):
+                env[part.family, var] = value
 
     def pack(self, pack: Pack, env: Env) -> None:
         if pack.width == 1 and pack.kernel in AS_WRITTEN:  # nothing to stack: the tenant's own equation
@@ -118,46 +145,34 @@ class Walk:
             weights = Banked(self.bank[pack.array], (0,)) if pack.array is not None else self.read(env, m.family, rhs)
             self.bind(env, m.family, m.eqn, apply(m.eqn, [self.read(env, m.family, lhs), weights]))
             return
-        folds = [fold(m, self.bundle.families[m.family]) for m in pack.members]
-        lhs = [self.left(m, how, env) for m, how in zip(pack.members, folds, strict=True)]
-        op, kernel = pack.members[0].op, KERNELS[pack.kernel]
+        left = [self.read(env, m.family, m.eqn.invars[0]) for m in pack.members]
         if pack.array is not None:
-            rhs = self.bank[pack.array]
+            right = self.bank[pack.array]
         else:
-            rhs = joined([self.right(m, kernel.layout(m.op), env) for m in pack.members])
+            right = [self.read(env, m.family, m.eqn.invars[1]) for m in pack.members]
+        for m, out in zip(pack.members, lower_pack(pack, self.bundle.families, left, right), strict=True):
+            self.bind(env, m.family, m.eqn, [out])
 
-        def run(x: Any, w: Any) -> Any:
-            return kernel.run(op, x, w)
-
-        run.__name__ = run.__qualname__ = pack.name
-        with J.context_of(pack.members[0].eqn), jax.named_scope(pack.name):
-            out = jax.jit(run)(joined(lhs), rhs)
-        start = 0
-        for m, how in zip(pack.members, folds, strict=True):
-            self.bind(env, m.family, m.eqn, [unfolded(out[start : start + how.groups], m, how)])
-            start += how.groups
-
-    def left(self, member: Member, how: Fold, env: Env) -> Any:
-        """The left operand as [groups, per_group, ...]."""
-        value = read_bank(self.read(env, member.family, member.eqn.invars[0]))
-        if isinstance(value, Shared):
-            return jnp.broadcast_to(value.value, (how.groups, 1, *jnp.shape(value.value)))
-        x = take(value.value, [i for group in how.order for i in group])
-        return x.reshape(how.groups, how.per_group, *x.shape[1:])
-
-    def right(self, member: Member, layout: Layout, env: Env) -> Any:
-        """A right operand that is no weight, as [groups, ...] in the kernel's layout."""
-        value = read_bank(self.read(env, member.family, member.eqn.invars[1]))
-        x = value.value[None] if isinstance(value, Shared) else value.value
-        return jax.vmap(layout)(x)
-
-
-def joined(parts: Sequence[Any]) -> Any:
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-
-
-def unfolded(out: Any, member: Member, how: Fold) -> LaneValue:
-    flat = out.reshape(how.groups * how.per_group, *out.shape[2:])
-    if not (member.lhs_varies or member.rhs_varies):
-        return Shared(flat[0])
-    return Stacked(take(flat, how.place)) if member.width > 1 else Shared(flat[0])
+    def together(self, step: JointStep, env: Env) -> None:
+        """Equations of several members, as one."""
+        eqns = [part.eqn for part in step.parts]
+        lanes = [self.width(part.family) for part in step.parts]
+        args: list[Joint | None] = []
+        for k, array in enumerate(step.arrays):
+            atoms = [eqn.invars[k] for eqn in eqns]
+            if isinstance(atoms[0], J.Literal):
+                args.append(None)
+                continue
+            shapes = [J.shape(atom) for atom in atoms]
+            if array is not None:
+                rows = rows_of_parts(step, k, self.bundle)
+                args.append(Joint(take(self.bank[array], rows), tuple(lanes), tuple(shapes), zeros=True))
+                continue
+            values = [self.read(env, part.family, atom) for part, atom in zip(step.parts, atoms, strict=True)]
+            args.append(join(values, lanes, largest(shapes)))
+        if moves_apart(eqns):
+            self.apart(step, args, env)
+            return
+        for k, out in enumerate(run(eqns, args)):
+            shapes = tuple(J.shape(eqn.outvars[k]) for eqn in eqns)
+            self.bind_parts(env, step, k, Joint(out, tuple(lanes), shapes))

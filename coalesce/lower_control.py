@@ -11,7 +11,7 @@ from jax import lax
 
 from coalesce import jaxpr as J
 from coalesce.bundle import Loop, Schedule
-from coalesce.lanes import Banked, Env, LaneValue, read_bank, Shared, Stacked, stacked
+from coalesce.lanes import Banked, Env, InPacks, LaneValue, Part, plain, Shared, Stacked, stacked
 
 
 @runtime_checkable
@@ -29,22 +29,28 @@ def lower_loop(walk: Walk, loop: Loop, env: Env) -> list[LaneValue]:
 
 
 def region(
-    walk: Walk, loop: Loop, schedule: Schedule, jaxpr: Any, args: Sequence[LaneValue | None]
+    walk: Walk, loop: Loop, schedule: Schedule, jaxpr: Any, args: Sequence[LaneValue | InPacks]
 ) -> list[Shared | Stacked]:
-    """Run the schedule of one region on its arguments; None stands for a weight that only packs read."""
+    """Run the schedule of one region on its arguments."""
     pairs = zip(J.invars(jaxpr), args, strict=True)
-    inner: Env = {(loop.family, var): value for var, value in pairs if value is not None}
+    inner: Env = {(loop.family, var): value for var, value in pairs if not isinstance(value, InPacks)}
     walk.run(schedule, inner)
-    return [read_bank(walk.read(inner, loop.family, atom)) for atom in J.outvars(jaxpr)]
+    return [plain(walk.read(inner, loop.family, atom)) for atom in J.outvars(jaxpr)]
 
 
-def operands(walk: Walk, loop: Loop, env: Env, atoms: Sequence[J.Atom]) -> list[LaneValue | None]:
-    return [walk.read(env, loop.family, a) if isinstance(a, J.Literal) else env.get((loop.family, a)) for a in atoms]
+def invariants(walk: Walk, loop: Loop, env: Env, atoms: Sequence[J.Atom]) -> list[LaneValue | InPacks]:
+    """Operands that are the same in every step; among them may be weights that packs alone read."""
+    unread = [not isinstance(a, J.Literal) and (loop.family, a) not in env for a in atoms]
+    return [InPacks() if no else walk.read(env, loop.family, a) for a, no in zip(atoms, unread, strict=True)]
 
 
-def as_flagged(values: Sequence[LaneValue | None], flags: Sequence[bool], lanes: int) -> list[Any]:
+def operands(walk: Walk, loop: Loop, env: Env, atoms: Sequence[J.Atom]) -> list[LaneValue]:
+    return [walk.read(env, loop.family, a) for a in atoms]
+
+
+def as_flagged(values: Sequence[LaneValue], flags: Sequence[bool], lanes: int) -> list[Any]:
     """Raw arrays: [L, ...] where the flag is set, one lane's own elsewhere."""
-    return [stacked(v, lanes) if flag else read_bank(v).value for v, flag in zip(values, flags, strict=True)]  # type: ignore
+    return [stacked(v, lanes) if flag else plain(v).value for v, flag in zip(values, flags, strict=True)]
 
 
 def from_flags(values: Sequence[Any], flags: Sequence[bool]) -> list[LaneValue]:
@@ -53,7 +59,7 @@ def from_flags(values: Sequence[Any], flags: Sequence[bool]) -> list[LaneValue]:
 
 def scan(walk: Walk, loop: Loop, env: Env) -> list[LaneValue]:
     parts, lanes, flags = J.as_scan(loop.eqn), walk.width(loop.family), loop.varies
-    consts = operands(walk, loop, env, parts.consts)
+    consts = invariants(walk, loop, env, parts.consts)
     init = as_flagged(operands(walk, loop, env, parts.init), flags, lanes)
     xs = [one_value(walk.read(env, loop.family, a)) for a in parts.xs]
     y_flags: list[bool] = []
@@ -77,8 +83,9 @@ def scan(walk: Walk, loop: Loop, env: Env) -> list[LaneValue]:
 
 
 def one_value(value: LaneValue) -> LaneValue:
-    """A weight that all lanes share, as the shared value that it is."""
-    return read_bank(value) if isinstance(value, Banked) and len(set(value.rows)) == 1 else value
+    """A weight that all lanes share, as the shared value that it is; a part of a stack by itself."""
+    one = isinstance(value, Part) or (isinstance(value, Banked) and len(set(value.rows)) == 1)
+    return plain(value) if one else value
 
 
 def step_of(value: LaneValue, at: Any) -> LaneValue:
@@ -86,7 +93,7 @@ def step_of(value: LaneValue, at: Any) -> LaneValue:
     whole, which may be the weights of all layers."""
     if isinstance(value, Banked):
         return Banked(index_behind(value.array, at), value.rows)
-    return Stacked(index_behind(read_bank(value).value, at))
+    return Stacked(index_behind(plain(value).value, at))
 
 
 def index_behind(x: Any, at: Any) -> Any:
@@ -97,8 +104,8 @@ def index_behind(x: Any, at: Any) -> Any:
 
 def while_loop(walk: Walk, loop: Loop, env: Env) -> list[LaneValue]:
     parts, lanes, flags = J.as_while(loop.eqn), walk.width(loop.family), loop.varies
-    cond_consts = operands(walk, loop, env, parts.cond_consts)
-    body_consts = operands(walk, loop, env, parts.body_consts)
+    cond_consts = invariants(walk, loop, env, parts.cond_consts)
+    body_consts = invariants(walk, loop, env, parts.body_consts)
     init = as_flagged(operands(walk, loop, env, parts.init), flags, lanes)
 
     def runs(carry: Any) -> Any:
@@ -123,8 +130,8 @@ def while_loop(walk: Walk, loop: Loop, env: Env) -> list[LaneValue]:
 
 def cond(walk: Walk, loop: Loop, env: Env) -> list[LaneValue]:
     parts, lanes, flags = J.as_cond(loop.eqn), walk.width(loop.family), loop.varies
-    args = operands(walk, loop, env, parts.operands)
-    index = read_bank(walk.read(env, loop.family, parts.index))
+    args = invariants(walk, loop, env, parts.operands)
+    index = plain(walk.read(env, loop.family, parts.index))
 
     def branch(i: int) -> Callable[[], list[Any]]:
         return lambda: as_flagged(region(walk, loop, loop.bodies[i], parts.branches[i], args), flags, lanes)

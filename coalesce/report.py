@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from coalesce.bundle import Bundle, fold, items, Member, Pack, packs, Step
+from coalesce.bundle import Bundle, items, JointLoop, Pack, packs, place_of, problems, Step
 from coalesce.heavy import heavy_eqns
+from coalesce.member import fold, Member
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class TenantReport:
     superkernels: int  # packs of two or more that it takes part in
     alone: int  # its heavy ops in no such pack
     padding_waste: float  # share of the FLOPs of those superkernels that is padding
+    across_families: int  # those of its heavy ops that share a superkernel with another family
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,17 @@ class Report:
     superkernels: int  # packs of two or more of them
     alone: int  # heavy ops in no such pack
     padding_waste: float  # share of superkernel FLOPs that is padding, 0 to 1
+    superkernels_across: int  # superkernels with members of two or more families
+    ops_across: int  # heavy ops in those, over all tenants
+    loops_across: int  # scans of two or more families that run as one
+    predicted_gain_us: float  # what running across families wins a round, as predicted; 0 if nothing does
     tenants: tuple[TenantReport, ...]
 
     def __str__(self) -> str:
+        across = f", {self.superkernels_across} across families" if self.superkernels_across else ""
         return (
             f"{counted(self.programs, 'program')} in {counted(self.families, 'family', 'families')}: "
-            f"{counted(self.heavy_ops, 'heavy op')} -> {counted(self.superkernels, 'superkernel')}, "
+            f"{counted(self.heavy_ops, 'heavy op')} -> {counted(self.superkernels, 'superkernel')}{across}, "
             f"{self.alone} alone, {self.padding_waste:.1%} padding"
         )
 
@@ -48,8 +55,10 @@ def counted(n: int, one: str, many: str = "") -> str:
 
 def flops(pack: Pack, bundle: Bundle) -> tuple[int, int]:
     """(FLOPs that a superkernel does, of them padding)."""
-    folds = [(m.op.flops, fold(m, bundle.families[m.family])) for m in pack.members]
-    return sum(n * f.groups * f.per_group for n, f in folds), sum(n * f.padding for n, f in folds)
+    groups, rows = problems(pack, bundle.families)
+    total = pack.op.flops * groups * rows
+    distinct = [len(set(fold(m, bundle.families[m.family]).place)) for m in pack.members]
+    return total, total - sum(m.op.flops * n for m, n in zip(pack.members, distinct, strict=True))
 
 
 def share(parts: list[tuple[int, int]]) -> float:
@@ -62,7 +71,9 @@ def alone_members(bundle: Bundle) -> list[tuple[Member, str]]:
     found: list[tuple[Member, str]] = []
     for item in items(bundle.schedule):
         if isinstance(item, Pack) and item.width == 1:
-            found.append((item.members[0], item.reason))
+            record = bundle.records.get(place_of(item))
+            reasons = [item.reason, record.reason if record is not None else ""]
+            found.append((item.members[0], "; ".join(filter(None, reasons))))
         if isinstance(item, Step):
             found.extend((m, item.why_alone) for m in item.alone)
     return found
@@ -70,6 +81,7 @@ def alone_members(bundle: Bundle) -> list[tuple[Member, str]]:
 
 def report_of(bundle: Bundle) -> Report:
     supers = [pack for pack in packs(bundle.schedule) if pack.width > 1]
+    across = [pack for pack in supers if len(pack.families) > 1]
     alone = alone_members(bundle)
     tenants: Mapping[int, TenantReport] = {
         lane.tenant: TenantReport(
@@ -79,6 +91,7 @@ def report_of(bundle: Bundle) -> Report:
             superkernels=sum(any(m.family == f for m in pack.members) for pack in supers),
             alone=sum(m.family == f for m, _ in alone),
             padding_waste=share([flops(p, bundle) for p in supers if any(m.family == f for m in p.members)]),
+            across_families=sum(m.family == f for p in across for m in p.members),
         )
         for f, family in enumerate(bundle.families)
         for lane in family.lanes
@@ -90,5 +103,9 @@ def report_of(bundle: Bundle) -> Report:
         superkernels=len(supers),
         alone=sum(m.width for m, _ in alone),
         padding_waste=share([flops(pack, bundle) for pack in supers]),
+        superkernels_across=len(across),
+        ops_across=sum(pack.width for pack in across),
+        loops_across=sum(isinstance(item, JointLoop) for item in items(bundle.schedule)),
+        predicted_gain_us=bundle.predicted_us,
         tenants=tuple(tenants[i] for i in range(len(bundle.tenants))),
     )

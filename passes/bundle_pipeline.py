@@ -8,24 +8,44 @@ from functools import partial
 from time import perf_counter
 
 from coalesce.bundle import Bundle, check_bundle
+from coalesce.clusters import WASTE_BOUND
+from coalesce.costs import Costs
 from coalesce.errors import IRError, PassError, PlanError
 from coalesce.kernels import choose
+from coalesce.passes.align import align
 from coalesce.passes.choose_kernels import Choice, choose_kernels
+from coalesce.passes.cluster import cluster
 from coalesce.passes.form_packs import form_packs
+from coalesce.passes.pack import pack
 from coalesce.passes.plan_layouts import plan_layouts
 
 BundlePass = Callable[[Bundle], Bundle]
 
+POLICIES = ("auto", "always", "never")
+
 
 def bundle_passes(
-    *, platform: str, choice: Choice = choose, within_program: bool = False, pack_unbounded_loops: bool = False
+    *,
+    platform: str,
+    costs: Costs,
+    policy: str = "auto",
+    waste_bound: float = WASTE_BOUND,
+    choice: Choice = choose,
+    within_program: bool = False,
+    pack_unbounded_loops: bool = False,
 ) -> tuple[BundlePass, ...]:
-    return (
-        # which heavy ops run as one, in what order
-        partial(form_packs, within_program=within_program, pack_unbounded_loops=pack_unbounded_loops),
+    # families as wide lanes: every equation in order, a pack for each heavy op of a family
+    first = (partial(form_packs, within_program=within_program, pack_unbounded_loops=pack_unbounded_loops),)
+    across = (
+        partial(cluster, waste_bound=waste_bound),  # which packs are near enough in shape
+        partial(align, costs=costs, policy=policy, waste_bound=waste_bound),  # which of those run as one
+        pack,  # one order for all families, in which they do
+    )
+    last = (
         partial(choose_kernels, platform=platform, choice=choice),  # what runs each pack
         plan_layouts,  # where the weights lie: last, since kernels say how they read them
     )
+    return first + (across if policy != "never" else ()) + last
 
 
 @dataclass(frozen=True)

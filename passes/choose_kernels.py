@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from coalesce.bundle import Bundle, fold, map_packs, packs
+from coalesce.bundle import Bundle, map_packs, packs, problems
 from coalesce.errors import PlanError
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import choose, KERNELS
@@ -21,12 +21,12 @@ def choose_kernels(bundle: Bundle, *, platform: str, choice: Choice = choose) ->
     """`choice(op, groups, platform)` names the kernel for `groups` problems of `op`; it must support the op."""
     new = {}
     for pack in packs(bundle.schedule):
-        groups = sum(fold(m, bundle.families[m.family]).groups for m in pack.members)
-        name = choice(pack.members[0].op, groups, platform)
-        if name not in KERNELS or not KERNELS[name].supports(pack.members[0].op):
+        groups, _ = problems(pack, bundle.families)
+        name = choice(pack.op, groups, platform)
+        if name not in KERNELS or not KERNELS[name].supports(pack.op):
             raise PlanError(
-                f"pack {pack.index} ({pack.members[0].op.shape}): kernel {name!r} does not support it; kernels that "
-                f"do: {', '.join(k for k, kernel in KERNELS.items() if kernel.supports(pack.members[0].op))}"
+                f"pack {pack.index} ({pack.op.shape}): kernel {name!r} does not support it; kernels that "
+                f"do: {', '.join(k for k, kernel in KERNELS.items() if kernel.supports(pack.op))}"
             )
         new[pack.index] = pack if name == pack.kernel else replace(pack, kernel=name)
     if all(new[pack.index] is pack for pack in packs(bundle.schedule)):

@@ -23,11 +23,12 @@ from typing import Any
 from jax.extend.core import ClosedJaxpr
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Bundle, fold, Item, Loop, Member, Pack, Schedule, Step
-from coalesce.dependence import mark, mark_carry
+from coalesce.bundle import Bundle, Item, Loop, Pack, Schedule, Step
+from coalesce.dependence import flags_inside, mark
 from coalesce.family import Family
 from coalesce.heavy import heavy_eqns, heavy_op, is_heavy
-from coalesce.passes.lane_rules import why_lane_by_lane
+from coalesce.member import fold, Member
+from coalesce.passes.lane_rules import why_lane_by_lane, why_not_batched
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ class Scheduler:
 
     def pack(self, members: Sequence[Member]) -> Pack:
         width = sum(m.width for m in members)
-        return Pack(next(self.numbers), tuple(members), reason="" if width > 1 else self.why_alone(members[0]))
+        reason = "" if width > 1 else self.why_alone(members[0])
+        return Pack(next(self.numbers), tuple(members), members[0].op, reason=reason)
 
     def why_alone(self, member: Member) -> str:
         equal = self.equal_ops[member.op.key] - 1
@@ -131,52 +133,25 @@ class Scheduler:
     def item(self, eqn: J.Eqn, marks: dict[Any, bool], weight_of: dict[Any, int], site: str) -> Item:
         flags = [not isinstance(a, J.Literal) and marks[a] for a in eqn.invars]
         name = eqn.primitive.name
-        decides = self.decides(eqn, flags)
+        inside = flags_inside(eqn, flags) if name in J.REGIONS else None
+        decides = inside is not None and inside.decides
         differs = self.family.width > 1 and (any(flags) or bool(eqn.effects))
         each = why_lane_by_lane(eqn, flags, decides, self.options.pack_unbounded_loops) if differs else ""
-        if name not in J.REGIONS or each:
-            inside = [e for sub in J.subjaxprs(eqn) for e in heavy_eqns(sub)]
+        if inside is None or each:
+            held = [e for sub in J.subjaxprs(eqn) for e in heavy_eqns(sub)]
             width = self.family.width
             alone = tuple(
-                Member(self.index, f"{site}.{i}", e, heavy_op(e), width, True, True, None) for i, e in enumerate(inside)
+                Member(self.index, f"{site}.{i}", e, heavy_op(e), width, True, True, None) for i, e in enumerate(held)
             )
-            return Step(self.index, site, eqn, each, alone)
+            weights = tuple(None if isinstance(a, J.Literal) else weight_of.get(a) for a in eqn.invars)
+            batched = [not isinstance(a, J.Literal) for a in eqn.invars]
+            stacks = (any(flags) or width == 1) and not (each or why_not_batched(eqn, batched))
+            return Step(self.index, site, eqn, each, alone, weights, stacks)
         bodies = []
-        region_varies, varies = self.region_flags(eqn, flags, decides)
         operands = J.region_operands(eqn)
-        parts = zip(J.region_labels(eqn), J.regions(eqn), region_varies, operands, strict=True)
+        parts = zip(J.region_labels(eqn), J.regions(eqn), inside.regions, operands, strict=True)
         for label, region, args, (atoms, fixed) in parts:
             pairs = zip(J.invars(region)[:fixed], atoms[:fixed], strict=True)
             inner = {arg: weight_of[a] for arg, a in pairs if not isinstance(a, J.Literal) and a in weight_of}
             bodies.append(self.schedule(region, args, inner, f"{site}.{label}."))
-        return Loop(self.index, site, eqn, tuple(bodies), tuple(varies), decides)
-
-    def decides(self, eqn: J.Eqn, flags: Sequence[bool]) -> bool:
-        """Whether a cond's index or a while's predicate differs between lanes."""
-        if eqn.primitive.name == "cond":
-            return flags[0]
-        if eqn.primitive.name != "while":
-            return False
-        loop = J.as_while(eqn)
-        c, b = len(loop.cond_consts), len(loop.body_consts)
-        carry = mark_carry(loop.body, flags[c : c + b], flags[c + b :], ())
-        return mark(loop.cond, [*flags[:c], *carry])[1][0]
-
-    def region_flags(self, eqn: J.Eqn, flags: Sequence[bool], decides: bool) -> tuple[list[list[bool]], list[bool]]:
-        """(which arguments of each region differ between lanes, which carry or result does)."""
-        match eqn.primitive.name:
-            case "scan":
-                scan = J.as_scan(eqn)
-                c, n = len(scan.consts), len(scan.init)
-                carry = mark_carry(scan.body, flags[:c], flags[c : c + n], flags[c + n :])
-                return [[*flags[:c], *carry, *flags[c + n :]]], carry
-            case "while":
-                loop = J.as_while(eqn)
-                c, b = len(loop.cond_consts), len(loop.body_consts)
-                carry = mark_carry(loop.body, flags[c : c + b], flags[c + b :], ())
-                carry = [True] * len(carry) if decides else carry
-                return [[*flags[:c], *carry], [*flags[c : c + b], *carry]], carry
-        branches = J.as_cond(eqn).branches
-        results = [mark(branch, flags[1:])[1] for branch in branches]
-        varies = [True] * len(eqn.outvars) if decides else [any(r) for r in zip(*results, strict=True)]
-        return [list(flags[1:])] * len(branches), varies
+        return Loop(self.index, site, eqn, tuple(bodies), tuple(inside.varies), decides)

@@ -17,10 +17,24 @@ from dataclasses import replace
 from typing import Any
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Array, Bundle, Loop, map_packs, Pack, packs, Schedule
+from coalesce.bundle import (
+    Array,
+    Bundle,
+    JointLoop,
+    JointStep,
+    Loop,
+    map_joint_steps,
+    map_packs,
+    Pack,
+    packs,
+    Schedule,
+    STACKED,
+)
 from coalesce.family import Family
-from coalesce.kernels import KERNELS
+from coalesce.kernels import as_product, KERNELS
 from coalesce.layout import AS_IS, Layout
+from coalesce.member import Member
+from coalesce.unify import largest
 
 
 def plan_layouts(bundle: Bundle) -> Bundle:
@@ -28,30 +42,65 @@ def plan_layouts(bundle: Bundle) -> Bundle:
     stored: dict[tuple[int, int], int] = {}
     for f, family in enumerate(bundle.families):
         for w in sorted(light_reads(bundle, f, family)):
-            array = Array(*rows_of(family, w, AS_IS))
-            stored[f, w] = arrays.setdefault(array, len(arrays))
+            stored[f, w] = arrays.setdefault(array_of(bundle, [(f, w, AS_IS)]), len(arrays))
     new: dict[int, Pack] = {}
     for item in packs(bundle.schedule):
-        layout = KERNELS[item.kernel].layout(item.members[0].op)
-        parts = [rows_of(bundle.families[m.family], m.weight, layout) for m in item.members if m.weight is not None]
-        if not parts:
+        readers = [(m.family, m.weight, row_layout(item, m)) for m in item.members if m.weight is not None]
+        if not readers:
             new[item.index] = item
             continue
-        array = Array(tuple(row for part in parts for row in part[0]), *parts[0][1:])
-        index = arrays.setdefault(array, len(arrays))
+        array = array_of(bundle, readers)
+        index = arrays.setdefault(each_once(array) if item.form in STACKED else array, len(arrays))
         new[item.index] = item if index == item.array else replace(item, array=index)
+    schedule = map_joint_steps(map_packs(bundle.schedule, new), lambda step: with_arrays(bundle, step, arrays))
     same = all(new[item.index] is item for item in packs(bundle.schedule))
     if same and tuple(arrays) == bundle.arrays and stored == bundle.stored:
         return bundle
-    return replace(bundle, schedule=map_packs(bundle.schedule, new), arrays=tuple(arrays), stored=stored)
+    return replace(bundle, schedule=schedule, arrays=tuple(arrays), stored=stored)
 
 
-def rows_of(
-    family: Family, weight: int, layout: Layout
-) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...], str, Layout]:
-    """The fields of the Array that holds one weight of a family."""
-    aval = J.aval_struct(family.weights[weight].aval)
-    return family.owners[weight], layout.of(aval.shape), str(aval.dtype), layout
+def each_once(array: Array) -> Array:
+    """The array with one row for each weight, as `stacked_fold` counts them."""
+    layouts = dict(zip(reversed(array.rows), reversed(array.layouts), strict=True))
+    rows = tuple(dict.fromkeys(array.rows))
+    return replace(array, rows=rows, layouts=tuple(layouts[row] for row in rows))
+
+
+def row_layout(pack: Pack, member: Member) -> Layout:
+    """How a member's weight becomes a row that the pack's kernel reads: padded to the pack's shape first."""
+    own = AS_IS
+    if pack.form == "product":
+        own = as_product.layout(member.op)
+    if own.of(member.op.rhs.shape) != pack.op.rhs.shape:
+        own = own.pad(pack.op.rhs.shape)
+    return own.then(KERNELS[pack.kernel].layout(pack.op))
+
+
+def with_arrays(bundle: Bundle, step: JointStep, arrays: dict[Array, int]) -> JointStep:
+    """The step with the arrays of operands that are weights, padded to one shape."""
+    found: list[int | None] = []
+    for k, column in enumerate(zip(*(part.weights for part in step.parts), strict=True)):
+        if None in column:
+            found.append(None)
+            continue
+        shapes = [J.shape(part.eqn.invars[k]) for part in step.parts]
+        padded = largest(shapes)
+        layouts = [AS_IS if shape == padded else AS_IS.pad(padded) for shape in shapes]
+        readers = [(p.family, w, at) for p, w, at in zip(step.parts, column, layouts, strict=True) if w is not None]
+        found.append(arrays.setdefault(array_of(bundle, readers), len(arrays)))
+    return step if tuple(found) == step.arrays else replace(step, arrays=tuple(found))
+
+
+def array_of(bundle: Bundle, readers: Sequence[tuple[int, int, Layout]]) -> Array:
+    """The array of weights that are read as one: (family, weight, layout) of each."""
+    rows, layouts = [], []
+    for f, w, layout in readers:
+        owners = bundle.families[f].owners[w]
+        rows += owners
+        layouts += [layout] * len(owners)
+    f, w, layout = readers[0]
+    aval = J.aval_struct(bundle.families[f].weights[w].aval)
+    return Array(tuple(rows), layout.of(aval.shape), str(aval.dtype), tuple(layouts))
 
 
 def light_reads(bundle: Bundle, index: int, family: Family) -> set[int]:
@@ -67,16 +116,30 @@ def read_by(schedule: Schedule, family: int, outs: Sequence[J.Atom]) -> set[Any]
         if isinstance(item, Pack):
             members = [m for m in item.members if m.family == family]
             atoms = [a for m in members for a in (m.eqn.invars if m.weight is None else m.eqn.invars[:1])]
+        elif isinstance(item, JointStep):
+            packed = [
+                k for k, column in enumerate(zip(*(p.weights for p in item.parts), strict=True)) if None not in column
+            ]
+            parts = [part for part in item.parts if part.family == family]
+            atoms = [a for part in parts for k, a in enumerate(part.eqn.invars) if k not in packed]
+        elif isinstance(item, JointLoop):
+            parts = [part for part in item.parts if part.family == family]
+            atoms = [a for part in parts for a in region_reads(part.eqn, (item.body,), family)]
         elif item.family != family:
             continue
         elif isinstance(item, Loop):
-            atoms = [item.eqn.invars[0]] if item.eqn.primitive.name == "cond" else []
-            operands = J.region_operands(item.eqn)
-            for body, region, (given, fixed) in zip(item.bodies, J.regions(item.eqn), operands, strict=True):
-                inside = read_by(body, family, J.outvars(region))
-                atoms += [a for a, arg in zip(given[:fixed], J.invars(region), strict=False) if arg in inside]
-                atoms += given[fixed:]
+            atoms = region_reads(item.eqn, item.bodies, family)
         else:
             atoms = item.eqn.invars
         read.update(a for a in atoms if not isinstance(a, J.Literal))
     return read
+
+
+def region_reads(eqn: J.Eqn, bodies: Sequence[Schedule], family: int) -> list[J.Atom]:
+    """What a control-flow equation reads as values."""
+    atoms = [eqn.invars[0]] if eqn.primitive.name == "cond" else []
+    for body, region, (given, fixed) in zip(bodies, J.regions(eqn), J.region_operands(eqn), strict=True):
+        inside = read_by(body, family, J.outvars(region))
+        atoms += [a for a, arg in zip(given[:fixed], J.invars(region), strict=False) if arg in inside]
+        atoms += given[fixed:]
+    return atoms

@@ -18,6 +18,7 @@ TENANTS = 4
 MODELS = {
     "resnet18": {"image_size": 64},
     "resnet50": {"image_size": 64},
+    "mobilenetv2": {"image_size": 64},
     "vit_ti16": {"image_size": 32},
     "bert_small": {},
     "lstm": {},
@@ -117,3 +118,44 @@ def test_a_single_tenant_runs_as_it_does_alone():
         alone = jax.jit(model.apply)(params[0], *inputs[0])
         (fused,) = fused_of(model, params, inputs)(inputs)
     assert distance(fused, alone) <= 1e-5
+
+
+ACROSS = {
+    "residual networks": [("resnet18", {"image_size": 64}), ("resnet50", {"image_size": 64})],
+    "transformers": [("bert_small", {"layers": 2}), ("bert_small", {"layers": 3, "hidden": 448, "heads": 7})],
+    "recurrent networks": [("lstm", {"hidden": 128, "steps": 5}), ("lstm", {"hidden": 112, "steps": 7}), ("gru", {})],
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ACROSS)
+def test_across_families_is_as_good_as_alone(name, dtype):
+    """In norm over all tenants of a set, as within a family; everything that is legal is packed."""
+    models = [by_name(model, dtype=jnp.dtype(dtype), **options) for model, options in ACROSS[name]]
+    exact = [by_name(model, **options) for model, options in ACROSS[name]]
+    params = [m.init(jax.random.key(i)) for i, m in enumerate(models)]
+    inputs = [m.example(jax.random.key(100 + i)) for i, m in enumerate(models)]
+    with jax.default_matmul_precision("highest"):
+        as_f32 = [jax.tree.map(widened, x) for x in inputs]
+        want = [jax.jit(m.apply)(p, *x) for m, p, x in zip(exact, params, as_f32, strict=True)]
+    alone = [jax.jit(m.apply)(p, *x) for m, p, x in zip(models, params, inputs, strict=True)]
+    programs = [
+        coalesce.trace(m.apply, p, *x, name=f"t{i}")
+        for i, (m, p, x) in enumerate(zip(models, params, inputs, strict=True))
+    ]
+    fused = coalesce.fuse(programs, policy="always", waste_bound=0.6)
+    assert fused.report.superkernels_across
+    got = fused(inputs)
+    own, packed = (max(map(distance, results, want)) for results in (alone, got))
+    assert packed <= max(1.5 * own, 1e-5)
+
+
+def test_across_families_a_lane_is_isolated():
+    models = [by_name(model, **options) for model, options in ACROSS["residual networks"]]
+    params = [m.init(jax.random.key(i)) for i, m in enumerate(models)]
+    inputs = [m.example(jax.random.key(100 + i)) for i, m in enumerate(models)]
+    programs = [coalesce.trace(m.apply, p, *x, name=m.name) for m, p, x in zip(models, params, inputs, strict=True)]
+    fused = coalesce.fuse(programs, policy="always", waste_bound=0.6)
+    clean = fused(inputs)
+    bad = [tuple(jnp.full_like(x, jnp.nan) for x in inputs[0]), inputs[1]]
+    np.testing.assert_array_equal(fused(bad)[1], clean[1])

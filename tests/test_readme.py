@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from coalesce.costs import Costs, device_of
 from coalesce.kernels import KERNELS
 from coalesce.passes.bundle_pipeline import bundle_passes
 from coalesce.passes.pipeline import PROGRAM_PASSES
@@ -114,7 +115,7 @@ def first_column(heading: str) -> list[str]:
 
 
 def test_passes_in_architecture_are_the_pipelines() -> None:
-    passes = [*PROGRAM_PASSES, *bundle_passes(platform="cpu")]
+    passes = [*PROGRAM_PASSES, *bundle_passes(platform="cpu", costs=Costs(device_of("cpu")))]
     assert first_column("Passes") == [getattr(run, "func", run).__name__ for run in passes]  # type: ignore[attr-defined]
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import coalesce
+from coalesce.bundle import packs, problems
 from tests.alone import alone, array, check_fused
 from tests.compare import assert_same
 
@@ -220,3 +221,17 @@ def test_sharing_in_the_body_of_a_scan():
     fused = check_fused(tenants)
     assert rows(fused) == {(4, 8): 1, (8, 8): 3}
     assert dots(fused)[0][1] == (4, 8)
+
+
+def test_a_backbone_that_families_share_is_one_product():
+    """Heads of two sizes make two families; packed across them, the backbone is read once, with a row for each lane."""
+    backbone, heads = array(8, 8), [array(8, n) for n in (5, 5, 3)]
+    tenants = [
+        (lambda p, x: jnp.tanh(x @ p["backbone"]) @ p["head"], {"backbone": backbone, "head": head}, (array(1, 8),))
+        for head in heads
+    ]
+    fused = check_fused(tenants, policy="always", waste_bound=0.5)
+    shared, head = packs(fused.bundle.schedule)
+    assert problems(shared, fused.bundle.families) == (1, 3)
+    assert problems(head, fused.bundle.families) == (3, 1)
+    assert [len(fused.bundle.arrays[pack.array].rows) for pack in (shared, head)] == [1, 3]

@@ -23,10 +23,10 @@ def context_of(eqn: Eqn) -> Iterator[None]:
         yield
 
 
-def bind(eqn: Eqn, args: Sequence[Any]) -> list[Any]:
-    """Apply an equation to values; always a list."""
+def bind(eqn: Eqn, args: Sequence[Any], params: dict[str, Any] | None = None) -> list[Any]:
+    """Apply an equation, with its own parameters unless others are given, to values; always a list."""
     with context_of(eqn):
-        outs = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
+        outs = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(params or eqn.params))
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 

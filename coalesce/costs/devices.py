@@ -1,0 +1,145 @@
+"""What the cost model knows about a device: one table of numbers, each with where it comes from.
+
+Units: TFLOP/s (10^12), GB/s (10^9), bytes, microseconds. Rates are what large work reaches, not what a datasheet
+promises. Where a device was not measured they are its datasheet's, scaled by what the H100 reached of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Rates:
+    """TFLOP/s of a large matrix product by arithmetic; None: no units for it, so it runs as float32."""
+
+    f32: float
+    f64: float
+    tf32: float | None = None
+    f16: float | None = None
+    bf16: float | None = None
+    int8: float | None = None
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The part of a result that one core computes at a time, and how much of the core's peak it reaches."""
+
+    m: int
+    n: int
+    efficiency: float
+
+
+@dataclass(frozen=True)
+class Device:
+    """See the H100 and the CPU below for what each number means there."""
+
+    name: str
+    platform: str  # as JAX names it: "cpu", "gpu"
+    cores: int  # streaming multiprocessors of a GPU
+    rates: Rates
+    memory_gbs: float  # read plus write
+    cache_gbs: float  # of what one kernel writes and the next one reads
+    cache_bytes: int  # how much of that there may be; 0: all of it counts as memory traffic
+    overlap: float  # how much of the shorter of arithmetic and traffic hides behind the longer
+    launch_us: float  # one more kernel in a program, before it has done any work
+    loop_us: float  # one more iteration of a loop, besides its body
+    conv_us: float  # one more convolution of the vendor's library, besides its product
+    conv_efficiency: float  # what such a convolution reaches of the rate of a dot
+    grouped_efficiency: float  # and one with feature groups
+    tiles: tuple[Tile, ...]
+    k_step: int  # the contraction is taken in steps of so many
+    splits: tuple[int, ...]  # parts into which the contraction may be cut where tiles are few
+
+
+# A larger tile reads less for each product. `Rates` is what the largest reach; 64x64 was fitted to float32 products of
+# 3136x576x64, one a pack and 64 a pack, and the others follow the ratio of products to operands read.
+GPU_TILES = (
+    Tile(256, 128, 1.0),
+    Tile(128, 256, 1.0),
+    Tile(128, 128, 0.85),
+    Tile(128, 64, 0.6),
+    Tile(64, 128, 0.6),
+    Tile(64, 64, 0.42),
+    Tile(64, 32, 0.3),
+    Tile(32, 64, 0.3),
+    Tile(32, 32, 0.2),
+)
+
+H100 = Device(
+    name="H100",
+    platform="gpu",
+    cores=132,  # datasheet (SXM5)
+    # Measured: f32, tf32 and bf16 at 8192^3, where the datasheet says 67, 494 and 989. f16 has the units of bf16; f64
+    # (datasheet 67) and int8 (1,979) scaled as tf32.
+    rates=Rates(f32=50.0, f64=47.0, tf32=349.0, f16=640.0, bf16=640.0, int8=1400.0),
+    memory_gbs=3000.0,  # measured copy; datasheet 3,350
+    cache_gbs=3000.0,
+    cache_bytes=0,  # part of what kernels hand on stays in the 50 MB L2, but packs of many lanes outgrow it
+    overlap=1.0,
+    launch_us=1.7,  # measured: 384 small kernels in one program took 850 us, their work and all
+    loop_us=6.0,  # an estimate: loops are not part of CUDA graphs, so each iteration launches its kernels from the host
+    conv_us=15.0,  # measured: 16 small convolutions in one program, 16 to 28 us each, outside CUDA graphs
+    conv_efficiency=0.5,  # of the same measurement
+    grouped_efficiency=0.25,  # of the same, as one grouped convolution: from 10 to 250 TFLOP/s
+    tiles=GPU_TILES,
+    k_step=64,
+    splits=(1, 2, 4, 8, 16),
+)
+
+# The H100's chip with faster memory: datasheet 4,800 GB/s, scaled as the H100's.
+H200 = replace(H100, name="H200", memory_gbs=4300.0, cache_gbs=4300.0)
+
+A100 = replace(
+    H100,
+    name="A100",
+    cores=108,  # datasheet (SXM4, 80 GB), as the rest
+    rates=Rates(f32=14.6, f64=13.8, tf32=110.0, f16=202.0, bf16=202.0, int8=440.0),  # 19.5, 19.5, 156, 312, 312, 624
+    memory_gbs=1820.0,  # 2,039
+    cache_gbs=1820.0,
+)
+
+V100 = replace(
+    H100,
+    name="V100",
+    cores=80,  # datasheet (SXM2), as the rest
+    rates=Rates(f32=11.7, f64=5.5, f16=81.0),  # 15.7, 7.8, 125
+    memory_gbs=810.0,  # 900
+    cache_gbs=810.0,
+)
+
+# A small server share: two cores with AVX-512, measured there (JAX 0.10 to 0.12) while nothing else ran. Absolute times
+# scale with the cores; what packing wins, which is little, hardly does.
+CPU = Device(
+    name="CPU",
+    platform="cpu",
+    cores=2,
+    rates=Rates(f32=0.47, f64=0.23, bf16=0.8),
+    memory_gbs=42.0,  # weights, read once
+    cache_gbs=100.0,  # stacks of up to 12 MB
+    cache_bytes=16_000_000,  # half of the last-level cache
+    overlap=0.0,  # operands are repacked before the product, not during it
+    launch_us=0.5,
+    loop_us=0.5,
+    conv_us=10.0,
+    conv_efficiency=0.95,
+    grouped_efficiency=0.06,  # a plain loop, not a product
+    tiles=(Tile(8, 16, 1.0),),
+    k_step=8,
+    splits=(1,),
+)
+
+DEVICES: Mapping[str, Device] = {device.name: device for device in (H100, H200, A100, V100, CPU)}
+
+
+def device_of(platform: str, kind: str | None = None) -> Device:
+    """The entry for JAX's platform and `device_kind`, as in ("gpu", "NVIDIA H100 80GB HBM3").
+
+    A GPU that the table does not name is taken for an H100. Any other platform is taken for the CPU, where packing pays
+    least: better to leave ops alone than to pack them by another device's numbers.
+    """
+    if platform not in ("gpu", "cuda", "rocm"):
+        return CPU
+    gpus = [device for device in DEVICES.values() if device.platform == "gpu"]
+    return next((device for device in gpus if device.name in (kind or "").upper()), H100)

@@ -1,0 +1,63 @@
+"""The cost model: microseconds of an op, of a pack, and of the copies between packs, inside one compiled program.
+
+Arithmetic on shapes alone, so that a search may ask thousands of times. A time is that of kernels in the middle of a
+program; what a call costs besides is the same for every plan of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+
+from coalesce.costs.devices import Device
+from coalesce.costs.machine import Machine
+from coalesce.costs.superkernels import BY_KERNEL, im2col
+from coalesce.heavy import HeavyOp
+from coalesce.kernels import choose
+
+Key = tuple[Hashable, str, int, int]
+
+
+class Costs:
+    """Predictions for one device. `measured` holds microseconds that win over the model's, by (op.key, kernel, groups,
+    rows): the place of a tuning database."""
+
+    def __init__(self, device: Device, measured: Mapping[Key, float] | None = None) -> None:
+        self.device = device
+        self.measured = dict(measured or {})
+        self.machine = Machine(device)
+
+    def op(self, op: HeavyOp, groups: int, rows: int = 1, kernel: str | None = None) -> float:
+        """One superkernel that runs `groups` problems of `op`, with `rows` lanes folded into each.
+
+        `kernel` is a name of coalesce.kernels; what `choose` picks for the device, if not given.
+        """
+        kernel = kernel or choose(op, groups, self.device.platform)
+        if self.measured and (known := self.measured.get((op.key, kernel, groups, rows))) is not None:
+            return known
+        return self.launch if op.empty else BY_KERNEL[kernel](self.machine, op, groups, rows)
+
+    def patches(self, op: HeavyOp, groups: int, rows: int = 1) -> float:
+        """The patches of a convolution, where they are not part of `op`'s kernel."""
+        return im2col(self.machine, op, groups, rows)
+
+    def stack(self, true_bytes: Sequence[int], padded_bytes: int) -> float:
+        """Values of several members, padded and stacked to one array of `padded_bytes`: one kernel."""
+        return self.machine.stream(0, sum(true_bytes) + padded_bytes)
+
+    def unstack(self, nbytes: int) -> float:
+        """A member's own value of `nbytes`, cut out of a stacked array: one kernel."""
+        return self.machine.copy(nbytes)
+
+    def light(self, bytes_read: int, bytes_written: int, kernels: int = 1) -> float:
+        """Elementwise work, fused to `kernels` kernels."""
+        return (kernels - 1) * self.launch + self.machine.stream(0, bytes_read + bytes_written)
+
+    @property
+    def launch(self) -> float:
+        """One more kernel in a program."""
+        return self.device.launch_us
+
+    @property
+    def loop(self) -> float:
+        """One more iteration of a loop, besides its body."""
+        return self.device.loop_us

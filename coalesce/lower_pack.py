@@ -1,0 +1,126 @@
+"""A pack: its members' operands brought together, one superkernel, and each member's result.
+
+L lanes of a member; G problems with a right operand of their own, R lanes on each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from coalesce import jaxpr as J
+from coalesce.bundle import folds_of, Pack
+from coalesce.family import Family
+from coalesce.kernels import as_product, KERNELS
+from coalesce.lanes import join, Joint, LaneValue, masked, plain, Shared, Stacked, stacked, take
+from coalesce.layout import Layout, pad_to
+from coalesce.member import Fold, Member
+from coalesce.unify import contracted
+
+
+def lower_pack(pack: Pack, families: Sequence[Family], lhs: Sequence[LaneValue], rhs: Any) -> list[LaneValue]:
+    """Each member's result, from the left operands of all; `rhs` is the pack's array, or the right operands of all."""
+    folds = folds_of(pack, families)
+    rule = {"": of_a_family, "equal": stacked_pack, "padded": stacked_pack, "product": product_pack}[pack.form]
+    return rule(pack, folds, lhs, rhs)
+
+
+def superkernel(pack: Pack, lhs: Any, rhs: Any) -> Any:
+    """[G,R,*lhs] and [G,...] in the kernel's layout -> [G,R,*out], as a call of the pack's name."""
+    op, kernel = pack.op, KERNELS[pack.kernel]
+
+    def run(x: Any, w: Any) -> Any:
+        return kernel.run(op, x, w)
+
+    run.__name__ = run.__qualname__ = pack.name
+    with J.context_of(pack.members[0].eqn), jax.named_scope(pack.name):
+        return jax.jit(run)(lhs, rhs)
+
+
+# ---- one family: lanes share operands as they are ------------------------------------------------------------------
+
+
+def of_a_family(pack: Pack, folds: Sequence[Fold], lhs: Sequence[LaneValue], rhs: Any) -> list[LaneValue]:
+    layout = KERNELS[pack.kernel].layout(pack.op)
+    left = [left_of(value, how) for value, how in zip(lhs, folds, strict=True)]
+    if pack.array is None:
+        rhs = concatenated([right_of(value, layout) for value in rhs])
+    out = superkernel(pack, concatenated(left), rhs)
+    return unfolded(out, pack.members, folds)
+
+
+def left_of(value: LaneValue, how: Fold) -> Any:
+    """The left operand as [G, R, ...]."""
+    value = plain(value)
+    if isinstance(value, Shared):
+        return jnp.broadcast_to(value.value, (how.groups, how.per_group, *jnp.shape(value.value)))
+    x = take(value.value, [i for group in how.order for i in group])
+    return x.reshape(how.groups, how.per_group, *x.shape[1:])
+
+
+def right_of(value: LaneValue, layout: Layout) -> Any:
+    """A right operand that is no weight, as [G, ...] in the kernel's layout."""
+    value = plain(value)
+    x = value.value[None] if isinstance(value, Shared) else value.value
+    return jax.vmap(layout)(x)
+
+
+def concatenated(parts: Sequence[Any]) -> Any:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def unfolded(out: Any, members: Sequence[Member], folds: Sequence[Fold]) -> list[LaneValue]:
+    """[sum of G, R, ...] -> each member's result for its lanes."""
+    results: list[LaneValue] = []
+    start = 0
+    for member, how in zip(members, folds, strict=True):
+        flat = out[start : start + how.groups].reshape(how.groups * how.per_group, *out.shape[2:])
+        start += how.groups
+        if member.width > 1 and (member.lhs_varies or member.rhs_varies):
+            results.append(Stacked(take(flat, how.place)))
+        else:
+            results.append(Shared(flat[0]))
+    return results
+
+
+# ---- several members of one geometry: operands and results are one stack -------------------------------------------
+
+
+def stacked_pack(pack: Pack, folds: Sequence[Fold], lhs: Sequence[LaneValue], rhs: Any) -> list[LaneValue]:
+    (how,), op, lanes = folds, pack.op, [m.width for m in pack.members]
+    left_dims, right_dims = contracted(op)
+    x = take(masked(join(lhs, lanes, op.lhs.shape), left_dims).value, [i for group in how.order for i in group])
+    if pack.array is None:
+        w = masked(join(rhs, lanes, op.rhs.shape), right_dims).value
+        rhs = jax.vmap(KERNELS[pack.kernel].layout(op))(take(w, [group[0] for group in how.order]))
+    out = superkernel(pack, x.reshape(how.groups, how.per_group, *op.lhs.shape), rhs)
+    flat = take(out.reshape(how.groups * how.per_group, *op.out.shape), how.place)
+    return list(Joint(flat, tuple(lanes), tuple(tuple(m.op.out.shape) for m in pack.members)).parts())
+
+
+# ---- several members with nothing but arithmetic in common: plain matrix products ------------------------------------
+
+
+def product_pack(pack: Pack, folds: Sequence[Fold], lhs: Sequence[LaneValue], rhs: Any) -> list[LaneValue]:
+    layout, (m, k), (_, n) = KERNELS[pack.kernel].layout(pack.op), pack.op.lhs.shape, pack.op.rhs.shape
+    left = [as_product.left(p.op, left_of(x, how)) for p, x, how in zip(pack.members, lhs, folds, strict=True)]
+    if pack.array is None:
+        right = [
+            as_product.right(p.op, take(stacked(w, p.width), [group[0] for group in how.order]))
+            for p, w, how in zip(pack.members, rhs, folds, strict=True)
+        ]
+        rhs = jax.vmap(layout)(concatenated([pad_to(w, (w.shape[0], k, n)) for w in right]))
+    x = concatenated([pad_to(x, (x.shape[0], m, k)) for x in left])
+    out = superkernel(pack, x[:, None], rhs)[:, 0]
+    results: list[LaneValue] = []
+    start = 0
+    for p, how in zip(pack.members, folds, strict=True):
+        count = how.groups * p.op.batch
+        own = out[start : start + count, : how.per_group * p.op.m, : p.op.n]
+        start += count
+        whole = as_product.result(p.op, own, how.groups, how.per_group)
+        results += unfolded(whole, [p], [how])
+    return results
