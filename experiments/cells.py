@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +17,7 @@ import numpy as np
 from coalesce.errors import CoalesceError
 from coalesce.models import Model
 from experiments.measure import interleave, Timing
-from experiments.methods import Candidate, Method, Options, Tenants
+from experiments.methods import Candidate, Method, Options, Served, Tenants
 from experiments.results import Row
 
 
@@ -31,28 +33,32 @@ class Attempt:
 
 def tenants_of(model: Model, count: int, batch: int) -> Tenants:
     """Tenants with weights and requests of their own; tenant i is the same in every cell."""
-
-    @jax.jit
-    def make(key: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
-        weights, noise, request = jax.random.split(key, 3)
-        leaves, tree = jax.tree.flatten(model.init(weights))
-        keys = jax.random.split(noise, len(leaves))
-        return tree.unflatten(list(map(distinct, keys, leaves))), model.example(request, batch)
-
-    made = [make(jax.random.key(tenant)) for tenant in range(count)]
-    return Tenants(model.apply, [params for params, _ in made], [inputs for _, inputs in made])
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    request = jax.jit(partial(model.example, batch=batch))
+    return Tenants(
+        model.apply, [draw(shapes, i) for i in range(count)], [request(jax.random.key(i)) for i in range(count)]
+    )
 
 
-def distinct(key: jax.Array, leaf: jax.Array) -> jax.Array:
-    """Initial biases, scales and statistics are equal in all tenants; a little noise tells them apart."""
-    if leaf.ndim != 1 or not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return leaf
-    return leaf + (0.01 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
+def draw(shapes: Any, seed: int) -> Any:
+    """Weights of those shapes, each with a scale that keeps activations in range, and no two of them equal.
+
+    NumPy draws them: to compile a large model's own initializers takes minutes on a CPU.
+    """
+    rng = np.random.default_rng(seed)
+
+    def leaf(path: Any, struct: jax.ShapeDtypeStruct) -> jax.Array:
+        noise, name = rng.standard_normal(struct.shape, np.float32), path[-1].key
+        if name in ("bias", "mean", "scale", "var"):
+            return jnp.asarray(0.01 * noise + (name in ("scale", "var")), struct.dtype)
+        return jnp.asarray(noise / np.sqrt(np.float32(math.prod(struct.shape[:-1]))), struct.dtype)
+
+    return jax.tree.map_with_path(leaf, shapes)
 
 
 def measure_cell(
-    tenants: Tenants,
-    methods: Mapping[str, Method],
+    tenants: Served,
+    methods: Mapping[str, Method[Served]],
     options: Sequence[Options],
     *,
     tolerance: float,
@@ -85,7 +91,11 @@ def measure_cell(
 
 
 def build(
-    method: Method, tenants: Tenants, options: Sequence[Options], reference: list[np.ndarray] | None, tolerance: float
+    method: Method[Served],
+    tenants: Served,
+    options: Sequence[Options],
+    reference: list[np.ndarray] | None,
+    tolerance: float,
 ) -> list[Attempt]:
     """Every configuration of a method, compiled and run once."""
     attempts = []
@@ -128,7 +138,8 @@ def row_of(attempts: Sequence[Attempt], timings: Mapping[int, Timing]) -> Row:
     if not timings:
         return {"failed": "; ".join(a.failed for a in attempts), "tried": tried}
     best = min(timings, key=lambda i: timings[i].median)
-    time_ = timings[best]
+    time_, candidate = timings[best], attempts[best].candidate
+    facts = {"facts": candidate.facts} if candidate and candidate.facts else {}
     return {
         "round_us_median": time_.median,
         "round_us_p10": time_.p10,
@@ -138,5 +149,6 @@ def row_of(attempts: Sequence[Attempt], timings: Mapping[int, Timing]) -> Row:
         "how": tried[best]["how"],
         "options": attempts[best].options,
         "failed": "",
+        **facts,
         "tried": tried,
     }

@@ -7,8 +7,8 @@ A method yields one candidate for each configuration worth trying; the caller me
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +44,11 @@ class Candidate:
     how: str
     run: Round
     split: Callable[[Any], list[Any]] = list  # a round's result -> outputs, tenant by tenant
+    facts: dict[str, Any] = field(default_factory=dict)  # what else the results say about it
 
 
-Method = Callable[[Tenants, Options], Iterator[Candidate]]
+Served = TypeVar("Served")  # the tenants that a method serves: `Tenants`, or several of them
+Method = Callable[[Served, Options], Iterator[Candidate]]
 
 
 def sequential(tenants: Tenants, options: Options, own_executables: bool = False) -> Iterator[Candidate]:

@@ -19,6 +19,7 @@ class ConvNorm(nn.Module):
     features: int
     kernel: int
     stride: int = 1
+    groups: int = 1
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -29,6 +30,7 @@ class ConvNorm(nn.Module):
             kernel_size=(self.kernel, self.kernel),
             strides=self.stride,
             padding=self.kernel // 2,
+            feature_group_count=self.groups,
             use_bias=False,
             kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
             dtype=self.dtype,

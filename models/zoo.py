@@ -11,8 +11,10 @@ from jax.typing import DTypeLike
 
 from coalesce.models.dlrm import dlrm
 from coalesce.models.mlp import MLP
+from coalesce.models.mobilenet import mobilenetv2
 from coalesce.models.recurrent import gru, lstm
 from coalesce.models.resnet import resnet18, resnet34, resnet50
+from coalesce.models.senet import se_resnet50, senet154
 from coalesce.models.transformer import bert_base, bert_small
 from coalesce.models.vgg import vgg16
 from coalesce.models.vit import vit_b16, vit_ti16
@@ -33,6 +35,9 @@ _NETWORKS: dict[str, Callable[..., Network]] = {
     "resnet18": resnet18,
     "resnet34": resnet34,
     "resnet50": resnet50,
+    "se_resnet50": se_resnet50,
+    "senet154": senet154,
+    "mobilenetv2": mobilenetv2,
     "vgg16": vgg16,
     "vit_ti16": vit_ti16,
     "vit_b16": vit_b16,

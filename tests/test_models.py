@@ -34,6 +34,9 @@ PARAMETERS = {
     "resnet18": 11_689_512,
     "resnet34": 21_797_672,
     "resnet50": 25_557_032,
+    "se_resnet50": 28_088_024,
+    "senet154": 115_088_984,
+    "mobilenetv2": 3_504_872,
     "vgg16": 138_357_544,
     "vit_ti16": 5_717_416,
     "vit_b16": 86_567_656,
@@ -45,13 +48,23 @@ PARAMETERS = {
     "dlrm": 16 * KAGGLE_ROWS + sum(dense(*sizes) for sizes in DLRM_MLPS),
     "mlp": 24 * dense(16, 16),
 }
-STATISTICS = {"resnet18": 9_600, "resnet34": 17_024, "resnet50": 53_120}
+STATISTICS = {
+    "resnet18": 9_600,
+    "resnet34": 17_024,
+    "resnet50": 53_120,
+    "se_resnet50": 53_120,
+    "senet154": 247_552,
+    "mobilenetv2": 34_112,
+}
 
 # dot_general and conv_general_dilated equations; the body of a scan counts once.
 HEAVY = {
     "resnet18": (1, 20),
     "resnet34": (1, 36),
     "resnet50": (1, 53),
+    "se_resnet50": (16 * 2 + 1, 53),
+    "senet154": (50 * 2 + 1, 3 + 50 * 3 + 4),
+    "mobilenetv2": (1, 52),
     "vgg16": (3, 13),
     "vit_ti16": (12 * 8 + 1, 1),
     "vit_b16": (12 * 8 + 1, 1),
@@ -67,6 +80,9 @@ WIDTHS = {"bert_base": 768, "bert_small": 512, "dlrm": 1, "mlp": 16}  # of the o
 SMALL = {
     "resnet18": dict(stages=(1, 1, 1, 1), width=8, classes=10, image_size=32),
     "resnet50": dict(stages=(1, 1, 1, 1), width=8, classes=10, image_size=32),
+    "se_resnet50": dict(stages=(1, 1, 1, 1), width=8, classes=10, image_size=32),
+    "senet154": dict(stages=(1, 1), stem=((3, 4), (3, 8)), width=8, groups=2, classes=10, image_size=32),
+    "mobilenetv2": dict(stages=((1, 4, 1, 1), (3, 8, 2, 2)), stem=8, last=16, classes=10, image_size=32),
     "vgg16": dict(stages=((8,), (16, 16)), hidden=32, classes=10, image_size=32),
     "vit_ti16": dict(layers=1, hidden=32, heads=2, classes=10, image_size=32),
     "bert_small": dict(layers=1, hidden=32, heads=2, vocabulary=100, length=12, classes=3),
@@ -164,6 +180,21 @@ def test_resnet50_strides_in_the_3x3_and_pads_symmetrically():
     (pool,) = [eqn for eqn in eqns if eqn.primitive.name == "reduce_window_max"]
     assert pool.params["padding"] == ((0, 0), (1, 1), (1, 1), (0, 0))
     assert pool.outvars[0].aval.shape == (3, 56, 56, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    {
+        "resnet50": {1: 53},
+        "se_resnet50": {1: 53},
+        "senet154": {1: 107, 64: 50},
+        "mobilenetv2": {1: 35, 32: 1, 96: 1, 144: 2, 192: 3, 384: 4, 576: 3, 960: 3},
+    }.items(),
+)
+def test_feature_groups(name, expected):
+    eqns, _ = traced(name)
+    convs = [eqn for eqn in eqns if eqn.primitive.name == "conv_general_dilated"]
+    assert Counter(eqn.params["feature_group_count"] for eqn in convs) == expected
 
 
 @pytest.mark.parametrize("name", SMALL)

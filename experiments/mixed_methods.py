@@ -1,0 +1,44 @@
+"""Ways to serve one round of tenants of several models; see experiments/methods.py for those of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import coalesce
+from experiments.methods import Candidate, Method, Options, Tenants
+
+Mix = Sequence[Tenants]  # one for each model
+
+
+def one_by_one(mix: Mix, options: Options, method: Method[Tenants]) -> Iterator[Candidate]:
+    """A method for the tenants of each model, called for one model after the other; a round waits once, at its end."""
+    for parts in zip(*(list(method(tenants, options)) for tenants in mix), strict=True):
+
+        def split(outputs: Sequence[Any], parts: Sequence[Candidate] = parts) -> list[Any]:
+            return [tenant for part, own in zip(parts, outputs, strict=True) for tenant in part.split(own)]
+
+        yield Candidate(parts[0].how, lambda parts=parts: [part.run() for part in parts], split)
+
+
+def fused(mix: Mix, options: Options, policy: str, waste_bound: float) -> Iterator[Candidate]:
+    """coalesce.fuse of all tenants, by its public call."""
+    programs = [
+        coalesce.trace(tenants.apply, params, *inputs, name=f"model {m} tenant {i}")
+        for m, tenants in enumerate(mix)
+        for i, (params, inputs) in enumerate(zip(tenants.params, tenants.inputs, strict=True))
+    ]
+    together = coalesce.fuse(programs, policy=policy, waste_bound=waste_bound)
+    together.compile(options)
+    requests = [inputs for tenants in mix for inputs in tenants.inputs]
+    report = together.report
+    facts = {
+        "heavy_ops": report.heavy_ops,
+        "superkernels": report.superkernels,
+        "superkernels_across": report.superkernels_across,
+        "ops_across": report.ops_across,
+        "loops_across": report.loops_across,
+        "padding": report.padding_waste,
+        "predicted_gain_us": report.predicted_gain_us,
+    }
+    yield Candidate("", lambda: together(requests), facts=facts)

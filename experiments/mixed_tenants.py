@@ -1,0 +1,131 @@
+"""Claim: tenants of different architectures are served faster in one program that packs across them, where the cost
+model says so, and never slower.
+
+    python -m experiments.mixed_tenants
+    python -m experiments.mixed_tenants --sets=recurrent,berts --lanes=4 --dtype=bfloat16
+    python -m experiments.mixed_tenants --sets=resnets --notry_options      one configuration: half of the compile time
+
+Times one round of all tenants of a set of models: one ahead-of-time executable a tenant (`sequential`), one fused
+program a model (`per_family`), and all in one fused program that packs within families alone (`never`), wherever the
+cost model predicts a gain (`auto`) and wherever it is legal (`always`). A cell is one set; see tenant_scaling for how a
+cell is measured and how a second run goes on. Models are smaller on a CPU (--sizes); the header says what was set.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+from absl import app, flags
+
+from coalesce.clusters import WASTE_BOUND
+from coalesce.models import by_name, NAMES
+from experiments import methods, mixed_methods, settings
+from experiments.cells import measure_cell, tenants_of
+from experiments.methods import Method
+from experiments.mixed_methods import Mix
+from experiments.mixed_report import plot, report
+from experiments.results import device_name, header, Row
+
+SETS = {
+    "resnets": ("resnet18", "resnet50"),
+    "vision": ("resnet50", "vgg16", "mobilenetv2"),
+    "berts": ("bert_small", "bert_base"),
+    "recurrent": ("lstm", "gru"),
+    "everything": NAMES,
+}
+METHODS = ("sequential", "per_family", "never", "auto", "always")
+
+IMAGES = ("resnet18", "resnet34", "resnet50", "se_resnet50", "senet154", "mobilenetv2", "vgg16", "vit_ti16", "vit_b16")
+# Tables of DLRM are capped in both: they are looked up, and no heavy op reads them.
+SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "full": {"dlrm": {"max_rows": 100_000}},
+    "small": {
+        **{name: {"image_size": 96} for name in IMAGES},
+        **{name: {"length": 32} for name in ("bert_small", "bert_base")},
+        "dlrm": {"max_rows": 1_000},
+    },
+}
+
+FLAGS = flags.FLAGS  # experiments/settings.py has more of them
+flags.DEFINE_list("sets", list(SETS), f"sets of models, one cell each; of {', '.join(SETS)}")
+flags.DEFINE_integer("lanes", 1, "tenants of each model", lower_bound=1)
+flags.DEFINE_enum("sizes", None, list(SIZES), "sizes of models and requests; small on a CPU unless said otherwise")
+flags.DEFINE_list("fields", [], "fields of single models to set, as in lstm.steps=5,vgg16.image_size=32")
+flags.DEFINE_float("waste_bound", WASTE_BOUND, "the largest share of an op in a superkernel that may be padding")
+
+
+def fields_of_models() -> dict[str, dict[str, Any]]:
+    """What is set of each model."""
+    sizes = FLAGS.sizes or ("small" if jax.default_backend() == "cpu" else "full")
+    found = {name: dict(fields) for name, fields in SIZES[sizes].items()}
+    for item in FLAGS.fields:
+        place, value = item.split("=", 1)
+        model, field = place.split(".", 1)
+        found.setdefault(model, {})[field] = ast.literal_eval(value)
+    return found
+
+
+def mix_of(names: Sequence[str], fields: dict[str, dict[str, Any]]) -> Mix:
+    models = [by_name(name, dtype=FLAGS.dtype, param_dtype=FLAGS.dtype, **fields.get(name, {})) for name in names]
+    return [tenants_of(model, FLAGS.lanes, FLAGS.batch) for model in models]
+
+
+def chosen_methods() -> dict[str, Method[Mix]]:
+    sequential = partial(methods.sequential, own_executables=settings.own_executables())
+    configured: dict[str, Method[Mix]] = {
+        "sequential": partial(mixed_methods.one_by_one, method=sequential),
+        "per_family": partial(mixed_methods.one_by_one, method=methods.fused),
+    }
+    for policy in ("never", "auto", "always"):
+        configured[policy] = partial(mixed_methods.fused, policy=policy, waste_bound=FLAGS.waste_bound)
+    return {name: configured[name] for name in settings.wanted(METHODS)}
+
+
+def main(argv: Sequence[str]) -> None:
+    settings.begin(argv, METHODS)
+    if unknown := set(FLAGS.sets) - set(SETS):
+        raise app.UsageError(f"what is {unknown.pop()}? Sets: {', '.join(SETS)}")
+    fields = fields_of_models()
+    common = {"dtype": FLAGS.dtype, "batch": FLAGS.batch, "lanes": FLAGS.lanes}
+    conditions = {
+        **common,
+        "fields": fields,
+        "waste_bound": FLAGS.waste_bound,
+        "precision": FLAGS.precision,
+        "tolerance": settings.tolerance(),
+    }
+    head = header(settings.command("mixed_tenants"), FLAGS.device_name or device_name(), FLAGS.note, **conditions)
+    special = [FLAGS.dtype] if FLAGS.dtype != "float32" else []
+    special += [f"{name}{common[name]}" for name in ("batch", "lanes") if common[name] > 1]
+    path = settings.folder() / f"{'_'.join(['mixed_tenants', *special])}.json"
+
+    def measure(name: str) -> list[Row]:
+        print(f"{name}: {FLAGS.lanes} each of {', '.join(SETS[name])}", file=sys.stderr, flush=True)
+        mix = mix_of(SETS[name], fields)
+        measured = measure_cell(mix, chosen_methods(), settings.options_to_try(), **settings.limits())
+        return [{"set": name, "models": SETS[name], **common, "method": m, **row} for m, row in measured.items()]
+
+    rows = settings.measure_cells(
+        path,
+        head,
+        FLAGS.sets,
+        cell_of=lambda row: row["set"],
+        methods=lambda _: chosen_methods(),
+        measure=measure,
+        order=lambda row: list(SETS).index(row["set"]),
+    )
+    if not rows:
+        return
+    text = report(head, rows)
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+    print(plot(path.with_suffix(".png"), rows))
+
+
+if __name__ == "__main__":
+    app.run(main)

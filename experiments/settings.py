@@ -1,0 +1,115 @@
+"""The flags of the timed experiments, what follows from them, and cells that are measured once."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+
+from experiments.methods import Options
+from experiments.results import device_folder, load_rows, Row, save_rows
+
+# CUDA graphs over dynamic slices too: the default leaves these out, and each of them cuts a graph in two.
+COMMAND_BUFFERS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION",
+}
+
+FLAGS = flags.FLAGS
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of weights and activations")
+flags.DEFINE_integer("batch", 1, "rows of a request")
+flags.DEFINE_list("methods", None, "which methods; all if not given, and sequential always")
+flags.DEFINE_string("precision", None, "jax_default_matmul_precision, such as highest")
+flags.DEFINE_float("tolerance", None, "largest error relative to sequential; by dtype and device if not given")
+flags.DEFINE_integer("repeats", 300, "timed rounds of each configuration")
+flags.DEFINE_float("seconds", 60.0, "most time for the repeats of a cell")
+flags.DEFINE_float("budget_s", None, "no cell starts after so many seconds")
+flags.DEFINE_string("compiler_options", None, "JSON, for all methods; on a GPU CUDA graphs if not given")
+flags.DEFINE_bool("try_options", True, "try XLA's defaults beside --compiler_options and keep each method's better one")
+flags.DEFINE_bool("own_executables", None, "try an executable a tenant for sequential; on a GPU unless said otherwise")
+flags.DEFINE_string("device_name", None, "how the results call the device")
+flags.DEFINE_string("note", "", "a remark for the results' header, such as that others use the machine too")
+flags.DEFINE_string("out", None, "folder of the results; experiments/results/<device> if not given")
+flags.DEFINE_bool("force", False, "measure again what the results have already")
+
+
+def begin(argv: Sequence[str], methods: Iterable[str]) -> None:
+    """What every main does first."""
+    if unknown := [*argv[1:], *(set(FLAGS.methods or ()) - set(methods))]:
+        raise app.UsageError(f"what is {unknown[0]}? Methods: {', '.join(methods)}")
+    logging.set_verbosity(logging.WARNING)  # JAX names every backend that it does not find
+    if FLAGS.precision:
+        jax.config.update("jax_default_matmul_precision", FLAGS.precision)
+
+
+def wanted(methods: Iterable[str]) -> list[str]:
+    """Those that --methods asks for, and sequential, with whose outputs the others' are compared."""
+    return [name for name in methods if FLAGS.methods is None or name in FLAGS.methods or name == "sequential"]
+
+
+def options_to_try() -> list[Options]:
+    on_gpu = jax.default_backend() == "gpu"
+    given = FLAGS.compiler_options
+    options = json.loads(given) if given is not None else COMMAND_BUFFERS if on_gpu else {}
+    return [options, {}] if FLAGS.try_options and options else [options]
+
+
+def own_executables() -> bool:
+    return jax.default_backend() == "gpu" if FLAGS.own_executables is None else FLAGS.own_executables
+
+
+def tolerance() -> float:
+    """Deep random networks amplify rounding; errors in the rows say how far each method really is."""
+    if FLAGS.tolerance is not None:
+        return FLAGS.tolerance
+    if FLAGS.dtype == "bfloat16":
+        return 1e-1
+    return 1e-5 if jax.default_backend() == "cpu" or FLAGS.precision == "highest" else 1e-2
+
+
+def limits() -> dict[str, Any]:
+    """For `measure_cell`."""
+    return {"tolerance": tolerance(), "repeats": FLAGS.repeats, "seconds": FLAGS.seconds}
+
+
+def command(script: str) -> str:
+    """The command line, without what the header says anyway and without the folder of one machine."""
+    names = [name for name in FLAGS if FLAGS[name].present and name not in ("device_name", "force", "note", "out")]
+    return shlex.join(["python", "-m", f"experiments.{script}", *(FLAGS[name].serialize() for name in names)])
+
+
+def folder() -> Path:
+    return Path(FLAGS.out or Path("experiments", "results", device_folder()))
+
+
+def measure_cells(
+    path: Path,
+    head: dict[str, Any],
+    cells: Sequence[Any],
+    *,
+    cell_of: Callable[[Row], Any],
+    methods: Callable[[Any], Iterable[str]],
+    measure: Callable[[Any], list[Row]],
+    order: Callable[[Row], Any],
+) -> list[Row]:
+    """All rows of a file, with those of the cells that it lacks measured now; it is written after each of them."""
+    start = time.perf_counter()
+    rows = [] if FLAGS.force else load_rows(path, head)
+    for cell in cells:
+        if set(methods(cell)) <= {row["method"] for row in rows if cell_of(row) == cell}:
+            continue
+        if FLAGS.budget_s is not None and time.perf_counter() - start > FLAGS.budget_s:
+            print(f"the budget of {FLAGS.budget_s:g} s is spent; the same command goes on from here", file=sys.stderr)
+            break
+        new = measure(cell)
+        rows = sorted([row for row in rows if cell_of(row) != cell] + new, key=order)
+        save_rows(path, head, rows)
+        gc.collect()  # the cell's weights lie in cycles of closures; the next cell needs their memory
+    return rows

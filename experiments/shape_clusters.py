@@ -1,0 +1,163 @@
+"""Claim: the heavy ops of different architectures fall into clusters of near-equal shape (figure 7 of Jain et al. 2019,
+arXiv 1901.10008).
+
+    python -m experiments.shape_clusters
+
+Takes every dot and convolution of the normalised programs of all models, as matrix products, and clusters them for
+several bounds on the padding of an op. Nothing runs on a device and parameters have shapes alone, so that the result
+depends on the models and the compiler's passes only. The body of a scan counts once.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+from absl import app, flags
+
+import coalesce
+from coalesce.clusters import canonical_gemm, Cluster, cluster, WASTE_BOUND
+from coalesce.heavy import heavy_eqns, heavy_op, HeavyOp
+from coalesce.models import by_name, NAMES
+from coalesce.passes.pipeline import normalise
+from experiments.results import header, Row, save_rows
+from experiments.shape_plot import plot
+from experiments.shape_report import report
+
+# Models that differ in size alone are one architecture.
+ARCHITECTURES = {
+    "resnet18": "ResNet",
+    "resnet34": "ResNet",
+    "resnet50": "ResNet",
+    "se_resnet50": "SENet",
+    "senet154": "SENet",
+    "mobilenetv2": "MobileNet",
+    "vgg16": "VGG",
+    "vit_ti16": "ViT",
+    "vit_b16": "ViT",
+    "bert_base": "BERT",
+    "bert_small": "BERT",
+    "lstm": "LSTM",
+    "gru": "GRU",
+    "dlrm": "DLRM",
+    "mlp": "MLP",
+}
+Op = tuple[tuple[str, int], HeavyOp]  # ((model, position in its program), op)
+
+FLAGS = flags.FLAGS
+flags.DEFINE_list("models", list(NAMES), "models of coalesce.models")
+flags.DEFINE_integer("batch", 1, "rows of a request", lower_bound=1)
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of weights and activations")
+flags.DEFINE_list(
+    "bounds", [f"{n / 20:g}" for n in range(11)], "bounds on the padding of an op, a line of the table each"
+)
+flags.DEFINE_float("waste_bound", WASTE_BOUND, "the bound whose clusters are listed and drawn")
+flags.DEFINE_string("out", "experiments/results/shape_clusters", "folder of the results")
+
+
+def heavy_ops(name: str) -> list[Op]:
+    """Of one request to one model, after normalisation."""
+    model = by_name(name, dtype=FLAGS.dtype, param_dtype=FLAGS.dtype)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    program = normalise(coalesce.trace(model.apply, params, *model.inputs(FLAGS.batch), name=name)).program
+    return [((name, i), heavy_op(eqn)) for i, eqn in enumerate(heavy_eqns(program.jaxpr))]
+
+
+def models_of(found: Cluster) -> Counter[str]:
+    """How many ops of each model there are."""
+    return Counter(cast(tuple[str, int], name)[0] for name in found.members)
+
+
+def architectures_of(found: Cluster) -> set[str]:
+    return {ARCHITECTURES[model] for model in models_of(found)}
+
+
+def flops(found: Cluster) -> int:
+    """Of all members at the cluster's shape."""
+    return 2 * found.gemm.batch * prod(found.shape)
+
+
+def row_of(bound: float, clusters: Sequence[Cluster]) -> Row:
+    """What a bound gives: clusters, padding and company."""
+    several = [found for found in clusters if len(models_of(found)) > 1]
+    across = [found for found in clusters if len(architectures_of(found)) > 1]
+    padded = sum(map(flops, clusters))
+    return {
+        "bound": bound,
+        "clusters": len(clusters),
+        "ops": sum(len(found.members) for found in clusters),
+        "padding": sum(found.waste * flops(found) for found in clusters) / padded,
+        "largest_padding": max(1 - prod(shape) / prod(found.shape) for found in clusters for shape, _ in found.shapes),
+        "clusters_of_several_models": len(several),
+        "ops_with_another_model": sum(len(found.members) for found in several),
+        "clusters_of_several_architectures": len(across),
+        "ops_with_another_architecture": sum(len(found.members) for found in across),
+        "flops_with_another_architecture": sum(map(flops, across)) / padded,
+    }
+
+
+def shape_rows(ops: Sequence[Op], clusters: Sequence[Cluster]) -> list[Row]:
+    """A row for each model and shape, with the cluster it is in."""
+    index = {name: found.index for found in clusters for name in found.members}
+    counts: Counter[tuple[Any, ...]] = Counter()
+    problems: Counter[tuple[Any, ...]] = Counter()
+    for name, op in ops:
+        gemm = canonical_gemm(op)
+        key = (name[0], op.kind, *gemm.shape, index[name])
+        counts[key] += 1
+        problems[key] += gemm.batch
+    fields = ("model", "kind", "m", "n", "k", "cluster")
+    return [
+        {**dict(zip(fields, key, strict=True)), "ops": counts[key], "problems": problems[key]} for key in sorted(counts)
+    ]
+
+
+def cluster_rows(clusters: Sequence[Cluster]) -> list[Row]:
+    """The clusters of two or more architectures, the most FLOPs first."""
+    across = sorted((found for found in clusters if len(architectures_of(found)) > 1), key=flops, reverse=True)
+    return [
+        {
+            "shape": found.shape,
+            "others": [shape for shape, _ in found.shapes if shape != found.shape],
+            "padding": found.waste,
+            "models": models_of(found),
+        }
+        for found in across
+    ]
+
+
+def given_flags() -> list[str]:
+    names = ("models", "batch", "dtype", "bounds", "waste_bound")
+    return [FLAGS[name].serialize() for name in names if FLAGS[name].present]
+
+
+def main(argv: Sequence[str]) -> None:
+    if unknown := [*argv[1:], *(set(FLAGS.models) - set(NAMES))]:
+        raise app.UsageError(f"what is {unknown[0]}? Models: {', '.join(NAMES)}")
+    ops: list[Op] = []
+    for name in FLAGS.models:
+        ops += heavy_ops(name)
+        print(f"{name}: {sum(model == name for (model, _), _ in ops)} heavy ops", file=sys.stderr, flush=True)
+    rows = [row_of(bound, cluster(ops, waste_bound=bound)) for bound in map(float, FLAGS.bounds)]
+    clusters = cluster(ops, waste_bound=FLAGS.waste_bound)
+    command = shlex.join(["python", "-m", "experiments.shape_clusters", *given_flags()])
+    settings = {"models": FLAGS.models, "batch": FLAGS.batch, "dtype": FLAGS.dtype}
+    head = header(command, "none", **settings)
+    path = Path(FLAGS.out, "shape_clusters.json")
+    shapes = shape_rows(ops, clusters)
+    save_rows(path, head, rows)
+    save_rows(path.with_name("shape_clusters_ops.json"), {**head, "waste_bound": FLAGS.waste_bound}, shapes)
+    text = report({**head, "waste_bound": FLAGS.waste_bound}, rows, cluster_rows(clusters))
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+    print(plot(path.with_suffix(".png"), rows, shapes, ARCHITECTURES, FLAGS.waste_bound))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,98 @@
+"""mixed_tenants and shape_clusters run, from their command line to their files; no test looks at a time."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from coalesce.models import NAMES
+from experiments import mixed_tenants
+from experiments.mixed_report import gain_lines
+
+ROOT = Path(__file__).parent.parent
+SMALL = [f"{name}.{field}" for name in ("lstm", "gru") for field in ("hidden=8", "features=8", "steps=3", "classes=4")]
+QUICK = ["--sets=recurrent", "--repeats=3", f"--fields={','.join(SMALL)}"]
+
+
+@pytest.fixture
+def mix(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs mixed_tenants with a command line."""
+
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["mixed_tenants", *arguments])
+        with flagsaver.flagsaver():
+            mixed_tenants.main(flags.FLAGS(sys.argv))
+
+    return run
+
+
+def test_mixed_tenants_compares_five_ways_to_serve_a_set(mix, tmp_path, capsys):
+    mix(*QUICK, "--lanes=2", f"--out={tmp_path}", "--own_executables")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"mixed_tenants_lanes2.{end}" for end in ("json", "md", "png")
+    }
+    result = json.loads((tmp_path / "mixed_tenants_lanes2.json").read_text())
+    rows = {row["method"]: row for row in result["rows"]}
+    assert list(rows) == ["sequential", "per_family", "never", "auto", "always"]
+    for row in rows.values():
+        assert row["models"] == ["lstm", "gru"] and not row["failed"] and row["error"] <= 1e-5
+    assert len(rows["sequential"]["tried"]) == 2
+    assert rows["never"]["facts"]["heavy_ops"] == 2 * (3 + 7)
+    assert rows["never"]["facts"]["superkernels_across"] == rows["never"]["facts"]["ops_across"] == 0
+    assert rows["always"]["facts"]["superkernels_across"] > 0
+    assert result["header"]["settings"]["fields"]["gru"]["hidden"] == 8
+    assert "hidden=8 (lstm, gru)" in capsys.readouterr().out
+
+    before = result["rows"]
+    mix(*QUICK, "--lanes=2", f"--out={tmp_path}", "--methods=always")
+    assert json.loads((tmp_path / "mixed_tenants_lanes2.json").read_text())["rows"] == before
+
+
+def test_every_model_is_in_a_set():
+    assert {name for names in mixed_tenants.SETS.values() for name in names} == set(NAMES)
+
+
+def test_a_prediction_is_right_wrong_or_within_the_spread():
+    def row(method, median, spread=2.0, ops=4, predicted=0.0):
+        times = {"round_us_median": median, "round_us_p10": median, "round_us_p90": median + spread}
+        facts = {"superkernels_across": ops // 2, "ops_across": ops, "loops_across": 0, "predicted_gain_us": predicted}
+        return {"set": "s", "method": method, "failed": "", **times, "facts": facts}
+
+    never = row("never", 100.0, ops=0)
+
+    def verdict(other):
+        (line,) = gain_lines([never, other])
+        return line
+
+    assert verdict(row("always", 120.0, predicted=-30.0)).endswith(
+        "2 superkernels across families with 4 ops, joint loops: 0; "
+        "predicted -30 us, measured -20 us (-20.0%); the sign is right"
+    )
+    assert verdict(row("always", 120.0, predicted=30.0)).endswith("the sign is wrong")
+    assert verdict(row("always", 100.5, predicted=30.0)).endswith("within the spread of the times")
+    assert "packs nothing across families; -1 us (-1.0%)" in verdict(row("auto", 101.0, ops=0))
+    assert list(gain_lines([never, row("always", 90.0) | {"failed": "no memory"}])) == []
+
+
+def test_shape_clusters(tmp_path):
+    # In a process of its own: its flags have names that those of the timed experiments have too.
+    command = [sys.executable, "-m", "experiments.shape_clusters", "--models=lstm,gru,bert_small", f"--out={tmp_path}"]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads((tmp_path / "shape_clusters.json").read_text())["rows"]
+    assert [row["bound"] for row in rows] == [n / 20 for n in range(11)]
+    assert {row["ops"] for row in rows} == {3 + 7 + 33}
+    assert rows[0]["padding"] == 0 < rows[-1]["padding"] < 0.5
+    assert rows[0]["clusters"] > rows[-1]["clusters"]
+    assert all(row["largest_padding"] <= row["bound"] for row in rows)
+    shapes = json.loads((tmp_path / "shape_clusters_ops.json").read_text())["rows"]
+    assert sum(shape["ops"] for shape in shapes) == 3 + 7 + 33
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".png"}
+    # The pooler of BERT and the recurrent gates of the GRU are one row times 512 x 512.
+    assert "| 1 x 512 x 512 " in run.stdout and "gru 6, bert_small 1" in run.stdout
