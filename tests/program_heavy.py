@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from tests.programs import Aval, Draw, fit, kind_of, Op, Scope
+from tests.programs import Aval, Draw, fit, kind_of, Op, readable, Scope
 
 SIDES = ["weight right", "weight left", "no weight", "constant"]
 HIGHEST = lax.Precision.HIGHEST
@@ -89,6 +89,8 @@ def conv(draw: Draw, scope: Scope, i: int) -> Op:
         short = [max(0, r - h - lo - hi) for r, h, (lo, hi) in zip(reach, held, given, strict=True)]
         if any(short):
             padding = [(lo, hi + more) for (lo, hi), more in zip(given, short, strict=True)]
+    if not isinstance(padding, str):
+        padding = readable(padding)
     rhs = [0] * (rank + 2)
     for d, size in zip(rhs_spec, (groups * batch_groups * draw.integer(1, 3), c // groups, *kernel), strict=True):
         rhs[d] = size

@@ -168,6 +168,12 @@ class Model:
         return f"({ins}) {self.block} -> {outs}"
 
 
+def readable(padding: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """A convolution's padding without what XLA's CPU backend gets wrong: with negative low and some high padding it
+    reads behind its operand (https://github.com/openxla/xla/issues/48713)."""
+    return [(max(low, 0) if high > 0 else low, high) for low, high in padding]
+
+
 def fit(x: Any, like: Any) -> Any:
     """`x` repeated or cut to the shape of `like`, in its dtype."""
     return jnp.resize(x, like.shape).astype(like.dtype)

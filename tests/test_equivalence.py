@@ -7,20 +7,16 @@ executable is used for all that can be asked of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import pytest
 from hypothesis import given, strategies as st
 
-import coalesce
-from coalesce.kernels import choose, KERNELS
-from tests.compare import assert_as_good, assert_bitwise, assert_same
-from tests.poison import draw_poison, Poison
+from tests.cases import assert_inputs_isolated, assert_weights_isolated, Case, case_of, fuse, inputs_of
+from tests.compare import assert_as_good, assert_same
 from tests.programs import Draw, many_compiles
-from tests.tenants import alone, draw_tenants, in_float32, Tenant
+from tests.tenants import alone, draw_tenants, in_float32
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -29,66 +25,12 @@ def cheap_compiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def fuse(found: Sequence[Tenant], options: dict[str, Any]) -> coalesce.Fused:
-    programs = [coalesce.trace(t.fn, t.params, *t.inputs, name=f"t{i}", shared=t.shared) for i, t in enumerate(found)]
-    return coalesce.fuse(programs, **options)
-
-
-def inputs_of(found: Sequence[Tenant]) -> list[tuple[Any, ...]]:
-    return [t.inputs for t in found]
-
-
-def preferring(n: int | None) -> Any:
-    """Kernel choice: the n-th kernel of those that support an op, counted round, or the library's own choice."""
-
-    def choice(op: Any, groups: int, platform: str) -> str:
-        able = [name for name, kernel in KERNELS.items() if kernel.supports(op)]
-        return choose(op, groups, platform) if n is None else able[n % len(able)]
-
-    return choice
-
-
-@dataclass(frozen=True)
-class Case:
-    """Tenants, how to fuse them, and what else a property asks of them."""
-
-    found: list[Tenant]
-    options: dict[str, Any]
-    poison: Poison
-    order: list[int]
-
-
 @st.composite
 def cases(draw: st.DrawFn, ops: int, families: int = 2, dtypes: Sequence[Any] = (jnp.float32,)) -> Case:
     """Programs of up to that many ops: hypothesis makes a failing one shorter, by the same seed."""
     length, pick = draw(st.sampled_from(range(1, ops + 1))), Draw(draw(st.integers(0, 2**64 - 1)))
     found = draw_tenants(pick, length, pick.integer(1, families), pick.choice(dtypes))
-    options = {
-        "within_program": pick.flag(),
-        "pack_unbounded_loops": pick.flag(),
-        "choose_kernel": preferring(pick.choice([None, 0, 1, 2])),
-    }
-    return Case(found, options, draw_poison(pick, len(found)), pick.shuffled(range(len(found))))
-
-
-def assert_inputs_isolated(case: Case, program: coalesce.Fused, clean: list[Any]) -> None:
-    """With poison in one tenant's inputs, every other tenant gets the same bits from the same executable."""
-    results = program(inputs_of(case.poison.in_inputs(case.found)))
-    for i in set(range(len(case.found))) - {case.poison.tenant}:
-        assert_bitwise(results[i], clean[i])
-
-
-def assert_weights_isolated(case: Case, program: coalesce.Fused, clean: list[Any]) -> None:
-    """The same with poison in a weight, for whoever does not share it: the executable gets another bank."""
-    bad, hit = case.poison.in_weights(case.found)
-    if not hit:
-        return
-    other = fuse(bad, case.options)
-    assert str(other) == str(program), "poison changed the plan"
-    flat = program.compile()(list(other.bank), jax.tree.leaves(inputs_of(case.found)))
-    results = jax.tree.unflatten(jax.tree.structure(clean), flat)
-    for i in set(range(len(case.found))) - hit:
-        assert_bitwise(results[i], clean[i])
+    return case_of(pick, found)
 
 
 @given(cases(ops=4))

@@ -21,7 +21,7 @@ from jax import lax
 from coalesce.heavy import heavy_op, HeavyOp
 from coalesce.kernels import choose, KERNELS
 from tests.compare import assert_as_good, assert_bitwise, assert_same
-from tests.programs import Aval, kind_of, many_compiles
+from tests.programs import Aval, kind_of, many_compiles, readable
 from tests.tenants import array
 
 FLOATS = (jnp.float32, jnp.float32, jnp.bfloat16, jnp.float16)
@@ -100,7 +100,7 @@ def convs(draw: Any) -> Case:
     reach = [(k - 1) * d + 1 for k, d in zip(kernel, rhs_dilation, strict=True)]
     held = [(s - 1) * d + 1 + a + b for s, d, a, b in zip(size, lhs_dilation, lo, hi, strict=True)]
     # Where the window does not fit into what is held, more padding on the right lets it.
-    padding = [(a, b + max(0, r - h)) for a, b, r, h in zip(lo, hi, reach, held, strict=True)]
+    padding = readable([(a, b + max(0, r - h)) for a, b, r, h in zip(lo, hi, reach, held, strict=True)])
     dtype = draw(st.sampled_from(FLOATS))
     call = partial(
         lax.conv_general_dilated, window_strides=strides, padding=padding, lhs_dilation=lhs_dilation,

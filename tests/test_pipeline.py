@@ -8,6 +8,7 @@ from jax import lax
 import coalesce
 from coalesce import jaxpr as J
 from coalesce.bundle import Bundle
+from coalesce.compile import default_costs
 from coalesce.errors import IRError
 from coalesce.family import find_families
 from coalesce.passes import bundle_pipeline
@@ -124,6 +125,8 @@ def test_a_broken_bundle_pass_is_named_with_those_before_it(broken, text, monkey
 
 
 def test_every_bundle_pass_is_recorded():
-    programs = [normalise(program(name)).program for name in "ab"]
-    steps = bundle_pipeline.plan(Bundle(("a", "b"), find_families(programs)), platform="cpu")
-    assert [step.name for step in steps] == ["form_packs", "choose_kernels", "plan_layouts"]
+    bundle = Bundle(("a", "b"), find_families([normalise(program(name)).program for name in "ab"]))
+    steps = bundle_pipeline.plan(bundle, platform="cpu", costs=default_costs("cpu"))
+    assert [step.name for step in steps] == ["form_packs", "cluster", "align", "pack", "choose_kernels", "plan_layouts"]
+    never = bundle_pipeline.plan(bundle, platform="cpu", costs=default_costs("cpu"), policy="never")
+    assert [step.name for step in never] == ["form_packs", "choose_kernels", "plan_layouts"]

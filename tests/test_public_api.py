@@ -58,6 +58,7 @@ def test_signatures():
     fuse = inspect.signature(coalesce.fuse).parameters
     assert next(iter(fuse)) == "programs"
     assert {p.kind for name, p in fuse.items() if name != "programs"} == {inspect.Parameter.KEYWORD_ONLY}
+    assert (fuse["policy"].default, fuse["waste_bound"].default) == ("auto", 0.4)
     assert fuse["within_program"].default is False
     assert fuse["pack_unbounded_loops"].default is False
 
@@ -66,14 +67,37 @@ def test_report(fused):
     report = fused.report
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.programs = 4  # type: ignore[misc]
-    fields = ["programs", "families", "heavy_ops", "superkernels", "alone", "padding_waste", "tenants"]
-    assert [f.name for f in dataclasses.fields(report)] == fields
+    fields = ["programs", "families", "heavy_ops", "superkernels", "alone", "padding_waste"]
+    across = ["superkernels_across", "ops_across", "loops_across", "predicted_gain_us"]
+    assert [f.name for f in dataclasses.fields(report)] == [*fields, *across, "tenants"]
     assert (report.programs, report.families, report.heavy_ops) == (3, 2, 5)
     assert (report.superkernels, report.alone, report.padding_waste) == (2, 1, 0.0)
     first, _, third = report.tenants
     assert (first.name, first.family, first.heavy_ops, first.superkernels, first.alone) == ("a", 0, 2, 2, 0)
     assert (third.name, third.family, third.heavy_ops, third.superkernels, third.alone) == ("c", 1, 1, 0, 1)
     assert first.padding_waste == third.padding_waste == 0.0
+    assert first.across_families == third.across_families == 0
+
+
+def test_report_across_families():
+    """The first layers of both programs are one superkernel, and so are the scans with the dots in their bodies."""
+
+    def rnn(w, x):
+        x = jnp.tanh(x @ w[0])
+        return jax.lax.scan(lambda c, _: (jnp.tanh(c @ w[1]), None), x, None, 3)[0]
+
+    shapes = (4, 5), (4, 4), (4, 4)
+    programs = [
+        coalesce.trace(rnn, [array(4, d), array(d, d)], array(2, 4), name=f"t{i}") for i, (_, d) in enumerate(shapes)
+    ]
+    report = coalesce.fuse(programs, policy="always", waste_bound=0.5).report
+    assert (report.families, report.heavy_ops, report.superkernels, report.alone) == (2, 6, 2, 0)
+    assert (report.superkernels_across, report.ops_across, report.loops_across) == (2, 6, 1)
+    # Two of three lanes have 4 of 5 columns, then 4 of 5 rows as well.
+    assert report.padding_waste == pytest.approx(1 - (20 + 16 + 16 + 25 + 16 + 16) / (3 * 20 + 3 * 25))
+    assert [t.across_families for t in report.tenants] == [2, 2, 2]
+    counts = "6 heavy ops -> 2 superkernels, 2 across families, 0 alone, 19.3% padding"
+    assert str(report) == f"3 programs in 2 families: {counts}"
 
 
 def test_report_text(fused, golden):
@@ -101,7 +125,7 @@ def test_explain(fused):
     text = fused.explain()
     for run in ("inline", "dce", "canonicalize", "hoist_weights", "cse"):
         assert f"after {run} (" in text
-    for run in ("form_packs", "choose_kernels", "plan_layouts"):
+    for run in ("form_packs", "cluster", "align", "pack", "choose_kernels", "plan_layouts"):
         assert f"# bundle: after {run} (" in text
     assert "a and 1 more of its function" not in text.split("# bundle")[1]
     assert "family 0: 2 lanes (a, b)" in text and "family 1: 1 lane (c)" in text

@@ -35,6 +35,5 @@ class Machine:
         key = (rate, batch, m, n, k)
         if (arithmetic := self.products.get(key)) is None:
             arithmetic = self.products[key] = product_us(self.device, rate, batch, m, n, k)
-        traffic = self.traffic(weights, moved)
-        hidden = self.device.overlap * min(arithmetic, traffic)
-        return self.device.launch_us + arithmetic + traffic - hidden
+        shorter, longer = sorted((arithmetic, self.traffic(weights, moved)))
+        return self.device.launch_us + longer + (1 - self.device.overlap) * shorter

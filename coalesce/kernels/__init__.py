@@ -35,8 +35,8 @@ KERNELS: Mapping[str, Kernel] = {
 
 # On a CPU, slices win only while the patch matrix stays in cache (measured with 8 lanes, 8x8x16 to 56x56x64).
 CPU_PATCH_BYTES = 256 * 1024
-# With few rows they win for one problem too: 1.1 to 2.8 times at 9 to 49 rows of 2304 and 4608 (measured, 3x3 on 3x3x256
-# to 7x7x512), and 135 times at 2x2x512, where the library's convolution takes 24 ms.
+# With few rows they win for one problem too: 1.1 to 2.8 times at 9 to 49 rows of 2304 and 4608 (measured, 3x3 on
+# 3x3x256 to 7x7x512), and 135 times at 2x2x512, where the library's convolution takes 24 ms.
 CPU_FEW_ROWS = 49
 # On a GPU they win everywhere measured; this only keeps the patches of all lanes from crowding out the weights.
 GPU_PATCH_BYTES = 8 * 1024**3

@@ -1,0 +1,79 @@
+"""What the property tests of fused programs share: a case, and that nothing of one tenant reaches another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+import coalesce
+from coalesce.costs import Costs, device_of
+from coalesce.kernels import choose, KERNELS
+from tests.compare import assert_bitwise
+from tests.poison import draw_poison, Poison
+from tests.programs import Draw
+from tests.tenants import Tenant
+
+
+@dataclass(frozen=True)
+class Case:
+    """Tenants, how to fuse them, and what else a property asks of them."""
+
+    found: list[Tenant]
+    options: dict[str, Any]
+    poison: Poison
+    order: list[int]
+
+
+def case_of(pick: Draw, found: list[Tenant], **options: Any) -> Case:
+    """With options that are drawn, but for those that are given."""
+    drawn = {
+        "within_program": pick.flag(),
+        "pack_unbounded_loops": pick.flag(),
+        "choose_kernel": preferring(pick.choice([None, 0, 1, 2])),
+        "policy": pick.choice(["always", "always", "auto", "never"]),
+        "waste_bound": pick.choice([0.0, 0.3, 0.6, 0.9]),
+        "costs": Costs(device_of(pick.choice(["cpu", "gpu"]))),  # on a GPU most of what is this small wins
+    }
+    return Case(found, drawn | options, draw_poison(pick, len(found)), pick.shuffled(range(len(found))))
+
+
+def preferring(n: int | None) -> Any:
+    """Kernel choice: the n-th kernel of those that support an op, counted round, or the library's own choice."""
+
+    def choice(op: Any, groups: int, platform: str) -> str:
+        able = [name for name, kernel in KERNELS.items() if kernel.supports(op)]
+        return choose(op, groups, platform) if n is None else able[n % len(able)]
+
+    return choice
+
+
+def fuse(found: Sequence[Tenant], options: dict[str, Any]) -> coalesce.Fused:
+    programs = [coalesce.trace(t.fn, t.params, *t.inputs, name=f"t{i}", shared=t.shared) for i, t in enumerate(found)]
+    return coalesce.fuse(programs, **options)
+
+
+def inputs_of(found: Sequence[Tenant]) -> list[tuple[Any, ...]]:
+    return [t.inputs for t in found]
+
+
+def assert_inputs_isolated(case: Case, program: coalesce.Fused, clean: list[Any]) -> None:
+    """With poison in one tenant's inputs, every other tenant gets the same bits from the same executable."""
+    results = program(inputs_of(case.poison.in_inputs(case.found)))
+    for i in set(range(len(case.found))) - {case.poison.tenant}:
+        assert_bitwise(results[i], clean[i])
+
+
+def assert_weights_isolated(case: Case, program: coalesce.Fused, clean: list[Any]) -> None:
+    """The same with poison in a weight, for whoever does not share it: the executable gets another bank."""
+    bad, hit = case.poison.in_weights(case.found)
+    if not hit:
+        return
+    other = fuse(bad, case.options)
+    assert str(other) == str(program), "poison changed the plan"
+    flat = program.compile()(list(other.bank), jax.tree.leaves(inputs_of(case.found)))
+    results = jax.tree.unflatten(jax.tree.structure(clean), flat)
+    for i in set(range(len(case.found))) - hit:
+        assert_bitwise(results[i], clean[i])
