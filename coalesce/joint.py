@@ -198,7 +198,8 @@ def windows(eqns: Eqns) -> bool:
 
 def reduction(identity: Callable[[np.dtype], Any]) -> Rule:
     def reads(eqns: Eqns) -> tuple[Sequence[int], Any]:
-        return eqns[0].params["axes"], identity(np.dtype(J.dtype(eqns[0].invars[0])))
+        axes = tuple(int(axis) for axis in eqns[0].params["axes"])
+        return axes, identity(np.dtype(J.dtype(eqns[0].invars[0])))
 
     def real(eqns: Eqns) -> bool:
         return same(eqns) and not jnp.issubdtype(J.dtype(eqns[0].invars[0]), jnp.complexfloating)

@@ -52,7 +52,7 @@ def activated(kin: Draw, own: Draw, scope: Scope, i: int) -> Op:
         return [
             lambda: jnp.tanh(x * c),
             lambda: jnp.maximum(x, -c),
-            lambda: lax.clamp(-c, x, c),
+            lambda: lax.clamp(x.dtype.type(-c), x, x.dtype.type(c)),
             lambda: x / (1 + jnp.exp(-c * x)),
             lambda: lax.integer_pow(jnp.sin(x), 3) + c,
             lambda: jnp.logaddexp(x, jnp.full_like(x, c)),

@@ -11,7 +11,6 @@ from coalesce.packing import align, Node, Packing, Problem
 from coalesce.packing.problem import value
 from experiments.packing_exact import solve
 from experiments.packing_instances import chain, random_problem
-from experiments.packing_regret import summary
 
 SEEDS = range(24)
 
@@ -143,13 +142,6 @@ def test_gain_is_asked_about_as_often_as_there_are_nodes() -> None:
         return len(packs)
 
     assert asked(30) <= 3.5 * asked(15)
-
-
-def test_the_summary_of_the_experiment() -> None:
-    rows = [{"programs": n, "align": 1.0, "greedy": 0.5, "alignment": 0.75} for n in (2, 3)]
-    lines = summary(rows).splitlines()
-    assert len(lines) == 2 + 3 * 3
-    assert {line.split("|")[4].strip() for line in lines[2:5]} == {"100.0%"}
 
 
 def test_the_optimum_is_what_trying_all_finds() -> None:

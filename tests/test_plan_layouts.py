@@ -3,17 +3,31 @@
 import jax.numpy as jnp
 from jax import lax
 
+from coalesce.passes.align import align
 from coalesce.passes.choose_kernels import choose_kernels
+from coalesce.passes.cluster import cluster
 from coalesce.passes.form_packs import form_packs
+from coalesce.passes.pack import pack
 from coalesce.passes.plan_layouts import plan_layouts
 from tests.alone import array
 from tests.bundles import bundle_of, replanned
+from tests.fixed_costs import Fixed
 
 
 def planned(*tenants, kernel=None, **options):
     """A bundle with packs and kernels, `kernel` for all of them if given."""
     choice = {} if kernel is None else {"choice": lambda op, groups, platform: kernel}
     return choose_kernels(form_packs(bundle_of(*tenants), **options), platform="cpu", **choice)
+
+
+def across(*tenants, kernel=None):
+    """The same with whatever can be packed across families."""
+    costs = Fixed()
+    bundle = align(
+        cluster(form_packs(bundle_of(*tenants)), waste_bound=0.8), costs=costs, policy="always", waste_bound=0.8
+    )
+    choice = {} if kernel is None else {"choice": lambda op, groups, platform: kernel}
+    return choose_kernels(pack(bundle), platform="cpu", **choice)
 
 
 def shown(bundle):
@@ -26,6 +40,10 @@ def dense(p, x):
 
 def dense_tenant(w=None):
     return dense, {"w": array(4, 3) if w is None else w, "b": array(3)}, (array(2, 4),)
+
+
+def biased(columns):
+    return lambda p, x: lax.dot(x, p["w"]) + p["b"][None], {"w": array(4, columns), "b": array(columns)}, (array(2, 4),)
 
 
 def conv(w, x):
@@ -100,6 +118,31 @@ def test_members_of_one_program(golden):
 
     tenants = [(apply, {"q": array(4, 4), "k": array(4, 4)}, (array(2, 4),)) for _ in range(2)]
     golden(shown(planned(*tenants, within_program=True)))
+
+
+def test_two_programs_of_other_widths(golden):
+    """Weights of a shared superkernel and of a joint equation lie in arrays of their own, padded to one shape."""
+    golden(shown(across(biased(3), biased(5))))
+
+
+def test_two_programs_in_the_layout_of_a_kernel(golden):
+    """A row is padded first, then laid out for the kernel."""
+    tenants = [(conv, array(3, 3, c, 4), (array(1, 8, 8, c),)) for c in (2, 3)]
+    golden(shown(across(*tenants, kernel="conv_slices")))
+
+
+def test_two_programs_as_plain_products(golden):
+    """A row becomes a matrix, and is padded then."""
+    tenants = [(conv, array(w, w, 2, 4), (array(1, 4, 4, 2),)) for w in (2, 3)]
+    golden(shown(across(*tenants, kernel="batched_matvec")))
+
+
+def test_programs_that_share_a_weight():
+    """It is one row of one array, whichever families read it."""
+    w = array(4, 3)
+    other = lambda p, x: lax.sin(lax.dot(x, p))  # noqa: E731
+    bundle = plan_layouts(across((lambda p, x: lax.dot(x, p), w, (array(2, 4),)), (other, w, (array(2, 4),))))
+    assert [a.rows for a in bundle.arrays] == [((0, 0),)]
 
 
 def test_right_operands_that_are_no_weights():

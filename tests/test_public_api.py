@@ -138,6 +138,19 @@ def test_explain(fused):
     assert "(c): dot M=2 N=5 K=4 f32[2,4] x f32[4,5]: one lane in its family" in alone
 
 
+def test_explain_across_families():
+    """What was found, chosen and predicted, and the record of every heavy op."""
+    programs = [coalesce.trace(mlp, params(4, d, 3), array(2, 4), name=f"t{d}") for d in (7, 8)]
+    text = coalesce.fuse(programs, policy="always").explain()
+    assert "# bundle: after align (" in text and "padded: family 0 at 0 with family 1 at 0" in text
+    across = text.split("# across families")[1].split("#")[0].strip().splitlines()
+    assert across[0].startswith("predicted to win ")
+    assert [line.split(":")[0] for line in across[1:]] == [f"family {f} at {i}" for f in (0, 1) for i in (0, 3)]
+    assert (
+        across[1].split(":")[1].startswith(" with family 1 at 0 as dot M=2 N=8 K=4 f32[2,4] x f32[4,8], 12.5% padding")
+    )
+
+
 def test_jaxpr(fused):
     """Banks and inputs in; a named call for each superkernel, and an op alone as its tenant wrote it."""
     jaxpr = fused.jaxpr

@@ -54,7 +54,6 @@ def conv(size: int, c: int, o: int, window: int = 3, batch: int = 1, **options: 
 
 def form_of(*ops: HeavyOp, forms: Sequence[str] = FORMS) -> str | None:
     shared = unify(ops, [1] * len(ops), forms)
-    assert shared is not None
     return shared and shared.form
 
 
