@@ -215,37 +215,24 @@ def problems(pack: Pack, families: Sequence[Family]) -> tuple[int, int]:
     return sum(how.groups for how in folds), folds[0].per_group
 
 
-def map_packs(schedule: Schedule, new: Mapping[int, Pack]) -> Schedule:
-    """The schedule with packs replaced by index."""
-
-    def one(item: Item) -> Item:
-        if isinstance(item, Pack):
-            return new[item.index]
-        if isinstance(item, Loop):
-            return replace(item, bodies=tuple(map_packs(body, new) for body in item.bodies))
-        if isinstance(item, JointLoop):
-            return replace(item, body=map_packs(item.body, new))
-        return item
-
-    return tuple(map(one, schedule))
-
-
-def map_joint_steps(schedule: Schedule, change: Callable[[JointStep], JointStep]) -> Schedule:
-    """The schedule with every joint step changed; others, and what holds none, stay the same objects."""
+def map_schedule(schedule: Schedule, change: Callable[[Pack | JointStep], Item]) -> Schedule:
+    """The schedule with every pack and joint step changed, regions included; the same object if none was."""
 
     def one(item: Item) -> Item:
         match item:
-            case JointStep():
+            case Pack() | JointStep():
                 return change(item)
             case Loop():
-                inner = tuple(map_joint_steps(body, change) for body in item.bodies)
-                return item if inner == item.bodies else replace(item, bodies=inner)
+                bodies = tuple(map_schedule(body, change) for body in item.bodies)
+                kept = all(new is old for new, old in zip(bodies, item.bodies, strict=True))
+                return item if kept else replace(item, bodies=bodies)
             case JointLoop():
-                body = map_joint_steps(item.body, change)
-                return item if body == item.body else replace(item, body=body)
+                body = map_schedule(item.body, change)
+                return item if body is item.body else replace(item, body=body)
         return item
 
-    return tuple(map(one, schedule))
+    changed = tuple(map(one, schedule))
+    return schedule if all(new is old for new, old in zip(changed, schedule, strict=True)) else changed
 
 
 def rows_of_parts(step: JointStep, operand: int, bundle: Bundle) -> tuple[int, ...]:

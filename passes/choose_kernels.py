@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from coalesce.bundle import Bundle, map_packs, packs, problems
+from coalesce.bundle import Bundle, Item, JointStep, map_schedule, Pack, problems
 from coalesce.errors import PlanError
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import choose, KERNELS
@@ -19,16 +19,18 @@ Choice = Callable[[HeavyOp, int, str], str]
 
 def choose_kernels(bundle: Bundle, *, platform: str, choice: Choice = choose) -> Bundle:
     """`choice(op, groups, platform)` names the kernel for `groups` problems of `op`; it must support the op."""
-    new = {}
-    for pack in packs(bundle.schedule):
-        groups, _ = problems(pack, bundle.families)
-        name = choice(pack.op, groups, platform)
-        if name not in KERNELS or not KERNELS[name].supports(pack.op):
+
+    def chosen(item: Pack | JointStep) -> Item:
+        if isinstance(item, JointStep):
+            return item
+        groups, _ = problems(item, bundle.families)
+        name = choice(item.op, groups, platform)
+        if name not in KERNELS or not KERNELS[name].supports(item.op):
             raise PlanError(
-                f"pack {pack.index} ({pack.op.shape}): kernel {name!r} does not support it; kernels that "
-                f"do: {', '.join(k for k, kernel in KERNELS.items() if kernel.supports(pack.op))}"
+                f"pack {item.index} ({item.op.shape}): kernel {name!r} does not support it; kernels that "
+                f"do: {', '.join(k for k, kernel in KERNELS.items() if kernel.supports(item.op))}"
             )
-        new[pack.index] = pack if name == pack.kernel else replace(pack, kernel=name)
-    if all(new[pack.index] is pack for pack in packs(bundle.schedule)):
-        return bundle
-    return replace(bundle, schedule=map_packs(bundle.schedule, new))
+        return item if name == item.kernel else replace(item, kernel=name)
+
+    schedule = map_schedule(bundle.schedule, chosen)
+    return bundle if schedule is bundle.schedule else replace(bundle, schedule=schedule)

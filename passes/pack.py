@@ -29,7 +29,7 @@ from coalesce.bundle import (
     JointLoop,
     JointStep,
     Loop,
-    map_packs,
+    map_schedule,
     Pack,
     packs,
     Place,
@@ -50,9 +50,13 @@ def pack(bundle: Bundle) -> Bundle:
     if not pending and not any(map(can_stack, packs(bundle.schedule))):
         return bundle
     schedule = Packer(bundle).schedule(bundle.schedule, Stacks())
-    numbers = count()
-    new = {p.index: replace(p, index=next(numbers)) for p in packs(schedule)}  # in the order of the schedule
-    return replace(bundle, schedule=map_packs(schedule, new))
+    numbers = count()  # in the order of the schedule
+    return replace(
+        bundle,
+        schedule=map_schedule(
+            schedule, lambda item: replace(item, index=next(numbers)) if isinstance(item, Pack) else item
+        ),
+    )
 
 
 def can_stack(item: Pack) -> bool:

@@ -20,13 +20,12 @@ from coalesce import jaxpr as J
 from coalesce.bundle import (
     Array,
     Bundle,
+    Item,
     JointLoop,
     JointStep,
     Loop,
-    map_joint_steps,
-    map_packs,
+    map_schedule,
     Pack,
-    packs,
     Schedule,
     STACKED,
 )
@@ -43,18 +42,19 @@ def plan_layouts(bundle: Bundle) -> Bundle:
     for f, family in enumerate(bundle.families):
         for w in sorted(light_reads(bundle, f, family)):
             stored[f, w] = arrays.setdefault(array_of(bundle, [(f, w, AS_IS)]), len(arrays))
-    new: dict[int, Pack] = {}
-    for item in packs(bundle.schedule):
+
+    def laid_out(item: Pack | JointStep) -> Item:
+        if isinstance(item, JointStep):
+            return with_arrays(bundle, item, arrays)
         readers = [(m.family, m.weight, row_layout(item, m)) for m in item.members if m.weight is not None]
         if not readers:
-            new[item.index] = item
-            continue
+            return item
         array = array_of(bundle, readers)
         index = arrays.setdefault(each_once(array) if item.form in STACKED else array, len(arrays))
-        new[item.index] = item if index == item.array else replace(item, array=index)
-    schedule = map_joint_steps(map_packs(bundle.schedule, new), lambda step: with_arrays(bundle, step, arrays))
-    same = all(new[item.index] is item for item in packs(bundle.schedule))
-    if same and tuple(arrays) == bundle.arrays and stored == bundle.stored:
+        return item if index == item.array else replace(item, array=index)
+
+    schedule = map_schedule(bundle.schedule, laid_out)
+    if schedule is bundle.schedule and tuple(arrays) == bundle.arrays and stored == bundle.stored:
         return bundle
     return replace(bundle, schedule=schedule, arrays=tuple(arrays), stored=stored)
 

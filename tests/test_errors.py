@@ -143,6 +143,20 @@ def test_two_programs_of_one_name():
         coalesce.fuse(programs)
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"policy": "sometimes"}, r"policy is 'sometimes'; expected one of 'auto', 'always', 'never'"),
+        ({"waste_bound": 1.0}, r"waste_bound is 1.0; it is a share of the work and lies in \[0, 1\)"),
+        ({"waste_bound": -0.1}, r"waste_bound is -0.1; .*"),
+        ({"waste_bound": float("nan"), "policy": "never"}, r"waste_bound is nan; .*"),
+    ],
+)
+def test_options_that_mean_nothing(options, text):
+    with pytest.raises(coalesce.PlanError, match=f"^{text}$"):
+        coalesce.fuse([coalesce.trace(dense, W, X, name="a")], **options)
+
+
 @pytest.mark.parametrize("kernel", ["fastest", "conv_slices"], ids=["unknown", "of another operation"])
 def test_kernels_that_do_not_exist_or_support_the_operation(kernel):
     text = (

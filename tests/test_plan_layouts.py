@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jax import lax
 
+from coalesce.bundle import JointStep
 from coalesce.passes.align import align
 from coalesce.passes.choose_kernels import choose_kernels
 from coalesce.passes.cluster import cluster
@@ -154,3 +155,17 @@ def test_right_operands_that_are_no_weights():
     bundle = plan_layouts(planned(*[(scores, (), (array(2, 4), array(4, 2))) for _ in range(2)]))
     assert (bundle.arrays, bundle.stored) == ((), {})
     assert plan_layouts(bundle) is bundle
+
+
+def test_joint_steps_of_tenants_without_weights():
+    """Nothing is stored, and yet each operand of a joint step is known to be no weight."""
+
+    def scaled(gain):
+        return lambda p, x: lax.dot(x, x) * gain
+
+    bundle = across(*[(scaled(gain), (), (array(3, 3),)) for gain in (0.5, 2.0)])
+    planned = plan_layouts(bundle)
+    (step,) = [item for item in planned.schedule if isinstance(item, JointStep)]
+    assert step.arrays == (None, None)
+    assert planned.arrays == ()
+    assert plan_layouts(planned) is planned
