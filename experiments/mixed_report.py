@@ -75,7 +75,8 @@ def gain_lines(rows: Sequence[Row]) -> Iterator[str]:
         facts, won = row["facts"], never["round_us_median"] - row["round_us_median"]
         measured = f"{won:+,.0f} us ({won / never['round_us_median']:+.1%})"
         if not facts["ops_across"]:
-            yield f"- {name}, {method}: packs nothing across families; {measured} against `never`"
+            same = "so it is the program of `never`; what one program's times differ by"
+            yield f"- {name}, {method}: packs nothing across families, {same}: {measured}"
             continue
         predicted = facts["predicted_gain_us"]
         noise = max(r["round_us_p90"] - r["round_us_p10"] for r in (row, never)) / 2

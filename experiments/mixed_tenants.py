@@ -31,7 +31,8 @@ from experiments.mixed_methods import Mix
 from experiments.mixed_report import plot, report
 from experiments.results import device_name, header, Row
 
-SETS = {
+SETS = {  # models, some with a field of their own
+    "mlps": tuple(f"mlp.width={width}" for width in (64, 60, 56, 52, 48, 44, 40, 36)),
     "resnets": ("resnet18", "resnet50"),
     "vision": ("resnet50", "vgg16", "mobilenetv2"),
     "berts": ("bert_small", "bert_base"),
@@ -64,14 +65,21 @@ def fields_of_models() -> dict[str, dict[str, Any]]:
     sizes = FLAGS.sizes or ("small" if jax.default_backend() == "cpu" else "full")
     found = {name: dict(fields) for name, fields in SIZES[sizes].items()}
     for item in FLAGS.fields:
-        place, value = item.split("=", 1)
-        model, field = place.split(".", 1)
-        found.setdefault(model, {})[field] = ast.literal_eval(value)
+        model, own = named(item)
+        found.setdefault(model, {}).update(own)
     return found
 
 
-def mix_of(names: Sequence[str], fields: dict[str, dict[str, Any]]) -> Mix:
-    models = [by_name(name, dtype=FLAGS.dtype, param_dtype=FLAGS.dtype, **fields.get(name, {})) for name in names]
+def named(item: str) -> tuple[str, dict[str, Any]]:
+    """A model, or one field of it: `mlp`, or `mlp.width=64`."""
+    place, _, value = item.partition("=")
+    model, _, field = place.partition(".")
+    return model, {field: ast.literal_eval(value)} if field else {}
+
+
+def mix_of(items: Sequence[str], fields: dict[str, dict[str, Any]]) -> Mix:
+    dtypes = {"dtype": FLAGS.dtype, "param_dtype": FLAGS.dtype}
+    models = [by_name(name, **dtypes, **fields.get(name, {}) | own) for name, own in map(named, items)]
     return [tenants_of(model, FLAGS.lanes, FLAGS.batch) for model in models]
 
 

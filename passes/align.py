@@ -7,7 +7,8 @@ Before                                            After
 Families are wide lanes: one pack of a family moves as a whole. Within a scope (the top level, or the bodies of scans
 that run together) the packs, and the scans, are the nodes of a packing problem (coalesce.packing); dependencies between
 them go through everything else. Scans are worth what their bodies win in all steps, which is the same problem one level
-down. With policy "auto" a pack is worth its predicted microseconds, with "always" whatever is legal is worth the same.
+down. With policy "auto" a pack is worth the microseconds that it is predicted to win beyond the cost model's margin,
+with "always" whatever is legal is worth the same.
 Gives: no two places of one `bundle.aligned` depend on each other, and none of them waits for itself. The order of the
 schedule does not change here.
 """
@@ -33,6 +34,7 @@ Nodes = tuple[int, ...]
 
 STACKED = 0.1  # with "always": what operands that arrive stacked are worth, in packed ops
 WASTE = 0.01  # and what padding costs
+PREDICTED = "predicted"  # no policy: what the cost model says, without its margin
 
 
 def align(bundle: Bundle, *, costs: Costs, policy: str = "auto", waste_bound: float = WASTE_BOUND) -> Bundle:
@@ -41,7 +43,7 @@ def align(bundle: Bundle, *, costs: Costs, policy: str = "auto", waste_bound: fl
         return bundle
     weights = Weights(bundle, costs, policy, waste_bound)
     chosen = solved(weights, bundle.schedule)
-    records = records_of(bundle, chosen.aligned, weights.near, weights.of)
+    records = records_of(bundle, chosen.aligned, weights.near, weights.of, weights.margin)
     if not records:
         return bundle
     return replace(bundle, aligned=chosen.aligned, predicted_us=chosen.predicted_us, records=records)
@@ -53,6 +55,7 @@ class Weights:
     def __init__(self, bundle: Bundle, costs: Costs, policy: str, waste_bound: float) -> None:
         self.bundle, self.costs, self.policy, self.waste_bound = bundle, costs, policy, waste_bound
         self.near = neighbourhood_of(bundle, waste_bound)
+        self.margin = costs.margin if policy == "auto" else 0.0
         self.known: dict[tuple[int, ...], Weighed | None] = {}
 
     def of(self, parts: Sequence[Pack]) -> Weighed | None:
@@ -65,13 +68,15 @@ class Weights:
         weighed = self.of(parts)
         if weighed is None:
             return None
-        return weighed.gain_us if policy == "auto" else len(parts) - 1 - WASTE * weighed.waste
+        if policy == "always":
+            return len(parts) - 1 - WASTE * weighed.waste
+        return weighed.gain_us - (0.0 if policy == PREDICTED else self.margin * weighed.parts_us)
 
     def bonus(self, parts: Sequence[Pack], policy: str) -> float:
         weighed = self.of(parts)
         if weighed is None or weighed.shared.form == "product":
             return 0.0
-        return weighed.stacked_us if policy == "auto" else STACKED * (len(parts) - 1)
+        return STACKED * (len(parts) - 1) if policy == "always" else weighed.stacked_us
 
     def steps_us(self, loops: Sequence[Loop], won: float) -> float:
         """What scans win by running together, from what their bodies win in one step."""
@@ -79,7 +84,8 @@ class Weights:
         # The longest decides how often everything runs: a shorter one works on, and what it does is thrown away.
         step_us = [sum(self.costs.op(p.op, *problems(p, families)) for p in packs(loop.bodies[0])) for loop in loops]
         wasted = sum((max(lengths) - length) * us for length, us in zip(lengths, step_us, strict=True))
-        return max(lengths) * won - wasted + (sum(lengths) - max(lengths)) * self.costs.loop
+        waited = max(lengths) * self.costs.loop_wait * sum(step_us)
+        return max(lengths) * won - wasted - waited + (sum(lengths) - max(lengths)) * self.costs.loop
 
 
 def neighbourhood_of(bundle: Bundle, waste_bound: float) -> dict[Place, int]:
@@ -132,7 +138,7 @@ class Solver:
         )
         problem = Problem(nodes, tuple(graph.before), *self.worth(weights.policy))
         packing = solve(problem)
-        gain, bonus = self.worth("auto")
+        gain, bonus = self.worth(PREDICTED)
         predicted = value(replace(problem, gain=gain, bonus=bonus), packing.packs)
         aligned: list[Aligned] = []
         home = {node: chosen for chosen in packing.packs for node in chosen}
@@ -155,9 +161,9 @@ class Solver:
             if why_apart(self.items(nodes)):
                 return None
             found = self.bodies(nodes)
-            if policy == "auto":
-                return self.weights.steps_us(self.items(nodes), found.predicted_us)
-            return found.value if found.aligned else None
+            if policy == "always":
+                return found.value if found.aligned else None
+            return self.weights.steps_us(self.items(nodes), found.predicted_us)
 
         def bonus(nodes: Nodes) -> float:
             slots = zip(*(self.graph.feeders[i] for i in nodes), strict=False)

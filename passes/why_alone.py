@@ -14,9 +14,10 @@ TRIED = 16  # partners that a reason looks at
 
 
 def records_of(
-    bundle: Bundle, aligned: Sequence[Aligned], near: Mapping[Place, int], weigh: Weigh
+    bundle: Bundle, aligned: Sequence[Aligned], near: Mapping[Place, int], weigh: Weigh, margin: float
 ) -> dict[Place, Record]:
-    """A record for every pack of the bundle, by its place; `near` numbers those that might share a superkernel."""
+    """A record for every pack of the bundle, by its place; `near` numbers those that might share a superkernel, and
+    `margin` is the share of its parts' time that a pack had to win."""
     found = dict(scoped(bundle.schedule, ()))
     loops = {place: group.places for group in aligned if group.form == "scan" for place in group.places}
     group_of = {place: group for group in aligned if group.form != "scan" for place in group.places}
@@ -31,7 +32,7 @@ def records_of(
             continue
         others = [p for p in kin[near[place]] if p[0] != place[0]]
         reachable = [found[p][0] for p in others if together(scope, found[p][1], loops)]
-        reason = why(bundle, pack, others, reachable, weigh, group_of)
+        reason = why(bundle, pack, others, reachable, weigh, margin, group_of)
         records[place] = Record(alone_us(pack, weigh), reason)
     return records
 
@@ -72,6 +73,7 @@ def why(
     others: Sequence[Place],
     reachable: Sequence[Pack],
     weigh: Weigh,
+    margin: float,
     group_of: Mapping[Place, Aligned],
 ) -> str:
     if not others:
@@ -79,13 +81,15 @@ def why(
     if not reachable:
         return "different loop: those within the waste bound of it run in other loops"
     tried = [(weigh(sorted([pack, p], key=lambda part: part.index)), place_of(p)) for p in reachable[:TRIED]]
-    legal = [(weighed.gain_us, place) for weighed, place in tried if weighed is not None]
+    legal = [(w.gain_us - margin * w.parts_us, w.gain_us, place) for w, place in tried if w is not None]
     if not legal:
         return "no op of another family can share a kernel with it: its lanes share all operands, or waste too much"
-    best, place = max(legal)
+    best, gain, place = max(legal)
     where = f"family {place[0]} at {place[1]}"
+    if gain <= 0:
+        return f"predicted loss of {-gain:.1f} us with {where}, the best partner"
     if best <= 0:
-        return f"predicted loss of {-best:.1f} us with {where}, the best partner"
+        return f"predicted gain of {gain:.1f} us with {where}, the best partner: within the cost model's error"
     if place in group_of:
         return f"dependent: {where}, its best partner, runs with others that win more or come in another order"
     return f"dependent: {where}, its best partner, would have to run before and after packs that win more"

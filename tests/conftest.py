@@ -2,7 +2,7 @@
 
 pytest --update-golden                      rewrite tests/golden/; read the diff before committing it
 pytest --hypothesis-profile quick           20 examples a property (default: 200, soak: 2000, on a second
-                                            interpreter: 50)
+                                            interpreter: 25)
 """
 
 import os
@@ -23,7 +23,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 settings.register_profile("default", max_examples=200, deadline=None, print_blob=True)
 settings.register_profile("quick", settings.get_profile("default"), max_examples=20)
-settings.register_profile("second", settings.get_profile("default"), max_examples=50)
+settings.register_profile("second", settings.get_profile("default"), max_examples=25)
 settings.register_profile("soak", settings.get_profile("default"), max_examples=2000)
 settings.load_profile("default")
 

@@ -236,6 +236,29 @@ def test_predicted_loss():
     }
 
 
+def test_a_gain_within_the_margin():
+    """20 us apart; 10 and 8.5 of stacking together. What wins is chosen for all that it wins."""
+    tenants, costs = [layers(2, 4, 8), layers(2, 4, 6)], [Fixed(stack_us=8.5, least=least) for least in (0.05, 0.1)]
+    (chosen, left), always = (
+        (aligned(*tenants, costs=c) for c in costs),
+        aligned(*tenants, costs=costs[1], policy="always"),
+    )
+    assert reasons(left) == {
+        "family 0 at 0": "predicted gain of 1.5 us with family 1 at 0, the best partner: within the cost model's error",
+        "family 1 at 0": "predicted gain of 1.5 us with family 0 at 0, the best partner: within the cost model's error",
+    }
+    assert chosen.predicted_us == always.predicted_us == pytest.approx(1.5)
+    assert len(chosen.aligned) == len(always.aligned) == 1
+
+
+@pytest.mark.parametrize(("wait", "won"), [(0.6, 1.5), (0.7, 0.0)])
+def test_steps_that_wait_for_each_other(wait, won):
+    """Each of three steps wins 10.5, stacked carry and all, and an iteration of 2; of its 20 us it waits 12 or 14."""
+    bundle = aligned(rnn(3), rnn(3, 5), costs=Fixed(stack_us=5.0, wait=wait))
+    assert bundle.predicted_us == pytest.approx(won)
+    assert bool(bundle.aligned) == (won > 0)
+
+
 def test_dependent_on_a_better_choice():
     """Two layers and one: the one cannot run with both, since the second waits for the first."""
     bundle = aligned(layers(2, 4, 4, 4), layers(2, 4, 4))

@@ -153,6 +153,7 @@ def test_movement_by_hand():
     assert costs.unstack(3_000_000) == pytest.approx(1.7 + 2)
     assert costs.light(3_000_000, 3_000_000, kernels=2) == pytest.approx(2 * 1.7 + 2)
     assert (costs.launch, costs.loop) == (H100.launch_us, H100.loop_us)
+    assert (costs.loop_wait, costs.margin) == (H100.loop_wait, H100.margin)
 
 
 def test_a_cache_is_faster_until_it_is_full():

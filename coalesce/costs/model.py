@@ -61,3 +61,13 @@ class Costs:
     def loop(self) -> float:
         """One more iteration of a loop, besides its body."""
         return self.device.loop_us
+
+    @property
+    def loop_wait(self) -> float:
+        """How much longer, as a share, a step takes that waits for another loop's."""
+        return self.device.loop_wait
+
+    @property
+    def margin(self) -> float:
+        """What packing must win to be chosen, as a share of the time that it changes: less may be an error."""
+        return self.device.margin
