@@ -1,118 +1,19 @@
-"""Every kernel against the plain operation, run for each lane alone.
-
-G problems with right operands of their own, R lanes on each. Operations are drawn in the form that `canonicalize`
-leaves, which is what a kernel gets: dots as [B.., M.., K..] x [B.., K.., N..], convolutions channels last.
-"""
+"""Every kernel against the plain operation, run for each lane alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Collection, Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from jax import lax
 
-from coalesce.heavy import heavy_op, HeavyOp
 from coalesce.kernels import choose, KERNELS
 from tests.compare import assert_as_good, assert_bitwise, assert_same
-from tests.programs import Aval, kind_of, many_compiles, readable
-from tests.tenants import array
-
-FLOATS = (jnp.float32, jnp.float32, jnp.bfloat16, jnp.float16)
-WIDE = {**dict.fromkeys(FLOATS, jnp.float32), jnp.int8: jnp.int32}  # what to accumulate in
-LAST = {1: ("NHC", "HIO", "NHC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A plain operation on one lane, and how many lanes there are."""
-
-    call: Callable[[Any, Any], Any]
-    lhs: Aval
-    rhs: Aval
-    groups: int
-    per_group: int
-
-    @property
-    def op(self) -> HeavyOp:
-        (eqn,) = jax.make_jaxpr(self.call)(self.lhs, self.rhs).jaxpr.eqns
-        return heavy_op(eqn)
-
-    @property
-    def kernels(self) -> list[str]:
-        return [name for name, kernel in KERNELS.items() if kernel.supports(self.op)]
-
-    def data(self, seed: int) -> tuple[Any, Any]:
-        rng = np.random.default_rng(seed)
-        lhs = Aval((self.groups, self.per_group, *self.lhs.shape), self.lhs.dtype)
-        return array(lhs, rng), array(Aval((self.groups, *self.rhs.shape), self.rhs.dtype), rng)
-
-    def compiled(self) -> Callable[[Any, Any], dict[str, Any]]:
-        """(lhs, rhs) -> the results of every kernel that supports the operation."""
-        op = self.op
-
-        def run(lhs: Any, rhs: Any) -> dict[str, Any]:
-            kernels = {name: KERNELS[name] for name in self.kernels}
-            return {name: kernel.run(op, lhs, jax.vmap(kernel.layout(op))(rhs)) for name, kernel in kernels.items()}
-
-        return jax.jit(run)
-
-    def plain(self, lhs: Any, rhs: Any) -> Any:
-        """The operation itself, lane by lane."""
-        call = jax.jit(self.call)
-        return np.stack([[np.asarray(call(x, w)) for x in xs] for xs, w in zip(lhs, rhs, strict=True)])
-
-
-@st.composite
-def dots(draw: Any) -> Case:
-    sizes = st.lists(st.integers(1, 5), max_size=2)
-    batch, free_l, free_r = (draw(sizes) for _ in range(3))
-    contract = draw(st.lists(st.integers(1, 5), max_size=2))
-    dtype = draw(st.sampled_from([*FLOATS, jnp.int32, jnp.int8, jnp.complex64]))
-    b, m, k = len(batch), len(free_l), len(contract)
-    ends = tuple(range(b + m, b + m + k)), tuple(range(b, b + k))
-    numbers = (ends, (tuple(range(b)), tuple(range(b))))
-    wide = WIDE.get(dtype) if draw(st.booleans()) else None
-    call = partial(lax.dot_general, dimension_numbers=numbers, precision="highest", preferred_element_type=wide)
-    lhs, rhs = Aval((*batch, *free_l, *contract), dtype), Aval((*batch, *contract, *free_r), dtype)
-    return Case(call, lhs, rhs, draw(st.integers(1, 3)), draw(st.integers(1, 3)))
-
-
-@st.composite
-def convs(draw: Any) -> Case:
-    rank = draw(st.integers(1, 3))
-
-    def each(low: int, high: int) -> tuple[int, ...]:
-        return tuple(draw(st.integers(low, high)) for _ in range(rank))
-
-    groups, channels, features = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    n, batch_groups = draw(st.integers(1, 2)), 1
-    if groups == 1 and draw(st.integers(0, 7)) == 7:
-        batch_groups = n
-    size, kernel, strides, lhs_dilation, rhs_dilation = each(1, 6), each(1, 3), each(1, 3), each(1, 2), each(1, 2)
-    lo, hi = each(-1, 2), each(-1, 2)
-    reach = [(k - 1) * d + 1 for k, d in zip(kernel, rhs_dilation, strict=True)]
-    held = [(s - 1) * d + 1 + a + b for s, d, a, b in zip(size, lhs_dilation, lo, hi, strict=True)]
-    # Where the window does not fit into what is held, more padding on the right lets it.
-    padding = readable([(a, b + max(0, r - h)) for a, b, r, h in zip(lo, hi, reach, held, strict=True)])
-    dtype = draw(st.sampled_from(FLOATS))
-    call = partial(
-        lax.conv_general_dilated, window_strides=strides, padding=padding, lhs_dilation=lhs_dilation,
-        rhs_dilation=rhs_dilation, dimension_numbers=LAST[rank], feature_group_count=groups,
-        batch_group_count=batch_groups, precision="highest",
-        preferred_element_type=WIDE[dtype] if draw(st.booleans()) else None,
-    )  # fmt: skip
-    lhs, rhs = (
-        Aval((n, *size, groups * channels), dtype),
-        Aval((*kernel, channels, groups * batch_groups * features), dtype),
-    )
-    return Case(call, lhs, rhs, draw(st.integers(1, 3)), draw(st.integers(1, 3)))
+from tests.heavy_cases import Case, convs, dots
+from tests.programs import kind_of, many_compiles
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -121,11 +22,26 @@ def cheap_compiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+PALLAS = {"indexed_gemm"}  # interpreted on a CPU, which takes its time
+seeds, poisons = st.integers(0, 99), st.sampled_from([np.nan, np.inf])
+
+
 @settings(max_examples=settings().max_examples // 2)  # each runs three kernels
-@given(case=dots() | convs(), seed=st.integers(0, 99), poison=st.sampled_from([np.nan, np.inf]))
+@given(case=dots() | convs(), seed=seeds, poison=poisons)
 def test_kernel_is_the_plain_operation_of_each_lane(case: Case, seed: int, poison: float) -> None:
+    check(case, KERNELS.keys() - PALLAS, seed, poison)
+
+
+@settings(max_examples=settings().max_examples // 5)
+@given(case=(dots() | convs()).filter(lambda case: not PALLAS.isdisjoint(case.kernels)), seed=seeds, poison=poisons)
+def test_pallas_kernel_is_the_plain_operation_of_each_lane(case: Case, seed: int, poison: float) -> None:
+    check(case, PALLAS, seed, poison)
+
+
+def check(case: Case, names: Collection[str], seed: int, poison: float) -> None:
+    """What each kernel computes, and that nothing of one lane reaches another."""
     lhs, rhs = case.data(seed)
-    run = case.compiled()
+    run = case.compiled(names)
     results, plain = run(lhs, rhs), jnp.asarray(case.plain(lhs, rhs))
     assert results, "no kernel supports the operation"
     for name, got in results.items():

@@ -14,6 +14,7 @@ from coalesce.costs.machine import Machine
 from coalesce.heavy import HeavyOp
 
 REPACKED = 3  # a convolution of the library wants weights in another layout: read, written, read
+INTERPRETED = 1000  # times as slow, roughly
 FUSED_TAPS = 9  # of a window whose patches are one kernel on a GPU: 3x3 is, 7x7 is not (compiled for an H100)
 
 
@@ -92,10 +93,19 @@ def library_conv(machine: Machine, op: HeavyOp, groups: int, rows: int, efficien
     return machine.device.conv_us + machine.product(rate(op, machine.device) * efficiency, *size, weights, moved)
 
 
+def indexed_gemm(machine: Machine, op: HeavyOp, groups: int, rows: int) -> float:
+    """Everything is read where it lies; on a CPU it is interpreted, which no plan should choose."""
+    moved = groups * rows * (nbytes(op.lhs) + nbytes(op.out))
+    size = groups * op.batch, rows * op.m, op.n, op.k
+    us = machine.product(rate(op, machine.device), *size, groups * nbytes(op.rhs), moved)
+    return us if machine.device.platform == "gpu" else INTERPRETED * us
+
+
 BY_KERNEL: Mapping[str, Callable[[Machine, HeavyOp, int, int], float]] = {
     "batched_dot": batched_dot,
     "batched_matvec": batched_dot,
     "conv_slices": conv_slices,
     "conv_grouped": conv_grouped,
     "separate": separate,
+    "indexed_gemm": indexed_gemm,
 }

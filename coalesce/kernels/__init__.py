@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from coalesce.heavy import HeavyOp
-from coalesce.kernels import batched_dot, batched_matvec, conv_grouped, conv_slices, separate
+from coalesce.kernels import batched_dot, batched_matvec, conv_grouped, conv_slices, indexed_gemm, separate
 from coalesce.layout import Layout
 
 
@@ -31,6 +31,7 @@ KERNELS: Mapping[str, Kernel] = {
     "conv_slices": conv_slices,
     "conv_grouped": conv_grouped,
     "separate": separate,
+    "indexed_gemm": indexed_gemm,
 }
 
 # On a CPU, slices win only while the patch matrix stays in cache (measured with 8 lanes, 8x8x16 to 56x56x64).
@@ -50,6 +51,7 @@ def choose(op: HeavyOp, groups: int, platform: str) -> str:
     - Grouped and depthwise convolutions: one grouped convolution on a GPU; on a CPU one by one.
     - Other convolutions: slices and a batched dot on a GPU (faster than cuDNN at batch 1 even for one problem), and for
       few rows on a CPU; else one by one there, as Eigen's convolution beats a patch matrix that leaves the cache.
+    - indexed_gemm only where a caller asks for it, until it has been measured against these.
     """
     cpu = platform == "cpu"
     if op.kind == "dot":

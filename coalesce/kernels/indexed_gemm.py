@@ -1,0 +1,153 @@
+"""Dots and convolutions as one Pallas kernel that reads each problem's weights where they lie: no copy of a window, a
+patch or a weight is made.
+
+    grid (tiles of the result, problems)
+    a program: for its tile's rows and columns, sum over blocks of K of rows [m, k] x weights[slot] [k, n]
+
+`slots[g]` is the row of the bank that problem g reads, so lanes may come and go without moving weights. Arrays above
+4 GiB are addressed with 64 bits, which Pallas decides by their size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from coalesce.heavy import HeavyOp
+from coalesce.kernels import as_product
+from coalesce.kernels.triton import div, dot, launch, load, rem, store
+from coalesce.kernels.windows import Windows, windows_of
+from coalesce.layout import AS_IS, Layout
+
+FLOATS = ("float32", "bfloat16", "float16")
+PRECISIONS = (None, lax.Precision.DEFAULT, lax.Precision.HIGHEST)  # others sum several products of parts
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The tile of a program, [m, n] of the result in steps of k; powers of two, 16 at least."""
+
+    m: int
+    n: int
+    k: int
+    warps: int = 4
+    stages: int = 3
+
+
+def supports(op: HeavyOp) -> bool:
+    dtype = str(op.lhs.dtype)
+    if dtype not in FLOATS or op.rhs.dtype != op.lhs.dtype or str(op.out.dtype) not in FLOATS or op.empty:
+        return False
+    precision = op.precision if isinstance(op.precision, tuple) else (op.precision,) * 2
+    if precision[0] != precision[1] or precision[0] not in PRECISIONS:
+        return False
+    if op.kind == "dot":
+        return op.k > 0
+    grouped = op.params["feature_group_count"] > 1 or op.params["batch_group_count"] > 1
+    return not grouped and set(op.params["lhs_dilation"]) == {1}
+
+
+def layout(op: HeavyOp) -> Layout:
+    """[window.., I, O] or [B.., K.., N..] -> [K, N], or [B, K, N] with batch dimensions."""
+    shape = (op.k, op.n) if op.batch == 1 or op.kind == "conv" else (op.batch, op.k, op.n)
+    return AS_IS if op.rhs.shape == shape else AS_IS.reshape(shape)
+
+
+def run(op: HeavyOp, lhs: Any, rhs: Any, slots: Any = None, blocks: Blocks | None = None) -> Any:
+    """lhs [G,R,*lhs] x rhs [S,(B,)K,N] at slots [G] -> [G,R,*out]; without slots problem g reads row g."""
+    groups, per_group = lhs.shape[:2]
+    windows, precision = windows_of(op), op.precision[0] if isinstance(op.precision, tuple) else op.precision
+    if op.kind == "dot":
+        x = as_product.left(op, lhs)
+        w = rhs.reshape(-1, op.k, op.n)
+        if slots is not None and op.batch > 1:
+            slots = (slots[:, None] * op.batch + jnp.arange(op.batch, dtype=slots.dtype)[None]).reshape(-1)
+    else:
+        x, w = lhs.reshape(groups, -1, windows.channels), rhs
+    rows = per_group * op.m
+    blocks = blocks or blocks_for(rows, op.n, windows, x.shape[0])
+    y = gemm(windows, x, w, slots, rows, op.out.dtype, precision, blocks)
+    return as_product.result(op, y, groups, per_group) if op.kind == "dot" else y.reshape(lhs.shape[:2] + op.out.shape)
+
+
+def blocks_for(rows: int, columns: int, windows: Windows, problems: int) -> Blocks:
+    """By rule, until tuned: tiles as large as the result, and no larger than leaves two for each of 132 cores."""
+    m, n = (min(128, power(size)) for size in (rows, columns))
+    n = min(n, 64)
+    while m > 32 and pl.cdiv(rows, m) * pl.cdiv(columns, n) * problems < 264:
+        m //= 2
+    return Blocks(m, n, min(64, power(windows.channels if windows.channels >= 32 else windows.k)))
+
+
+def power(size: int) -> int:
+    """The next power of two, 16 at least."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def gemm(windows: Windows, x: Any, w: Any, slots: Any, rows: int, dtype: Any, precision: Any, blocks: Blocks) -> Any:
+    """x [P, positions, C] x w [S, K, N] at slots [P] -> [P, rows, N]."""
+    problems, columns = x.shape[0], w.shape[-1]
+    out = jax.ShapeDtypeStruct((problems, rows, columns), dtype)
+    across = pl.cdiv(columns, blocks.n)
+    grid = (pl.cdiv(rows, blocks.m) * across, problems)
+
+    def kernel(*refs: Any) -> None:
+        at, problem = pl.program_id(0), pl.program_id(1)
+        *slots_ref, x_ref, w_ref, y_ref = refs
+        slot = slots_ref[0][problem] if slots_ref else problem
+        m = div(at, across) * blocks.m + jnp.arange(blocks.m, dtype=jnp.int32)
+        n = rem(at, across) * blocks.n + jnp.arange(blocks.n, dtype=jnp.int32)
+        y = tile(windows, x_ref, w_ref, problem, slot, m, n, rows, precision, blocks)
+        mask = (m < rows)[:, None] & (n < columns)[None, :]
+        store(y_ref, (problem, m[:, None], n[None, :]), y.astype(dtype), mask)
+
+    args = (x, w) if slots is None else (slots.astype(jnp.int32), x, w)
+    (y,) = launch(kernel, grid, [out], args, warps=blocks.warps, stages=blocks.stages)
+    return y
+
+
+def tile(
+    windows: Windows,
+    x_ref: Any,
+    w_ref: Any,
+    problem: Any,
+    slot: Any,
+    m: Any,
+    n: Any,
+    rows: int,
+    precision: Any,
+    blocks: Blocks,
+) -> Any:
+    """Rows m and columns n of one problem's product, in float32."""
+    corners = windows.corners(m)
+    channels, columns = windows.channels, w_ref.shape[-1]
+    by_tap = pl.cdiv(channels, blocks.k)
+    ranged = jnp.arange(blocks.k, dtype=jnp.int32)
+    # A block of K within one tap has one position a row. Where channels are few, blocks take several taps instead.
+    whole_taps = by_tap * blocks.k * 3 <= channels * 4 or windows.tap_count == 1
+    steps = windows.tap_count * by_tap if whole_taps else pl.cdiv(windows.k, blocks.k)
+
+    def step(i: Any, total: Any) -> Any:
+        if whole_taps:
+            c = rem(i, by_tap) * blocks.k + ranged
+            tap = div(i, by_tap)
+            k, fits = tap * channels + c, c < channels
+            position, inside = windows.at(corners, tap)
+            position, inside = position[:, None], inside[:, None]
+        else:
+            k = i * blocks.k + ranged
+            c, fits = rem(k, channels), k < windows.k
+            image, place = corners
+            spread = image[:, None], [p[:, None] for p in place]
+            position, inside = windows.at(spread, div(k, channels)[None, :])
+        mask = inside & (m < rows)[:, None] & fits[None, :]
+        a = load(x_ref, (problem, position, c[None, :]), mask)
+        b = load(w_ref, (slot, k[:, None], n[None, :]), fits[:, None] & (n < columns)[None, :])
+        return total + dot(a, b, precision)
+
+    return lax.fori_loop(0, steps, step, jnp.zeros((blocks.m, blocks.n), jnp.float32))

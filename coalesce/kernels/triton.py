@@ -1,0 +1,67 @@
+"""Pallas' Triton backend, as far as the kernels use it: the one place that knows its versions.
+
+A kernel is compiled for a GPU and interpreted anywhere else, whichever the program is lowered for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+
+def launch(
+    kernel: Callable[..., None],
+    grid: tuple[int, ...],
+    outs: Sequence[jax.ShapeDtypeStruct],
+    args: Sequence[Any],
+    *,
+    warps: int,
+    stages: int,
+) -> Sequence[Any]:
+    """One launch of `kernel(*args, *outs)`, whose arguments are references to whole arrays in memory."""
+    from jax.experimental.pallas import triton  # here: a process that never meets a GPU kernel does not pay for it
+
+    def call(interpret: bool) -> Callable[..., Sequence[Any]]:
+        return pl.pallas_call(
+            kernel,
+            grid=grid,
+            out_shape=list(outs),
+            interpret=interpret,
+            compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
+        )
+
+    return lax.platform_dependent(*args, cuda=call(False), rocm=call(False), default=call(True))
+
+
+def load(ref: Any, index: tuple[Any, ...], mask: Any) -> Any:
+    """The elements of `ref` at `index`, zero where `mask` is not set."""
+    from jax.experimental.pallas import triton
+
+    return triton.load(ref.at[index], mask=mask, other=0.0)
+
+
+def store(ref: Any, index: tuple[Any, ...], value: Any, mask: Any) -> None:
+    from jax.experimental.pallas import triton
+
+    triton.store(ref.at[index], value, mask=mask)
+
+
+def dot(a: Any, b: Any, precision: Any) -> Any:
+    """[m,k] x [k,n], accumulated in float32."""
+    return lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision, jnp.float32)
+
+
+# Triton's integers divide by `lax.div` and `lax.rem`, and by operands of one dtype.
+
+
+def div(a: Any, b: int) -> Any:
+    return a if b == 1 else lax.div(a, jnp.full_like(a, b))
+
+
+def rem(a: Any, b: int) -> Any:
+    return jnp.zeros_like(a) if b == 1 else lax.rem(a, jnp.full_like(a, b))
