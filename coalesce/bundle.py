@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 
 from coalesce import jaxpr as J
 from coalesce.clusters import Cluster
-from coalesce.errors import IRError
 from coalesce.family import Family
 from coalesce.heavy import HeavyOp
 from coalesce.layout import Layout
@@ -31,7 +30,8 @@ STACKED = ("equal", "padded")  # forms whose results stay stacked
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """One superkernel, or one heavy op alone (`width` 1).
+    """One superkernel, or one heavy op alone (`width` 1). Its kernel runs `epilogue` on the result of its one member
+    before it writes it, and what the last of these steps computes is all that it leaves.
 
     `form` says how members of different shapes share it (see coalesce.unify); "" is a pack of one family, whose lanes
     share operands as `fold` says. Results of the forms "equal" and "padded" stay stacked.
@@ -44,6 +44,7 @@ class Pack:
     kernel: str = ""  # chosen by choose_kernels
     reason: str = ""  # of width 1: why nothing else is in it
     array: int | None = None  # the array its right operands lie in, set by plan_layouts
+    epilogue: tuple[Step, ...] = ()  # set by fuse_epilogues
 
     @property
     def width(self) -> int:
@@ -194,10 +195,18 @@ def equations(item: Item) -> list[tuple[int, J.Eqn]]:
     """(family, equation) of everything that an item runs at its own level."""
     match item:
         case Pack():
-            return [(m.family, m.eqn) for m in item.members]
+            return [(m.family, m.eqn) for m in item.members] + [(step.family, step.eqn) for step in item.epilogue]
         case JointStep() | JointLoop():
             return [(part.family, part.eqn) for part in item.parts]
     return [(item.family, item.eqn)]
+
+
+def epilogue_reads(pack: Pack) -> list[J.Var]:
+    """What a pack's epilogue reads besides the pack's result, each once. What has another shape than the result is one
+    vector over its columns."""
+    own = {v for m in pack.members for v in m.eqn.outvars} | {v for step in pack.epilogue for v in step.eqn.outvars}
+    read = [a for step in pack.epilogue for a in step.eqn.invars if not isinstance(a, J.Literal)]
+    return list(dict.fromkeys(a for a in read if a not in own))
 
 
 def folds_of(pack: Pack, families: Sequence[Family]) -> list[Fold]:
@@ -246,39 +255,3 @@ def rows_of_parts(step: JointStep, operand: int, bundle: Bundle) -> tuple[int, .
         rows += [start + row for row in family.rows[w]]
         start += len(family.owners[w])
     return tuple(rows)
-
-
-def check_bundle(bundle: Bundle) -> None:
-    """Raise IRError unless every family's equations are scheduled exactly once, after what they read."""
-    scopes = [(f, J.invars(fam.jaxpr), fam.jaxpr) for f, fam in enumerate(bundle.families)]
-    check_schedule(bundle.schedule, scopes)
-    numbers = sorted(pack.index for pack in packs(bundle.schedule))
-    if numbers != list(range(len(numbers))):
-        raise IRError(f"packs are numbered {numbers}")
-
-
-def check_schedule(schedule: Schedule, scopes: Sequence[tuple[int, list[J.Var], object]]) -> None:
-    bound = {(f, v) for f, args, _ in scopes for v in args}
-    want = {(f, id(eqn)): eqn for f, _, jaxpr in scopes for eqn in jaxpr.jaxpr.eqns}  # type: ignore[attr-defined]
-    for item in schedule:
-        ran = equations(item)
-        for f, eqn in ran:
-            if want.pop((f, id(eqn)), None) is None:
-                raise IRError(f"family {f}: {eqn.primitive.name} is scheduled twice or is not of this scope")
-            for atom in eqn.invars:
-                if not isinstance(atom, J.Literal) and (f, atom) not in bound:
-                    raise IRError(f"family {f}: {eqn.primitive.name} runs before what it reads")
-        bound |= {(f, v) for f, eqn in ran for v in eqn.outvars}  # members of a pack see nothing of each other
-        if isinstance(item, JointLoop):
-            inner = [(part.family, J.as_scan(part.eqn).body) for part in item.parts]
-            check_schedule(item.body, [(f, J.invars(body), body) for f, body in inner])
-        if isinstance(item, Loop):
-            if len(item.bodies) != len(J.regions(item.eqn)):
-                raise IRError(
-                    f"family {item.family}: {item.eqn.primitive.name} has {len(item.bodies)} scheduled regions"
-                )
-            for body, region in zip(item.bodies, J.regions(item.eqn), strict=True):
-                check_schedule(body, [(item.family, J.invars(region), region)])
-    if want:
-        names = sorted(eqn.primitive.name for eqn in want.values())
-        raise IRError(f"never scheduled: {', '.join(names)}")

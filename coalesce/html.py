@@ -179,6 +179,8 @@ class Column:
         return el("ol", *rows, self.results(jaxpr))
 
     def row(self, eqn: J.Eqn, site: str, item: Item) -> Html:
+        if isinstance(item, Pack) and any(step.eqn is eqn for step in item.epilogue):
+            return el("li", self.line(eqn, site, [f"in the epilogue of {item.name}"]))
         if isinstance(item, Pack):
             kind = "heavy" if item.width > 1 else "heavy alone"
             return el("li", self.line(eqn, site, pack_facts(item, self.bundle), kind, item))

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Bundle, JointLoop, JointStep, Loop, Pack, rows_of_parts, Schedule, Step
+from coalesce.bundle import Bundle, epilogue_reads, JointLoop, JointStep, Loop, Pack, rows_of_parts, Schedule, Step
 from coalesce.joint import moves_apart, run
 from coalesce.lanes import (
     apply,
@@ -150,8 +150,10 @@ class Walk:
             right = self.bank[pack.array]
         else:
             right = [self.read(env, m.family, m.eqn.invars[1]) for m in pack.members]
-        for m, out in zip(pack.members, lower_pack(pack, self.bundle.families, left, right), strict=True):
-            self.bind(env, m.family, m.eqn, [out])
+        given = [self.read(env, pack.members[0].family, atom) for atom in epilogue_reads(pack)]
+        results = lower_pack(pack, self.bundle.families, left, right, given)
+        for m, out in zip(pack.members, results, strict=True):
+            self.bind(env, m.family, pack.epilogue[-1].eqn if pack.epilogue else m.eqn, [out])
 
     def together(self, step: JointStep, env: Env) -> None:
         """Equations of several members, as one."""

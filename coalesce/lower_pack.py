@@ -12,43 +12,72 @@ import jax
 import jax.numpy as jnp
 
 from coalesce import jaxpr as J
-from coalesce.bundle import folds_of, Pack
+from coalesce.bundle import epilogue_reads, folds_of, Pack
 from coalesce.family import Family
-from coalesce.kernels import as_product, KERNELS
+from coalesce.kernels import as_product, FUSING, KERNELS
+from coalesce.kernels.epilogue import COLUMN, Epilogue, on_tile, WHOLE
 from coalesce.lanes import join, Joint, LaneValue, masked, plain, Shared, Stacked, stacked, take
 from coalesce.layout import Layout, pad_to
 from coalesce.member import Fold, Member
 from coalesce.unify import contracted
 
 
-def lower_pack(pack: Pack, families: Sequence[Family], lhs: Sequence[LaneValue], rhs: Any) -> list[LaneValue]:
-    """Each member's result, from the left operands of all; `rhs` is the pack's array, or the right operands of all."""
+def lower_pack(
+    pack: Pack, families: Sequence[Family], lhs: Sequence[LaneValue], rhs: Any, given: Sequence[LaneValue] = ()
+) -> list[LaneValue]:
+    """Each member's result, from the left operands of all; `rhs` is the pack's array, or the right operands of all, and
+    `given` what its epilogue reads."""
     folds = folds_of(pack, families)
+    if pack.epilogue:
+        return of_a_family(pack, folds, lhs, rhs, given)
     rule = {"": of_a_family, "equal": stacked_pack, "padded": stacked_pack, "product": product_pack}[pack.form]
     return rule(pack, folds, lhs, rhs)
 
 
-def superkernel(pack: Pack, lhs: Any, rhs: Any) -> Any:
+def superkernel(pack: Pack, lhs: Any, rhs: Any, given: Sequence[Any] = ()) -> Any:
     """[G,R,*lhs] and [G,...] in the kernel's layout -> [G,R,*out], as a call of the pack's name."""
-    op, kernel = pack.op, KERNELS[pack.kernel]
 
-    def run(x: Any, w: Any) -> Any:
-        return kernel.run(op, x, w)
+    def run(x: Any, w: Any, *operands: Any) -> Any:
+        if pack.epilogue:
+            return FUSING[pack.kernel].run(pack.op, x, w, epilogue=epilogue_of(pack), operands=operands)
+        return KERNELS[pack.kernel].run(pack.op, x, w)
 
     run.__name__ = run.__qualname__ = pack.name
     with J.context_of(pack.members[0].eqn), jax.named_scope(pack.name):
-        return jax.jit(run)(lhs, rhs)
+        return jax.jit(run)(lhs, rhs, *given)
+
+
+def epilogue_of(pack: Pack) -> Epilogue:
+    """The pack's epilogue on tiles: its steps are elementwise, and a broadcast is its operand's tile already."""
+    reads = epilogue_reads(pack)
+
+    def apply(result: Any, *tiles: Any) -> Any:
+        env = dict(zip([pack.members[0].eqn.outvars[0], *reads], [result, *tiles], strict=True))
+        for step in pack.epilogue:
+            args = [J.literal_value(a) if isinstance(a, J.Literal) else env[a] for a in step.eqn.invars]
+            broadcast = step.eqn.primitive.name == "broadcast_in_dim"
+            env[step.eqn.outvars[0]] = args[0] if broadcast else on_tile(step.eqn, args)
+        return env[pack.epilogue[-1].eqn.outvars[0]]
+
+    kinds = tuple(WHOLE if J.shape(a) == pack.op.out.shape else COLUMN for a in reads)
+    return Epilogue(apply, kinds, J.dtype(pack.epilogue[-1].eqn.outvars[0]))
 
 
 # ---- one family: lanes share operands as they are ------------------------------------------------------------------
 
 
-def of_a_family(pack: Pack, folds: Sequence[Fold], lhs: Sequence[LaneValue], rhs: Any) -> list[LaneValue]:
+def of_a_family(
+    pack: Pack, folds: Sequence[Fold], lhs: Sequence[LaneValue], rhs: Any, given: Sequence[LaneValue] = ()
+) -> list[LaneValue]:
     layout = KERNELS[pack.kernel].layout(pack.op)
     left = [left_of(value, how) for value, how in zip(lhs, folds, strict=True)]
     if pack.array is None:
         rhs = concatenated([right_of(value, layout) for value in rhs])
-    out = superkernel(pack, concatenated(left), rhs)
+    operands = [left_of(value, folds[0]) for value in given]
+    for i, atom in enumerate(epilogue_reads(pack)):
+        if J.shape(atom) != pack.op.out.shape:
+            operands[i] = operands[i].reshape(*operands[i].shape[:2], pack.op.n)
+    out = superkernel(pack, concatenated(left), rhs, operands)
     return unfolded(out, pack.members, folds)
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 
-from coalesce.bundle import Bundle, check_bundle
+from coalesce.bundle import Bundle
+from coalesce.bundle_check import check_bundle
 from coalesce.clusters import WASTE_BOUND
 from coalesce.costs import Costs
 from coalesce.errors import IRError, PassError, PlanError
@@ -16,6 +17,7 @@ from coalesce.passes.align import align
 from coalesce.passes.choose_kernels import Choice, choose_kernels
 from coalesce.passes.cluster import cluster
 from coalesce.passes.form_packs import form_packs
+from coalesce.passes.fuse_epilogues import fuse_epilogues
 from coalesce.passes.pack import pack
 from coalesce.passes.plan_layouts import plan_layouts
 
@@ -43,6 +45,7 @@ def bundle_passes(
     )
     last = (
         partial(choose_kernels, platform=platform, choice=choice),  # what runs each pack
+        fuse_epilogues,  # what these do to their results: after the kernels, not all of which can
         plan_layouts,  # where the weights lie: last, since kernels say how they read them
     )
     return first + (across if policy != "never" else ()) + last

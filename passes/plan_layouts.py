@@ -20,6 +20,7 @@ from coalesce import jaxpr as J
 from coalesce.bundle import (
     Array,
     Bundle,
+    epilogue_reads,
     Item,
     JointLoop,
     JointStep,
@@ -116,6 +117,7 @@ def read_by(schedule: Schedule, family: int, outs: Sequence[J.Atom]) -> set[Any]
         if isinstance(item, Pack):
             members = [m for m in item.members if m.family == family]
             atoms = [a for m in members for a in (m.eqn.invars if m.weight is None else m.eqn.invars[:1])]
+            atoms += epilogue_reads(item) if members else []
         elif isinstance(item, JointStep):
             packed = [
                 k for k, column in enumerate(zip(*(p.weights for p in item.parts), strict=True)) if None not in column

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 import coalesce
-from coalesce.bundle import Bundle, check_bundle
+from coalesce.bundle import Bundle
+from coalesce.bundle_check import check_bundle
 from coalesce.explain import bundle_text
 from coalesce.family import find_families
 from coalesce.passes.pipeline import normalise

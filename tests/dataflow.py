@@ -39,11 +39,15 @@ def check_scopes(schedule: Schedule, scopes: Sequence[Scope]) -> None:
     assert set(counts.values()) <= {1}, "an equation runs twice"
     before = {key: reads for f, jaxpr in scopes for key, reads in dependencies(f, jaxpr)}
     ran: set[Key] = set()
-    for keys in level:
+    for item, keys in zip(schedule, level, strict=True):
+        tail = keys[len(item.members) :] if isinstance(item, Pack) else []
+        for i, key in enumerate(tail):
+            assert before[key] <= ran | set(keys[: len(keys) - len(tail) + i]), f"{key} runs before what it reads"
+        keys = keys[: len(keys) - len(tail)]
         for key in keys:
             assert before[key] <= ran, f"{key} runs before what it reads"
             assert not reaches(before, key, set(keys) - {key}), f"{keys} run as one, with a path between them"
-        ran |= set(keys)
+        ran |= {*keys, *tail}
     for item in schedule:
         if isinstance(item, JointLoop):
             check_scopes(item.body, [(part.family, J.as_scan(part.eqn).body) for part in item.parts])
@@ -55,7 +59,7 @@ def check_scopes(schedule: Schedule, scopes: Sequence[Scope]) -> None:
 def equations_of(item: Item) -> list[J.Eqn]:
     match item:
         case Pack():
-            return [m.eqn for m in item.members]
+            return [m.eqn for m in item.members] + [step.eqn for step in item.epilogue]
         case JointStep() | JointLoop():
             return [part.eqn for part in item.parts]
         case Step() | Loop():

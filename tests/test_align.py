@@ -8,7 +8,8 @@ from functools import partial
 import pytest
 from jax import lax
 
-from coalesce.bundle import Aligned, check_bundle
+from coalesce.bundle import Aligned
+from coalesce.bundle_check import check_bundle
 from coalesce.clusters import clusters_text
 from coalesce.explain import aligned_text, bundle_text, place_text
 from coalesce.passes.align import align

@@ -38,7 +38,7 @@ def op_of(call: Callable[..., Any], lhs: Shape, rhs: Shape, dtype: Any = jnp.flo
 
 def run(op: HeavyOp, lhs: Any, rhs: Any, slots: Any = None, blocks: Blocks | None = None) -> Any:
     rhs = jax.vmap(indexed_gemm.layout(op))(rhs)
-    return jax.jit(lambda x, w, s: indexed_gemm.run(op, x, w, s, blocks))(lhs, rhs, slots)
+    return jax.jit(lambda x, w, s: indexed_gemm.run(op, x, w, s, blocks=blocks))(lhs, rhs, slots)
 
 
 def plain(call: Any, lhs: Any, rhs: Any) -> Any:

@@ -127,6 +127,8 @@ def test_a_broken_bundle_pass_is_named_with_those_before_it(broken, text, monkey
 def test_every_bundle_pass_is_recorded():
     bundle = Bundle(("a", "b"), find_families([normalise(program(name)).program for name in "ab"]))
     steps = bundle_pipeline.plan(bundle, platform="cpu", costs=default_costs("cpu"))
-    assert [step.name for step in steps] == ["form_packs", "cluster", "align", "pack", "choose_kernels", "plan_layouts"]
+    assert [step.name for step in steps] == [
+        "form_packs", "cluster", "align", "pack", "choose_kernels", "fuse_epilogues", "plan_layouts",
+    ]  # fmt: skip
     never = bundle_pipeline.plan(bundle, platform="cpu", costs=default_costs("cpu"), policy="never")
-    assert [step.name for step in never] == ["form_packs", "choose_kernels", "plan_layouts"]
+    assert [step.name for step in never] == ["form_packs", "choose_kernels", "fuse_epilogues", "plan_layouts"]

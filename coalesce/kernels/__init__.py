@@ -4,6 +4,8 @@
     layout(op)              the layout in which it reads a row of right operands
     run(op, lhs, rhs)       lhs [G, R, *op.lhs.shape], rhs [G, *layout(op).of(op.rhs.shape)] -> [G, R, *op.out.shape]
 
+A kernel of FUSING runs elementwise work on its result before it writes it: run(..., epilogue=, operands=).
+
 G counts problems with distinct right operands (weights), R the lanes that share one. Lanes never mix: no kernel reduces
 over G or R, and what a kernel pads it cuts away. `choose` is the one function that picks; a tuning database replaces
 it.
@@ -11,11 +13,12 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import batched_dot, batched_matvec, conv_grouped, conv_slices, indexed_gemm, separate
+from coalesce.kernels.epilogue import Epilogue
 from coalesce.layout import Layout
 
 
@@ -23,6 +26,12 @@ class Kernel(Protocol):
     def supports(self, op: HeavyOp, /) -> bool: ...
     def layout(self, op: HeavyOp, /) -> Layout: ...
     def run(self, op: HeavyOp, lhs: Any, rhs: Any, /) -> Any: ...
+
+
+class FusingKernel(Kernel, Protocol):
+    def run(
+        self, op: HeavyOp, lhs: Any, rhs: Any, /, *, epilogue: Epilogue | None = None, operands: Sequence[Any] = ()
+    ) -> Any: ...
 
 
 KERNELS: Mapping[str, Kernel] = {
@@ -33,6 +42,8 @@ KERNELS: Mapping[str, Kernel] = {
     "separate": separate,
     "indexed_gemm": indexed_gemm,
 }
+
+FUSING: Mapping[str, FusingKernel] = {"indexed_gemm": indexed_gemm}
 
 # On a CPU, slices win only while the patch matrix stays in cache (measured with 8 lanes, 8x8x16 to 56x56x64).
 CPU_PATCH_BYTES = 256 * 1024

@@ -2,7 +2,7 @@
 
     left [G,R,*lhs] -> [G*B, R*M, K]     a convolution through its patches
     right [G,*rhs]  -> [G*B, K, N]
-    result [G*B, R*M, N] -> [G,R,*out]
+    result [G*B, R*M, N] -> [G,R,*out], and back by rows
 
 B batch dimensions of a dot, as one; R lanes that share a right operand, as rows.
 """
@@ -34,6 +34,12 @@ def left(op: HeavyOp, x: Any) -> Any:
 
 def right(op: HeavyOp, w: Any) -> Any:
     return w.reshape(w.shape[0] * op.batch, op.k, op.n)
+
+
+def rows(op: HeavyOp, y: Any) -> Any:
+    """[G,R,*out] -> [G*B, R*M, N], as `result` takes it back."""
+    g, r = y.shape[:2]
+    return jnp.moveaxis(y.reshape(g, r, op.batch, op.m, op.n), 1, 2).reshape(g * op.batch, r * op.m, op.n)
 
 
 def result(op: HeavyOp, y: Any, groups: int, rows: int) -> Any:

@@ -2,7 +2,7 @@
 patch or a weight is made.
 
     grid (tiles of the result, problems)
-    a program: for its tile's rows and columns, sum over blocks of K of rows [m, k] x weights[slot] [k, n]
+    a program: for its tile's rows and columns, sum over blocks of K of rows [m, k] x weights[slot] [k, n], epilogue
 
 `slots[g]` is the row of the bank that problem g reads, so lanes may come and go without moving weights. Arrays above
 4 GiB are addressed with 64 bits, which Pallas decides by their size.
@@ -10,6 +10,7 @@ patch or a weight is made.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from jax.experimental import pallas as pl
 
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import as_product
+from coalesce.kernels.epilogue import Epilogue, WHOLE
 from coalesce.kernels.triton import div, dot, launch, load, rem, store
 from coalesce.kernels.windows import Windows, windows_of
 from coalesce.layout import AS_IS, Layout
@@ -58,21 +60,34 @@ def layout(op: HeavyOp) -> Layout:
     return AS_IS if op.rhs.shape == shape else AS_IS.reshape(shape)
 
 
-def run(op: HeavyOp, lhs: Any, rhs: Any, slots: Any = None, blocks: Blocks | None = None) -> Any:
+def run(
+    op: HeavyOp,
+    lhs: Any,
+    rhs: Any,
+    slots: Any = None,
+    epilogue: Epilogue | None = None,
+    operands: Sequence[Any] = (),
+    blocks: Blocks | None = None,
+) -> Any:
     """lhs [G,R,*lhs] x rhs [S,(B,)K,N] at slots [G] -> [G,R,*out]; without slots problem g reads row g."""
     groups, per_group = lhs.shape[:2]
-    windows, precision = windows_of(op), op.precision[0] if isinstance(op.precision, tuple) else op.precision
+    windows = windows_of(op)
     if op.kind == "dot":
-        x = as_product.left(op, lhs)
-        w = rhs.reshape(-1, op.k, op.n)
+        x, w = as_product.left(op, lhs), rhs.reshape(-1, op.k, op.n)
         if slots is not None and op.batch > 1:
             slots = (slots[:, None] * op.batch + jnp.arange(op.batch, dtype=slots.dtype)[None]).reshape(-1)
     else:
         x, w = lhs.reshape(groups, -1, windows.channels), rhs
-    rows = per_group * op.m
-    blocks = blocks or blocks_for(rows, op.n, windows, x.shape[0])
-    y = gemm(windows, x, w, slots, rows, op.out.dtype, precision, blocks)
-    return as_product.result(op, y, groups, per_group) if op.kind == "dot" else y.reshape(lhs.shape[:2] + op.out.shape)
+    given = [as_rows(op, y, kind) for y, kind in zip(operands, epilogue.kinds if epilogue else (), strict=True)]
+    blocks = blocks or blocks_for(per_group * op.m, op.n, windows, x.shape[0])
+    return as_product.result(op, gemm(op, windows, x, w, slots, epilogue, given, per_group, blocks), groups, per_group)
+
+
+def as_rows(op: HeavyOp, y: Any, kind: str) -> Any:
+    """An epilogue's operand by problem: [G*B, R*M, N], or [G*B, R, N] of columns."""
+    if kind == WHOLE:
+        return as_product.rows(op, y)
+    return jnp.repeat(y, op.batch, axis=0) if op.batch > 1 else y
 
 
 def blocks_for(rows: int, columns: int, windows: Windows, problems: int) -> Blocks:
@@ -89,24 +104,40 @@ def power(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def gemm(windows: Windows, x: Any, w: Any, slots: Any, rows: int, dtype: Any, precision: Any, blocks: Blocks) -> Any:
+def gemm(
+    op: HeavyOp,
+    windows: Windows,
+    x: Any,
+    w: Any,
+    slots: Any,
+    epilogue: Epilogue | None,
+    operands: Sequence[Any],
+    per_group: int,
+    blocks: Blocks,
+) -> Any:
     """x [P, positions, C] x w [S, K, N] at slots [P] -> [P, rows, N]."""
-    problems, columns = x.shape[0], w.shape[-1]
-    out = jax.ShapeDtypeStruct((problems, rows, columns), dtype)
+    problems, rows, columns = x.shape[0], per_group * op.m, op.n
+    precision = op.precision[0] if isinstance(op.precision, tuple) else op.precision
+    out = jax.ShapeDtypeStruct((problems, rows, columns), epilogue.dtype if epilogue else op.out.dtype)
     across = pl.cdiv(columns, blocks.n)
     grid = (pl.cdiv(rows, blocks.m) * across, problems)
 
     def kernel(*refs: Any) -> None:
         at, problem = pl.program_id(0), pl.program_id(1)
-        *slots_ref, x_ref, w_ref, y_ref = refs
+        *slots_ref, x_ref, w_ref = refs[: len(refs) - len(operands) - 1]
+        given, y_ref = refs[len(refs) - len(operands) - 1 : -1], refs[-1]
         slot = slots_ref[0][problem] if slots_ref else problem
         m = div(at, across) * blocks.m + jnp.arange(blocks.m, dtype=jnp.int32)
         n = rem(at, across) * blocks.n + jnp.arange(blocks.n, dtype=jnp.int32)
-        y = tile(windows, x_ref, w_ref, problem, slot, m, n, rows, precision, blocks)
         mask = (m < rows)[:, None] & (n < columns)[None, :]
-        store(y_ref, (problem, m[:, None], n[None, :]), y.astype(dtype), mask)
+        y = tile(windows, x_ref, w_ref, problem, slot, m, n, rows, precision, blocks).astype(op.out.dtype)
+        if epilogue:
+            lane = div(m, op.m)
+            places = [(problem, (m if kind == WHOLE else lane)[:, None], n[None, :]) for kind in epilogue.kinds]
+            y = epilogue.apply(y, *(load(ref, place, mask) for ref, place in zip(given, places, strict=True)))
+        store(y_ref, (problem, m[:, None], n[None, :]), y, mask)
 
-    args = (x, w) if slots is None else (slots.astype(jnp.int32), x, w)
+    args = (*(() if slots is None else (slots.astype(jnp.int32),)), x, w, *operands)
     (y,) = launch(kernel, grid, [out], args, warps=blocks.warps, stages=blocks.stages)
     return y
 

@@ -42,7 +42,7 @@ def load(ref: Any, index: tuple[Any, ...], mask: Any) -> Any:
     """The elements of `ref` at `index`, zero where `mask` is not set."""
     from jax.experimental.pallas import triton
 
-    return triton.load(ref.at[index], mask=mask, other=0.0)
+    return triton.load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
 
 
 def store(ref: Any, index: tuple[Any, ...], value: Any, mask: Any) -> None:

@@ -1,0 +1,56 @@
+"""Whether a schedule can run: every equation once, after what it reads. The driver asks after every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from coalesce import jaxpr as J
+from coalesce.bundle import Bundle, equations, JointLoop, Loop, Pack, packs, Schedule
+from coalesce.errors import IRError
+
+
+def check_bundle(bundle: Bundle) -> None:
+    """Raise IRError unless every family's equations are scheduled exactly once, after what they read."""
+    scopes = [(f, J.invars(fam.jaxpr), fam.jaxpr) for f, fam in enumerate(bundle.families)]
+    check_schedule(bundle.schedule, scopes)
+    numbers = sorted(pack.index for pack in packs(bundle.schedule))
+    if numbers != list(range(len(numbers))):
+        raise IRError(f"packs are numbered {numbers}")
+
+
+def check_schedule(schedule: Schedule, scopes: Sequence[tuple[int, list[J.Var], object]]) -> None:
+    bound = {(f, v) for f, args, _ in scopes for v in args}
+    want = {(f, id(eqn)): eqn for f, _, jaxpr in scopes for eqn in jaxpr.jaxpr.eqns}  # type: ignore[attr-defined]
+    for item in schedule:
+        together = len(item.members) if isinstance(item, Pack) else len(equations(item))
+        inside = set(bound)
+        left: set[tuple[int, J.Var]] = set()
+        for i, (f, eqn) in enumerate(equations(item)):
+            if want.pop((f, id(eqn)), None) is None:
+                raise IRError(f"family {f}: {eqn.primitive.name} is scheduled twice or is not of this scope")
+            # Members of a pack see nothing of each other, its epilogue what came before; only its end is left.
+            for atom in eqn.invars:
+                if not isinstance(atom, J.Literal) and (f, atom) not in (bound if i < together else inside):
+                    raise IRError(f"family {f}: {eqn.primitive.name} runs before what it reads")
+            outs = {(f, v) for v in eqn.outvars}
+            inside |= outs
+            left = left | outs if i < together else outs
+        bound |= left
+        if isinstance(item, JointLoop):
+            inner = [(part.family, J.as_scan(part.eqn).body) for part in item.parts]
+            check_schedule(item.body, [(f, J.invars(body), body) for f, body in inner])
+        if isinstance(item, Loop):
+            if len(item.bodies) != len(J.regions(item.eqn)):
+                raise IRError(
+                    f"family {item.family}: {item.eqn.primitive.name} has {len(item.bodies)} scheduled regions"
+                )
+            for body, region in zip(item.bodies, J.regions(item.eqn), strict=True):
+                check_schedule(body, [(item.family, J.invars(region), region)])
+    if want:
+        names = sorted(eqn.primitive.name for eqn in want.values())
+        raise IRError(f"never scheduled: {', '.join(names)}")
+    for f, _, jaxpr in scopes:
+        if any(not isinstance(v, J.Literal) and (f, v) not in bound for v in jaxpr.jaxpr.outvars):  # type: ignore[attr-defined]
+            raise IRError(
+                f"family {f}: a result of the program is inside an epilogue, which leaves its last value alone"
+            )

@@ -1,0 +1,198 @@
+"""Run elementwise work in the superkernel whose result it reads, so that it costs no kernel and no memory traffic.
+
+Before                                            After
+    pack 0 x2 dot M=2 N=8 K=4 ...: indexed_gemm       pack 0 x2 dot M=2 N=8 K=4 ...: indexed_gemm
+      f0: %3:f32[2,8] = dot_general %2 %0               f0: %3:f32[2,8] = dot_general %2 %0
+    f0: %4:f32[2,8] = broadcast_in_dim %1               then f0: %4:f32[2,8] = broadcast_in_dim %1
+    f0: %5:f32[2,8] = add %3 %4                         then f0: %5:f32[2,8] = add %3 %4
+    f0: %6:f32[2,8] = max %5 0                          then f0: %6:f32[2,8] = max %5 0
+
+A tail is equations of the pack's family that take its result, element by element, to one value that the rest of the
+program reads; their other operands are literals, values of the result's shape that are there when the pack runs (a
+residual), and vectors over its columns (a bias), whose broadcast moves along. Relies on: every pack has its kernel.
+Gives: no value inside a tail but the last has another reader. The order of everything else stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+from coalesce import jaxpr as J
+from coalesce.bundle import Bundle, equations, Item, Loop, Pack, Schedule, Step
+from coalesce.kernels import FUSING
+from coalesce.kernels.epilogue import TILEWISE
+
+DTYPES = ("float32", "bfloat16", "float16", "bool")
+
+
+def fuse_epilogues(bundle: Bundle) -> Bundle:
+    if not any(item.kernel in FUSING for item in flat(bundle.schedule)):
+        return bundle
+    left = {name for f, family in enumerate(bundle.families) for name in results(f, family.jaxpr)}
+    schedule = fused(bundle, bundle.schedule, left)
+    return bundle if schedule is bundle.schedule else replace(bundle, schedule=schedule)
+
+
+Name = tuple[int, Any]  # (family, variable)
+
+
+def flat(schedule: Schedule) -> Iterator[Pack]:
+    """The packs of a schedule and of the loops of one family in it."""
+    for item in schedule:
+        if isinstance(item, Pack):
+            yield item
+        for body in item.bodies if isinstance(item, Loop) else ():
+            yield from flat(body)
+
+
+def fused(bundle: Bundle, schedule: Schedule, left: set[Name]) -> Schedule:
+    """One scope, and those inside it; `left` is what it leaves to others. The same object if nothing moved."""
+    inner = tuple(with_bodies(bundle, item) if isinstance(item, Loop) else item for item in schedule)
+    scope = Scope(bundle, inner, left)
+    for place, item in enumerate(inner):
+        if isinstance(item, Pack) and can_take(bundle, item):
+            scope.move(place, scope.tail(place, item))
+    changed = scope.schedule()
+    kept = len(changed) == len(schedule) and all(new is old for new, old in zip(changed, schedule, strict=True))
+    return schedule if kept else changed
+
+
+def results(family: int, jaxpr: Any) -> set[Name]:
+    return {(family, v) for v in J.outvars(jaxpr) if not isinstance(v, J.Literal)}
+
+
+def with_bodies(bundle: Bundle, loop: Loop) -> Loop:
+    regions = zip(loop.bodies, J.regions(loop.eqn), strict=True)
+    bodies = tuple(fused(bundle, body, results(loop.family, region)) for body, region in regions)
+    kept = all(new is old for new, old in zip(bodies, loop.bodies, strict=True))
+    return loop if kept else replace(loop, bodies=bodies)
+
+
+def can_take(bundle: Bundle, pack: Pack) -> bool:
+    """Whether a pack's kernel can run elementwise work, for lanes that have results of their own."""
+    if pack.kernel not in FUSING or pack.epilogue or pack.form or len(pack.members) != 1:
+        return False
+    member = pack.members[0]
+    return member.varies or bundle.families[member.family].width == 1
+
+
+class Scope:
+    """The items of one scope, where each value is made, and who reads it."""
+
+    def __init__(self, bundle: Bundle, items: Sequence[Item], left: set[Name]) -> None:
+        self.bundle, self.items, self.left = bundle, items, left
+        self.made: dict[Name, int] = {}  # arguments of the scope are made before everything
+        self.readers: dict[Name, list[int]] = {}
+        self.tails: dict[int, tuple[Step, ...]] = {}
+        self.moved: set[int] = set()
+        for place, item in enumerate(items):
+            for f, eqn in equations(item):
+                self.made.update(((f, v), place) for v in eqn.outvars)
+                for atom in eqn.invars:
+                    if not isinstance(atom, J.Literal):
+                        self.readers.setdefault((f, atom), []).append(place)
+
+    def tail(self, place: int, pack: Pack) -> list[int]:
+        """The places of the longest tail that a pack can take, each after what it reads."""
+        (member,) = pack.members
+        f, start = member.family, member.eqn.outvars[0]
+        inside: dict[Name, int] = {(f, start): place}
+        chosen: list[int] = []
+        best: list[int] = []
+        first = min(self.readers.get((f, start), [len(self.items)]))
+        for at in range(first, len(self.items)):
+            step = self.items[at]
+            if at in self.moved or not any((f, a) in inside for g, e in equations(step) if g == f for a in names(e)):
+                continue
+            columns = self.columns(step, pack, inside, place) if isinstance(step, Step) else None
+            if columns is None or not isinstance(step, Step):
+                break
+            new = [b for b in columns if b not in chosen]
+            chosen += [*new, at]
+            inside |= {(f, v): b for b in chosen for _, e in equations(self.items[b]) for v in e.outvars}
+            last = (f, step.eqn.outvars[0])
+            if self.is_closed({*chosen, place}, inside, last) and J.dtype(last[1]) in DTYPES[:3]:
+                best = list(chosen)
+        return best
+
+    def columns(self, step: Step, pack: Pack, inside: dict[Name, int], place: int) -> list[int] | None:
+        """The broadcasts that have to move along with a step; None if it cannot run on tiles of the pack's result."""
+        eqn, shape = step.eqn, J.shape(pack.members[0].eqn.outvars[0])
+        if step.each or eqn.primitive.name not in TILEWISE or J.shape(eqn.outvars[0]) != shape:
+            return None
+        if any(J.dtype(a) not in DTYPES for a in [*eqn.invars, *eqn.outvars]):
+            return None
+        found: list[int] = []
+        for atom in eqn.invars:
+            if isinstance(atom, J.Literal):
+                if J.shape(atom):
+                    return None
+                continue
+            name = (step.family, atom)
+            if name in inside:
+                continue
+            if self.is_column(name, pack, place):
+                found.append(self.made[name])
+            elif self.made.get(name, -1) >= place or not fits(J.shape(atom), pack):
+                return None
+        return found
+
+    def is_column(self, name: Name, pack: Pack, place: int) -> bool:
+        """Whether a value is a broadcast, over all rows, of a vector over the pack's columns that is there already."""
+        step = self.items[self.made[name]] if name in self.made else None
+        if not isinstance(step, Step) or step.each or step.eqn.primitive.name != "broadcast_in_dim":
+            return False
+        vector, *sizes = step.eqn.invars
+        if sizes or isinstance(vector, J.Literal) or self.made.get((step.family, vector), -1) >= place:
+            return False
+        if J.shape(step.eqn.outvars[0]) != pack.op.out.shape or J.shape(vector) == pack.op.out.shape:
+            return False
+        return spans_columns(J.shape(vector), step.eqn.params["broadcast_dimensions"], pack)
+
+    def is_closed(self, chosen: set[int], inside: dict[Name, int], last: Name) -> bool:
+        """Whether nobody else reads what lies inside, but for the last value."""
+        return all(
+            name == last or (name not in self.left and chosen.issuperset(self.readers.get(name, ()))) for name in inside
+        )
+
+    def move(self, place: int, tail: Sequence[int]) -> None:
+        steps = [item for at in tail if isinstance(item := self.items[at], Step)]
+        self.moved |= set(tail)
+        self.tails[place] = tuple(steps)
+        self.made.update(((s.family, v), place) for s in steps for v in s.eqn.outvars)
+
+    def schedule(self) -> Schedule:
+        out: list[Item] = []
+        for place, item in enumerate(self.items):
+            if place in self.moved:
+                continue
+            tail = self.tails.get(place)
+            out.append(replace(item, epilogue=tail) if tail and isinstance(item, Pack) else item)
+        return tuple(out)
+
+
+def names(eqn: J.Eqn) -> list[J.Var]:
+    return [a for a in eqn.invars if not isinstance(a, J.Literal)]
+
+
+def fits(shape: tuple[int, ...], pack: Pack) -> bool:
+    """Whether an operand has an element for each of the result, or for each of its columns."""
+    return shape == pack.op.out.shape or (
+        len(shape) == len(pack.op.out.shape) and spans_columns(shape, range(len(shape)), pack)
+    )
+
+
+def spans_columns(vector: Sequence[int], dims: Sequence[int], pack: Pack) -> bool:
+    """Whether a broadcast keeps every column of the pack's result and repeats over all of its rows."""
+    op = pack.op
+    shape = op.out.shape
+    own = 1
+    if op.kind == "dot":
+        ((contracted, _), (batch, _)) = op.params["dimension_numbers"]
+        own = len(op.rhs.shape) - len(batch) - len(contracted)
+    columns = set(range(len(shape) - own, len(shape)))
+    kept = {dim for size, dim in zip(vector, dims, strict=True) if size == shape[dim] and size > 1}
+    return bool(columns) and prod(vector) == op.n and kept == {dim for dim in columns if shape[dim] > 1}

@@ -1,0 +1,210 @@
+"""fuse_epilogues: elementwise work runs in the superkernel whose result it reads, and nothing else does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given, settings, strategies as st
+from jax import lax
+
+from coalesce.bundle import Bundle, packs, Step
+from coalesce.bundle_check import check_bundle
+from coalesce.errors import IRError
+from coalesce.kernels import choose, indexed_gemm
+from coalesce.models import by_name
+from coalesce.passes.choose_kernels import choose_kernels
+from coalesce.passes.form_packs import form_packs
+from coalesce.passes.fuse_epilogues import fuse_epilogues
+from tests.alone import array, check_fused
+from tests.bundles import bundle_of, replanned
+from tests.cases import assert_inputs_isolated, assert_weights_isolated, case_of, fuse, inputs_of
+from tests.compare import assert_as_good, assert_same
+from tests.dataflow import check_plan
+from tests.programs import Draw, many_compiles
+from tests.tenants import alone, draw_tenants, in_float32
+
+DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+
+
+def indexed(op: Any, groups: int, platform: str) -> str:
+    return "indexed_gemm" if indexed_gemm.supports(op) else choose(op, groups, platform)
+
+
+def planned(*tenants: Any, choice: Any = indexed, **options: Any) -> Bundle:
+    return choose_kernels(form_packs(bundle_of(*tenants), **options), platform="cpu", choice=choice)
+
+
+def epilogues(*tenants: Any, **options: Any) -> list[list[str]]:
+    """The primitives of each pack's epilogue, in a plan and a program that are right."""
+    check_fused(tenants, choose_kernel=indexed, policy="never", **options)
+    bundle = fuse_epilogues(planned(*tenants, **options))
+    check_plan(bundle, 0.0)
+    return [[step.eqn.primitive.name for step in pack.epilogue] for pack in packs(bundle.schedule)]
+
+
+def two(fn: Any, shapes: Any, *inputs: Any) -> list[Any]:
+    """Two tenants of a function, with weights of their own."""
+
+    def weights() -> Any:
+        return jax.tree.map(lambda shape: array(*shape), shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+    return [(fn, weights(), tuple(array(*shape) for shape in inputs)) for _ in range(2)]
+
+
+def biased(p, x):
+    return lax.max(lax.dot(x, p["w"]) + lax.broadcast_in_dim(p["b"], (2, 3), (1,)), 0.0)
+
+
+BIASED = {"w": (4, 3), "b": (3,)}
+
+
+def block(p, x):
+    """The end of a residual block: a convolution, its batch norm, the sum with the shortcut, and ReLU."""
+    y = lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=DIMENSIONS)
+    y = y * p["scale"].reshape(1, 1, 1, -1) + p["offset"].reshape(1, 1, 1, -1)
+    return jax.nn.relu(y + x)
+
+
+BLOCK = {"w": (3, 3, 4, 4), "scale": (4,), "offset": (4,)}
+
+
+def test_a_dense_layer(golden):
+    golden(replanned(fuse_epilogues, planned(*two(biased, BIASED, (2, 4)))))
+
+
+def test_a_residual_block(golden):
+    golden(replanned(fuse_epilogues, planned(*two(block, BLOCK, (1, 5, 5, 4)))))
+
+
+def test_layers_are_right():
+    assert epilogues(*two(biased, BIASED, (2, 4))) == [["broadcast_in_dim", "add", "max"]]
+    assert epilogues(*two(block, BLOCK, (1, 5, 5, 4))) == [["mul", "add", "add", "max"]]
+
+
+def test_lanes_that_share_weights_keep_their_own_biases():
+    """One problem of two lanes: each row of a tile has its lane's bias."""
+    w = array(4, 3)
+    tenants = [(biased, {"w": w, "b": array(3)}, (array(2, 4),)) for _ in range(3)]
+    assert epilogues(*tenants) == [["broadcast_in_dim", "add", "max"]]
+
+
+def test_heads_with_a_bias_of_two_dimensions():
+    """A vector over the columns is one, whatever its shape; one over heads alone is none."""
+
+    def heads(p, x, mask):
+        q = lax.dot_general(x, p["w"], (((1,), (0,)), ((), ()))) + p["b"][None]
+        scores = lax.dot_general(q, q, (((2,), (2,)), ((1,), (1,))))
+        return scores * 0.5 + mask, q * p["by_head"][None, :, None]
+
+    tenants = two(heads, {"w": (4, 2, 3), "b": (2, 3), "by_head": (2,)}, (5, 4), (2, 5, 5))
+    assert epilogues(*tenants) == [["add"], ["mul", "add"]]
+
+
+def test_a_mask():
+    """Bools are read as the other operands are."""
+
+    def run(p, x, mask):
+        return jnp.where(mask > 0, lax.dot(x, p), -1e9)
+
+    assert epilogues(*two(run, (4, 3), (2, 4), (2, 3))) == [["select_n"]]
+
+
+def test_a_value_that_others_read_ends_the_tail():
+    def run(p, x):
+        y = lax.dot(x, p) + 1.0
+        return lax.exp(y), y.sum(0)
+
+    assert epilogues(*two(run, (4, 3), (2, 4))) == [["add"]]
+
+
+def test_a_value_read_twice_inside_does_not():
+    assert epilogues(*two(lambda p, x: jax.nn.silu(lax.dot(x, p)), (4, 3), (2, 4))) == [["logistic", "mul"]]
+
+
+def test_what_is_not_there_yet_cannot_be_read():
+    """The sum runs in the second product, which finds the first one's result; not in the first."""
+    run = lambda p, x: lax.tanh(lax.dot(x, p["a"]) + lax.dot(lax.sin(x), p["b"]))  # noqa: E731
+    assert sorted(epilogues(*two(run, {"a": (4, 3), "b": (4, 3)}, (2, 4)))) == [[], ["add", "tanh"]]
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [lambda y: y.sum(0), lambda y: lax.cumsum(y), lambda y: y.astype(jnp.int32), lambda y: y > 0, lambda y: y.T + 1.0],
+    ids=["reduction", "cumsum", "integers", "bools", "transpose"],
+)
+def test_what_a_tile_cannot_do(tail):
+    assert epilogues(*two(lambda p, x: tail(lax.dot(x, p)), (4, 3), (2, 4))) == [[]]
+
+
+def test_a_result_that_is_an_output_too():
+    assert epilogues(*two(lambda p, x: (y := lax.dot(x, p), y + 1.0), (4, 3), (2, 4))) == [[]]
+
+
+def test_inside_a_scan():
+    def run(p, x):
+        return lax.scan(lambda c, _: (lax.tanh(lax.dot(c, p["w"]) + p["b"][None]), c.sum()), x, None, 3)
+
+    assert epilogues(*two(run, {"w": (4, 4), "b": (4,)}, (2, 4))) == [["add", "tanh"]]
+
+
+def test_other_kernels_have_none():
+    bundle = planned(*two(biased, BIASED, (2, 4)), choice=choose)
+    assert fuse_epilogues(bundle) is bundle
+
+
+def test_an_epilogue_that_hides_what_others_read_is_refused():
+    """By the check that runs after every pass."""
+
+    def run(p, x):
+        y = lax.dot(x, p)
+        return y, y + 1.0
+
+    def twice(p, x):
+        y = lax.dot(x, p)
+        return lax.exp(y) + lax.sin(y)
+
+    for fn, moved, message in [(run, "add", "a result of the program is inside"), (twice, "exp", "runs before what")]:
+        bundle = planned(*two(fn, (4, 3), (2, 4)))
+        pack, *rest = bundle.schedule
+        (step,) = [item for item in rest if isinstance(item, Step) and item.eqn.primitive.name == moved]
+        schedule = (replace(pack, epilogue=(step,)), *(item for item in rest if item is not step))
+        with pytest.raises(IRError, match=message):
+            check_bundle(replace(bundle, schedule=schedule))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("resnet18", {"image_size": 16, "classes": 10}), ("lstm", {"steps": 2})],
+)
+def test_models(name, fields):
+    model = by_name(name, **fields)
+    tenants = [(model.apply, model.init(jax.random.key(i)), model.example(jax.random.key(i))) for i in range(2)]
+    assert any(pack.epilogue for pack in packs(check_fused(tenants, choose_kernel=indexed).bundle.schedule))
+
+
+@pytest.fixture(scope="module")
+def cheap_compiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with many_compiles(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+@settings(max_examples=settings().max_examples // 10)  # interpreted kernels take their time
+@given(length=st.integers(1, 4), seed=st.integers(0, 2**64 - 1))
+def test_each_tenant_gets_what_it_gets_alone(cheap_compiles: None, length: int, seed: int) -> None:
+    pick = Draw(seed)
+    dtype = pick.choice([jnp.float32, jnp.float32, jnp.bfloat16, jnp.float16])
+    case = case_of(pick, draw_tenants(pick, length, 1, dtype), choose_kernel=indexed)
+    program = fuse(case.found, case.options)
+    results = program(inputs_of(case.found))
+    for tenant, got in zip(case.found, results, strict=True):
+        if dtype is jnp.float32:
+            assert_same(got, alone(tenant), tenant.model.exact)
+        else:
+            assert_as_good(got, alone(tenant), alone(in_float32(tenant)), tenant.model.exact)
+    assert_inputs_isolated(case, program, results)
+    assert_weights_isolated(case, program, results)
