@@ -27,6 +27,7 @@ class Timing:
     median: float
     p10: float
     p90: float
+    p99: float
     repeats: int
 
 
@@ -63,5 +64,5 @@ def timed(run: Round) -> float:
 
 
 def summary(times: list[float]) -> Timing:
-    p10, median, p90 = (round(float(x) * 1e6, 1) for x in np.percentile(times, (10, 50, 90)))
-    return Timing(median, p10, p90, len(times))
+    p10, median, p90, p99 = (round(float(x) * 1e6, 1) for x in np.percentile(times, (10, 50, 90, 99)))
+    return Timing(median, p10, p90, p99, len(times))

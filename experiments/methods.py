@@ -6,8 +6,9 @@ A method yields one candidate for each configuration worth trying; the caller me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, TypeVar
 
 import jax
@@ -15,6 +16,9 @@ import jax.numpy as jnp
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 import coalesce
+from coalesce.heavy import HeavyOp
+from coalesce.kernels import choose, indexed_gemm
+from coalesce.passes.choose_kernels import Choice
 from experiments.measure import Round
 
 Options = dict[str, Any]  # XLA's, for `Lowered.compile`
@@ -47,6 +51,7 @@ class Candidate:
     facts: dict[str, Any] = field(default_factory=dict)  # what else the results say about it
 
 
+OWN_CHOICE: Mapping[str, Choice] = {"": choose}
 Served = TypeVar("Served")  # the tenants that a method serves: `Tenants`, or several of them
 Method = Callable[[Served, Options], Iterator[Candidate]]
 
@@ -99,14 +104,22 @@ def vmap(tenants: Tenants, options: Options) -> Iterator[Candidate]:
     yield Candidate("inputs stacked inside, an output for each tenant", lambda: inside(*weights, *apart))
 
 
-def fused(tenants: Tenants, options: Options, within_program: bool = False) -> Iterator[Candidate]:
+def fused(
+    tenants: Tenants, options: Options, within_program: bool = False, kernels: Mapping[str, Choice] = OWN_CHOICE
+) -> Iterator[Candidate]:
     """coalesce.fuse, by its public call: checks of the inputs and each tenant's own outputs are part of the round."""
     pairs = zip(tenants.params, tenants.inputs, strict=True)
     programs = [coalesce.trace(tenants.apply, p, *x, name=f"tenant {i}") for i, (p, x) in enumerate(pairs)]
-    for within in (False, True) if within_program else (False,):
-        together = coalesce.fuse(programs, within_program=within)
+    for within, (name, choice) in product((False, True) if within_program else (False,), kernels.items()):
+        together = coalesce.fuse(programs, within_program=within, choose_kernel=choice)
         together.compile(options)
-        yield Candidate("within_program" if within else "", lambda together=together: together(tenants.inputs))
+        how = ", ".join(filter(None, ["within_program" if within else "", name]))
+        yield Candidate(how, lambda together=together: together(tenants.inputs))
+
+
+def by_pallas(op: HeavyOp, groups: int, platform: str) -> str:
+    """A choice of kernels: indexed_gemm, with its epilogues, wherever it runs an op of more than one row."""
+    return "indexed_gemm" if op.m > 1 and indexed_gemm.supports(op) else choose(op, groups, platform)
 
 
 def own_jit(tenants: Tenants, options: Options) -> Iterator[Candidate]:

@@ -65,11 +65,11 @@ def own_executables() -> bool:
     return jax.default_backend() == "gpu" if FLAGS.own_executables is None else FLAGS.own_executables
 
 
-def tolerance() -> float:
+def tolerance(dtype: str | None = None) -> float:
     """Deep random networks amplify rounding; errors in the rows say how far each method really is."""
     if FLAGS.tolerance is not None:
         return FLAGS.tolerance
-    if FLAGS.dtype == "bfloat16":
+    if (dtype or FLAGS.dtype) == "bfloat16":
         return 1e-1
     return 1e-5 if jax.default_backend() == "cpu" or FLAGS.precision == "highest" else 1e-2
 

@@ -1,0 +1,98 @@
+"""Pallas kernels on an NVIDIA GPU. Skipped elsewhere; run with `pytest -m gpu`."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from coalesce.bundle import packs
+from coalesce.heavy import heavy_op, HeavyOp
+from coalesce.kernels import choose, indexed_gemm
+from tests.hlo import moves_of_size
+from tests.test_gpu import distance, fused_of, setup
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU"),
+]
+
+
+def indexed(op: HeavyOp, groups: int, platform: str) -> str:
+    return "indexed_gemm" if indexed_gemm.supports(op) else choose(op, groups, platform)
+
+
+def op_of(call: Any, lhs: Any, rhs: Any) -> HeavyOp:
+    (eqn,) = jax.make_jaxpr(call)(lhs, rhs).jaxpr.eqns
+    return heavy_op(eqn)
+
+
+@pytest.mark.parametrize(("dtype", "precision", "limit"), [
+    ("float32", "highest", 1e-5), ("float32", None, 1e-3), ("bfloat16", None, 1e-2), ("float16", None, 2e-3),
+])  # fmt: skip
+@pytest.mark.parametrize(("window", "stride", "channels"), [(1, 1, 64), (1, 2, 48), (3, 1, 64), (3, 2, 40), (7, 2, 3)])
+def test_convolutions(dtype, precision, limit, window, stride, channels):
+    conv = partial(
+        lax.conv_general_dilated, window_strides=(stride, stride), padding="SAME", precision=precision,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (5, 2, 1, 30, 31, channels), dtype)
+    bank = jax.random.normal(keys[1], (7, window, window, channels, 72), dtype)
+    slots = jnp.asarray([6, 0, 3, 3, 5])
+    op = op_of(conv, x[0, 0], bank[0])
+    got = jax.jit(partial(indexed_gemm.run, op))(x, jax.vmap(indexed_gemm.layout(op))(bank), slots)
+    exact = jax.vmap(jax.vmap(partial(conv, precision="highest"), (0, None)))
+    want = exact(x.astype(jnp.float32), bank[slots].astype(jnp.float32))
+    assert distance(got, want) <= limit
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("bfloat16", 5e-2)])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2", "vit_ti16", "bert_small", "lstm", "mlp"])
+def test_models_with_epilogues(name, dtype, limit):
+    with jax.default_matmul_precision("highest"):
+        model, params, inputs = setup(name, dtype)
+        fused = fused_of(model, params, inputs, choose_kernel=indexed)
+        assert any(pack.epilogue for pack in packs(fused.bundle.schedule))
+        alone = [jax.jit(lambda p, x: model.apply(p, *x))(p, x) for p, x in zip(params, inputs, strict=True)]
+        results = fused(inputs)
+    for got, want in zip(results, alone, strict=True):
+        assert distance(got, want) <= limit
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_poisoned_lane_reaches_no_other(poison):
+    model, params, inputs = setup("resnet18", "float32")
+    fused = fused_of(model, params, inputs, choose_kernel=indexed)
+    clean = [np.asarray(y) for y in fused(inputs)]
+    bad = [*inputs[:2], (jnp.full_like(inputs[2][0], poison),), *inputs[3:]]
+    dirty = [np.asarray(y) for y in fused(bad)]
+    assert not np.isfinite(dirty[2]).all()
+    for lane in (0, 1, 3):
+        assert distance(dirty[lane], clean[lane]) <= 1e-5
+
+
+def test_a_bank_of_more_than_two_billion_elements():
+    """Its last row lies beyond what 32 bits can address."""
+    size = 1024
+    rows = 2**31 // size**2 + 2
+    product = partial(lax.dot, preferred_element_type=jnp.float32)
+    struct = jax.ShapeDtypeStruct((size, size), jnp.bfloat16)
+    last = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+    fill = jax.jit(lambda row: jnp.zeros((rows, size, size), jnp.bfloat16).at[-1].set(row))
+    x = jax.random.normal(jax.random.key(1), (2, 1, size, size), jnp.bfloat16)
+    run = jax.jit(partial(indexed_gemm.run, op_of(product, struct, struct)))
+    got = run(x, fill(last), jnp.asarray([rows - 1, 0]))
+    assert distance(got[0, 0], product(x[0, 0], last)) <= 1e-3
+    assert not np.asarray(got[1]).any()
+
+
+def test_no_move_of_the_size_of_a_bank():
+    """Weights go to the kernels as they lie."""
+    model, params, inputs = setup("resnet18", "bfloat16")
+    fused = fused_of(model, params, inputs, choose_kernel=indexed)
+    largest = max(int(np.prod((len(a.rows), *a.shape))) for a in fused.bundle.arrays)
+    assert moves_of_size(fused.as_text(), largest) == []
