@@ -17,6 +17,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,11 @@ class Model:
         values = self.block(params["ops"], jax.tree.leaves(inputs))
         outs = jax.tree.map(lambda ref: self.output(values[ref.index]) if isinstance(ref, Ref) else ref, self.outputs)
         return (outs, params["extra"]) if self.returns_weight else outs
+
+    @cached_property
+    def jitted(self) -> Callable[..., Any]:
+        """Traced once for all tenants that have it."""
+        return jax.jit(self.__call__)
 
     def output(self, value: Any) -> Any:
         return value * self.gain if kind_of(value) == "f" and self.gain != 1 else value

@@ -107,7 +107,7 @@ def array(aval: Any, rng: np.random.Generator, scale: float = 1.0) -> Any:
 
 def alone(tenant: Tenant) -> Any:
     """What the tenant gets without anyone else."""
-    return jax.jit(tenant.model)(tenant.params, *tenant.inputs)
+    return tenant.model.jitted(tenant.params, *tenant.inputs)
 
 
 def in_float32(tenant: Tenant) -> Tenant:

@@ -179,7 +179,7 @@ def test_an_epilogue_that_hides_what_others_read_is_refused():
 
 @pytest.mark.parametrize(
     ("name", "fields"),
-    [("resnet18", {"image_size": 16, "classes": 10}), ("lstm", {"steps": 2})],
+    [("resnet18", {"image_size": 16, "width": 8, "classes": 10}), ("lstm", {"steps": 2, "hidden": 16})],
 )
 def test_models(name, fields):
     model = by_name(name, **fields)

@@ -100,6 +100,7 @@ def test_what_it_does_not_support(call, lhs, rhs, dtype):
         assert not indexed_gemm.supports(op_of(call, lhs, rhs, dtype))
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # by JAX 0.11 and newer
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_it_is_one_kernel_of_a_gpu_program(dtype):
     """Lowered for a GPU on a machine without one: the weights go to the kernel as they lie in the bank."""
