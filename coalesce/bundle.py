@@ -233,15 +233,19 @@ def map_schedule(schedule: Schedule, change: Callable[[Pack | JointStep], Item])
                 return change(item)
             case Loop():
                 bodies = tuple(map_schedule(body, change) for body in item.bodies)
-                kept = all(new is old for new, old in zip(bodies, item.bodies, strict=True))
-                return item if kept else replace(item, bodies=bodies)
+                return item if same(bodies, item.bodies) else replace(item, bodies=bodies)
             case JointLoop():
                 body = map_schedule(item.body, change)
                 return item if body is item.body else replace(item, body=body)
         return item
 
     changed = tuple(map(one, schedule))
-    return schedule if all(new is old for new, old in zip(changed, schedule, strict=True)) else changed
+    return schedule if same(changed, schedule) else changed
+
+
+def same(new: Sequence[object], old: Sequence[object]) -> bool:
+    """Whether both hold the same objects."""
+    return len(new) == len(old) and all(a is b for a, b in zip(new, old, strict=True))
 
 
 def rows_of_parts(step: JointStep, operand: int, bundle: Bundle) -> tuple[int, ...]:

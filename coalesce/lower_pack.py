@@ -6,6 +6,7 @@ L lanes of a member; G problems with a right operand of their own, R lanes on ea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,9 +29,8 @@ def lower_pack(
     """Each member's result, from the left operands of all; `rhs` is the pack's array, or the right operands of all, and
     `given` what its epilogue reads."""
     folds = folds_of(pack, families)
-    if pack.epilogue:
-        return of_a_family(pack, folds, lhs, rhs, given)
-    rule = {"": of_a_family, "equal": stacked_pack, "padded": stacked_pack, "product": product_pack}[pack.form]
+    of_one = partial(of_a_family, given=given)
+    rule = {"": of_one, "equal": stacked_pack, "padded": stacked_pack, "product": product_pack}[pack.form]
     return rule(pack, folds, lhs, rhs)
 
 

@@ -13,7 +13,6 @@ cell is measured and how a second run goes on. Models are smaller on a CPU (--si
 
 from __future__ import annotations
 
-import ast
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -65,21 +64,14 @@ def fields_of_models() -> dict[str, dict[str, Any]]:
     sizes = FLAGS.sizes or ("small" if jax.default_backend() == "cpu" else "full")
     found = {name: dict(fields) for name, fields in SIZES[sizes].items()}
     for item in FLAGS.fields:
-        model, own = named(item)
+        model, own = settings.named(item)
         found.setdefault(model, {}).update(own)
     return found
 
 
-def named(item: str) -> tuple[str, dict[str, Any]]:
-    """A model, or one field of it: `mlp`, or `mlp.width=64`."""
-    place, _, value = item.partition("=")
-    model, _, field = place.partition(".")
-    return model, {field: ast.literal_eval(value)} if field else {}
-
-
 def mix_of(items: Sequence[str], fields: dict[str, dict[str, Any]]) -> Mix:
     dtypes = {"dtype": FLAGS.dtype, "param_dtype": FLAGS.dtype}
-    models = [by_name(name, **dtypes, **fields.get(name, {}) | own) for name, own in map(named, items)]
+    models = [by_name(name, **dtypes, **fields.get(name, {}) | own) for name, own in map(settings.named, items)]
     return [tenants_of(model, FLAGS.lanes, FLAGS.batch) for model in models]
 
 

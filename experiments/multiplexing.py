@@ -17,7 +17,6 @@ row that says why; --retry_failed tries those again.
 
 from __future__ import annotations
 
-import ast
 import os
 import sys
 from collections.abc import Sequence
@@ -128,9 +127,8 @@ def place(row: Row) -> tuple[int, ...]:
 def fields_of_models() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for item in FLAGS.fields:
-        name, _, value = item.partition("=")
-        model, _, field = name.partition(".")
-        found.setdefault(model, {})[field] = ast.literal_eval(value)
+        model, own = settings.named(item)
+        found.setdefault(model, {}).update(own)
     return found
 
 

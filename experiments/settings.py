@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import gc
 import json
 import shlex
@@ -87,6 +88,13 @@ def command(script: str) -> str:
 
 def folder() -> Path:
     return Path(FLAGS.out or Path("experiments", "results", device_folder()))
+
+
+def named(item: str) -> tuple[str, dict[str, Any]]:
+    """A model, or one field of it: `mlp`, or `mlp.width=64`."""
+    place, _, value = item.partition("=")
+    model, _, field = place.partition(".")
+    return model, {field: ast.literal_eval(value)} if field else {}
 
 
 def measure_cells(

@@ -15,13 +15,13 @@ Gives: no value inside a tail but the last has another reader. The order of ever
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Bundle, equations, Item, Loop, Pack, Schedule, Step
+from coalesce.bundle import Bundle, equations, Item, Loop, Pack, packs, same, Schedule, Step
 from coalesce.kernels import FUSING
 from coalesce.kernels.epilogue import TILEWISE
 
@@ -29,7 +29,7 @@ DTYPES = ("float32", "bfloat16", "float16", "bool")
 
 
 def fuse_epilogues(bundle: Bundle) -> Bundle:
-    if not any(item.kernel in FUSING for item in flat(bundle.schedule)):
+    if not any(pack.kernel in FUSING for pack in packs(bundle.schedule)):
         return bundle
     left = {name for f, family in enumerate(bundle.families) for name in results(f, family.jaxpr)}
     schedule = fused(bundle, bundle.schedule, left)
@@ -39,25 +39,15 @@ def fuse_epilogues(bundle: Bundle) -> Bundle:
 Name = tuple[int, Any]  # (family, variable)
 
 
-def flat(schedule: Schedule) -> Iterator[Pack]:
-    """The packs of a schedule and of the loops of one family in it."""
-    for item in schedule:
-        if isinstance(item, Pack):
-            yield item
-        for body in item.bodies if isinstance(item, Loop) else ():
-            yield from flat(body)
-
-
 def fused(bundle: Bundle, schedule: Schedule, left: set[Name]) -> Schedule:
     """One scope, and those inside it; `left` is what it leaves to others. The same object if nothing moved."""
     inner = tuple(with_bodies(bundle, item) if isinstance(item, Loop) else item for item in schedule)
-    scope = Scope(bundle, inner, left)
+    scope = Scope(inner, left)
     for place, item in enumerate(inner):
         if isinstance(item, Pack) and can_take(bundle, item):
             scope.move(place, scope.tail(place, item))
     changed = scope.schedule()
-    kept = len(changed) == len(schedule) and all(new is old for new, old in zip(changed, schedule, strict=True))
-    return schedule if kept else changed
+    return schedule if same(changed, schedule) else changed
 
 
 def results(family: int, jaxpr: Any) -> set[Name]:
@@ -67,8 +57,7 @@ def results(family: int, jaxpr: Any) -> set[Name]:
 def with_bodies(bundle: Bundle, loop: Loop) -> Loop:
     regions = zip(loop.bodies, J.regions(loop.eqn), strict=True)
     bodies = tuple(fused(bundle, body, results(loop.family, region)) for body, region in regions)
-    kept = all(new is old for new, old in zip(bodies, loop.bodies, strict=True))
-    return loop if kept else replace(loop, bodies=bodies)
+    return loop if same(bodies, loop.bodies) else replace(loop, bodies=bodies)
 
 
 def can_take(bundle: Bundle, pack: Pack) -> bool:
@@ -82,8 +71,8 @@ def can_take(bundle: Bundle, pack: Pack) -> bool:
 class Scope:
     """The items of one scope, where each value is made, and who reads it."""
 
-    def __init__(self, bundle: Bundle, items: Sequence[Item], left: set[Name]) -> None:
-        self.bundle, self.items, self.left = bundle, items, left
+    def __init__(self, items: Sequence[Item], left: set[Name]) -> None:
+        self.items, self.left = items, left
         self.made: dict[Name, int] = {}  # arguments of the scope are made before everything
         self.readers: dict[Name, list[int]] = {}
         self.tails: dict[int, tuple[Step, ...]] = {}
@@ -99,7 +88,7 @@ class Scope:
         """The places of the longest tail that a pack can take, each after what it reads."""
         (member,) = pack.members
         f, start = member.family, member.eqn.outvars[0]
-        inside: dict[Name, int] = {(f, start): place}
+        inside = {(f, start)}
         chosen: list[int] = []
         best: list[int] = []
         first = min(self.readers.get((f, start), [len(self.items)]))
@@ -110,15 +99,15 @@ class Scope:
             columns = self.columns(step, pack, inside, place) if isinstance(step, Step) else None
             if columns is None or not isinstance(step, Step):
                 break
-            new = [b for b in columns if b not in chosen]
-            chosen += [*new, at]
-            inside |= {(f, v): b for b in chosen for _, e in equations(self.items[b]) for v in e.outvars}
+            new = [*(b for b in dict.fromkeys(columns) if b not in chosen), at]
+            chosen += new
+            inside |= {(f, v) for b in new for _, e in equations(self.items[b]) for v in e.outvars}
             last = (f, step.eqn.outvars[0])
             if self.is_closed({*chosen, place}, inside, last) and J.dtype(last[1]) in DTYPES[:3]:
                 best = list(chosen)
         return best
 
-    def columns(self, step: Step, pack: Pack, inside: dict[Name, int], place: int) -> list[int] | None:
+    def columns(self, step: Step, pack: Pack, inside: set[Name], place: int) -> list[int] | None:
         """The broadcasts that have to move along with a step; None if it cannot run on tiles of the pack's result."""
         eqn, shape = step.eqn, J.shape(pack.members[0].eqn.outvars[0])
         if step.each or eqn.primitive.name not in TILEWISE or J.shape(eqn.outvars[0]) != shape:
@@ -152,7 +141,7 @@ class Scope:
             return False
         return spans_columns(J.shape(vector), step.eqn.params["broadcast_dimensions"], pack)
 
-    def is_closed(self, chosen: set[int], inside: dict[Name, int], last: Name) -> bool:
+    def is_closed(self, chosen: set[int], inside: set[Name], last: Name) -> bool:
         """Whether nobody else reads what lies inside, but for the last value."""
         return all(
             name == last or (name not in self.left and chosen.issuperset(self.readers.get(name, ()))) for name in inside

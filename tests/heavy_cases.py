@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from coalesce.heavy import heavy_op, HeavyOp
-from coalesce.kernels import KERNELS
+from coalesce.kernels import choose, indexed_gemm, KERNELS
 from tests.programs import Aval, readable
 from tests.tenants import array
 
@@ -110,3 +110,8 @@ def convs(draw: Any) -> Case:
         Aval((*kernel, channels, groups * batch_groups * features), dtype),
     )
     return Case(call, lhs, rhs, draw(st.integers(1, 3)), draw(st.integers(1, 3)))
+
+
+def indexed(op: HeavyOp, groups: int, platform: str) -> str:
+    """A choice of kernels: indexed_gemm wherever it runs an op."""
+    return "indexed_gemm" if indexed_gemm.supports(op) else choose(op, groups, platform)

@@ -33,7 +33,7 @@ def cases(draw: st.DrawFn, ops: int, families: int = 2, dtypes: Sequence[Any] = 
     return case_of(pick, found)
 
 
-@given(cases(ops=3))
+@given(cases(ops=4))
 def test_each_tenant_gets_what_it_gets_alone(case: Case) -> None:
     """And nothing else: isolation is tested here too, since what costs time is to compile the fused program."""
     program = fuse(case.found, case.options)

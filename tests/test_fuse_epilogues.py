@@ -15,7 +15,7 @@ from jax import lax
 from coalesce.bundle import Bundle, packs, Step
 from coalesce.bundle_check import check_bundle
 from coalesce.errors import IRError
-from coalesce.kernels import choose, indexed_gemm
+from coalesce.kernels import choose
 from coalesce.models import by_name
 from coalesce.passes.choose_kernels import choose_kernels
 from coalesce.passes.form_packs import form_packs
@@ -25,14 +25,11 @@ from tests.bundles import bundle_of, replanned
 from tests.cases import assert_inputs_isolated, assert_weights_isolated, case_of, fuse, inputs_of
 from tests.compare import assert_as_good, assert_same
 from tests.dataflow import check_plan
+from tests.heavy_cases import indexed
 from tests.programs import Draw, many_compiles
 from tests.tenants import alone, draw_tenants, in_float32
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-
-
-def indexed(op: Any, groups: int, platform: str) -> str:
-    return "indexed_gemm" if indexed_gemm.supports(op) else choose(op, groups, platform)
 
 
 def planned(*tenants: Any, choice: Any = indexed, **options: Any) -> Bundle:

@@ -11,7 +11,8 @@ from jax import lax
 
 from coalesce.bundle import packs
 from coalesce.heavy import heavy_op, HeavyOp
-from coalesce.kernels import choose, indexed_gemm
+from coalesce.kernels import indexed_gemm
+from tests.heavy_cases import indexed
 from tests.hlo import moves_of_size
 from tests.test_gpu import distance, fused_of, setup
 
@@ -20,10 +21,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated"),  # by JAX 0.11 and newer
     pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU"),
 ]
-
-
-def indexed(op: HeavyOp, groups: int, platform: str) -> str:
-    return "indexed_gemm" if indexed_gemm.supports(op) else choose(op, groups, platform)
 
 
 def op_of(call: Any, lhs: Any, rhs: Any) -> HeavyOp:

@@ -12,7 +12,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from coalesce.models import NAMES
-from experiments import mixed_tenants
+from experiments import mixed_tenants, settings
 from experiments.mixed_report import gain_lines
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +55,7 @@ def test_mixed_tenants_compares_five_ways_to_serve_a_set(mix, tmp_path, capsys):
 
 
 def test_every_model_is_in_a_set():
-    assert {mixed_tenants.named(item)[0] for items in mixed_tenants.SETS.values() for item in items} == set(NAMES)
+    assert {settings.named(item)[0] for items in mixed_tenants.SETS.values() for item in items} == set(NAMES)
 
 
 def test_a_prediction_is_right_wrong_or_within_the_spread():

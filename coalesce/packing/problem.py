@@ -19,6 +19,7 @@ import heapq
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 Pack = tuple[int, ...]  # sorted numbers of nodes
 
@@ -101,19 +102,25 @@ def schedule_order(problem: Problem, packs: Iterable[Sequence[int]]) -> tuple[Pa
     blocks += [(node,) for node in range(len(problem.nodes)) if node not in packed]
     home = {node: b for b, block in enumerate(blocks) for node in block}
     waits = [{home[p] for node in block for p in problem.before[node]} for block in blocks]
-    readers: list[list[int]] = [[] for _ in blocks]
-    for b, needed in enumerate(waits):
-        for p in needed:
-            readers[p].append(b)
+    order = ranked_order(waits, blocks)
+    return tuple(blocks[b] for b in order) if len(order) == len(blocks) else None
+
+
+def ranked_order(waits: Sequence[set[int]], ranks: Sequence[Any]) -> list[int]:
+    """The numbers of what can run, each after those it waits for; of those that are ready, the least in rank next."""
+    readers: list[list[int]] = [[] for _ in waits]
+    for i, needed in enumerate(waits):
+        for earlier in needed:
+            readers[earlier].append(i)
     missing = [len(needed) for needed in waits]
-    ready = [(block, b) for b, block in enumerate(blocks) if not missing[b]]
+    ready = [(ranks[i], i) for i, count in enumerate(missing) if not count]
     heapq.heapify(ready)
-    order: list[Pack] = []
+    order: list[int] = []
     while ready:
-        block, b = heapq.heappop(ready)
-        order.append(block)
-        for reader in readers[b]:
+        _, i = heapq.heappop(ready)
+        order.append(i)
+        for reader in readers[i]:
             missing[reader] -= 1
             if not missing[reader]:
-                heapq.heappush(ready, (blocks[reader], reader))
-    return tuple(order) if len(order) == len(blocks) else None
+                heapq.heappush(ready, (ranks[reader], reader))
+    return order

@@ -9,12 +9,11 @@ linear order; what another order would allow is left to annealing.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 
 from coalesce.packing.chain import align_sequences, Cell
 from coalesce.packing.graph import Graph, ILLEGAL
-from coalesce.packing.problem import Pack
+from coalesce.packing.problem import Pack, ranked_order
 from coalesce.packing.state import State
 
 PARTNERS = 64  # blocks that one node is paired with
@@ -83,24 +82,9 @@ def cell(
 def linear(state: State, programs: Sequence[int]) -> list[Pack]:
     """The blocks of some programs in an order in which they can run."""
     graph, taken = state.graph, set(programs)
-    blocks = dict.fromkeys(state.pack(i) for p in programs for i in graph.programs[p])
-    block_of = {i: block for block in blocks for i in block}
-    missing = {}
-    readers: dict[Pack, list[Pack]] = {block: [] for block in blocks}
-    for block in blocks:
-        needed = {block_of[p] for i in block for p in graph.before[i] if graph.program[p] in taken}
-        missing[block] = len(needed)
-        for p in needed:
-            readers[p].append(block)
-    ready = [(by_place(graph, block), block) for block, count in missing.items() if not count]
-    heapq.heapify(ready)
-    found: list[Pack] = []
-    while ready:
-        _, block = heapq.heappop(ready)
-        found.append(block)
-        for reader in readers[block]:
-            missing[reader] -= 1
-            if not missing[reader]:
-                heapq.heappush(ready, (by_place(graph, reader), reader))
-    assert len(found) == len(blocks), "the packs make a cycle"
-    return found
+    blocks = list(dict.fromkeys(state.pack(i) for p in programs for i in graph.programs[p]))
+    number = {i: b for b, block in enumerate(blocks) for i in block}
+    waits = [{number[p] for i in block for p in graph.before[i] if graph.program[p] in taken} for block in blocks]
+    order = ranked_order(waits, [by_place(graph, block) for block in blocks])
+    assert len(order) == len(blocks), "the packs make a cycle"
+    return [blocks[b] for b in order]
