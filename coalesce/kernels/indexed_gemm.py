@@ -138,7 +138,8 @@ def gemm(
         store(y_ref, (problem, m[:, None], n[None, :]), y, mask)
 
     args = (*(() if slots is None else (slots.astype(jnp.int32),)), x, w, *operands)
-    (y,) = launch(kernel, grid, [out], args, warps=blocks.warps, stages=blocks.stages)
+    name = f"{op.kind}_{problems}x{rows}x{columns}x{op.k}"
+    (y,) = launch(kernel, grid, [out], args, name=name, warps=blocks.warps, stages=blocks.stages)
     return y
 
 

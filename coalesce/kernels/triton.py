@@ -20,10 +20,14 @@ def launch(
     outs: Sequence[jax.ShapeDtypeStruct],
     args: Sequence[Any],
     *,
+    name: str,
     warps: int,
     stages: int,
 ) -> Sequence[Any]:
-    """One launch of `kernel(*args, *outs)`, whose arguments are references to whole arrays in memory."""
+    """One launch of `kernel(*args, *outs)`, whose arguments are references to whole arrays in memory.
+
+    Profilers show it by its name.
+    """
     from jax.experimental.pallas import triton  # here: a process that never meets a GPU kernel does not pay for it
 
     def call(interpret: bool) -> Callable[..., Sequence[Any]]:
@@ -31,6 +35,7 @@ def launch(
             kernel,
             grid=grid,
             out_shape=list(outs),
+            name=name,
             interpret=interpret,
             compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
         )

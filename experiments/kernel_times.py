@@ -1,0 +1,93 @@
+"""Where a round's time goes on a GPU: microseconds by kernel, from the profiler's trace, of what Coalesce runs.
+
+    python -m experiments.kernel_times --model=resnet50 --dtype=bfloat16 --tenants=16 --kernels=pallas
+
+Kernels of superkernels carry their pack's dimensions in their name where we wrote them, and XLA's name otherwise.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from absl import app, flags
+from jax.profiler import ProfileData
+
+from coalesce.models import by_name
+from experiments import methods, settings
+from experiments.cells import tenants_of
+from experiments.measure import interleave
+
+KERNELS = {"own": "", "pallas": methods.by_pallas}
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("model", "resnet50", "the model")
+flags.DEFINE_integer("tenants", 16, "how many tenants of it")
+flags.DEFINE_enum("kernels", "own", list(KERNELS), "whose superkernels: as Coalesce chooses, or Pallas wherever it can")
+flags.DEFINE_integer("rounds", 20, "how many rounds to trace")
+flags.DEFINE_integer("top", 40, "how many kernels to list")
+
+
+class Line(NamedTuple):
+    """A kernel of a round."""
+
+    name: str
+    times: float  # launches a round
+    us: float  # a round, of all of them
+
+
+def trace(run: Callable[[], Any], rounds: int) -> list[Line]:
+    """Kernels by time, of the rounds that a call runs."""
+    jax.block_until_ready(run())
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(rounds):
+                jax.block_until_ready(run())
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        return lines(kernels(ProfileData.from_file(str(path))), rounds)
+
+
+def kernels(data: Any) -> Iterator[tuple[str, float]]:
+    """(name, microseconds) of each launch on a GPU's streams."""
+    for plane in data.planes:
+        if not plane.name.startswith("/device:GPU"):
+            continue
+        for line in plane.lines:
+            if line.name.startswith("Stream"):
+                yield from ((event.name, event.duration_ns / 1e3) for event in line.events)
+
+
+def lines(launches: Iterator[tuple[str, float]], rounds: int) -> list[Line]:
+    count: Counter[str] = Counter()
+    total: defaultdict[str, float] = defaultdict(float)
+    for name, us in launches:
+        count[name] += 1
+        total[name] += us
+    found = [Line(name, count[name] / rounds, us / rounds) for name, us in total.items()]
+    return sorted(found, key=lambda line: (-line.us, line.name))
+
+
+def main(argv: Sequence[str]) -> None:
+    settings.begin(argv, ())
+    model = by_name(FLAGS.model, dtype=FLAGS.dtype, param_dtype=FLAGS.dtype)
+    tenants = tenants_of(model, FLAGS.tenants, FLAGS.batch)
+    choice = {FLAGS.kernels: KERNELS[FLAGS.kernels] or methods.choose}
+    for options in settings.options_to_try():
+        (candidate,) = methods.fused(tenants, options, kernels=choice)
+        wall = interleave({"": candidate.run}, repeats=FLAGS.repeats, seconds=FLAGS.seconds)[""]
+        found = trace(candidate.run, FLAGS.rounds)
+        total, launches = sum(line.us for line in found), sum(line.times for line in found)
+        print(f"\n{FLAGS.model} x{FLAGS.tenants} {FLAGS.dtype}, {FLAGS.kernels}, {options or 'default options'}")
+        print(f"{wall.median:.0f} us a round; kernels {total:.0f} us in {launches:.0f} launches")
+        for line in found[: FLAGS.top]:
+            print(f"{line.us:9.1f} us {line.times:7.1f} x {line.us / max(line.times, 1e-9):8.2f}  {line.name}")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    app.run(main)
