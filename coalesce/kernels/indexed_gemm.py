@@ -70,6 +70,88 @@ def run(
     blocks: Blocks | None = None,
 ) -> Any:
     """lhs [G,R,*lhs] x rhs [S,(B,)K,N] at slots [G] -> [G,R,*out]; without slots problem g reads row g."""
+    product = product_of(op, lhs, rhs, slots, epilogue, operands, blocks)
+
+    def kernel(*refs: Any) -> None:
+        product.write(refs[:-1], refs[-1], pl.program_id(1), pl.program_id(0))
+
+    grid, blocks = (product.tiles, product.problems), product.blocks
+    (y,) = launch(
+        kernel, grid, [product.out], product.args, name=product.name, warps=blocks.warps, stages=blocks.stages
+    )
+    return product.result(y)
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """An op as a launch runs it: problems [rows, K] x [K, N] in tiles, and the arrays that these read."""
+
+    op: HeavyOp
+    windows: Windows
+    groups: int
+    per_group: int
+    blocks: Blocks
+    epilogue: Epilogue | None
+    args: tuple[Any, ...]  # slots [P] if there are any, x [P, positions, C], w [S, K, N], operands [P, rows, N]
+
+    @property
+    def problems(self) -> int:
+        return self.groups * self.op.batch
+
+    @property
+    def rows(self) -> int:
+        return self.per_group * self.op.m
+
+    @property
+    def across(self) -> int:
+        return pl.cdiv(self.op.n, self.blocks.n)
+
+    @property
+    def tiles(self) -> int:
+        """Of one problem."""
+        return pl.cdiv(self.rows, self.blocks.m) * self.across
+
+    @property
+    def out(self) -> jax.ShapeDtypeStruct:
+        dtype = self.epilogue.dtype if self.epilogue else self.op.out.dtype
+        return jax.ShapeDtypeStruct((self.problems, self.rows, self.op.n), dtype)
+
+    @property
+    def name(self) -> str:
+        return f"{self.op.kind}_{self.problems}x{self.rows}x{self.op.n}x{self.op.k}"
+
+    def result(self, y: Any) -> Any:
+        """[P, rows, N] -> [G,R,*out]."""
+        return as_product.result(self.op, y, self.groups, self.per_group)
+
+    def write(self, refs: Sequence[Any], y_ref: Any, problem: Any, at: Any) -> None:
+        """Compute the tile `at` of a problem, and its epilogue; `refs` are references to `args`."""
+        op, blocks, kinds = self.op, self.blocks, self.epilogue.kinds if self.epilogue else ()
+        *slots_ref, x_ref, w_ref = refs[: len(refs) - len(kinds)]
+        slot = slots_ref[0][problem] if slots_ref else problem
+        m = div(at, self.across) * blocks.m + jnp.arange(blocks.m, dtype=jnp.int32)
+        n = rem(at, self.across) * blocks.n + jnp.arange(blocks.n, dtype=jnp.int32)
+        mask = (m < self.rows)[:, None] & (n < op.n)[None, :]
+        precision = op.precision[0] if isinstance(op.precision, tuple) else op.precision
+        y = tile(self.windows, x_ref, w_ref, problem, slot, m, n, self.rows, precision, blocks).astype(op.out.dtype)
+        if self.epilogue:
+            lane = div(m, op.m)
+            places = [(problem, (m if kind == WHOLE else lane)[:, None], n[None, :]) for kind in kinds]
+            given = refs[len(refs) - len(kinds) :]
+            y = self.epilogue.apply(y, *(load(ref, place, mask) for ref, place in zip(given, places, strict=True)))
+        store(y_ref, (problem, m[:, None], n[None, :]), y, mask)
+
+
+def product_of(
+    op: HeavyOp,
+    lhs: Any,
+    rhs: Any,
+    slots: Any = None,
+    epilogue: Epilogue | None = None,
+    operands: Sequence[Any] = (),
+    blocks: Blocks | None = None,
+) -> Product:
+    """What `run` runs, with the same arguments."""
     groups, per_group = lhs.shape[:2]
     windows = windows_of(op)
     if op.kind == "dot":
@@ -80,7 +162,8 @@ def run(
         x, w = lhs.reshape(groups, -1, windows.channels), rhs
     given = [as_rows(op, y, kind) for y, kind in zip(operands, epilogue.kinds if epilogue else (), strict=True)]
     blocks = blocks or blocks_for(per_group * op.m, op.n, windows, x.shape[0])
-    return as_product.result(op, gemm(op, windows, x, w, slots, epilogue, given, per_group, blocks), groups, per_group)
+    args = (*(() if slots is None else (slots.astype(jnp.int32),)), x, w, *given)
+    return Product(op, windows, groups, per_group, blocks, epilogue, args)
 
 
 def as_rows(op: HeavyOp, y: Any, kind: str) -> Any:
@@ -102,45 +185,6 @@ def blocks_for(rows: int, columns: int, windows: Windows, problems: int) -> Bloc
 def power(size: int) -> int:
     """The next power of two, 16 at least."""
     return max(16, 1 << (size - 1).bit_length())
-
-
-def gemm(
-    op: HeavyOp,
-    windows: Windows,
-    x: Any,
-    w: Any,
-    slots: Any,
-    epilogue: Epilogue | None,
-    operands: Sequence[Any],
-    per_group: int,
-    blocks: Blocks,
-) -> Any:
-    """x [P, positions, C] x w [S, K, N] at slots [P] -> [P, rows, N]."""
-    problems, rows, columns = x.shape[0], per_group * op.m, op.n
-    precision = op.precision[0] if isinstance(op.precision, tuple) else op.precision
-    out = jax.ShapeDtypeStruct((problems, rows, columns), epilogue.dtype if epilogue else op.out.dtype)
-    across = pl.cdiv(columns, blocks.n)
-    grid = (pl.cdiv(rows, blocks.m) * across, problems)
-
-    def kernel(*refs: Any) -> None:
-        at, problem = pl.program_id(0), pl.program_id(1)
-        *slots_ref, x_ref, w_ref = refs[: len(refs) - len(operands) - 1]
-        given, y_ref = refs[len(refs) - len(operands) - 1 : -1], refs[-1]
-        slot = slots_ref[0][problem] if slots_ref else problem
-        m = div(at, across) * blocks.m + jnp.arange(blocks.m, dtype=jnp.int32)
-        n = rem(at, across) * blocks.n + jnp.arange(blocks.n, dtype=jnp.int32)
-        mask = (m < rows)[:, None] & (n < columns)[None, :]
-        y = tile(windows, x_ref, w_ref, problem, slot, m, n, rows, precision, blocks).astype(op.out.dtype)
-        if epilogue:
-            lane = div(m, op.m)
-            places = [(problem, (m if kind == WHOLE else lane)[:, None], n[None, :]) for kind in epilogue.kinds]
-            y = epilogue.apply(y, *(load(ref, place, mask) for ref, place in zip(given, places, strict=True)))
-        store(y_ref, (problem, m[:, None], n[None, :]), y, mask)
-
-    args = (*(() if slots is None else (slots.astype(jnp.int32),)), x, w, *operands)
-    name = f"{op.kind}_{problems}x{rows}x{columns}x{op.k}"
-    (y,) = launch(kernel, grid, [out], args, name=name, warps=blocks.warps, stages=blocks.stages)
-    return y
 
 
 def tile(
