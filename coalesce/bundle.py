@@ -8,14 +8,17 @@
     Array       one stacked array of weights: row r is one tenant's prepared weight, in the layout its readers want
     Bundle      families, schedule and arrays: everything that lowering needs, and nothing about values
 
-A schedule is a topological order: whatever an item reads is bound by an item before it, or is an argument. Each
-variable belongs to one family, so (family, variable) names a value in every scope.
+A schedule is a topological order: whatever an item reads is bound by an item before it, or is an argument. Packs that
+share a launch stand side by side, and none reads what another computes. Each variable belongs to one family, so
+(family, variable) names a value in every scope.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import TypeVar
 
 from coalesce import jaxpr as J
 from coalesce.clusters import Cluster
@@ -45,6 +48,7 @@ class Pack:
     reason: str = ""  # of width 1: why nothing else is in it
     array: int | None = None  # the array its right operands lie in, set by plan_layouts
     epilogue: tuple[Step, ...] = ()  # set by fuse_epilogues
+    launch: int | None = None  # of packs that one kernel launch runs, the index of the first; set by share_launches
 
     @property
     def width(self) -> int:
@@ -116,6 +120,7 @@ class JointLoop:
 Place = tuple[int, str]  # (family, site)
 Item = Step | JointStep | Loop | JointLoop | Pack
 Schedule = tuple[Item, ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -179,6 +184,17 @@ def items(schedule: Schedule) -> Iterator[Item]:
 
 def packs(schedule: Schedule) -> Iterator[Pack]:
     return (item for item in items(schedule) if isinstance(item, Pack))
+
+
+def units(items: Iterable[T]) -> Iterator[tuple[T, ...]]:
+    """The items of one level, or packs in their order; those that share a launch as one."""
+
+    def unit(item: object) -> tuple[str, int]:
+        if isinstance(item, Pack) and item.launch is not None:
+            return "launch", item.launch
+        return "item", id(item)
+
+    return (tuple(group) for _, group in groupby(items, unit))
 
 
 def place_of(item: Item) -> Place:

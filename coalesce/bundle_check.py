@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Bundle, equations, JointLoop, Loop, Pack, packs, Schedule
+from coalesce.bundle import Bundle, equations, Item, JointLoop, Loop, Pack, packs, Schedule, units
 from coalesce.errors import IRError
+
+Name = tuple[int, J.Var]  # (family, variable)
 
 
 def check_bundle(bundle: Bundle) -> None:
@@ -21,31 +23,10 @@ def check_bundle(bundle: Bundle) -> None:
 def check_schedule(schedule: Schedule, scopes: Sequence[tuple[int, list[J.Var], object]]) -> None:
     bound = {(f, v) for f, args, _ in scopes for v in args}
     want = {(f, id(eqn)): eqn for f, _, jaxpr in scopes for eqn in jaxpr.jaxpr.eqns}  # type: ignore[attr-defined]
-    for item in schedule:
-        together = len(item.members) if isinstance(item, Pack) else len(equations(item))
-        inside = set(bound)
-        left: set[tuple[int, J.Var]] = set()
-        for i, (f, eqn) in enumerate(equations(item)):
-            if want.pop((f, id(eqn)), None) is None:
-                raise IRError(f"family {f}: {eqn.primitive.name} is scheduled twice or is not of this scope")
-            # Members of a pack see nothing of each other, its epilogue what came before; only its end is left.
-            for atom in eqn.invars:
-                if not isinstance(atom, J.Literal) and (f, atom) not in (bound if i < together else inside):
-                    raise IRError(f"family {f}: {eqn.primitive.name} runs before what it reads")
-            outs = {(f, v) for v in eqn.outvars}
-            inside |= outs
-            left = left | outs if i < together else outs
-        bound |= left
-        if isinstance(item, JointLoop):
-            inner = [(part.family, J.as_scan(part.eqn).body) for part in item.parts]
-            check_schedule(item.body, [(f, J.invars(body), body) for f, body in inner])
-        if isinstance(item, Loop):
-            if len(item.bodies) != len(J.regions(item.eqn)):
-                raise IRError(
-                    f"family {item.family}: {item.eqn.primitive.name} has {len(item.bodies)} scheduled regions"
-                )
-            for body, region in zip(item.bodies, J.regions(item.eqn), strict=True):
-                check_schedule(body, [(item.family, J.invars(region), region)])
+    for unit in units(schedule):  # packs of one launch see nothing of each other
+        if isinstance(first := unit[0], Pack) and first.launch not in (None, first.index):
+            raise IRError(f"pack {first.index} is in launch {first.launch}, whose packs stand apart or are misnumbered")
+        bound |= set().union(*(check_item(item, bound, want) for item in unit))
     if want:
         names = sorted(eqn.primitive.name for eqn in want.values())
         raise IRError(f"never scheduled: {', '.join(names)}")
@@ -54,3 +35,29 @@ def check_schedule(schedule: Schedule, scopes: Sequence[tuple[int, list[J.Var], 
             raise IRError(
                 f"family {f}: a result of the program is inside an epilogue, which leaves its last value alone"
             )
+
+
+def check_item(item: Item, bound: set[Name], want: dict[tuple[int, int], J.Eqn]) -> set[Name]:
+    """What an item leaves bound, from what is `bound` before it; takes what it runs from `want`."""
+    together = len(item.members) if isinstance(item, Pack) else len(equations(item))
+    inside = set(bound)
+    left: set[Name] = set()
+    for i, (f, eqn) in enumerate(equations(item)):
+        if want.pop((f, id(eqn)), None) is None:
+            raise IRError(f"family {f}: {eqn.primitive.name} is scheduled twice or is not of this scope")
+        # Members of a pack see nothing of each other, its epilogue what came before; only its end is left.
+        for atom in eqn.invars:
+            if not isinstance(atom, J.Literal) and (f, atom) not in (bound if i < together else inside):
+                raise IRError(f"family {f}: {eqn.primitive.name} runs before what it reads")
+        outs = {(f, v) for v in eqn.outvars}
+        inside |= outs
+        left = left | outs if i < together else outs
+    if isinstance(item, JointLoop):
+        inner = [(part.family, J.as_scan(part.eqn).body) for part in item.parts]
+        check_schedule(item.body, [(f, J.invars(body), body) for f, body in inner])
+    if isinstance(item, Loop):
+        if len(item.bodies) != len(J.regions(item.eqn)):
+            raise IRError(f"family {item.family}: {item.eqn.primitive.name} has {len(item.bodies)} scheduled regions")
+        for body, region in zip(item.bodies, J.regions(item.eqn), strict=True):
+            check_schedule(body, [(item.family, J.invars(region), region)])
+    return left

@@ -153,8 +153,9 @@ def pack_text(pack: Pack, bundle: Bundle) -> str:
     where = " + ".join(member_text(m, bundle) for m in pack.members)
     kernel = f": {pack.kernel}" if pack.kernel else ""
     form = f" {pack.form}" if pack.form else ""
+    launch = f" in launch {pack.launch}" if pack.launch is not None else ""
     array = f" on array {pack.array}" if pack.array is not None else ""
-    return f"pack {pack.index} x{pack.width} {pack.op.shape}{form}{kernel}{array}{shared}{waste} [{where}]"
+    return f"pack {pack.index} x{pack.width} {pack.op.shape}{form}{kernel}{launch}{array}{shared}{waste} [{where}]"
 
 
 def member_text(member: Member, bundle: Bundle) -> str:

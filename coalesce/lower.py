@@ -12,7 +12,18 @@ from typing import Any
 import jax
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Bundle, epilogue_reads, JointLoop, JointStep, Loop, Pack, rows_of_parts, Schedule, Step
+from coalesce.bundle import (
+    Bundle,
+    epilogue_reads,
+    JointLoop,
+    JointStep,
+    Loop,
+    Pack,
+    rows_of_parts,
+    Schedule,
+    Step,
+    units,
+)
 from coalesce.joint import moves_apart, run
 from coalesce.lanes import (
     apply,
@@ -30,7 +41,7 @@ from coalesce.lanes import (
     take,
 )
 from coalesce.lower_control import lower_loop
-from coalesce.lower_pack import lower_pack
+from coalesce.lower_pack import lower_packs, Operands
 from coalesce.lower_scans import lower_scans
 from coalesce.unify import largest
 
@@ -101,10 +112,10 @@ class Walk:
 
     def run(self, schedule: Schedule, env: Env) -> None:
         """Bind what every item of the schedule computes."""
-        for item in schedule:
-            match item:
+        for unit in units(schedule):
+            match item := unit[0]:
                 case Pack():
-                    self.pack(item, env)
+                    self.packs([pack for pack in unit if isinstance(pack, Pack)], env)
                 case Step(family, _, eqn, each):
                     args = [self.read(env, family, a) for a in eqn.invars]
                     outs = apply_each(eqn, args, self.width(family)) if each else apply(eqn, args)
@@ -138,22 +149,30 @@ class Walk:
             if not J.is_drop(var := part.eqn.outvars[k]):
                 env[part.family, var] = value
 
-    def pack(self, pack: Pack, env: Env) -> None:
-        if pack.width == 1 and pack.kernel in AS_WRITTEN:  # nothing to stack: the tenant's own equation
-            (m,) = pack.members
-            lhs, rhs = m.eqn.invars
-            weights = Banked(self.bank[pack.array], (0,)) if pack.array is not None else self.read(env, m.family, rhs)
-            self.bind(env, m.family, m.eqn, apply(m.eqn, [self.read(env, m.family, lhs), weights]))
+    def packs(self, packs: Sequence[Pack], env: Env) -> None:
+        """One pack, or those of one launch."""
+        if len(packs) == 1 and packs[0].width == 1 and packs[0].kernel in AS_WRITTEN:
+            self.as_written(packs[0], env)
             return
+        results = lower_packs(packs, self.bundle.families, [self.operands(pack, env) for pack in packs])
+        for pack, outs in zip(packs, results, strict=True):
+            for m, out in zip(pack.members, outs, strict=True):
+                self.bind(env, m.family, pack.epilogue[-1].eqn if pack.epilogue else m.eqn, [out])
+
+    def as_written(self, pack: Pack, env: Env) -> None:
+        """Nothing to stack: the tenant's own equation."""
+        (m,) = pack.members
+        lhs, rhs = m.eqn.invars
+        weights = Banked(self.bank[pack.array], (0,)) if pack.array is not None else self.read(env, m.family, rhs)
+        self.bind(env, m.family, m.eqn, apply(m.eqn, [self.read(env, m.family, lhs), weights]))
+
+    def operands(self, pack: Pack, env: Env) -> Operands:
         left = [self.read(env, m.family, m.eqn.invars[0]) for m in pack.members]
         if pack.array is not None:
             right = self.bank[pack.array]
         else:
             right = [self.read(env, m.family, m.eqn.invars[1]) for m in pack.members]
-        given = [self.read(env, pack.members[0].family, atom) for atom in epilogue_reads(pack)]
-        results = lower_pack(pack, self.bundle.families, left, right, given)
-        for m, out in zip(pack.members, results, strict=True):
-            self.bind(env, m.family, pack.epilogue[-1].eqn if pack.epilogue else m.eqn, [out])
+        return Operands(left, right, [self.read(env, pack.members[0].family, atom) for atom in epilogue_reads(pack)])
 
     def together(self, step: JointStep, env: Env) -> None:
         """Equations of several members, as one."""

@@ -1,11 +1,12 @@
-"""A pack: its members' operands brought together, one superkernel, and each member's result.
+"""A pack, or those of one launch: the members' operands brought together, one superkernel, and each member's result.
 
 L lanes of a member; G problems with a right operand of their own, R lanes on each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,40 +16,72 @@ import jax.numpy as jnp
 from coalesce import jaxpr as J
 from coalesce.bundle import epilogue_reads, folds_of, Pack
 from coalesce.family import Family
-from coalesce.kernels import as_product, FUSING, KERNELS
+from coalesce.kernels import as_product, FUSING, horizontal, KERNELS
 from coalesce.kernels.epilogue import COLUMN, Epilogue, on_tile, WHOLE
+from coalesce.kernels.indexed_gemm import product_of
 from coalesce.lanes import join, Joint, LaneValue, masked, plain, Shared, Stacked, stacked, take
 from coalesce.layout import Layout, pad_to
 from coalesce.member import Fold, Member
 from coalesce.unify import contracted
 
 
-def lower_pack(
-    pack: Pack, families: Sequence[Family], lhs: Sequence[LaneValue], rhs: Any, given: Sequence[LaneValue] = ()
-) -> list[LaneValue]:
-    """Each member's result, from the left operands of all; `rhs` is the pack's array, or the right operands of all, and
-    `given` what its epilogue reads."""
-    folds = folds_of(pack, families)
-    of_one = partial(of_a_family, given=given)
-    rule = {"": of_one, "equal": stacked_pack, "padded": stacked_pack, "product": product_pack}[pack.form]
-    return rule(pack, folds, lhs, rhs)
+@dataclass(frozen=True)
+class Operands:
+    """What a pack reads: its array or the right operands of all members, and what its epilogue reads."""
+
+    lhs: Sequence[LaneValue]
+    rhs: Any
+    given: Sequence[LaneValue] = ()
 
 
-def superkernel(pack: Pack, lhs: Any, rhs: Any, given: Sequence[Any] = ()) -> Any:
-    """[G,R,*lhs] and [G,...] in the kernel's layout -> [G,R,*out], as a call of the pack's name."""
+@dataclass(frozen=True)
+class Call:
+    """A pack's arguments as its kernel takes them, and each member's result from the kernel's [G,R,*out]."""
 
-    def run(x: Any, w: Any, *operands: Any) -> Any:
-        if pack.epilogue:
-            return FUSING[pack.kernel].run(pack.op, x, w, epilogue=epilogue_of(pack), operands=operands)
-        return KERNELS[pack.kernel].run(pack.op, x, w)
-
-    run.__name__ = run.__qualname__ = pack.name
-    with J.context_of(pack.members[0].eqn), jax.named_scope(pack.name):
-        return jax.jit(run)(lhs, rhs, *given)
+    lhs: Any  # [G,R,*lhs]
+    rhs: Any  # [G,...] in the kernel's layout
+    given: Sequence[Any]
+    results: Callable[[Any], list[LaneValue]]
 
 
-def epilogue_of(pack: Pack) -> Epilogue:
+def lower_packs(
+    packs: Sequence[Pack], families: Sequence[Family], operands: Sequence[Operands]
+) -> list[list[LaneValue]]:
+    """Each member's result, for each pack of one launch."""
+    rules = {"": of_a_family, "equal": stacked_pack, "padded": stacked_pack, "product": product_pack}
+    calls = [rules[pack.form](pack, folds_of(pack, families), own) for pack, own in zip(packs, operands, strict=True)]
+    outs = superkernel(packs, [(call.lhs, call.rhs, *call.given) for call in calls])
+    return [call.results(out) for call, out in zip(calls, outs, strict=True)]
+
+
+def superkernel(packs: Sequence[Pack], args: Sequence[Sequence[Any]]) -> list[Any]:
+    """[G,R,*lhs] and [G,...] in the kernel's layout -> [G,R,*out], of each pack, as a call of the first one's name."""
+
+    def run(args: Sequence[Sequence[Any]]) -> list[Any]:
+        if len(packs) == 1:
+            ((pack, own),) = zip(packs, args, strict=True)
+            return [run_kernel(pack, *own)]
+        products = [
+            product_of(pack.op, x, w, epilogue=epilogue_of(pack), operands=given)
+            for pack, (x, w, *given) in zip(packs, args, strict=True)
+        ]
+        return horizontal.run(products)
+
+    run.__name__ = run.__qualname__ = packs[0].name
+    with J.context_of(packs[0].members[0].eqn), jax.named_scope(packs[0].name):
+        return jax.jit(run)(args)
+
+
+def run_kernel(pack: Pack, x: Any, w: Any, *operands: Any) -> Any:
+    if pack.epilogue:
+        return FUSING[pack.kernel].run(pack.op, x, w, epilogue=epilogue_of(pack), operands=operands)
+    return KERNELS[pack.kernel].run(pack.op, x, w)
+
+
+def epilogue_of(pack: Pack) -> Epilogue | None:
     """The pack's epilogue on tiles: its steps are elementwise, and a broadcast is its operand's tile already."""
+    if not pack.epilogue:
+        return None
     reads = epilogue_reads(pack)
 
     def apply(result: Any, *tiles: Any) -> Any:
@@ -66,19 +99,16 @@ def epilogue_of(pack: Pack) -> Epilogue:
 # ---- one family: lanes share operands as they are ------------------------------------------------------------------
 
 
-def of_a_family(
-    pack: Pack, folds: Sequence[Fold], lhs: Sequence[LaneValue], rhs: Any, given: Sequence[LaneValue] = ()
-) -> list[LaneValue]:
-    layout = KERNELS[pack.kernel].layout(pack.op)
-    left = [left_of(value, how) for value, how in zip(lhs, folds, strict=True)]
+def of_a_family(pack: Pack, folds: Sequence[Fold], own: Operands) -> Call:
+    layout, rhs = KERNELS[pack.kernel].layout(pack.op), own.rhs
+    left = [left_of(value, how) for value, how in zip(own.lhs, folds, strict=True)]
     if pack.array is None:
         rhs = concatenated([right_of(value, layout) for value in rhs])
-    operands = [left_of(value, folds[0]) for value in given]
+    operands = [left_of(value, folds[0]) for value in own.given]
     for i, atom in enumerate(epilogue_reads(pack)):
         if J.shape(atom) != pack.op.out.shape:
             operands[i] = operands[i].reshape(*operands[i].shape[:2], pack.op.n)
-    out = superkernel(pack, concatenated(left), rhs, operands)
-    return unfolded(out, pack.members, folds)
+    return Call(concatenated(left), rhs, operands, partial(unfolded, members=pack.members, folds=folds))
 
 
 def left_of(value: LaneValue, how: Fold) -> Any:
@@ -118,24 +148,28 @@ def unfolded(out: Any, members: Sequence[Member], folds: Sequence[Fold]) -> list
 # ---- several members of one geometry: operands and results are one stack -------------------------------------------
 
 
-def stacked_pack(pack: Pack, folds: Sequence[Fold], lhs: Sequence[LaneValue], rhs: Any) -> list[LaneValue]:
-    (how,), op, lanes = folds, pack.op, [m.width for m in pack.members]
+def stacked_pack(pack: Pack, folds: Sequence[Fold], own: Operands) -> Call:
+    (how,), op, lanes, rhs = folds, pack.op, [m.width for m in pack.members], own.rhs
     left_dims, right_dims = contracted(op)
-    x = take(masked(join(lhs, lanes, op.lhs.shape), left_dims).value, [i for group in how.order for i in group])
+    x = take(masked(join(own.lhs, lanes, op.lhs.shape), left_dims).value, [i for group in how.order for i in group])
     if pack.array is None:
         w = masked(join(rhs, lanes, op.rhs.shape), right_dims).value
         rhs = jax.vmap(KERNELS[pack.kernel].layout(op))(take(w, [group[0] for group in how.order]))
-    out = superkernel(pack, x.reshape(how.groups, how.per_group, *op.lhs.shape), rhs)
-    flat = take(out.reshape(how.groups * how.per_group, *op.out.shape), how.place)
-    return list(Joint(flat, tuple(lanes), tuple(tuple(m.op.out.shape) for m in pack.members)).parts())
+
+    def results(out: Any) -> list[LaneValue]:
+        flat = take(out.reshape(how.groups * how.per_group, *op.out.shape), how.place)
+        return list(Joint(flat, tuple(lanes), tuple(tuple(m.op.out.shape) for m in pack.members)).parts())
+
+    return Call(x.reshape(how.groups, how.per_group, *op.lhs.shape), rhs, (), results)
 
 
 # ---- several members with nothing but arithmetic in common: plain matrix products ------------------------------------
 
 
-def product_pack(pack: Pack, folds: Sequence[Fold], lhs: Sequence[LaneValue], rhs: Any) -> list[LaneValue]:
+def product_pack(pack: Pack, folds: Sequence[Fold], own: Operands) -> Call:
     layout, (m, k), (_, n) = KERNELS[pack.kernel].layout(pack.op), pack.op.lhs.shape, pack.op.rhs.shape
-    left = [as_product.left(p.op, left_of(x, how)) for p, x, how in zip(pack.members, lhs, folds, strict=True)]
+    left = [as_product.left(p.op, left_of(x, how)) for p, x, how in zip(pack.members, own.lhs, folds, strict=True)]
+    rhs = own.rhs
     if pack.array is None:
         right = [
             as_product.right(p.op, take(stacked(w, p.width), [group[0] for group in how.order]))
@@ -143,13 +177,16 @@ def product_pack(pack: Pack, folds: Sequence[Fold], lhs: Sequence[LaneValue], rh
         ]
         rhs = jax.vmap(layout)(concatenated([pad_to(w, (w.shape[0], k, n)) for w in right]))
     x = concatenated([pad_to(x, (x.shape[0], m, k)) for x in left])
-    out = superkernel(pack, x[:, None], rhs)[:, 0]
-    results: list[LaneValue] = []
-    start = 0
-    for p, how in zip(pack.members, folds, strict=True):
-        count = how.groups * p.op.batch
-        own = out[start : start + count, : how.per_group * p.op.m, : p.op.n]
-        start += count
-        whole = as_product.result(p.op, own, how.groups, how.per_group)
-        results += unfolded(whole, [p], [how])
-    return results
+
+    def results(out: Any) -> list[LaneValue]:
+        found: list[LaneValue] = []
+        start = 0
+        for p, how in zip(pack.members, folds, strict=True):
+            count = how.groups * p.op.batch
+            part = out[start : start + count, 0, : how.per_group * p.op.m, : p.op.n]
+            start += count
+            whole = as_product.result(p.op, part, how.groups, how.per_group)
+            found += unfolded(whole, [p], [how])
+        return found
+
+    return Call(x[:, None], rhs, (), results)

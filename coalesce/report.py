@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from coalesce.bundle import Bundle, items, JointLoop, Pack, packs, place_of, problems, Step
+from coalesce.bundle import Bundle, items, JointLoop, Pack, packs, place_of, problems, Step, units
 from coalesce.heavy import heavy_eqns
 from coalesce.member import fold, Member
 
@@ -17,8 +17,8 @@ class TenantReport:
     name: str
     family: int
     heavy_ops: int  # dots and convolutions of its program, after normalisation
-    superkernels: int  # packs of two or more that it takes part in
-    alone: int  # its heavy ops in no such pack
+    superkernels: int  # of two or more heavy ops, that it takes part in
+    alone: int  # its heavy ops in none of these
     padding_waste: float  # share of the FLOPs of those superkernels that is padding
     across_families: int  # those of its heavy ops that share a superkernel with another family
 
@@ -26,15 +26,16 @@ class TenantReport:
 @dataclass(frozen=True)
 class Report:
     """Counted after normalisation. The body of a scan counts once and every branch of a cond counts; one pack is one
-    superkernel, whatever it lowers to."""
+    superkernel, whatever it lowers to, and so are packs that share a launch."""
 
     programs: int
     families: int
     heavy_ops: int  # dots and convolutions of all programs, one by one
-    superkernels: int  # packs of two or more of them
-    alone: int  # heavy ops in no such pack
+    superkernels: int  # packs, or packs that share a launch, of two or more of them
+    alone: int  # heavy ops in none of these
     padding_waste: float  # share of superkernel FLOPs that is padding, 0 to 1
     superkernels_across: int  # superkernels with members of two or more families
+    launches_shared: int  # superkernels of several packs
     ops_across: int  # heavy ops in those, over all tenants
     loops_across: int  # scans of two or more families that run as one
     predicted_gain_us: float  # what running across families wins a round, as predicted; 0 if nothing does
@@ -70,7 +71,7 @@ def alone_members(bundle: Bundle) -> list[tuple[Member, str]]:
     """Heavy ops in no superkernel, one for each member, with the reason."""
     found: list[tuple[Member, str]] = []
     for item in items(bundle.schedule):
-        if isinstance(item, Pack) and item.width == 1:
+        if isinstance(item, Pack) and item.width == 1 and item.launch is None:
             record = bundle.records.get(place_of(item))
             reasons = [item.reason, record.reason if record is not None else ""]
             found.append((item.members[0], "; ".join(filter(None, reasons))))
@@ -80,18 +81,18 @@ def alone_members(bundle: Bundle) -> list[tuple[Member, str]]:
 
 
 def report_of(bundle: Bundle) -> Report:
-    supers = [pack for pack in packs(bundle.schedule) if pack.width > 1]
-    across = [pack for pack in supers if len(pack.families) > 1]
+    supers = [unit for unit in units(packs(bundle.schedule)) if sum(pack.width for pack in unit) > 1]
+    across = [unit for unit in supers if len({m.family for pack in unit for m in pack.members}) > 1]
     alone = alone_members(bundle)
     tenants: Mapping[int, TenantReport] = {
         lane.tenant: TenantReport(
             name=bundle.tenants[lane.tenant],
             family=f,
             heavy_ops=len(heavy_eqns(family.jaxpr)),
-            superkernels=sum(any(m.family == f for m in pack.members) for pack in supers),
+            superkernels=sum(any(f in pack.families for pack in unit) for unit in supers),
             alone=sum(m.family == f for m, _ in alone),
-            padding_waste=share([flops(p, bundle) for p in supers if any(m.family == f for m in p.members)]),
-            across_families=sum(m.family == f for p in across for m in p.members),
+            padding_waste=share([flops(pack, bundle) for unit in supers for pack in unit if f in pack.families]),
+            across_families=sum(m.family == f for unit in across for pack in unit for m in pack.members),
         )
         for f, family in enumerate(bundle.families)
         for lane in family.lanes
@@ -102,9 +103,10 @@ def report_of(bundle: Bundle) -> Report:
         heavy_ops=sum(t.heavy_ops for t in tenants.values()),
         superkernels=len(supers),
         alone=sum(m.width for m, _ in alone),
-        padding_waste=share([flops(pack, bundle) for pack in supers]),
+        padding_waste=share([flops(pack, bundle) for unit in supers for pack in unit]),
         superkernels_across=len(across),
-        ops_across=sum(pack.width for pack in across),
+        launches_shared=sum(len(unit) > 1 for unit in supers),
+        ops_across=sum(pack.width for unit in across for pack in unit),
         loops_across=sum(isinstance(item, JointLoop) for item in items(bundle.schedule)),
         predicted_gain_us=bundle.predicted_us,
         tenants=tuple(tenants[i] for i in range(len(bundle.tenants))),

@@ -20,6 +20,7 @@ from coalesce.passes.form_packs import form_packs
 from coalesce.passes.fuse_epilogues import fuse_epilogues
 from coalesce.passes.pack import pack
 from coalesce.passes.plan_layouts import plan_layouts
+from coalesce.passes.share_launches import share_launches
 
 BundlePass = Callable[[Bundle], Bundle]
 
@@ -43,12 +44,17 @@ def bundle_passes(
         partial(align, costs=costs, policy=policy, waste_bound=waste_bound),  # which of those run as one
         pack,  # one order for all families, in which they do
     )
+    by_rule = choice is choose and platform != "cpu"  # where no launch of several wins
+    share = partial(share_launches, costs=costs, policy=policy, within_program=within_program, change=by_rule)
+    kernels = (partial(choose_kernels, platform=platform, choice=choice),)  # what runs each pack
+    launches = (share,)  # packs that run better in one kernel than each in its own
     last = (
-        partial(choose_kernels, platform=platform, choice=choice),  # what runs each pack
         fuse_epilogues,  # what these do to their results: after the kernels, not all of which can
         plan_layouts,  # where the weights lie: last, since kernels say how they read them
     )
-    return first + (across if policy != "never" else ()) + last
+    if policy == "never":
+        return first + kernels + last
+    return first + across + kernels + launches + last
 
 
 @dataclass(frozen=True)

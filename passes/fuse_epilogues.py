@@ -21,7 +21,7 @@ from math import prod
 from typing import Any
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Bundle, equations, Item, Loop, Pack, packs, same, Schedule, Step
+from coalesce.bundle import Bundle, equations, Item, Loop, Pack, packs, same, Schedule, Step, units
 from coalesce.kernels import FUSING
 from coalesce.kernels.epilogue import TILEWISE
 
@@ -77,6 +77,9 @@ class Scope:
         self.readers: dict[Name, list[int]] = {}
         self.tails: dict[int, tuple[Step, ...]] = {}
         self.moved: set[int] = set()
+        self.begin: list[int] = []  # where each item runs: with the first of its launch
+        for unit in units(items):
+            self.begin += [len(self.begin)] * len(unit)
         for place, item in enumerate(items):
             for f, eqn in equations(item):
                 self.made.update(((f, v), place) for v in eqn.outvars)
@@ -96,7 +99,7 @@ class Scope:
             step = self.items[at]
             if at in self.moved or not any((f, a) in inside for g, e in equations(step) if g == f for a in names(e)):
                 continue
-            columns = self.columns(step, pack, inside, place) if isinstance(step, Step) else None
+            columns = self.columns(step, pack, inside, self.begin[place]) if isinstance(step, Step) else None
             if columns is None or not isinstance(step, Step):
                 break
             new = [*(b for b in dict.fromkeys(columns) if b not in chosen), at]
@@ -107,7 +110,7 @@ class Scope:
                 best = list(chosen)
         return best
 
-    def columns(self, step: Step, pack: Pack, inside: set[Name], place: int) -> list[int] | None:
+    def columns(self, step: Step, pack: Pack, inside: set[Name], begin: int) -> list[int] | None:
         """The broadcasts that have to move along with a step; None if it cannot run on tiles of the pack's result."""
         eqn, shape = step.eqn, J.shape(pack.members[0].eqn.outvars[0])
         if step.each or eqn.primitive.name not in TILEWISE or J.shape(eqn.outvars[0]) != shape:
@@ -123,19 +126,19 @@ class Scope:
             name = (step.family, atom)
             if name in inside:
                 continue
-            if self.is_column(name, pack, place):
+            if self.is_column(name, pack, begin):
                 found.append(self.made[name])
-            elif self.made.get(name, -1) >= place or not fits(J.shape(atom), pack):
+            elif self.made.get(name, -1) >= begin or not fits(J.shape(atom), pack):
                 return None
         return found
 
-    def is_column(self, name: Name, pack: Pack, place: int) -> bool:
+    def is_column(self, name: Name, pack: Pack, begin: int) -> bool:
         """Whether a value is a broadcast, over all rows, of a vector over the pack's columns that is there already."""
         step = self.items[self.made[name]] if name in self.made else None
         if not isinstance(step, Step) or step.each or step.eqn.primitive.name != "broadcast_in_dim":
             return False
         vector, *sizes = step.eqn.invars
-        if sizes or isinstance(vector, J.Literal) or self.made.get((step.family, vector), -1) >= place:
+        if sizes or isinstance(vector, J.Literal) or self.made.get((step.family, vector), -1) >= begin:
             return False
         if J.shape(step.eqn.outvars[0]) != pack.op.out.shape or J.shape(vector) == pack.op.out.shape:
             return False

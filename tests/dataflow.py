@@ -39,6 +39,7 @@ def check_scopes(schedule: Schedule, scopes: Sequence[Scope]) -> None:
     assert set(counts.values()) <= {1}, "an equation runs twice"
     before = {key: reads for f, jaxpr in scopes for key, reads in dependencies(f, jaxpr)}
     ran: set[Key] = set()
+    check_launches(schedule, level, before)
     for item, keys in zip(schedule, level, strict=True):
         tail = keys[len(item.members) :] if isinstance(item, Pack) else []
         for i, key in enumerate(tail):
@@ -54,6 +55,19 @@ def check_scopes(schedule: Schedule, scopes: Sequence[Scope]) -> None:
         elif isinstance(item, Loop):
             for body, region in zip(item.bodies, J.regions(item.eqn), strict=True):
                 check_scopes(body, [(item.family, region)])
+
+
+def check_launches(schedule: Schedule, level: Sequence[list[Key]], before: dict[Key, set[Key]]) -> None:
+    """Packs of one launch stand side by side, and no path leads from one to another."""
+    found: dict[int, list[int]] = {}
+    for i, item in enumerate(schedule):
+        if isinstance(item, Pack) and item.launch is not None:
+            found.setdefault(item.launch, []).append(i)
+    for at in found.values():
+        assert at == list(range(at[0], at[0] + len(at))), "something stands between packs of one launch"
+        for i in at:
+            others = {key for j in at if j != i for key in level[j]}
+            assert not any(reaches(before, key, others) for key in level[i]), "a launch waits for itself"
 
 
 def equations_of(item: Item) -> list[J.Eqn]:

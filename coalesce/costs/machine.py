@@ -7,8 +7,10 @@ Weights are read from memory, once in a program; what one kernel hands to the ne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from coalesce.costs.devices import Device
-from coalesce.costs.product import product_us
+from coalesce.costs.product import Product, product_us, together_us
 
 
 class Machine:
@@ -35,5 +37,12 @@ class Machine:
         key = (rate, batch, m, n, k)
         if (arithmetic := self.products.get(key)) is None:
             arithmetic = self.products[key] = product_us(self.device, rate, batch, m, n, k)
+        return self.kernel(arithmetic, weights, moved)
+
+    def together(self, products: Sequence[Product], weights: int, moved: int) -> float:
+        """One kernel for products of different shapes."""
+        return self.kernel(together_us(self.device, products), weights, moved)
+
+    def kernel(self, arithmetic: float, weights: int, moved: int) -> float:
         shorter, longer = sorted((arithmetic, self.traffic(weights, moved)))
         return self.device.launch_us + longer + (1 - self.device.overlap) * shorter

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 from coalesce.costs.devices import Device
 from coalesce.costs.machine import Machine
-from coalesce.costs.superkernels import BY_KERNEL, im2col
+from coalesce.costs.superkernels import BY_KERNEL, horizontal, im2col, indexed_gemm
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import choose
 
@@ -35,6 +35,15 @@ class Costs:
         if self.measured and (known := self.measured.get((op.key, kernel, groups, rows))) is not None:
             return known
         return self.launch if op.empty else BY_KERNEL[kernel](self.machine, op, groups, rows)
+
+    def together(self, parts: Sequence[tuple[HeavyOp, int, int]]) -> float:
+        """One launch of the horizontal kernel for (op, groups, rows) of any shapes. What a measurement says of one of
+        them alone holds for its arithmetic in company."""
+        slower = [
+            self.op(*part, kernel="indexed_gemm") / indexed_gemm(self.machine, *part) if self.measured else 1.0
+            for part in parts
+        ]
+        return horizontal(self.machine, parts, slower)
 
     def patches(self, op: HeavyOp, groups: int, rows: int = 1) -> float:
         """The patches of a convolution, where they are not part of `op`'s kernel."""

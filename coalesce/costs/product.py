@@ -8,9 +8,16 @@ dimension, hence so does the fastest.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import ceil
+
 from coalesce.costs.devices import Device
 
+ROUNDING = 1e-9
 IDLE = 2  # the contraction is cut only while the parts of one product leave half of the cores idle
+
+
+Product = tuple[float, int, int, int, int]  # rate, batch, m, n, k
 
 
 def product_us(device: Device, rate: float, batch: int, m: int, n: int, k: int) -> float:
@@ -28,4 +35,21 @@ def product_us(device: Device, rate: float, batch: int, m: int, n: int, k: int) 
             if parts > 1:  # float32 parts, written and read
                 us += device.launch_us + 8 * parts * batch * m * n / (device.memory_gbs * 1e3)
             best = min(best, us)
+    return best
+
+
+def together_us(device: Device, products: Sequence[Product]) -> float:
+    """Products of different shapes in one kernel, which cuts no contraction. Tiles that take longest come first, and
+    each next one runs on the first core that is free: so all of those so far take whole rounds of the shortest."""
+    best = float("inf")
+    for tile in device.tiles:
+        parts: list[tuple[float, int]] = []  # microseconds of a tile, and how many of them
+        for rate, batch, m, n, k in products:
+            step_us = 2 * tile.m * tile.n * device.k_step * device.cores / (rate * tile.efficiency)
+            parts.append((-(-k // device.k_step) * step_us, batch * -(-m // tile.m) * -(-n // tile.n)))
+        us = work = 0.0
+        for tile_us, tiles in sorted(parts, reverse=True):
+            work += tile_us * tiles / device.cores
+            us = max(us, ceil(work / tile_us - ROUNDING) * tile_us)
+        best = min(best, us)
     return best

@@ -5,7 +5,7 @@ f(machine, op, groups, rows) -> us      groups problems with right operands of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -98,6 +98,18 @@ def indexed_gemm(machine: Machine, op: HeavyOp, groups: int, rows: int) -> float
     moved = groups * rows * (nbytes(op.lhs) + nbytes(op.out))
     size = groups * op.batch, rows * op.m, op.n, op.k
     us = machine.product(rate(op, machine.device), *size, groups * nbytes(op.rhs), moved)
+    return us if machine.device.platform == "gpu" else INTERPRETED * us
+
+
+def horizontal(machine: Machine, parts: Sequence[tuple[HeavyOp, int, int]], slower: Sequence[float]) -> float:
+    """One launch for (op, groups, rows) of any shapes; `slower` says how many times as slow each is as the model."""
+    products = [
+        (rate(op, machine.device) / times, groups * op.batch, rows * op.m, op.n, op.k)
+        for (op, groups, rows), times in zip(parts, slower, strict=True)
+    ]
+    weights = sum(groups * nbytes(op.rhs) for op, groups, _ in parts)
+    moved = sum(groups * rows * (nbytes(op.lhs) + nbytes(op.out)) for op, groups, rows in parts)
+    us = machine.together(products, weights, moved)
     return us if machine.device.platform == "gpu" else INTERPRETED * us
 
 
