@@ -88,7 +88,7 @@ class Sharing:
         if item.kernel == KERNEL:
             return True
         _, rows = problems(item, self.bundle.families)
-        # One row is bound by how fast its weights come in, which the tiles of a launch are too few to read. The products
+        # One row is bound by how fast its weights come in, which the tiles of a launch are too few to read. Products
         # of attention take part in what XLA fuses around them, transposes and softmax, which a launch cuts off.
         return self.change and self.policy == "auto" and item.op.m * rows > 1 and item.op.batch == 1
 

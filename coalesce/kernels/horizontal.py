@@ -25,32 +25,33 @@ def run(products: Sequence[Product]) -> list[Any]:
     """The result of each, as `indexed_gemm.run` gives it."""
     order = sorted(range(len(products)), key=lambda i: -tile_work(products[i]))  # so that the last to end are short
     parts = [products[i] for i in order]
-    ends = list(accumulate(p.tiles * p.problems for p in parts))
-    cuts = list(accumulate((len(p.args) for p in parts), initial=0))
+    ends = list(accumulate(part.tiled.count * part.problems for part in parts))
+    cuts = list(accumulate((len(part.args) for part in parts), initial=0))
 
     def kernel(*refs: Any) -> None:
         program = pl.program_id(0)
         for i, (part, end) in enumerate(zip(parts, ends, strict=True)):
-            at = program - (end - part.tiles * part.problems)
+            count = part.tiled.count
+            at = program - (end - count * part.problems)
 
             @pl.when((at >= 0) & (program < end))
-            def _(part: Product = part, i: int = i, at: Any = at) -> None:
-                y_ref = refs[cuts[-1] + i]
-                part.write(refs[cuts[i] : cuts[i + 1]], y_ref, div(at, part.tiles), rem(at, part.tiles))
+            def _(part: Product = part, i: int = i, at: Any = at, count: int = count) -> None:
+                part.write(rem(at, count), div(at, count), refs[cuts[i] : cuts[i + 1]], refs[cuts[-1] + i])
 
-    args = [arg for part in parts for arg in part.args]
+    blocks = [part.tiled.blocks for part in parts]
     results = launch(
         kernel,
         (ends[-1],),
         [part.out for part in parts],
-        args,
+        [arg for part in parts for arg in part.args],
         name="_".join(part.name for part in parts),
-        warps=max(part.blocks.warps for part in parts),  # enough registers for each
-        stages=min(part.blocks.stages for part in parts),  # and enough shared memory
+        warps=max(block.warps for block in blocks),  # enough registers for each
+        stages=min(block.stages for block in blocks),  # and enough shared memory
     )
     found = {i: part.result(y) for i, part, y in zip(order, parts, results, strict=True)}
     return [found[i] for i in range(len(products))]
 
 
 def tile_work(product: Product) -> int:
-    return product.blocks.m * product.blocks.n * product.op.k
+    blocks = product.tiled.blocks
+    return blocks.m * blocks.n * product.tiled.op.k

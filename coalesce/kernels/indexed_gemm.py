@@ -1,11 +1,10 @@
-"""Dots and convolutions as one Pallas kernel that reads each problem's weights where they lie: no copy of a window, a
-patch or a weight is made.
+"""Dots and convolutions as one Pallas kernel that reads each problem's weights where they lie.
 
     grid (tiles of the result, problems)
-    a program: for its tile's rows and columns, sum over blocks of K of rows [m, k] x weights[slot] [k, n], epilogue
+    a program: one tile, see coalesce.kernels.tiles
 
-`slots[g]` is the row of the bank that problem g reads, so lanes may come and go without moving weights. Arrays above
-4 GiB are addressed with 64 bits, which Pallas decides by their size.
+`slots[g]` is the row of the bank that problem g reads, so lanes may come and go without moving weights. Weights may lie
+in a slab. Arrays above 4 GiB are addressed with 64 bits, which Pallas decides by their size.
 """
 
 from __future__ import annotations
@@ -22,23 +21,14 @@ from jax.experimental import pallas as pl
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import as_product
 from coalesce.kernels.epilogue import Epilogue, WHOLE
-from coalesce.kernels.triton import div, dot, launch, load, rem, store
+from coalesce.kernels.tiles import arrays_of, Blocks, Source, Tiled
+from coalesce.kernels.triton import launch
 from coalesce.kernels.windows import Windows, windows_of
 from coalesce.layout import AS_IS, Layout
+from coalesce.slab import Cut
 
 FLOATS = ("float32", "bfloat16", "float16")
 PRECISIONS = (None, lax.Precision.DEFAULT, lax.Precision.HIGHEST)  # others sum several products of parts
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """The tile of a program, [m, n] of the result in steps of k; powers of two, 16 at least."""
-
-    m: int
-    n: int
-    k: int
-    warps: int = 4
-    stages: int = 3
 
 
 def supports(op: HeavyOp) -> bool:
@@ -69,13 +59,16 @@ def run(
     operands: Sequence[Any] = (),
     blocks: Blocks | None = None,
 ) -> Any:
-    """lhs [G,R,*lhs] x rhs [S,(B,)K,N] at slots [G] -> [G,R,*out]; without slots problem g reads row g."""
+    """lhs [G,R,*lhs] x rhs [S,(B,)K,N] at slots [G] -> [G,R,*out]; without slots problem g reads row g.
+
+    `rhs`, and `operands` that are vectors [G,N], may be cuts of a slab where the op has no batch dimensions.
+    """
     product = product_of(op, lhs, rhs, slots, epilogue, operands, blocks)
 
     def kernel(*refs: Any) -> None:
-        product.write(refs[:-1], refs[-1], pl.program_id(1), pl.program_id(0))
+        product.write(pl.program_id(0), pl.program_id(1), refs[:-1], refs[-1])
 
-    grid, blocks = (product.tiles, product.problems), product.blocks
+    grid, blocks = (product.tiled.count, product.problems), product.tiled.blocks
     (y,) = launch(
         kernel, grid, [product.out], product.args, name=product.name, warps=blocks.warps, stages=blocks.stages
     )
@@ -84,62 +77,37 @@ def run(
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """An op as a launch runs it: problems [rows, K] x [K, N] in tiles, and the arrays that these read."""
+    """An op's problems, and what a launch hands to its kernel for them: slots [P] if there are any, the left operands
+    [P, positions, C], and what may lie in slabs from `starts` on: weights [S, K, N], and what the epilogue reads."""
 
-    op: HeavyOp
-    windows: Windows
+    tiled: Tiled
     groups: int
-    per_group: int
-    blocks: Blocks
-    epilogue: Epilogue | None
-    args: tuple[Any, ...]  # slots [P] if there are any, x [P, positions, C], w [S, K, N], operands [P, rows, N]
+    args: tuple[Any, ...]
+    starts: tuple[int | None, ...]
 
     @property
     def problems(self) -> int:
-        return self.groups * self.op.batch
-
-    @property
-    def rows(self) -> int:
-        return self.per_group * self.op.m
-
-    @property
-    def across(self) -> int:
-        return pl.cdiv(self.op.n, self.blocks.n)
-
-    @property
-    def tiles(self) -> int:
-        """Of one problem."""
-        return pl.cdiv(self.rows, self.blocks.m) * self.across
-
-    @property
-    def out(self) -> jax.ShapeDtypeStruct:
-        dtype = self.epilogue.dtype if self.epilogue else self.op.out.dtype
-        return jax.ShapeDtypeStruct((self.problems, self.rows, self.op.n), dtype)
+        return self.groups * self.tiled.op.batch
 
     @property
     def name(self) -> str:
-        return f"{self.op.kind}_{self.problems}x{self.rows}x{self.op.n}x{self.op.k}"
+        op = self.tiled.op
+        return f"{op.kind}_{self.problems}x{self.tiled.rows}x{op.n}x{op.k}"
+
+    @property
+    def out(self) -> jax.ShapeDtypeStruct:
+        return self.tiled.out(self.problems)
+
+    def write(self, tile: Any, problem: Any, refs: Sequence[Any], y: Any) -> None:
+        """Compute a tile of a problem; `refs` are references to `args`, y to the result [P, rows, N]."""
+        first = len(refs) - len(self.starts)
+        *slots, x = refs[:first]
+        right, *given = (Source(ref, start) for ref, start in zip(refs[first:], self.starts, strict=True))
+        self.tiled.run(tile, problem, slots[0][problem] if slots else problem, x, right, given, y)
 
     def result(self, y: Any) -> Any:
         """[P, rows, N] -> [G,R,*out]."""
-        return as_product.result(self.op, y, self.groups, self.per_group)
-
-    def write(self, refs: Sequence[Any], y_ref: Any, problem: Any, at: Any) -> None:
-        """Compute the tile `at` of a problem, and its epilogue; `refs` are references to `args`."""
-        op, blocks, kinds = self.op, self.blocks, self.epilogue.kinds if self.epilogue else ()
-        *slots_ref, x_ref, w_ref = refs[: len(refs) - len(kinds)]
-        slot = slots_ref[0][problem] if slots_ref else problem
-        m = div(at, self.across) * blocks.m + jnp.arange(blocks.m, dtype=jnp.int32)
-        n = rem(at, self.across) * blocks.n + jnp.arange(blocks.n, dtype=jnp.int32)
-        mask = (m < self.rows)[:, None] & (n < op.n)[None, :]
-        precision = op.precision[0] if isinstance(op.precision, tuple) else op.precision
-        y = tile(self.windows, x_ref, w_ref, problem, slot, m, n, self.rows, precision, blocks).astype(op.out.dtype)
-        if self.epilogue:
-            lane = div(m, op.m)
-            places = [(problem, (m if kind == WHOLE else lane)[:, None], n[None, :]) for kind in kinds]
-            given = refs[len(refs) - len(kinds) :]
-            y = self.epilogue.apply(y, *(load(ref, place, mask) for ref, place in zip(given, places, strict=True)))
-        store(y_ref, (problem, m[:, None], n[None, :]), y, mask)
+        return as_product.result(self.tiled.op, y, self.groups, self.tiled.per_group)
 
 
 def product_of(
@@ -153,24 +121,28 @@ def product_of(
 ) -> Product:
     """What `run` runs, with the same arguments."""
     groups, per_group = lhs.shape[:2]
-    windows = windows_of(op)
     if op.kind == "dot":
-        x, w = as_product.left(op, lhs), rhs.reshape(-1, op.k, op.n)
+        x, w = as_product.left(op, lhs), rhs if isinstance(rhs, Cut) else rhs.reshape(-1, op.k, op.n)
         if slots is not None and op.batch > 1:
             slots = (slots[:, None] * op.batch + jnp.arange(op.batch, dtype=slots.dtype)[None]).reshape(-1)
     else:
-        x, w = lhs.reshape(groups, -1, windows.channels), rhs
-    given = [as_rows(op, y, kind) for y, kind in zip(operands, epilogue.kinds if epilogue else (), strict=True)]
-    blocks = blocks or blocks_for(per_group * op.m, op.n, windows, x.shape[0])
-    args = (*(() if slots is None else (slots.astype(jnp.int32),)), x, w, *given)
-    return Product(op, windows, groups, per_group, blocks, epilogue, args)
+        x, w = lhs.reshape(groups, -1, op.lhs.shape[-1]), rhs
+    kinds = epilogue.kinds if epilogue else ()
+    given = [as_rows(op, y, kind) for y, kind in zip(operands, kinds, strict=True)]
+    blocks = blocks or blocks_for(per_group * op.m, op.n, windows_of(op), x.shape[0])
+    read, starts = arrays_of([w, *given])
+    first = () if slots is None else (slots.astype(jnp.int32),)
+    return Product(Tiled(op, per_group, blocks, epilogue), groups, (*first, x, *read), tuple(starts))
 
 
 def as_rows(op: HeavyOp, y: Any, kind: str) -> Any:
-    """An epilogue's operand by problem: [G*B, R*M, N], or [G*B, R, N] of columns."""
+    """An epilogue's operand by problem: [P, R*M, N], or columns [P, N], [P, R, N] for several lanes."""
     if kind == WHOLE:
         return as_product.rows(op, y)
-    return jnp.repeat(y, op.batch, axis=0) if op.batch > 1 else y
+    if isinstance(y, Cut):
+        return y
+    y = jnp.repeat(y, op.batch, axis=0) if op.batch > 1 else y
+    return y[:, 0] if y.shape[1] == 1 else y
 
 
 def blocks_for(rows: int, columns: int, windows: Windows, problems: int) -> Blocks:
@@ -185,45 +157,3 @@ def blocks_for(rows: int, columns: int, windows: Windows, problems: int) -> Bloc
 def power(size: int) -> int:
     """The next power of two, 16 at least."""
     return max(16, 1 << (size - 1).bit_length())
-
-
-def tile(
-    windows: Windows,
-    x_ref: Any,
-    w_ref: Any,
-    problem: Any,
-    slot: Any,
-    m: Any,
-    n: Any,
-    rows: int,
-    precision: Any,
-    blocks: Blocks,
-) -> Any:
-    """Rows m and columns n of one problem's product, in float32."""
-    corners = windows.corners(m)
-    channels, columns = windows.channels, w_ref.shape[-1]
-    by_tap = pl.cdiv(channels, blocks.k)
-    ranged = jnp.arange(blocks.k, dtype=jnp.int32)
-    # A block of K within one tap has one position a row. Where channels are few, blocks take several taps instead.
-    whole_taps = by_tap * blocks.k * 3 <= channels * 4 or windows.tap_count == 1
-    steps = windows.tap_count * by_tap if whole_taps else pl.cdiv(windows.k, blocks.k)
-
-    def step(i: Any, total: Any) -> Any:
-        if whole_taps:
-            c = rem(i, by_tap) * blocks.k + ranged
-            tap = div(i, by_tap)
-            k, fits = tap * channels + c, c < channels
-            position, inside = windows.at(corners, tap)
-            position, inside = position[:, None], inside[:, None]
-        else:
-            k = i * blocks.k + ranged
-            c, fits = rem(k, channels), k < windows.k
-            image, place = corners
-            spread = image[:, None], [p[:, None] for p in place]
-            position, inside = windows.at(spread, div(k, channels)[None, :])
-        mask = inside & (m < rows)[:, None] & fits[None, :]
-        a = load(x_ref, (problem, position, c[None, :]), mask)
-        b = load(w_ref, (slot, k[:, None], n[None, :]), fits[:, None] & (n < columns)[None, :])
-        return total + dot(a, b, precision)
-
-    return lax.fori_loop(0, steps, step, jnp.zeros((blocks.m, blocks.n), jnp.float32))
