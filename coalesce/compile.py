@@ -36,6 +36,7 @@ def fuse(
     pack_unbounded_loops: bool = False,
     costs: Costs | None = None,
     choose_kernel: Callable[..., str] = choose,
+    launches: bool = True,
     platform: str | None = None,
     strict: bool = False,
 ) -> Fused:
@@ -54,6 +55,8 @@ def fuse(
         inside, as under `jax.vmap`, on the values they ended with.
       costs: predictions for the device that will run it; those of the default device, or of the platform, unless given.
       choose_kernel: (HeavyOp, number of problems, platform) -> a name in coalesce.kernels.KERNELS.
+      launches: let ops of different programs share a kernel launch as they are, whatever their shapes, where `policy`
+        and their kernels allow it. On a GPU "auto" pads and stacks only what cannot.
       platform: what kernels are chosen for; the default backend's unless given.
       strict: run JAX's own type check after every pass (for tests and for writing passes; slow).
 
@@ -87,6 +90,7 @@ def fuse(
         policy=policy,
         waste_bound=waste_bound,
         choice=choose_kernel,
+        launches=launches,
         within_program=within_program,
         pack_unbounded_loops=pack_unbounded_loops,
     )

@@ -43,7 +43,9 @@ class Record:
         return self.parts_us - self.packed_us - self.movement_us
 
     def __str__(self) -> str:
-        return f"{self.shared}; {self.launched}" if self.launched else self.shared
+        if self.launched is not None:
+            return str(self.launched) if self.reason else f"{self.shared}; {self.launched}"
+        return self.shared
 
     @property
     def shared(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -11,8 +11,11 @@ from typing import Any
 from coalesce.bundle import Pack, problems
 from coalesce.costs import Costs
 from coalesce.family import Family
+from coalesce.kernels import choose, indexed_gemm
 from coalesce.member import fold, Member, stacked_fold
 from coalesce.unify import FORMS, Unified, unify
+
+MayLaunch = Callable[[Pack, Sequence[Family]], bool]  # whether a pack may share a launch
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,23 @@ def weigh(packs: Sequence[Pack], families: Sequence[Family], costs: Costs, waste
         tails = costs.launch * (len(packs) - 1)
         return Weighed(shared, waste, parts, packed, movement(whole, prod(places), costs), tails)
     return None
+
+
+def can_launch(pack: Pack, families: Sequence[Family], *, choice: Callable[..., str], platform: str) -> bool:
+    """Whether a pack may share a launch with others, of any shapes: one whose kernel can, by `choice`; and where that
+    goes by rule, any that such a kernel is likely to run as well as its own.
+
+    One row is bound by how fast its weights come in, which the tiles of a launch are too few to read. Products of
+    attention take part in what XLA fuses around them, transposes and softmax, which a launch would cut off.
+    """
+    groups, rows = problems(pack, families)
+    if choice(pack.op, groups, platform) == "indexed_gemm":
+        return True
+    return choice is choose and indexed_gemm.supports(pack.op) and pack.op.m * rows > 1 and pack.op.batch == 1
+
+
+def no_launch(pack: Pack, families: Sequence[Family]) -> bool:
+    return False
 
 
 def stacked_waste(whole: Pack, families: Sequence[Family]) -> float:

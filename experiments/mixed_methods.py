@@ -21,14 +21,14 @@ def one_by_one(mix: Mix, options: Options, method: Method[Tenants]) -> Iterator[
         yield Candidate(parts[0].how, lambda parts=parts: [part.run() for part in parts], split)
 
 
-def fused(mix: Mix, options: Options, policy: str, waste_bound: float) -> Iterator[Candidate]:
+def fused(mix: Mix, options: Options, policy: str, waste_bound: float, launches: bool = True) -> Iterator[Candidate]:
     """coalesce.fuse of all tenants, by its public call."""
     programs = [
         coalesce.trace(tenants.apply, params, *inputs, name=f"model {m} tenant {i}")
         for m, tenants in enumerate(mix)
         for i, (params, inputs) in enumerate(zip(tenants.params, tenants.inputs, strict=True))
     ]
-    together = coalesce.fuse(programs, policy=policy, waste_bound=waste_bound)
+    together = coalesce.fuse(programs, policy=policy, waste_bound=waste_bound, launches=launches)
     together.compile(options)
     requests = [inputs for tenants in mix for inputs in tenants.inputs]
     report = together.report
@@ -36,6 +36,7 @@ def fused(mix: Mix, options: Options, policy: str, waste_bound: float) -> Iterat
         "heavy_ops": report.heavy_ops,
         "superkernels": report.superkernels,
         "superkernels_across": report.superkernels_across,
+        "launches_shared": report.launches_shared,
         "ops_across": report.ops_across,
         "loops_across": report.loops_across,
         "padding": report.padding_waste,

@@ -8,7 +8,8 @@ Families are wide lanes: one pack of a family moves as a whole. Within a scope (
 that run together) the packs, and the scans, are the nodes of a packing problem (coalesce.packing); dependencies between
 them go through everything else. Scans are worth what their bodies win in all steps, which is the same problem one level
 down. With policy "auto" a pack is worth the microseconds that it is predicted to win beyond the cost model's margin,
-with "always" whatever is legal is worth the same.
+with "always" whatever is legal is worth the same. Packs that `may_launch`, with others of any shapes as they are,
+stay apart for it (passes/share_launches.py), but for those in scans, which run as one only for what their bodies win.
 Gives: no two places of one `bundle.aligned` depend on each other, and none of them waits for itself. The order of the
 schedule does not change here.
 """
@@ -28,7 +29,7 @@ from coalesce.packing import align as solve, Node, Problem
 from coalesce.packing.problem import arrives_stacked, value
 from coalesce.passes.stacks import Name
 from coalesce.passes.why_alone import records_of
-from coalesce.weigh import weigh, Weighed
+from coalesce.weigh import MayLaunch, no_launch, weigh, Weighed
 
 Nodes = tuple[int, ...]
 
@@ -37,13 +38,21 @@ WASTE = 0.01  # and what padding costs
 PREDICTED = "predicted"  # no policy: what the cost model says, without its margin
 
 
-def align(bundle: Bundle, *, costs: Costs, policy: str = "auto", waste_bound: float = WASTE_BOUND) -> Bundle:
+def align(
+    bundle: Bundle,
+    *,
+    costs: Costs,
+    policy: str = "auto",
+    waste_bound: float = WASTE_BOUND,
+    may_launch: MayLaunch = no_launch,
+) -> Bundle:
     """Choose by `policy`: "auto" what wins by `costs`, "always" all that is legal within the waste bound."""
     if bundle.records or len(bundle.families) < 2:
         return bundle
-    weights = Weights(bundle, costs, policy, waste_bound)
+    weights = Weights(bundle, costs, policy, waste_bound, may_launch)
     chosen = solved(weights, bundle.schedule)
-    records = records_of(bundle, chosen.aligned, weights.near, weights.of, weights.margin)
+    reasons = weights.of, weights.margin, weights.for_launch
+    records = records_of(bundle, chosen.aligned, weights.near, *reasons)
     if not records:
         return bundle
     return replace(bundle, aligned=chosen.aligned, predicted_us=chosen.predicted_us, records=records)
@@ -52,8 +61,16 @@ def align(bundle: Bundle, *, costs: Costs, policy: str = "auto", waste_bound: fl
 class Weights:
     """What packs and scans of a bundle are worth together; each pack is weighed once."""
 
-    def __init__(self, bundle: Bundle, costs: Costs, policy: str, waste_bound: float) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        costs: Costs,
+        policy: str,
+        waste_bound: float,
+        may_launch: MayLaunch,
+    ) -> None:
         self.bundle, self.costs, self.policy, self.waste_bound = bundle, costs, policy, waste_bound
+        self.may_launch = may_launch
         self.near = neighbourhood_of(bundle, waste_bound)
         self.margin = costs.margin if policy == "auto" else 0.0
         self.known: dict[tuple[int, ...], Weighed | None] = {}
@@ -66,11 +83,15 @@ class Weights:
 
     def gain(self, parts: Sequence[Pack], policy: str) -> float | None:
         weighed = self.of(parts)
-        if weighed is None:
+        if weighed is None or all(map(self.for_launch, parts)):
             return None
         if policy == "always":
             return len(parts) - 1 - WASTE * weighed.waste
         return weighed.gain_us - (0.0 if policy == PREDICTED else self.margin * weighed.parts_us)
+
+    def for_launch(self, part: Pack) -> bool:
+        """Whether a pack is left to share a launch."""
+        return "." not in place_of(part)[1] and self.may_launch(part, self.bundle.families)
 
     def bonus(self, parts: Sequence[Pack], policy: str) -> float:
         weighed = self.of(parts)

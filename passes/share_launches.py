@@ -40,20 +40,26 @@ from coalesce.costs import Costs
 from coalesce.kernels import horizontal, indexed_gemm
 from coalesce.passes.run_order import RunOrder
 from coalesce.record import Launched
+from coalesce.weigh import MayLaunch, no_launch
 
 KERNEL = "indexed_gemm"  # whose products the horizontal kernel runs
 
 
 def share_launches(
-    bundle: Bundle, *, costs: Costs, policy: str = "auto", within_program: bool = False, change: bool = True
+    bundle: Bundle,
+    *,
+    costs: Costs,
+    policy: str = "auto",
+    within_program: bool = False,
+    may_launch: MayLaunch = no_launch,
 ) -> Bundle:
-    """With policy "auto" packs share a launch where `costs` predict a gain, and get the kernel for it if `change`; with
-    "always" all do whose kernel it is already. Packs of one family share one only `within_program`."""
+    """With policy "auto" packs share a launch where `costs` predict a gain, with "always" where they can: packs of that
+    kernel, and others that `may_launch`, which get it. Those of one family share one only `within_program`."""
     if any(pack.launch is not None for pack in packs(bundle.schedule)):
         return bundle
     if len(bundle.families) < 2 and not within_program:
         return bundle
-    sharing = Sharing(bundle, costs, policy, within_program, change)
+    sharing = Sharing(bundle, costs, policy, within_program, may_launch)
     schedule = arranged(bundle.schedule, sharing)
     if schedule is bundle.schedule:
         return bundle
@@ -68,7 +74,7 @@ class Sharing:
     costs: Costs
     policy: str
     within_program: bool
-    change: bool
+    may_launch: MayLaunch
 
     def company(self, first: Item, ready: Sequence[Item]) -> list[Item]:
         """`first`, and those of the ready ones that run with it."""
@@ -85,12 +91,7 @@ class Sharing:
     def may_share(self, item: Item) -> bool:
         if not isinstance(item, Pack) or not indexed_gemm.supports(item.op):
             return False
-        if item.kernel == KERNEL:
-            return True
-        _, rows = problems(item, self.bundle.families)
-        # One row is bound by how fast its weights come in, which the tiles of a launch are too few to read. Products
-        # of attention take part in what XLA fuses around them, transposes and softmax, which a launch cuts off.
-        return self.change and self.policy == "auto" and item.op.m * rows > 1 and item.op.batch == 1
+        return item.kernel == KERNEL or self.may_launch(item, self.bundle.families)
 
     def fits(self, chosen: Sequence[Any], other: Any) -> bool:
         if any(pack is other or pack.op.context != other.op.context for pack in chosen):

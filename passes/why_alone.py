@@ -10,14 +10,20 @@ from coalesce.record import Record
 from coalesce.weigh import Weighed
 
 Weigh = Callable[[Sequence[Pack]], Weighed | None]
+FOR_LAUNCH = "not padded: it can share a kernel launch as it is, with what runs at the same time"
 TRIED = 16  # partners that a reason looks at
 
 
 def records_of(
-    bundle: Bundle, aligned: Sequence[Aligned], near: Mapping[Place, int], weigh: Weigh, margin: float
+    bundle: Bundle,
+    aligned: Sequence[Aligned],
+    near: Mapping[Place, int],
+    weigh: Weigh,
+    margin: float,
+    for_launch: Callable[[Pack], bool],
 ) -> dict[Place, Record]:
-    """A record for every pack of the bundle, by its place; `near` numbers those that might share a superkernel, and
-    `margin` is the share of its parts' time that a pack had to win."""
+    """A record for every pack of the bundle, by its place; `near` numbers those that might share a superkernel,
+    `margin` is the share of its parts' time that a pack had to win, and `for_launch` says which stay apart for one."""
     found = dict(scoped(bundle.schedule, ()))
     loops = {place: group.places for group in aligned if group.form == "scan" for place in group.places}
     group_of = {place: group for group in aligned if group.form != "scan" for place in group.places}
@@ -29,6 +35,9 @@ def records_of(
         group = group_of.get(place)
         if group is not None:
             records[place] = packed(bundle, pack, [found[p][0] for p in group.places], group, weigh)
+            continue
+        if for_launch(pack):
+            records[place] = Record(alone_us(pack, weigh), FOR_LAUNCH)
             continue
         others = [p for p in kin[near[place]] if p[0] != place[0]]
         reachable = [found[p][0] for p in others if together(scope, found[p][1], loops)]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from jax import lax
 
 from coalesce.costs import Costs, device_of, DEVICES
 from coalesce.costs.arithmetic import arithmetic, rate
-from coalesce.costs.product import product_us
+from coalesce.costs.product import product_us, together_us
 from coalesce.heavy import heavy_op, HeavyOp
 from coalesce.kernels import choose, KERNELS
 from experiments.cost_report import fastest, rank_correlation, ranks
@@ -196,6 +197,53 @@ def test_every_kernel_has_a_cost(device):
             if kernel.supports(op):
                 us = Costs(device).op(op, 4, 2, name)
                 assert np.isfinite(us) and us > device.launch_us
+
+
+SIZES = st.tuples(st.integers(1, 4), *[st.integers(1, 3000)] * 3)
+
+
+@given(name=st.sampled_from(GPUS), sizes=st.lists(SIZES, min_size=1, max_size=4), more=SIZES)
+def test_one_launch_of_several_products(name, sizes, more):
+    """One alone is a product that is not cut; no product makes a launch cheaper, and none costs more than alone."""
+    device = DEVICES[name]
+    speed = device.rates.f32 * 1e6
+    products = [(speed, *size) for size in sizes]
+    together = together_us(device, products)
+    assert together_us(device, products[:1]) >= product_us(device, *products[0]) * (1 - 1e-9)
+    assert together_us(device, [*products, (speed, *more)]) >= together * (1 - 1e-9)
+    for tile in device.tiles:
+        one = replace(device, tiles=(tile,), splits=(1,))
+        apart = sum(product_us(one, *product) for product in products)
+        assert together <= together_us(one, products) <= apart * (1 + 1e-9)
+
+
+def test_small_products_fill_the_device_together():
+    """Four products of 33 tiles are one wave of 132 cores; each alone is one as well."""
+    op = dot(128 * 33, 128, 1024, jnp.bfloat16)
+    one = replace(H100, tiles=tuple(tile for tile in H100.tiles if (tile.m, tile.n) == (128, 128)), splits=(1,))
+    product = (rate(op, one), 1, op.m, op.n, op.k)
+    assert together_us(one, [product] * 4) == pytest.approx(product_us(one, *product))
+    assert together_us(one, [product] * 5) == pytest.approx(2 * product_us(one, *product))
+
+
+def test_a_launch_by_hand():
+    """Traffic of all, and one launch."""
+    ops = [dot(128, 64, 64), dot(64, 128, 32)]
+    nbytes = sum(moved(op) for op in ops)
+    us = Costs(H100).together([(op, 1, 1) for op in ops])
+    assert us == pytest.approx(H100.launch_us + max(nbytes / 3e6, together_us(H100, products_of(ops))))
+    assert us < sum(Costs(H100).op(op, 1) for op in ops)
+
+
+def products_of(ops):
+    return [(rate(op, H100), op.batch, op.m, op.n, op.k) for op in ops]
+
+
+def test_what_was_measured_alone_holds_in_company():
+    op = dot(4096, 4096, 4096, jnp.bfloat16)
+    model = Costs(H100).op(op, 1, kernel="indexed_gemm")
+    slow = Costs(H100, {(op.key, "indexed_gemm", 1, 1): 2 * model})
+    assert slow.together([(op, 1, 1)]) == pytest.approx(2 * model, rel=0.02)
 
 
 def test_an_op_without_elements_is_a_launch():

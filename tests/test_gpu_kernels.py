@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from jax import lax
 
+import coalesce
 from coalesce.bundle import packs
 from coalesce.heavy import heavy_op, HeavyOp
-from coalesce.kernels import indexed_gemm
+from coalesce.kernels import horizontal, indexed_gemm
 from tests.heavy_cases import indexed
 from tests.hlo import moves_of_size
 from tests.test_gpu import distance, fused_of, setup, widened
@@ -74,6 +75,65 @@ def test_a_poisoned_lane_reaches_no_other(poison):
     dirty = [np.asarray(y) for y in fused(bad)]
     assert not np.isfinite(dirty[2]).all()
     for lane in (0, 1, 3):
+        assert distance(dirty[lane], clean[lane]) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_of_different_shapes_in_one_launch(dtype):
+    """Those of four networks, each as it is in a launch of its own: the same tiles, the same sums."""
+    conv = partial(
+        lax.conv_general_dilated, window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    shapes = [
+        (lax.dot, (128, 768), (768, 768)), (lax.dot, (49, 2048), (2048, 512)),
+        (conv, (1, 14, 14, 256), (3, 3, 256, 256)), (conv, (1, 28, 28, 24), (1, 1, 24, 40)),
+    ]  # fmt: skip
+    keys = iter(jax.random.split(jax.random.key(0), 2 * len(shapes)))
+    calls = []
+    for call, lhs, rhs in shapes:
+        x, w = jax.random.normal(next(keys), (2, 1, *lhs), dtype), jax.random.normal(next(keys), (2, *rhs), dtype)
+        op = op_of(call, x[0, 0], w[0])
+        calls.append((op, x, jax.vmap(indexed_gemm.layout(op))(w)))
+    ops = [op for op, _, _ in calls]
+
+    @jax.jit
+    def both(args):
+        own = [(op, *arg) for op, arg in zip(ops, args, strict=True)]
+        together = horizontal.run([indexed_gemm.product_of(*call) for call in own])
+        return together, [indexed_gemm.run(*call) for call in own]
+
+    for got, want in zip(*both([call[1:] for call in calls]), strict=True):
+        assert distance(got, want) <= 1e-6
+
+
+SHARED = {"residual networks": ("resnet18", "resnet50"), "encoders": ("bert_small", "vit_ti16")}
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("bfloat16", 5e-2)])
+@pytest.mark.parametrize("names", SHARED.values(), ids=SHARED)
+def test_models_that_share_launches(names, dtype, limit):
+    with jax.default_matmul_precision("highest"):
+        parts = [setup(name, dtype, 2) for name in names]
+        tenants = [(m, p, x) for m, params, inputs in parts for p, x in zip(params, inputs, strict=True)]
+        programs = [coalesce.trace(m.apply, p, *x, name=f"t{i}") for i, (m, p, x) in enumerate(tenants)]
+        fused = coalesce.fuse(programs)
+        assert fused.report.launches_shared
+        results = fused([x for _, _, x in tenants])
+        alone = [jax.jit(m.apply)(p, *x) for m, p, x in tenants]
+    for got, want in zip(results, alone, strict=True):
+        assert distance(got, want) <= limit
+
+
+def test_a_poisoned_tenant_reaches_no_other_through_a_launch():
+    parts = [setup(name, "float32", 2) for name in SHARED["residual networks"]]
+    tenants = [(m, p, x) for m, params, inputs in parts for p, x in zip(params, inputs, strict=True)]
+    programs = [coalesce.trace(m.apply, p, *x, name=f"t{i}") for i, (m, p, x) in enumerate(tenants)]
+    fused = coalesce.fuse(programs)
+    inputs = [x for _, _, x in tenants]
+    clean = [np.asarray(y) for y in fused(inputs)]
+    dirty = [np.asarray(y) for y in fused([(jnp.full_like(inputs[0][0], np.nan),), *inputs[1:]])]
+    assert not np.isfinite(dirty[0]).all()
+    for lane in (1, 2, 3):
         assert distance(dirty[lane], clean[lane]) <= 1e-5
 
 

@@ -68,7 +68,7 @@ def test_report(fused):
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.programs = 4  # type: ignore[misc]
     fields = ["programs", "families", "heavy_ops", "superkernels", "alone", "padding_waste"]
-    across = ["superkernels_across", "ops_across", "loops_across", "predicted_gain_us"]
+    across = ["superkernels_across", "launches_shared", "ops_across", "loops_across", "predicted_gain_us"]
     assert [f.name for f in dataclasses.fields(report)] == [*fields, *across, "tenants"]
     assert (report.programs, report.families, report.heavy_ops) == (3, 2, 5)
     assert (report.superkernels, report.alone, report.padding_waste) == (2, 1, 0.0)

@@ -18,11 +18,13 @@ from coalesce.bundle import Bundle, packs, units
 from coalesce.bundle_check import check_bundle
 from coalesce.costs import Costs, device_of
 from coalesce.errors import IRError
+from coalesce.kernels import choose
 from coalesce.models import by_name
 from coalesce.passes.choose_kernels import choose_kernels
 from coalesce.passes.form_packs import form_packs
 from coalesce.passes.fuse_epilogues import fuse_epilogues
 from coalesce.passes.share_launches import share_launches
+from coalesce.weigh import can_launch
 from tests.alone import array, check_fused, Tenant
 from tests.bundles import bundle_of, replanned
 from tests.cases import assert_inputs_isolated, assert_weights_isolated, case_of, fuse, inputs_of
@@ -127,8 +129,9 @@ def test_the_policy_auto_asks_the_cost_model(platform):
 def test_kernels_that_were_asked_for_stay():
     """Those of "auto" may change for a launch; those of a caller's own choice do not."""
     bundle = choose_kernels(form_packs(bundle_of(DENSE, CONVOLVED)), platform="gpu")
-    assert share_launches(bundle, costs=COSTS, change=False) is bundle
-    shared = share_launches(bundle, costs=COSTS)
+    by_rule, own = (partial(can_launch, choice=choice, platform="gpu") for choice in (choose, lambda *_: "separate"))
+    assert share_launches(bundle, costs=COSTS, may_launch=own) is bundle
+    shared = share_launches(bundle, costs=COSTS, may_launch=by_rule)
     assert {pack.kernel for unit in units(packs(shared.schedule)) if len(unit) > 1 for pack in unit} == {"indexed_gemm"}
     assert sizes(shared) == [2, 1]
 

@@ -40,7 +40,8 @@ def product_us(device: Device, rate: float, batch: int, m: int, n: int, k: int) 
 
 def together_us(device: Device, products: Sequence[Product]) -> float:
     """Products of different shapes in one kernel, which cuts no contraction. Tiles that take longest come first, and
-    each next one runs on the first core that is free: so all of those so far take whole rounds of the shortest."""
+    each next one runs on the first core that is free: so all of those so far take whole rounds of the shortest, and no
+    more than each product after those before it."""
     best = float("inf")
     for tile in device.tiles:
         parts: list[tuple[float, int]] = []  # microseconds of a tile, and how many of them
@@ -50,6 +51,7 @@ def together_us(device: Device, products: Sequence[Product]) -> float:
         us = work = 0.0
         for tile_us, tiles in sorted(parts, reverse=True):
             work += tile_us * tiles / device.cores
-            us = max(us, ceil(work / tile_us - ROUNDING) * tile_us)
+            rounds, own = ceil(work / tile_us - ROUNDING), -(-tiles // device.cores)
+            us = max(us, min(rounds * tile_us, us + own * tile_us))
         best = min(best, us)
     return best
