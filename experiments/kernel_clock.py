@@ -33,11 +33,12 @@ KEPT = 4e9  # bytes; most that is held of operands in turns
 @dataclass(frozen=True)
 class Contender:
     """Work to time, compiled with these options of XLA. `measure` is of a round's launches: `profiler.span` where some
-    of them run at once."""
+    of them run at once. `library`: what the program must call, by the name that XLA gives it, to be what it says."""
 
     work: Work
     options: Options = field(default_factory=dict)
     measure: Callable[[Sequence[Launch]], float] = profiler.total
+    library: str = ""
 
 
 def times(contenders: Mapping[str, Contender], *, rounds: int, seconds: float) -> dict[str, Row]:
@@ -67,6 +68,9 @@ def by_profiler(contenders: Mapping[str, Contender], rounds: int) -> dict[str, R
             del runs[name]
     traces = profiler.rounds_of(list(runs.values()), rounds) if runs else []
     for name, trace in zip(runs, traces, strict=True):
+        if not trace:
+            rows[name] = {"failed": "the profiler saw no equal rounds of launches"}
+            continue
         p10, median, p90 = np.percentile([contenders[name].measure(launches) for launches in trace], (10, 50, 90))
         rows[name] = {
             "round_us_median": round(float(median), 2),
@@ -75,6 +79,7 @@ def by_profiler(contenders: Mapping[str, Contender], rounds: int) -> dict[str, R
             "repeats": rounds,
             "failed": "",
             "launches": len(trace[0]),
+            "launches_us": round(float(np.median([profiler.total(launches) for launches in trace])), 2),
             "kernels": sorted({launch.name for launch in trace[0]})[:4],
         }
     return {name: rows[name] for name in contenders}
@@ -87,9 +92,12 @@ def compiled(contenders: Mapping[str, Contender]) -> dict[str, Any]:
         work = contender.work
         try:
             lowered = jax.jit(lambda x, *ws: work.run(x, ws) if work.run else x).lower(work.x, *work.ws)
-            return lowered.compile(contender.options)
+            executable = lowered.compile(contender.options)
         except Exception as e:  # of a kernel language, say, which raises its own
             return brief(e)
+        if contender.library and contender.library not in (executable.as_text() or ""):
+            return f"XLA does not call {contender.library} for it"
+        return executable
 
     with ThreadPoolExecutor(8) as pool:
         return dict(zip(contenders, pool.map(attempt, contenders.values()), strict=True))

@@ -8,9 +8,8 @@ Kernels of superkernels carry their pack's dimensions in their name where we wro
 from __future__ import annotations
 
 import sys
-from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from absl import app, flags
@@ -19,7 +18,7 @@ from coalesce.models import by_name
 from experiments import methods, settings
 from experiments.cells import tenants_of
 from experiments.measure import interleave
-from experiments.profiler import Launch, traced
+from experiments.profiler import Line, lines, traced
 
 KERNELS = {"own": "", "pallas": methods.by_pallas}
 
@@ -31,14 +30,6 @@ flags.DEFINE_integer("rounds", 20, "how many rounds to trace")
 flags.DEFINE_integer("top", 40, "how many kernels to list")
 
 
-class Line(NamedTuple):
-    """A kernel of a round."""
-
-    name: str
-    times: float  # launches a round
-    us: float  # a round, of all of them
-
-
 def trace(run: Callable[[], Any], rounds: int) -> list[Line]:
     """Kernels by time, of the rounds that a call runs."""
     jax.block_until_ready(run())
@@ -46,16 +37,6 @@ def trace(run: Callable[[], Any], rounds: int) -> list[Line]:
         for _ in range(rounds):
             jax.block_until_ready(run())
     return lines(launches, rounds)
-
-
-def lines(launches: Sequence[Launch], rounds: int) -> list[Line]:
-    count: Counter[str] = Counter()
-    total: defaultdict[str, float] = defaultdict(float)
-    for launch in launches:
-        count[launch.name] += 1
-        total[launch.name] += launch.us
-    found = [Line(name, count[name] / rounds, us / rounds) for name, us in total.items()]
-    return sorted(found, key=lambda line: (-line.us, line.name))
 
 
 def main(argv: Sequence[str]) -> None:

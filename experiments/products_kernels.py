@@ -51,7 +51,7 @@ def contender(products: Products, name: str) -> Contender:
     run = partial(indexed_gemm.run, blocks=TILES[name]) if name in TILES else kernel.run
     left = jax.ShapeDtypeStruct((products.count, 1, *op.lhs.shape), op.lhs.dtype)
     right = jax.ShapeDtypeStruct((products.count, *kernel.layout(op).of(op.rhs.shape)), op.rhs.dtype)
-    options = (
-        {"xla_gpu_enable_triton_gemm": False} if name == CUBLAS else {}
-    )  # leaves XLA the choice of cuBLAS' kernels
-    return Contender(Work(partial(run_kernel, run, op), left, (right,)), options)
+    work = Work(partial(run_kernel, run, op), left, (right,))
+    if name == CUBLAS:  # XLA finds out which of its kernels
+        return Contender(work, {"xla_gpu_enable_triton_gemm": False}, library="cublas")
+    return Contender(work)
