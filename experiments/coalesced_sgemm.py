@@ -11,12 +11,14 @@ units, M=1 K=1024 N=2048. n problems have operands of their own, and are run in 
     inside   kernels, where nothing but their own time counts (experiments/kernel_clock.py): those of coalesce/kernels,
              indexed_gemm with several tiles besides, and cuBLAS batched; and the device floor (experiments/floor.py)
 
-A second run measures only what is not there yet, so that --budget_s may cut the work into parts.
+A second run measures only what is not there yet, so that --budget_s may cut the work into parts. What is inside is
+measured together: to ask for other kernels of it by --methods replaces the first ones.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from functools import cache, lru_cache
@@ -68,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
     settings.begin(argv, (*PEERS, *NAMES, FLOOR))
     if unknown := [*(set(FLAGS.products) - set(SIZES)), *(set(FLAGS.arithmetic) - set(ARITHMETIC))]:
         raise app.UsageError(f"what is {unknown[0]}? Products: {', '.join(SIZES)}; arithmetic: {', '.join(ARITHMETIC)}")
-    conditions = {"sizes": {name: sizes()[name] for name in SIZES}}
+    conditions = {"sizes": sizes()}
     head = header(settings.command("coalesced_sgemm"), FLAGS.device_name or device_name(), FLAGS.note, **conditions)
     path = settings.folder() / "coalesced_sgemm.json"
     rows = settings.measure_cells(
@@ -113,8 +115,14 @@ def place(row: Row) -> tuple[int, ...]:
 
 
 def sizes() -> dict[str, list[int]]:
-    given = dict(item.split("=") for item in FLAGS.sizes)
-    return {name: [int(x) for x in given[name].split("x")] if name in given else [*SIZES[name]] for name in SIZES}
+    """M, K, N of each product."""
+    found = {name: [*given] for name, given in SIZES.items()}
+    for item in FLAGS.sizes:
+        name, _, given = item.partition("=")
+        if name not in SIZES or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", given):
+            raise app.UsageError(f"what is {item}? --sizes wants a product and its M, K and N, as in sgemm=64x32x16")
+        found[name] = [int(size) for size in given.split("x")]
+    return found
 
 
 def measure(case: Case) -> list[Row]:

@@ -32,7 +32,7 @@ def multiply(folder: Path, *arguments: str) -> dict[str, Any]:
     command += ["--arithmetic=f32", "--repeats=3", "--runs=2", "--seconds=0.1", f"--out={folder}", *arguments]
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
+    assert run.returncode == 0, run.stdout + run.stderr
     return json.loads((folder / "coalesced_sgemm.json").read_text()) | {"printed": run.stdout}
 
 
@@ -61,6 +61,8 @@ def test_it_writes_rows_and_goes_on_where_it_stopped(tmp_path):
     assert list(totals["over_jax_in_turn"]) == ["2", "3"]
     assert f"geometric mean over 2, 3 problems: {mean:.2f}x" in result["printed"]
     assert "## sgemm (M=8 K=32 N=16), f32" in result["printed"]
+    with pytest.raises(AssertionError, match="what is sgemm=8x32"):
+        multiply(tmp_path, "--sizes=sgemm=8x32")
     files = {"coalesced_sgemm.json", "coalesced_sgemm.md", "coalesced_sgemm_sgemm.png"}
     assert {path.name for path in tmp_path.iterdir()} == files
 
