@@ -24,7 +24,7 @@ from absl import app, flags
 
 from experiments import kernel_clock, settings
 from experiments.results import device_name, header, Row
-from experiments.tiles import CANDIDATES, name_of, OPS, report, trial
+from experiments.tile_trials import CANDIDATES, name_of, OPS, report, trial
 
 DTYPES = ("float32", "bfloat16")
 

@@ -7,7 +7,7 @@ from functools import partial
 import jax
 
 from coalesce.kernels import batched_dot, indexed_gemm, KERNELS
-from coalesce.kernels.indexed_gemm import Blocks
+from coalesce.kernels.tiles import Blocks
 from experiments.cost_cases import run_kernel
 from experiments.in_program import Work
 from experiments.kernel_clock import Contender

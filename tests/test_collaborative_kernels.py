@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from coalesce.kernels import KERNELS
-from coalesce.kernels.indexed_gemm import Blocks
+from coalesce.kernels.tiles import Blocks
 from experiments import profiler
 from experiments.products import op_of
-from experiments.tiles import contender, conv, dot, OPS, report, SETTINGS, trial
+from experiments.tile_trials import contender, conv, dot, OPS, report, SETTINGS, trial
 
 ROOT = Path(__file__).parent.parent
 SMALL, LARGE = Blocks(16, 16, 16), Blocks(32, 32, 16)

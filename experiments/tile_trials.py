@@ -12,7 +12,7 @@ from jax import lax
 
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import indexed_gemm
-from coalesce.kernels.indexed_gemm import Blocks
+from coalesce.kernels.tiles import Blocks
 from experiments import profiler
 from experiments.in_program import Work
 from experiments.kernel_clock import Contender
