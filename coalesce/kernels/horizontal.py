@@ -54,4 +54,4 @@ def run(products: Sequence[Product]) -> list[Any]:
 
 def tile_work(product: Product) -> int:
     blocks = product.tiled.blocks
-    return blocks.m * blocks.n * product.tiled.op.k
+    return blocks.m * blocks.n * blocks.k * product.tiled.steps

@@ -39,12 +39,18 @@ class Source:
     ref: Any
     start: int | None
 
-    def load(self, row: Any, place: tuple[Any, ...], columns: int, mask: Any) -> Any:
-        """The elements at `place`, (k, n) or (n,), of a row."""
+    def load(self, row: Any, place: tuple[Any, ...], length: int, mask: Any) -> Any:
+        """The elements of a row at `place`: (i,), or (i, j) where j counts to `length`."""
         if self.start is None:
             return load(self.ref, (row, *place), mask)
-        flat = place[0] if len(place) == 1 else place[0] * columns + place[1]
+        flat = place[0] if len(place) == 1 else place[0] * length + place[1]
         return load(self.ref, (row, flat + self.start), mask)
+
+
+def by_columns(op: HeavyOp) -> bool:
+    """Whether a right operand lies as [N, K] rather than [K, N]: tensor cores take 32-bit operands along K alone, and
+    to turn a tile takes longer than its product. With batch dimensions it is no weight, and lies as it came."""
+    return op.rhs.dtype.itemsize == 4 and op.batch == 1
 
 
 def arrays_of(values: Sequence[Any]) -> tuple[list[Any], list[int | None]]:
@@ -82,6 +88,19 @@ class Tiled:
         """Tiles of a problem."""
         return pl.cdiv(self.rows, self.blocks.m) * self.across
 
+    @property
+    def whole_taps(self) -> bool:
+        """Whether a block of K lies within one tap, so that a row has one position in it. Where channels are few,
+        blocks take several taps instead."""
+        windows, k = self.windows, self.blocks.k
+        return pl.cdiv(windows.channels, k) * k * 3 <= windows.channels * 4 or windows.tap_count == 1
+
+    @property
+    def steps(self) -> int:
+        """Blocks of K."""
+        windows, k = self.windows, self.blocks.k
+        return windows.tap_count * pl.cdiv(windows.channels, k) if self.whole_taps else pl.cdiv(windows.k, k)
+
     def out(self, problems: int) -> jax.ShapeDtypeStruct:
         dtype = self.epilogue.dtype if self.epilogue else self.op.out.dtype
         return jax.ShapeDtypeStruct((problems, self.rows, self.op.n), dtype)
@@ -89,7 +108,8 @@ class Tiled:
     def run(self, tile: Any, problem: Any, slot: Any, x: Any, w: Source, given: Sequence[Source], y: Any) -> None:
         """Compute a tile of a problem and write it.
 
-        References: x [P, positions, C], w [S, K, N] of which the problem reads row `slot`, y [P, rows, N]; of what the
+        References: x [P, positions, C], w [S, K, N] (or [S, N, K], see `by_columns`) of which the problem
+        reads row `slot`, y [P, rows, N]; of what the
         epilogue reads, [P, rows, N] if WHOLE, else a vector [P, N], or [P, lanes, N] if several lanes share a problem.
         """
         op, blocks = self.op, self.blocks
@@ -97,17 +117,18 @@ class Tiled:
         n = rem(tile, self.across) * blocks.n + jnp.arange(blocks.n, dtype=jnp.int32)
         rows, columns = below(m, self.rows, blocks.m), below(n, op.n, blocks.n)
         mask = both(down(rows), along(columns))
+
+        def operand(source: Source, kind: str) -> Any:
+            if kind == WHOLE:
+                return source.load(problem, (m[:, None], n[None, :]), op.n, mask)
+            if self.per_group > 1:
+                return source.load(problem, (div(m, op.m)[:, None], n[None, :]), op.n, mask)
+            vector = source.load(problem, (n[None, :],), op.n, along(columns))
+            return jnp.broadcast_to(vector, (blocks.m, blocks.n))
+
         result = self.product(problem, slot, x, w, m, n, rows, columns).astype(op.out.dtype)
         if self.epilogue:
-            operands: list[Any] = []
-            for source, kind in zip(given, self.epilogue.kinds, strict=True):
-                if kind == WHOLE:
-                    operands.append(source.load(problem, (m[:, None], n[None, :]), op.n, mask))
-                elif self.per_group > 1:
-                    operands.append(source.load(problem, (div(m, op.m)[:, None], n[None, :]), op.n, mask))
-                else:
-                    vector = source.load(problem, (n[None, :],), op.n, along(columns))
-                    operands.append(jnp.broadcast_to(vector, (blocks.m, blocks.n)))
+            operands = map(operand, given, self.epilogue.kinds)
             result = self.epilogue.apply(result, *operands)
         store(y, (problem, m[:, None], n[None, :]), result, mask)
 
@@ -116,11 +137,8 @@ class Tiled:
         windows, blocks = self.windows, self.blocks
         corners = windows.corners(m)
         channels = windows.channels
-        by_tap = pl.cdiv(channels, blocks.k)
+        by_tap, whole_taps = pl.cdiv(channels, blocks.k), self.whole_taps
         ranged = jnp.arange(blocks.k, dtype=jnp.int32)
-        # A block of K within one tap has one position a row. Where channels are few, blocks take several taps instead.
-        whole_taps = by_tap * blocks.k * 3 <= channels * 4 or windows.tap_count == 1
-        steps = windows.tap_count * by_tap if whole_taps else pl.cdiv(windows.k, blocks.k)
         precision = self.op.precision[0] if isinstance(self.op.precision, tuple) else self.op.precision
 
         def step(i: Any, total: Any) -> Any:
@@ -137,10 +155,13 @@ class Tiled:
                 spread = image[:, None], [p[:, None] for p in place]
                 position, inside = windows.at(spread, div(k, channels)[None, :])
             a = load(x, (problem, position, c[None, :]), both(inside, down(rows), along(fits)))
+            if by_columns(self.op):
+                b = w.load(slot, (n[:, None], k[None, :]), windows.k, both(down(columns), along(fits)))
+                return total + dot(a, b, precision, by_columns=True)
             b = w.load(slot, (k[:, None], n[None, :]), self.op.n, both(down(fits), along(columns)))
             return total + dot(a, b, precision)
 
-        return lax.fori_loop(0, steps, step, jnp.zeros((blocks.m, blocks.n), jnp.float32))
+        return lax.fori_loop(0, self.steps, step, jnp.zeros((blocks.m, blocks.n), jnp.float32))
 
 
 # Masks over rows or columns of a tile; None is one that is set everywhere, and costs nothing.
