@@ -38,8 +38,9 @@ def superkernel(pack: Pack, lhs: Any, rhs: Any, given: Sequence[Any] = ()) -> An
     """[G,R,*lhs] and [G,...] in the kernel's layout -> [G,R,*out], as a call of the pack's name."""
 
     def run(x: Any, w: Any, *operands: Any) -> Any:
-        if pack.epilogue:
-            return FUSING[pack.kernel].run(pack.op, x, w, epilogue=epilogue_of(pack), operands=operands)
+        if pack.kernel in FUSING:
+            epilogue = epilogue_of(pack) if pack.epilogue else None
+            return FUSING[pack.kernel].run(pack.op, x, w, epilogue=epilogue, operands=operands, blocks=pack.blocks)
         return KERNELS[pack.kernel].run(pack.op, x, w)
 
     run.__name__ = run.__qualname__ = pack.name

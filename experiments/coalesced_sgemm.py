@@ -6,7 +6,7 @@
 The products are those of the paper's figure 6: M=3136 K=576 N=64, ResNet-18's conv2_2, and one step of an LSTM of 512
 units, M=1 K=1024 N=2048. n problems have operands of their own. `jax_in_turn` and `coalesced` are rounds of calls,
 dispatch included, and alternate. The other rows are kernels inside a program, where nothing but their own time counts
-(experiments/in_program.py), and the device floor. A second run measures only the rows that are not there yet.
+(coalesce/measuring/in_program.py), and the device floor. A second run measures only the rows that are not there yet.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from absl import app, flags
 
 from coalesce.heavy import heavy_eqns, heavy_op, HeavyOp
 from coalesce.kernels import KERNELS
+from coalesce.measuring.in_program import in_program_us, NOISE, Work
 from coalesce.models import Model
 from coalesce.passes.pipeline import normalise
 from coalesce.tracing import trace
 from experiments import floor, pairs, peers_jax, settings
 from experiments.cells import brief
 from experiments.cost_cases import run_kernel, write_only
-from experiments.in_program import in_program_us, NOISE, Work
 from experiments.methods import Tenants
 from experiments.peers_common import Cell, Peer
 from experiments.results import device_name, header, Row, table

@@ -8,16 +8,14 @@ Kernels of superkernels carry their pack's dimensions in their name where we wro
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from absl import app, flags
-from jax.profiler import ProfileData
 
+from coalesce.measuring.profile import Launch, launches
 from coalesce.models import by_name
 from experiments import methods, settings
 from experiments.cells import tenants_of
@@ -44,32 +42,17 @@ class Line(NamedTuple):
 def trace(run: Callable[[], Any], rounds: int) -> list[Line]:
     """Kernels by time, of the rounds that a call runs."""
     jax.block_until_ready(run())
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for _ in range(rounds):
-                jax.block_until_ready(run())
-        (path,) = Path(folder).rglob("*.xplane.pb")
-        return lines(kernels(ProfileData.from_file(str(path))), rounds)
+    return lines(launches(lambda: [jax.block_until_ready(run()) for _ in range(rounds)]), rounds)
 
 
-def kernels(data: Any) -> Iterator[tuple[str, float]]:
-    """(name, microseconds) of each launch on a GPU's streams."""
-    for plane in data.planes:
-        if not plane.name.startswith("/device:GPU"):
-            continue
-        for line in plane.lines:
-            if line.name.startswith("Stream"):
-                yield from ((event.name, event.duration_ns / 1e3) for event in line.events)
-
-
-def lines(launches: Iterator[tuple[str, float]], rounds: int) -> list[Line]:
+def lines(found: Sequence[Launch], rounds: int) -> list[Line]:
     count: Counter[str] = Counter()
     total: defaultdict[str, float] = defaultdict(float)
-    for name, us in launches:
-        count[name] += 1
-        total[name] += us
-    found = [Line(name, count[name] / rounds, us / rounds) for name, us in total.items()]
-    return sorted(found, key=lambda line: (-line.us, line.name))
+    for launched in found:
+        count[launched.name] += 1
+        total[launched.name] += launched.us
+    by_kernel = [Line(name, count[name] / rounds, us / rounds) for name, us in total.items()]
+    return sorted(by_kernel, key=lambda line: (-line.us, line.name))
 
 
 def main(argv: Sequence[str]) -> None:

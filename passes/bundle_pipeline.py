@@ -20,6 +20,7 @@ from coalesce.passes.form_packs import form_packs
 from coalesce.passes.fuse_epilogues import fuse_epilogues
 from coalesce.passes.pack import pack
 from coalesce.passes.plan_layouts import plan_layouts
+from coalesce.tuning import Tuned, UNTUNED
 
 BundlePass = Callable[[Bundle], Bundle]
 
@@ -33,6 +34,7 @@ def bundle_passes(
     policy: str = "auto",
     waste_bound: float = WASTE_BOUND,
     choice: Choice = choose,
+    tuned: Tuned = UNTUNED,
     within_program: bool = False,
     pack_unbounded_loops: bool = False,
 ) -> tuple[BundlePass, ...]:
@@ -44,7 +46,7 @@ def bundle_passes(
         pack,  # one order for all families, in which they do
     )
     last = (
-        partial(choose_kernels, platform=platform, choice=choice),  # what runs each pack
+        partial(choose_kernels, platform=platform, choice=choice, tuned=tuned),  # what runs each pack
         fuse_epilogues,  # what these do to their results: after the kernels, not all of which can
         plan_layouts,  # where the weights lie: last, since kernels say how they read them
     )

@@ -13,27 +13,31 @@ from coalesce.costs.machine import Machine
 from coalesce.costs.superkernels import BY_KERNEL, im2col
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import choose
+from coalesce.tuning import Tuned, UNTUNED
 
 Key = tuple[Hashable, str, int, int]
 
 
 class Costs:
-    """Predictions for one device. `measured` holds microseconds that win over the model's, by (op.key, kernel, groups,
-    rows): the place of a tuning database."""
+    """Predictions for one device. Microseconds that were measured win over the model's: those in `measured`, by
+    (op.key, kernel, groups, rows), and those of a tuning database, which are of kernels alone, without their launch."""
 
-    def __init__(self, device: Device, measured: Mapping[Key, float] | None = None) -> None:
+    def __init__(self, device: Device, measured: Mapping[Key, float] | None = None, tuned: Tuned = UNTUNED) -> None:
         self.device = device
         self.measured = dict(measured or {})
+        self.tuned = tuned
         self.machine = Machine(device)
 
     def op(self, op: HeavyOp, groups: int, rows: int = 1, kernel: str | None = None) -> float:
         """One superkernel that runs `groups` problems of `op`, with `rows` lanes folded into each.
 
-        `kernel` is a name of coalesce.kernels; what `choose` picks for the device, if not given.
+        `kernel` is a name of coalesce.kernels; what was tuned, or else `choose`, picks for the device, if not given.
         """
-        kernel = kernel or choose(op, groups, self.device.platform)
+        kernel = kernel or self.tuned.kernel(op, groups, rows) or choose(op, groups, self.device.platform)
         if self.measured and (known := self.measured.get((op.key, kernel, groups, rows))) is not None:
             return known
+        if (alone := self.tuned.us(op, groups, rows, kernel)) is not None:
+            return self.launch + alone
         return self.launch if op.empty else BY_KERNEL[kernel](self.machine, op, groups, rows)
 
     def patches(self, op: HeavyOp, groups: int, rows: int = 1) -> float:

@@ -11,7 +11,6 @@ patch or a weight is made.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import as_product
 from coalesce.kernels.epilogue import Epilogue, WHOLE
@@ -28,17 +28,6 @@ from coalesce.layout import AS_IS, Layout
 
 FLOATS = ("float32", "bfloat16", "float16")
 PRECISIONS = (None, lax.Precision.DEFAULT, lax.Precision.HIGHEST)  # others sum several products of parts
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """The tile of a program, [m, n] of the result in steps of k; powers of two, 16 at least."""
-
-    m: int
-    n: int
-    k: int
-    warps: int = 4
-    stages: int = 3
 
 
 def supports(op: HeavyOp) -> bool:
