@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ def user_file() -> Path:
     return Path(os.environ.get("COALESCE_TUNED") or Path.home() / ".cache" / "coalesce" / "tuned.json")
 
 
+@cache
 def packaged() -> Database:
     return load(PACKAGED)
 
@@ -75,13 +76,11 @@ def load(path: Path) -> Database:
 
 def save(database: Database, path: Path) -> None:
     """Write it beside the file and rename, so that whoever reads or interrupts sees the old or the new one."""
+    written = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8"
-        ) as file:
-            file.write(str(database))
-        Path(file.name).replace(path)
+        written.write_text(str(database), encoding="utf-8")
+        written.replace(path)
     except OSError as e:
         raise TuningError(f"{path} cannot be written: {e.strerror}; give another file with --out") from None
 
