@@ -178,6 +178,19 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len(measured) == 5
 
 
+def test_what_cannot_be_measured_is_said_and_left_out(tmp_path, monkeypatch):
+    def times(case, tried, lock=None):
+        if case.op.kind == "dot":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nand much more")
+        return dict.fromkeys([name for name, _ in tried])
+
+    said = []
+    monkeypatch.setattr(tune_module, "measure", times)
+    assert tune(abstract, tmp_path / "tuned.json", say=said.append).entries == {}
+    assert said[1].endswith("x3: not measured: RESOURCE_EXHAUSTED: out of memory")
+    assert said[2].endswith("x3: no candidate ran")
+
+
 def test_end_to_end_on_this_device(tmp_path, monkeypatch, capsys):
     """What the command measures is what fuse uses."""
     (tmp_path / "tenants_of_test_tune.py").write_text("from tests.test_tune import abstract as programs\n")

@@ -58,11 +58,10 @@ def tune(
     results = at_once if workers else in_turn
     for done, (i, times) in enumerate(results(source, todo, start + seconds, workers), start=1):
         case = everything[i]
-        entry = entry_of(case, times)
         left = (time.time() - start) / done * (len(todo) - done)
         where = f"{done}/{len(todo)}, {left / 60:.0f} min left"
-        if entry is None:
-            say(f"[{where}] {op_name(case.key)}: none of {len(times)} candidates ran")
+        if isinstance(times, str) or (entry := entry_of(case, times)) is None:
+            say(f"[{where}] {case_name(case)}: {times if isinstance(times, str) else 'no candidate ran'}")
             continue
         database = database.with_entry(case.key, entry)
         save(database, out)
@@ -72,8 +71,12 @@ def tune(
 
 def line(case: Case, entry: Entry) -> str:
     ran = sum(us is not None for us in entry.tried.values())
-    rules = f"{case.times} x {op_name(case.key)} x{case.key.width}"
-    return f"{rules}: {rivals(entry)[0]}, then {rivals(entry)[1] or 'nothing'} ({ran} of {len(entry.tried)} ran)"
+    best, other = rivals(entry)
+    return f"{case_name(case)}: {best}, then {other or 'nothing'} ({ran} of {len(entry.tried)} ran)"
+
+
+def case_name(case: Case) -> str:
+    return f"{case.times} x {op_name(case.key)} x{case.key.width}"
 
 
 @cache  # for each process, which is given cases by their number
@@ -81,27 +84,34 @@ def cases_of(source: Source) -> list[Case]:
     return cases(source(), default_device().device_kind)
 
 
-def candidate_times(source: Source, i: int, lock: Any = None) -> Times:
+def candidate_times(source: Source, i: int, lock: Any = None) -> Times | str:
+    """What the candidates of a case took, or why they could not be measured."""
     case = cases_of(source)[i]
-    return measure(case, candidates(case.op, case.key.width, case.key.rows, jax.default_backend()), lock)
+    try:
+        return measure(case, candidates(case.op, case.key.width, case.key.rows, jax.default_backend()), lock)
+    except jax.errors.JaxRuntimeError as e:  # such as: operands that memory does not hold
+        return f"not measured: {str(e).splitlines()[0]}"
 
 
-def in_turn(source: Source, todo: Sequence[int], until: float, workers: int) -> Iterator[tuple[int, Times]]:
+def in_turn(source: Source, todo: Sequence[int], until: float, workers: int) -> Iterator[tuple[int, Times | str]]:
     for i in todo:
         if time.time() > until:
             return
         yield i, candidate_times(source, i)
 
 
-def at_once(source: Source, todo: Sequence[int], until: float, workers: int) -> Iterator[tuple[int, Times]]:
+def at_once(source: Source, todo: Sequence[int], until: float, workers: int) -> Iterator[tuple[int, Times | str]]:
     context = get_context("spawn")  # what has touched a GPU must not fork
     with context.Manager() as manager, ProcessPoolExecutor(workers, mp_context=context) as pool:
         lock = manager.Lock()
         begun = {pool.submit(unless_late, source, i, until, lock): i for i in todo}
-        for future in as_completed(begun):
-            if (times := future.result()) is not None:
-                yield begun[future], times
+        try:
+            for future in as_completed(begun):
+                if (times := future.result()) is not None:
+                    yield begun[future], times
+        finally:
+            pool.shutdown(cancel_futures=True)  # what waits; an interrupt ends what runs
 
 
-def unless_late(source: Source, i: int, until: float, lock: Any) -> Times | None:
+def unless_late(source: Source, i: int, until: float, lock: Any) -> Times | str | None:
     return candidate_times(source, i, lock) if time.time() <= until else None

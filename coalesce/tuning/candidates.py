@@ -19,24 +19,27 @@ Candidate = tuple[str, Blocks | None]  # (kernel, its blocks if it is tiled)
 
 SHARED_BYTES = 200 * 1024  # of 227 KiB that a program may have on an H100
 ROW_BYTES = 256  # of a step's row
-SEPARATE = 32  # problems; as many kernels are slow to compile, and slow
+SEPARATE = 8  # problems on a GPU: more of them one by one are slow to compile, and slow
 CORES = 132  # of an H100
 
 
 def candidates(op: HeavyOp, width: int, rows: int, platform: str) -> list[Candidate]:
     """For `width` problems of `op`, `rows` lanes on each."""
-    plain: list[Candidate] = [(name, None) for name in KERNELS if name not in FUSING and is_sensible(name, op, width)]
+    plain: list[Candidate] = [
+        (name, None) for name in KERNELS if name not in FUSING and is_sensible(name, op, width, platform)
+    ]
+    plain = plain or [("separate", None)]
     if platform == "cpu" or not indexed_gemm.supports(op):  # on a CPU it is interpreted
         return plain
     return plain + [("indexed_gemm", blocks) for blocks in tiles(op, width, rows)]
 
 
-def is_sensible(kernel: str, op: HeavyOp, width: int) -> bool:
+def is_sensible(kernel: str, op: HeavyOp, width: int, platform: str) -> bool:
     if not KERNELS[kernel].supports(op):
         return False
     if kernel == "batched_matvec":
         return op.m == 1
-    return kernel != "separate" or width <= SEPARATE
+    return kernel != "separate" or platform == "cpu" or width <= SEPARATE
 
 
 def tiles(op: HeavyOp, width: int, rows: int) -> Iterator[Blocks]:
