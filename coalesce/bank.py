@@ -1,4 +1,5 @@
-"""The weights of a bundle on the device: each prepared once, laid out once, in one stacked array a weight.
+"""The weights of a bundle on the device: each prepared once, laid out once, in one stacked array a weight, of which a
+slab holds many.
 
 A tenant is written by one jitted call: prepare its raw weights, lay each out, and put it into its row in place (the
 arrays are donated). Rows that an earlier tenant wrote, because the two share them, are not computed again.
@@ -16,31 +17,43 @@ from jax import lax
 from jax.core import Tracer
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Array, Bundle
+from coalesce.bundle import arguments, Array, Bundle
 from coalesce.layout import Layout
 from coalesce.program import Program
+from coalesce.slab import Slab
 from coalesce.structure import canonical
 
-Entry = tuple[int, int, Layout]  # (array, prepared weight, layout)
+Entry = tuple[int, int | None, int, Layout]  # (argument, where in its rows if it is a slab, prepared weight, layout)
 
 
 def bank_structs(bundle: Bundle) -> list[jax.ShapeDtypeStruct]:
     """What `build_bank` gives, without the values."""
-    return [jax.ShapeDtypeStruct((len(a.rows), *a.shape), a.dtype) for a in bundle.arrays]
+
+    def struct(slab: Slab) -> jax.ShapeDtypeStruct:
+        first = bundle.arrays[slab.arrays[0]]
+        shape = (slab.size,) if len(slab.arrays) > 1 else first.shape
+        return jax.ShapeDtypeStruct((len(first.rows), *shape), first.dtype)
+
+    return [struct(slab) for slab in arguments(bundle)]
 
 
 def build_bank(bundle: Bundle, programs: Sequence[Program]) -> list[jax.Array]:
-    """One array for each of `bundle.arrays`, on the default device."""
+    """One array for each of `arguments(bundle)`, on the default device."""
     structs = bank_structs(bundle)
     bank = jax.jit(lambda: [jnp.zeros(s.shape, s.dtype) for s in structs])()
+    places_of = {
+        array: (i, start if len(slab.arrays) > 1 else None)
+        for i, slab in enumerate(arguments(bundle))
+        for array, start in zip(slab.arrays, slab.starts, strict=True)
+    }
     writers: dict[Any, Callable[..., list[jax.Array]]] = {}
     for tenant, places in places_by_tenant(bundle.arrays).items():
         program = programs[tenant]
-        entries = tuple((array, weight, bundle.arrays[array].layouts[row]) for array, row, weight in places)
+        entries = tuple((*places_of[array], weight, bundle.arrays[array].layouts[row]) for array, row, weight in places)
         key = (prepare_key(program), entries)
         if key not in writers:
             writers[key] = writer(program, entries)
-        chosen = [array for array, _, _ in entries]
+        chosen = [argument for argument, *_ in entries]
         rows = np.asarray([row for _, row, _ in places], np.int32)
         unique = list(dict.fromkeys(chosen))
         leaves = on_device([leaf.value for leaf in program.leaves])
@@ -83,14 +96,17 @@ def prepare_key(program: Program) -> Any:
 
 def writer(program: Program, entries: Sequence[Entry]) -> Callable[..., list[jax.Array]]:
     """(arrays, rows, raw weights) -> the arrays with one tenant's rows written."""
-    position = {a: i for i, a in enumerate(dict.fromkeys(array for array, _, _ in entries))}
+    position = {a: i for i, a in enumerate(dict.fromkeys(argument for argument, *_ in entries))}
 
     def write(arrays: list[jax.Array], rows: Any, leaves: list[Any]) -> list[jax.Array]:
         prepared = leaves if program.prepare is None else J.evaluate(program.prepare, leaves)
         arrays = list(arrays)
-        for i, (array, weight, layout) in enumerate(entries):
-            at = position[array]
-            arrays[at] = lax.dynamic_update_index_in_dim(arrays[at], layout(jnp.asarray(prepared[weight])), rows[i], 0)
+        for i, (argument, start, weight, layout) in enumerate(entries):
+            at, row = position[argument], layout(jnp.asarray(prepared[weight]))
+            if start is None:
+                arrays[at] = lax.dynamic_update_index_in_dim(arrays[at], row, rows[i], 0)
+            else:
+                arrays[at] = lax.dynamic_update_slice(arrays[at], row.reshape(1, -1), (rows[i], np.int32(start)))
         return arrays
 
     return jax.jit(write, donate_argnums=0)

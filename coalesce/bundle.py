@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 
 from coalesce import jaxpr as J
 from coalesce.blocks import Blocks
@@ -25,6 +26,7 @@ from coalesce.heavy import HeavyOp
 from coalesce.layout import Layout
 from coalesce.member import Fold, fold, Member, stacked_fold
 from coalesce.record import Record
+from coalesce.slab import Slab
 
 STACKED = ("equal", "padded")  # forms whose results stay stacked
 
@@ -160,10 +162,18 @@ class Bundle:
     stored: Mapping[tuple[int, int], int] = field(
         default_factory=dict
     )  # (family, weight) -> the array other readers read
+    slabs: tuple[Slab, ...] = ()  # which arrays are one argument, set by join_arrays
     aligned: tuple[Aligned, ...] = ()  # what `align` chose to issue together
     clusters: tuple[Cluster, ...] = ()  # packs that are near enough in shape to share a superkernel, by place
     predicted_us: float = 0.0  # what `aligned` wins, by the cost model
     records: Mapping[Place, Record] = field(default_factory=dict)  # why each heavy op is where it is
+
+
+def arguments(bundle: Bundle) -> list[Slab]:
+    """The arrays that the program takes: slabs, then those that are in none, as slabs of their own."""
+    inside = {array for slab in bundle.slabs for array in slab.arrays}
+    alone = [Slab((i,), (0,), prod(a.shape)) for i, a in enumerate(bundle.arrays) if i not in inside]
+    return [*bundle.slabs, *alone]
 
 
 def bodies(item: Item) -> tuple[Schedule, ...]:

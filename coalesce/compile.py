@@ -204,7 +204,7 @@ class Fused:
 
     @property
     def bank(self) -> tuple[jax.Array, ...]:
-        """The stacked weights, one array for each of `bundle.arrays`; empty for abstract programs."""
+        """The stacked weights: slabs, then the arrays that lie in none; empty for abstract programs."""
         return tuple(self._bank or ())
 
     @cached_property

@@ -111,6 +111,11 @@ def bundle_text(bundle: Bundle) -> str:
     for i, array in enumerate(bundle.arrays):
         row = J.struct_short(jax.ShapeDtypeStruct(array.shape, array.dtype))
         out.append(f"  array {i}: {counted(len(array.rows), 'row')} of {row}, {array.layout}")
+    for slab in bundle.slabs:
+        first = bundle.arrays[slab.arrays[0]]
+        row = J.struct_short(jax.ShapeDtypeStruct((slab.size,), first.dtype))
+        places = ", ".join(f"array {a} at {start}" for a, start in zip(slab.arrays, slab.starts, strict=True))
+        out.append(f"  slab of {counted(len(first.rows), 'row')} of {row}: {places}")
     return "\n".join(out)
 
 

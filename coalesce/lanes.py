@@ -21,6 +21,7 @@ from jax import lax
 
 from coalesce import jaxpr as J
 from coalesce.layout import pad_to
+from coalesce.slab import whole
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Stacked:
 
 @dataclass(frozen=True)
 class Banked:
-    array: Any  # [rows, ...]
+    array: Any  # [rows, ...], or a cut of a slab
     rows: tuple[int, ...]  # for each lane
 
 
@@ -91,11 +92,10 @@ def plain(value: LaneValue) -> Shared | Stacked:
         return Shared(value.value[0]) if value.joint.lanes[value.index] == 1 else Stacked(value.value)
     if not isinstance(value, Banked):
         return value
+    array = whole(value.array)
     if len(set(value.rows)) == 1:
-        return Shared(
-            value.array[value.rows[0]] if value.array.shape[0] > 1 else value.array.reshape(value.array.shape[1:])
-        )
-    return Stacked(take(value.array, value.rows))
+        return Shared(array[value.rows[0]] if array.shape[0] > 1 else array.reshape(array.shape[1:]))
+    return Stacked(take(array, value.rows))
 
 
 def take(x: Any, order: Sequence[int]) -> Any:
@@ -121,7 +121,7 @@ def lane(value: LaneValue, index: int) -> Any:
         case Stacked(x):
             return x[index]
         case Banked(array, rows):
-            return array[rows[index]]
+            return whole(array)[rows[index]]
         case Part():
             return value.value[index]
 

@@ -12,7 +12,18 @@ from typing import Any
 import jax
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Bundle, epilogue_reads, JointLoop, JointStep, Loop, Pack, rows_of_parts, Schedule, Step
+from coalesce.bundle import (
+    arguments,
+    Bundle,
+    epilogue_reads,
+    JointLoop,
+    JointStep,
+    Loop,
+    Pack,
+    rows_of_parts,
+    Schedule,
+    Step,
+)
 from coalesce.joint import moves_apart, run
 from coalesce.lanes import (
     apply,
@@ -32,25 +43,27 @@ from coalesce.lanes import (
 from coalesce.lower_control import lower_loop
 from coalesce.lower_pack import lower_pack
 from coalesce.lower_scans import lower_scans
+from coalesce.slab import Cut, whole
 from coalesce.unify import largest
 
 
 def lower(
     bundle: Bundle, backend: str | None = None
 ) -> Callable[[Sequence[Any], Sequence[Sequence[Any]]], list[list[Any]]]:
-    """The fused function: (an array for each of bundle.arrays, each tenant's flat inputs) -> each tenant's outputs.
+    """The fused function: (an array for each of arguments(bundle), each tenant's flat inputs) -> each tenant's outputs.
 
     `backend` is what it will run on, the default backend unless given.
     """
     backend = backend or jax.default_backend()
 
     def fused(bank: Sequence[Any], inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        walk = Walk(bundle, bank)
+        arrays = arrays_in(bundle, bank)
+        walk = Walk(bundle, arrays)
         env: Env = {}
         for f, family in enumerate(bundle.families):
             for w, var in enumerate(family.weights):
                 if (f, w) in bundle.stored:
-                    env[f, var] = Banked(bank[bundle.stored[f, w]], family.rows[w])
+                    env[f, var] = Banked(arrays[bundle.stored[f, w]], family.rows[w])
             for i, var in enumerate(family.inputs):
                 env[f, var] = from_lanes([inputs[ln.tenant][ln.inputs[i]] for ln in family.lanes])
         walk.run(bundle.schedule, env)
@@ -62,6 +75,15 @@ def lower(
         return outputs
 
     return fused
+
+
+def arrays_in(bundle: Bundle, bank: Sequence[Any]) -> list[Any]:
+    """Each of `bundle.arrays`, as it lies in the bank: an array, or a `Cut` of a slab."""
+    found: dict[int, Any] = {}
+    for slab, argument in zip(arguments(bundle), bank, strict=True):
+        for array, start in zip(slab.arrays, slab.starts, strict=True):
+            found[array] = argument if len(slab.arrays) == 1 else Cut(argument, start, bundle.arrays[array].shape)
+    return [found[i] for i in range(len(bundle.arrays))]
 
 
 # Kernels that run one op as its equation does.
@@ -90,8 +112,8 @@ def by_lane(results: Sequence[Shared | Stacked], lanes: int, backend: str) -> li
 class Walk:
     """Runs schedules. Scopes are environments: {(family, variable): value}."""
 
-    def __init__(self, bundle: Bundle, bank: Sequence[Any]) -> None:
-        self.bundle, self.bank = bundle, bank
+    def __init__(self, bundle: Bundle, arrays: Sequence[Any]) -> None:
+        self.bundle, self.arrays = bundle, arrays
 
     def width(self, family: int) -> int:
         return self.bundle.families[family].width
@@ -142,12 +164,12 @@ class Walk:
         if pack.width == 1 and pack.kernel in AS_WRITTEN:  # nothing to stack: the tenant's own equation
             (m,) = pack.members
             lhs, rhs = m.eqn.invars
-            weights = Banked(self.bank[pack.array], (0,)) if pack.array is not None else self.read(env, m.family, rhs)
+            weights = Banked(self.arrays[pack.array], (0,)) if pack.array is not None else self.read(env, m.family, rhs)
             self.bind(env, m.family, m.eqn, apply(m.eqn, [self.read(env, m.family, lhs), weights]))
             return
         left = [self.read(env, m.family, m.eqn.invars[0]) for m in pack.members]
         if pack.array is not None:
-            right = self.bank[pack.array]
+            right = self.arrays[pack.array]
         else:
             right = [self.read(env, m.family, m.eqn.invars[1]) for m in pack.members]
         given = [self.read(env, pack.members[0].family, atom) for atom in epilogue_reads(pack)]
@@ -168,7 +190,7 @@ class Walk:
             shapes = [J.shape(atom) for atom in atoms]
             if array is not None:
                 rows = rows_of_parts(step, k, self.bundle)
-                args.append(Joint(take(self.bank[array], rows), tuple(lanes), tuple(shapes), zeros=True))
+                args.append(Joint(take(whole(self.arrays[array]), rows), tuple(lanes), tuple(shapes), zeros=True))
                 continue
             values = [self.read(env, part.family, atom) for part, atom in zip(step.parts, atoms, strict=True)]
             args.append(join(values, lanes, largest(shapes)))

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 from coalesce import jaxpr as J
 from coalesce.bundle import epilogue_reads, folds_of, Pack
 from coalesce.family import Family
+from coalesce.heavy import HeavyOp
 from coalesce.kernels import as_product, FUSING, KERNELS
 from coalesce.kernels.epilogue import COLUMN, Epilogue, on_tile, WHOLE
-from coalesce.lanes import join, Joint, LaneValue, masked, plain, Shared, Stacked, stacked, take
+from coalesce.lanes import Banked, join, Joint, LaneValue, masked, plain, Shared, Stacked, stacked, take
 from coalesce.layout import Layout, pad_to
 from coalesce.member import Fold, Member
+from coalesce.slab import Cut, whole
 from coalesce.unify import contracted
 
 
@@ -41,7 +43,7 @@ def superkernel(pack: Pack, lhs: Any, rhs: Any, given: Sequence[Any] = ()) -> An
         if pack.kernel in FUSING:
             epilogue = epilogue_of(pack) if pack.epilogue else None
             return FUSING[pack.kernel].run(pack.op, x, w, epilogue=epilogue, operands=operands, blocks=pack.blocks)
-        return KERNELS[pack.kernel].run(pack.op, x, w)
+        return KERNELS[pack.kernel].run(pack.op, x, whole(w))
 
     run.__name__ = run.__qualname__ = pack.name
     with J.context_of(pack.members[0].eqn), jax.named_scope(pack.name):
@@ -74,10 +76,10 @@ def of_a_family(
     left = [left_of(value, how) for value, how in zip(lhs, folds, strict=True)]
     if pack.array is None:
         rhs = concatenated([right_of(value, layout) for value in rhs])
-    operands = [left_of(value, folds[0]) for value in given]
-    for i, atom in enumerate(epilogue_reads(pack)):
-        if J.shape(atom) != pack.op.out.shape:
-            operands[i] = operands[i].reshape(*operands[i].shape[:2], pack.op.n)
+    operands = [
+        left_of(value, folds[0]) if J.shape(atom) == pack.op.out.shape else column_of(value, folds[0], pack.op)
+        for value, atom in zip(given, epilogue_reads(pack), strict=True)
+    ]
     out = superkernel(pack, concatenated(left), rhs, operands)
     return unfolded(out, pack.members, folds)
 
@@ -89,6 +91,15 @@ def left_of(value: LaneValue, how: Fold) -> Any:
         return jnp.broadcast_to(value.value, (how.groups, how.per_group, *jnp.shape(value.value)))
     x = take(value.value, [i for group in how.order for i in group])
     return x.reshape(how.groups, how.per_group, *x.shape[1:])
+
+
+def column_of(value: LaneValue, how: Fold, op: HeavyOp) -> Any:
+    """A vector over a result's columns as [G, R, N]; a cut of a slab as it is, if problem g reads row g of it."""
+    if isinstance(value, Banked) and isinstance(value.array, Cut) and how.per_group == 1 and op.batch == 1:
+        if [value.rows[group[0]] for group in how.order] == list(range(how.groups)):
+            return value.array
+    x = left_of(value, how)
+    return x.reshape(*x.shape[:2], op.n)
 
 
 def right_of(value: LaneValue, layout: Layout) -> Any:

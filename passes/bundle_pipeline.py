@@ -18,6 +18,7 @@ from coalesce.passes.choose_kernels import Choice, choose_kernels
 from coalesce.passes.cluster import cluster
 from coalesce.passes.form_packs import form_packs
 from coalesce.passes.fuse_epilogues import fuse_epilogues
+from coalesce.passes.join_arrays import join_arrays
 from coalesce.passes.pack import pack
 from coalesce.passes.plan_layouts import plan_layouts
 from coalesce.tuning import Tuned, UNTUNED
@@ -48,7 +49,8 @@ def bundle_passes(
     last = (
         partial(choose_kernels, platform=platform, choice=choice, tuned=tuned),  # what runs each pack
         fuse_epilogues,  # what these do to their results: after the kernels, not all of which can
-        plan_layouts,  # where the weights lie: last, since kernels say how they read them
+        plan_layouts,  # where the weights lie: after the kernels, which say how they read them
+        partial(join_arrays, platform=platform),  # which of these arrays are one argument
     )
     return first + (across if policy != "never" else ()) + last
 

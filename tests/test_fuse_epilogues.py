@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from jax import lax
@@ -16,6 +17,7 @@ from coalesce.bundle import Bundle, packs, Step
 from coalesce.bundle_check import check_bundle
 from coalesce.errors import IRError
 from coalesce.kernels import choose
+from coalesce.kernels.epilogue import on_tile
 from coalesce.models import by_name
 from coalesce.passes.choose_kernels import choose_kernels
 from coalesce.passes.form_packs import form_packs
@@ -205,3 +207,16 @@ def test_each_tenant_gets_what_it_gets_alone(cheap_compiles: None, length: int, 
             assert_as_good(got, alone(tenant), alone(in_float32(tenant)), tenant.model.exact)
     assert_inputs_isolated(case, program, results)
     assert_weights_isolated(case, program, results)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("primitive", [lax.max_p, lax.min_p])
+def test_the_larger_of_a_nan_is_a_nan(primitive, dtype):
+    """A poisoned value must not be mended on its way, whatever the GPU's own instruction makes of it."""
+    struct = jax.ShapeDtypeStruct((4,), dtype)
+    (eqn,) = jax.make_jaxpr(primitive.bind)(struct, struct).jaxpr.eqns
+    a, b = jnp.asarray([1, jnp.nan, 2, jnp.nan], dtype), jnp.asarray([2, 1, jnp.nan, jnp.nan], dtype)
+    got, want = (np.asarray(x, np.float32) for x in (on_tile(eqn, [a, b]), primitive.bind(a, b)))
+    np.testing.assert_array_equal(got, want)
+    text = str(jax.make_jaxpr(lambda a, b: on_tile(eqn, [a, b]))(a, b))
+    assert f" {primitive.name} " not in text  # Pallas' lowering of it for Triton drops the NaN

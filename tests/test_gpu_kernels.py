@@ -14,7 +14,7 @@ from coalesce.heavy import heavy_op, HeavyOp
 from coalesce.kernels import indexed_gemm
 from tests.heavy_cases import indexed
 from tests.hlo import moves_of_size
-from tests.test_gpu import distance, fused_of, setup
+from tests.test_gpu import distance, fused_of, setup, widened
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,17 +48,21 @@ def test_convolutions(dtype, precision, limit, window, stride, channels):
     assert distance(got, want) <= limit
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("bfloat16", 5e-2)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2", "vit_ti16", "bert_small", "lstm", "mlp"])
-def test_models_with_epilogues(name, dtype, limit):
+def test_models_with_epilogues(name, dtype):
+    """Against float32 at highest precision, in norm over all tenants: as good as each alone."""
     with jax.default_matmul_precision("highest"):
         model, params, inputs = setup(name, dtype)
+        reference, _, _ = setup(name, "float32", 0)
         fused = fused_of(model, params, inputs, choose_kernel=indexed)
         assert any(pack.epilogue for pack in packs(fused.bundle.schedule))
-        alone = [jax.jit(lambda p, x: model.apply(p, *x))(p, x) for p, x in zip(params, inputs, strict=True)]
+        alone, exact = (jax.jit(lambda p, x, m=m: m.apply(p, *x)) for m in (model, reference))
+        own = [alone(p, x) for p, x in zip(params, inputs, strict=True)]
+        want = [exact(p, jax.tree.map(widened, x)) for p, x in zip(params, inputs, strict=True)]
         results = fused(inputs)
-    for got, want in zip(results, alone, strict=True):
-        assert distance(got, want) <= limit
+    error, own_error = (np.linalg.norm([*map(distance, got, want)]) for got in (results, own))
+    assert error <= max(1.5 * own_error, 1e-5)
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])

@@ -187,9 +187,7 @@ def test_candidates_can_run_and_are_not_many(name):
 
 def test_candidates_elsewhere():
     assert candidates(DOT, 16, 1, "cpu") == [("batched_dot", None), ("separate", None)]
-    assert candidates(IMAGE, 100, 1, "cpu") == [
-        (name, None) for name in ("conv_slices", "conv_grouped", "separate")
-    ]
+    assert candidates(IMAGE, 100, 1, "cpu") == [(name, None) for name in ("conv_slices", "conv_grouped", "separate")]
     assert candidates(op_of(lax.dot, (2, 3), (3, 4), dtype=jnp.int32), 100, 1, "gpu") == [("batched_dot", None)]
 
 

@@ -25,7 +25,8 @@ WIDENED = frozenset("cos div exp integer_pow log log1p logistic rsqrt sin sqrt t
 class Epilogue:
     """`apply(tile, *operand tiles)`, all [m, n] and each in its operand's dtype, the tile in the op's own.
 
-    An operand is WHOLE, [G,R,*op.out.shape], or one COLUMN vector for all rows of a lane, [G,R,N].
+    An operand is WHOLE, [G,R,*op.out.shape], or one COLUMN vector for all rows of a lane, [G,R,N]; a cut of a slab is
+    one for all rows of a problem, [G,N].
     """
 
     apply: Callable[..., Any]
@@ -36,6 +37,10 @@ class Epilogue:
 def on_tile(eqn: J.Eqn, args: list[Any]) -> Any:
     """The result of a TILEWISE equation."""
     dtype = J.dtype(eqn.outvars[0])
+    if eqn.primitive.name in ("max", "min") and jnp.issubdtype(dtype, jnp.floating):
+        a, b = args  # Triton's own give the number where one of them is a NaN, XLA's and everybody else's the NaN
+        first = a > b if eqn.primitive.name == "max" else a < b
+        return jnp.where(first | (a != a), a, b)
     if eqn.primitive.name not in WIDENED or dtype not in ("bfloat16", "float16"):
         return J.bind(eqn, args)[0]
     return J.bind(eqn, [jnp.asarray(x, jnp.float32) for x in args])[0].astype(dtype)

@@ -6,6 +6,7 @@ A kernel is compiled for a GPU and interpreted anywhere else, whichever the prog
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import jax
@@ -43,22 +44,34 @@ def launch(
     return lax.platform_dependent(*args, cuda=call(False), rocm=call(False), default=call(True))
 
 
-def load(ref: Any, index: tuple[Any, ...], mask: Any) -> Any:
-    """The elements of `ref` at `index`, zero where `mask` is not set."""
+def load(ref: Any, index: tuple[Any, ...], mask: Any = None) -> Any:
+    """The elements of `ref` at `index`, zero where `mask` is not set; without a mask all of them are there."""
     from jax.experimental.pallas import triton
 
-    return triton.load(ref.at[index], mask=mask, other=jnp.zeros((), ref.dtype))
+    other = None if mask is None else jnp.zeros((), ref.dtype)
+    return triton.load(ref.at[index], mask=spread(mask, index), other=other)
 
 
-def store(ref: Any, index: tuple[Any, ...], value: Any, mask: Any) -> None:
+def store(ref: Any, index: tuple[Any, ...], value: Any, mask: Any = None) -> None:
     from jax.experimental.pallas import triton
 
-    triton.store(ref.at[index], value, mask=mask)
+    triton.store(ref.at[index], value, mask=spread(mask, index))
+
+
+def spread(mask: Any, index: tuple[Any, ...]) -> Any:
+    """A mask for every element at `index`."""
+    return None if mask is None else jnp.broadcast_to(mask, jnp.broadcast_shapes(*map(jnp.shape, index)))
 
 
 def dot(a: Any, b: Any, precision: Any) -> Any:
     """[m,k] x [k,n], accumulated in float32."""
     return lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision, jnp.float32)
+
+
+def both(*masks: Any) -> Any:
+    """Where all of the masks are set. None is a mask that is set everywhere, and costs nothing."""
+    given = [mask for mask in masks if mask is not None]
+    return reduce(lambda a, b: a & b, given) if given else None
 
 
 # Triton's integers divide by `lax.div` and `lax.rem`, and by operands of one dtype.

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import jax.numpy as jnp
-
 from coalesce.heavy import HeavyOp
-from coalesce.kernels.triton import div, rem
+from coalesce.kernels.triton import both, div, rem
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,11 @@ class Windows:
     def k(self) -> int:
         return self.tap_count * self.channels
 
+    def within(self, d: int) -> bool:
+        """Whether no window reaches beyond the operand in a dimension."""
+        last = (self.out[d] - 1) * self.strides[d] + (self.taps[d] - 1) * self.dilation[d] - self.before[d]
+        return self.before[d] <= 0 and last < self.size[d]
+
     def corners(self, row: Any) -> tuple[Any, list[Any]]:
         """(image, the first tap's place in each dimension) of rows."""
         place: list[Any] = []
@@ -46,16 +49,18 @@ class Windows:
         return row, place
 
     def at(self, corners: tuple[Any, list[Any]], tap: Any) -> tuple[Any, Any]:
-        """(position, whether it lies in the operand) of a tap; outside of it the position means nothing."""
+        """(position, whether it lies in the operand) of a tap; outside of it the position means nothing. None where
+        every window lies in the operand."""
         position, place = corners
-        inside = jnp.full(jnp.broadcast_shapes(jnp.shape(position), jnp.shape(tap)), True)
+        inside: Any = None
         steps: list[Any] = []
         for d in reversed(range(len(self.taps))):
             steps.insert(0, rem(tap, self.taps[d]) * self.dilation[d])
             tap = div(tap, self.taps[d])
         for d, step in enumerate(steps):
             x = place[d] + step
-            inside = inside & (x >= 0) & (x < self.size[d])
+            if not self.within(d):
+                inside = both(inside, x >= 0, x < self.size[d])
             position = position * self.size[d] + x
         return position, inside
 

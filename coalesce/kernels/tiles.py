@@ -1,0 +1,148 @@
+"""A dot or convolution, tile by tile, inside a Pallas kernel: sum over blocks of K of rows [m, k] x weights [k, n],
+then the epilogue. No copy of a window, a patch or a weight is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from coalesce.blocks import Blocks
+from coalesce.heavy import HeavyOp
+from coalesce.kernels.epilogue import Epilogue, WHOLE
+from coalesce.kernels.triton import both, div, dot, load, rem, store
+from coalesce.kernels.windows import Windows, windows_of
+from coalesce.slab import Cut
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a kernel reads an array of weights from: itself, or the slab that it lies in."""
+
+    ref: Any
+    start: int | None
+
+    def load(self, row: Any, place: tuple[Any, ...], columns: int, mask: Any) -> Any:
+        """The elements at `place`, (k, n) or (n,), of a row."""
+        if self.start is None:
+            return load(self.ref, (row, *place), mask)
+        flat = place[0] if len(place) == 1 else place[0] * columns + place[1]
+        return load(self.ref, (row, flat + self.start), mask)
+
+
+def arrays_of(values: Sequence[Any]) -> tuple[list[Any], list[int | None]]:
+    """What to hand to a launch for arrays and cuts, and where in it each begins."""
+    cuts = [isinstance(v, Cut) for v in values]
+    return [v.slab if c else v for v, c in zip(values, cuts, strict=True)], [
+        v.start if c else None for v, c in zip(values, cuts, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """An op's problems [rows, K] x [K, columns] in tiles. `per_group` lanes share the right operand of a problem: they
+    are rows of it, one lane after the other."""
+
+    op: HeavyOp
+    per_group: int
+    blocks: Blocks
+    epilogue: Epilogue | None = None
+
+    @cached_property
+    def windows(self) -> Windows:
+        return windows_of(self.op)
+
+    @property
+    def rows(self) -> int:
+        return self.per_group * self.op.m
+
+    @property
+    def across(self) -> int:
+        return pl.cdiv(self.op.n, self.blocks.n)
+
+    @property
+    def count(self) -> int:
+        """Tiles of a problem."""
+        return pl.cdiv(self.rows, self.blocks.m) * self.across
+
+    def out(self, problems: int) -> jax.ShapeDtypeStruct:
+        dtype = self.epilogue.dtype if self.epilogue else self.op.out.dtype
+        return jax.ShapeDtypeStruct((problems, self.rows, self.op.n), dtype)
+
+    def run(self, tile: Any, problem: Any, slot: Any, x: Any, w: Source, given: Sequence[Source], y: Any) -> None:
+        """Compute a tile of a problem and write it.
+
+        References: x [P, positions, C], w [S, K, N] of which the problem reads row `slot`, y [P, rows, N]; of what the
+        epilogue reads, [P, rows, N] if WHOLE, else a vector [P, N], or [P, lanes, N] if several lanes share a problem.
+        """
+        op, blocks = self.op, self.blocks
+        m = div(tile, self.across) * blocks.m + jnp.arange(blocks.m, dtype=jnp.int32)
+        n = rem(tile, self.across) * blocks.n + jnp.arange(blocks.n, dtype=jnp.int32)
+        rows, columns = below(m, self.rows, blocks.m), below(n, op.n, blocks.n)
+        mask = both(down(rows), along(columns))
+        result = self.product(problem, slot, x, w, m, n, rows, columns).astype(op.out.dtype)
+        if self.epilogue:
+            operands: list[Any] = []
+            for source, kind in zip(given, self.epilogue.kinds, strict=True):
+                if kind == WHOLE:
+                    operands.append(source.load(problem, (m[:, None], n[None, :]), op.n, mask))
+                elif self.per_group > 1:
+                    operands.append(source.load(problem, (div(m, op.m)[:, None], n[None, :]), op.n, mask))
+                else:
+                    vector = source.load(problem, (n[None, :],), op.n, along(columns))
+                    operands.append(jnp.broadcast_to(vector, (blocks.m, blocks.n)))
+            result = self.epilogue.apply(result, *operands)
+        store(y, (problem, m[:, None], n[None, :]), result, mask)
+
+    def product(self, problem: Any, slot: Any, x: Any, w: Source, m: Any, n: Any, rows: Any, columns: Any) -> jax.Array:
+        """Rows m and columns n of a problem's product, in float32; masks say which of them there are."""
+        windows, blocks = self.windows, self.blocks
+        corners = windows.corners(m)
+        channels = windows.channels
+        by_tap = pl.cdiv(channels, blocks.k)
+        ranged = jnp.arange(blocks.k, dtype=jnp.int32)
+        # A block of K within one tap has one position a row. Where channels are few, blocks take several taps instead.
+        whole_taps = by_tap * blocks.k * 3 <= channels * 4 or windows.tap_count == 1
+        steps = windows.tap_count * by_tap if whole_taps else pl.cdiv(windows.k, blocks.k)
+        precision = self.op.precision[0] if isinstance(self.op.precision, tuple) else self.op.precision
+
+        def step(i: Any, total: Any) -> Any:
+            if whole_taps:
+                c = rem(i, by_tap) * blocks.k + ranged
+                tap = div(i, by_tap)
+                k, fits = tap * channels + c, below(c, channels, blocks.k)
+                position, inside = windows.at(corners, tap)
+                position, inside = position[:, None], down(inside)
+            else:
+                k = i * blocks.k + ranged
+                c, fits = rem(k, channels), below(k, windows.k, blocks.k)
+                image, place = corners
+                spread = image[:, None], [p[:, None] for p in place]
+                position, inside = windows.at(spread, div(k, channels)[None, :])
+            a = load(x, (problem, position, c[None, :]), both(inside, down(rows), along(fits)))
+            b = w.load(slot, (k[:, None], n[None, :]), self.op.n, both(down(fits), along(columns)))
+            return total + dot(a, b, precision)
+
+        return lax.fori_loop(0, steps, step, jnp.zeros((blocks.m, blocks.n), jnp.float32))
+
+
+# Masks over rows or columns of a tile; None is one that is set everywhere, and costs nothing.
+
+
+def below(index: Any, size: int, block: int) -> Any:
+    return None if size % block == 0 else index < size
+
+
+def down(mask: Any) -> Any:
+    return None if mask is None else mask[:, None]
+
+
+def along(mask: Any) -> Any:
+    return None if mask is None else mask[None, :]

@@ -1,0 +1,99 @@
+"""join_arrays: arrays side by side in slabs, where every reader can read them there."""
+
+from __future__ import annotations
+
+from functools import partial
+from math import prod
+
+import jax.numpy as jnp
+import pytest
+
+import coalesce
+from coalesce.bundle import arguments
+from coalesce.passes import join_arrays as passes
+from coalesce.passes.choose_kernels import choose_kernels
+from coalesce.passes.form_packs import form_packs
+from coalesce.passes.fuse_epilogues import fuse_epilogues
+from coalesce.passes.join_arrays import join_arrays
+from coalesce.passes.plan_layouts import plan_layouts
+from tests.alone import array, check_fused
+from tests.bundles import bundle_of, replanned
+from tests.heavy_cases import indexed
+
+
+def net(p, x):
+    for w, b in p["layers"]:
+        x = jnp.maximum(x @ w + b[None], 0)
+    return x * p["scale"][None]
+
+
+def tenant(width=24, head=None):
+    layers = [(array(8, width), array(width)), (array(width, 40), array(40))]
+    last = (array(40, 8) if head is None else head, array(8))
+    return net, {"layers": [*layers, last], "scale": array(8)}, (array(4, 8),)
+
+
+def planned(*tenants, choice=indexed):
+    bundle = choose_kernels(form_packs(bundle_of(*tenants)), platform="cpu", choice=choice)
+    return plan_layouts(fuse_epilogues(bundle))
+
+
+def test_weights_of_one_dtype_are_one_argument(golden):
+    golden(replanned(partial(join_arrays, platform="cpu"), planned(tenant(), tenant())))
+
+
+def test_a_program_for_a_cpu_keeps_its_arguments():
+    bundle = planned(tenant(), tenant(), choice=lambda op, groups, platform: "batched_dot")
+    assert join_arrays(bundle, platform="cpu") is bundle
+
+
+def test_what_a_library_reads_stays_apart():
+    """cuBLAS takes an operand from the start of an array; biases and scales are small enough to slice."""
+    bundle = planned(tenant(), tenant(), choice=lambda op, groups, platform: "batched_dot")
+    (slab,) = join_arrays(bundle, platform="gpu").slabs
+    assert sorted(prod(bundle.arrays[i].shape) for i in slab.arrays) == [8, 8, 24, 40]
+
+
+def test_large_rows_are_not_sliced(monkeypatch):
+    bundle = planned(tenant(), tenant(), choice=lambda op, groups, platform: "batched_dot")
+    monkeypatch.setattr(passes, "SMALL_ROW", 100)
+    (slab,) = join_arrays(bundle, platform="gpu").slabs
+    assert sorted(prod(bundle.arrays[i].shape) for i in slab.arrays) == [8, 8, 24]
+
+
+def test_a_slab_holds_arrays_of_the_same_tenants_alone():
+    head = array(40, 8)
+    bundle = join_arrays(planned(tenant(head=head), tenant(head=head)), platform="cpu")
+    rows = {tuple(t for t, _ in bundle.arrays[i].rows) for slab in bundle.slabs for i in slab.arrays}
+    assert rows == {(0, 1)}
+    assert [slab.arrays for slab in arguments(bundle) if len(bundle.arrays[slab.arrays[0]].rows) == 1] == [
+        (next(i for i, a in enumerate(bundle.arrays) if len(a.rows) == 1),)
+    ]
+
+
+def test_no_row_is_longer_than_can_be_addressed(monkeypatch):
+    monkeypatch.setattr(passes, "LONGEST_ROW", 1200)
+    bundle = join_arrays(planned(tenant(), tenant()), platform="cpu")
+    (slab,) = bundle.slabs  # the two largest have no room in it, nor in one of their own
+    assert slab.arrays == (0, 1, 2, 3, 4)
+    assert slab.size <= 1200
+    ends = [start + prod(bundle.arrays[i].shape) for i, start in zip(slab.arrays, slab.starts, strict=True)]
+    assert all(end <= start for end, start in zip(ends, [*slab.starts[1:], slab.size], strict=True))
+
+
+@pytest.mark.parametrize("tenants", [
+    [tenant(), tenant()],
+    [tenant()],
+    [tenant(), tenant(32), tenant(), tenant(32)],  # two families, whose lanes take turns
+    [tenant(head=array(40, 8))] * 2,  # every weight is shared
+], ids=["two", "one", "families", "shared"])  # fmt: skip
+def test_each_tenant_gets_its_own_weights(tenants):
+    fused = check_fused(tenants, choose_kernel=indexed, policy="never")
+    assert fused.bundle.slabs
+
+
+def test_a_call_has_few_arguments():
+    programs = [coalesce.trace(fn, p, *x, name=f"t{i}") for i, (fn, p, x) in enumerate([tenant(), tenant()])]
+    fused = coalesce.fuse(programs, choose_kernel=indexed)
+    assert len(fused.bundle.arrays) == 7
+    assert [a.shape for a in fused.bank] == [(2, sum(-(-s // 32) * 32 for s in (8 * 24, 24, 24 * 40, 40, 320, 8, 8)))]
