@@ -1,5 +1,7 @@
 """`tune` from programs to a database, and from a database to kernels and blocks in a fused program."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,6 +141,38 @@ def test_weights_come_from_memory():
     assert banks(16, 2048, 1024) == 3 and banks(64, 4608, 512) == 3
     assert banks(16, 64, 64) == 64
     assert banks(16, 512, 512) * 16 * 512 * 512 * 2 >= 128 * 1024**2
+
+
+def test_on_a_gpu_each_run_reads_another_bank_and_xla_compiles_alone(monkeypatch):
+    """The profiler and the device apart, which are not here."""
+    (case, _) = cases(abstract(), "device")
+    held, compiled, results = [], [], []
+
+    class Lock(contextlib.AbstractContextManager):
+        def __enter__(self):
+            held.append(True)
+
+        def __exit__(self, *_):
+            held.clear()
+
+    def compile_one(case, kernel, blocks):
+        compiled.append((kernel, bool(held)))
+        return None if kernel == "separate" else compiled_or_none(case, kernel, blocks)
+
+    def kernels_us(programs):
+        assert held
+        results.extend([program(turn) for program in programs for turn in (0, 1)])
+        return [float(i) for i in range(len(programs))]
+
+    compiled_or_none = measure_module.compiled_or_none
+    monkeypatch.setattr(measure_module, "on_a_gpu", lambda: True)
+    monkeypatch.setattr(measure_module, "compiled_or_none", compile_one)
+    monkeypatch.setattr(measure_module, "kernels_us", kernels_us)
+    tried = [("batched_dot", None), ("separate", None), ("indexed_gemm", BLOCKS)]
+    assert measure(case, tried, Lock()) == {"indexed_gemm 16x32x16 w4 s3": 0.0, "batched_dot": 1.0, "separate": None}
+    assert compiled == [("indexed_gemm", False), ("batched_dot", True), ("separate", True)]
+    tiled, *_, xla = results
+    assert tiled.shape == xla.shape == (3, 1, 16, 8)
 
 
 def test_what_did_not_run_is_kept_as_such(monkeypatch):

@@ -30,7 +30,7 @@ Times = dict[str, float | None]  # by candidate; None: it did not compile or run
 def measure(case: Case, tried: Sequence[Candidate], lock: AbstractContextManager[Any] | None = None) -> Times:
     """Candidates may be compiled while others use the device; `lock` is held where the device is needed."""
     lock = lock or nullcontext()
-    if jax.default_backend() != "gpu":
+    if not on_a_gpu():
         with lock:
             return {candidate_name(*one): in_program(case, *one) for one in tried}
     compiled = {one: program for one in tried if one[0] in FUSING and (program := compiled_or_none(case, *one))}
@@ -38,8 +38,12 @@ def measure(case: Case, tried: Sequence[Candidate], lock: AbstractContextManager
         for one in tried:
             if one[0] not in FUSING and (program := compiled_or_none(case, *one)):
                 compiled[one] = program
-        us = dict(zip(map(lambda one: candidate_name(*one), compiled), on_gpu(case, compiled), strict=True))
+        us = {candidate_name(*one): us for one, us in zip(compiled, on_gpu(case, compiled), strict=True)}
     return {name: us.get(name) for name in (candidate_name(*one) for one in tried)}
+
+
+def on_a_gpu() -> bool:
+    return jax.default_backend() == "gpu"
 
 
 def entry_of(case: Case, times: Times) -> Entry | None:

@@ -11,6 +11,7 @@ from collections.abc import Hashable
 from pathlib import Path
 
 from coalesce.blocks import Blocks
+from coalesce.errors import TuningError
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import KERNELS, VERSION
 from coalesce.tuning.database import Database, load, packaged, user_file
@@ -73,5 +74,7 @@ def tuned_on(device: str, given: Database | str | Path | bool | None = None) -> 
         return Tuned(given, device)
     if isinstance(given, str | Path):
         return Tuned(load(Path(given)), device)
+    if given not in (None, True):
+        raise TuningError(f"tuned is {given!r}; expected None, False, a Database or the path of one")
     own = user_file()
     return Tuned(load(own).over(packaged()) if own.exists() else packaged(), device)
