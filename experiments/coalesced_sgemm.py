@@ -1,206 +1,184 @@
 """Claim: coalescing the product behind a convolution, and the mat-vec behind an LSTM, pays for itself many times over.
 
-    python -m experiments.coalesced_sgemm
-    python -m experiments.coalesced_sgemm --products=matvec --arithmetic=bf16 --problems=1,16 --seconds=2
+    python -m experiments.coalesced_sgemm --products=sgemm --arithmetic=bf16
+    python -m experiments.coalesced_sgemm --sizes=sgemm=64x32x16 --problems=1,2 --methods=jax_in_turn,batched_dot
 
 The products are those of the paper's figure 6: M=3136 K=576 N=64, ResNet-18's conv2_2, and one step of an LSTM of 512
-units, M=1 K=1024 N=2048. n problems have operands of their own. `jax_in_turn` and `coalesced` are rounds of calls,
-dispatch included, and alternate. The other rows are kernels inside a program, where nothing but their own time counts
-(coalesce/measuring/in_program.py), and the device floor. A second run measures only the rows that are not there yet.
+units, M=1 K=1024 N=2048. n problems have operands of their own, and are run in two ways:
+
+    calls    Coalesce against jax_in_turn, torch_in_turn, torch_streams and torch_bmm, each pair in turns, from the
+             first dispatch until all results are there
+    inside   kernels, where nothing but their own time counts (experiments/kernel_clock.py): those of coalesce/kernels,
+             indexed_gemm with several tiles besides, and cuBLAS batched; and the device floor (experiments/floor.py)
+
+A second run measures only what is not there yet, so that --budget_s may cut the work into parts. What is inside is
+measured together: to ask for other kernels of it by --methods replaces the first ones.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
-from functools import cache, partial
-from typing import Any, cast, NamedTuple
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from coalesce.heavy import heavy_eqns, heavy_op, HeavyOp
-from coalesce.kernels import KERNELS
-from coalesce.measuring.in_program import in_program_us, NOISE, Work
-from coalesce.models import Model
-from coalesce.passes.pipeline import normalise
-from coalesce.tracing import trace
-from experiments import floor, pairs, peers_jax, settings
-from experiments.cells import brief
-from experiments.cost_cases import run_kernel, write_only
-from experiments.methods import Tenants
-from experiments.peers_common import Cell, Peer
-from experiments.results import device_name, header, Row, table
+from coalesce.kernels import choose
+from experiments import floor, kernel_clock, pairs, settings
+from experiments.pairs import Best, Limits
+from experiments.peers_common import Cell
+from experiments.peers_product import PEERS
+from experiments.products import ARITHMETIC, Products, SIZES
+from experiments.products_kernels import contender, CUBLAS, NAMES, names, pallas
+from experiments.products_report import plot, report, summaries, SUMMARY
+from experiments.results import device_name, header, Row, save_rows
 
-PRODUCTS = {"sgemm": (3136, 576, 64), "matvec": (1, 1024, 2048)}  # M, K, N
-ARITHMETIC = {"f32": ("float32", "highest"), "tf32": ("float32", None), "bf16": ("bfloat16", None)}
-PEER = "jax_in_turn"
+FLOOR = "floor"
+INSIDE = "inside"
 
 FLAGS = flags.FLAGS  # experiments/settings.py has more of them
-flags.DEFINE_list("products", list(PRODUCTS), f"which products; of {', '.join(PRODUCTS)}")
+flags.DEFINE_list("products", list(SIZES), f"which products; of {', '.join(SIZES)}")
+flags.DEFINE_list("sizes", [], "other sizes of a product, MxKxN, as in sgemm=64x32x16")
 flags.DEFINE_list("arithmetic", list(ARITHMETIC), "f32: precision highest; tf32: float32 at the default precision")
 flags.DEFINE_list("problems", ["1", "2", "4", "8", "16", "32", "64", "120"], "numbers of problems")
-flags.DEFINE_integer("runs", 16, "runs of a kernel in a program")
+flags.DEFINE_integer("runs", 20, "runs of a kernel inside a program")
+FLAGS.set_default("seconds", 0.5)  # of one pair, of the hundreds that there are
+FLAGS.set_default("compiler_options", "{}")  # CUDA graphs are of several kernels
 
 
 class Case(NamedTuple):
+    """A cell of the results: a pair, or all that is inside a program."""
+
     product: str
     arithmetic: str
     problems: int
-    asked: str  # the peer of a pair, a kernel or the floor
+    asked: str  # a peer, or INSIDE
 
     @property
-    def dtype(self) -> str:
-        return ARITHMETIC[self.arithmetic][0]
-
-    @property
-    def precision(self) -> str | None:
-        return ARITHMETIC[self.arithmetic][1]
-
-
-def multiply(precision: str | None, params: Any, x: jax.Array) -> jax.Array:
-    return jnp.dot(x, params["kernel"], precision=precision)
-
-
-@cache
-def function(precision: str | None) -> Any:
-    """One object for all tenants, so that they share what is traced from it."""
-    return partial(multiply, precision)
-
-
-def op_of(case: Case) -> HeavyOp:
-    m, k, n = PRODUCTS[case.product]
-    left, right = (jax.ShapeDtypeStruct(shape, case.dtype) for shape in ((m, k), (k, n)))
-    program = normalise(trace(function(case.precision), {"kernel": right}, left)).program
-    (op,) = map(heavy_op, heavy_eqns(program.jaxpr))
-    return op
-
-
-def calls(case: Case) -> list[Row]:
-    """Rounds of JAX calls against one coalesced call."""
-    m, k, n = PRODUCTS[case.product]
-
-    def operand(seed: int, shape: tuple[int, ...]) -> jax.Array:
-        return jnp.asarray(np.roll(np.resize(NOISE, shape), seed), case.dtype)
-
-    params = [{"kernel": operand(i, (k, n)) / k**0.5} for i in range(case.problems)]
-    inputs = [(operand(-i, (m, k)),) for i in range(case.problems)]
-    tenants = Tenants(function(case.precision), params, inputs)
-    model = Model(case.product, cast(Any, None), tenants.apply)  # no network: the peers of one are not asked
-    options = settings.options_to_try()
-    cell = Cell(model, {}, case.dtype, m, case.precision, tenants, options, ExitStack())
-    exact = 1e-5 if case.precision == "highest" else settings.tolerance(case.dtype)
-    limits = pairs.Limits(FLAGS.tolerance or exact, FLAGS.repeats, FLAGS.seconds)
-    want = pairs.reference(cell)
-    ours = pairs.best_of(pairs.coalesced, cell, want, limits)
-    return pairs.measure_pair(cell, PEER, Peer("time", peers_jax.in_turn), ours, want, limits)
-
-
-def inside(case: Case, write_us: float) -> Row:
-    """A kernel in the middle of a program."""
-    op, kernel = op_of(case), KERNELS[case.asked]
-    row: Row = {"method": case.asked, "kind": "kernel"}
-    if not kernel.supports(op):
-        return row | {"failed": "does not run this product"}
-    left = jax.ShapeDtypeStruct((case.problems, 1, *op.lhs.shape), op.lhs.dtype)
-    right = jax.ShapeDtypeStruct((case.problems, *kernel.layout(op).of(op.rhs.shape)), op.rhs.dtype)
-    work = Work(partial(run_kernel, kernel.run, op), left, (right,))
-    try:
-        us = in_program_us(work, FLAGS.runs, repeats=FLAGS.repeats, seconds=FLAGS.seconds) - write_us
-    except Exception as e:  # of a kernel language, say, which raises its own
-        return row | {"failed": brief(e)}
-    return row | ({"round_us_median": round(us, 2), "failed": ""} if us > 0 else {"failed": "too fast for the clock"})
+    def products(self) -> Products:
+        m, k, n = sizes()[self.product]
+        return Products(m, k, n, self.arithmetic, self.problems)
 
 
 def main(argv: Sequence[str]) -> None:
-    kernels = [name for name, kernel in KERNELS.items() if kernel.supports(op_of(Case("sgemm", "f32", 1, "")))]
-    settings.begin(argv, asked := (PEER, *kernels, "floor"))
-    head = header(settings.command("coalesced_sgemm"), FLAGS.device_name or device_name(), FLAGS.note)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs the device's memory too
+    settings.begin(argv, (*PEERS, *NAMES, FLOOR))
+    if unknown := [*(set(FLAGS.products) - set(SIZES)), *(set(FLAGS.arithmetic) - set(ARITHMETIC))]:
+        raise app.UsageError(f"what is {unknown[0]}? Products: {', '.join(SIZES)}; arithmetic: {', '.join(ARITHMETIC)}")
+    conditions = {"sizes": sizes()}
+    head = header(settings.command("coalesced_sgemm"), FLAGS.device_name or device_name(), FLAGS.note, **conditions)
     path = settings.folder() / "coalesced_sgemm.json"
-
-    @cache
-    def ceilings(arithmetic: str) -> floor.Ceilings:
-        dtype, precision = ARITHMETIC[arithmetic]
-        with jax.default_matmul_precision(precision or "default"):
-            return floor.measure_ceilings(dtype)
-
-    @cache
-    def write_us() -> float:
-        return min(in_program_us(write_only(), 64, repeats=FLAGS.repeats, seconds=1) for _ in range(3))
-
-    def measure(case: Case) -> list[Row]:
-        print(f"{case.product}, {case.arithmetic}, {case.problems} problems: {case.asked}", file=sys.stderr, flush=True)
-        if case.asked == PEER:
-            rows = calls(case)
-        elif case.asked == "floor":
-            us = case.problems * floor.Work(op_of(case)).us(ceilings(case.arithmetic))
-            facts = vars(ceilings(case.arithmetic))
-            rows = [{"method": "floor", "kind": "floor", "round_us_median": round(us, 4), "failed": "", "facts": facts}]
-        else:
-            rows = [inside(case, write_us())]
-        return [case._asdict() | row for row in rows]
-
-    order = list(PRODUCTS), list(ARITHMETIC), [PEER, *KERNELS, "floor"]
     rows = settings.measure_cells(
         path,
         head,
-        [
-            Case(product, arithmetic, int(count), name)
-            for product in FLAGS.products
-            for arithmetic in FLAGS.arithmetic
-            for count in FLAGS.problems
-            for name in asked
-            if FLAGS.methods is None or name in FLAGS.methods
-        ],
+        wanted(),
         cell_of=lambda row: Case(*(row[name] for name in Case._fields)),
-        methods=lambda case: [case.asked],
+        methods=lambda case: contenders(case) if case.asked == INSIDE else [case.asked],
         measure=measure,
-        order=lambda row: (
-            *(names.index(row[key]) for names, key in zip(order, ("product", "arithmetic", "asked"), strict=True)),
-            row["problems"],
-        ),
+        order=place,
     )
-    if rows:
-        text = report(head, rows)
-        path.with_suffix(".md").write_text(text, encoding="utf-8")
-        print(text)
+    if not (rows := [row for row in rows if row["asked"] != SUMMARY]):
+        return
+    found = summaries(rows)
+    save_rows(path, head, sorted([*rows, *found], key=place))
+    text = report(head, rows, found)
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+    for product in dict.fromkeys(row["product"] for row in rows):
+        own = [row for row in rows if row["product"] == product]
+        print(plot(path.with_name(f"{path.stem}_{product}.png"), product, sizes()[product], own))
 
 
-def report(head: dict[str, Any], rows: Sequence[Row]) -> str:
-    text = [
-        "# Products coalesced: rounds of calls, and kernels inside a program",
-        f"{head['device']}, JAX {head['versions']['jax']}, {head['date']}. {head['note']}".rstrip(),
-        f"    {head['command']}",
-        "Microseconds for n problems; in parentheses, for calls how many times that of `coalesced`, for kernels the "
-        "share of the floor.",
+def wanted() -> list[Case]:
+    """Cases of the same problems in a row: they share what `held` keeps."""
+    return [
+        case
+        for product in FLAGS.products
+        for arithmetic in FLAGS.arithmetic
+        for count in FLAGS.problems
+        for asked in (*PEERS, INSIDE)
+        if (case := Case(product, arithmetic, int(count), asked))
+        and (contenders(case) if asked == INSIDE else FLAGS.methods is None or asked in FLAGS.methods)
     ]
-    for product, arithmetic in dict.fromkeys((row["product"], row["arithmetic"]) for row in rows):
-        own = [row for row in rows if (row["product"], row["arithmetic"]) == (product, arithmetic)]
-        text += [f"## {product} (M, K, N = {PRODUCTS[product]}), {arithmetic}", product_table(own)]
-    return "\n\n".join(text) + "\n"
 
 
-def product_table(rows: Sequence[Row]) -> str:
-    found = {(row["method"], row["problems"]): row["round_us_median"] for row in rows if not row["failed"]}
-    counts = sorted({row["problems"] for row in rows})
+def place(row: Row) -> tuple[int, ...]:
+    """Where a row belongs in the file; what is inside a program stands as it was measured."""
+    asked = [*PEERS, INSIDE, SUMMARY]
+    case = [*SIZES].index(row["product"]), [*ARITHMETIC].index(row["arithmetic"]), asked.index(row["asked"])
+    return *case, row["problems"], row["method"] == "coalesced"
 
-    def cell(method: str, count: int) -> str:
-        us, ours, least = (found.get((name, count)) for name in (method, "coalesced", "floor"))
-        if us is None:
-            return "-"
-        if method == PEER and ours:
-            return f"{us:,.0f} ({us / ours:.2f}x)"
-        return f"{us:,.1f} ({least / us:.0%})" if least and method in KERNELS else f"{us:,.1f}"
 
-    lines = [[name, *(cell(name, n) for n in counts)] for name in dict.fromkeys(row["method"] for row in rows)]
-    ratios = [found[PEER, n] / found["coalesced", n] for n in counts if n > 1 and ("coalesced", n) in found]
-    mean = f"Calls in turn over one coalesced call, geometric mean over n > 1: {np.exp(np.mean(np.log(ratios))):.2f}x"
-    reasons = [f"- {row['method']}, {row['problems']} problems: {row['failed']}" for row in rows if row["failed"]]
-    parts = [table(["problems", *map(str, counts)], lines), mean if ratios else "", "\n".join(reasons)]
-    return "\n\n".join(filter(None, parts))
+def sizes() -> dict[str, list[int]]:
+    """M, K, N of each product."""
+    found = {name: [*given] for name, given in SIZES.items()}
+    for item in FLAGS.sizes:
+        name, _, given = item.partition("=")
+        if name not in SIZES or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", given):
+            raise app.UsageError(f"what is {item}? --sizes wants a product and its M, K and N, as in sgemm=64x32x16")
+        found[name] = [int(size) for size in given.split("x")]
+    return found
+
+
+def measure(case: Case) -> list[Row]:
+    print(f"{case.product}, {case.arithmetic}, {case.problems} problems: {case.asked}", file=sys.stderr, flush=True)
+    if case.asked == INSIDE:
+        rows = inside(case)
+    else:
+        cell, want, ours, limits = held(case.products)
+        rows = pairs.measure_pair(cell, case.asked, PEERS[case.asked], ours, want, limits)
+        pairs.free()
+    return [case._asdict() | row for row in rows]
+
+
+@lru_cache(maxsize=1)
+def held(products: Products) -> tuple[Cell, list[np.ndarray], Best, Limits]:
+    """What the pairs of the same problems share: the outputs that all are compared with, and our best configuration."""
+    cell = products.cell(settings.options_to_try())
+    exact = 1e-5 if products.precision == "highest" else settings.tolerance(products.dtype)
+    limits = Limits(FLAGS.tolerance or exact, FLAGS.repeats, FLAGS.seconds)
+    want = pairs.reference(cell)
+    return cell, want, pairs.best_of(pairs.coalesced, cell, want, limits), limits
+
+
+def contenders(case: Case) -> list[str]:
+    """What --methods asks for of all that runs inside a program; where Pallas kernels are interpreted, which says
+    nothing about their time, they must be asked for by name."""
+    gpu = jax.default_backend() == "gpu"
+    default = [name for name in names(case.products) if gpu or not pallas(name)]
+    if FLAGS.methods is None:
+        return [*default, FLOOR]
+    return [name for name in (*names(case.products), FLOOR) if name in FLAGS.methods]
+
+
+def inside(case: Case) -> list[Row]:
+    asked, op = contenders(case), case.products.op
+    least = case.problems * floor.Work(op).us(ceilings(case.arithmetic))
+    works = {name: contender(case.products, name) for name in asked if name != FLOOR}
+    rows = kernel_clock.times(works, rounds=FLAGS.runs, seconds=FLAGS.seconds)
+    chosen = choose(op, case.problems, jax.default_backend())
+    found: list[Row] = []
+    for name, row in rows.items():
+        share = {} if row["failed"] else {"of_floor": round(least / row["round_us_median"], 4)}
+        kind = "library" if name == CUBLAS else "kernel"
+        found.append({"method": name, "kind": kind, "chosen": name == chosen, **row, **share})
+    if FLOOR in asked:
+        facts = vars(ceilings(case.arithmetic))
+        us = round(least, 4)
+        found.append({"method": FLOOR, "kind": FLOOR, "round_us_median": us, "failed": "", "facts": facts})
+    return found
+
+
+@cache
+def ceilings(arithmetic: str) -> floor.Ceilings:
+    dtype, precision = ARITHMETIC[arithmetic]
+    with jax.default_matmul_precision(precision or "default"):
+        return floor.measure_ceilings(dtype)
 
 
 if __name__ == "__main__":

@@ -8,18 +8,17 @@ Kernels of superkernels carry their pack's dimensions in their name where we wro
 from __future__ import annotations
 
 import sys
-from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from absl import app, flags
 
-from coalesce.measuring.profile import Launch, launches
 from coalesce.models import by_name
 from experiments import methods, settings
 from experiments.cells import tenants_of
 from experiments.measure import interleave
+from experiments.profiler import Line, lines, traced
 
 KERNELS = {"own": "", "pallas": methods.by_pallas}
 
@@ -31,28 +30,13 @@ flags.DEFINE_integer("rounds", 20, "how many rounds to trace")
 flags.DEFINE_integer("top", 40, "how many kernels to list")
 
 
-class Line(NamedTuple):
-    """A kernel of a round."""
-
-    name: str
-    times: float  # launches a round
-    us: float  # a round, of all of them
-
-
 def trace(run: Callable[[], Any], rounds: int) -> list[Line]:
     """Kernels by time, of the rounds that a call runs."""
     jax.block_until_ready(run())
-    return lines(launches(lambda: [jax.block_until_ready(run()) for _ in range(rounds)]), rounds)
-
-
-def lines(found: Sequence[Launch], rounds: int) -> list[Line]:
-    count: Counter[str] = Counter()
-    total: defaultdict[str, float] = defaultdict(float)
-    for launched in found:
-        count[launched.name] += 1
-        total[launched.name] += launched.us
-    by_kernel = [Line(name, count[name] / rounds, us / rounds) for name, us in total.items()]
-    return sorted(by_kernel, key=lambda line: (-line.us, line.name))
+    with traced() as launches:
+        for _ in range(rounds):
+            jax.block_until_ready(run())
+    return lines(launches, rounds)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -76,17 +76,21 @@ def prepared_cell(cell: Cell) -> Callable[[str], Parts]:
 
 def check(cell: Cell) -> None:
     """Raise CannotRun where PyTorch's peers cannot; else set what all of them want."""
+    check_device(cell.precision)
+    from experiments.torch_models import network
+
+    if network(cell.model) is None:
+        raise CannotRun(f"{cell.model.name} has no PyTorch form in experiments/torch_models.py")
+
+
+def check_device(precision: str | None) -> None:
     if find_spec("torch") is None:
         raise CannotRun("PyTorch is not installed")
     import torch  # pyright: ignore[reportMissingImports]
 
-    from experiments.torch_models import network
-
     if not torch.cuda.is_available():
         raise CannotRun("needs a GPU: PyTorch sees no CUDA device to record CUDA graphs on")
-    if network(cell.model) is None:
-        raise CannotRun(f"{cell.model.name} has no PyTorch form in experiments/torch_models.py")
-    tf32 = cell.precision in (None, "default", "tensorfloat32")
+    tf32 = precision in (None, "default", "tensorfloat32")
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = True

@@ -22,6 +22,9 @@ from experiments.results import device_folder, load_rows, Row, save_rows
 COMMAND_BUFFERS = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION",
 }
+# Kernels one by one: the first starts while the host launches the others, and none waits for a graph to be updated. It
+# wins where kernels take longer than their launch.
+ONE_BY_ONE = {"xla_gpu_enable_command_buffer": ""}
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of weights and activations")
@@ -33,7 +36,11 @@ flags.DEFINE_integer("repeats", 300, "timed rounds of each configuration")
 flags.DEFINE_float("seconds", 60.0, "most time for the repeats of a cell")
 flags.DEFINE_float("budget_s", None, "no cell starts after so many seconds")
 flags.DEFINE_string("compiler_options", None, "JSON, for all methods; on a GPU CUDA graphs if not given")
-flags.DEFINE_bool("try_options", True, "try XLA's defaults beside --compiler_options and keep each method's better one")
+flags.DEFINE_bool(
+    "try_options",
+    True,
+    "try XLA's defaults beside --compiler_options, and on a GPU no CUDA graphs, and keep each method's best",
+)
 flags.DEFINE_bool("own_executables", None, "try an executable a tenant for sequential; on a GPU unless said otherwise")
 flags.DEFINE_string("device_name", None, "how the results call the device")
 flags.DEFINE_string("note", "", "a remark for the results' header, such as that others use the machine too")
@@ -59,7 +66,8 @@ def options_to_try() -> list[Options]:
     on_gpu = jax.default_backend() == "gpu"
     given = FLAGS.compiler_options
     options = json.loads(given) if given is not None else COMMAND_BUFFERS if on_gpu else {}
-    return [options, {}] if FLAGS.try_options and options else [options]
+    others: list[Options] = [{}, ONE_BY_ONE] if on_gpu else [{}]
+    return [options, *others] if FLAGS.try_options and options else [options]
 
 
 def own_executables() -> bool:

@@ -131,7 +131,7 @@ def test_all_kernels_of_a_case_do_the_same_work(place):
 
 def test_kernels_between_marks_belong_to_one_run():
     names = [("a", 1.0), ("b", 2.0), (f"{MARK}_0", 9.0), (MARK, 9.0), ("a", 4.0), (MARK, 9.0), ("left over", 5.0)]
-    assert between_marks([Launch(i, name, us) for i, (name, us) in enumerate(names)]) == [3.0, 0.0, 4.0]
+    assert between_marks([Launch(name, float(i), us) for i, (name, us) in enumerate(names)]) == [3.0, 0.0, 4.0]
 
 
 def test_weights_come_from_memory():

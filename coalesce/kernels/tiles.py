@@ -72,6 +72,19 @@ class Tiled:
         """Tiles of a problem."""
         return pl.cdiv(self.rows, self.blocks.m) * self.across
 
+    @property
+    def whole_taps(self) -> bool:
+        """Whether a block of K lies within one tap, so that a row has one position in it. Where channels are few,
+        blocks take several taps instead."""
+        windows, k = self.windows, self.blocks.k
+        return pl.cdiv(windows.channels, k) * k * 3 <= windows.channels * 4 or windows.tap_count == 1
+
+    @property
+    def steps(self) -> int:
+        """Blocks of K."""
+        windows, k = self.windows, self.blocks.k
+        return windows.tap_count * pl.cdiv(windows.channels, k) if self.whole_taps else pl.cdiv(windows.k, k)
+
     def out(self, problems: int) -> jax.ShapeDtypeStruct:
         dtype = self.epilogue.dtype if self.epilogue else self.op.out.dtype
         return jax.ShapeDtypeStruct((problems, self.rows, self.op.n), dtype)
@@ -87,17 +100,18 @@ class Tiled:
         n = rem(tile, self.across) * blocks.n + jnp.arange(blocks.n, dtype=jnp.int32)
         rows, columns = below(m, self.rows, blocks.m), below(n, op.n, blocks.n)
         mask = both(down(rows), along(columns))
+
+        def operand(source: Source, kind: str) -> Any:
+            if kind == WHOLE:
+                return source.load(problem, (m[:, None], n[None, :]), op.n, mask)
+            if self.per_group > 1:
+                return source.load(problem, (div(m, op.m)[:, None], n[None, :]), op.n, mask)
+            vector = source.load(problem, (n[None, :],), op.n, along(columns))
+            return jnp.broadcast_to(vector, (blocks.m, blocks.n))
+
         result = self.product(problem, slot, x, w, m, n, rows, columns).astype(op.out.dtype)
         if self.epilogue:
-            operands: list[Any] = []
-            for source, kind in zip(given, self.epilogue.kinds, strict=True):
-                if kind == WHOLE:
-                    operands.append(source.load(problem, (m[:, None], n[None, :]), op.n, mask))
-                elif self.per_group > 1:
-                    operands.append(source.load(problem, (div(m, op.m)[:, None], n[None, :]), op.n, mask))
-                else:
-                    vector = source.load(problem, (n[None, :],), op.n, along(columns))
-                    operands.append(jnp.broadcast_to(vector, (blocks.m, blocks.n)))
+            operands = map(operand, given, self.epilogue.kinds)
             result = self.epilogue.apply(result, *operands)
         store(y, (problem, m[:, None], n[None, :]), result, mask)
 
@@ -106,11 +120,8 @@ class Tiled:
         windows, blocks = self.windows, self.blocks
         corners = windows.corners(m)
         channels = windows.channels
-        by_tap = pl.cdiv(channels, blocks.k)
+        by_tap, whole_taps = pl.cdiv(channels, blocks.k), self.whole_taps
         ranged = jnp.arange(blocks.k, dtype=jnp.int32)
-        # A block of K within one tap has one position a row. Where channels are few, blocks take several taps instead.
-        whole_taps = by_tap * blocks.k * 3 <= channels * 4 or windows.tap_count == 1
-        steps = windows.tap_count * by_tap if whole_taps else pl.cdiv(windows.k, blocks.k)
         precision = self.op.precision[0] if isinstance(self.op.precision, tuple) else self.op.precision
 
         def step(i: Any, total: Any) -> Any:
@@ -130,7 +141,7 @@ class Tiled:
             b = w.load(slot, (k[:, None], n[None, :]), self.op.n, both(down(fits), along(columns)))
             return total + dot(a, b, precision)
 
-        return lax.fori_loop(0, steps, step, jnp.zeros((blocks.m, blocks.n), jnp.float32))
+        return lax.fori_loop(0, self.steps, step, jnp.zeros((blocks.m, blocks.n), jnp.float32))
 
 
 # Masks over rows or columns of a tile; None is one that is set everywhere, and costs nothing.

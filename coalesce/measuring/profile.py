@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -22,31 +23,33 @@ MARK = "coalesce_mark"
 
 
 class Launch(NamedTuple):
-    """A kernel, or a copy, on one of a GPU's streams."""
+    """A kernel or a copy on one of the device's streams; the start counts from anywhere."""
 
-    start_ns: float
     name: str
+    start_us: float
     us: float
 
 
-def launches(run: Callable[[], Any]) -> list[Launch]:
-    """What a call launches, in order."""
+@contextmanager
+def traced() -> Iterator[list[Launch]]:
+    """Collects the launches of its block, by start; they are there when it ends."""
+    found: list[Launch] = []
     options = ProfileOptions()
-    options.python_tracer_level = 0
+    options.python_tracer_level = 0  # Python's calls would be most of the trace
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, profiler_options=options):
-            run()
+            yield found
         (path,) = Path(folder).rglob("*.xplane.pb")
-        return sorted(on_streams(ProfileData.from_file(str(path))))
+        found += sorted(launches(ProfileData.from_file(str(path))), key=lambda launch: launch.start_us)
 
 
-def on_streams(data: Any) -> Iterator[Launch]:
+def launches(data: Any) -> Iterator[Launch]:
     for plane in data.planes:
         if not plane.name.startswith("/device:GPU"):
             continue
         for line in plane.lines:
             if line.name.startswith("Stream"):
-                yield from (Launch(event.start_ns, event.name, event.duration_ns / 1e3) for event in line.events)
+                yield from (Launch(event.name, event.start_ns / 1e3, event.duration_ns / 1e3) for event in line.events)
 
 
 def kernels_us(programs: Sequence[Callable[[int], Any]], rounds: int = 5) -> list[float]:
@@ -54,13 +57,11 @@ def kernels_us(programs: Sequence[Callable[[int], Any]], rounds: int = 5) -> lis
     mark = marker()
     for program in programs:
         jax.block_until_ready(program(0))
-
-    def run() -> None:
+    with traced() as found:
         for i in range(rounds * len(programs)):
             jax.block_until_ready(programs[i % len(programs)](i))
             jax.block_until_ready(mark())
-
-    times = between_marks(launches(run))
+    times = between_marks(found)
     assert len(times) == rounds * len(programs), f"{len(times)} marks in the trace of {rounds * len(programs)} runs"
     return [median(times[i :: len(programs)]) for i in range(len(programs))]
 
