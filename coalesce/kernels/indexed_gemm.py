@@ -20,7 +20,7 @@ from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import as_product
 from coalesce.kernels.epilogue import Epilogue, WHOLE
-from coalesce.kernels.tiles import arrays_of, Source, Tiled
+from coalesce.kernels.tiles import arrays_of, by_columns, Source, Tiled
 from coalesce.kernels.triton import launch
 from coalesce.kernels.windows import Windows, windows_of
 from coalesce.layout import AS_IS, Layout
@@ -44,9 +44,10 @@ def supports(op: HeavyOp) -> bool:
 
 
 def layout(op: HeavyOp) -> Layout:
-    """[window.., I, O] or [B.., K.., N..] -> [K, N], or [B, K, N] with batch dimensions."""
-    shape = (op.k, op.n) if op.batch == 1 or op.kind == "conv" else (op.batch, op.k, op.n)
-    return AS_IS if op.rhs.shape == shape else AS_IS.reshape(shape)
+    """[window.., I, O] or [B.., K.., N..] -> [K, N], or [N, K] of 32 bits, or [B, K, N] with batch dimensions."""
+    shape = (op.k, op.n) if op.batch == 1 else (op.batch, op.k, op.n)
+    flat = AS_IS if op.rhs.shape == shape else AS_IS.reshape(shape)
+    return flat.transpose((1, 0)) if by_columns(op) else flat
 
 
 def run(
@@ -58,13 +59,13 @@ def run(
     operands: Sequence[Any] = (),
     blocks: Blocks | None = None,
 ) -> Any:
-    """lhs [G,R,*lhs] x rhs [S,(B,)K,N] at slots [G] -> [G,R,*out]; without slots problem g reads row g.
+    """lhs [G,R,*lhs] x rhs [S,*layout] at slots [G] -> [G,R,*out]; without slots problem g reads row g.
 
     `rhs`, and `operands` that are vectors [G,N], may be cuts of a slab where the op has no batch dimensions.
     """
     groups, per_group = lhs.shape[:2]
     if op.kind == "dot":
-        x, w = as_product.left(op, lhs), rhs if isinstance(rhs, Cut) else rhs.reshape(-1, op.k, op.n)
+        x, w = as_product.left(op, lhs), rhs if op.batch == 1 else rhs.reshape(-1, op.k, op.n)
         if slots is not None and op.batch > 1:
             slots = (slots[:, None] * op.batch + jnp.arange(op.batch, dtype=slots.dtype)[None]).reshape(-1)
     else:
@@ -101,7 +102,7 @@ def power(size: int) -> int:
 
 
 def gemm(tiled: Tiled, x: Any, w: Any, slots: Any, operands: Sequence[Any]) -> Any:
-    """x [P, positions, C] x w [S, K, N] at slots [P] -> [P, rows, N]."""
+    """x [P, positions, C] x w [S, K, N] or [S, N, K] at slots [P] -> [P, rows, N]."""
     problems, op, blocks = x.shape[0], tiled.op, tiled.blocks
     read, starts = arrays_of([w, *operands])
     given = [] if slots is None else [slots.astype(jnp.int32)]

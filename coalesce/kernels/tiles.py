@@ -29,12 +29,18 @@ class Source:
     ref: Any
     start: int | None
 
-    def load(self, row: Any, place: tuple[Any, ...], columns: int, mask: Any) -> Any:
-        """The elements at `place`, (k, n) or (n,), of a row."""
+    def load(self, row: Any, place: tuple[Any, ...], length: int, mask: Any) -> Any:
+        """The elements of a row at `place`: (i,), or (i, j) where j counts to `length`."""
         if self.start is None:
             return load(self.ref, (row, *place), mask)
-        flat = place[0] if len(place) == 1 else place[0] * columns + place[1]
+        flat = place[0] if len(place) == 1 else place[0] * length + place[1]
         return load(self.ref, (row, flat + self.start), mask)
+
+
+def by_columns(op: HeavyOp) -> bool:
+    """Whether a right operand lies as [N, K] rather than [K, N]: tensor cores take 32-bit operands along K alone, and
+    to turn a tile takes longer than its product. With batch dimensions it is no weight, and lies as it came."""
+    return op.rhs.dtype.itemsize == 4 and op.batch == 1
 
 
 def arrays_of(values: Sequence[Any]) -> tuple[list[Any], list[int | None]]:
@@ -92,7 +98,8 @@ class Tiled:
     def run(self, tile: Any, problem: Any, slot: Any, x: Any, w: Source, given: Sequence[Source], y: Any) -> None:
         """Compute a tile of a problem and write it.
 
-        References: x [P, positions, C], w [S, K, N] of which the problem reads row `slot`, y [P, rows, N]; of what the
+        References: x [P, positions, C], w [S, K, N] (or [S, N, K], see `by_columns`) of which the problem
+        reads row `slot`, y [P, rows, N]; of what the
         epilogue reads, [P, rows, N] if WHOLE, else a vector [P, N], or [P, lanes, N] if several lanes share a problem.
         """
         op, blocks = self.op, self.blocks
@@ -138,6 +145,9 @@ class Tiled:
                 spread = image[:, None], [p[:, None] for p in place]
                 position, inside = windows.at(spread, div(k, channels)[None, :])
             a = load(x, (problem, position, c[None, :]), both(inside, down(rows), along(fits)))
+            if by_columns(self.op):
+                b = w.load(slot, (n[:, None], k[None, :]), windows.k, both(down(columns), along(fits)))
+                return total + dot(a, b, precision, by_columns=True)
             b = w.load(slot, (k[:, None], n[None, :]), self.op.n, both(down(fits), along(columns)))
             return total + dot(a, b, precision)
 

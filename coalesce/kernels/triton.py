@@ -63,9 +63,9 @@ def spread(mask: Any, index: tuple[Any, ...]) -> Any:
     return None if mask is None else jnp.broadcast_to(mask, jnp.broadcast_shapes(*map(jnp.shape, index)))
 
 
-def dot(a: Any, b: Any, precision: Any) -> Any:
-    """[m,k] x [k,n], accumulated in float32."""
-    return lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision, jnp.float32)
+def dot(a: Any, b: Any, precision: Any, by_columns: bool = False) -> Any:
+    """[m,k] x [k,n], or x [n,k], accumulated in float32."""
+    return lax.dot_general(a, b, (((1,), (1 if by_columns else 0,)), ((), ())), precision, jnp.float32)
 
 
 def both(*masks: Any) -> Any:
