@@ -2,38 +2,35 @@
 
     python -m coalesce inspect MODULE:FUNCTION                  print fused.explain()
     python -m coalesce inspect MODULE:FUNCTION --html PAGE      write a page to read in a browser
+    python -m coalesce tune MODULE:FUNCTION                     measure kernels for them on the device at hand
+    python -m coalesce tune --model=resnet50 --tenants=16       the same for tenants of one of our models
+    python -m coalesce tune --show                              print what was measured
     python -m coalesce --version
 
 FUNCTION takes nothing and returns the programs that `coalesce.trace` gave, as a list. Params may be ShapeDtypeStructs:
-nothing is compiled, and no weight is needed.
+no tenant is run, and no weight is needed.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import inspect
+import math
 import os
 import sys
-from collections.abc import Callable, Sequence
-from difflib import get_close_matches
-from functools import reduce
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from coalesce.compile import fuse
-from coalesce.errors import CoalesceError, PlanError, TraceError
+from coalesce.errors import PlanError, TraceError, TuningError
 from coalesce.html import html_page
-from coalesce.program import Program
-
-EXPECTED = "expected a function without parameters that returns a list of what coalesce.trace gave"
-
-
-class UsageError(CoalesceError):
-    """The command line names something that is not there, or not what it should be."""
+from coalesce.measuring.tune import tune
+from coalesce.models import NAMES
+from coalesce.target import EXPECTED, Function, programs_of, Tenants, UsageError
+from coalesce.tuning import load, packaged, user_file
+from coalesce.tuning.show import table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options.command(options)
         sys.stdout.flush()
-    except (UsageError, TraceError, PlanError) as e:
+    except (UsageError, TraceError, PlanError, TuningError) as e:
         print(f"python -m coalesce: {type(e).__name__}: {e}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `| head` has read enough
@@ -73,7 +70,29 @@ def parser() -> argparse.ArgumentParser:
         "--platform", choices=("cpu", "gpu"), help="what kernels are chosen for (default: what JAX runs on here)"
     )
     command.set_defaults(command=show)
+    add_tune(commands)
     return top
+
+
+def add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "tune",
+        help="measure kernels for some programs",
+        description="Measure kernels and their block sizes for the packs of some programs on the device at hand, which "
+        "nothing else should use, and keep the best for coalesce.fuse. An interrupted run goes on where it was.",
+    )
+    command.add_argument("function", nargs="?", metavar="MODULE:FUNCTION", help=f"{EXPECTED}, as for inspect")
+    command.add_argument("--model", choices=NAMES, help="instead of a function: tenants of this model")
+    command.add_argument("--dtype", default="bfloat16", help="of the model's weights and activations (%(default)s)")
+    command.add_argument("--tenants", type=int, default=16, help="how many of the model (%(default)s)")
+    command.add_argument("--out", type=Path, metavar="FILE", help="the database to fill (default: the user's own)")
+    command.add_argument("--workers", type=int, default=0, help="processes that compile at once (default: this one)")
+    command.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after so many")
+    command.add_argument("--force", action="store_true", help="measure again what is known")
+    command.add_argument(
+        "--show", nargs="?", const="", metavar="FILE", help="print a database; what fuse uses, if no file is given"
+    )
+    command.set_defaults(command=tuned)
 
 
 def version() -> str:
@@ -102,59 +121,20 @@ def show(options: argparse.Namespace) -> None:
     print(f"{fused.report}\nwrote {options.html}")
 
 
-def programs_of(target: str) -> list[Program]:
-    """Call the function that `MODULE:FUNCTION` names.
-
-    Raises:
-      UsageError: there is no such module or function, it has parameters, or it returned something else.
-    """
-    function = find(target)
-    needed = required_parameters(function)
-    if needed:
-        raise UsageError(f"{target} needs {', '.join(needed)}; {EXPECTED}")
-    result = function()
-    if isinstance(result, Program):
-        raise UsageError(f"{target} returned one program; return a list, [program]")
-    if not isinstance(result, list | tuple):
-        raise UsageError(f"{target} returned a {type(result).__name__}; {EXPECTED}")
-    if not result:
-        raise UsageError(f"{target} returned no programs; {EXPECTED}")
-    for i, item in enumerate(result):
-        if not isinstance(item, Program):
-            raise UsageError(f"{target} returned a list whose item {i} is a {type(item).__name__}; {EXPECTED}")
-    return list(result)
-
-
-def required_parameters(function: Callable[..., Any]) -> list[str]:
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # some built-in callables tell nobody
-        return []
-    return [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-
-
-def find(target: str) -> Callable[..., Any]:
-    """The function called `MODULE:FUNCTION`; the current directory is importable, as with `python -m`."""
-    module_name, _, path = target.partition(":")
-    if not all(part.isidentifier() for part in [*module_name.split("."), *path.split(".")]):
-        raise UsageError(f"{target!r} is not of the form MODULE:FUNCTION, such as serving.tenants:programs")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as e:
-        if e.name is None or not f"{module_name}.".startswith(f"{e.name}."):
-            raise  # the module is there; what it imports is not
-        hint = "; leave .py out" if module_name.endswith(".py") else ""
-        raise UsageError(f"no module {module_name!r} in {os.getcwd()} or elsewhere on sys.path{hint}") from None
-    try:
-        found = reduce(getattr, path.split("."), module)
-    except AttributeError:
-        close = "".join(f"; did you mean {name!r}?" for name in get_close_matches(path, dir(module), n=1))
-        raise UsageError(f"module {module_name!r} has no {path!r}{close}") from None
-    if not callable(found):
-        raise UsageError(f"{target} is a {type(found).__name__}; {EXPECTED}")
-    return found
+def tuned(options: argparse.Namespace) -> None:
+    own = user_file()
+    if options.show is not None:
+        used = load(own).over(packaged()) if own.exists() else packaged()
+        print(table(load(Path(options.show)) if options.show else used))
+        return
+    if (options.function is None) == (options.model is None):
+        raise UsageError("tune takes MODULE:FUNCTION or --model, one of them")
+    # A process reserves most of a GPU's memory when it starts to use it, and there may be several.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    source = Function(options.function) if options.function else Tenants(options.model, options.dtype, options.tenants)
+    out = options.out or own
+    tune(source, out, workers=options.workers, seconds=options.seconds, force=options.force)
+    print(f"wrote {out}; {'fuse uses it' if out == own else f'fuse(..., tuned={str(out)!r}) uses it'}")
 
 
 if __name__ == "__main__":

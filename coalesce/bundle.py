@@ -22,6 +22,7 @@ from math import prod
 from typing import TypeVar
 
 from coalesce import jaxpr as J
+from coalesce.blocks import Blocks
 from coalesce.clusters import Cluster
 from coalesce.family import Family
 from coalesce.heavy import HeavyOp
@@ -47,6 +48,7 @@ class Pack:
     op: HeavyOp  # what the kernel runs: the members' own, or what they are padded to
     form: str = ""
     kernel: str = ""  # chosen by choose_kernels
+    blocks: Blocks | None = None  # the kernel's, where they were tuned; None: by the kernel's own rule
     reason: str = ""  # of width 1: why nothing else is in it
     array: int | None = None  # the array its right operands lie in, set by plan_layouts
     epilogue: tuple[Step, ...] = ()  # set by fuse_epilogues
@@ -60,6 +62,11 @@ class Pack:
     def families(self) -> tuple[int, ...]:
         """The families of its members, each once."""
         return tuple(dict.fromkeys(m.family for m in self.members))
+
+    @property
+    def kernel_text(self) -> str:
+        """The kernel, with its blocks where they were tuned."""
+        return f"{self.kernel} {self.blocks}" if self.blocks else self.kernel
 
     @property
     def name(self) -> str:

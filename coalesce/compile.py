@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from coalesce.passes.bundle_pipeline import BundleStep, plan, POLICIES
 from coalesce.passes.pipeline import normalise, Normalised
 from coalesce.program import Program
 from coalesce.report import Report, report_of
+from coalesce.tuning import Database, Tuned, tuned_on
 
 
 def fuse(
@@ -37,6 +39,7 @@ def fuse(
     costs: Costs | None = None,
     choose_kernel: Callable[..., str] = choose,
     launches: bool = True,
+    tuned: Database | str | Path | bool | None = None,
     platform: str | None = None,
     strict: bool = False,
 ) -> Fused:
@@ -57,12 +60,16 @@ def fuse(
       choose_kernel: (HeavyOp, number of problems, platform) -> a name in coalesce.kernels.KERNELS.
       launches: let ops of different programs share a kernel launch as they are, whatever their shapes, where `policy`
         and their kernels allow it. On a GPU "auto" pads and stacks only what cannot.
+      tuned: measured kernels and block sizes, used where the default device is of the kind that they were measured on:
+        None: what Coalesce brings along, under the entries of the user's own database; False: none; or a database or
+        its file. A `choose_kernel` goes before them, and its kernels get the blocks that were tuned for them.
       platform: what kernels are chosen for; the default backend's unless given.
       strict: run JAX's own type check after every pass (for tests and for writing passes; slow).
 
     Raises:
       PlanError: no programs, two of one name, a program of 64-bit types without jax_enable_x64, a weight that was
         deleted (donated) since it was traced, or a kernel that does not support an op.
+      TuningError: the file of a tuning database is broken or of another format, or `tuned` is something else.
       PassError: a compiler pass failed; it names the pass, those before it and the tenant.
     """
     if isinstance(programs, Program):
@@ -83,14 +90,16 @@ def fuse(
             done = memo[id(program.jaxpr)] = normalise(program.without_values(), strict=strict)
         normalised.append(program.with_jaxpr(done.program.jaxpr, done.program.prepare))
     bundle = Bundle(tuple(p.name for p in programs), find_families(normalised))
+    measured = default_tuned(tuned, platform)
     steps = plan(
         bundle,
         platform=platform or jax.default_backend(),
-        costs=costs or default_costs(platform),
+        costs=costs or default_costs(platform, measured),
         policy=policy,
         waste_bound=waste_bound,
         choice=choose_kernel,
         launches=launches,
+        tuned=measured,
         within_program=within_program,
         pack_unbounded_loops=pack_unbounded_loops,
     )
@@ -99,11 +108,17 @@ def fuse(
     return Fused(tuple(normalised), histories, steps, bank)
 
 
-def default_costs(platform: str | None) -> Costs:
+def default_tuned(given: Database | str | Path | bool | None, platform: str | None) -> Tuned:
+    """What was measured on the kind of the default device; nothing, if another platform is planned for."""
+    here = platform in (None, jax.default_backend())
+    return tuned_on(default_device().device_kind, given if here else False)
+
+
+def default_costs(platform: str | None, tuned: Tuned) -> Costs:
     """Predictions for the default device, or for a usual one of another platform."""
     if platform in (None, jax.default_backend()):
         device = default_device()
-        return Costs(device_of(device.platform, device.device_kind))
+        return Costs(device_of(device.platform, device.device_kind), tuned=tuned)
     return Costs(device_of(platform))
 
 

@@ -5,6 +5,7 @@ expected and what to do.
     IRError        a program or bundle that is not well formed: a bug in a pass, never the user's
     PassError      a pass failed, or handed on something that is not well formed; names the passes before it
     PlanError      the programs and options given to `fuse` contradict each other
+    TuningError    a tuning database cannot be read or written
     InvalidInput   the inputs of a call are not what the tenants were traced with
 """
 
@@ -27,6 +28,10 @@ class PassError(CoalesceError):
 
 class PlanError(CoalesceError, ValueError):
     """The programs and options given to `fuse` contradict each other."""
+
+
+class TuningError(CoalesceError, ValueError):
+    """A tuning database cannot be read or written."""
 
 
 class InvalidInput(CoalesceError, ValueError):

@@ -156,7 +156,7 @@ def pack_text(pack: Pack, bundle: Bundle) -> str:
     groups, rows = problems(pack, bundle.families)
     shared = f" as {groups} problem{'s' * (groups > 1)} of {rows} lanes" if rows > 1 else ""
     where = " + ".join(member_text(m, bundle) for m in pack.members)
-    kernel = f": {pack.kernel}" if pack.kernel else ""
+    kernel = f": {pack.kernel_text}" if pack.kernel else ""
     form = f" {pack.form}" if pack.form else ""
     launch = f" in launch {pack.launch}" if pack.launch is not None else ""
     array = f" on array {pack.array}" if pack.array is not None else ""

@@ -115,7 +115,7 @@ def pack_entry(pack: Pack, bundle: Bundle) -> Html:
         "li",
         el("span", str(pack.index), class_="chip"),
         el("code", pack.op.shape),
-        el("span", f"{plural(pack.width, 'lane')}, {pack.kernel}, padding {padding(pack, bundle)}", class_="why"),
+        el("span", f"{plural(pack.width, 'lane')}, {pack.kernel_text}, padding {padding(pack, bundle)}", class_="why"),
         el("span", *(part for m in pack.members for part in (link(m, bundle), " ")), class_="members"),
         data_pack=pack.index,
         style=hue(pack),
@@ -264,8 +264,11 @@ def company(parts: Iterable[Step | Loop], family: int, site: str) -> str:
 def pack_facts(pack: Pack, bundle: Bundle) -> Iterator[str]:
     """What a pack is, one fact a line."""
     yield f"pack: {pack.index}, a superkernel of {pack.width} lanes" if pack.width > 1 else f"alone: {pack.reason}"
+    if pack.launch is not None:
+        others = [p for p in packs(bundle.schedule) if p.launch == pack.launch and p is not pack]
+        yield f"launch: with pack{'s' * (len(others) > 1)} {', '.join(str(p.index) for p in others)}"
     yield f"work: {pack.op.shape}"
-    yield f"kernel: {pack.kernel}"
+    yield f"kernel: {pack.kernel_text}"
     if pack.width > 1:
         groups, rows = problems(pack, bundle.families)
         yield f"members: {', '.join(member_text(m, bundle) for m in pack.members)}"

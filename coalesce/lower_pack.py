@@ -64,7 +64,7 @@ def superkernel(packs: Sequence[Pack], args: Sequence[Sequence[Any]]) -> list[An
             ((pack, own),) = zip(packs, args, strict=True)
             return [run_kernel(pack, *own)]
         products = [
-            product_of(pack.op, x, w, epilogue=epilogue_of(pack), operands=given)
+            product_of(pack.op, x, w, epilogue=epilogue_of(pack), operands=given, blocks=pack.blocks)
             for pack, (x, w, *given) in zip(packs, args, strict=True)
         ]
         return horizontal.run(products)
@@ -75,9 +75,10 @@ def superkernel(packs: Sequence[Pack], args: Sequence[Sequence[Any]]) -> list[An
 
 
 def run_kernel(pack: Pack, x: Any, w: Any, *operands: Any) -> Any:
-    if pack.epilogue:
-        return FUSING[pack.kernel].run(pack.op, x, w, epilogue=epilogue_of(pack), operands=operands)
-    return KERNELS[pack.kernel].run(pack.op, x, w if pack.kernel in FUSING else whole(w))
+    if pack.kernel not in FUSING:
+        return KERNELS[pack.kernel].run(pack.op, x, whole(w))
+    how = {"epilogue": epilogue_of(pack), "operands": operands, "blocks": pack.blocks}
+    return FUSING[pack.kernel].run(pack.op, x, w, **how)
 
 
 def epilogue_of(pack: Pack) -> Epilogue | None:

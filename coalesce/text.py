@@ -11,7 +11,7 @@ Weights stand before the bar and request inputs after it. Names count up in the 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,11 +77,7 @@ def equation(eqn: J.Eqn, names: Names) -> str:
 
 def params(eqn: J.Eqn) -> str:
     """The parameters that say what is computed, sorted by name, nothing that varies between runs or JAX versions."""
-    shown = [
-        f"{k}={value(v)}"
-        for k, v in sorted(eqn.params.items())
-        if k not in HIDDEN and says_something(v) and not is_default(k, v)
-    ]
+    shown = shown_params(eqn.params)
     if J.callee(eqn) is not None:
         return f"name={eqn.params['name']}" if "name" in eqn.params else ""
     match eqn.primitive.name:
@@ -97,6 +93,14 @@ def params(eqn: J.Eqn) -> str:
             loop = J.as_while(eqn)
             shown = [f"cond_consts={len(loop.cond_consts)}", f"body_consts={len(loop.body_consts)}"]
     return " ".join(shown)
+
+
+def shown_params(params: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{k}={value(v)}"
+        for k, v in sorted(params.items())
+        if k not in HIDDEN and says_something(v) and not is_default(k, v)
+    ]
 
 
 def says_something(v: Any) -> bool:

@@ -13,6 +13,7 @@ from coalesce.costs import Costs
 from coalesce.family import Family
 from coalesce.kernels import choose, indexed_gemm
 from coalesce.member import fold, Member, stacked_fold
+from coalesce.tuning import Tuned, UNTUNED
 from coalesce.unify import FORMS, Unified, unify
 
 MayLaunch = Callable[[Pack, Sequence[Family]], bool]  # whether a pack may share a launch
@@ -64,7 +65,9 @@ def weigh(packs: Sequence[Pack], families: Sequence[Family], costs: Costs, waste
     return None
 
 
-def can_launch(pack: Pack, families: Sequence[Family], *, choice: Callable[..., str], platform: str) -> bool:
+def can_launch(
+    pack: Pack, families: Sequence[Family], *, choice: Callable[..., str], platform: str, tuned: Tuned = UNTUNED
+) -> bool:
     """Whether a pack may share a launch with others, of any shapes: one whose kernel can, by `choice`; and where that
     goes by rule, any that such a kernel is likely to run as well as its own.
 
@@ -72,9 +75,11 @@ def can_launch(pack: Pack, families: Sequence[Family], *, choice: Callable[..., 
     attention take part in what XLA fuses around them, transposes and softmax, which a launch would cut off.
     """
     groups, rows = problems(pack, families)
-    if choice(pack.op, groups, platform) == "indexed_gemm":
+    by_rule = choice is choose
+    kernel = tuned.kernel(pack.op, groups, rows) if by_rule else None
+    if (kernel or choice(pack.op, groups, platform)) == "indexed_gemm":
         return True
-    return choice is choose and indexed_gemm.supports(pack.op) and pack.op.m * rows > 1 and pack.op.batch == 1
+    return by_rule and indexed_gemm.supports(pack.op) and pack.op.m * rows > 1 and pack.op.batch == 1
 
 
 def no_launch(pack: Pack, families: Sequence[Family]) -> bool:

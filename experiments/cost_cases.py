@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from coalesce.costs import Costs
 from coalesce.heavy import heavy_eqns, heavy_op, HeavyOp
 from coalesce.kernels import choose, KERNELS
+from coalesce.measuring.in_program import Work
 from coalesce.models import by_name
 from coalesce.passes.pipeline import normalise
 from coalesce.tracing import trace
-from experiments.in_program import Work
 
 MOST_FLOPS = 2e9  # of one problem; VGG-16 has layers of 3.7e9, which no device is short of work with
 MOST_WEIGHTS = 64e6  # bytes of one problem's right operand

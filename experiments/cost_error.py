@@ -4,8 +4,8 @@
     python -m experiments.cost_error --ops=40 --groups=1,8 --budget_s=240
 
 Measures superkernels over heavy ops of coalesce.models, alone and in packs, and the copies between packs, each in the
-middle of a program (experiments/in_program.py), and compares them with `Costs` of the device; then does the same for
-figures that were recorded on GPUs, which needs none. A second run of the command keeps the faster of its and the
+middle of a program (coalesce/measuring/in_program.py), and compares them with `Costs` of the device; then does the same
+for figures that were recorded on GPUs, which needs none. A second run of the command keeps the faster of its and the
 earlier figures, since on a machine that others use the fastest is the one that was disturbed least.
 """
 
@@ -20,11 +20,11 @@ import jax
 from absl import app, flags, logging
 
 from coalesce.costs import Costs, device_of
+from coalesce.measuring.in_program import in_program_us
 from coalesce.models import NAMES
 from experiments.cells import brief
 from experiments.cost_cases import Case, kernels_of, model_ops, movement_cases, op_cases, sample, write_only
 from experiments.cost_report import fastest, name_of, report, scatter
-from experiments.in_program import in_program_us
 from experiments.recorded_gpu import records
 from experiments.results import device_folder, device_name, header, load_rows, Row, save_rows
 

@@ -2,7 +2,7 @@
 
 On a GPU from the profiler: each contender is a program of its own, and its launches' own times count, not what a call
 costs (60 to 90 us, more than most kernels take). Rounds have operands of their own, in turns, so that together they are
-larger than any cache, as the weights of a network are. Elsewhere by experiments/in_program.py.
+larger than any cache, as the weights of a network are. Elsewhere by coalesce/measuring/in_program.py.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from coalesce.measuring.in_program import array, in_program_us, Work
 from experiments import profiler
 from experiments.cells import brief
 from experiments.cost_cases import write_only
-from experiments.in_program import array, in_program_us, Work
 from experiments.methods import Options
 from experiments.profiler import Launch
 from experiments.results import Row

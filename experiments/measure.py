@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from coalesce.measuring.in_program import timed
+
 Key = TypeVar("Key")  # what the caller calls a contender
 Round = Callable[[], Any]  # dispatches a round's work and returns its outputs, without waiting for them
 
@@ -55,12 +57,6 @@ def interleave(rounds: Mapping[Key, Round], *, repeats: int, seconds: float, war
         if collecting:
             gc.enable()
     return {name: summary(times) for name, times in samples.items()}
-
-
-def timed(run: Round) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - start
 
 
 def summary(times: list[float]) -> Timing:

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from coalesce.heavy import heavy_eqns, heavy_op, HeavyOp
+from coalesce.measuring.in_program import NOISE
 from coalesce.passes.pipeline import normalise
 from coalesce.tracing import trace
-from experiments.in_program import NOISE
 from experiments.methods import Options, Tenants
 from experiments.peers_common import Cell
 

@@ -6,10 +6,10 @@ from functools import partial
 
 import jax
 
+from coalesce.blocks import Blocks
 from coalesce.kernels import batched_dot, indexed_gemm, KERNELS
-from coalesce.kernels.tiles import Blocks
+from coalesce.measuring.in_program import Work
 from experiments.cost_cases import run_kernel
-from experiments.in_program import Work
 from experiments.kernel_clock import Contender
 from experiments.products import Products
 

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.profiler import ProfileData, ProfileOptions
+
+from coalesce.measuring.profile import Launch as Launch, launches as launches, traced as traced
 
 PAUSE_S = 0.04  # with the device idle, between two runs of a trace; a host is rarely this slow to dispatch a round
-
-
-class Launch(NamedTuple):
-    """A kernel or a copy on one of the device's streams; the start counts from anywhere."""
-
-    name: str
-    start_us: float
-    us: float
 
 
 class Line(NamedTuple):
@@ -60,28 +50,6 @@ def launches_of(runs: Sequence[Callable[[int], Any]], rounds: int) -> list[Launc
 def equal_parts(launches: Sequence[Launch], count: int) -> list[list[Launch]]:
     size, rest = divmod(len(launches), count)
     return [] if rest or not size else [list(launches[i * size : (i + 1) * size]) for i in range(count)]
-
-
-@contextmanager
-def traced() -> Iterator[list[Launch]]:
-    """Collects the launches of its block, by start; they are there when it ends."""
-    found: list[Launch] = []
-    options = ProfileOptions()
-    options.python_tracer_level = 0  # Python's calls would be most of the trace
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, profiler_options=options):
-            yield found
-        (path,) = Path(folder).rglob("*.xplane.pb")
-        found += sorted(launches(ProfileData.from_file(str(path))), key=lambda launch: launch.start_us)
-
-
-def launches(data: Any) -> Iterator[Launch]:
-    for plane in data.planes:
-        if not plane.name.startswith("/device:GPU"):
-            continue
-        for line in plane.lines:
-            if line.name.startswith("Stream"):
-                yield from (Launch(event.name, event.start_ns / 1e3, event.duration_ns / 1e3) for event in line.events)
 
 
 def split(launches: Sequence[Launch]) -> list[list[Launch]]:

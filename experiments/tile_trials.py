@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import indexed_gemm
-from coalesce.kernels.tiles import Blocks
+from coalesce.measuring.in_program import Work
 from experiments import profiler
-from experiments.in_program import Work
 from experiments.kernel_clock import Contender
 from experiments.peers_jax import COMMANDS
 from experiments.products import op_of

@@ -22,6 +22,7 @@ from coalesce.passes.join_arrays import join_arrays
 from coalesce.passes.pack import pack
 from coalesce.passes.plan_layouts import plan_layouts
 from coalesce.passes.share_launches import share_launches
+from coalesce.tuning import Tuned, UNTUNED
 from coalesce.weigh import can_launch, no_launch
 
 BundlePass = Callable[[Bundle], Bundle]
@@ -37,22 +38,24 @@ def bundle_passes(
     waste_bound: float = WASTE_BOUND,
     choice: Choice = choose,
     launches: bool = True,
+    tuned: Tuned = UNTUNED,
     within_program: bool = False,
     pack_unbounded_loops: bool = False,
 ) -> tuple[BundlePass, ...]:
     # families as wide lanes: every equation in order, a pack for each heavy op of a family
     first = (partial(form_packs, within_program=within_program, pack_unbounded_loops=pack_unbounded_loops),)
     by_gain = launches and policy == "auto" and platform != "cpu"
-    may_launch = partial(can_launch, choice=choice, platform=platform) if by_gain else no_launch
+    may_launch = partial(can_launch, choice=choice, platform=platform, tuned=tuned) if by_gain else no_launch
     across = (
         partial(cluster, waste_bound=waste_bound),  # which packs are near enough in shape
         # which of those run as one
         partial(align, costs=costs, policy=policy, waste_bound=waste_bound, may_launch=may_launch),
         pack,  # one order for all families, in which they do
     )
-    kernels = (partial(choose_kernels, platform=platform, choice=choice),)  # what runs each pack
+    kernels = (partial(choose_kernels, platform=platform, choice=choice, tuned=tuned),)  # what runs each pack
     # packs that run better in one kernel than each in its own
-    share = (partial(share_launches, costs=costs, policy=policy, within_program=within_program, may_launch=may_launch),)
+    sharing = {"policy": policy, "within_program": within_program, "may_launch": may_launch}
+    share = (partial(share_launches, costs=costs, tuned=tuned, **sharing),)
     last = (
         fuse_epilogues,  # what these do to their results: after the kernels, not all of which can
         plan_layouts,  # where the weights lie: after the kernels, which say how they read them

@@ -40,6 +40,7 @@ from coalesce.costs import Costs
 from coalesce.kernels import horizontal, indexed_gemm
 from coalesce.passes.run_order import RunOrder
 from coalesce.record import Launched
+from coalesce.tuning import Tuned, UNTUNED
 from coalesce.weigh import MayLaunch, no_launch
 
 KERNEL = "indexed_gemm"  # whose products the horizontal kernel runs
@@ -52,6 +53,7 @@ def share_launches(
     policy: str = "auto",
     within_program: bool = False,
     may_launch: MayLaunch = no_launch,
+    tuned: Tuned = UNTUNED,
 ) -> Bundle:
     """With policy "auto" packs share a launch where `costs` predict a gain, with "always" where they can: packs of that
     kernel, and others that `may_launch`, which get it. Those of one family share one only `within_program`."""
@@ -59,7 +61,7 @@ def share_launches(
         return bundle
     if len(bundle.families) < 2 and not within_program:
         return bundle
-    sharing = Sharing(bundle, costs, policy, within_program, may_launch)
+    sharing = Sharing(bundle, costs, policy, within_program, may_launch, tuned)
     schedule = arranged(bundle.schedule, sharing)
     if schedule is bundle.schedule:
         return bundle
@@ -75,6 +77,7 @@ class Sharing:
     policy: str
     within_program: bool
     may_launch: MayLaunch
+    tuned: Tuned
 
     def company(self, first: Item, ready: Sequence[Item]) -> list[Item]:
         """`first`, and those of the ready ones that run with it."""
@@ -106,6 +109,10 @@ class Sharing:
         times = self.times(chosen)
         return times.gain_us - self.costs.margin * times.apart_us
 
+    def launched(self, pack: Pack, launch: int) -> Pack:
+        blocks = self.tuned.blocks(pack.op, *problems(pack, self.bundle.families), KERNEL)
+        return replace(pack, kernel=KERNEL, blocks=blocks, launch=launch)
+
     def times(self, chosen: Sequence[Pack]) -> Launched:
         sizes = [(pack.op, *problems(pack, self.bundle.families)) for pack in chosen]
         # A pack that another kernel would run as fast alone gains nothing by the change of kernel.
@@ -129,7 +136,7 @@ def arranged(scope: Schedule, sharing: Sharing) -> Schedule:
         for item in unit:
             order.issue(item)
             if isinstance(item, Pack) and len(unit) > 1:
-                item = replace(item, kernel=KERNEL, launch=min(p.index for p in unit if isinstance(p, Pack)))
+                item = sharing.launched(item, min(p.index for p in unit if isinstance(p, Pack)))
             out.append(item)
     if shared:
         return tuple(out)

@@ -14,6 +14,9 @@ from pathlib import Path
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["KERAS_HOME"] = str(Path(__file__).parent.parent / ".cache" / "keras")
 
+# A file that is not there: what the user of this machine tuned changes no test.
+os.environ["COALESCE_TUNED"] = str(Path(__file__).parent.parent / ".cache" / "tuned.json")
+
 import jax
 import pytest
 from hypothesis import settings

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from coalesce.kernels.tiles import Blocks
+from coalesce.blocks import Blocks
 from experiments import kernel_clock, pairs, peers_product, peers_torch, profiler
 from experiments.kernel_clock import Contender
 from experiments.pairs import Limits

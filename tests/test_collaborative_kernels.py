@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
+from coalesce.blocks import Blocks
 from coalesce.kernels import KERNELS
-from coalesce.kernels.tiles import Blocks
 from experiments import profiler
 from experiments.products import op_of
 from experiments.tile_trials import contender, conv, dot, OPS, report, SETTINGS, trial

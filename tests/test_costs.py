@@ -20,8 +20,8 @@ from coalesce.costs.arithmetic import arithmetic, rate
 from coalesce.costs.product import product_us, together_us
 from coalesce.heavy import heavy_op, HeavyOp
 from coalesce.kernels import choose, KERNELS
+from coalesce.measuring.in_program import chain, Work
 from experiments.cost_report import fastest, rank_correlation, ranks
-from experiments.in_program import chain, Work
 from experiments.recorded_gpu import records
 from tests.hlo import instructions
 

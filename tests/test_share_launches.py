@@ -14,16 +14,20 @@ from hypothesis import given, settings, strategies as st
 from jax import lax
 
 import coalesce
+from coalesce.blocks import Blocks
 from coalesce.bundle import Bundle, packs, units
 from coalesce.bundle_check import check_bundle
+from coalesce.compile import default_device
 from coalesce.costs import Costs, device_of
 from coalesce.errors import IRError
 from coalesce.kernels import choose
+from coalesce.measuring.case import cases
 from coalesce.models import by_name
 from coalesce.passes.choose_kernels import choose_kernels
 from coalesce.passes.form_packs import form_packs
 from coalesce.passes.fuse_epilogues import fuse_epilogues
 from coalesce.passes.share_launches import share_launches
+from coalesce.tuning import Database, Entry
 from coalesce.weigh import can_launch
 from tests.alone import array, check_fused, Tenant
 from tests.bundles import bundle_of, replanned
@@ -134,6 +138,16 @@ def test_kernels_that_were_asked_for_stay():
     shared = share_launches(bundle, costs=COSTS, may_launch=by_rule)
     assert {pack.kernel for unit in units(packs(shared.schedule)) if len(unit) > 1 for pack in unit} == {"indexed_gemm"}
     assert sizes(shared) == [2, 1]
+
+
+def test_tuned_blocks_come_along():
+    programs = [coalesce.trace(fn, p, *xs, name=fn.__name__) for fn, p, xs in (DENSE, CONVOLVED)]
+    blocks = Blocks(32, 16, 16, 4, 2)
+    found = cases(programs, default_device().device_kind)
+    known = Database({case.key: Entry("indexed_gemm", 1.0, blocks) for case in found})
+    fused = coalesce.fuse(programs, policy="always", waste_bound=0.0, choose_kernel=indexed, tuned=known)
+    assert sizes(fused.bundle) == [2, 1] and {pack.blocks for pack in packs(fused.bundle.schedule)} == {blocks}
+    check_fused([DENSE, CONVOLVED], policy="always", waste_bound=0.0, choose_kernel=indexed, tuned=known)
 
 
 def test_one_program_or_other_kernels_have_nothing_to_share():

@@ -65,6 +65,7 @@ def test_wheel_is_complete_and_works_elsewhere(tmp_path):
 
     inside = {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
     data = {"coalesce/py.typed"} | {f"coalesce/{p.name}" for p in (ROOT / "coalesce").glob("*.html")}
+    data |= {f"coalesce/tuning/{p.name}" for p in (ROOT / "coalesce" / "tuning").glob("*.json")}
     library = {f"coalesce/{p.relative_to(ROOT / 'coalesce')}" for p in (ROOT / "coalesce").rglob("*.py")}
     linked = {f"coalesce/{p.relative_to(ROOT)}" for name in FOLDERS[1:] for p in (ROOT / name).rglob("*.py")}
     assert inside == data | library | linked

@@ -13,36 +13,37 @@ from coalesce.costs.machine import Machine
 from coalesce.costs.superkernels import BY_KERNEL, horizontal, im2col, indexed_gemm
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import choose
+from coalesce.tuning import Tuned, UNTUNED
 
 Key = tuple[Hashable, str, int, int]
 
 
 class Costs:
-    """Predictions for one device. `measured` holds microseconds that win over the model's, by (op.key, kernel, groups,
-    rows): the place of a tuning database."""
+    """Predictions for one device. Microseconds that were measured win over the model's: those in `measured`, by
+    (op.key, kernel, groups, rows), and those of a tuning database, which are of kernels alone, without their launch."""
 
-    def __init__(self, device: Device, measured: Mapping[Key, float] | None = None) -> None:
+    def __init__(self, device: Device, measured: Mapping[Key, float] | None = None, tuned: Tuned = UNTUNED) -> None:
         self.device = device
         self.measured = dict(measured or {})
+        self.tuned = tuned
         self.machine = Machine(device)
 
     def op(self, op: HeavyOp, groups: int, rows: int = 1, kernel: str | None = None) -> float:
         """One superkernel that runs `groups` problems of `op`, with `rows` lanes folded into each.
 
-        `kernel` is a name of coalesce.kernels; what `choose` picks for the device, if not given.
+        `kernel` is a name of coalesce.kernels; what was tuned, or else `choose`, picks for the device, if not given.
         """
-        kernel = kernel or choose(op, groups, self.device.platform)
+        kernel = kernel or self.tuned.kernel(op, groups, rows) or choose(op, groups, self.device.platform)
         if self.measured and (known := self.measured.get((op.key, kernel, groups, rows))) is not None:
             return known
+        if (alone := self.tuned.us(op, groups, rows, kernel)) is not None:
+            return self.launch + alone
         return self.launch if op.empty else BY_KERNEL[kernel](self.machine, op, groups, rows)
 
     def together(self, parts: Sequence[tuple[HeavyOp, int, int]]) -> float:
         """One launch of the horizontal kernel for (op, groups, rows) of any shapes. What a measurement says of one of
         them alone holds for its arithmetic in company."""
-        slower = [
-            self.op(*part, kernel="indexed_gemm") / indexed_gemm(self.machine, *part) if self.measured else 1.0
-            for part in parts
-        ]
+        slower = [self.op(*part, kernel="indexed_gemm") / indexed_gemm(self.machine, *part) for part in parts]
         return horizontal(self.machine, parts, slower)
 
     def patches(self, op: HeavyOp, groups: int, rows: int = 1) -> float:

@@ -4,11 +4,12 @@
     layout(op)              the layout in which it reads a row of right operands
     run(op, lhs, rhs)       lhs [G, R, *op.lhs.shape], rhs [G, *layout(op).of(op.rhs.shape)] -> [G, R, *op.out.shape]
 
-A kernel of FUSING runs elementwise work on its result before it writes it: run(..., epilogue=, operands=).
+A kernel of FUSING runs elementwise work on its result before it writes it, in tiles of a size that may be given:
+run(..., epilogue=, operands=, blocks=).
 
 G counts problems with distinct right operands (weights), R the lanes that share one. Lanes never mix: no kernel reduces
-over G or R, and what a kernel pads it cuts away. `choose` is the one function that picks; a tuning database replaces
-it.
+over G or R, and what a kernel pads it cuts away. `choose` picks by rule; what was measured (coalesce.tuning) goes
+before it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import batched_dot, batched_matvec, conv_grouped, conv_slices, indexed_gemm, separate
 from coalesce.kernels.epilogue import Epilogue
@@ -30,7 +32,15 @@ class Kernel(Protocol):
 
 class FusingKernel(Kernel, Protocol):
     def run(
-        self, op: HeavyOp, lhs: Any, rhs: Any, /, *, epilogue: Epilogue | None = None, operands: Sequence[Any] = ()
+        self,
+        op: HeavyOp,
+        lhs: Any,
+        rhs: Any,
+        /,
+        *,
+        epilogue: Epilogue | None = None,
+        operands: Sequence[Any] = (),
+        blocks: Blocks | None = None,
     ) -> Any: ...
 
 
@@ -44,6 +54,9 @@ KERNELS: Mapping[str, Kernel] = {
 }
 
 FUSING: Mapping[str, FusingKernel] = {"indexed_gemm": indexed_gemm}
+
+# Measurements of other versions are not used: raise it when a kernel's time changes, whatever the reason.
+VERSION = 1
 
 # On a CPU, slices win only while the patch matrix stays in cache (measured with 8 lanes, 8x8x16 to 56x56x64).
 CPU_PATCH_BYTES = 256 * 1024

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import as_product
 from coalesce.kernels.epilogue import Epilogue, WHOLE
-from coalesce.kernels.tiles import arrays_of, Blocks, by_columns, Source, Tiled
+from coalesce.kernels.tiles import arrays_of, by_columns, Source, Tiled
 from coalesce.kernels.triton import launch
 from coalesce.kernels.windows import Windows, windows_of
 from coalesce.layout import AS_IS, Layout

@@ -14,22 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
 from coalesce.kernels.epilogue import Epilogue, WHOLE
 from coalesce.kernels.triton import both, div, dot, load, rem, store
 from coalesce.kernels.windows import Windows, windows_of
 from coalesce.slab import Cut
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """The tile of a program, [m, n] of the result in steps of k; powers of two, 16 at least."""
-
-    m: int
-    n: int
-    k: int
-    warps: int = 4
-    stages: int = 3
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from experiments.measure import timed
-
 NOISE = np.random.default_rng(0).standard_normal(1 << 16)  # a GPU runs at a higher clock on zeros
 
 
@@ -59,6 +57,13 @@ def chain(work: Work, runs: int, index: Any, seed: Any, x: Any, *weights: Any) -
 
 def array(struct: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.device_put(np.resize(NOISE.astype(struct.dtype), struct.shape))
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Seconds of one call, until its results are there."""
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
 
 
 def in_program_us(work: Work, runs: int, *, repeats: int, seconds: float) -> float:

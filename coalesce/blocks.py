@@ -1,0 +1,19 @@
+"""The sizes in which a tiled kernel works: what a tuner varies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The tile of a program, [m, n] of the result in steps of k; powers of two, 16 at least."""
+
+    m: int
+    n: int
+    k: int
+    warps: int = 4
+    stages: int = 3
+
+    def __str__(self) -> str:
+        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages}"

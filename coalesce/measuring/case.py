@@ -1,0 +1,106 @@
+"""A pack as a small program of its own: its op at its width, with the elementwise work that follows it.
+
+A kernel that can runs that work in itself; for the others it is left to XLA, in the same program, so that both do the
+same. What a program would read from memory, weights that no other kernel has touched, is what `Case.rhs` stands for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from coalesce import jaxpr as J
+from coalesce.blocks import Blocks
+from coalesce.bundle import epilogue_reads, Pack, packs, problems
+from coalesce.compile import fuse
+from coalesce.heavy import HeavyOp
+from coalesce.kernels import choose, FUSING, indexed_gemm, KERNELS
+from coalesce.kernels.epilogue import Epilogue, WHOLE
+from coalesce.lower_pack import epilogue_of
+from coalesce.program import Program
+from coalesce.tuning import Key, key_of
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to tune."""
+
+    key: Key
+    op: HeavyOp
+    epilogue: Epilogue | None
+    steps: str  # the epilogue's primitives
+    reads: tuple[jax.ShapeDtypeStruct, ...]  # what the epilogue reads, for all lanes
+    times: int  # how many packs of the programs are this one
+
+    @property
+    def lhs(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((self.key.width, self.key.rows, *self.op.lhs.shape), self.op.lhs.dtype)
+
+    def rhs(self, kernel: str) -> jax.ShapeDtypeStruct:
+        """The right operands as a kernel reads them."""
+        row = KERNELS[kernel].layout(self.op).of(self.op.rhs.shape)
+        return jax.ShapeDtypeStruct((self.key.width, *row), self.op.rhs.dtype)
+
+    def run(self, kernel: str, blocks: Blocks | None) -> Callable[..., Any]:
+        """(lhs, rhs, *reads) -> what the pack leaves."""
+
+        def fusing(x: Any, w: Any, *given: Any) -> Any:
+            return FUSING[kernel].run(self.op, x, w, epilogue=self.epilogue, operands=given, blocks=blocks)
+
+        def plain(x: Any, w: Any, *given: Any) -> Any:
+            y = KERNELS[kernel].run(self.op, x, w)
+            if self.epilogue is None:
+                return y
+            whole = [spread(self.op, z, kind, y.shape) for z, kind in zip(given, self.epilogue.kinds, strict=True)]
+            return self.epilogue.apply(y, *whole)
+
+        return fusing if kernel in FUSING else plain
+
+
+def spread(op: HeavyOp, given: Any, kind: str, shape: Sequence[int]) -> Any:
+    """An operand of an epilogue, over all rows of the result."""
+    if kind == WHOLE:
+        return given
+    own = 1
+    if op.kind == "dot":
+        ((contracted, _), (batch, _)) = op.params["dimension_numbers"]
+        own = len(op.rhs.shape) - len(batch) - len(contracted)
+    start = len(shape) - own
+    return jnp.broadcast_to(given.reshape(*shape[:2], *[1] * (start - 2), *shape[start:]), shape)
+
+
+def wherever_it_can(op: HeavyOp, groups: int, platform: str) -> str:
+    """A choice of kernels that shows what elementwise work follows each op."""
+    return "indexed_gemm" if indexed_gemm.supports(op) else choose(op, groups, platform)
+
+
+def cases(programs: Sequence[Program], device: str, platform: str | None = None) -> list[Case]:
+    """What the packs of the fused programs are, each once, in the order of the program. Of packs that differ in their
+    elementwise work alone, the work that most of them have."""
+    bundle = fuse(programs, choose_kernel=wherever_it_can, platform=platform, tuned=False).bundle
+    found: dict[Key, list[Pack]] = {}
+    for pack in packs(bundle.schedule):
+        if not pack.op.empty:
+            width, rows = problems(pack, bundle.families)
+            found.setdefault(key_of(pack.op, width, rows, device), []).append(pack)
+    return [case(key, same) for key, same in found.items()]
+
+
+def case(key: Key, same: Sequence[Pack]) -> Case:
+    ((steps, _),) = Counter(steps_of(pack) for pack in same).most_common(1)
+    pack = next(pack for pack in same if steps_of(pack) == steps)
+    epilogue = epilogue_of(pack) if pack.epilogue else None
+    lanes, reads = (key.width, key.rows), []
+    for atom, kind in zip(epilogue_reads(pack), epilogue.kinds if epilogue else (), strict=True):
+        own = pack.op.out.shape if kind == WHOLE else (pack.op.n,)
+        reads.append(jax.ShapeDtypeStruct((*lanes, *own), J.dtype(atom)))
+    return Case(key, pack.op, epilogue, steps, tuple(reads), len(same))
+
+
+def steps_of(pack: Pack) -> str:
+    return " ".join(step.eqn.primitive.name for step in pack.epilogue)

@@ -1,0 +1,117 @@
+"""`tune`: measure the candidates for every pack of some programs and keep what was found, case by case.
+
+What the database knows already is skipped, and the file is written after each case: an interrupted run goes on where it
+was. With workers, processes compile the candidates of different cases at once, and take turns at timing them.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import as_completed, ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from coalesce.bank import default_device
+from coalesce.measuring.case import Case, cases
+from coalesce.measuring.measure import entry_of, measure, Times
+from coalesce.program import Program
+from coalesce.tuning import Database, Entry, load, packaged, save
+from coalesce.tuning.candidates import candidates
+from coalesce.tuning.show import op_name, rivals
+
+Source = Callable[[], Sequence[Program]]  # with workers: hashable, and picklable
+
+
+def on_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def tune(
+    source: Source,
+    out: Path,
+    *,
+    workers: int = 0,
+    seconds: float = math.inf,
+    force: bool = False,
+    say: Callable[[str], None] = on_stderr,
+) -> Database:
+    """The database of the file `out`, with entries for what the programs of `source` run on the default device.
+
+    Args:
+      workers: processes that compile; 0: all in this one.
+      seconds: no case is begun after so many.
+      force: measure again what is known.
+    """
+    start = time.time()
+    database = load(out) if out.exists() else Database()
+    known = database.over(packaged()).entries
+    everything = cases_of(source)
+    todo = [i for i, case in enumerate(everything) if force or case.key not in known]
+    say(f"{len(everything)} cases on {default_device().device_kind}, {len(everything) - len(todo)} of them known")
+    results = at_once if workers else in_turn
+    for done, (i, times) in enumerate(results(source, todo, start + seconds, workers), start=1):
+        case = everything[i]
+        left = (time.time() - start) / done * (len(todo) - done)
+        where = f"{done}/{len(todo)}, {left / 60:.0f} min left"
+        if isinstance(times, str) or (entry := entry_of(case, times)) is None:
+            say(f"[{where}] {case_name(case)}: {times if isinstance(times, str) else 'no candidate ran'}")
+            continue
+        database = database.with_entry(case.key, entry)
+        save(database, out)
+        say(f"[{where}] {line(case, entry)}")
+    return database
+
+
+def line(case: Case, entry: Entry) -> str:
+    ran = sum(us is not None for us in entry.tried.values())
+    best, other = rivals(entry)
+    return f"{case_name(case)}: {best}, then {other or 'nothing'} ({ran} of {len(entry.tried)} ran)"
+
+
+def case_name(case: Case) -> str:
+    return f"{case.times} x {op_name(case.key)} x{case.key.width}"
+
+
+@cache  # for each process, which is given cases by their number
+def cases_of(source: Source) -> list[Case]:
+    return cases(source(), default_device().device_kind)
+
+
+def candidate_times(source: Source, i: int, lock: Any = None) -> Times | str:
+    """What the candidates of a case took, or why they could not be measured."""
+    case = cases_of(source)[i]
+    try:
+        return measure(case, candidates(case.op, case.key.width, case.key.rows, jax.default_backend()), lock)
+    except jax.errors.JaxRuntimeError as e:  # such as: operands that memory does not hold
+        return f"not measured: {str(e).splitlines()[0]}"
+
+
+def in_turn(source: Source, todo: Sequence[int], until: float, workers: int) -> Iterator[tuple[int, Times | str]]:
+    for i in todo:
+        if time.time() > until:
+            return
+        yield i, candidate_times(source, i)
+
+
+def at_once(source: Source, todo: Sequence[int], until: float, workers: int) -> Iterator[tuple[int, Times | str]]:
+    context = get_context("spawn")  # what has touched a GPU must not fork
+    with context.Manager() as manager, ProcessPoolExecutor(workers, mp_context=context) as pool:
+        lock = manager.Lock()
+        begun = {pool.submit(unless_late, source, i, until, lock): i for i in todo}
+        try:
+            for future in as_completed(begun):
+                if (times := future.result()) is not None:
+                    yield begun[future], times
+        finally:
+            pool.shutdown(cancel_futures=True)  # what waits; an interrupt ends what runs
+
+
+def unless_late(source: Source, i: int, until: float, lock: Any) -> Times | str | None:
+    return candidate_times(source, i, lock) if time.time() <= until else None

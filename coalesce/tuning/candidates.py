@@ -1,0 +1,74 @@
+"""What is worth measuring for an op: kernels, and block sizes of those that are tiled, some tens in all.
+
+Blocks are every power of two that the rules below leave. They leave out what cannot run, what computes mostly padding,
+what leaves most of the device idle, and what never came within 2% of the best for 16 ResNet-50 on an H200.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+from coalesce.blocks import Blocks
+from coalesce.heavy import HeavyOp
+from coalesce.kernels import FUSING, indexed_gemm, KERNELS
+from coalesce.kernels.indexed_gemm import power
+from coalesce.kernels.windows import windows_of
+
+Candidate = tuple[str, Blocks | None]  # (kernel, its blocks if it is tiled)
+
+SHARED_BYTES = 200 * 1024  # of 227 KiB that a program may have on an H100
+ROW_BYTES = 256  # of a step's row
+SEPARATE = 8  # problems on a GPU: more of them one by one are slow to compile, and slow
+CORES = 132  # of an H100
+
+
+def candidates(op: HeavyOp, width: int, rows: int, platform: str) -> list[Candidate]:
+    """For `width` problems of `op`, `rows` lanes on each."""
+    plain: list[Candidate] = [
+        (name, None) for name in KERNELS if name not in FUSING and is_sensible(name, op, width, platform)
+    ]
+    plain = plain or [("separate", None)]
+    if platform == "cpu" or not indexed_gemm.supports(op):  # on a CPU it is interpreted
+        return plain
+    return plain + [("indexed_gemm", blocks) for blocks in tiles(op, width, rows)]
+
+
+def is_sensible(kernel: str, op: HeavyOp, width: int, platform: str) -> bool:
+    if not KERNELS[kernel].supports(op):
+        return False
+    if kernel == "batched_matvec":
+        return op.m == 1
+    return kernel != "separate" or platform == "cpu" or width <= SEPARATE
+
+
+def tiles(op: HeavyOp, width: int, rows: int) -> Iterator[Blocks]:
+    height, columns, itemsize = rows * op.m, op.n, op.lhs.dtype.itemsize
+    channels = windows_of(op).channels
+    depth = power(channels if channels >= 32 else op.k)  # what one step can take in
+    sizes = product((16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (16, 32, 64, 128), (4, 8), (2, 3, 4))
+    for m, n, k, warps, stages in sizes:
+        area, steps = m * n, -(-op.k // k)
+        count = -(-height // m) * -(-columns // n) * width * op.batch
+        wasteful = m > power(height) or n > power(columns) or k > max(32, depth)
+        too_large = (
+            (m + n) * k * itemsize * stages > SHARED_BYTES
+            or k * itemsize > ROW_BYTES
+            or (area > 64 * 32 and count < CORES // 2)  # most of the device would idle
+            or (area > 128 * 128 and (count < 2 * CORES or op.k < 512))
+            or area > 128 * 256
+        )
+        too_small = (
+            (area < 64 * 32 and height > 32 and columns > 16)
+            or (m == 16 and height > 128)
+            or (n == 16 and columns > 32)
+            or (k == 16 and channels >= 32)
+        )
+        badly_run = (
+            (warps == 8 and area < 64 * 64)
+            or (warps == 4 and area > 64 * 128)
+            or (stages > 2 and stages > steps)  # nothing to fetch ahead
+            or (stages == 2 and steps > 4)
+        )
+        if not (wasteful or too_large or too_small or badly_run):
+            yield Blocks(m, n, k, warps, stages)

@@ -1,0 +1,112 @@
+"""Entries in a file: JSON, one entry a line in the order of their keys, so that a change of one is a change of a line.
+
+    {"format": 1, "entries": [
+    {"device": "NVIDIA H200", "version": 1, "op": "dot ...", "width": 16, "rows": 1, "kernel": "indexed_gemm", ...}
+    ]}
+
+Coalesce brings entries along (tuned.json beside this file); those of the user's own file go before them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from coalesce.errors import TuningError
+from coalesce.tuning.entry import blocks_of, Entry, Key, named
+
+FORMAT = 1
+PACKAGED = Path(__file__).parent / "tuned.json"
+
+
+@dataclass(frozen=True)
+class Database:
+    entries: Mapping[Key, Entry] = field(default_factory=dict)
+
+    def with_entry(self, key: Key, entry: Entry) -> Database:
+        return Database({**self.entries, key: entry})
+
+    def over(self, others: Database) -> Database:
+        """Both, and for a key of both this one's entry."""
+        return Database({**others.entries, **self.entries})
+
+    def __str__(self) -> str:
+        """The text of its file."""
+        lines = ",\n".join(json.dumps(row(key, self.entries[key])) for key in sorted(self.entries))
+        return f'{{"format": {FORMAT}, "entries": [\n{lines}\n]}}\n'
+
+
+def user_file() -> Path:
+    """$COALESCE_TUNED, or ~/.cache/coalesce/tuned.json."""
+    return Path(os.environ.get("COALESCE_TUNED") or Path.home() / ".cache" / "coalesce" / "tuned.json")
+
+
+@cache
+def packaged() -> Database:
+    return load(PACKAGED)
+
+
+def load(path: Path) -> Database:
+    """Raises TuningError if there is no such file, or it is no database of this format."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise TuningError(
+            f"{path} cannot be read: {e.strerror}; python -m coalesce tune --out {path} makes it"
+        ) from None
+    except ValueError as e:
+        raise TuningError(f"{path} is no tuning database ({e}); remove it, or restore it, and tune again") from None
+    found = data.get("format") if isinstance(data, dict) else None
+    if found != FORMAT:
+        raise TuningError(
+            f"{path} has format {found}, and this version of Coalesce reads format {FORMAT}; tune into another file"
+        )
+    try:
+        return Database(dict(map(entry_of, data["entries"])))
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise TuningError(
+            f"{path} has an entry that is none ({type(e).__name__}: {e}); remove its line, or the file, and tune again"
+        ) from None
+
+
+def save(database: Database, path: Path) -> None:
+    """Write it beside the file and rename, so that whoever reads or interrupts sees the old or the new one."""
+    written = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written.write_text(str(database), encoding="utf-8")
+        written.replace(path)
+    except OSError as e:
+        raise TuningError(f"{path} cannot be written: {e.strerror}; give another file with --out") from None
+
+
+def row(key: Key, entry: Entry) -> dict[str, Any]:
+    """An entry as JSON, without what it does not have."""
+    tried = {name: us for name, us in sorted(entry.tried.items(), key=lambda item: (item[1] is None, item[1], item[0]))}
+    blocks = str(entry.blocks) if entry.blocks else None
+    fields = {**asdict(key), **asdict(entry), "blocks": blocks, "tried": tried}
+    return {name: value for name, value in fields.items() if value not in (None, "", {})}
+
+
+def entry_of(row: Mapping[str, Any]) -> tuple[Key, Entry]:
+    """Raises KeyError, TypeError or ValueError if it is none."""
+    key = Key(str(row["device"]), int(row["version"]), str(row["op"]), int(row["width"]), int(row["rows"]))
+    tried = {str(name): None if us is None else float(us) for name, us in row.get("tried", {}).items()}
+    for name in tried:
+        named(name)
+    company = row.get("company_us")
+    entry = Entry(
+        kernel=str(row["kernel"]),
+        us=float(row["us"]),
+        blocks=blocks_of(row["blocks"]) if "blocks" in row else None,
+        tried=tried,
+        epilogue=str(row.get("epilogue", "")),
+        jax=str(row.get("jax", "")),
+        company_us=None if company is None else float(company),
+    )
+    return key, entry

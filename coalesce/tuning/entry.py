@@ -1,0 +1,75 @@
+"""One measurement: what was measured, what won, and what else was tried."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from coalesce import jaxpr as J
+from coalesce.blocks import Blocks
+from coalesce.heavy import HeavyOp
+from coalesce.kernels import VERSION
+from coalesce.text import shown_params
+
+
+@dataclass(frozen=True, order=True)
+class Key:
+    device: str  # as JAX names the kind
+    version: int  # of coalesce.kernels
+    op: str  # op_text, dtypes included
+    width: int  # problems with right operands of their own
+    rows: int  # lanes on each
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Times are microseconds of kernels on a GPU, of the device otherwise; None: it did not compile or run.
+
+    A candidate is called by its kernel, and its blocks if it has some: "conv_slices", "indexed_gemm 64x64x32 w4 s3".
+    The kernel "separate" says that the problems are better run one by one than fused.
+    """
+
+    kernel: str
+    us: float
+    blocks: Blocks | None = None
+    tried: Mapping[str, float | None] = field(default_factory=dict)  # every candidate, the winner too
+    epilogue: str = ""  # the elementwise work that was measured with it: names of primitives
+    jax: str = ""  # the version of JAX
+    company_us: float | None = None  # beside another kernel; None: not measured
+
+    def best(self, kernel: str) -> tuple[Blocks | None, float] | None:
+        """(blocks, microseconds) of the fastest candidate of a kernel."""
+        times = [(us, name) for name, us in self.tried.items() if us is not None and name.split(" ")[0] == kernel]
+        if not times:
+            return (self.blocks, self.us) if kernel == self.kernel else None
+        us, name = min(times)
+        return named(name)[1], us
+
+
+def key_of(op: HeavyOp, width: int, rows: int, device: str) -> Key:
+    return Key(device, VERSION, op_text(op), width, rows)
+
+
+def op_text(op: HeavyOp) -> str:
+    """What decides the work of an op, in our own text form, which is the same under all versions of JAX."""
+    params = " ".join(shown_params(op.params))
+    return f"{op.kind} {J.short(op.lhs)} x {J.short(op.rhs)} -> {J.short(op.out)} [{params}]"
+
+
+def candidate_name(kernel: str, blocks: Blocks | None) -> str:
+    return f"{kernel} {blocks}" if blocks else kernel
+
+
+def named(candidate: str) -> tuple[str, Blocks | None]:
+    """The (kernel, blocks) that a candidate's name says."""
+    kernel, _, blocks = candidate.partition(" ")
+    return kernel, blocks_of(blocks) if blocks else None
+
+
+def blocks_of(text: str) -> Blocks:
+    """Raises ValueError if `text` is not what `str` of Blocks gives."""
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+)", text)
+    if not found:
+        raise ValueError(f"{text!r} are no blocks; expected such as 64x64x32 w4 s3")
+    return Blocks(*map(int, found.groups()))

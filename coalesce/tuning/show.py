@@ -1,0 +1,44 @@
+"""A database as a table."""
+
+from __future__ import annotations
+
+from coalesce.kernels import VERSION
+from coalesce.tuning.database import Database
+from coalesce.tuning.entry import candidate_name, Entry, Key
+
+HEADER = ("op", "dtype", "width", "kernel", "blocks", "us", "next best", "device")
+
+
+def table(database: Database) -> str:
+    rows = [HEADER, *(cells(key, database.entries[key]) for key in sorted(database.entries))]
+    sizes = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+    return "\n".join("  ".join(map(str.ljust, row, sizes)).rstrip() for row in rows)
+
+
+def cells(key: Key, entry: Entry) -> tuple[str, ...]:
+    width = str(key.width) + (f", {key.rows} lanes each" if key.rows > 1 else "")
+    device = key.device + ("" if key.version == VERSION else f", not used: of kernels {key.version}, not {VERSION}")
+    blocks = str(entry.blocks) if entry.blocks else ""
+    return op_name(key), dtype(key), width, entry.kernel, blocks, f"{entry.us:.1f}", rivals(entry)[1], device
+
+
+def dtype(key: Key) -> str:
+    """Of the left operand."""
+    return key.op.split(" ")[1].split("[")[0]
+
+
+def op_name(key: Key) -> str:
+    """An op without its parameters, and without the dtype that its operands share."""
+    return key.op.split(" [")[0].replace(f" {dtype(key)}[", " [")
+
+
+def rivals(entry: Entry) -> tuple[str, str]:
+    """The winner, and the fastest of other kernels, or else of other blocks; "" if nothing else ran."""
+    best = candidate_name(entry.kernel, entry.blocks)
+    others = [(us, name) for name, us in entry.tried.items() if us is not None and name != best]
+    others = [other for other in others if other[1].split(" ")[0] != entry.kernel] or others
+    return text(best, entry.us), text(min(others)[1], min(others)[0]) if others else ""
+
+
+def text(name: str, us: float) -> str:
+    return f"{name} {us:.1f} us"

@@ -1,0 +1,80 @@
+"""A database as the compiler asks it: what was measured for an op on one kind of device.
+
+An op at a width that was not tuned gets what won at the nearest width that was, if that is at most WITHIN times as wide
+or as narrow: the work of one problem is the same, and only how many tiles there are differs. Times are of the very
+width that was measured, or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from pathlib import Path
+
+from coalesce.blocks import Blocks
+from coalesce.errors import TuningError
+from coalesce.heavy import HeavyOp
+from coalesce.kernels import KERNELS, VERSION
+from coalesce.tuning.database import Database, load, packaged, user_file
+from coalesce.tuning.entry import Entry, op_text
+
+WITHIN = 4
+
+
+class Tuned:
+    """The entries for one kind of device and this version of the kernels."""
+
+    def __init__(self, database: Database, device: str) -> None:
+        self.widths: dict[tuple[str, int], dict[int, Entry]] = {}  # (op, rows) -> width -> entry
+        for key, entry in database.entries.items():
+            if (key.device, key.version) == (device, VERSION):
+                self.widths.setdefault((key.op, key.rows), {})[key.width] = entry
+        self.texts: dict[Hashable, str] = {}  # op_text by op.key: a search asks for the same ops many times
+
+    def kernel(self, op: HeavyOp, width: int, rows: int) -> str | None:
+        """The kernel that was fastest."""
+        entry = self.nearest(op, width, rows)
+        known = entry is not None and entry.kernel in KERNELS and KERNELS[entry.kernel].supports(op)
+        return entry.kernel if entry and known else None
+
+    def blocks(self, op: HeavyOp, width: int, rows: int, kernel: str) -> Blocks | None:
+        """The blocks that were fastest for a kernel, whether or not it was the fastest itself."""
+        entry = self.nearest(op, width, rows)
+        best = entry.best(kernel) if entry else None
+        return best[0] if best else None
+
+    def us(self, op: HeavyOp, width: int, rows: int, kernel: str) -> float | None:
+        entry = self.of(op, rows).get(width)
+        best = entry.best(kernel) if entry else None
+        return best[1] if best else None
+
+    def nearest(self, op: HeavyOp, width: int, rows: int) -> Entry | None:
+        found = self.of(op, rows)
+        near = [w for w in found if w <= WITHIN * width and width <= WITHIN * w]
+        return found[min(near, key=lambda w: (max(w, width) / min(w, width), w))] if near else None
+
+    def of(self, op: HeavyOp, rows: int) -> dict[int, Entry]:
+        """Entries by width."""
+        if not self.widths:
+            return {}
+        text = self.texts.get(op.key)
+        if text is None:
+            text = self.texts[op.key] = op_text(op)
+        return self.widths.get((text, rows), {})
+
+
+UNTUNED = Tuned(Database(), "")
+
+
+def tuned_on(device: str, given: Database | str | Path | bool | None = None) -> Tuned:
+    """None or True: what Coalesce brings along, under the user's own entries; False: nothing; or a database, or its
+    file, and nothing else."""
+    if given is False:
+        return UNTUNED
+    if isinstance(given, Database):
+        return Tuned(given, device)
+    if isinstance(given, str | Path):
+        return Tuned(load(Path(given)), device)
+    if given not in (None, True):
+        raise TuningError(f"tuned is {given!r}; expected None, False, a Database or the path of one")
+    own = user_file()
+    return Tuned(load(own).over(packaged()) if own.exists() else packaged(), device)
