@@ -10,7 +10,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 from coalesce.costs.devices import Device
 from coalesce.costs.machine import Machine
-from coalesce.costs.superkernels import BY_KERNEL, horizontal, im2col, indexed_gemm
+from coalesce.costs.superkernels import BY_KERNEL, horizontal, im2col
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import choose
 from coalesce.tuning import Tuned, UNTUNED
@@ -34,17 +34,20 @@ class Costs:
         `kernel` is a name of coalesce.kernels; what was tuned, or else `choose`, picks for the device, if not given.
         """
         kernel = kernel or self.tuned.kernel(op, groups, rows) or choose(op, groups, self.device.platform)
-        if self.measured and (known := self.measured.get((op.key, kernel, groups, rows))) is not None:
+        if (known := self.known(op, groups, rows, kernel)) is not None:
             return known
-        if (alone := self.tuned.us(op, groups, rows, kernel)) is not None:
-            return self.launch + alone
         return self.launch if op.empty else BY_KERNEL[kernel](self.machine, op, groups, rows)
 
+    def known(self, op: HeavyOp, groups: int, rows: int, kernel: str) -> float | None:
+        """What was measured of it."""
+        if self.measured and (us := self.measured.get((op.key, kernel, groups, rows))) is not None:
+            return us
+        alone = self.tuned.us(op, groups, rows, kernel)
+        return None if alone is None else self.launch + alone
+
     def together(self, parts: Sequence[tuple[HeavyOp, int, int]]) -> float:
-        """One launch of the horizontal kernel for (op, groups, rows) of any shapes. What a measurement says of one of
-        them alone holds for its arithmetic in company."""
-        slower = [self.op(*part, kernel="indexed_gemm") / indexed_gemm(self.machine, *part) for part in parts]
-        return horizontal(self.machine, parts, slower)
+        """One launch of the horizontal kernel for (op, groups, rows) of any shapes."""
+        return horizontal(self.machine, parts, [self.known(*part, "indexed_gemm") for part in parts])
 
     def patches(self, op: HeavyOp, groups: int, rows: int = 1) -> float:
         """The patches of a convolution, where they are not part of `op`'s kernel."""

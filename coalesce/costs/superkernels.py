@@ -11,9 +11,11 @@ from typing import Any
 
 from coalesce.costs.arithmetic import rate
 from coalesce.costs.machine import Machine
+from coalesce.costs.product import Product, together_us
 from coalesce.heavy import HeavyOp
 
 REPACKED = 3  # a convolution of the library wants weights in another layout: read, written, read
+SHORTEST = 0.01  # microseconds: of a measured kernel, without its launch
 INTERPRETED = 1000  # times as slow, roughly
 FUSED_TAPS = 9  # of a window whose patches are one kernel on a GPU: 3x3 is, 7x7 is not (compiled for an H100)
 
@@ -101,12 +103,16 @@ def indexed_gemm(machine: Machine, op: HeavyOp, groups: int, rows: int) -> float
     return us if machine.device.platform == "gpu" else INTERPRETED * us
 
 
-def horizontal(machine: Machine, parts: Sequence[tuple[HeavyOp, int, int]], slower: Sequence[float]) -> float:
-    """One launch for (op, groups, rows) of any shapes; `slower` says how many times as slow each is as the model."""
-    products = [
-        (rate(op, machine.device) / times, groups * op.batch, rows * op.m, op.n, op.k)
-        for (op, groups, rows), times in zip(parts, slower, strict=True)
-    ]
+def horizontal(machine: Machine, parts: Sequence[tuple[HeavyOp, int, int]], measured: Sequence[float | None]) -> float:
+    """One launch for (op, groups, rows) of any shapes. What was `measured` of one alone, in a launch of its own, is
+    what its tiles take in company too, whatever holds them up."""
+    device, products = machine.device, list[Product]()
+    for (op, groups, rows), us in zip(parts, measured, strict=True):
+        product = rate(op, device), groups * op.batch, rows * op.m, op.n, op.k
+        if us is not None:
+            faster = together_us(device, [product]) / max(us - device.launch_us, SHORTEST)
+            product = product[0] * faster, *product[1:]
+        products.append(product)
     weights = sum(groups * nbytes(op.rhs) for op, groups, _ in parts)
     moved = sum(groups * rows * (nbytes(op.lhs) + nbytes(op.out)) for op, groups, rows in parts)
     us = machine.together(products, weights, moved)
