@@ -111,6 +111,23 @@ def test_the_nearest_width_within_a_factor_of_four():
     assert tuned.us(DOT, 15, 1, "indexed_gemm") is None
 
 
+def test_an_h100_takes_the_kernels_of_an_h200_and_not_its_times():
+    h100, h200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
+    tuned = Tuned(Database({replace(key, device=h200): entry for key, entry in database(16).entries.items()}), h100)
+    assert tuned.kernel(DOT, 16, 1) == "indexed_gemm"
+    assert tuned.us(DOT, 16, 1, "indexed_gemm") is None
+    own = replace(ENTRY, kernel="batched_dot", blocks=None)
+    both = Database(
+        {
+            replace(key, device=device): entry
+            for device, entry in ((h200, ENTRY), (h100, own))
+            for key in database(16).entries
+        }
+    )
+    assert Tuned(both, h100).kernel(DOT, 16, 1) == "batched_dot"
+    assert Tuned(both, h200).kernel(DOT, 16, 1) == "indexed_gemm"
+
+
 def test_only_the_same_op_lanes_device_and_version():
     tuned = Tuned(database(16), GPU)
     assert tuned.kernel(DOT, 16, 1) == "indexed_gemm"
@@ -143,10 +160,10 @@ def test_what_is_used(tmp_path, monkeypatch):
     monkeypatch.setenv("COALESCE_TUNED", str(tmp_path / "tuned.json"))
     expected = {False: None, None: packaged().entries[key]}
     for given, entry in expected.items():
-        assert tuned_on(key.device, given).widths.get((key.op, key.rows), {}).get(key.width) == entry
+        assert tuned_on(key.device, given).own.get((key.op, key.rows), {}).get(key.width) == entry
     save(own, tmp_path / "tuned.json")
     for given in (None, own, tmp_path / "tuned.json", str(tmp_path / "tuned.json")):
-        assert tuned_on(key.device, given).widths[key.op, key.rows][key.width].kernel == "separate"
+        assert tuned_on(key.device, given).own[key.op, key.rows][key.width].kernel == "separate"
 
 
 def test_measured_times_go_before_predicted_ones():

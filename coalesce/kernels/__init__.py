@@ -75,7 +75,7 @@ def choose(op: HeavyOp, groups: int, platform: str) -> str:
     - Grouped and depthwise convolutions: one grouped convolution on a GPU; on a CPU one by one.
     - Other convolutions: slices and a batched dot on a GPU (faster than cuDNN at batch 1 even for one problem), and for
       few rows on a CPU; else one by one there, as Eigen's convolution beats a patch matrix that leaves the cache.
-    - indexed_gemm only where a caller asks for it, until it has been measured against these.
+    - indexed_gemm only where it was tuned and won, or where a caller asks for it.
     """
     cpu = platform == "cpu"
     if op.kind == "dot":

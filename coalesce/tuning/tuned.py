@@ -19,15 +19,18 @@ from coalesce.tuning.entry import Entry, op_text
 
 WITHIN = 4
 
+# The same chip with another memory: what is fastest is the same, times are not.
+KIN = {"NVIDIA H100 80GB HBM3": "NVIDIA H200", "NVIDIA H200": "NVIDIA H100 80GB HBM3"}
+
+Widths = dict[tuple[str, int], dict[int, Entry]]  # (op, rows) -> width -> entry
+
 
 class Tuned:
-    """The entries for one kind of device and this version of the kernels."""
+    """The entries for one kind of device and this version of the kernels; where there are none, those of its kin."""
 
     def __init__(self, database: Database, device: str) -> None:
-        self.widths: dict[tuple[str, int], dict[int, Entry]] = {}  # (op, rows) -> width -> entry
-        for key, entry in database.entries.items():
-            if (key.device, key.version) == (device, VERSION):
-                self.widths.setdefault((key.op, key.rows), {})[key.width] = entry
+        self.own = widths(database, device)
+        self.kin = widths(database, KIN.get(device, ""))
         self.texts: dict[Hashable, str] = {}  # op_text by op.key: a search asks for the same ops many times
 
     def kernel(self, op: HeavyOp, width: int, rows: int) -> str | None:
@@ -43,23 +46,34 @@ class Tuned:
         return best[0] if best else None
 
     def us(self, op: HeavyOp, width: int, rows: int, kernel: str) -> float | None:
-        entry = self.of(op, rows).get(width)
+        entry = self.of(op, rows, self.own).get(width)
         best = entry.best(kernel) if entry else None
         return best[1] if best else None
 
     def nearest(self, op: HeavyOp, width: int, rows: int) -> Entry | None:
-        found = self.of(op, rows)
-        near = [w for w in found if w <= WITHIN * width and width <= WITHIN * w]
-        return found[min(near, key=lambda w: (max(w, width) / min(w, width), w))] if near else None
+        for entries in (self.own, self.kin):
+            found = self.of(op, rows, entries)
+            near = [w for w in found if w <= WITHIN * width and width <= WITHIN * w]
+            if near:
+                return found[min(near, key=lambda w: (max(w, width) / min(w, width), w))]
+        return None
 
-    def of(self, op: HeavyOp, rows: int) -> dict[int, Entry]:
+    def of(self, op: HeavyOp, rows: int, entries: Widths) -> dict[int, Entry]:
         """Entries by width."""
-        if not self.widths:
+        if not entries:
             return {}
         text = self.texts.get(op.key)
         if text is None:
             text = self.texts[op.key] = op_text(op)
-        return self.widths.get((text, rows), {})
+        return entries.get((text, rows), {})
+
+
+def widths(database: Database, device: str) -> Widths:
+    found: Widths = {}
+    for key, entry in database.entries.items():
+        if (key.device, key.version) == (device, VERSION):
+            found.setdefault((key.op, key.rows), {})[key.width] = entry
+    return found
 
 
 UNTUNED = Tuned(Database(), "")
