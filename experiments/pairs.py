@@ -51,9 +51,9 @@ def reference(cell: Cell) -> list[np.ndarray]:
     return on_host(next(methods.sequential(cell.tenants, cell.options[-1])))
 
 
-def coalesced(cell: Cell, within_program: bool = False) -> Configurations:
+def coalesced(cell: Cell, within_program: bool = False, try_pallas: bool = True) -> Configurations:
     """coalesce.fuse by its public call; on a GPU with Pallas kernels too, wherever they run."""
-    pallas = {"Pallas kernels": methods.by_pallas} if jax.default_backend() == "gpu" else {}
+    pallas = {"Pallas kernels": methods.by_pallas} if try_pallas and jax.default_backend() == "gpu" else {}
     kernels = {**methods.OWN_CHOICE, **pallas}
     return with_options(lambda tenants, options: methods.fused(tenants, options, within_program, kernels), cell)
 
