@@ -38,7 +38,7 @@ def fuse(
     pack_unbounded_loops: bool = False,
     costs: Costs | None = None,
     choose_kernel: Callable[..., str] = choose,
-    launches: bool = True,
+    launches: bool = False,
     tuned: Database | str | Path | bool | None = None,
     platform: str | None = None,
     strict: bool = False,
@@ -59,7 +59,7 @@ def fuse(
       costs: predictions for the device that will run it; those of the default device, or of the platform, unless given.
       choose_kernel: (HeavyOp, number of problems, platform) -> a name in coalesce.kernels.KERNELS.
       launches: let ops of different programs share a kernel launch as they are, whatever their shapes, where `policy`
-        and their kernels allow it. On a GPU "auto" pads and stacks only what cannot.
+        and their kernels allow it. On a GPU "auto" then pads and stacks only what cannot. Not timed yet.
       tuned: measured kernels and block sizes, used where the default device is of the kind that they were measured on:
         None: what Coalesce brings along, under the entries of the user's own database; False: none; or a database or
         its file. A `choose_kernel` goes before them, and its kernels get the blocks that were tuned for them.

@@ -21,7 +21,7 @@ def one_by_one(mix: Mix, options: Options, method: Method[Tenants]) -> Iterator[
         yield Candidate(parts[0].how, lambda parts=parts: [part.run() for part in parts], split)
 
 
-def fused(mix: Mix, options: Options, policy: str, waste_bound: float, launches: bool = True) -> Iterator[Candidate]:
+def fused(mix: Mix, options: Options, policy: str, waste_bound: float, launches: bool = False) -> Iterator[Candidate]:
     """coalesce.fuse of all tenants, by its public call."""
     programs = [
         coalesce.trace(tenants.apply, params, *inputs, name=f"model {m} tenant {i}")

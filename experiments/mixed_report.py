@@ -70,7 +70,7 @@ def gain_lines(rows: Sequence[Row]) -> Iterator[str]:
     found = {(row["set"], row["method"]): row for row in rows if not row["failed"]}
     for (name, method), row in found.items():
         never = found.get((name, "never"))
-        if method not in ("auto", "padded", "always") or never is None:
+        if method not in ("auto", "launches", "always") or never is None:
             continue
         facts, won = row["facts"], never["round_us_median"] - row["round_us_median"]
         measured = f"{won:+,.0f} us ({won / never['round_us_median']:+.1%})"

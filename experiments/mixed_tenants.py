@@ -7,9 +7,8 @@ model says so, and never slower.
 
 Times one round of all tenants of a set of models: one ahead-of-time executable a tenant (`sequential`), one fused
 program a model (`per_family`), and all in one fused program that packs within families alone (`never`), wherever the
-cost model predicts a gain (`auto`) and wherever it is legal (`always`). `padded` is `auto` without launches that ops of
-different shapes share as they are, which there are on a GPU alone: --methods=never,padded,auto shows what these win. A
-cell is one set; see tenant_scaling for how a cell is measured and how a second run goes on. Models are smaller on a CPU
+cost model predicts a gain (`auto`) and wherever it is legal (`always`). `launches` is `auto` with kernel launches that
+ops of different shapes share as they are, which there are on a GPU alone. A cell is one set; see tenant_scaling for how a cell is measured and how a second run goes on. Models are smaller on a CPU
 (--sizes); the header says what was set.
 """
 
@@ -40,7 +39,7 @@ SETS = {  # models, some with a field of their own
     "recurrent": ("lstm", "gru"),
     "everything": NAMES,
 }
-METHODS = ("sequential", "per_family", "never", "auto", "padded", "always")
+METHODS = ("sequential", "per_family", "never", "auto", "launches", "always")
 
 IMAGES = ("resnet18", "resnet34", "resnet50", "se_resnet50", "senet154", "mobilenetv2", "vgg16", "vit_ti16", "vit_b16")
 # Tables of DLRM are capped in both: they are looked up, and no heavy op reads them.
@@ -85,7 +84,7 @@ def chosen_methods() -> dict[str, Method[Mix]]:
     }
     for policy in ("never", "auto", "always"):
         configured[policy] = partial(mixed_methods.fused, policy=policy, waste_bound=FLAGS.waste_bound)
-    configured["padded"] = partial(mixed_methods.fused, policy="auto", waste_bound=FLAGS.waste_bound, launches=False)
+    configured["launches"] = partial(configured["auto"], launches=True)
     return {name: configured[name] for name in settings.wanted(METHODS)}
 
 

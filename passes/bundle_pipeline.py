@@ -37,7 +37,7 @@ def bundle_passes(
     policy: str = "auto",
     waste_bound: float = WASTE_BOUND,
     choice: Choice = choose,
-    launches: bool = True,
+    launches: bool = False,
     tuned: Tuned = UNTUNED,
     within_program: bool = False,
     pack_unbounded_loops: bool = False,

@@ -83,7 +83,7 @@ def test_counts_of_tenants_of_one_model(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_counts_within_a_program(name):
     heavy, _, superkernels = EXPECTED[name]
-    fused = coalesce.fuse(programs(name), platform="gpu", within_program=True, launches=False)
+    fused = coalesce.fuse(programs(name), platform="gpu", within_program=True)
     assert (fused.report.heavy_ops, fused.report.superkernels, fused.report.alone) == (TENANTS * heavy, superkernels, 0)
     assert count(fused.jaxpr, HEAVY) == superkernels
 
@@ -96,7 +96,7 @@ def test_sixteen_resnet50s_are_54_superkernels():
 
 def test_a_mix_of_three_families_is_packed_family_by_family():
     mix = [p for name in ("resnet18", "lstm", "bert_small") for p in programs(name)]
-    fused = coalesce.fuse(mix, platform="gpu", launches=False)
+    fused = coalesce.fuse(mix, platform="gpu")
     assert fused.report.families == 3
     assert fused.report.heavy_ops == 3 * (21 + 3 + 33)
     assert (fused.report.superkernels, fused.report.alone) == (21 + 3 + 33, 0)

@@ -116,7 +116,7 @@ def test_models_that_share_launches(names, dtype, limit):
         parts = [setup(name, dtype, 2) for name in names]
         tenants = [(m, p, x) for m, params, inputs in parts for p, x in zip(params, inputs, strict=True)]
         programs = [coalesce.trace(m.apply, p, *x, name=f"t{i}") for i, (m, p, x) in enumerate(tenants)]
-        fused = coalesce.fuse(programs)
+        fused = coalesce.fuse(programs, policy="always", choose_kernel=indexed, launches=True)
         assert fused.report.launches_shared
         results = fused([x for _, _, x in tenants])
         alone = [jax.jit(m.apply)(p, *x) for m, p, x in tenants]
@@ -128,7 +128,7 @@ def test_a_poisoned_tenant_reaches_no_other_through_a_launch():
     parts = [setup(name, "float32", 2) for name in SHARED["residual networks"]]
     tenants = [(m, p, x) for m, params, inputs in parts for p, x in zip(params, inputs, strict=True)]
     programs = [coalesce.trace(m.apply, p, *x, name=f"t{i}") for i, (m, p, x) in enumerate(tenants)]
-    fused = coalesce.fuse(programs)
+    fused = coalesce.fuse(programs, policy="always", choose_kernel=indexed, launches=True)
     inputs = [x for _, _, x in tenants]
     clean = [np.asarray(y) for y in fused(inputs)]
     dirty = [np.asarray(y) for y in fused([(jnp.full_like(inputs[0][0], np.nan),), *inputs[1:]])]

@@ -39,7 +39,7 @@ def test_mixed_tenants_compares_six_ways_to_serve_a_set(mix, tmp_path, capsys):
     }
     result = json.loads((tmp_path / "mixed_tenants_lanes2.json").read_text())
     rows = {row["method"]: row for row in result["rows"]}
-    assert list(rows) == ["sequential", "per_family", "never", "auto", "padded", "always"]
+    assert list(rows) == ["sequential", "per_family", "never", "auto", "launches", "always"]
     for row in rows.values():
         assert row["models"] == ["lstm", "gru"] and not row["failed"] and row["error"] <= 1e-5
     assert len(rows["sequential"]["tried"]) == 2

@@ -70,7 +70,9 @@ def test_two_programs(golden):
 
 
 def test_programs_of_any_shapes_are_right():
-    fused = check_fused([DENSE, CONVOLVED, CONVOLVED], policy="always", waste_bound=0.0, choose_kernel=indexed)
+    fused = check_fused(
+        [DENSE, CONVOLVED, CONVOLVED], policy="always", launches=True, waste_bound=0.0, choose_kernel=indexed
+    )
     assert sizes(fused.bundle) == [2, 1]
     report = fused.report
     assert (report.launches_shared, report.superkernels_across, report.ops_across, report.alone) == (1, 1, 3, 1)
@@ -87,7 +89,7 @@ MIXED = (mixed, {"a": array(4, 6), "b": array(5, 6)}, (array(3, 4), array(3, 5))
 def test_ops_of_one_program_share_a_launch_if_asked():
     assert sizes(always(planned(MIXED, CONVOLVED))) == [2, 1]
     assert sizes(always(planned(MIXED, CONVOLVED, within_program=True), within_program=True)) == [3]
-    check_fused([MIXED, CONVOLVED], policy="always", choose_kernel=indexed, within_program=True)
+    check_fused([MIXED, CONVOLVED], policy="always", launches=True, choose_kernel=indexed, within_program=True)
 
 
 def test_epilogues_read_nothing_of_their_launch():
@@ -109,7 +111,7 @@ def test_inside_loops_that_run_as_one():
         return {"own": array(4, 4), "up": array(4, size), "down": array(size, 4)}
 
     tenants = [(scanned, weights(size), (array(2, 4),)) for size in (3, 3, 17)]
-    fused = check_fused(tenants, policy="always", waste_bound=0.0, choose_kernel=indexed)
+    fused = check_fused(tenants, policy="always", launches=True, waste_bound=0.0, choose_kernel=indexed)
     assert (fused.report.loops_across, fused.report.launches_shared) == (1, 2)
 
 
@@ -121,7 +123,7 @@ def test_the_policy_auto_asks_the_cost_model(platform):
         coalesce.trace(m.apply, jax.eval_shape(m.init, jax.random.key(0)), *m.inputs(1), name=m.name)
         for m in (bert, resnet)
     ]
-    fused = coalesce.fuse(programs, platform=platform)
+    fused = coalesce.fuse(programs, platform=platform, launches=True)
     assert (fused.report.launches_shared > 0) == (platform == "gpu")
     launched = [record.launched for record in fused.bundle.records.values() if record.launched is not None]
     assert all(times.gain_us > COSTS.margin * times.apart_us for times in launched)
@@ -145,9 +147,9 @@ def test_tuned_blocks_come_along():
     blocks = Blocks(32, 16, 16, 4, 2)
     found = cases(programs, default_device().device_kind)
     known = Database({case.key: Entry("indexed_gemm", 1.0, blocks) for case in found})
-    fused = coalesce.fuse(programs, policy="always", waste_bound=0.0, choose_kernel=indexed, tuned=known)
+    fused = coalesce.fuse(programs, policy="always", launches=True, waste_bound=0.0, choose_kernel=indexed, tuned=known)
     assert sizes(fused.bundle) == [2, 1] and {pack.blocks for pack in packs(fused.bundle.schedule)} == {blocks}
-    check_fused([DENSE, CONVOLVED], policy="always", waste_bound=0.0, choose_kernel=indexed, tuned=known)
+    check_fused([DENSE, CONVOLVED], policy="always", launches=True, waste_bound=0.0, choose_kernel=indexed, tuned=known)
 
 
 def test_one_program_or_other_kernels_have_nothing_to_share():
@@ -178,7 +180,9 @@ def test_each_tenant_gets_what_it_gets_alone(cheap_compiles: None, length: int, 
     dtype = pick.choice([jnp.float32, jnp.float32, jnp.bfloat16, jnp.float16])
     draw = pick.choice([draw_kin, draw_tenants])
     found = draw(pick, length, 3, dtype)
-    case = case_of(pick, found, choose_kernel=indexed, policy="always", waste_bound=pick.choice([0.0, 0.4]))
+    case = case_of(
+        pick, found, choose_kernel=indexed, policy="always", launches=True, waste_bound=pick.choice([0.0, 0.4])
+    )
     program = fuse(case.found, case.options)
     check_plan(program.bundle, case.options["waste_bound"])
     results = program(inputs_of(case.found))
