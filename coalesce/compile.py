@@ -26,6 +26,7 @@ from coalesce.passes.bundle_pipeline import BundleStep, plan, POLICIES
 from coalesce.passes.pipeline import normalise, Normalised
 from coalesce.program import Program
 from coalesce.report import Report, report_of
+from coalesce.staged import Staged
 from coalesce.tuning import Database, Tuned, tuned_on
 
 
@@ -176,25 +177,37 @@ class Fused:
           InvalidInput: an input is not what its tenant was traced with; nothing has run then.
           TraceError: some program was traced from ShapeDtypeStructs and has no weights.
         """
+        bank = self._weights()
+        flat = self._caller.flatten(inputs)
+        compiled = self._compiled if self._compiled is not None else self.compile()
+        try:
+            results = compiled(bank, flat)
+        except TypeError:
+            if not any(isinstance(x, Tracer) for x in flat):
+                raise
+            results = self._function(bank, flat)  # under jit, vmap or grad: a part of the caller's program
+        except ValueError:
+            placed = on_device(flat)
+            if all(a is b for a, b in zip(placed, flat, strict=True)):
+                raise
+            results = compiled(bank, placed)  # inputs lay on another device
+        return self._caller.unflatten(results)
+
+    def staged(self) -> Staged:
+        """The same program for requests and results that lie stacked by family.
+
+        Raises:
+          TraceError: some program was traced from ShapeDtypeStructs and has no weights.
+        """
+        return Staged(self.bundle, self._caller, self._weights())
+
+    def _weights(self) -> list[jax.Array]:
         if self._bank is None:
             raise TraceError(
                 f"tenant {self._no_weights!r} was traced from ShapeDtypeStructs and has no weights; "
                 "trace it with its arrays"
             )
-        flat = self._caller.flatten(inputs)
-        compiled = self._compiled if self._compiled is not None else self.compile()
-        try:
-            results = compiled(self._bank, flat)
-        except TypeError:
-            if not any(isinstance(x, Tracer) for x in flat):
-                raise
-            results = self._function(self._bank, flat)  # under jit, vmap or grad: a part of the caller's program
-        except ValueError:
-            placed = on_device(flat)
-            if all(a is b for a, b in zip(placed, flat, strict=True)):
-                raise
-            results = compiled(self._bank, placed)  # inputs lay on another device
-        return self._caller.unflatten(results)
+        return self._bank
 
     @property
     def bundle(self) -> Bundle:

@@ -39,6 +39,7 @@ from coalesce.lanes import (
     plain,
     Shared,
     Stacked,
+    stacked,
     take,
 )
 from coalesce.lower_control import lower_loop
@@ -58,24 +59,49 @@ def lower(
     backend = backend or jax.default_backend()
 
     def fused(bank: Sequence[Any], inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        arrays = arrays_in(bundle, bank)
-        walk = Walk(bundle, arrays)
-        env: Env = {}
-        for f, family in enumerate(bundle.families):
-            for w, var in enumerate(family.weights):
-                if (f, w) in bundle.stored:
-                    env[f, var] = Banked(arrays[bundle.stored[f, w]], family.rows[w])
-            for i, var in enumerate(family.inputs):
-                env[f, var] = from_lanes([inputs[ln.tenant][ln.inputs[i]] for ln in family.lanes])
-        walk.run(bundle.schedule, env)
+        given = [
+            [from_lanes([inputs[ln.tenant][ln.inputs[i]] for ln in family.lanes]) for i in range(len(family.inputs))]
+            for family in bundle.families
+        ]
         outputs: list[list[Any]] = [[] for _ in bundle.tenants]
-        for f, family in enumerate(bundle.families):
-            results = [plain(walk.read(env, f, atom)) for atom in J.outvars(family.jaxpr)]
+        for family, results in zip(bundle.families, evaluated(bundle, bank, given), strict=True):
             for ln, values in zip(family.lanes, by_lane(results, family.width, backend), strict=True):
                 outputs[ln.tenant] = values
         return outputs
 
     return fused
+
+
+def lower_stacked(bundle: Bundle) -> Callable[[Sequence[Any], Sequence[Sequence[Any]]], list[list[Any]]]:
+    """The same for lanes that stay stacked: (bank, inputs [L,...] of each family) -> outputs [L,...] of each family."""
+
+    def fused(bank: Sequence[Any], inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        given: list[list[Shared | Stacked]] = [
+            [Stacked(x) if family.width > 1 else Shared(x.reshape(x.shape[1:])) for x in own]
+            for family, own in zip(bundle.families, inputs, strict=True)
+        ]
+        outputs = zip(bundle.families, evaluated(bundle, bank, given), strict=True)
+        return [[stacked(value, family.width) for value in results] for family, results in outputs]
+
+    return fused
+
+
+def evaluated(
+    bundle: Bundle, bank: Sequence[Any], inputs: Sequence[Sequence[Shared | Stacked]]
+) -> list[list[Shared | Stacked]]:
+    """Each family's outputs from its inputs."""
+    arrays = arrays_in(bundle, bank)
+    walk = Walk(bundle, arrays)
+    env: Env = {}
+    for f, (family, given) in enumerate(zip(bundle.families, inputs, strict=True)):
+        for w, var in enumerate(family.weights):
+            if (f, w) in bundle.stored:
+                env[f, var] = Banked(arrays[bundle.stored[f, w]], family.rows[w])
+        env.update(((f, var), value) for var, value in zip(family.inputs, given, strict=True))
+    walk.run(bundle.schedule, env)
+    return [
+        [plain(walk.read(env, f, atom)) for atom in J.outvars(family.jaxpr)] for f, family in enumerate(bundle.families)
+    ]
 
 
 def arrays_in(bundle: Bundle, bank: Sequence[Any]) -> list[Any]:

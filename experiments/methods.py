@@ -107,7 +107,8 @@ def vmap(tenants: Tenants, options: Options) -> Iterator[Candidate]:
 def fused(
     tenants: Tenants, options: Options, within_program: bool = False, kernels: Mapping[str, Choice] = OWN_CHOICE
 ) -> Iterator[Candidate]:
-    """coalesce.fuse, by its public call: checks of the inputs and each tenant's own outputs are part of the round."""
+    """coalesce.fuse, by its public calls: one takes each tenant's inputs and hands out its own outputs; the other takes
+    inputs that were staged, and leaves outputs stacked. Checks of the inputs are part of the round."""
     pairs = zip(tenants.params, tenants.inputs, strict=True)
     programs = [coalesce.trace(tenants.apply, p, *x, name=f"tenant {i}") for i, (p, x) in enumerate(pairs)]
     for within, (name, choice) in product((False, True) if within_program else (False,), kernels.items()):
@@ -115,6 +116,11 @@ def fused(
         together.compile(options)
         how = ", ".join(filter(None, ["within_program" if within else "", name]))
         yield Candidate(how, lambda together=together: together(tenants.inputs))
+        staged = together.staged()
+        staged.compile(options)
+        inputs = staged.stage(tenants.inputs)
+        how = ", ".join(filter(None, [how, "inputs and outputs stay stacked"]))
+        yield Candidate(how, lambda staged=staged, inputs=inputs: staged(inputs), staged.unstage)
 
 
 def by_pallas(op: HeavyOp, groups: int, platform: str) -> str:

@@ -8,8 +8,8 @@ model says so, and never slower.
 Times one round of all tenants of a set of models: one ahead-of-time executable a tenant (`sequential`), one fused
 program a model (`per_family`), and all in one fused program that packs within families alone (`never`), wherever the
 cost model predicts a gain (`auto`) and wherever it is legal (`always`). `launches` is `auto` with kernel launches that
-ops of different shapes share as they are, which there are on a GPU alone. A cell is one set; see tenant_scaling for how a cell is measured and how a second run goes on. Models are smaller on a CPU
-(--sizes); the header says what was set.
+ops of different shapes share as they are, which there are on a GPU alone. A cell is one set; see tenant_scaling for how
+a cell is measured and how a second run goes on. Models are smaller on a CPU (--sizes); the header says what was set.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def chosen_methods() -> dict[str, Method[Mix]]:
     }
     for policy in ("never", "auto", "always"):
         configured[policy] = partial(mixed_methods.fused, policy=policy, waste_bound=FLAGS.waste_bound)
-    configured["launches"] = partial(configured["auto"], launches=True)
+    shared = partial(mixed_methods.fused, policy="auto", waste_bound=FLAGS.waste_bound, launches=True)
+    configured["launches"] = shared
     return {name: configured[name] for name in settings.wanted(METHODS)}
 
 

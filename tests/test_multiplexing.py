@@ -236,7 +236,12 @@ def test_pallas_kernels_are_a_configuration_of_ours():
     cell = cell_of("mlp", batch=2)
     kernels = {**methods.OWN_CHOICE, "Pallas kernels": methods.by_pallas}
     candidates = list(methods.fused(cell.tenants, {}, kernels=kernels))
-    assert [candidate.how for candidate in candidates] == ["", "Pallas kernels"]
+    assert [candidate.how for candidate in candidates] == [
+        "",
+        "inputs and outputs stay stacked",
+        "Pallas kernels",
+        "Pallas kernels, inputs and outputs stay stacked",
+    ]
     for candidate in candidates:
         error, row = pairs.check(candidate, {}, pairs.reference(cell), 1e-5)
         assert error <= 1e-5 and "failed" not in row

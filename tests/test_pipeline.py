@@ -15,6 +15,7 @@ from coalesce.passes import bundle_pipeline
 from coalesce.passes.dce import dce
 from coalesce.passes.inline import inline
 from coalesce.passes.pipeline import normalise, PROGRAM_PASSES
+from coalesce.tuning import UNTUNED
 from tests.alone import array
 from tests.rewrites import checked
 
@@ -126,9 +127,16 @@ def test_a_broken_bundle_pass_is_named_with_those_before_it(broken, text, monkey
 
 def test_every_bundle_pass_is_recorded():
     bundle = Bundle(("a", "b"), find_families([normalise(program(name)).program for name in "ab"]))
-    steps = bundle_pipeline.plan(bundle, platform="cpu", costs=default_costs("cpu"))
+    steps = bundle_pipeline.plan(bundle, platform="cpu", costs=default_costs("cpu", UNTUNED))
     assert [step.name for step in steps] == [
         "form_packs", "cluster", "align", "pack", "choose_kernels", "fuse_epilogues", "plan_layouts",
+        "join_arrays",
     ]  # fmt: skip
-    never = bundle_pipeline.plan(bundle, platform="cpu", costs=default_costs("cpu"), policy="never")
-    assert [step.name for step in never] == ["form_packs", "choose_kernels", "fuse_epilogues", "plan_layouts"]
+    never = bundle_pipeline.plan(bundle, platform="cpu", costs=default_costs("cpu", UNTUNED), policy="never")
+    assert [step.name for step in never] == [
+        "form_packs",
+        "choose_kernels",
+        "fuse_epilogues",
+        "plan_layouts",
+        "join_arrays",
+    ]
