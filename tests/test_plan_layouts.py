@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from coalesce.bundle import JointStep
+from coalesce.kernels import choose
 from coalesce.passes.align import align
 from coalesce.passes.choose_kernels import choose_kernels
 from coalesce.passes.cluster import cluster
@@ -17,8 +18,7 @@ from tests.fixed_costs import Fixed
 
 def planned(*tenants, kernel=None, **options):
     """A bundle with packs and kernels, `kernel` for all of them if given."""
-    choice = {} if kernel is None else {"choice": lambda op, groups, platform: kernel}
-    return choose_kernels(form_packs(bundle_of(*tenants), **options), platform="cpu", **choice)
+    return choose_kernels(form_packs(bundle_of(*tenants), **options), platform="cpu", choice=always(kernel))
 
 
 def across(*tenants, kernel=None):
@@ -27,8 +27,11 @@ def across(*tenants, kernel=None):
     bundle = align(
         cluster(form_packs(bundle_of(*tenants)), waste_bound=0.8), costs=costs, policy="always", waste_bound=0.8
     )
-    choice = {} if kernel is None else {"choice": lambda op, groups, platform: kernel}
-    return choose_kernels(pack(bundle), platform="cpu", **choice)
+    return choose_kernels(pack(bundle), platform="cpu", choice=always(kernel))
+
+
+def always(kernel):
+    return choose if kernel is None else lambda op, groups, platform: kernel
 
 
 def shown(bundle):
