@@ -29,7 +29,7 @@ from coalesce.html import html_page
 from coalesce.measuring.tune import tune
 from coalesce.models import NAMES
 from coalesce.target import EXPECTED, Function, programs_of, Tenants, UsageError
-from coalesce.tuning import load, packaged, user_file
+from coalesce.tuning import known, load, user_file
 from coalesce.tuning.show import table
 
 
@@ -83,7 +83,12 @@ def add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     command.add_argument("function", nargs="?", metavar="MODULE:FUNCTION", help=f"{EXPECTED}, as for inspect")
     command.add_argument("--model", choices=NAMES, help="instead of a function: tenants of this model")
-    command.add_argument("--dtype", default="bfloat16", help="of the model's weights and activations (%(default)s)")
+    command.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the model's weights and activations (%(default)s)",
+    )
     command.add_argument("--tenants", type=int, default=16, help="how many of the model (%(default)s)")
     command.add_argument("--out", type=Path, metavar="FILE", help="the database to fill (default: the user's own)")
     command.add_argument("--workers", type=int, default=0, help="processes that compile at once (default: this one)")
@@ -124,8 +129,7 @@ def show(options: argparse.Namespace) -> None:
 def tuned(options: argparse.Namespace) -> None:
     own = user_file()
     if options.show is not None:
-        used = load(own).over(packaged()) if own.exists() else packaged()
-        print(table(load(Path(options.show)) if options.show else used))
+        print(table(load(Path(options.show)) if options.show else known()))
         return
     if (options.function is None) == (options.model is None):
         raise UsageError("tune takes MODULE:FUNCTION or --model, one of them")
@@ -133,8 +137,15 @@ def tuned(options: argparse.Namespace) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     source = Function(options.function) if options.function else Tenants(options.model, options.dtype, options.tenants)
     out = options.out or own
-    tune(source, out, workers=options.workers, seconds=options.seconds, force=options.force)
-    print(f"wrote {out}; {'fuse uses it' if out == own else f'fuse(..., tuned={str(out)!r}) uses it'}")
+    if out is None:
+        raise UsageError("there is no home directory to keep measurements in; give a file with --out")
+    if options.workers < 0:
+        raise UsageError(f"--workers is {options.workers}; it is a number of processes, 0 for none besides this one")
+    database = tune(source, out, workers=options.workers, seconds=options.seconds, force=options.force)
+    if not database.entries:
+        raise TuningError("nothing was measured, so nothing was written")
+    used = "fuse uses it" if out == own else f"fuse(..., tuned={str(out)!r}) uses it"
+    print(f"{out} has {len(database.entries)} entries; {used}")
 
 
 if __name__ == "__main__":

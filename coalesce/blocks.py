@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Blocks:
-    """The tile of a program, [m, n] of the result in steps of k; powers of two, 16 at least."""
+    """The tile of a program, [m, n] of the result in steps of k. Powers of two, of 16 at least for tensor cores."""
 
     m: int
     n: int

@@ -27,7 +27,7 @@ from coalesce.passes.pipeline import normalise, Normalised
 from coalesce.program import Program
 from coalesce.report import Report, report_of
 from coalesce.staged import Staged
-from coalesce.tuning import Database, Tuned, tuned_on
+from coalesce.tuning import Database, Tuned, tuned_on, UNTUNED
 
 
 def fuse(
@@ -61,7 +61,8 @@ def fuse(
       choose_kernel: (HeavyOp, number of problems, platform) -> a name in coalesce.kernels.KERNELS.
       launches: let ops of different programs share a kernel launch as they are, whatever their shapes, where `policy`
         and their kernels allow it. On a GPU "auto" then pads and stacks only what cannot. Not timed yet.
-      tuned: measured kernels and block sizes, used where the default device is of the kind that they were measured on:
+      tuned: measured kernels and block sizes, used where the default device is of the kind that they were measured on,
+        or of its kin (an H100 takes an H200's):
         None: what Coalesce brings along, under the entries of the user's own database; False: none; or a database or
         its file. A `choose_kernel` goes before them, and its kernels get the blocks that were tuned for them.
       platform: what kernels are chosen for; the default backend's unless given.
@@ -112,7 +113,8 @@ def fuse(
 def default_tuned(given: Database | str | Path | bool | None, platform: str | None) -> Tuned:
     """What was measured on the kind of the default device; nothing, if another platform is planned for."""
     here = platform in (None, jax.default_backend())
-    return tuned_on(default_device().device_kind, given if here else False)
+    tuned = tuned_on(default_device().device_kind, given if here or given is not None else False)
+    return tuned if here else UNTUNED
 
 
 def default_costs(platform: str | None, tuned: Tuned) -> Costs:

@@ -5,7 +5,7 @@ expected and what to do.
     IRError        a program or bundle that is not well formed: a bug in a pass, never the user's
     PassError      a pass failed, or handed on something that is not well formed; names the passes before it
     PlanError      the programs and options given to `fuse` contradict each other
-    TuningError    a tuning database cannot be read or written
+    TuningError    a tuning database cannot be read or written, or is none
     InvalidInput   the inputs of a call are not what the tenants were traced with
 """
 
@@ -31,7 +31,7 @@ class PlanError(CoalesceError, ValueError):
 
 
 class TuningError(CoalesceError, ValueError):
-    """A tuning database cannot be read or written."""
+    """A tuning database cannot be read or written, is none, or nothing could be measured."""
 
 
 class InvalidInput(CoalesceError, ValueError):

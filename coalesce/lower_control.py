@@ -12,6 +12,7 @@ from jax import lax
 from coalesce import jaxpr as J
 from coalesce.bundle import Loop, Schedule
 from coalesce.lanes import Banked, Env, InPacks, LaneValue, Part, plain, Shared, Stacked, stacked
+from coalesce.slab import whole
 
 
 @runtime_checkable
@@ -92,7 +93,7 @@ def step_of(value: LaneValue, at: Any) -> LaneValue:
     """What one iteration reads of a scanned value: a slice behind the lane axis, since to move the axis would copy the
     whole, which may be the weights of all layers."""
     if isinstance(value, Banked):
-        return Banked(index_behind(value.array, at), value.rows)
+        return Banked(index_behind(whole(value.array), at), value.rows)
     return Stacked(index_behind(plain(value).value, at))
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from coalesce import jaxpr as J
-from coalesce.bank import bank_structs
+from coalesce.bank import bank_structs, on_device
 from coalesce.bundle import Bundle
 from coalesce.call import Caller
 from coalesce.errors import InvalidInput
@@ -44,7 +45,7 @@ class Staged:
         Raises:
           InvalidInput: an input is not what its tenant was traced with.
         """
-        inputs = self._caller.split(self._caller.flatten(requests))
+        inputs = self._caller.split(on_device(self._caller.flatten(requests)))
         stacks = [
             [in_one([inputs[ln.tenant][ln.inputs[i]] for ln in family.lanes]) for i in range(len(family.inputs))]
             for family in self._bundle.families
@@ -52,26 +53,48 @@ class Staged:
         return jax.device_put(stacks)
 
     def __call__(self, inputs: Stacks) -> Stacks:
-        """The outputs of what `stage` gave, or of arrays that lie as it lays them.
+        """The outputs of what `stage` gave, or of arrays on the default device that lie as it lays them.
 
         Raises:
           InvalidInput: there are other arrays, or of other shapes or dtypes.
         """
-        leaves, tree = jax.tree.flatten(inputs)
-        want, expected = self._flat_structs
-        found = [(getattr(x, "shape", None), getattr(x, "dtype", None)) for x in leaves]
-        if tree != expected or found != want:
-            text = ", ".join(f"{np.dtype(dtype).name}{list(shape)}" for shape, dtype in want)
-            raise InvalidInput(f"staged inputs are not what stage() gives; expected, for each family a list: {text}")
+        self._check(inputs)
+        if any(isinstance(x, Tracer) for own in inputs for x in own):
+            return self._function(self._bank, inputs)  # under jit, vmap or grad: a part of the caller's program
         compiled = self._compiled if self._compiled is not None else self.compile()
         return compiled(self._bank, inputs)
 
+    def _check(self, inputs: Stacks) -> None:
+        if len(inputs) != len(self._structs):
+            raise InvalidInput(
+                f"got staged inputs of {len(inputs)} families, expected {len(self._structs)}, as stage() gives"
+            )
+        for f, (own, structs) in enumerate(zip(inputs, self._structs, strict=True)):
+            if len(own) != len(structs):
+                raise InvalidInput(
+                    f"{self._family(f)}: got {len(own)} arrays, expected {len(structs)}, as stage() gives"
+                )
+            for i, (x, want) in enumerate(zip(own, structs, strict=True)):
+                if getattr(x, "shape", None) != want.shape or getattr(x, "dtype", None) != want.dtype:
+                    got = J.struct_short(x) if hasattr(x, "dtype") and hasattr(x, "shape") else type(x).__name__
+                    raise InvalidInput(
+                        f"{self._family(f)}, input {i}: got {got}, expected {J.struct_short(want)}, as stage() gives"
+                    )
+
+    def _family(self, index: int) -> str:
+        names = self.families[index]
+        return f"family {index} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+
     def unstage(self, outputs: Stacks) -> list[Any]:
-        """Each tenant's results in its own pytree, as views of one array on the host for each output of a family."""
+        """Each tenant's results in its own pytree: NumPy arrays, and keys on the device.
+
+        They are views of one array for each output of a family, which lives as long as any of them; do not write to
+        them.
+        """
         values: list[list[Any]] = [[] for _ in self._bundle.tenants]
         for family, own in zip(self._bundle.families, jax.device_get(outputs), strict=True):
             for i, ln in enumerate(family.lanes):
-                values[ln.tenant] = [x[i] for x in own]
+                values[ln.tenant] = [x[i, ...] for x in own]
         return self._caller.unflatten([x for tenant in values for x in tenant])
 
     def compile(self, compiler_options: dict[str, Any] | None = None) -> Any:
@@ -103,11 +126,6 @@ class Staged:
             [stack(family.lanes[0].tenant, position, family.width) for position in family.lanes[0].inputs]
             for family in self._bundle.families
         ]
-
-    @cached_property
-    def _flat_structs(self) -> tuple[list[Any], Any]:
-        leaves, tree = jax.tree.flatten(self._structs)
-        return [(s.shape, s.dtype) for s in leaves], tree
 
 
 def in_one(values: Sequence[Any]) -> Any:

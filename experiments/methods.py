@@ -17,7 +17,7 @@ from jax.experimental.serialize_executable import deserialize_and_load, serializ
 
 import coalesce
 from coalesce.heavy import HeavyOp
-from coalesce.kernels import choose, indexed_gemm
+from coalesce.kernels import choose, indexed_gemm, indexed_matvec
 from coalesce.passes.choose_kernels import Choice
 from experiments.measure import Round
 
@@ -105,10 +105,14 @@ def vmap(tenants: Tenants, options: Options) -> Iterator[Candidate]:
 
 
 def fused(
-    tenants: Tenants, options: Options, within_program: bool = False, kernels: Mapping[str, Choice] = OWN_CHOICE
+    tenants: Tenants,
+    options: Options,
+    within_program: bool = False,
+    kernels: Mapping[str, Choice] = OWN_CHOICE,
+    staged: bool = False,
 ) -> Iterator[Candidate]:
-    """coalesce.fuse, by its public calls: one takes each tenant's inputs and hands out its own outputs; the other takes
-    inputs that were staged, and leaves outputs stacked. Checks of the inputs are part of the round."""
+    """coalesce.fuse, by its public call: checks of the inputs and each tenant's own outputs are part of the round. With
+    `staged` also by the other one, whose inputs were staged and whose outputs stay stacked."""
     pairs = zip(tenants.params, tenants.inputs, strict=True)
     programs = [coalesce.trace(tenants.apply, p, *x, name=f"tenant {i}") for i, (p, x) in enumerate(pairs)]
     for within, (name, choice) in product((False, True) if within_program else (False,), kernels.items()):
@@ -116,16 +120,19 @@ def fused(
         together.compile(options)
         how = ", ".join(filter(None, ["within_program" if within else "", name]))
         yield Candidate(how, lambda together=together: together(tenants.inputs))
-        staged = together.staged()
-        staged.compile(options)
-        inputs = staged.stage(tenants.inputs)
-        how = ", ".join(filter(None, [how, "inputs and outputs stay stacked"]))
-        yield Candidate(how, lambda staged=staged, inputs=inputs: staged(inputs), staged.unstage)
+        if staged:
+            call = together.staged()
+            call.compile(options)
+            inputs = call.stage(tenants.inputs)
+            how = ", ".join(filter(None, [how, "inputs and outputs stay stacked"]))
+            yield Candidate(how, lambda call=call, inputs=inputs: call(inputs), call.unstage)
 
 
 def by_pallas(op: HeavyOp, groups: int, platform: str) -> str:
-    """A choice of kernels: indexed_gemm, with its epilogues, wherever it runs an op of more than one row."""
-    return "indexed_gemm" if op.m > 1 and indexed_gemm.supports(op) else choose(op, groups, platform)
+    """A choice of kernels: ours for Pallas, with their epilogues, wherever they run an op."""
+    if indexed_matvec.supports(op):
+        return "indexed_matvec"
+    return "indexed_gemm" if indexed_gemm.supports(op) else choose(op, groups, platform)
 
 
 def own_jit(tenants: Tenants, options: Options) -> Iterator[Candidate]:

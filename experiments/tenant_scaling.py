@@ -30,7 +30,7 @@ METHODS: dict[str, Method[Tenants]] = {
     "sequential": methods.sequential,  # first: the others' outputs are compared with its
     "one_program": methods.one_program,
     "vmap": methods.vmap,
-    "fused": methods.fused,
+    "fused": partial(methods.fused, staged=True),
     "own_jit": methods.own_jit,
 }
 
@@ -57,7 +57,7 @@ def chosen_methods(count: int) -> dict[str, Method[Tenants]]:
     """The methods of a cell, configured."""
     configured = METHODS | {
         "sequential": partial(methods.sequential, own_executables=settings.own_executables()),
-        "fused": partial(methods.fused, within_program=FLAGS.within_program),
+        "fused": partial(methods.fused, within_program=FLAGS.within_program, staged=True),
     }
     return {name: configured[name] for name in settings.wanted(METHODS) if name != "own_jit" or count == 1}
 

@@ -26,6 +26,7 @@ from coalesce.slab import Slab
 SMALL_ROW = 64 * 1024  # bytes that may be read through a slice
 ALIGNED = 128  # bytes: what a load of a GPU's memory takes at once
 LONGEST_ROW = 2**31 - 1  # elements: places within a row are 32 bits wide
+LARGEST = 2**32  # bytes of a slab: beyond, kernels would address all of it with 64 bits
 
 
 def join_arrays(bundle: Bundle, platform: str) -> Bundle:
@@ -62,13 +63,14 @@ def row_bytes(array: Array) -> int:
 
 def side_by_side(arrays: Sequence[Array], group: Sequence[int]) -> Iterator[Slab]:
     """Slabs of arrays of one dtype, none of a single array, each no longer than can be addressed."""
-    step = max(1, ALIGNED // np.dtype(arrays[group[0]].dtype).itemsize)
+    itemsize, rows = np.dtype(arrays[group[0]].dtype).itemsize, len(arrays[group[0]].rows)
+    step = max(1, ALIGNED // itemsize)
     inside: list[int] = []
     starts: list[int] = []
     size = 0
     for i in group:
         length = -(-prod(arrays[i].shape) // step) * step
-        if inside and size + length > LONGEST_ROW:
+        if inside and (size + length > LONGEST_ROW or (size + length) * rows * itemsize > LARGEST):
             yield from [Slab(tuple(inside), tuple(starts), size)] * (len(inside) > 1)
             inside, starts, size = [], [], 0
         inside.append(i)

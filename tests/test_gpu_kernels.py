@@ -12,7 +12,7 @@ from jax import lax
 import coalesce
 from coalesce.bundle import packs
 from coalesce.heavy import heavy_op, HeavyOp
-from coalesce.kernels import horizontal, indexed_gemm
+from coalesce.kernels import horizontal, indexed_gemm, indexed_matvec
 from tests.heavy_cases import indexed
 from tests.hlo import moves_of_size
 from tests.test_gpu import distance, fused_of, setup, widened
@@ -104,6 +104,19 @@ def test_products_of_different_shapes_in_one_launch(dtype):
 
     for got, want in zip(*both([call[1:] for call in calls]), strict=True):
         assert distance(got, want) <= 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_products_of_one_row(lanes, dtype, limit):
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (5, lanes, 1, 500), dtype)
+    bank = jax.random.normal(keys[1], (7, 500, 300), dtype)
+    slots = jnp.asarray([6, 0, 3, 3, 5])
+    op = op_of(lax.dot, x[0, 0], bank[0])
+    got = jax.jit(partial(indexed_matvec.run, op))(x, jax.vmap(indexed_matvec.layout(op))(bank), slots)
+    wide = x.astype(jnp.float32), bank[slots].astype(jnp.float32)
+    assert distance(got, jnp.einsum("grmk,gkn->grmn", *wide, precision="highest")) <= limit
 
 
 SHARED = {"residual networks": ("resnet18", "resnet50"), "encoders": ("bert_small", "vit_ti16")}

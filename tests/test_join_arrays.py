@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from math import prod
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -90,6 +91,23 @@ def test_no_row_is_longer_than_can_be_addressed(monkeypatch):
 def test_each_tenant_gets_its_own_weights(tenants):
     fused = check_fused(tenants, choose_kernel=indexed, policy="never")
     assert fused.bundle.slabs
+
+
+def test_a_loop_over_weights_in_a_slab():
+    """Small enough to slice, and stacked for all steps of a scan."""
+
+    def deep(p, x):
+        return jax.lax.scan(lambda y, layer: (jnp.tanh(y @ layer["w"] + layer["b"][None]), None), x, p)[0]
+
+    tenants = [(deep, {"w": array(5, 8, 8), "b": array(5, 8)}, (array(2, 8),)) for _ in range(3)]
+    fused = check_fused(tenants, platform="gpu")
+    assert fused.bundle.slabs
+
+
+def test_no_slab_needs_64_bits_to_address(monkeypatch):
+    monkeypatch.setattr(passes, "LARGEST", 2 * 4 * 1400)  # two rows of float32
+    bundle = join_arrays(planned(tenant(), tenant()), platform="cpu")
+    assert bundle.slabs and all(slab.size <= 1400 for slab in bundle.slabs)
 
 
 def test_a_call_has_few_arguments():

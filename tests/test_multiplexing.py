@@ -235,7 +235,7 @@ def test_pallas_kernels_are_a_configuration_of_ours():
     """On a GPU one that is tried; here it is interpreted."""
     cell = cell_of("mlp", batch=2)
     kernels = {**methods.OWN_CHOICE, "Pallas kernels": methods.by_pallas}
-    candidates = list(methods.fused(cell.tenants, {}, kernels=kernels))
+    candidates = list(methods.fused(cell.tenants, {}, kernels=kernels, staged=True))
     assert [candidate.how for candidate in candidates] == [
         "",
         "inputs and outputs stay stacked",

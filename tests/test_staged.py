@@ -88,8 +88,13 @@ def test_a_call_has_an_argument_for_each_input_of_a_family():
 def test_other_arrays_are_refused():
     staged = coalesce.fuse(programs(tenants())).staged()
     inputs = staged.stage(requests_of(tenants()))
-    for wrong in (inputs[:1], [inputs[0][::-1], inputs[1]], [[x[:2] for x in inputs[0]], inputs[1]]):
-        with pytest.raises(InvalidInput, match=r"float32\[3, 4, 8\], float32\[3, 6\], float32\[3, 4, 8\], uint32"):
+    for wrong, message in [
+        (inputs[:1], "of 1 families, expected 2"),
+        ([inputs[0][:1], inputs[1]], r"family 0 \(t0, t2, t4\): got 1 arrays, expected 2"),
+        ([inputs[0][::-1], inputs[1]], r"family 0 .*, input 0: got f32\[3,6\], expected f32\[3,4,8\]"),
+        ([inputs[0], [inputs[1][0], 1.5]], r"family 1 .*, input 1: got float, expected u32\[3,2\]"),
+    ]:
+        with pytest.raises(InvalidInput, match=message):
             staged(wrong)
     with pytest.raises(InvalidInput, match="tenant 't1'"):
         staged.stage([requests_of(tenants())[0]] * 6)
@@ -99,3 +104,20 @@ def test_programs_without_weights_cannot_be_staged():
     program = coalesce.trace(lambda w, x: x @ w, jax.ShapeDtypeStruct((8, 4), "float32"), array(2, 8), name="a")
     with pytest.raises(TraceError, match="tenant 'a'"):
         coalesce.fuse([program]).staged()
+
+
+def test_it_may_be_part_of_a_program():
+    found = tenants()[::2]
+    staged = coalesce.fuse(programs(found)).staged()
+    inputs = staged.stage(requests_of(found))
+    for got, want in zip(jax.jit(staged)(inputs)[0], staged(inputs)[0], strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_inputs_may_lie_on_another_device():
+    here, *others = jax.devices()
+    if not others:
+        pytest.skip("needs two devices")
+    found = [(dense, {"w": array(8, 6)}, tuple(jax.device_put((array(4, 8), array(6)), others[0]))) for _ in range(2)]
+    staged = coalesce.fuse(programs(found)).staged()
+    assert all(x.devices() == {here} for x in jax.tree.leaves(staged(staged.stage(requests_of(found)))))

@@ -19,7 +19,7 @@ from coalesce.measuring.case import cases
 from coalesce.measuring.measure import bank_count, entry_of, measure
 from coalesce.measuring.profile import between_marks, Launch, MARK
 from coalesce.measuring.tune import tune
-from coalesce.tuning import Database, Entry, load
+from coalesce.tuning import Database, Entry, load, packaged
 from tests.alone import array
 from tests.compare import assert_same
 
@@ -241,7 +241,7 @@ def test_end_to_end_on_this_device(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(measure_module, "in_program_us", quick(measure_module.in_program_us))
     assert main(["tune", "tenants_of_test_tune:programs", "--out", "tuned.json"]) == 0
     out, err = capsys.readouterr()
-    assert out == "wrote tuned.json; fuse(..., tuned='tuned.json') uses it\n"
+    assert out == "tuned.json has 2 entries; fuse(..., tuned='tuned.json') uses it\n"
     assert err.count("\n") == 3
     entries = load(tmp_path / "tuned.json").entries
     assert all(entry.us >= 0 and entry.kernel in entry.tried for entry in entries.values())
@@ -257,7 +257,12 @@ def quick(run):
 
 def test_tenants_of_a_model(monkeypatch):
     found = {}
-    monkeypatch.setattr("coalesce.__main__.tune", lambda source, out, **options: found.update(options, source=source))
+
+    def tune(source, out, **options):
+        found.update(options, source=source)
+        return packaged()
+
+    monkeypatch.setattr("coalesce.__main__.tune", tune)
     assert main(["tune", "--model=mlp", "--dtype=float32", "--tenants=2", "--workers=3", "--seconds=5"]) == 0
     assert [program.name for program in found["source"]()] == ["tenant 0", "tenant 1"]
     assert (found["workers"], found["seconds"], found["force"]) == (3, 5.0, False)

@@ -12,9 +12,10 @@ from coalesce.blocks import Blocks
 from coalesce.costs import Costs, device_of
 from coalesce.errors import TuningError
 from coalesce.heavy import heavy_op
-from coalesce.kernels import KERNELS, VERSION
-from coalesce.tuning import Database, Entry, Key, key_of, load, packaged, save, Tuned, tuned_on
+from coalesce.kernels import FUSING, KERNELS, VERSION
+from coalesce.tuning import Database, Entry, Key, key_of, known, load, packaged, save, Tuned, tuned_on, user_file
 from coalesce.tuning.candidates import candidates, SHARED_BYTES
+from coalesce.tuning.entry import blocks_of
 from coalesce.tuning.show import table
 
 GPU = "NVIDIA H200"
@@ -192,8 +193,8 @@ def test_candidates_can_run_and_are_not_many(name):
     assert len(set(found)) == len(found) < 130
     assert all(KERNELS[kernel].supports(op) for kernel, _ in found)
     for kernel, blocks in found:
-        assert (blocks is not None) == (kernel == "indexed_gemm")
-        if blocks:
+        assert (blocks is not None) == (kernel in FUSING)
+        if kernel == "indexed_gemm":
             used = (blocks.m + blocks.n) * blocks.k * op.lhs.dtype.itemsize * blocks.stages
             assert used <= SHARED_BYTES
             assert blocks.m < 2 * max(16, op.m) and blocks.n < 2 * max(16, op.n)
@@ -211,3 +212,20 @@ def test_candidates_elsewhere():
 def test_table(golden):
     older = Database({Key(GPU, VERSION - 1, key_of(IMAGE, 4, 2, GPU).op, 4, 2): Entry("separate", 3.0)})
     golden(table(database(16).over(older)))
+
+
+def test_without_a_home_there_is_what_comes_along(monkeypatch):
+    monkeypatch.delenv("COALESCE_TUNED", raising=False)
+
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.home", nobody)
+    assert user_file() is None
+    assert known() is packaged()
+
+
+@pytest.mark.parametrize("text", ["0x16x16 w4 s3", "48x16x16 w4 s3", "16x16x16 w0 s3", "16x16 w4 s3"])
+def test_blocks_that_are_none(text):
+    with pytest.raises(ValueError, match="are no blocks"):
+        blocks_of(text)

@@ -126,4 +126,5 @@ BY_KERNEL: Mapping[str, Callable[[Machine, HeavyOp, int, int], float]] = {
     "conv_grouped": conv_grouped,
     "separate": separate,
     "indexed_gemm": indexed_gemm,
+    "indexed_matvec": indexed_gemm,
 }

@@ -19,7 +19,15 @@ from typing import Any, Protocol
 
 from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
-from coalesce.kernels import batched_dot, batched_matvec, conv_grouped, conv_slices, indexed_gemm, separate
+from coalesce.kernels import (
+    batched_dot,
+    batched_matvec,
+    conv_grouped,
+    conv_slices,
+    indexed_gemm,
+    indexed_matvec,
+    separate,
+)
 from coalesce.kernels.epilogue import Epilogue
 from coalesce.layout import Layout
 
@@ -51,9 +59,10 @@ KERNELS: Mapping[str, Kernel] = {
     "conv_grouped": conv_grouped,
     "separate": separate,
     "indexed_gemm": indexed_gemm,
+    "indexed_matvec": indexed_matvec,
 }
 
-FUSING: Mapping[str, FusingKernel] = {"indexed_gemm": indexed_gemm}
+FUSING: Mapping[str, FusingKernel] = {"indexed_gemm": indexed_gemm, "indexed_matvec": indexed_matvec}
 
 # Measurements of other versions are not used: raise it when a kernel's time changes, whatever the reason.
 VERSION = 1
@@ -75,7 +84,7 @@ def choose(op: HeavyOp, groups: int, platform: str) -> str:
     - Grouped and depthwise convolutions: one grouped convolution on a GPU; on a CPU one by one.
     - Other convolutions: slices and a batched dot on a GPU (faster than cuDNN at batch 1 even for one problem), and for
       few rows on a CPU; else one by one there, as Eigen's convolution beats a patch matrix that leaves the cache.
-    - indexed_gemm only where it was tuned and won, or where a caller asks for it.
+    - indexed_gemm and indexed_matvec only where they were tuned and won, or where a caller asks for them.
     """
     cpu = platform == "cpu"
     if op.kind == "dot":

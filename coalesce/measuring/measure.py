@@ -61,7 +61,7 @@ def compiled_or_none(case: Case, *candidate: Any) -> Any:
     structs = case.lhs, case.rhs(candidate[0]), *case.reads
     try:
         return jax.jit(case.run(*candidate)).lower(*structs).compile()
-    except (jax.errors.JaxRuntimeError, NotImplementedError):  # such as: more shared memory than there is
+    except Exception:  # a kernel language raises what it likes: more shared memory than there is, say
         return None
 
 

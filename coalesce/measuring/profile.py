@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.profiler import ProfileData, ProfileOptions
 
+from coalesce.errors import TuningError
 from coalesce.kernels.triton import launch
 
 MARK = "coalesce_mark"
@@ -62,7 +63,8 @@ def kernels_us(programs: Sequence[Callable[[int], Any]], rounds: int = 5) -> lis
             jax.block_until_ready(programs[i % len(programs)](i))
             jax.block_until_ready(mark())
     times = between_marks(found)
-    assert len(times) == rounds * len(programs), f"{len(times)} marks in the trace of {rounds * len(programs)} runs"
+    if len(times) != rounds * len(programs):
+        raise TuningError(f"the profiler's trace has {len(times)} marks for {rounds * len(programs)} runs; try again")
     return [median(times[i :: len(programs)]) for i in range(len(programs))]
 
 

@@ -19,10 +19,11 @@ from typing import Any
 import jax
 
 from coalesce.bank import default_device
+from coalesce.errors import TuningError
 from coalesce.measuring.case import Case, cases
 from coalesce.measuring.measure import entry_of, measure, Times
 from coalesce.program import Program
-from coalesce.tuning import Database, Entry, load, packaged, save
+from coalesce.tuning import Database, Entry, load, packaged, save, user_file
 from coalesce.tuning.candidates import candidates
 from coalesce.tuning.show import op_name, rivals
 
@@ -50,8 +51,9 @@ def tune(
       force: measure again what is known.
     """
     start = time.time()
-    database = load(out) if out.exists() else Database()
-    known = database.over(packaged()).entries
+    database = at(out)
+    # What is packaged stands behind the user's own file, and behind no other.
+    known = (database.over(packaged()) if out == user_file() else database).entries
     everything = cases_of(source)
     todo = [i for i, case in enumerate(everything) if force or case.key not in known]
     say(f"{len(everything)} cases on {default_device().device_kind}, {len(everything) - len(todo)} of them known")
@@ -63,10 +65,14 @@ def tune(
         if isinstance(times, str) or (entry := entry_of(case, times)) is None:
             say(f"[{where}] {case_name(case)}: {times if isinstance(times, str) else 'no candidate ran'}")
             continue
-        database = database.with_entry(case.key, entry)
+        database = at(out).with_entry(case.key, entry)  # another run may have written meanwhile
         save(database, out)
         say(f"[{where}] {line(case, entry)}")
     return database
+
+
+def at(path: Path) -> Database:
+    return load(path) if path.exists() else Database()
 
 
 def line(case: Case, entry: Entry) -> str:
@@ -89,7 +95,7 @@ def candidate_times(source: Source, i: int, lock: Any = None) -> Times | str:
     case = cases_of(source)[i]
     try:
         return measure(case, candidates(case.op, case.key.width, case.key.rows, jax.default_backend()), lock)
-    except jax.errors.JaxRuntimeError as e:  # such as: operands that memory does not hold
+    except (jax.errors.JaxRuntimeError, TuningError) as e:  # such as: operands that memory does not hold
         return f"not measured: {str(e).splitlines()[0]}"
 
 

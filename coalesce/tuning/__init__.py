@@ -10,6 +10,7 @@
 
 from coalesce.tuning.database import (
     Database as Database,
+    known as known,
     load as load,
     packaged as packaged,
     save as save,

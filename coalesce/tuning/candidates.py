@@ -11,7 +11,7 @@ from itertools import product
 
 from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
-from coalesce.kernels import FUSING, indexed_gemm, KERNELS
+from coalesce.kernels import FUSING, indexed_gemm, indexed_matvec, KERNELS
 from coalesce.kernels.indexed_gemm import power
 from coalesce.kernels.windows import windows_of
 
@@ -31,7 +31,8 @@ def candidates(op: HeavyOp, width: int, rows: int, platform: str) -> list[Candid
     plain = plain or [("separate", None)]
     if platform == "cpu" or not indexed_gemm.supports(op):  # on a CPU it is interpreted
         return plain
-    return plain + [("indexed_gemm", blocks) for blocks in tiles(op, width, rows)]
+    rowwise = [("indexed_matvec", blocks) for blocks in strips(op, width)] if indexed_matvec.supports(op) else []
+    return plain + rowwise + [("indexed_gemm", blocks) for blocks in tiles(op, width, rows)]
 
 
 def is_sensible(kernel: str, op: HeavyOp, width: int, platform: str) -> bool:
@@ -40,6 +41,15 @@ def is_sensible(kernel: str, op: HeavyOp, width: int, platform: str) -> bool:
     if kernel == "batched_matvec":
         return op.m == 1
     return kernel != "separate" or platform == "cpu" or width <= SEPARATE
+
+
+def strips(op: HeavyOp, width: int) -> Iterator[Blocks]:
+    """Columns and steps of K of indexed_matvec, whose weights of a step stay in registers."""
+    for n, k, warps, stages in product((1, 2, 4, 8, 16, 32, 64), (128, 256, 512, 1024, 2048), (1, 2, 4, 8), (1, 3)):
+        each = n * k // (32 * warps)  # elements of a thread
+        idle = -(-op.n // n) * width * op.batch < 2 * CORES and n > 1
+        if 8 <= each <= 64 and k <= power(op.k) and n <= power(op.n) and not idle and (stages == 1 or k < op.k):
+            yield Blocks(1, n, k, warps, stages)
 
 
 def tiles(op: HeavyOp, width: int, rows: int) -> Iterator[Blocks]:

@@ -41,9 +41,27 @@ class Database:
         return f'{{"format": {FORMAT}, "entries": [\n{lines}\n]}}\n'
 
 
-def user_file() -> Path:
-    """$COALESCE_TUNED, or ~/.cache/coalesce/tuned.json."""
-    return Path(os.environ.get("COALESCE_TUNED") or Path.home() / ".cache" / "coalesce" / "tuned.json")
+def user_file() -> Path | None:
+    """$COALESCE_TUNED, or ~/.cache/coalesce/tuned.json; None where nobody is at home."""
+    if given := os.environ.get("COALESCE_TUNED"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "coalesce" / "tuned.json"
+    except RuntimeError:
+        return None
+
+
+def known() -> Database:
+    """What the user measured, if anything yet, over what Coalesce brings along.
+
+    Raises TuningError if the user's own file is no database.
+    """
+    own = user_file()
+    try:
+        there = own is not None and own.exists()
+    except OSError:  # a home that is somebody else's
+        there = False
+    return load(own).over(packaged()) if own and there else packaged()
 
 
 @cache
@@ -96,6 +114,8 @@ def row(key: Key, entry: Entry) -> dict[str, Any]:
 def entry_of(row: Mapping[str, Any]) -> tuple[Key, Entry]:
     """Raises KeyError, TypeError or ValueError if it is none."""
     key = Key(str(row["device"]), int(row["version"]), str(row["op"]), int(row["width"]), int(row["rows"]))
+    if min(key.width, key.rows) < 1:
+        raise ValueError(f"width {key.width} and rows {key.rows} must be 1 at least")
     tried = {str(name): None if us is None else float(us) for name, us in row.get("tried", {}).items()}
     for name in tried:
         named(name)

@@ -72,4 +72,7 @@ def blocks_of(text: str) -> Blocks:
     found = re.fullmatch(r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+)", text)
     if not found:
         raise ValueError(f"{text!r} are no blocks; expected such as 64x64x32 w4 s3")
-    return Blocks(*map(int, found.groups()))
+    sizes = tuple(map(int, found.groups()))
+    if any(size < 1 or size & (size - 1) for size in sizes[:3]) or min(sizes) < 1:
+        raise ValueError(f"{text!r} are no blocks: sizes are powers of two, warps and stages 1 at least")
+    return Blocks(*sizes)

@@ -14,7 +14,7 @@ from coalesce.blocks import Blocks
 from coalesce.errors import TuningError
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import KERNELS, VERSION
-from coalesce.tuning.database import Database, load, packaged, user_file
+from coalesce.tuning.database import Database, known, load
 from coalesce.tuning.entry import Entry, op_text
 
 WITHIN = 4
@@ -90,5 +90,4 @@ def tuned_on(device: str, given: Database | str | Path | bool | None = None) -> 
         return Tuned(load(Path(given)), device)
     if given not in (None, True):
         raise TuningError(f"tuned is {given!r}; expected None, False, a Database or the path of one")
-    own = user_file()
-    return Tuned(load(own).over(packaged()) if own.exists() else packaged(), device)
+    return Tuned(known(), device)

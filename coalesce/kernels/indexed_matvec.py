@@ -1,0 +1,114 @@
+"""Dots of one row as one Pallas kernel that reads each problem's weights where they lie, once, and no tensor core: a
+product of a row and a matrix is as fast as the matrix can be read.
+
+    grid (blocks of columns, problems)
+    a program: for its columns, sum over blocks of K of weights [n, k] * row [k], then the epilogue
+
+Lanes that share a right operand are further rows, each with its own sum. Slots, slabs and epilogues as in indexed_gemm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from coalesce.blocks import Blocks
+from coalesce.heavy import HeavyOp
+from coalesce.kernels import as_product, indexed_gemm
+from coalesce.kernels.epilogue import Epilogue, WHOLE
+from coalesce.kernels.tiles import along, arrays_of, below, down, Source
+from coalesce.kernels.triton import both, launch, load, store
+from coalesce.layout import AS_IS, Layout
+
+
+def supports(op: HeavyOp) -> bool:
+    return op.kind == "dot" and op.m == 1 and indexed_gemm.supports(op)
+
+
+def layout(op: HeavyOp) -> Layout:
+    """[B.., K.., N..] -> [N, K], or [B, N, K] with batch dimensions."""
+    batched = AS_IS.reshape((op.batch, op.k, op.n)).transpose((0, 2, 1))
+    return batched if op.batch > 1 else AS_IS.reshape((op.k, op.n)).transpose((1, 0))
+
+
+def run(
+    op: HeavyOp,
+    lhs: Any,
+    rhs: Any,
+    slots: Any = None,
+    epilogue: Epilogue | None = None,
+    operands: Sequence[Any] = (),
+    blocks: Blocks | None = None,
+) -> Any:
+    """lhs [G,R,*lhs] x rhs [S,*layout] at slots [G] -> [G,R,*out]; without slots problem g reads row g.
+
+    `rhs`, and `operands` that are vectors [G,N], may be cuts of a slab where the op has no batch dimensions.
+    """
+    groups, per_group = lhs.shape[:2]
+    x, w = as_product.left(op, lhs), rhs if op.batch == 1 else rhs.reshape(-1, op.n, op.k)
+    if slots is not None and op.batch > 1:
+        slots = (slots[:, None] * op.batch + jnp.arange(op.batch, dtype=slots.dtype)[None]).reshape(-1)
+    kinds = epilogue.kinds if epilogue else ()
+    given = [indexed_gemm.as_rows(op, y, kind) for y, kind in zip(operands, kinds, strict=True)]
+    problems, blocks = x.shape[0], blocks or blocks_for(op)
+    read, starts = arrays_of([w, *given])
+    first = [] if slots is None else [slots.astype(jnp.int32)]
+
+    def kernel(*refs: Any) -> None:
+        block, problem = pl.program_id(0), pl.program_id(1)
+        *at, x_ref = refs[: len(first) + 1]
+        weights, *rest = (Source(ref, start) for ref, start in zip(refs[len(first) + 1 : -1], starts, strict=True))
+        n = block * blocks.n + jnp.arange(blocks.n, dtype=jnp.int32)
+        mask = below(n, op.n, blocks.n)
+        sums = products(op, blocks, problem, at[0][problem] if at else problem, x_ref, weights, n, mask, per_group)
+        for lane, total in enumerate(sums):
+            y = jnp.sum(total, axis=1)[None, :].astype(op.out.dtype)
+            if epilogue:
+                y = epilogue.apply(y, *(vector(s, k, problem, lane, n, mask) for s, k in zip(rest, kinds, strict=True)))
+            store(refs[-1], (problem, jnp.full((1, 1), lane, jnp.int32), n[None, :]), y, along(mask))
+
+    def vector(source: Source, kind: str, problem: Any, lane: int, n: Any, mask: Any) -> Any:
+        by_lane = kind == WHOLE or per_group > 1
+        place = (jnp.full((1, 1), lane, jnp.int32), n[None, :]) if by_lane else (n[None, :],)
+        return source.load(problem, place, op.n, along(mask))
+
+    dtype = epilogue.dtype if epilogue else op.out.dtype
+    (y,) = launch(
+        kernel,
+        (pl.cdiv(op.n, blocks.n), problems),
+        [jax.ShapeDtypeStruct((problems, per_group, op.n), dtype)],
+        [*first, x, *read],
+        name=f"matvec_{problems}x{per_group}x{op.n}x{op.k}",
+        warps=blocks.warps,
+        stages=blocks.stages,
+    )
+    return as_product.result(op, y, groups, per_group)
+
+
+def products(
+    op: HeavyOp, blocks: Blocks, problem: Any, slot: Any, x: Any, w: Source, n: Any, mask: Any, lanes: int
+) -> tuple[jax.Array, ...]:
+    """For each lane [n, k] in float32, whose sum over k is its result: sums along K come last, once."""
+    ranged = jnp.arange(blocks.k, dtype=jnp.int32)
+
+    def step(i: Any, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        k = i * blocks.k + ranged
+        fits = below(k, op.k, blocks.k)
+        weights = w.load(slot, (n[:, None], k[None, :]), op.k, both(down(mask), along(fits))).astype(jnp.float32)
+        rows = [load(x, (problem, jnp.full_like(k, lane), k), fits).astype(jnp.float32) for lane in range(lanes)]
+        return tuple(total + weights * row[None, :] for total, row in zip(totals, rows, strict=True))
+
+    zeros = tuple(jnp.zeros((blocks.n, blocks.k), jnp.float32) for _ in range(lanes))
+    return lax.fori_loop(0, pl.cdiv(op.k, blocks.k), step, zeros)
+
+
+def blocks_for(op: HeavyOp) -> Blocks:
+    """By rule, until tuned: whole rows of weights where they are short, and few of them, since a step's weights stay in
+    registers."""
+    k = min(512, indexed_gemm.power(op.k))
+    return Blocks(1, min(8192 // k, indexed_gemm.power(op.n)), k, stages=2)
