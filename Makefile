@@ -39,7 +39,8 @@ pytest: $(VENV)/test.stamp  ## the suite on python3 alone
 
 pytest-newest:  ## the suite on the newest interpreter found, with the newest JAX
 	@if python=$$($(PYTHON) tools/newest_python.py --newer-than $(VENV)/bin/python 2>/dev/null); then \
-	    $(MAKE) --no-print-directory PYTHON=$$python $(NEWEST)/test.stamp && $(NEWEST)/bin/python $(PYTEST) --hypothesis-profile second; \
+	    $(MAKE) --no-print-directory PYTHON=$$python $(NEWEST)/test.stamp && $(NEWEST)/bin/python $(PYTEST) --hypothesis-profile second \
+	    -m "not slow and not soak and not once"; \
 	fi
 
 soak: $(VENV)/test.stamp  ## the property tests with many examples, and the slow tests

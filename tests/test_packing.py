@@ -12,6 +12,8 @@ from coalesce.packing.problem import value
 from experiments.packing_exact import solve
 from experiments.packing_instances import chain, random_problem
 
+pytestmark = pytest.mark.once
+
 SEEDS = range(24)
 
 
