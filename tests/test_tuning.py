@@ -194,7 +194,7 @@ def test_candidates_can_run_and_are_not_many(name):
     assert all(KERNELS[kernel].supports(op) for kernel, _ in found)
     for kernel, blocks in found:
         assert (blocks is not None) == (kernel in FUSING)
-        if kernel == "indexed_gemm":
+        if blocks and kernel == "indexed_gemm":
             used = (blocks.m + blocks.n) * blocks.k * op.lhs.dtype.itemsize * blocks.stages
             assert used <= SHARED_BYTES
             assert blocks.m < 2 * max(16, op.m) and blocks.n < 2 * max(16, op.n)
