@@ -24,7 +24,7 @@ from absl import app, flags
 
 from experiments import kernel_clock, settings
 from experiments.results import device_name, header, Row
-from experiments.tile_trials import CANDIDATES, name_of, OPS, report, trial
+from experiments.tile_trials import CANDIDATES, OPS, report, trial
 
 DTYPES = ("float32", "bfloat16")
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
         head,
         cases,
         cell_of=lambda row: Case(row["op"], row["dtype"]),
-        methods=lambda case: map(name_of, CANDIDATES),
+        methods=lambda case: map(str, CANDIDATES),
         measure=measure,
         order=lambda row: (DTYPES.index(row["dtype"]), [*OPS].index(row["op"])),
     )

@@ -9,6 +9,7 @@ import jax
 from coalesce.blocks import Blocks
 from coalesce.kernels import batched_dot, indexed_gemm, KERNELS
 from coalesce.measuring.in_program import Work
+from coalesce.tuning import candidate_name
 from experiments.cost_cases import run_kernel
 from experiments.kernel_clock import Contender
 from experiments.products import Products
@@ -24,11 +25,7 @@ MATRIX_TILES = (  # m, n, k, warps, stages
 ROW_TILES = (Blocks(16, 32, 128), Blocks(16, 64, 128), Blocks(16, 128, 64), Blocks(16, 32, 256, 4, 2))
 
 
-def tiled(blocks: Blocks) -> str:
-    return f"indexed_gemm {blocks.m}x{blocks.n}x{blocks.k} w{blocks.warps} s{blocks.stages}"
-
-
-TILES = {tiled(blocks): blocks for blocks in (*MATRIX_TILES, *ROW_TILES)}
+TILES = {candidate_name("indexed_gemm", blocks): blocks for blocks in (*MATRIX_TILES, *ROW_TILES)}
 NAMES = (*KERNELS, *TILES, CUBLAS)
 
 
@@ -38,7 +35,11 @@ def names(products: Products) -> list[str]:
     tiles = ROW_TILES if products.m == 1 else MATRIX_TILES
     library = [CUBLAS] if jax.default_backend() == "gpu" else []
     own = [name for name, kernel in KERNELS.items() if kernel.supports(op)]
-    return [*own, *(map(tiled, tiles) if indexed_gemm.supports(op) else ()), *library]
+    return [
+        *own,
+        *([candidate_name("indexed_gemm", blocks) for blocks in tiles] if indexed_gemm.supports(op) else ()),
+        *library,
+    ]
 
 
 def pallas(name: str) -> bool:

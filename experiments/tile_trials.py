@@ -64,28 +64,22 @@ def trial(
 ) -> list[Row]:
     """Every candidate timed in every setting by `clock`; those best in one say so."""
     contenders = {
-        f"{name_of(blocks)} {setting}": contender(op, blocks, setting, problems)
-        for setting in SETTINGS
-        for blocks in candidates
+        f"{blocks} {setting}": contender(op, blocks, setting, problems) for setting in SETTINGS for blocks in candidates
     }
     timed = clock(contenders)
     rows: list[Row] = []
     for blocks in candidates:
-        own = {setting: timed[f"{name_of(blocks)} {setting}"] for setting in SETTINGS}
+        own = {setting: timed[f"{blocks} {setting}"] for setting in SETTINGS}
         us = {setting: row.get("round_us_median") for setting, row in own.items()}
         failed = "; ".join(f"{setting}: {row['failed']}" for setting, row in own.items() if row["failed"])
         side, sum_us = us["concurrent"], own["concurrent"].get("launches_us")
         overlap = round(sum_us / side, 2) if side and sum_us else None  # 1 if they ran one after the other after all
         facts = {"blocks": vars(blocks), "us": us, "overlap": overlap}
-        rows.append({"method": name_of(blocks), **facts, "best": [], "failed": failed})
+        rows.append({"method": str(blocks), **facts, "best": [], "failed": failed})
     for setting in SETTINGS:
         if worked := [row for row in rows if row["us"][setting] is not None]:
             min(worked, key=lambda row: row["us"][setting])["best"].append(setting)
     return rows
-
-
-def name_of(blocks: Blocks) -> str:
-    return f"{blocks.m}x{blocks.n}x{blocks.k} w{blocks.warps} s{blocks.stages}"
 
 
 def contender(op: HeavyOp, blocks: Blocks, setting: str, problems: int) -> Contender:

@@ -23,9 +23,8 @@ from typing import Any
 from coalesce.bundle import (
     Bundle,
     Item,
-    JointLoop,
     JointStep,
-    Loop,
+    map_bodies,
     map_schedule,
     Pack,
     packs,
@@ -126,7 +125,7 @@ class Sharing:
 def arranged(scope: Schedule, sharing: Sharing) -> Schedule:
     """The scope in another order, with launches; the same object if there are none. A launch has the number of one of
     its packs."""
-    inner = tuple(with_bodies(item, sharing) for item in scope)
+    inner = tuple(map_bodies(item, lambda body: arranged(body, sharing)) for item in scope)
     order = RunOrder(inner)
     out: list[Item] = []
     shared = False
@@ -141,17 +140,6 @@ def arranged(scope: Schedule, sharing: Sharing) -> Schedule:
     if shared:
         return tuple(out)
     return scope if same(inner, scope) else inner
-
-
-def with_bodies(item: Item, sharing: Sharing) -> Item:
-    match item:
-        case Loop():
-            bodies = tuple(arranged(body, sharing) for body in item.bodies)
-            return item if same(bodies, item.bodies) else replace(item, bodies=bodies)
-        case JointLoop():
-            body = arranged(item.body, sharing)
-            return item if body is item.body else replace(item, body=body)
-    return item
 
 
 def numbered(schedule: Schedule) -> Schedule:

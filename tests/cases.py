@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import coalesce
 from coalesce.costs import Costs, device_of
 from coalesce.kernels import choose, KERNELS
-from tests.compare import assert_bitwise
+from tests.compare import assert_as_good, assert_bitwise, assert_same
 from tests.poison import draw_poison, Poison
 from tests.programs import Draw
-from tests.tenants import Tenant
+from tests.tenants import alone, in_float32, Tenant
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,15 @@ def fuse(found: Sequence[Tenant], options: dict[str, Any]) -> coalesce.Fused:
 
 def inputs_of(found: Sequence[Tenant]) -> list[tuple[Any, ...]]:
     return [t.inputs for t in found]
+
+
+def assert_each_as_alone(found: Sequence[Tenant], results: Sequence[Any], dtype: Any) -> None:
+    """In float32 each tenant gets what it gets alone; in a narrower dtype what is as good."""
+    for tenant, got in zip(found, results, strict=True):
+        if dtype is jnp.float32:
+            assert_same(got, alone(tenant), tenant.model.exact)
+        else:
+            assert_as_good(got, alone(tenant), alone(in_float32(tenant)), tenant.model.exact)
 
 
 def assert_inputs_isolated(case: Case, program: coalesce.Fused, clean: list[Any]) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,18 @@ import numpy as np
 import pytest
 
 from coalesce.blocks import Blocks
+from coalesce.tuning import candidate_name
 from experiments import kernel_clock, pairs, peers_product, peers_torch, profiler
 from experiments.kernel_clock import Contender
 from experiments.pairs import Limits
 from experiments.peers_product import LAYOUTS, PEERS
 from experiments.products import Products
-from experiments.products_kernels import contender, MATRIX_TILES, NAMES, names, pallas, ROW_TILES, tiled
+from experiments.products_kernels import contender, MATRIX_TILES, NAMES, names, pallas, ROW_TILES
 from experiments.products_report import reasons, report, summaries
 from experiments.profiler import Launch
 
 ROOT = Path(__file__).parent.parent
+tiled = partial(candidate_name, "indexed_gemm")
 TILE = tiled(Blocks(64, 64, 32))
 LIMITS = Limits(tolerance=1e-5, repeats=2, seconds=10)
 

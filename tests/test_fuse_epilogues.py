@@ -24,12 +24,11 @@ from coalesce.passes.form_packs import form_packs
 from coalesce.passes.fuse_epilogues import fuse_epilogues
 from tests.alone import array, check_fused
 from tests.bundles import bundle_of, replanned
-from tests.cases import assert_inputs_isolated, assert_weights_isolated, case_of, fuse, inputs_of
-from tests.compare import assert_as_good, assert_same
+from tests.cases import assert_each_as_alone, assert_inputs_isolated, assert_weights_isolated, case_of, fuse, inputs_of
 from tests.dataflow import check_plan
 from tests.heavy_cases import indexed
 from tests.programs import Draw, many_compiles
-from tests.tenants import alone, draw_tenants, in_float32
+from tests.tenants import draw_tenants
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
@@ -200,11 +199,7 @@ def test_each_tenant_gets_what_it_gets_alone(cheap_compiles: None, length: int, 
     case = case_of(pick, draw_tenants(pick, length, 1, dtype), choose_kernel=indexed)
     program = fuse(case.found, case.options)
     results = program(inputs_of(case.found))
-    for tenant, got in zip(case.found, results, strict=True):
-        if dtype is jnp.float32:
-            assert_same(got, alone(tenant), tenant.model.exact)
-        else:
-            assert_as_good(got, alone(tenant), alone(in_float32(tenant)), tenant.model.exact)
+    assert_each_as_alone(case.found, results, dtype)
     assert_inputs_isolated(case, program, results)
     assert_weights_isolated(case, program, results)
 

@@ -31,13 +31,12 @@ from coalesce.tuning import Database, Entry
 from coalesce.weigh import can_launch
 from tests.alone import array, check_fused, Tenant
 from tests.bundles import bundle_of, replanned
-from tests.cases import assert_inputs_isolated, assert_weights_isolated, case_of, fuse, inputs_of
-from tests.compare import assert_as_good, assert_same
+from tests.cases import assert_each_as_alone, assert_inputs_isolated, assert_weights_isolated, case_of, fuse, inputs_of
 from tests.dataflow import check_plan
 from tests.heavy_cases import indexed
 from tests.kin import draw_kin
 from tests.programs import Draw, many_compiles
-from tests.tenants import alone, draw_tenants, in_float32
+from tests.tenants import draw_tenants
 
 COSTS = Costs(device_of("gpu"))
 always = partial(share_launches, costs=COSTS, policy="always")
@@ -186,10 +185,6 @@ def test_each_tenant_gets_what_it_gets_alone(cheap_compiles: None, length: int, 
     program = fuse(case.found, case.options)
     check_plan(program.bundle, case.options["waste_bound"])
     results = program(inputs_of(case.found))
-    for tenant, got in zip(case.found, results, strict=True):
-        if dtype is jnp.float32:
-            assert_same(got, alone(tenant), tenant.model.exact)
-        else:
-            assert_as_good(got, alone(tenant), alone(in_float32(tenant)), tenant.model.exact)
+    assert_each_as_alone(case.found, results, dtype)
     assert_inputs_isolated(case, program, results)
     assert_weights_isolated(case, program, results)

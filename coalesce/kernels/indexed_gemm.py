@@ -123,18 +123,25 @@ def product_of(
 ) -> Product:
     """What `run` runs, with the same arguments."""
     groups, per_group = lhs.shape[:2]
-    if op.kind == "dot":
-        x, w = as_product.left(op, lhs), rhs if op.batch == 1 else rhs.reshape(-1, op.k, op.n)
-        if slots is not None and op.batch > 1:
-            slots = (slots[:, None] * op.batch + jnp.arange(op.batch, dtype=slots.dtype)[None]).reshape(-1)
-    else:
-        x, w = lhs.reshape(groups, -1, op.lhs.shape[-1]), rhs
-    kinds = epilogue.kinds if epilogue else ()
-    given = [as_rows(op, y, kind) for y, kind in zip(operands, kinds, strict=True)]
+    x = as_product.left(op, lhs) if op.kind == "dot" else lhs.reshape(groups, -1, op.lhs.shape[-1])
     blocks = blocks or blocks_for(per_group * op.m, op.n, windows_of(op), x.shape[0])
-    read, starts = arrays_of([w, *given])
+    args, starts = arguments(op, x, rhs, slots, epilogue, operands)
+    return Product(Tiled(op, per_group, blocks, epilogue), groups, args, starts)
+
+
+def arguments(
+    op: HeavyOp, x: Any, rhs: Any, slots: Any, epilogue: Epilogue | None, operands: Sequence[Any]
+) -> tuple[tuple[Any, ...], tuple[int | None, ...]]:
+    """What a launch reads, by problem, and where in their slabs the right operands and the epilogue's begin: slots [P]
+    if there are any, the left operands, the right ones, and those of the epilogue."""
+    if op.batch > 1:
+        rhs = rhs.reshape(-1, *rhs.shape[2:])
+        if slots is not None:
+            slots = (slots[:, None] * op.batch + jnp.arange(op.batch, dtype=slots.dtype)[None]).reshape(-1)
+    kinds = epilogue.kinds if epilogue else ()
+    read, starts = arrays_of([rhs, *(as_rows(op, y, kind) for y, kind in zip(operands, kinds, strict=True))])
     first = () if slots is None else (slots.astype(jnp.int32),)
-    return Product(Tiled(op, per_group, blocks, epilogue), groups, (*first, x, *read), tuple(starts))
+    return (*first, x, *read), tuple(starts)
 
 
 def as_rows(op: HeavyOp, y: Any, kind: str) -> Any:

@@ -21,7 +21,7 @@ from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import as_product, indexed_gemm
 from coalesce.kernels.epilogue import Epilogue, WHOLE
-from coalesce.kernels.tiles import along, arrays_of, below, down, Source
+from coalesce.kernels.tiles import along, below, down, Source
 from coalesce.kernels.triton import both, launch, load, store
 from coalesce.layout import AS_IS, Layout
 
@@ -50,19 +50,14 @@ def run(
     `rhs`, and `operands` that are vectors [G,N], may be cuts of a slab where the op has no batch dimensions.
     """
     groups, per_group = lhs.shape[:2]
-    x, w = as_product.left(op, lhs), rhs if op.batch == 1 else rhs.reshape(-1, op.n, op.k)
-    if slots is not None and op.batch > 1:
-        slots = (slots[:, None] * op.batch + jnp.arange(op.batch, dtype=slots.dtype)[None]).reshape(-1)
-    kinds = epilogue.kinds if epilogue else ()
-    given = [indexed_gemm.as_rows(op, y, kind) for y, kind in zip(operands, kinds, strict=True)]
-    problems, blocks = x.shape[0], blocks or blocks_for(op)
-    read, starts = arrays_of([w, *given])
-    first = [] if slots is None else [slots.astype(jnp.int32)]
+    problems, blocks = groups * op.batch, blocks or blocks_for(op)
+    args, starts = indexed_gemm.arguments(op, as_product.left(op, lhs), rhs, slots, epilogue, operands)
+    kinds, first = epilogue.kinds if epilogue else (), len(args) - len(starts)
 
     def kernel(*refs: Any) -> None:
         block, problem = pl.program_id(0), pl.program_id(1)
-        *at, x_ref = refs[: len(first) + 1]
-        weights, *rest = (Source(ref, start) for ref, start in zip(refs[len(first) + 1 : -1], starts, strict=True))
+        *at, x_ref = refs[:first]
+        weights, *rest = (Source(ref, start) for ref, start in zip(refs[first:-1], starts, strict=True))
         n = block * blocks.n + jnp.arange(blocks.n, dtype=jnp.int32)
         mask = below(n, op.n, blocks.n)
         sums = products(op, blocks, problem, at[0][problem] if at else problem, x_ref, weights, n, mask, per_group)
@@ -82,7 +77,7 @@ def run(
         kernel,
         (pl.cdiv(op.n, blocks.n), problems),
         [jax.ShapeDtypeStruct((problems, per_group, op.n), dtype)],
-        [*first, x, *read],
+        args,
         name=f"matvec_{problems}x{per_group}x{op.n}x{op.k}",
         warps=blocks.warps,
         stages=blocks.stages,

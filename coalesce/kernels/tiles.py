@@ -98,9 +98,9 @@ class Tiled:
     def run(self, tile: Any, problem: Any, slot: Any, x: Any, w: Source, given: Sequence[Source], y: Any) -> None:
         """Compute a tile of a problem and write it.
 
-        References: x [P, positions, C], w [S, K, N] (or [S, N, K], see `by_columns`) of which the problem
-        reads row `slot`, y [P, rows, N]; of what the
-        epilogue reads, [P, rows, N] if WHOLE, else a vector [P, N], or [P, lanes, N] if several lanes share a problem.
+        References: x [P, positions, C]; w [S, K, N], or [S, N, K] (see `by_columns`), of which the problem reads row
+        `slot`; y [P, rows, N]; of what the epilogue reads, [P, rows, N] if WHOLE, else a vector [P, N], or
+        [P, lanes, N] if several lanes share a problem.
         """
         op, blocks = self.op, self.blocks
         m = div(tile, self.across) * blocks.m + jnp.arange(blocks.m, dtype=jnp.int32)
