@@ -1,7 +1,8 @@
-"""Which work runs next, and when.
+"""Which work runs next, and when: requests and their deadlines, policies, and a simulator with a virtual clock.
 
-The serving runtime lives in this package: requests and their deadlines, the policy that picks the lanes of the next
-fused run, admission, the latency model, a simulator with a virtual clock, and the driver that carries decisions out
-on a device. Deciding is kept apart from waiting and from computing: a policy is a pure function of its arguments and
-imports neither JAX nor the compiler. This release holds the compiler alone, and the package is empty.
+Nothing here computes, waits or reads a clock, and nothing imports JAX or the compiler. A policy is told what happened
+and when (`events`), and answers with what is to be done (`commands`); it knows what could run from a `catalog`. The
+driver in `coalesce.runtime` carries its commands out on a device, the simulator on a heap of events.
+
+Times are integers in nanoseconds of one monotonic clock.
 """
