@@ -1,8 +1,8 @@
 """What could run: the executables that are ready on a device.
 
-    Entry         lanes of one family at one segment of its program
-    Executable    a compiled bundle of entries, and how long it took when it was warmed up
-    Catalog       all of them; it does not change, a new one takes its place
+Entry         lanes of one family at one segment of its program
+Executable    a compiled bundle of entries, and how long it took when it was warmed up
+Catalog       all of them; it does not change, a new one takes its place
 """
 
 from __future__ import annotations

@@ -1,0 +1,315 @@
+"""The policy: which lanes run together, when, and who is refused.
+
+What holds after every event. Whoever was admitted can be done by its deadline if runs take what they are predicted to
+take (`demand`), since everything that is dispatched leaves that so, or is what does most good once it is no longer so
+(`choice`). The device is not left idle while something waits, but for a while in which more lanes are expected, and
+only as long as everything stays feasible (`patience`). No run is longer than what the most urgent tenant can wait for
+(`tenancy`), nobody over its share takes what others may need of theirs (`shares`), and nobody's slow or failing lanes
+stay among those of others (`quarantine`). Every request ends once: with the bundle of its last segment, or by a
+`Reject`.
+
+    an event          what changed: requests, tenants, the catalog, what a bundle took
+    drop the hopeless from the heads of the queues
+    dispatch          while the device can take a bundle: choose a window, join what is better run with it, go
+    wake              when the next bundle may go, or a head becomes hopeless
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from coalesce.scheduler.admission import admit
+from coalesce.scheduler.catalog import Catalog
+from coalesce.scheduler.choice import choose
+from coalesce.scheduler.commands import Command, Dispatch, Reason, Reject, WakeAt
+from coalesce.scheduler.costs import Costs, FAR, Place, PlaceCosts
+from coalesce.scheduler.events import (
+    Cancelled,
+    CatalogChanged,
+    Closed,
+    Completed,
+    Event,
+    Submitted,
+    TenantAdded,
+    TenantRemoved,
+    Timer,
+)
+from coalesce.scheduler.flight import Bundle, Flight
+from coalesce.scheduler.joining import join, Run
+from coalesce.scheduler.latency import LatencyModel, Prediction
+from coalesce.scheduler.patience import wait_until
+from coalesce.scheduler.quarantine import Watch
+from coalesce.scheduler.queues import Item, Lane, Level, Queue, Queues
+from coalesce.scheduler.request import Request
+from coalesce.scheduler.shares import Shares
+from coalesce.scheduler.tenancy import Tenancy
+from coalesce.scheduler.wants import Wants
+
+
+class Coalescing:
+    def __init__(self, *, depth: int = 2, lead_ns: int = 200_000):
+        """`depth` bundles are on the device or behind it, the next one from `lead_ns` before the last one ends."""
+        self.latency = LatencyModel()
+        self._depth = depth
+        self._lead_ns = lead_ns
+        self._costs = Costs(self.latency)
+        self._queues = Queues(self._costs_of)
+        self._flight = Flight()
+        self._tenancy = Tenancy()
+        self._shares = Shares()
+        self._watch = Watch()
+        self._wants = Wants()
+        self._lanes: dict[int, Lane] = {}  # every request that has not ended
+        self._bundles = 0
+        self._cap_ns = FAR
+        self._closed = False
+        self._out: list[Command] = []
+        self._handlers: dict[type, Callable[[Any, int], None]] = {
+            Submitted: self._submit,
+            Cancelled: self._cancel,
+            Completed: self._complete,
+            TenantAdded: self._add_tenant,
+            TenantRemoved: self._remove_tenant,
+            CatalogChanged: self._change_catalog,
+            Timer: lambda event, now_ns: None,
+            Closed: self._close,
+        }
+
+    def on_event(self, event: Event, now_ns: int) -> Sequence[Command]:
+        self._out = []
+        self._handlers[type(event)](event, now_ns)
+        self._drop_hopeless(now_ns)
+        patient_ns = self._dispatch(now_ns)
+        self._wake(patient_ns, now_ns)
+        return self._out
+
+    # Requests
+
+    def _submit(self, event: Submitted, now_ns: int) -> None:
+        free_ns = self._flight.free_at(now_ns)
+        for request in event.requests:
+            reason = self._take_on(request, free_ns, now_ns)
+            if reason is not None:
+                self._out.append(Reject(request.id, reason))
+
+    def _take_on(self, request: Request, free_ns: int, now_ns: int) -> Reason | None:
+        account = self._tenancy.get(request.tenant)
+        if self._closed:
+            return Reason.SHUTDOWN
+        if account is None:
+            return Reason.UNKNOWN_TENANT
+        if account.leaving:
+            return Reason.TENANT_CLOSED
+        level = self._queues.level(account.tenant.priority + request.priority)
+        queue = self._queues.find((request.family, 0), self._watch.lot(request.tenant), level)
+        queue.note_arrival(now_ns)
+        lane = admit(request, account, queue, level, self._shares, free_ns, now_ns)
+        if isinstance(lane, Reason):
+            return lane
+        self._lanes[request.id] = lane
+        self._queues.put(lane, queue)
+        return None
+
+    def _cancel(self, event: Cancelled, now_ns: int) -> None:
+        lane = self._lanes.get(event.request)
+        if lane is not None:
+            self._stop(lane, Reason.CANCELLED)
+
+    def _stop(self, lane: Lane, reason: Reason) -> None:
+        """Ends what waits now, and what is on the device after its bundle."""
+        if lane.queue is None:
+            lane.ending = lane.ending or reason
+            return
+        self._queues.drop(lane)
+        self._reject(lane, reason)
+
+    def _reject(self, lane: Lane, reason: Reason) -> None:
+        self._out.append(Reject(lane.request.id, reason))
+        self._end(lane)
+
+    def _end(self, lane: Lane) -> None:
+        if lane.charge_ns:
+            lane.level.release(lane.bucket, lane.charge_ns)
+        account = lane.account
+        account.pending -= 1
+        del self._lanes[lane.request.id]
+        if account.leaving and self._tenancy.forget_if_done(account):
+            self._watch.forget(account.tenant.name)
+
+    # Bundles
+
+    def _complete(self, event: Completed, now_ns: int) -> None:
+        bundle = self._flight.complete(event)
+        if event.failed:
+            self._run_again(bundle, now_ns)
+        else:
+            self._learn(bundle, event, now_ns)
+            for place, lanes in bundle.parts:
+                self._advance(place, lanes)
+        self._move_lots()
+
+    def _advance(self, place: Place, lanes: list[Lane]) -> None:
+        family, segment = place
+        last = segment + 1 == self._costs.catalog.segments_of(family)
+        for lane in lanes:
+            if last:
+                self._end(lane)
+            elif lane.ending is not None:
+                self._reject(lane, lane.ending)
+            else:
+                self._enqueue(lane, (family, segment + 1), self._watch.lot(lane.request.tenant))
+
+    def _enqueue(self, lane: Lane, place: Place, lot: int) -> None:
+        self._queues.put(lane, self._queues.find(place, lot, lane.level))
+
+    def _run_again(self, bundle: Bundle, now_ns: int) -> None:
+        """In halves, each by itself, until those that fail are alone."""
+        for place, lanes in bundle.parts:
+            going = [lane for lane in lanes if lane.ending is None]
+            for lane in lanes:
+                if lane.ending is not None:
+                    self._reject(lane, lane.ending)
+            if bundle.lanes == 1 and going:
+                self._reject(going[0], Reason.FAILED)
+                self._out += self._watch.fail(going[0].request.tenant, now_ns)
+                continue
+            middle = len(going) if len(bundle.parts) > 1 else (len(going) + 1) // 2
+            for half in going[:middle], going[middle:]:
+                lot = self._watch.new_lot()
+                for lane in half:
+                    self._enqueue(lane, place, lot)
+
+    def _learn(self, bundle: Bundle, event: Completed, now_ns: int) -> None:
+        took_ns = event.end_ns - event.start_ns
+        run = Prediction(bundle.id, bundle.executable, bundle.lanes, bundle.l50_ns, bundle.l99_ns, took_ns)
+        tenants = dict.fromkeys(lane.request.tenant for _, lanes in bundle.parts for lane in lanes)
+        self._out += self._watch.see(list(tenants), took_ns, bundle.clean_l99_ns, now_ns)
+        if self.latency.observe(run, frozenset(tenants)):
+            self._costs.forget()
+            self._queues.refresh()
+
+    def _move_lots(self) -> None:
+        """Takes lanes that wait to where their tenants now belong."""
+        moved, self._watch.moved = set(self._watch.moved), []
+        if not moved:
+            return
+        for lane in list(self._lanes.values()):
+            if lane.queue is not None and lane.request.tenant in moved:
+                queue = self._queues.find(lane.queue.place, self._watch.lot(lane.request.tenant), lane.level)
+                self._queues.move(lane, queue)
+
+    # What may run
+
+    def _costs_of(self, place: Place, lot: int) -> PlaceCosts:
+        return self._costs.of(place, self._watch.factor(lot))
+
+    def _add_tenant(self, event: TenantAdded, now_ns: int) -> None:
+        self._tenancy.add(event.tenant)
+        self._reckon(self._costs.catalog)
+
+    def _remove_tenant(self, event: TenantRemoved, now_ns: int) -> None:
+        account = self._tenancy.get(event.name)
+        if account is None:
+            return
+        if not event.drain:
+            for lane in [lane for lane in self._lanes.values() if lane.account is account]:
+                self._stop(lane, Reason.TENANT_CLOSED)
+        self._tenancy.leave(account)
+        self._reckon(self._costs.catalog)
+
+    def _change_catalog(self, event: CatalogChanged, now_ns: int) -> None:
+        self.latency.change(event.catalog)
+        self._reckon(event.catalog)
+
+    def _reckon(self, catalog: Catalog) -> None:
+        """Who is the most urgent, and what runs cost, may have changed."""
+        self._costs.change(catalog, self._tenancy.tightest_ns)
+        self._cap_ns = self._tenancy.cap(lambda family: self._costs.of((family, 0)).alone.l99_ns)
+        self._queues.refresh()
+
+    def _close(self, event: Closed, now_ns: int) -> None:
+        self._closed = True
+        if not event.drain:
+            for lane in list(self._lanes.values()):
+                self._stop(lane, Reason.SHUTDOWN)
+
+    # The tick
+
+    def _drop_hopeless(self, now_ns: int) -> None:
+        """Ends the heads that would be late even if they ran next, and ran no longer than they mostly do."""
+        start_ns = self._flight.free_at(now_ns)
+        for level in self._queues.levels:
+            while level.order and level.order[0][0] < start_ns:
+                lane = first_hopeless(level, start_ns)
+                if lane is None:
+                    break
+                expired = lane.request.deadline_ns <= now_ns
+                self._stop(lane, Reason.EXPIRED if expired else Reason.INFEASIBLE)
+
+    def _dispatch(self, now_ns: int) -> int:
+        """Dispatches what can go now; where waiting is better, until when."""
+        while len(self._flight) < self._depth:
+            start_ns = self._flight.free_at(now_ns)
+            if start_ns - now_ns > self._lead_ns:
+                break
+            run = self._next_run(start_ns)
+            if run is None:
+                break
+            patient_ns = wait_until(run, start_ns) if not self._flight else 0
+            if patient_ns > now_ns:
+                return patient_ns
+            self._go(run, now_ns)
+        return FAR
+
+    def _next_run(self, start_ns: int) -> Run | None:
+        for level in self._queues.levels:
+            window = choose(level, start_ns, self._cap_ns, self._worth)
+            if window is not None:
+                return join(window, self._queues, self._costs, start_ns)
+        return None
+
+    def _worth(self, item: Item) -> float:
+        return self._shares.worth(item[2].account)
+
+    def _go(self, run: Run, now_ns: int) -> None:
+        head = run.parts[0].queue
+        self._out += self._wants.for_queue(head, self._cap_ns, now_ns)
+        parts = tuple((w.queue.place, self._take(w.queue, w.first, w.end, w.width)) for w in run.parts)
+        clean_ns = self.latency.of(run.executable).l99_ns
+        bundle = Bundle(self._bundles, run.executable, parts, run.l50_ns, run.l99_ns, clean_ns)
+        lanes = tuple(tuple(lane.request.id for lane in lanes) for _, lanes in parts)
+        self._out.append(Dispatch(bundle.id, run.executable, lanes, run.l50_ns, run.l99_ns, run.why))
+        self._flight.add(bundle, now_ns)
+        self._bundles += 1
+
+    def _take(self, queue: Queue, first: int, end: int, width: int) -> list[Lane]:
+        """With lanes of lower priorities where there are lanes to spare."""
+        lanes = self._queues.take(queue, first, end)
+        for lower in self._queues.lower(queue):
+            lanes += self._queues.take(lower, 0, width - len(lanes))
+        return lanes
+
+    def _wake(self, patient_ns: int, now_ns: int) -> None:
+        time_ns = patient_ns
+        for level in self._queues.levels:
+            if level.order:
+                queue = level.order[0][2]
+                time_ns = min(time_ns, queue.items[0][0] - queue.costs.alone.l50_ns + 1)
+        if time_ns < FAR and 0 < len(self._flight) < self._depth:
+            time_ns = min(time_ns, self._flight.free_at(now_ns) - self._lead_ns)
+        if time_ns < FAR:
+            self._out.append(WakeAt(max(time_ns, now_ns + 1)))
+
+
+def first_hopeless(level: Level, start_ns: int) -> Lane | None:
+    return next(hopeless(level, start_ns), None)
+
+
+def hopeless(level: Level, start_ns: int) -> Iterator[Lane]:
+    for rank_ns, _, queue in level.order:
+        if rank_ns >= start_ns:
+            return
+        deadline_ns, _, lane = queue.items[0]
+        if start_ns + queue.costs.alone.l50_ns > deadline_ns:
+            yield lane

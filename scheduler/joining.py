@@ -1,0 +1,104 @@
+"""What is better run with a window, or before it.
+
+catch up    lanes of an earlier segment go first, so that both take the segments that are left together
+mix         an executable of several families, where all of them wait, takes less than one run after another
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from coalesce.scheduler.catalog import Executable
+from coalesce.scheduler.choice import best_head, Window
+from coalesce.scheduler.costs import Costs, FAR
+from coalesce.scheduler.queues import Queue, Queues
+
+
+class Part(NamedTuple):
+    queue: Queue
+    first: int
+    end: int
+    width: int
+
+
+class Run(NamedTuple):
+    executable: int
+    parts: tuple[Part, ...]
+    l50_ns: int
+    l99_ns: int
+    why: str
+
+
+def join(window: Window, queues: Queues, costs: Costs, start_ns: int) -> Run:
+    behind = catch_up(window, queues, start_ns)
+    if behind is not None:
+        return alone(behind, "catch up")
+    return mix(window, queues, costs, start_ns) or alone(window, "")
+
+
+def alone(window: Window, why: str) -> Run:
+    queue, option, first, end = window
+    part = Part(queue, first, end, option.width)
+    return Run(option.executable, (part,), option.l50_ns, option.l99_ns, why or ("window" if first else "deadline"))
+
+
+def catch_up(window: Window, queues: Queues, start_ns: int) -> Window | None:
+    """Lanes of the segment before, if the window can wait for them and one run of all is less than two."""
+    family, segment = window.queue.place
+    if not segment or window.first:
+        return None
+    before = queues.beside(window.queue, (family, segment - 1))
+    if before is None or not before.items:
+        return None
+    late = best_head(before, start_ns, FAR)
+    both = window.lanes + late.lanes
+    shared = next((o for o in window.queue.costs.options if o.width >= both), None)
+    apart = next((o for o in window.queue.costs.options if o.width >= late.lanes), None)
+    if shared is None or apart is None or shared.l50_ns >= window.option.l50_ns + apart.l50_ns:
+        return None
+    done_ns = start_ns + late.option.l99_ns + shared.l99_ns + window.queue.costs.after.l99_ns
+    return late if done_ns + late.option.l99_ns <= window.queue.items[0][0] else None
+
+
+def mix(window: Window, queues: Queues, costs: Costs, start_ns: int) -> Run | None:
+    """The executable that saves most beside runs one after another, with all its heads in time."""
+    if window.first or window.queue.lot:
+        return None
+    best, saved_ns = None, 0
+    for executable in costs.mixed_at(window.queue.place):
+        parts = waiting_for(executable, window, queues)
+        if not parts or not in_time(executable, parts, start_ns):
+            continue
+        saves_ns = sum(time_apart(part) for part in parts) - costs.latency.of(executable.id).l50_ns
+        if saves_ns > saved_ns:
+            best, saved_ns = (executable, parts), saves_ns
+    if best is None:
+        return None
+    executable, parts = best
+    l50, l99 = costs.latency.of(executable.id)
+    return Run(executable.id, parts, l50, l99, "mixed")
+
+
+def waiting_for(executable: Executable, window: Window, queues: Queues) -> tuple[Part, ...]:
+    """A part of each entry, in their order; none where an entry would stay empty."""
+    parts = []
+    for entry in executable.entries:
+        queue = queues.beside(window.queue, (entry.family, entry.segment))
+        if queue is None or not queue.items or not queue.costs.options:
+            return ()
+        parts.append(Part(queue, 0, min(entry.width, len(queue.items)), entry.width))
+    return tuple(parts)
+
+
+def in_time(executable: Executable, parts: tuple[Part, ...], start_ns: int) -> bool:
+    end_ns = start_ns + executable.l99_ns
+    return all(end_ns + part.queue.costs.after.l99_ns <= part.queue.items[0][0] for part in parts)
+
+
+def time_apart(part: Part) -> int:
+    """What the lanes of a part take in the best executable of its own that holds them all, else a share of the widest."""
+    for option in part.queue.costs.options:
+        if option.width >= part.end:
+            return option.l50_ns
+    widest = part.queue.costs.options[-1]
+    return widest.l50_ns * part.end // widest.width

@@ -1,0 +1,132 @@
+"""How long an executable takes: the warm-up's quantiles at first, those of its own last runs as soon as there are some.
+
+A run costs what its width costs: lanes that are not used are padding and take as long. So a prediction is one of an
+executable, and knows nothing of the number of lanes.
+
+    own runs          prediction
+    fewer than FEW    the warm-up's, times how far the device is off its warm-up at all (median over the last runs)
+    FEW or more       median and largest of the last WINDOW runs
+
+A run that takes more than SLOW times its l99 says something of its tenants (`quarantine`), not yet of its executable:
+it is held back, and counts only when HELD of them came in a row and no tenant was in all of them. A prediction that has
+moved by less than 1/32 stays as it is, so that what is derived from it can stay too.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Mapping
+from statistics import median
+from typing import NamedTuple
+
+from coalesce.scheduler.catalog import Catalog, Executable
+
+FEW = 6
+WINDOW = 24
+SLOW = 2
+HELD = 4
+
+
+class Prediction(NamedTuple):
+    """What was expected of a run when it was dispatched, and what came."""
+
+    bundle: int
+    executable: int
+    lanes: int
+    l50_ns: int
+    l99_ns: int
+    actual_ns: int
+
+
+class Quantiles(NamedTuple):
+    l50_ns: int
+    l99_ns: int
+
+
+class Runs:
+    """The last runs of one executable, in their order and in order of their times."""
+
+    __slots__ = ("last", "ascending", "held")
+
+    def __init__(self) -> None:
+        self.last: deque[int] = deque()
+        self.ascending: list[int] = []
+        self.held: list[tuple[int, frozenset[str]]] = []
+
+    def add(self, time_ns: int, l99_ns: int, tenants: frozenset[str]) -> bool:
+        """False where it is held back."""
+        if time_ns <= SLOW * l99_ns:
+            self.held.clear()
+            self._count(time_ns)
+            return True
+        self.held = [*self.held[-WINDOW:], (time_ns, tenants)]
+        if len(self.held) < HELD or frozenset.intersection(*(who for _, who in self.held)):
+            return False
+        for held_ns, _ in self.held:
+            self._count(held_ns)
+        self.held.clear()
+        return True
+
+    def _count(self, time_ns: int) -> None:
+        self.last.append(time_ns)
+        insort(self.ascending, time_ns)
+        if len(self.last) > WINDOW:
+            del self.ascending[bisect_left(self.ascending, self.last.popleft())]
+
+    def quantiles(self) -> Quantiles:
+        return Quantiles(self.ascending[len(self.ascending) // 2], self.ascending[-1])
+
+
+class LatencyModel:
+    def __init__(self, remembered: int = 4096):
+        self.predictions: deque[Prediction] = deque(maxlen=remembered)  # for export: predicted beside actual
+        self._warm_up: Mapping[int, Executable] = {}
+        self._runs: dict[int, Runs] = {}
+        self._published: dict[int, Quantiles] = {}
+        self._off: deque[float] = deque(maxlen=WINDOW)  # actual / warm-up of the last runs of all executables
+        self._scale = 1.0
+
+    def change(self, catalog: Catalog) -> None:
+        """Takes another catalog; what is known of executables in both stays known."""
+        kept = {id for id, e in catalog.by_id.items() if self._warm_up.get(id) == e}
+        self._warm_up = catalog.by_id
+        self._runs = {id: runs for id, runs in self._runs.items() if id in kept}
+        self._published = {id: q for id, q in self._published.items() if id in kept}
+
+    def of(self, executable: int) -> Quantiles:
+        known = self._published.get(executable)
+        if known is None:
+            prior = self._warm_up[executable]
+            known = Quantiles(int(prior.l50_ns * self._scale), int(prior.l99_ns * self._scale))
+            self._published[executable] = known
+        return known
+
+    def observe(self, run: Prediction, tenants: frozenset[str]) -> bool:
+        """Learns from a run; True where predictions have moved, of this executable or, with the device, of others."""
+        self.predictions.append(run)
+        prior = self._warm_up.get(run.executable)
+        if prior is None:  # it left the catalog while it ran
+            return False
+        runs = self._runs.setdefault(run.executable, Runs())
+        if not runs.add(run.actual_ns, self.of(run.executable).l99_ns, tenants):
+            return False
+        rescaled = self._rescale(run.actual_ns / max(1, prior.l50_ns))
+        if len(runs.last) < FEW:
+            return rescaled
+        new, old = runs.quantiles(), self.of(run.executable)
+        if all(abs(n - o) * 32 <= o for n, o in zip(new, old, strict=True)):
+            return rescaled
+        self._published[run.executable] = new
+        return True
+
+    def _rescale(self, off: float) -> bool:
+        """Moves what is known from warm-ups alone when the whole device turns out faster or slower than it was then."""
+        self._off.append(off)
+        scale = median(self._off) if len(self._off) >= FEW else 1.0
+        if abs(scale - self._scale) * 16 <= self._scale:
+            return False
+        self._scale = scale
+        learnt = {id for id, runs in self._runs.items() if len(runs.last) >= FEW}
+        self._published = {id: q for id, q in self._published.items() if id in learnt}
+        return True

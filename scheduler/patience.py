@@ -1,0 +1,27 @@
+"""Whether to wait for more lanes while the device is idle.
+
+Waiting pays where more lanes are expected within what is fixed in a run than there are now. It lasts no longer than
+that time, counted from the first lane's arrival: so it costs no more than the run that it may save. And it lasts only
+as long as the head is still in time in a run twice as wide, and everything that was promised stays feasible.
+"""
+
+from __future__ import annotations
+
+from coalesce.scheduler.joining import Run
+
+
+def wait_until(run: Run, start_ns: int) -> int:
+    """Until when, at most; a time that has passed for not at all."""
+    part = run.parts[0]
+    queue = part.queue
+    lanes = part.end - part.first
+    if len(run.parts) > 1 or part.first or queue.lot or queue.place[1]:
+        return 0
+    if lanes >= part.width or lanes >= queue.costs.options[-1].width:
+        return 0
+    fixed_ns = queue.costs.fixed_ns
+    if lanes * queue.gap_ns >= fixed_ns:
+        return 0
+    deadline_ns, _, lane = queue.items[0]
+    until_ns = min(lane.request.arrival_ns + fixed_ns, deadline_ns - queue.costs.through(2 * lanes))
+    return until_ns if queue.level.demand.is_feasible(until_ns) else 0

@@ -1,0 +1,214 @@
+"""What waits, where, and in which order.
+
+    Lane      a request on its way through the segments of its family
+    Queue     lanes that may share a bundle, by deadline: of one place, one lot and one priority
+    Level     the queues of one priority, by the latest start of their heads, and what was promised from it upwards
+    Queues    all of them
+
+The lot is 0 for everybody, and another number for those that run apart: tenants in quarantine, and what is left of a
+bundle that failed.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable
+
+from coalesce.scheduler.commands import Reason
+from coalesce.scheduler.costs import Place, PlaceCosts
+from coalesce.scheduler.demand import Demand, FAR
+from coalesce.scheduler.request import Request
+from coalesce.scheduler.shares import Account
+
+Item = tuple[int, int, "Lane"]  # deadline, id: no two are equal, so that lanes are never compared
+
+
+class Lane:
+    __slots__ = ("request", "account", "level", "bucket", "charge_ns", "queue", "ending", "begun")
+
+    def __init__(self, request: Request, account: Account, level: Level, bucket: int):
+        self.request = request
+        self.account = account
+        self.level = level
+        self.bucket = bucket  # of its deadline
+        self.charge_ns = 0  # what the demand test counts for it, until it is done
+        self.queue: Queue | None = None  # None on the device
+        self.ending: Reason | None = None  # why it goes no further than the bundle that it is in
+        self.begun = False
+
+
+class Queue:
+    __slots__ = (
+        "place",
+        "lot",
+        "level",
+        "costs",
+        "items",
+        "rank",
+        "head_bucket",
+        "head_ns",
+        "serial",
+        "gap_ns",
+        "came_ns",
+    )
+
+    def __init__(self, place: Place, lot: int, level: Level, costs: PlaceCosts, serial: int):
+        self.place = place
+        self.lot = lot
+        self.level = level
+        self.costs = costs
+        self.items: list[Item] = []
+        self.rank: tuple[int, int, Queue] | None = None  # in its level: latest start, serial
+        self.head_bucket = 0
+        self.head_ns = 0  # counted there for the first of a run
+        self.serial = serial
+        self.gap_ns = FAR  # between two arrivals, smoothed
+        self.came_ns = 0  # the last one
+
+    def note_arrival(self, now_ns: int) -> None:
+        gap_ns = now_ns - self.came_ns
+        self.gap_ns = self.gap_ns + ((gap_ns - self.gap_ns) >> 3) if self.gap_ns != FAR else gap_ns
+        self.came_ns = now_ns
+
+
+class Level:
+    __slots__ = ("priority", "order", "demand", "counted")
+
+    def __init__(self, priority: int):
+        self.priority = priority
+        self.order: list[tuple[int, int, Queue]] = []
+        self.demand = Demand()  # of this priority and all higher ones
+        self.counted: tuple[Demand, ...] = (self.demand,)  # those in which its lanes count: its own and all lower ones
+
+    def promise(self, bucket: int, work_ns: int) -> None:
+        for demand in self.counted:
+            demand.add(bucket, work_ns)
+
+    def release(self, bucket: int, work_ns: int) -> None:
+        for demand in self.counted:
+            demand.remove(bucket, work_ns)
+
+
+class Queues:
+    def __init__(self, costs_of: Callable[[Place, int], PlaceCosts]):
+        self.levels: list[Level] = []  # highest priority first
+        self._costs_of = costs_of
+        self._levels: dict[int, Level] = {}
+        self._queues: dict[tuple[int, int, int, int], Queue] = {}  # family, segment, lot, priority
+        self._serial = 0
+
+    def level(self, priority: int) -> Level:
+        known = self._levels.get(priority)
+        return known if known is not None else self._add_level(priority)
+
+    def find(self, place: Place, lot: int, level: Level) -> Queue:
+        key = (*place, lot, level.priority)
+        queue = self._queues.get(key)
+        if queue is None:
+            self._serial += 1
+            queue = self._queues[key] = Queue(place, lot, level, self._costs_of(place, lot), self._serial)
+        return queue
+
+    def beside(self, queue: Queue, place: Place) -> Queue | None:
+        """Another place's queue of the same lot and priority."""
+        return self._queues.get((*place, queue.lot, queue.level.priority))
+
+    def lower(self, queue: Queue) -> Iterable[Queue]:
+        """Of the same place and lot, those with a lower priority, in its order."""
+        if len(self.levels) == 1:
+            return ()
+        found = (self._queues.get((*queue.place, queue.lot, level.priority)) for level in self.levels)
+        return [q for q in found if q is not None and q.level.priority < queue.level.priority]
+
+    def put(self, lane: Lane, queue: Queue) -> None:
+        """Puts it in at its deadline, and counts what it has ahead."""
+        item = (lane.request.deadline_ns, lane.request.id, lane)
+        items = queue.items
+        lane.queue = queue
+        change = queue.costs.lane_ns - lane.charge_ns
+        if change:
+            lane.charge_ns = queue.costs.lane_ns
+            lane.level.promise(lane.bucket, change)
+        if items and item > items[-1]:
+            items.append(item)
+            return
+        insort(items, item)
+        if items[0] is item:
+            self.rank(queue)
+
+    def take(self, queue: Queue, first: int, end: int) -> list[Lane]:
+        """Takes lanes out to be run; what they have ahead after it stays counted."""
+        after_ns = queue.costs.lane_after_ns
+        lanes = [item[2] for item in queue.items[first:end]]
+        done: dict[int, int] = {}
+        for lane in lanes:
+            lane.queue = None
+            done[lane.bucket] = done.get(lane.bucket, 0) + lane.charge_ns - after_ns
+            lane.charge_ns = after_ns
+            if not lane.begun:
+                lane.begun = True
+                lane.account.waiting -= 1
+        for bucket, work_ns in done.items():
+            queue.level.release(bucket, work_ns)
+        self._cut(queue, first, end)
+        return lanes
+
+    def drop(self, lane: Lane) -> None:
+        """Takes one out that goes no further."""
+        queue = lane.queue
+        assert queue is not None, f"request {lane.request.id} does not wait"
+        lane.queue = None
+        lane.level.release(lane.bucket, lane.charge_ns)
+        lane.charge_ns = 0
+        if not lane.begun:
+            lane.account.waiting -= 1
+        at = bisect_left(queue.items, (lane.request.deadline_ns, lane.request.id))
+        self._cut(queue, at, at + 1)
+
+    def move(self, lane: Lane, queue: Queue) -> None:
+        """To another lot."""
+        old = lane.queue
+        assert old is not None, f"request {lane.request.id} does not wait"
+        at = bisect_left(old.items, (lane.request.deadline_ns, lane.request.id))
+        self._cut(old, at, at + 1)
+        self.put(lane, queue)
+
+    def _cut(self, queue: Queue, first: int, end: int) -> None:
+        del queue.items[first:end]
+        if first == 0:
+            self.rank(queue)
+
+    def rank(self, queue: Queue) -> None:
+        """Finds its place in its level anew: its head or its costs have changed."""
+        level = queue.level
+        if queue.rank is not None:
+            del level.order[bisect_left(level.order, queue.rank)]
+            level.release(queue.head_bucket, queue.head_ns)
+        if not queue.items:
+            queue.rank = None
+            if queue.lot:
+                del self._queues[(*queue.place, queue.lot, level.priority)]
+            return
+        deadline_ns, _, lane = queue.items[0]
+        queue.rank = (deadline_ns - queue.costs.alone.l99_ns, queue.serial, queue)
+        insort(level.order, queue.rank)
+        queue.head_bucket, queue.head_ns = lane.bucket, queue.costs.first_ns
+        level.promise(queue.head_bucket, queue.head_ns)
+
+    def refresh(self) -> None:
+        """Costs have changed."""
+        for queue in list(self._queues.values()):
+            queue.costs = self._costs_of(queue.place, queue.lot)
+            if queue.items:
+                self.rank(queue)
+
+    def _add_level(self, priority: int) -> Level:
+        """Everything that was promised above it counts in it."""
+        level = self._levels[priority] = Level(priority)
+        self.levels = sorted(self._levels.values(), key=lambda level: -level.priority)
+        for at, upper in enumerate(self.levels):
+            upper.counted = tuple(below.demand for below in self.levels[at:])
+        above = self.levels.index(level)
+        if above:
+            level.demand.take_over(self.levels[above - 1].demand)
+        return level
