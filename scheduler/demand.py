@@ -1,4 +1,4 @@
-"""The demand test: whether all that was promised can still be done by its deadlines, if the device starts at a given time.
+"""The demand test: whether all that was promised can still be done in time, if the device starts at a given time.
 
 Promised device time is summed by deadline. With the sums, the latest start for everything due at a deadline or before
 is that deadline less the time before it, and the least of them over all later deadlines says how much more may come:
@@ -46,7 +46,7 @@ class Demand:
         self._stale = True
 
     def fits(self, bucket: int, own_ns: int, work_ns: int, start_ns: int) -> bool:
-        """Whether one more is in time, `own_ns` after what is due before it, and `work_ns` more delays nobody too much."""
+        """Whether one more is in time, `own_ns` after what is due before it, and delays nobody too much by `work_ns`."""
         if self._latest_start(bucket, own_ns, work_ns) - self._since >= start_ns:
             return True
         return self._sum_up() and self._latest_start(bucket, own_ns, work_ns) >= start_ns
@@ -62,8 +62,10 @@ class Demand:
         self._stale = True
 
     def _latest_start(self, bucket: int, own_ns: int, work_ns: int) -> int:
-        at = bisect_left(self._buckets, bucket)
-        return min(bucket - self._before[at] - own_ns, self._latest[at] - work_ns)
+        buckets = self._buckets
+        at = bisect_left(buckets, bucket)
+        ahead = at + 1 if at < len(buckets) and buckets[at] == bucket else at
+        return min(bucket - self._before[ahead] - own_ns, self._latest[at] - work_ns)
 
     def _sum_up(self) -> bool:
         """False where nothing has changed since the last time."""

@@ -96,7 +96,7 @@ def in_time(executable: Executable, parts: tuple[Part, ...], start_ns: int) -> b
 
 
 def time_apart(part: Part) -> int:
-    """What the lanes of a part take in the best executable of its own that holds them all, else a share of the widest."""
+    """What the lanes of a part take in the narrowest executable of their own, or their share of the widest."""
     for option in part.queue.costs.options:
         if option.width >= part.end:
             return option.l50_ns

@@ -3,7 +3,8 @@
     with everybody --- two slow bundles with it in WINDOW ---> suspected: apart with few others, to be seen
     suspected ------- a clean run ---> with everybody          a slow run ---> fewer others, and alone: in quarantine
     in quarantine --- TERM over, and CLEAN clean runs in a row ---> on probation, with everybody
-    on probation ---- a slow bundle with it ---> in quarantine for twice the term    TERM over ---> nothing is held against it
+    on probation ---- a slow bundle with it ---> in quarantine, for twice as long
+    on probation ---- a clean one when the term is over ---> nothing is held against it
 
 A run is slow when it takes SLOW times the l99 that was predicted. Suspected are only tenants that every slow bundle
 had in common, and that were in no clean one since. Innocents among them are back after one run of their own, and
