@@ -7,6 +7,7 @@ expected and what to do.
     PlanError      the programs and options given to `fuse` contradict each other
     TuningError    a tuning database cannot be read or written, or is none
     InvalidInput   the inputs of a call are not what the tenants were traced with
+    ServingError   a request, or a tenant, that the runtime cannot serve; one type a cause, each with its status codes
 """
 
 
@@ -36,3 +37,62 @@ class TuningError(CoalesceError, ValueError):
 
 class InvalidInput(CoalesceError, ValueError):
     """The inputs of a call are not what the tenants were traced with."""
+
+    grpc, http = "INVALID_ARGUMENT", 400
+
+
+class ServingError(CoalesceError):
+    """The runtime could not serve a request, or take on a tenant.
+
+    `grpc` is the name of the status code that a gRPC server answers with, `http` the number of an HTTP server's.
+    """
+
+    grpc, http = "UNKNOWN", 500
+
+
+class QueueFull(ServingError):
+    """A tenant has as many requests waiting as its quota allows. Nothing was queued; send fewer, or later."""
+
+    grpc, http = "RESOURCE_EXHAUSTED", 429
+
+
+class DeadlineExceeded(ServingError, TimeoutError):
+    """A request could not have been served by its deadline. It did not run."""
+
+    grpc, http = "DEADLINE_EXCEEDED", 504
+
+
+class TenantClosed(ServingError, LookupError):
+    """There is no such tenant, or it was removed before the request ran."""
+
+    grpc, http = "NOT_FOUND", 404
+
+
+class TenantFailure(ServingError):
+    """A tenant's own program raised while it ran, with nobody else's work beside it."""
+
+    grpc, http = "INTERNAL", 500
+
+
+class CompileError(ServingError):
+    """No executable could be made for a tenant."""
+
+    grpc, http = "FAILED_PRECONDITION", 500
+
+
+class OutOfDeviceMemory(ServingError, MemoryError):
+    """A tenant's weights, or what its program needs to run, do not fit on the device."""
+
+    grpc, http = "RESOURCE_EXHAUSTED", 507
+
+
+class DeviceError(ServingError):
+    """The device failed, or does not answer."""
+
+    grpc, http = "UNAVAILABLE", 503
+
+
+class Shutdown(ServingError):
+    """The runtime was closed before the request ran."""
+
+    grpc, http = "UNAVAILABLE", 503

@@ -19,7 +19,7 @@ class Submitted(NamedTuple):
 
 
 class Cancelled(NamedTuple):
-    """Nobody waits for a request any more. One that has ended already is no news, one in flight ends with its bundle."""
+    """Nobody waits for a request any more. One that has ended is no news, one in flight ends with its bundle."""
 
     request: int
 

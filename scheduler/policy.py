@@ -9,12 +9,13 @@ one may run while the next one waits behind it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from coalesce.scheduler.commands import Command
 from coalesce.scheduler.events import Event
 
 
+@runtime_checkable
 class Policy(Protocol):
     def on_event(self, event: Event, now_ns: int) -> Sequence[Command]:
         """Commands, to be carried out in their order; `now_ns` never goes back."""

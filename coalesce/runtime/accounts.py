@@ -1,0 +1,161 @@
+"""What each tenant asked for, got and cost.
+
+A bundle's time on the device is shared out by lanes: a lane costs its tenant the bundle's time over its width. What the
+lanes without a request cost is padding, borne in equal parts by the lanes that were used.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from coalesce.runtime.observer import Observer
+from coalesce.runtime.ticket import Ending, Ticket
+from coalesce.scheduler.commands import Command, Dispatch, Quarantine, Readmit, Reason
+from coalesce.scheduler.events import Event, Submitted
+
+RECENT = 1000  # latencies that the quantiles of a tenant are of
+
+
+@dataclass(frozen=True)
+class TenantStats:
+    """Counts since the tenant was added; submitted = ok + late + rejected + cancelled + failed + pending."""
+
+    submitted: int
+    ok: int  # results by their deadline
+    late: int  # results after it
+    rejected: Mapping[Reason, int]
+    cancelled: int
+    failed: int
+    pending: int
+    device_s: float  # of the device's time, without padding
+    padding_s: float
+    latency_p50_s: float | None  # from submit to result, of the last 1,000
+    latency_p99_s: float | None
+    quarantined: bool
+
+    @property
+    def attainment(self) -> float | None:
+        """The share of ended requests, cancelled ones apart, that got a result in time."""
+        ended = self.ok + self.late + sum(self.rejected.values()) + self.failed
+        return self.ok / ended if ended else None
+
+
+@dataclass(frozen=True)
+class Stats:
+    tenants: Mapping[str, TenantStats]
+    bundles: int
+    lanes: int  # with a request, over all bundles
+    device_s: float  # that bundles took
+
+
+@dataclass
+class Account:
+    submitted: int = 0
+    ok: int = 0
+    late: int = 0
+    rejected: dict[Reason, int] = field(default_factory=dict)
+    device_ns: float = 0.0
+    padding_ns: float = 0.0
+    latencies_ns: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT))
+    quarantined: bool = False
+
+    def snapshot(self) -> TenantStats:
+        rejected = dict(self.rejected)
+        cancelled, failed = rejected.pop(Reason.CANCELLED, 0), rejected.pop(Reason.FAILED, 0)
+        ended = self.ok + self.late + sum(self.rejected.values())
+        latencies = sorted(self.latencies_ns)
+        return TenantStats(
+            self.submitted,
+            self.ok,
+            self.late,
+            MappingProxyType(rejected),
+            cancelled,
+            failed,
+            self.submitted - ended,
+            self.device_ns / 1e9,
+            self.padding_ns / 1e9,
+            quantile_s(latencies, 0.5),
+            quantile_s(latencies, 0.99),
+            self.quarantined,
+        )
+
+
+def quantile_s(ascending_ns: Sequence[int], q: float) -> float | None:
+    """The nearest-rank quantile."""
+    return ascending_ns[int(q * (len(ascending_ns) - 1) + 0.5)] / 1e9 if ascending_ns else None
+
+
+class Accounts(Observer):
+    def __init__(self, width_of: Callable[[int], int]) -> None:
+        self._width_of = width_of  # executable -> lanes
+        self._accounts: dict[str, Account] = {}
+        self._bundles = self._lanes = self._device_ns = 0
+        self._lock = threading.Lock()
+
+    def open(self, tenant: str) -> None:
+        with self._lock:
+            self._accounts[tenant] = Account()
+
+    def close(self, tenant: str) -> None:
+        with self._lock:
+            self._accounts.pop(tenant, None)
+
+    def stats(self) -> Stats:
+        with self._lock:
+            tenants = {name: account.snapshot() for name, account in self._accounts.items()}
+            return Stats(MappingProxyType(tenants), self._bundles, self._lanes, self._device_ns / 1e9)
+
+    def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
+        if isinstance(event, Submitted):
+            with self._lock:
+                for request in event.requests:
+                    self._of(request.tenant).submitted += 1
+        for command in commands:
+            if isinstance(command, Quarantine | Readmit):
+                with self._lock:
+                    self._of(command.tenant).quarantined = isinstance(command, Quarantine)
+
+    def rejected(self, ticket: Ticket, reason: Reason, now_ns: int) -> None:
+        with self._lock:
+            counts = self._of(ticket.request.tenant).rejected
+            counts[reason] = counts.get(reason, 0) + 1
+
+    def finished(
+        self,
+        dispatch: Dispatch,
+        entries: Sequence[Sequence[Ticket]],
+        start_ns: int,
+        end_ns: int,
+        error: Exception | None,
+    ) -> None:
+        width, lanes = self._width_of(dispatch.executable), sum(map(len, entries))
+        each = (end_ns - start_ns) / width
+        padding = each * (width - lanes) / lanes
+        with self._lock:
+            self._bundles += 1
+            self._lanes += lanes
+            self._device_ns += end_ns - start_ns
+            for tickets in entries:
+                for ticket in tickets:
+                    account = self._of(ticket.request.tenant)
+                    account.device_ns += each
+                    account.padding_ns += padding
+
+    def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
+        with self._lock:
+            for ending in endings:
+                request = ending.ticket.request
+                account = self._of(request.tenant)
+                account.latencies_ns.append(now_ns - request.arrival_ns)
+                if now_ns <= request.deadline_ns:
+                    account.ok += 1
+                else:
+                    account.late += 1
+
+    def _of(self, tenant: str) -> Account:
+        """An account that was closed meanwhile is written to and forgotten."""
+        return self._accounts.get(tenant) or Account()

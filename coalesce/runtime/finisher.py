@@ -1,0 +1,122 @@
+"""The thread that waits for bundles, in the order of their dispatch, and hands out what they computed.
+
+The driver learns that a bundle is done before anybody is told its result: the device gets its next work first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+from coalesce.runtime.inbox import Inbox
+from coalesce.runtime.machine import Launched, Machine
+from coalesce.runtime.observer import Observers
+from coalesce.runtime.ticket import Ending, tell, Ticket
+from coalesce.scheduler.commands import Dispatch
+from coalesce.scheduler.events import Completed
+
+
+class Flight(NamedTuple):
+    """A bundle on its way."""
+
+    dispatch: Dispatch
+    entries: Sequence[Sequence[Ticket]]
+    launched: Launched | Exception  # the error, if it could not even be dispatched
+    launched_ns: int
+
+
+class Probe(NamedTuple):
+    """A run for nothing, to see how long it takes."""
+
+    launch: Callable[[], Launched]
+    done: Callable[[int | Exception], None]  # with nanoseconds, or what was raised
+
+
+class Probing(NamedTuple):
+    probe: Probe
+    launched: Launched
+    launched_ns: int
+
+
+class Finisher:
+    def __init__(
+        self,
+        driver: Inbox,
+        machine: Machine,
+        observers: Observers,
+        clock: Callable[[], int],
+        forget: Callable[[Sequence[int]], None],
+    ) -> None:
+        self.inbox = Inbox()
+        self._driver, self._machine, self._observers, self._clock, self._forget = (
+            driver,
+            machine,
+            observers,
+            clock,
+            forget,
+        )
+        self._free_ns = 0  # when the device was done with the bundle before
+        self.thread = threading.Thread(target=self._loop, name="coalesce-finisher", daemon=True)
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def stop(self, wait: bool) -> None:
+        self.inbox.put(None)
+        if wait:
+            self.thread.join()
+
+    def _loop(self) -> None:
+        while True:
+            for flight in self.inbox.take(None):
+                if flight is None:
+                    return
+                if isinstance(flight, Probing):
+                    self._time(flight)
+                else:
+                    self._finish(flight)
+
+    def _time(self, probing: Probing) -> None:
+        try:
+            probing.launched.wait()
+        except Exception as e:
+            probing.probe.done(e)
+            return
+        end_ns = self._clock()
+        probing.probe.done(end_ns - max(self._free_ns, probing.launched_ns))
+        self._free_ns = end_ns
+
+    def _finish(self, flight: Flight) -> None:
+        error = self._wait(flight)
+        end_ns = self._clock()
+        start_ns = min(max(self._free_ns, flight.launched_ns), end_ns)
+        self._free_ns = end_ns
+        dispatch, entries = flight.dispatch, flight.entries
+        if error is not None:
+            for ticket in chain.from_iterable(entries):
+                ticket.failure = error
+        self._driver.put(Completed(dispatch.bundle, start_ns, end_ns, failed=error is not None))
+        self._observers.finished(dispatch, entries, start_ns, end_ns, error)
+        if error is None and not isinstance(flight.launched, Exception):
+            self._hand_out(flight.launched.results(), entries, end_ns)
+
+    def _wait(self, flight: Flight) -> Exception | None:
+        """What the bundle raised, if it did."""
+        if isinstance(flight.launched, Exception):
+            return flight.launched
+        try:
+            flight.launched.wait()
+        except Exception as e:
+            return e
+        return None
+
+    def _hand_out(
+        self, results: Sequence[Sequence[Any] | None], entries: Sequence[Sequence[Ticket]], now_ns: int
+    ) -> None:
+        ended = [(tickets, own) for tickets, own in zip(entries, results, strict=True) if own is not None]
+        endings = [Ending(t, result) for tickets, own in ended for t, result in zip(tickets, own, strict=True)]
+        self._observers.ended(endings, now_ns)
+        tell(endings)
+        self._forget([ending.ticket.request.id for ending in endings])

@@ -1,0 +1,89 @@
+"""A tenant's request shape: what its inputs must be, and how its results are given back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from coalesce.call import checked, rewrapped
+from coalesce.errors import InvalidInput
+from coalesce.program import Program, Slot
+
+
+class Form:
+    """`family` is its number in the scheduler's catalog."""
+
+    def __init__(self, program: Program, family: int) -> None:
+        self.tenant, self.family = program.name, family
+        self.inputs: tuple[Slot, ...] = program.inputs
+        self._in_tree, self._out_tree = program.in_tree, program.out_tree
+        self._outputs = program.outputs
+        self._wants = [(slot.aval.shape, slot.aval.dtype) for slot in self.inputs]
+        self._keys = any(slot.key_impl is not None for slot in program.inputs)
+        self._key_results = any(slot.key_impl is not None for slot in program.outputs)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{np.dtype(dtype).name}{list(shape)}" for shape, dtype in self._wants) or "nothing"
+
+    def takes(self, inputs: tuple[Any, ...]) -> list[np.ndarray] | None:
+        """The inputs, flat, if they are plainly the NumPy arrays that the tenant was traced with; else None."""
+        if self._keys:
+            return None
+        leaves, tree = jax.tree.flatten(inputs)
+        if tree != self._in_tree:
+            return None
+        for leaf, (shape, dtype) in zip(leaves, self._wants, strict=True):
+            if not isinstance(leaf, np.ndarray) or leaf.shape != shape or leaf.dtype != dtype:
+                return None
+        return leaves
+
+    def accept(self, inputs: tuple[Any, ...]) -> list[np.ndarray]:
+        """The inputs, flat, as NumPy arrays; raises InvalidInput, which names the argument."""
+        leaves, tree = jax.tree.flatten(inputs)
+        if tree != self._in_tree:
+            raise InvalidInput(
+                f"tenant {self.tenant!r}: inputs are {tree}, traced with {self._in_tree}; give one for each input "
+                "after params"
+            )
+        pairs = zip(leaves, self.inputs, strict=True)
+        return [np.asarray(checked(self.tenant, leaf, slot)) for leaf, slot in pairs]
+
+    def result(self, values: Sequence[Any]) -> Any:
+        """A lane's flat outputs in the tenant's own pytree."""
+        if self._key_results:
+            values = [rewrapped(x, slot) for x, slot in zip(values, self._outputs, strict=True)]
+        return self._out_tree.unflatten(values)
+
+
+def match(tenant: str, forms: Sequence[Form], inputs: tuple[Any, ...]) -> tuple[Form, list[np.ndarray]]:
+    """The form that the inputs are of, and they as it takes them.
+
+    Raises:
+      InvalidInput: they are of none; it names the argument, or all forms that there are.
+    """
+    for form in forms:
+        flat = form.takes(inputs)
+        if flat is not None:
+            return form, flat
+    if len(forms) == 1:
+        return forms[0], forms[0].accept(inputs)
+    for form in forms:
+        try:
+            return form, form.accept(inputs)
+        except InvalidInput:
+            continue
+    got = ", ".join(described(leaf) for leaf in jax.tree.leaves(inputs))
+    known = "; ".join(map(str, forms))
+    raise InvalidInput(
+        f"tenant {tenant!r}: inputs are {got}, none of the request shapes that it was added with: {known}. "
+        "Pad to one of them, or add the tenant with another example"
+    )
+
+
+def described(leaf: Any) -> str:
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        return type(leaf).__name__
+    return f"{leaf.dtype}{list(leaf.shape)}"

@@ -1,0 +1,106 @@
+"""What was decided, for the last bundles and requests: the answer to "what happened to my request?"."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple, TypeVar
+
+from coalesce.runtime.observer import Observer
+from coalesce.runtime.ticket import Ending, Ticket
+from coalesce.scheduler.commands import Dispatch, Reason
+from coalesce.scheduler.request import Request
+
+KEPT = 4096  # requests, and bundles
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class Bundle(NamedTuple):
+    """A bundle that left the device; times are of the runtime's clock, in nanoseconds."""
+
+    dispatch: Dispatch
+    requests: tuple[tuple[int, ...], ...]
+    start_ns: int
+    end_ns: int
+    error: str
+
+
+class Ended(NamedTuple):
+    request: Request
+    bundles: tuple[int, ...]  # that it was a lane of
+    outcome: str
+    end_ns: int
+
+
+class History(Observer):
+    def __init__(self, name_of: Callable[[int], str]) -> None:
+        self._name_of = name_of  # executable -> what it runs
+        self._bundles: OrderedDict[int, Bundle] = OrderedDict()
+        self._requests: OrderedDict[int, Ended] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def finished(
+        self,
+        dispatch: Dispatch,
+        entries: Sequence[Sequence[Ticket]],
+        start_ns: int,
+        end_ns: int,
+        error: Exception | None,
+    ) -> None:
+        text = f"{type(error).__name__}: {error}" if error is not None else ""
+        with self._lock:
+            keep(self._bundles, dispatch.bundle, Bundle(dispatch, dispatch.lanes, start_ns, end_ns, text))
+
+    def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
+        with self._lock:
+            for ending in endings:
+                in_time = now_ns <= ending.ticket.request.deadline_ns
+                self._end(ending.ticket, "ok" if in_time else "late", now_ns)
+
+    def rejected(self, ticket: Ticket, reason: Reason, now_ns: int) -> None:
+        with self._lock:
+            self._end(ticket, reason.value, now_ns)
+
+    def _end(self, ticket: Ticket, outcome: str, now_ns: int) -> None:
+        keep(self._requests, ticket.request.id, Ended(ticket.request, tuple(ticket.bundles), outcome, now_ns))
+
+    def bundles(self) -> list[Bundle]:
+        with self._lock:
+            return list(self._bundles.values())
+
+    def requests(self) -> list[Ended]:
+        with self._lock:
+            return list(self._requests.values())
+
+    def explain(self, request: int) -> str | None:
+        """A line for each decision about a request that has ended, or None if it is not known (any more)."""
+        with self._lock:
+            ended = self._requests.get(request)
+            if ended is None:
+                return None
+            bundles = [self._bundles[b] for b in ended.bundles if b in self._bundles]
+        own, zero = ended.request, ended.request.arrival_ns
+
+        def ms(t_ns: int) -> str:
+            return f"{(t_ns - zero) / 1e6:.3f} ms"
+
+        lines = [f"request {own.id} of tenant {own.tenant!r}: deadline {ms(own.deadline_ns)} after submit"]
+        for bundle in bundles:
+            dispatch, lanes = bundle.dispatch, sum(map(len, bundle.requests))
+            took = (bundle.end_ns - bundle.start_ns) / 1e6
+            lines.append(
+                f"  bundle {dispatch.bundle} ({self._name_of(dispatch.executable)}) with {lanes} "
+                f"{'lane' if lanes == 1 else 'lanes'}{f', {dispatch.why}' if dispatch.why else ''}: began after "
+                f"{ms(bundle.start_ns)}, took {took:.3f} ms; expected {dispatch.l50_ns / 1e6:.3f}, at most "
+                f"{dispatch.l99_ns / 1e6:.3f}{f'; failed, {bundle.error}' if bundle.error else ''}"
+            )
+        return "\n".join([*lines, f"  ended after {ms(ended.end_ns)}: {ended.outcome}"])
+
+
+def keep(kept: OrderedDict[K, V], key: K, value: V) -> None:
+    kept[key] = value
+    if len(kept) > KEPT:
+        kept.popitem(last=False)

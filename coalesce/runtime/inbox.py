@@ -1,0 +1,23 @@
+"""What happened, in order, from any thread to one that waits for it."""
+
+from __future__ import annotations
+
+from queue import Empty, SimpleQueue
+from typing import Any
+
+
+class Inbox:
+    def __init__(self) -> None:
+        self._items: SimpleQueue[Any] = SimpleQueue()
+        self.put = self._items.put
+
+    def take(self, timeout_s: float | None) -> list[Any]:
+        """Everything that is there; waits for the first, at most so long if that is given."""
+        get = self._items.get_nowait
+        items = []
+        try:
+            items.append(self._items.get(timeout=timeout_s) if timeout_s is None or timeout_s > 0 else get())
+            while True:
+                items.append(get())
+        except Empty:
+            return items

@@ -1,0 +1,34 @@
+"""The device, as the driver sees it: executables by their number, the banks that they read, bundles on their way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from coalesce.runtime.ticket import Ticket
+
+
+@runtime_checkable
+class Launched(Protocol):
+    """A bundle on its way."""
+
+    def wait(self) -> None:
+        """Until the device is done; raises what went wrong there."""
+        ...
+
+    def results(self) -> Sequence[Sequence[Any] | None]:
+        """For each entry the result of each of its lanes; None for a segment that is not the last."""
+        ...
+
+
+@runtime_checkable
+class Machine(Protocol):
+    """Called on the driver's thread alone."""
+
+    def launch(self, executable: int, entries: Sequence[Sequence[Ticket]]) -> Launched:
+        """Dispatch a bundle: for each entry of the executable, its lanes."""
+        ...
+
+    def release(self, tickets: Sequence[Ticket]) -> None:
+        """What requests that end between two segments held on the device."""
+        ...

@@ -1,0 +1,77 @@
+"""Who watches the runtime: accounts, records, logs and metrics are told the same few things.
+
+They are told on the driver's and the finisher's threads, so they are quick and never wait. One that raises is dropped,
+with its traceback in the log: the runtime goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from coalesce.runtime.ticket import Ending, Ticket
+from coalesce.scheduler.commands import Command, Dispatch, Reason
+from coalesce.scheduler.events import Event
+
+LOG = logging.getLogger("coalesce.runtime")
+
+
+class Observer:
+    """What can be watched; times are of the runtime's clock, in nanoseconds."""
+
+    def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
+        """The policy was told an event and answered."""
+
+    def rejected(self, ticket: Ticket, reason: Reason, now_ns: int) -> None:
+        """A request ended without a result."""
+
+    def finished(
+        self,
+        dispatch: Dispatch,
+        entries: Sequence[Sequence[Ticket]],
+        start_ns: int,
+        end_ns: int,
+        error: Exception | None,
+    ) -> None:
+        """A bundle left the device, or failed on it."""
+
+    def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
+        """Requests ended with results."""
+
+
+class Observers(Observer):
+    """Tells each of them."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self._observers = list(observers)
+
+    def add(self, observer: Observer) -> None:
+        self._observers = [*self._observers, observer]
+
+    def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
+        self._tell("decided", event, now_ns, commands)
+
+    def rejected(self, ticket: Ticket, reason: Reason, now_ns: int) -> None:
+        self._tell("rejected", ticket, reason, now_ns)
+
+    def finished(
+        self,
+        dispatch: Dispatch,
+        entries: Sequence[Sequence[Ticket]],
+        start_ns: int,
+        end_ns: int,
+        error: Exception | None,
+    ) -> None:
+        self._tell("finished", dispatch, entries, start_ns, end_ns, error)
+
+    def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
+        self._tell("ended", endings, now_ns)
+
+    def _tell(self, what: str, *args: Any) -> None:
+        for observer in self._observers:
+            try:
+                getattr(observer, what)(*args)
+            except Exception:
+                LOG.exception("%r raised in %s() and is not told anything any more", observer, what)
+                self._observers = [other for other in self._observers if other is not observer]

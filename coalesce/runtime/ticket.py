@@ -1,0 +1,86 @@
+"""A request on its way through the runtime, and whom to tell how it ended.
+
+Whoever waits is a `Reply`, a future of concurrent.futures, or a coroutine of some event loop. What a bundle decided for
+the coroutines of one loop is told in one call, since each call from another thread wakes the loop up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+from coalesce.scheduler.request import Request
+
+
+class Ticket:
+    """One request: what it asks for, and who waits for it."""
+
+    __slots__ = ("request", "resident", "form", "inputs", "waiter", "loop", "slot", "state", "bundles", "failure")
+
+    def __init__(
+        self, request: Request, resident: Any, form: Any, inputs: list[Any], waiter: Any, loop: Any = None
+    ) -> None:
+        self.request = request
+        self.resident = resident  # its tenant, as it is on the device
+        self.form = form  # which of its request shapes
+        self.inputs = inputs  # flat, as NumPy arrays
+        self.waiter: Reply | asyncio.Future[Any] = waiter
+        self.loop: asyncio.AbstractEventLoop | None = loop  # of a coroutine
+        self.slot: int | None = None  # of its weights, once it runs
+        self.state: int | None = None  # where its values lie between segments
+        self.bundles: list[int] = []  # that it was a lane of
+        self.failure: Exception | None = None  # of the last bundle with it that failed
+
+
+class Reply(Future[Any]):
+    """What `Runtime.submit` returns. `cancel()` works until a bundle with the request is on its way to the device."""
+
+    def __init__(self, request: int, withdraw: Callable[[int], None]) -> None:
+        super().__init__()
+        self.request = request  # its id, for Runtime.explain
+        self._withdraw = withdraw
+
+    def cancel(self) -> bool:
+        if not super().cancel():
+            return False
+        self._withdraw(self.request)
+        return True
+
+
+class Ending(NamedTuple):
+    """How a request ends: with a result, or with an error."""
+
+    ticket: Ticket
+    result: Any
+    error: BaseException | None = None
+
+
+def tell(endings: Iterable[Ending]) -> None:
+    """Tell everybody who waits; whoever gave up waiting is told nothing."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[Ending]] = {}
+    for ending in endings:
+        if ending.ticket.loop is not None:
+            by_loop.setdefault(ending.ticket.loop, []).append(ending)
+        else:
+            settle(ending.ticket.waiter, ending)
+    for loop, own in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(settle_all, own)
+        except RuntimeError:  # the loop is closed, and with it whoever waited
+            continue
+
+
+def settle_all(endings: Iterable[Ending]) -> None:
+    for ending in endings:
+        settle(ending.ticket.waiter, ending)
+
+
+def settle(waiter: Any, ending: Ending) -> None:
+    if waiter.done():
+        return
+    if ending.error is not None:
+        waiter.set_exception(ending.error)
+    else:
+        waiter.set_result(ending.result)

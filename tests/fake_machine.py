@@ -1,0 +1,99 @@
+"""A device without JAX, for tests of the driver: bundles take a while, and the lanes that are told to, raise."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from coalesce.runtime.accounts import Accounts
+from coalesce.runtime.driver import Driver, Order
+from coalesce.runtime.history import History
+from coalesce.runtime.observer import Observer, Observers
+from coalesce.runtime.ticket import Reply, Ticket
+from coalesce.scheduler.catalog import Catalog, Entry, Executable
+from coalesce.scheduler.coalescing import Coalescing
+from coalesce.scheduler.events import Cancelled, CatalogChanged, TenantAdded
+from coalesce.scheduler.request import Request, Tenant
+
+WIDTHS = (1, 2, 4, 8)
+
+
+class FakeLaunched:
+    def __init__(self, machine: FakeMachine, entries: Sequence[Sequence[Ticket]]) -> None:
+        self.machine, self.entries = machine, entries
+
+    def wait(self) -> None:
+        self.machine.go.wait()
+        time.sleep(self.machine.takes_s)
+        for tickets in self.entries:
+            for ticket in tickets:
+                if self.machine.raises(ticket.inputs[0]):
+                    raise ValueError(f"cannot compute {ticket.inputs[0]!r}")
+
+    def results(self) -> list[list[Any]]:
+        return [[("result", ticket.inputs[0]) for ticket in tickets] for tickets in self.entries]
+
+
+class FakeMachine:
+    """`launches` has the inputs of the lanes of each bundle; `go` can be cleared to hold bundles on the device."""
+
+    def __init__(self, takes_s: float = 0.0005, raises: Callable[[Any], bool] = lambda value: False) -> None:
+        self.takes_s, self.raises = takes_s, raises
+        self.launches: list[list[Any]] = []
+        self.released: list[int] = []
+        self.go = threading.Event()
+        self.go.set()
+
+    def launch(self, executable: int, entries: Sequence[Sequence[Ticket]]) -> FakeLaunched:
+        self.launches.append([ticket.inputs[0] for tickets in entries for ticket in tickets])
+        return FakeLaunched(self, entries)
+
+    def release(self, tickets: Sequence[Ticket]) -> None:
+        self.released += [ticket.request.id for ticket in tickets]
+
+
+class Served:
+    """A driver with tenants "t0", "t1", ... of one family on a fake machine."""
+
+    def __init__(
+        self,
+        machine: FakeMachine,
+        tenants: int = 4,
+        slo_s: float = 5.0,
+        quota: int = 1000,
+        hang_s: float = 30.0,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        self.machine = machine
+        self.accounts = Accounts(lambda executable: WIDTHS[executable])
+        self.history = History(lambda executable: f"width {WIDTHS[executable]}")
+        watchers = Observers([self.accounts, self.history, *observers])
+        self.driver = Driver(Coalescing(), machine, watchers, time.monotonic_ns, lambda want: None, hang_s)
+        self.slo_ns, self.ids = round(slo_s * 1e9), itertools.count()
+        took_ns = round(machine.takes_s * 1e9)
+        catalog = Catalog(
+            tuple(Executable(i, (Entry(0, 0, width),), took_ns, 2 * took_ns) for i, width in enumerate(WIDTHS))
+        )
+        added = [TenantAdded(Tenant(f"t{i}", (0,), self.slo_ns, quota=quota)) for i in range(tenants)]
+        for event in added:
+            self.accounts.open(event.tenant.name)
+        self.driver.inbox.put(Order(lambda: [CatalogChanged(catalog), *added]))
+        self.driver.start()
+
+    def submit(self, tenant: str, value: Any, deadline_s: float | None = None) -> Reply:
+        number, now_ns = next(self.ids), time.monotonic_ns()
+        allowed_ns = self.slo_ns if deadline_s is None else round(deadline_s * 1e9)
+        reply = Reply(number, lambda request: self.driver.inbox.put(Cancelled(request)))
+        request = Request(number, tenant, 0, now_ns, now_ns + allowed_ns)
+        self.driver.send(Ticket(request, None, None, [value], reply))
+        return reply
+
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.machine.go.set()
+        self.driver.stop()

@@ -1,0 +1,272 @@
+"""The driver's threads, on a machine without JAX; what the policy decides is tested elsewhere."""
+
+import asyncio
+import logging
+import threading
+import time
+from concurrent.futures import CancelledError, wait
+
+import pytest
+
+from coalesce.errors import (
+    DeadlineExceeded,
+    DeviceError,
+    QueueFull,
+    ServingError,
+    Shutdown,
+    TenantClosed,
+    TenantFailure,
+)
+from coalesce.runtime.driver import Order
+from coalesce.runtime.observer import Observer
+from coalesce.scheduler.commands import Reason
+from coalesce.scheduler.events import Closed, Event, TenantRemoved
+from tests.fake_machine import FakeMachine, Served
+
+pytestmark = pytest.mark.once
+
+
+def test_results_go_to_whom_they_belong():
+    with Served(FakeMachine()) as served:
+        replies = [(i, served.submit(f"t{i % 4}", i)) for i in range(200)]
+        assert [reply.result(10) for _, reply in replies] == [("result", i) for i, _ in replies]
+        assert served.driver.wait_empty(1.0)
+
+
+def test_what_arrives_while_a_bundle_runs_shares_the_next_one():
+    machine = FakeMachine()
+    machine.go.clear()
+    with Served(machine) as served:
+        first = served.submit("t0", "first")
+        while not machine.launches:  # it is on the device before the others come
+            time.sleep(0.001)
+        others = [served.submit(f"t{i % 4}", i) for i in range(16)]
+        machine.go.set()
+        wait([first, *others], 10)
+        assert machine.launches[0] == ["first"]
+        assert max(map(len, machine.launches)) == 8
+
+
+@pytest.mark.parametrize("bad", [0, 5, 7])
+def test_a_lane_that_raises_fails_alone_after_few_reruns(bad):
+    machine = FakeMachine(raises=lambda value: value == bad)
+    machine.go.clear()
+    with Served(machine, tenants=8) as served:
+        hold = [served.submit("t0", "hold"), served.submit("t0", "hold")]
+        while not machine.launches:
+            time.sleep(0.001)
+        replies = [served.submit(f"t{i}", i) for i in range(8)]
+        machine.go.set()
+        wait([*hold, *replies], 10)
+        for i, reply in enumerate(replies):
+            if i != bad:
+                assert reply.result(0) == ("result", i)
+        with pytest.raises(TenantFailure, match=rf"tenant 't{bad}'.*ran alone: ValueError: cannot compute {bad}"):
+            replies[bad].result(0)
+        runs = [own for own in machine.launches if bad in own]
+        assert len(runs) <= 4  # 8 lanes, 4, 2 and 1
+        assert served.accounts.stats().tenants[f"t{bad}"].failed == 1
+
+
+def test_cancelled_requests_never_run_and_end_once():
+    machine = FakeMachine()
+    machine.go.clear()
+    with Served(machine) as served:
+        running = [served.submit("t0", i) for i in range(64)]
+        waiting = [reply for reply in running if reply.cancel()]
+        assert all(not reply.cancel() or reply.cancelled() for reply in waiting)
+        machine.go.set()
+        assert served.driver.wait_empty(10.0)
+        ran = {value for own in machine.launches for value in own}
+        for i, reply in enumerate(running):
+            if reply.cancelled():
+                with pytest.raises(CancelledError):
+                    reply.result(0)
+            else:
+                assert reply.result(10) == ("result", i) and i in ran
+        tenant = served.accounts.stats().tenants["t0"]
+        assert tenant.submitted == 64 == tenant.ok + tenant.cancelled and tenant.pending == 0
+        assert tenant.cancelled >= 64 - 2 * 8  # at most two bundles were on their way
+
+
+def test_a_deadline_that_passes_in_the_queue_is_an_error_in_time():
+    machine = FakeMachine(takes_s=0.001)
+    machine.go.clear()
+    with Served(machine) as served:
+        hold = [served.submit("t0", "hold") for _ in range(24)]
+        while len(machine.launches) < 2:  # no more are dispatched before one is done
+            time.sleep(0.001)
+        late = served.submit("t1", "late", deadline_s=0.05)
+        with pytest.raises(DeadlineExceeded, match="tenant 't1', request 24: its deadline"):
+            late.result(5)
+        assert "late" not in [value for own in machine.launches for value in own]
+        machine.go.set()
+        wait(hold, 10)
+
+
+def test_a_full_queue_refuses_at_once():
+    machine = FakeMachine()
+    machine.go.clear()
+    with Served(machine, quota=4) as served:
+        replies = [served.submit("t0", i) for i in range(64)]
+        machine.go.set()
+        wait(replies, 10)
+        refused = [reply for reply in replies if isinstance(reply.exception(), QueueFull)]
+        assert len(refused) >= 64 - 4 - 2 * 8
+        assert "quota" in str(refused[0].exception())
+
+
+class Broken(Observer):
+    def decided(self, *_):
+        raise RuntimeError("a sink that is broken")
+
+    def ended(self, *_):
+        raise RuntimeError("a sink that is broken")
+
+
+def test_an_observer_that_raises_is_dropped_and_the_loop_lives(caplog):
+    with Served(FakeMachine(), observers=[Broken()]) as served, caplog.at_level(logging.ERROR):
+        assert served.submit("t0", 1).result(10) == ("result", 1)
+        assert served.submit("t0", 2).result(10) == ("result", 2)
+    assert [r.getMessage() for r in caplog.records if "is not told anything any more" in r.getMessage()]
+
+
+def test_a_callback_that_raises_hurts_nobody(caplog):
+    with Served(FakeMachine()) as served, caplog.at_level(logging.CRITICAL, "concurrent.futures"):
+        reply = served.submit("t0", 1)
+        reply.add_done_callback(lambda _: 1 / 0)
+        assert reply.result(10) == ("result", 1)
+        assert served.submit("t1", 2).result(10) == ("result", 2)
+
+
+def test_a_device_that_hangs_ends_everything_with_an_error():
+    machine = FakeMachine()
+    machine.go.clear()
+    served = Served(machine, hang_s=0.2)
+    replies = [served.submit("t0", i) for i in range(20)]
+    wait(replies, 10)
+    assert all(isinstance(reply.exception(0), DeviceError) for reply in replies)
+    assert isinstance(served.driver.failure, DeviceError)
+    later = served.submit("t0", "later")
+    assert isinstance(later.exception(10), DeviceError)
+    machine.go.set()
+    served.driver.stop()
+
+
+def test_removing_a_tenant_without_drain_ends_what_waits():
+    machine = FakeMachine()
+    machine.go.clear()
+    with Served(machine) as served:
+        replies = [served.submit("t0", i) for i in range(64)]
+        served.driver.inbox.put(TenantRemoved("t0", drain=False))
+        other = served.submit("t1", "other")
+        machine.go.set()
+        wait([*replies, other], 10)
+        assert other.result(0) == ("result", "other")
+        errors = [reply.exception(0) for reply in replies]
+        assert sum(isinstance(e, TenantClosed) for e in errors) >= 64 - 2 * 8
+        assert all(e is None or isinstance(e, TenantClosed) for e in errors)
+
+
+def test_closing_with_drain_serves_what_waits_and_takes_no_more():
+    machine = FakeMachine()
+    machine.go.clear()
+    with Served(machine) as served:
+        replies = [served.submit("t0", i) for i in range(40)]
+        served.driver.inbox.put(Closed(drain=True))
+        refused = served.submit("t0", "refused")
+        machine.go.set()
+        wait([*replies, refused], 10)
+        assert [reply.result(0) for reply in replies] == [("result", i) for i in range(40)]
+        assert isinstance(refused.exception(0), Shutdown)
+
+
+def test_what_is_sent_after_the_end_ends_too():
+    served = Served(FakeMachine())
+    served.driver.stop()
+    assert isinstance(served.submit("t0", 1).exception(10), Shutdown)
+
+
+def test_a_bug_in_the_policy_leaves_nobody_waiting(caplog):
+    with Served(FakeMachine()) as served, caplog.at_level(logging.CRITICAL, "coalesce.runtime"):
+
+        def broken() -> list[Event]:
+            raise ZeroDivisionError
+
+        served.driver.inbox.put(Order(broken))
+        reply = served.submit("t0", 1)
+        assert isinstance(reply.exception(10), DeviceError)
+
+
+def test_coroutines_of_one_loop_are_told_by_one_call(monkeypatch):
+    machine = FakeMachine()
+    machine.go.clear()
+    calls: list[int] = []
+
+    async def main(served: Served) -> list[object]:
+        loop = asyncio.get_running_loop()
+        wake = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda f, *a: (calls.append(len(a[0])), wake(f, *a)))
+        waiters = []
+        for i in range(17):
+            reply = served.submit(f"t{i % 4}", i)
+            ticket = served.driver.tickets[reply.request]
+            ticket.waiter, ticket.loop = loop.create_future(), loop
+            waiters.append(ticket.waiter)
+        machine.go.set()
+        return await asyncio.wait_for(asyncio.gather(*waiters), 10)
+
+    with Served(machine) as served:
+        assert asyncio.run(main(served)) == [("result", i) for i in range(17)]
+    assert sum(calls) == 17 and len(calls) <= len(machine.launches)
+
+
+def test_explain_tells_the_way_of_a_request():
+    with Served(FakeMachine()) as served:
+        reply = served.submit("t2", 1)
+        reply.result(10)
+        assert served.driver.wait_empty(5.0)
+        text = served.history.explain(reply.request)
+    assert text is not None
+    lines = text.splitlines()
+    assert lines[0] == "request 0 of tenant 't2': deadline 5000.000 ms after submit"
+    assert lines[1].startswith("  bundle 0 (width 1) with 1 lane") and "expected" in lines[1]
+    assert lines[2].startswith("  ended after ") and lines[2].endswith(": ok")
+
+
+def test_every_reason_is_a_typed_error_with_codes():
+    served = Served(FakeMachine())
+    with served:
+        served.submit("t0", 1).result(10)
+        unknown = served.submit("nobody", 1)
+        error = unknown.exception(10)
+    assert isinstance(error, TenantClosed) and (error.grpc, error.http) == ("NOT_FOUND", 404)
+    assert all(isinstance(kind("x"), ServingError) for kind in (QueueFull, DeadlineExceeded, DeviceError, Shutdown))
+    assert served.accounts.stats().tenants["t0"].rejected == {} and Reason.UNKNOWN_TENANT.value
+
+
+def test_many_threads_submit_and_each_request_ends_once():
+    machine = FakeMachine(takes_s=0.0002)
+    with Served(machine, tenants=16, quota=100_000) as served:
+        wrong: list[object] = []
+
+        def client(k: int) -> None:
+            for i in range(100):
+                reply = served.submit(f"t{k}", (k, i))
+                if i % 7 == 3:
+                    reply.cancel()
+                elif reply.result(20) != ("result", (k, i)):
+                    wrong.append((k, i))
+
+        threads = [threading.Thread(target=client, args=(k,)) for k in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert served.driver.wait_empty(10.0)
+        stats = served.accounts.stats()
+    assert not wrong
+    assert sum(t.submitted for t in stats.tenants.values()) == 1600
+    assert sum(t.ok + t.late + t.cancelled for t in stats.tenants.values()) == 1600
+    values = [value for own in machine.launches for value in own]
+    assert len(values) == len(set(values))
