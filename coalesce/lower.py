@@ -64,7 +64,8 @@ def lower(
             for family in bundle.families
         ]
         outputs: list[list[Any]] = [[] for _ in bundle.tenants]
-        for family, results in zip(bundle.families, evaluated(bundle, bank, given), strict=True):
+        results_of = evaluated(bundle, arrays_in(bundle, bank), given)
+        for family, results in zip(bundle.families, results_of, strict=True):
             for ln, values in zip(family.lanes, by_lane(results, family.width, backend), strict=True):
                 outputs[ln.tenant] = values
         return outputs
@@ -76,21 +77,25 @@ def lower_stacked(bundle: Bundle) -> Callable[[Sequence[Any], Sequence[Sequence[
     """The same for lanes that stay stacked: (bank, inputs [L,...] of each family) -> outputs [L,...] of each family."""
 
     def fused(bank: Sequence[Any], inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        given: list[list[Shared | Stacked]] = [
-            [Stacked(x) if family.width > 1 else Shared(x.reshape(x.shape[1:])) for x in own]
-            for family, own in zip(bundle.families, inputs, strict=True)
-        ]
-        outputs = zip(bundle.families, evaluated(bundle, bank, given), strict=True)
-        return [[stacked(value, family.width) for value in results] for family, results in outputs]
+        return run_stacked(bundle, arrays_in(bundle, bank), inputs)
 
     return fused
 
 
+def run_stacked(bundle: Bundle, arrays: Sequence[Any], inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """(what lies where each of `bundle.arrays` is, inputs [L,...] of each family) -> outputs [L,...] of each family."""
+    given: list[list[Shared | Stacked]] = [
+        [Stacked(x) if family.width > 1 else Shared(x.reshape(x.shape[1:])) for x in own]
+        for family, own in zip(bundle.families, inputs, strict=True)
+    ]
+    outputs = zip(bundle.families, evaluated(bundle, arrays, given), strict=True)
+    return [[stacked(value, family.width) for value in results] for family, results in outputs]
+
+
 def evaluated(
-    bundle: Bundle, bank: Sequence[Any], inputs: Sequence[Sequence[Shared | Stacked]]
+    bundle: Bundle, arrays: Sequence[Any], inputs: Sequence[Sequence[Shared | Stacked]]
 ) -> list[list[Shared | Stacked]]:
-    """Each family's outputs from its inputs."""
-    arrays = arrays_in(bundle, bank)
+    """Each family's outputs from its inputs; `arrays` are those of the bundle: whole, cut or picked."""
     walk = Walk(bundle, arrays)
     env: Env = {}
     for f, (family, given) in enumerate(zip(bundle.families, inputs, strict=True)):

@@ -12,7 +12,7 @@ from jax import lax
 from coalesce import jaxpr as J
 from coalesce.bundle import Loop, Schedule
 from coalesce.lanes import Banked, Env, InPacks, LaneValue, Part, plain, Shared, Stacked, stacked
-from coalesce.slab import whole
+from coalesce.slab import Picked, whole
 
 
 @runtime_checkable
@@ -93,7 +93,8 @@ def step_of(value: LaneValue, at: Any) -> LaneValue:
     """What one iteration reads of a scanned value: a slice behind the lane axis, since to move the axis would copy the
     whole, which may be the weights of all layers."""
     if isinstance(value, Banked):
-        return Banked(index_behind(whole(value.array), at), value.rows)
+        picked = isinstance(value.array, Picked)
+        return Banked(value.array.step(at) if picked else index_behind(whole(value.array), at), value.rows)
     return Stacked(index_behind(plain(value).value, at))
 
 

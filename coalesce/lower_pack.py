@@ -23,7 +23,7 @@ from coalesce.kernels.indexed_gemm import product_of
 from coalesce.lanes import Banked, join, Joint, LaneValue, masked, plain, Shared, Stacked, stacked, take
 from coalesce.layout import Layout, pad_to
 from coalesce.member import Fold, Member
-from coalesce.slab import Cut, whole
+from coalesce.slab import Cut, Picked, whole
 from coalesce.unify import contracted
 
 
@@ -124,12 +124,19 @@ def left_of(value: LaneValue, how: Fold) -> Any:
 
 
 def column_of(value: LaneValue, how: Fold, op: HeavyOp) -> Any:
-    """A vector over a result's columns as [G, R, N]; a cut of a slab as it is, if problem g reads row g of it."""
-    if isinstance(value, Banked) and isinstance(value.array, Cut) and how.per_group == 1 and op.batch == 1:
+    """A vector over a result's columns as [G, R, N]; out of a bank as it lies, if problem g reads row g of it."""
+    if isinstance(value, Banked) and isinstance(value.array, Cut | Picked) and how.per_group == 1 and op.batch == 1:
         if [value.rows[group[0]] for group in how.order] == list(range(how.groups)):
-            return value.array
+            return as_vectors(value.array, op.n)
     x = left_of(value, how)
     return x.reshape(*x.shape[:2], op.n)
+
+
+def as_vectors(array: Any, n: int) -> Any:
+    """A cut, or picked rows, of which each holds `n` elements: as vectors."""
+    if isinstance(array, Picked) and not isinstance(array.array, Cut):
+        return Picked(array.array.reshape(-1, n), array.slots)
+    return array
 
 
 def right_of(value: LaneValue, layout: Layout) -> Any:

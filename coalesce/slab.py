@@ -2,6 +2,7 @@
 
 Slab    where arrays of one dtype, whose rows belong to the same tenants, lie side by side
 Cut     one of these arrays, as a kernel gets it: the slab, and where in its rows to read
+Picked  the rows of an array, or of a cut, that a call reads: lanes come and go, and no weight moves
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from math import prod
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 
@@ -40,6 +42,36 @@ class Cut:
         return part.reshape(rows, *self.shape)
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["array", "slots"], meta_fields=[])
+@dataclass(frozen=True)
+class Picked:
+    """[L, ...]: row i is row slots[i] of `array`, which may be a cut. Every slot is a row of it."""
+
+    array: Any
+    slots: Any  # int32 [L]
+
+    def read(self) -> Any:
+        """The rows by themselves: a gather."""
+        if isinstance(self.array, Cut):
+            return gathered(self.array.slab, self.slots, self.array.start, self.array.shape)
+        return self.array.at[self.slots].get(mode="promise_in_bounds")
+
+    def step(self, at: Any) -> Any:
+        """`read()[:, at]`, of which nothing else is read."""
+        if isinstance(self.array, Cut):
+            own = self.array.shape[1:]
+            return gathered(self.array.slab, self.slots, self.array.start + at * prod(own), own)
+        return self.array.at[self.slots, at].get(mode="promise_in_bounds")
+
+
+def gathered(slab: Any, rows: Any, start: Any, shape: tuple[int, ...]) -> Any:
+    """[L, *shape]: what lies in each of some rows of a slab from `start` on."""
+    places = jnp.stack([rows, jnp.full_like(rows, start)], axis=1)
+    along = lax.GatherDimensionNumbers(offset_dims=(1,), collapsed_slice_dims=(0,), start_index_map=(0, 1))
+    found = lax.gather(slab, places, along, (1, prod(shape)), mode="promise_in_bounds")
+    return found.reshape(len(rows), *shape)
+
+
 def whole(x: Any) -> Any:
-    """An array as it is, a cut by itself."""
-    return x.read() if isinstance(x, Cut) else x
+    """An array as it is; a cut, or the rows that are picked, by themselves."""
+    return x.read() if isinstance(x, Cut | Picked) else x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -19,6 +19,7 @@ from coalesce.passes.cluster import cluster
 from coalesce.passes.form_packs import form_packs
 from coalesce.passes.fuse_epilogues import fuse_epilogues
 from coalesce.passes.join_arrays import join_arrays
+from coalesce.passes.keep_layouts import Held, keep_layouts
 from coalesce.passes.pack import pack
 from coalesce.passes.plan_layouts import plan_layouts
 from coalesce.passes.share_launches import share_launches
@@ -66,6 +67,26 @@ def bundle_passes(
     return first + across + kernels + (share if launches else ()) + last
 
 
+def serving_passes(
+    *,
+    held: Sequence[Held],
+    platform: str,
+    costs: Costs,
+    choice: Choice = choose,
+    tuned: Tuned = UNTUNED,
+    pack_unbounded_loops: bool = False,
+) -> tuple[BundlePass, ...]:
+    """For programs whose lanes read a growing bank by slot: a weight has one layout, and shares an array with none."""
+    return (
+        partial(form_packs, pack_unbounded_loops=pack_unbounded_loops),
+        partial(keep_layouts, held=held, platform=platform, costs=costs, choice=choice, tuned=tuned),
+        # of several families: what reads the bank in place runs side by side, as it is
+        partial(share_launches, costs=costs, tuned=tuned),
+        fuse_epilogues,
+        plan_layouts,
+    )
+
+
 @dataclass(frozen=True)
 class BundleStep:
     name: str
@@ -74,14 +95,19 @@ class BundleStep:
 
 
 def plan(bundle: Bundle, **options) -> tuple[BundleStep, ...]:
-    """Run the bundle passes, checking the schedule after each.
+    """Run the bundle passes: see `run_passes`."""
+    return run_passes(bundle, bundle_passes(**options))
+
+
+def run_passes(bundle: Bundle, passes: Sequence[BundlePass]) -> tuple[BundleStep, ...]:
+    """Run passes over a bundle, checking the schedule after each.
 
     Raises:
       PassError: a pass raised, or handed on a schedule that is not a topological order of every equation.
       PlanError: an option does not fit the programs.
     """
     steps: list[BundleStep] = []
-    for run in bundle_passes(**options):
+    for run in passes:
         name = getattr(getattr(run, "func", run), "__name__", repr(run))
         start = perf_counter()
         try:

@@ -37,7 +37,12 @@ def join_arrays(bundle: Bundle, platform: str) -> Bundle:
     for i, array in enumerate(bundle.arrays):
         if i not in fixed:
             groups.setdefault((tuple(tenant for tenant, _ in array.rows), array.dtype), []).append(i)
-    slabs = tuple(slab for group in groups.values() for slab in side_by_side(bundle.arrays, group))
+    slabs = tuple(
+        slab
+        for group in groups.values()
+        for slab in side_by_side(bundle.arrays, group, longest(bundle.arrays[group[0]]))
+        if len(slab.arrays) > 1
+    )
     return bundle if slabs == bundle.slabs else replace(bundle, slabs=slabs)
 
 
@@ -61,20 +66,23 @@ def row_bytes(array: Array) -> int:
     return prod(array.shape) * np.dtype(array.dtype).itemsize
 
 
-def side_by_side(arrays: Sequence[Array], group: Sequence[int]) -> Iterator[Slab]:
-    """Slabs of arrays of one dtype, none of a single array, each no longer than can be addressed."""
-    itemsize, rows = np.dtype(arrays[group[0]].dtype).itemsize, len(arrays[group[0]].rows)
-    step = max(1, ALIGNED // itemsize)
+def longest(array: Array) -> int:
+    """How many elements a row of a slab may have, for arrays with so many rows."""
+    return min(LONGEST_ROW, LARGEST // (len(array.rows) * np.dtype(array.dtype).itemsize))
+
+
+def side_by_side(arrays: Sequence[Array], group: Sequence[int], longest: int) -> Iterator[Slab]:
+    """Slabs of arrays of one dtype, each no longer than can be addressed; of one array where there is room for one."""
+    step = max(1, ALIGNED // np.dtype(arrays[group[0]].dtype).itemsize)
     inside: list[int] = []
     starts: list[int] = []
     size = 0
     for i in group:
         length = -(-prod(arrays[i].shape) // step) * step
-        if inside and (size + length > LONGEST_ROW or (size + length) * rows * itemsize > LARGEST):
-            yield from [Slab(tuple(inside), tuple(starts), size)] * (len(inside) > 1)
+        if inside and size + length > longest:
+            yield Slab(tuple(inside), tuple(starts), size)
             inside, starts, size = [], [], 0
         inside.append(i)
         starts.append(size)
         size += length
-    if len(inside) > 1:
-        yield Slab(tuple(inside), tuple(starts), size)
+    yield Slab(tuple(inside), tuple(starts), size)

@@ -13,6 +13,7 @@ import coalesce
 from coalesce.bundle import packs
 from coalesce.heavy import heavy_op, HeavyOp
 from coalesce.kernels import horizontal, indexed_gemm, indexed_matvec
+from coalesce.slab import Picked
 from tests.heavy_cases import indexed
 from tests.hlo import moves_of_size
 from tests.test_gpu import distance, fused_of, setup, widened
@@ -43,7 +44,7 @@ def test_convolutions(dtype, precision, limit, window, stride, channels):
     bank = jax.random.normal(keys[1], (7, window, window, channels, 72), dtype)
     slots = jnp.asarray([6, 0, 3, 3, 5])
     op = op_of(conv, x[0, 0], bank[0])
-    got = jax.jit(partial(indexed_gemm.run, op))(x, jax.vmap(indexed_gemm.layout(op))(bank), slots)
+    got = jax.jit(partial(indexed_gemm.run, op))(x, Picked(jax.vmap(indexed_gemm.layout(op))(bank), slots))
     exact = jax.vmap(jax.vmap(partial(conv, precision="highest"), (0, None)))
     want = exact(x.astype(jnp.float32), bank[slots].astype(jnp.float32))
     assert distance(got, want) <= limit
@@ -114,7 +115,7 @@ def test_products_of_one_row(lanes, dtype, limit):
     bank = jax.random.normal(keys[1], (7, 500, 300), dtype)
     slots = jnp.asarray([6, 0, 3, 3, 5])
     op = op_of(lax.dot, x[0, 0], bank[0])
-    got = jax.jit(partial(indexed_matvec.run, op))(x, jax.vmap(indexed_matvec.layout(op))(bank), slots)
+    got = jax.jit(partial(indexed_matvec.run, op))(x, Picked(jax.vmap(indexed_matvec.layout(op))(bank), slots))
     wide = x.astype(jnp.float32), bank[slots].astype(jnp.float32)
     assert distance(got, jnp.einsum("grmk,gkn->grmn", *wide, precision="highest")) <= limit
 

@@ -18,6 +18,7 @@ from coalesce.heavy import heavy_op, HeavyOp
 from coalesce.kernels import horizontal, indexed_gemm
 from coalesce.kernels.epilogue import COLUMN, Epilogue, WHOLE
 from coalesce.kernels.indexed_gemm import Blocks, product_of
+from coalesce.slab import Picked
 from tests.alone import array
 from tests.compare import assert_bitwise
 from tests.heavy_cases import Case, convs, dots
@@ -42,7 +43,7 @@ def op_of(call: Any, lhs: tuple[int, ...], rhs: tuple[int, ...], dtype: Any = jn
 
 
 def together(calls: list[tuple[Any, ...]]) -> list[Any]:
-    """The results of (op, lhs, rhs, slots, epilogue, operands, blocks) in one launch."""
+    """The results of (op, lhs, rhs, epilogue, operands, blocks) in one launch."""
     return horizontal.run([product_of(*call) for call in calls])
 
 
@@ -84,11 +85,12 @@ def test_slots_epilogues_and_blocks_of_their_own():
     small, large = Blocks(16, 16, 16), Blocks(32, 32, 32, warps=8, stages=2)
     slots = jnp.asarray([4, 1, 4])
     calls = [
-        (dot, array(3, 1, 40, 33), array(5, 33, 47), slots, plus, (array(3, 1, 40, 47),), small),
-        (many, array(3, 2, 3, 20, 18), array(5, 3, 18, 17), slots, None, (), large),
-        (conv, array(2, 2, 1, 7, 6, 20), array(2, 3, 3, 20, 24), None, bias, (array(2, 2, 24),), None),
+        (dot, array(3, 1, 40, 33), array(5, 33, 47), plus, (array(3, 1, 40, 47),), small),
+        (many, array(3, 2, 3, 20, 18), array(5, 3, 18, 17), None, (), large),
+        (conv, array(2, 2, 1, 7, 6, 20), array(2, 3, 3, 20, 24), bias, (array(2, 2, 24),), None),
     ]
     calls = [(op, x, jax.vmap(indexed_gemm.layout(op))(w), *rest) for op, x, w, *rest in calls]
+    calls = [(op, x, Picked(w, slots) if len(w) == 5 else w, *rest) for op, x, w, *rest in calls]
     assert_bitwise(together(calls), [indexed_gemm.run(*call) for call in calls])
 
 

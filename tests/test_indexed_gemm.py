@@ -17,6 +17,7 @@ from coalesce.heavy import heavy_op, HeavyOp
 from coalesce.kernels import indexed_gemm
 from coalesce.kernels.indexed_gemm import Blocks, blocks_for
 from coalesce.kernels.windows import windows_of
+from coalesce.slab import Picked
 from tests.alone import array
 from tests.compare import assert_same
 
@@ -38,7 +39,8 @@ def op_of(call: Callable[..., Any], lhs: Shape, rhs: Shape, dtype: Any = jnp.flo
 
 def run(op: HeavyOp, lhs: Any, rhs: Any, slots: Any = None, blocks: Blocks | None = None) -> Any:
     rhs = jax.vmap(indexed_gemm.layout(op))(rhs)
-    return jax.jit(lambda x, w, s: indexed_gemm.run(op, x, w, s, blocks=blocks))(lhs, rhs, slots)
+    rhs = rhs if slots is None else Picked(rhs, slots)
+    return jax.jit(lambda x, w: indexed_gemm.run(op, x, w, blocks=blocks))(lhs, rhs)
 
 
 def plain(call: Any, lhs: Any, rhs: Any) -> Any:
@@ -110,7 +112,7 @@ def test_it_is_one_kernel_of_a_gpu_program(dtype):
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
     mesh = AbstractMesh((1,), ("x",), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(partial(indexed_gemm.run, op)).trace(lhs, bank, lanes)
+        traced = jax.jit(partial(indexed_gemm.run, op)).trace(lhs, Picked(bank, lanes))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@__gpu$xla.gpu.triton(") == 1
     assert not {"stablehlo.gather", "stablehlo.pad", "stablehlo.while", "stablehlo.slice"} & set(text.split())

@@ -14,6 +14,7 @@ from coalesce.bundle import packs
 from coalesce.heavy import heavy_op, HeavyOp
 from coalesce.kernels import choose, indexed_matvec, KERNELS
 from coalesce.models import by_name
+from coalesce.slab import Picked
 from tests.alone import array, check_fused
 from tests.compare import assert_same
 
@@ -36,7 +37,7 @@ def test_lanes_read_the_rows_of_their_slots(k, n, lanes, blocks):
     x, bank, slots = array(3, lanes, 1, k), array(5, k, n), jnp.asarray([4, 1, 4])
     bank = bank.at[jnp.asarray([0, 2, 3])].set(jnp.nan)
     op = op_of(lax.dot, x[0, 0], bank[0])
-    got = indexed_matvec.run(op, x, jax.vmap(indexed_matvec.layout(op))(bank), slots, blocks=blocks)
+    got = indexed_matvec.run(op, x, Picked(jax.vmap(indexed_matvec.layout(op))(bank), slots), blocks=blocks)
     assert_same(got, jnp.einsum("grmk,gkn->grmn", x, bank[slots], precision="highest"))
 
 
@@ -45,7 +46,7 @@ def test_batch_dimensions():
     x, bank, slots = array(2, 1, 4, 1, 24), array(3, 4, 24, 20), jnp.asarray([2, 0])
     op = op_of(call, x[0, 0], bank[0])
     assert op.batch == 4
-    got = indexed_matvec.run(op, x, jax.vmap(indexed_matvec.layout(op))(bank), slots)
+    got = indexed_matvec.run(op, x, Picked(jax.vmap(indexed_matvec.layout(op))(bank), slots))
     assert_same(got, jax.vmap(jax.vmap(call, (0, None)))(x, bank[slots]))
 
 

@@ -3,8 +3,8 @@
     grid (tiles of the result, problems)
     a program: one tile, see coalesce.kernels.tiles
 
-`slots[g]` is the row of the bank that problem g reads, so lanes may come and go without moving weights. Weights may lie
-in a slab. Arrays above 4 GiB are addressed with 64 bits, which Pallas decides by their size.
+Rows of a bank may be picked, so that lanes come and go without moving weights, and weights may lie in a slab: see
+coalesce.slab. Arrays above 4 GiB are addressed with 64 bits, which Pallas decides by their size.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import as_product
 from coalesce.kernels.epilogue import Epilogue, WHOLE
-from coalesce.kernels.tiles import arrays_of, by_columns, Source, Tiled
+from coalesce.kernels.tiles import by_columns, Operands, operands_of, Tiled
 from coalesce.kernels.triton import launch
 from coalesce.kernels.windows import Windows, windows_of
 from coalesce.layout import AS_IS, Layout
-from coalesce.slab import Cut
+from coalesce.slab import Cut, Picked
 
 FLOATS = ("float32", "bfloat16", "float16")
 PRECISIONS = (None, lax.Precision.DEFAULT, lax.Precision.HIGHEST)  # others sum several products of parts
@@ -56,16 +56,16 @@ def run(
     op: HeavyOp,
     lhs: Any,
     rhs: Any,
-    slots: Any = None,
     epilogue: Epilogue | None = None,
     operands: Sequence[Any] = (),
     blocks: Blocks | None = None,
 ) -> Any:
-    """lhs [G,R,*lhs] x rhs [S,*layout] at slots [G] -> [G,R,*out]; without slots problem g reads row g.
+    """lhs [G,R,*lhs] x rhs [G,*layout] -> [G,R,*out].
 
-    `rhs`, and `operands` that are vectors [G,N], may be cuts of a slab where the op has no batch dimensions.
+    The rows of `rhs` may be picked. It, and `operands` that are vectors [G,N], may be cuts of a slab and picked from
+    cuts where the op has no batch dimensions.
     """
-    product = product_of(op, lhs, rhs, slots, epilogue, operands, blocks)
+    product = product_of(op, lhs, rhs, epilogue, operands, blocks)
 
     def kernel(*refs: Any) -> None:
         product.write(pl.program_id(0), pl.program_id(1), refs[:-1], refs[-1])
@@ -79,13 +79,17 @@ def run(
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """An op's problems, and what a launch hands to its kernel for them: slots [P] if there are any, the left operands
-    [P, positions, C], and what may lie in slabs from `starts` on: weights [S, *layout], and what the epilogue reads."""
+    """An op's problems, and what a launch hands to its kernel for them: the left operands [P, positions, C], and what
+    may lie in slabs and be picked: weights [S, *layout], and what the epilogue reads."""
 
     tiled: Tiled
     groups: int
-    args: tuple[Any, ...]
-    starts: tuple[int | None, ...]
+    lhs: Any
+    operands: Operands
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        return (*self.operands.slots, self.lhs, *self.operands.arrays)
 
     @property
     def problems(self) -> int:
@@ -102,10 +106,9 @@ class Product:
 
     def write(self, tile: Any, problem: Any, refs: Sequence[Any], y: Any) -> None:
         """Compute a tile of a problem; `refs` are references to `args`, y to the result [P, rows, N]."""
-        first = len(refs) - len(self.starts)
-        *slots, x = refs[:first]
-        right, *given = (Source(ref, start) for ref, start in zip(refs[first:], self.starts, strict=True))
-        self.tiled.run(tile, problem, slots[0][problem] if slots else problem, x, right, given, y)
+        first = len(self.operands.slots)
+        right, *given = self.operands.sources(refs[first + 1 :], refs[:first], problem)
+        self.tiled.run(tile, problem, refs[first], right, given, y)
 
     def result(self, y: Any) -> Any:
         """[P, rows, N] -> [G,R,*out]."""
@@ -116,7 +119,6 @@ def product_of(
     op: HeavyOp,
     lhs: Any,
     rhs: Any,
-    slots: Any = None,
     epilogue: Epilogue | None = None,
     operands: Sequence[Any] = (),
     blocks: Blocks | None = None,
@@ -125,30 +127,30 @@ def product_of(
     groups, per_group = lhs.shape[:2]
     x = as_product.left(op, lhs) if op.kind == "dot" else lhs.reshape(groups, -1, op.lhs.shape[-1])
     blocks = blocks or blocks_for(per_group * op.m, op.n, windows_of(op), x.shape[0])
-    args, starts = arguments(op, x, rhs, slots, epilogue, operands)
-    return Product(Tiled(op, per_group, blocks, epilogue), groups, args, starts)
+    return Product(Tiled(op, per_group, blocks, epilogue), groups, x, by_problem(op, rhs, epilogue, operands))
 
 
-def arguments(
-    op: HeavyOp, x: Any, rhs: Any, slots: Any, epilogue: Epilogue | None, operands: Sequence[Any]
-) -> tuple[tuple[Any, ...], tuple[int | None, ...]]:
-    """What a launch reads, by problem, and where in their slabs the right operands and the epilogue's begin: slots [P]
-    if there are any, the left operands, the right ones, and those of the epilogue."""
-    if op.batch > 1:
-        rhs = rhs.reshape(-1, *rhs.shape[2:])
-        if slots is not None:
-            slots = (slots[:, None] * op.batch + jnp.arange(op.batch, dtype=slots.dtype)[None]).reshape(-1)
+def by_problem(op: HeavyOp, rhs: Any, epilogue: Epilogue | None, operands: Sequence[Any]) -> Operands:
+    """What a launch reads beside the left operands: the right ones, and those of the epilogue."""
     kinds = epilogue.kinds if epilogue else ()
-    read, starts = arrays_of([rhs, *(as_rows(op, y, kind) for y, kind in zip(operands, kinds, strict=True))])
-    first = () if slots is None else (slots.astype(jnp.int32),)
-    return (*first, x, *read), tuple(starts)
+    return operands_of([as_problems(op, rhs), *(as_rows(op, y, k) for y, k in zip(operands, kinds, strict=True))])
+
+
+def as_problems(op: HeavyOp, rhs: Any) -> Any:
+    """Right operands with a row for each problem, where batch dimensions make several of one."""
+    if op.batch == 1:
+        return rhs
+    if not isinstance(rhs, Picked):
+        return rhs.reshape(-1, *rhs.shape[2:])
+    slots = rhs.slots[:, None] * op.batch + jnp.arange(op.batch, dtype=rhs.slots.dtype)[None]
+    return Picked(rhs.array.reshape(-1, *rhs.array.shape[2:]), slots.reshape(-1))
 
 
 def as_rows(op: HeavyOp, y: Any, kind: str) -> Any:
     """An epilogue's operand by problem: [P, R*M, N], or columns [P, N], [P, R, N] for several lanes."""
     if kind == WHOLE:
         return as_product.rows(op, y)
-    if isinstance(y, Cut):
+    if isinstance(y, Cut | Picked):
         return y
     y = jnp.repeat(y, op.batch, axis=0) if op.batch > 1 else y
     return y[:, 0] if y.shape[1] == 1 else y

@@ -40,44 +40,39 @@ def run(
     op: HeavyOp,
     lhs: Any,
     rhs: Any,
-    slots: Any = None,
     epilogue: Epilogue | None = None,
     operands: Sequence[Any] = (),
     blocks: Blocks | None = None,
 ) -> Any:
-    """lhs [G,R,*lhs] x rhs [S,*layout] at slots [G] -> [G,R,*out]; without slots problem g reads row g.
-
-    `rhs`, and `operands` that are vectors [G,N], may be cuts of a slab where the op has no batch dimensions.
-    """
+    """lhs [G,R,*lhs] x rhs [G,*layout] -> [G,R,*out]; what may be picked or cut, as in indexed_gemm."""
     groups, per_group = lhs.shape[:2]
     problems, blocks = groups * op.batch, blocks or blocks_for(op)
-    args, starts = indexed_gemm.arguments(op, as_product.left(op, lhs), rhs, slots, epilogue, operands)
-    kinds, first = epilogue.kinds if epilogue else (), len(args) - len(starts)
+    reads = indexed_gemm.by_problem(op, rhs, epilogue, operands)
+    kinds, first = epilogue.kinds if epilogue else (), len(reads.slots)
 
     def kernel(*refs: Any) -> None:
         block, problem = pl.program_id(0), pl.program_id(1)
-        *at, x_ref = refs[:first]
-        weights, *rest = (Source(ref, start) for ref, start in zip(refs[first:-1], starts, strict=True))
+        weights, *rest = reads.sources(refs[first + 1 : -1], refs[:first], problem)
         n = block * blocks.n + jnp.arange(blocks.n, dtype=jnp.int32)
         mask = below(n, op.n, blocks.n)
-        sums = products(op, blocks, problem, at[0][problem] if at else problem, x_ref, weights, n, mask, per_group)
+        sums = products(op, blocks, problem, refs[first], weights, n, mask, per_group)
         for lane, total in enumerate(sums):
             y = jnp.sum(total, axis=1)[None, :].astype(op.out.dtype)
             if epilogue:
-                y = epilogue.apply(y, *(vector(s, k, problem, lane, n, mask) for s, k in zip(rest, kinds, strict=True)))
+                y = epilogue.apply(y, *(vector(s, k, lane, n, mask) for s, k in zip(rest, kinds, strict=True)))
             store(refs[-1], (problem, jnp.full((1, 1), lane, jnp.int32), n[None, :]), y, along(mask))
 
-    def vector(source: Source, kind: str, problem: Any, lane: int, n: Any, mask: Any) -> Any:
+    def vector(source: Source, kind: str, lane: int, n: Any, mask: Any) -> Any:
         by_lane = kind == WHOLE or per_group > 1
         place = (jnp.full((1, 1), lane, jnp.int32), n[None, :]) if by_lane else (n[None, :],)
-        return source.load(problem, place, op.n, along(mask))
+        return source.load(place, op.n, along(mask))
 
     dtype = epilogue.dtype if epilogue else op.out.dtype
     (y,) = launch(
         kernel,
         (pl.cdiv(op.n, blocks.n), problems),
         [jax.ShapeDtypeStruct((problems, per_group, op.n), dtype)],
-        args,
+        [*reads.slots, as_product.left(op, lhs), *reads.arrays],
         name=f"matvec_{problems}x{per_group}x{op.n}x{op.k}",
         warps=blocks.warps,
         stages=blocks.stages,
@@ -86,7 +81,7 @@ def run(
 
 
 def products(
-    op: HeavyOp, blocks: Blocks, problem: Any, slot: Any, x: Any, w: Source, n: Any, mask: Any, lanes: int
+    op: HeavyOp, blocks: Blocks, problem: Any, x: Any, w: Source, n: Any, mask: Any, lanes: int
 ) -> tuple[jax.Array, ...]:
     """For each lane [n, k] in float32, whose sum over k is its result: sums along K come last, once."""
     ranged = jnp.arange(blocks.k, dtype=jnp.int32)
@@ -94,7 +89,7 @@ def products(
     def step(i: Any, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         k = i * blocks.k + ranged
         fits = below(k, op.k, blocks.k)
-        weights = w.load(slot, (n[:, None], k[None, :]), op.k, both(down(mask), along(fits))).astype(jnp.float32)
+        weights = w.load((n[:, None], k[None, :]), op.k, both(down(mask), along(fits))).astype(jnp.float32)
         rows = [load(x, (problem, jnp.full_like(k, lane), k), fits).astype(jnp.float32) for lane in range(lanes)]
         return tuple(total + weights * row[None, :] for total, row in zip(totals, rows, strict=True))
 

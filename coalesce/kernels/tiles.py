@@ -19,22 +19,23 @@ from coalesce.heavy import HeavyOp
 from coalesce.kernels.epilogue import Epilogue, WHOLE
 from coalesce.kernels.triton import both, div, dot, load, rem, store
 from coalesce.kernels.windows import Windows, windows_of
-from coalesce.slab import Cut
+from coalesce.slab import Cut, Picked
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a kernel reads an array of weights from: itself, or the slab that it lies in."""
+    """What a kernel reads a row of an array from: the array itself, or the slab that it lies in."""
 
     ref: Any
     start: int | None
+    row: Any
 
-    def load(self, row: Any, place: tuple[Any, ...], length: int, mask: Any) -> Any:
-        """The elements of a row at `place`: (i,), or (i, j) where j counts to `length`."""
+    def load(self, place: tuple[Any, ...], length: int, mask: Any) -> Any:
+        """The elements of the row at `place`: (i,), or (i, j) where j counts to `length`."""
         if self.start is None:
-            return load(self.ref, (row, *place), mask)
+            return load(self.ref, (self.row, *place), mask)
         flat = place[0] if len(place) == 1 else place[0] * length + place[1]
-        return load(self.ref, (row, flat + self.start), mask)
+        return load(self.ref, (self.row, flat + self.start), mask)
 
 
 def by_columns(op: HeavyOp) -> bool:
@@ -43,12 +44,32 @@ def by_columns(op: HeavyOp) -> bool:
     return op.rhs.dtype.itemsize == 4 and op.batch == 1
 
 
-def arrays_of(values: Sequence[Any]) -> tuple[list[Any], list[int | None]]:
-    """What to hand to a launch for arrays and cuts, and where in it each begins."""
-    cuts = [isinstance(v, Cut) for v in values]
-    return [v.slab if c else v for v, c in zip(values, cuts, strict=True)], [
-        v.start if c else None for v, c in zip(values, cuts, strict=True)
-    ]
+@dataclass(frozen=True)
+class Operands:
+    """What a launch gets for arrays, cuts, and rows of these that are picked: slots, if any are; the arrays to read
+    from; and for each where in it to begin, and whether problem p reads row slots[p] of it rather than row p."""
+
+    slots: tuple[Any, ...]
+    arrays: tuple[Any, ...]
+    starts: tuple[int | None, ...]
+    picked: tuple[bool, ...]
+
+    def sources(self, refs: Sequence[Any], slots: Sequence[Any], problem: Any) -> list[Source]:
+        """Where a problem reads each, from references to `arrays` and to `slots`."""
+        row = slots[0][problem] if slots else problem
+        each = zip(refs, self.starts, self.picked, strict=True)
+        return [Source(ref, start, row if picked else problem) for ref, start, picked in each]
+
+
+def operands_of(values: Sequence[Any]) -> Operands:
+    picked = [v for v in values if isinstance(v, Picked)]
+    lie = [v.array if isinstance(v, Picked) else v for v in values]
+    return Operands(
+        tuple(v.slots.astype(jnp.int32) for v in picked[:1]),  # of one family, whose lanes have one slot each
+        tuple(v.slab if isinstance(v, Cut) else v for v in lie),
+        tuple(v.start if isinstance(v, Cut) else None for v in lie),
+        tuple(isinstance(v, Picked) for v in values),
+    )
 
 
 @dataclass(frozen=True)
@@ -95,12 +116,12 @@ class Tiled:
         dtype = self.epilogue.dtype if self.epilogue else self.op.out.dtype
         return jax.ShapeDtypeStruct((problems, self.rows, self.op.n), dtype)
 
-    def run(self, tile: Any, problem: Any, slot: Any, x: Any, w: Source, given: Sequence[Source], y: Any) -> None:
+    def run(self, tile: Any, problem: Any, x: Any, w: Source, given: Sequence[Source], y: Any) -> None:
         """Compute a tile of a problem and write it.
 
-        References: x [P, positions, C]; w [S, K, N], or [S, N, K] (see `by_columns`), of which the problem reads row
-        `slot`; y [P, rows, N]; of what the epilogue reads, [P, rows, N] if WHOLE, else a vector [P, N], or
-        [P, lanes, N] if several lanes share a problem.
+        References: x [P, positions, C]; w a row of [S, K, N], or of [S, N, K] (see `by_columns`); y [P, rows, N]; of
+        what the epilogue reads, a row of [P, rows, N] if WHOLE, else a vector of [P, N], or [P, lanes, N] if several
+        lanes share a problem.
         """
         op, blocks = self.op, self.blocks
         m = div(tile, self.across) * blocks.m + jnp.arange(blocks.m, dtype=jnp.int32)
@@ -110,19 +131,19 @@ class Tiled:
 
         def operand(source: Source, kind: str) -> Any:
             if kind == WHOLE:
-                return source.load(problem, (m[:, None], n[None, :]), op.n, mask)
+                return source.load((m[:, None], n[None, :]), op.n, mask)
             if self.per_group > 1:
-                return source.load(problem, (div(m, op.m)[:, None], n[None, :]), op.n, mask)
-            vector = source.load(problem, (n[None, :],), op.n, along(columns))
+                return source.load((div(m, op.m)[:, None], n[None, :]), op.n, mask)
+            vector = source.load((n[None, :],), op.n, along(columns))
             return jnp.broadcast_to(vector, (blocks.m, blocks.n))
 
-        result = self.product(problem, slot, x, w, m, n, rows, columns).astype(op.out.dtype)
+        result = self.product(problem, x, w, m, n, rows, columns).astype(op.out.dtype)
         if self.epilogue:
             operands = map(operand, given, self.epilogue.kinds)
             result = self.epilogue.apply(result, *operands)
         store(y, (problem, m[:, None], n[None, :]), result, mask)
 
-    def product(self, problem: Any, slot: Any, x: Any, w: Source, m: Any, n: Any, rows: Any, columns: Any) -> jax.Array:
+    def product(self, problem: Any, x: Any, w: Source, m: Any, n: Any, rows: Any, columns: Any) -> jax.Array:
         """Rows m and columns n of a problem's product, in float32; masks say which of them there are."""
         windows, blocks = self.windows, self.blocks
         corners = windows.corners(m)
@@ -146,9 +167,9 @@ class Tiled:
                 position, inside = windows.at(spread, div(k, channels)[None, :])
             a = load(x, (problem, position, c[None, :]), both(inside, down(rows), along(fits)))
             if by_columns(self.op):
-                b = w.load(slot, (n[:, None], k[None, :]), windows.k, both(down(columns), along(fits)))
+                b = w.load((n[:, None], k[None, :]), windows.k, both(down(columns), along(fits)))
                 return total + dot(a, b, precision, by_columns=True)
-            b = w.load(slot, (k[:, None], n[None, :]), self.op.n, both(down(fits), along(columns)))
+            b = w.load((k[:, None], n[None, :]), self.op.n, both(down(fits), along(columns)))
             return total + dot(a, b, precision)
 
         return lax.fori_loop(0, self.steps, step, jnp.zeros((blocks.m, blocks.n), jnp.float32))

@@ -1,0 +1,140 @@
+"""An executable: some lanes of one template, or of several, compiled to read their weights by slot.
+
+    arguments = executable.stage(entries)           [(slot, inputs), ...] of each entry -> arrays on the host
+    outputs = executable.run(banks, arguments)      returns before the device is done
+    results = executable.fetch(outputs)             waits
+
+Lane i of an entry is row i of its slots, inputs and outputs. Lanes beyond those that were given are padding; nothing
+that they compute reaches another.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from coalesce import jaxpr as J
+from coalesce.bundle import Bundle, Loop, packs
+from coalesce.kernels import FUSING
+from coalesce.lower import run_stacked
+from coalesce.passes.join_arrays import row_bytes, SMALL_ROW
+from coalesce.serving.fit import Template
+from coalesce.serving.schema import plan_lanes, Schema, weight_of
+from coalesce.serving.staging import can_pack, Lane, Staging
+from coalesce.slab import Cut, Picked
+
+
+class Lanes(NamedTuple):
+    """An entry of an executable: so many lanes of a template, whose weights lie in a bank of that capacity."""
+
+    schema: Schema
+    template: int
+    width: int
+    capacity: int
+
+    @property
+    def program(self) -> Template:
+        return self.schema.templates[self.template]
+
+
+@dataclass(frozen=True, eq=False)
+class Executable:
+    lanes: tuple[Lanes, ...]
+    bundle: Bundle  # of tenants that stand for the lanes
+    staging: Staging
+    compiled: Any
+
+    def stage(self, entries: Sequence[Sequence[Lane]]) -> Any:
+        """What `run` takes for some lanes of each entry: of each its slot, and an array for each input."""
+        return self.staging.fill(entries)
+
+    def run(self, banks: Sequence[Sequence[jax.Array]], arguments: Any) -> list[list[jax.Array]]:
+        """The outputs [width, ...] of each entry; `banks[e]` is the bank of its schema as it is now."""
+        return self.compiled(banks, arguments)
+
+    def fetch(self, outputs: list[list[jax.Array]]) -> list[list[Any]]:
+        """Outputs as NumPy arrays, in one batch of transfers."""
+        return jax.device_get(outputs)
+
+
+class Traced(NamedTuple):
+    """An executable before it is lowered for a platform."""
+
+    bundle: Bundle
+    staging: Staging
+    function: Any  # JAX's Traced
+
+
+def compile_executable(lanes: Sequence[Lanes], packed: bool | None = None) -> Executable:
+    """Plan and compile; `packed` as in `trace_executable`."""
+    bundle, staging, function = trace_executable(lanes, packed)
+    return Executable(tuple(lanes), bundle, staging, function.lower().compile())
+
+
+def trace_executable(lanes: Sequence[Lanes], packed: bool | None = None) -> Traced:
+    """Plan and trace. `packed` says whether what a call brings lies in one buffer; None: unless it runs on a CPU."""
+    steps = plan_lanes([(own.schema, own.program, own.width) for own in lanes], [held(own.schema) for own in lanes])
+    bundle = steps[-1].bundle
+    inputs = [[jax.ShapeDtypeStruct((own.width, *x.shape), x.dtype) for x in own.program.inputs] for own in lanes]
+    packed = lanes[0].schema.options.platform != "cpu" if packed is None else packed
+    staging = Staging(
+        tuple(own.width for own in lanes), tuple(map(tuple, inputs)), packed and all(map(can_pack, inputs))
+    )
+
+    def serve(banks: Sequence[Sequence[Any]], arguments: Any) -> list[list[Any]]:
+        given = staging.unpack(arguments)
+        arrays = picked(bundle, lanes, banks, [slots for slots, *_ in given])
+        return run_stacked(bundle, arrays, [own for _, *own in given])
+
+    with J.precision_as_traced():
+        function = jax.jit(serve).trace([own.schema.structs(own.capacity) for own in lanes], staging.structs)
+    return Traced(bundle, staging, function)
+
+
+def held(schema: Schema) -> dict[int, list[Any]]:
+    """The layouts of each weight in the bank."""
+    found: dict[int, list[Any]] = {}
+    for weight, layout in schema.places:
+        found.setdefault(weight, []).append(layout)
+    return found
+
+
+def picked(bundle: Bundle, lanes: Sequence[Lanes], banks: Sequence[Sequence[Any]], slots: Sequence[Any]) -> list[Any]:
+    """Each array of the bundle: what is shared as it lies; what is each tenant's own picked by slot, where something
+    reads it so, and else read once, ahead of all loops."""
+    ends: list[int] = []
+    for own in lanes:
+        ends.append(own.width + (ends[-1] if ends else 0))
+    by_slot = read_by_slot(bundle)
+
+    def one(index: int) -> Any:
+        array = bundle.arrays[index]
+        entry = bisect_right(ends, array.rows[0][0])
+        schema, key = lanes[entry].schema, weight_of(array)
+        place = schema.places[key]
+        bank = banks[entry][place.argument]
+        if not schema.own[key[0]]:
+            return bank
+        rows = Picked(Cut(bank, place.start, array.shape), slots[entry])
+        return rows if index in by_slot else rows.read()
+
+    return [one(i) for i in range(len(bundle.arrays))]
+
+
+def read_by_slot(bundle: Bundle) -> set[int]:
+    """The arrays that have readers which pick rows out of the bank: kernels, their epilogues, and scans over layers,
+    of which a step reads no more than its own."""
+    own = [pack for pack in packs(bundle.schedule) if pack.kernel in FUSING]
+    found = {pack.array for pack in own if pack.array is not None}
+    if any(pack.epilogue for pack in own):
+        found |= {i for i in bundle.stored.values() if row_bytes(bundle.arrays[i]) <= SMALL_ROW}
+    for loop in bundle.schedule:
+        if isinstance(loop, Loop) and loop.eqn.primitive.name == "scan" and J.as_scan(loop.eqn).length:
+            weights = {v: w for w, v in enumerate(bundle.families[loop.family].weights)}
+            scanned = [weights[a] for a in J.as_scan(loop.eqn).xs if not isinstance(a, J.Literal) and a in weights]
+            found |= {bundle.stored[loop.family, w] for w in scanned}
+    return found

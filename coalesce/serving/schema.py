@@ -1,0 +1,144 @@
+"""A schema: where the weights lie of all tenants that run the same programs, the same for every width and shape.
+
+The layouts are those that the kernels of REFERENCE lanes want; at other widths, and in further request shapes, kernels
+are chosen among those that read them. What each tenant has its own lies in a row of a slab [slots, size], as few slabs
+as can be: kernels that read by slot read it there, and for others what they read is gathered anyway. What tenants share
+is an array of one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from coalesce.bundle import Array, Bundle
+from coalesce.costs import Costs
+from coalesce.heavy import HeavyOp
+from coalesce.kernels import choose
+from coalesce.layout import Layout
+from coalesce.passes.bundle_pipeline import BundleStep, run_passes, serving_passes
+from coalesce.passes.join_arrays import side_by_side
+from coalesce.passes.keep_layouts import Held
+from coalesce.serving.fit import Fit, Template, widened
+from coalesce.slab import Slab
+from coalesce.tuning import Tuned, UNTUNED
+
+REFERENCE = 8  # lanes
+LONGEST = 64 * 2**20  # bytes of a slab's row: with 64 tenants it can still be addressed with 32 bits
+
+
+@dataclass(frozen=True)
+class Options:
+    """How programs are planned: see `coalesce.fuse`."""
+
+    platform: str
+    costs: Costs
+    choice: Callable[[HeavyOp, int, str], str] = choose
+    tuned: Tuned = UNTUNED
+    pack_unbounded_loops: bool = False
+
+
+class Place(NamedTuple):
+    """Where a weight lies in its layout: in which argument, and from where in its rows on."""
+
+    argument: int
+    start: int
+
+
+@dataclass(frozen=True, eq=False)
+class Schema:
+    key: Hashable
+    templates: tuple[Template, ...]
+    own: tuple[bool, ...]  # of each weight, whether each tenant has its own
+    options: Options
+    arrays: tuple[Array, ...] = ()  # rows ((0, weight),): every weight in every layout that is read
+    slabs: tuple[Slab, ...] = ()  # every array is in one
+    places: dict[tuple[int, Layout], Place] = field(default_factory=dict)
+
+    def owned(self, argument: int) -> bool:
+        """Whether an argument has a row for each slot, rather than one that all share."""
+        return self.own[self.arrays[self.slabs[argument].arrays[0]].rows[0][1]]
+
+    def structs(self, capacity: int) -> list[jax.ShapeDtypeStruct]:
+        """The bank for so many slots."""
+        firsts = [self.arrays[slab.arrays[0]] for slab in self.slabs]
+        return [
+            jax.ShapeDtypeStruct((capacity, slab.size) if self.owned(i) else (1, *first.shape), first.dtype)
+            for i, (slab, first) in enumerate(zip(self.slabs, firsts, strict=True))
+        ]
+
+    @property
+    def slot_bytes(self) -> int:
+        """What one more slot takes."""
+        return sum(nbytes(s) for i, s in enumerate(self.structs(1)) if self.owned(i))
+
+    @property
+    def shared_bytes(self) -> int:
+        return sum(nbytes(s) for i, s in enumerate(self.structs(1)) if not self.owned(i))
+
+
+def plan_schema(fit: Fit, options: Options) -> Schema:
+    """The schema of all tenants that fit like this one."""
+    schema = Schema(fit.key, fit.templates, fit.own, options)
+    arrays: dict[tuple[int, Layout], Array] = {}
+    for template in fit.templates:
+        for width in (REFERENCE, 1):  # one lane walks into what several run lane by lane
+            held: dict[int, list[Layout]] = {}
+            for weight, layout in arrays:
+                held.setdefault(weight, []).append(layout)
+            for array in plan_lanes([(schema, template, width)], [held])[-1].bundle.arrays:
+                weight, layout = weight_of(array)
+                arrays.setdefault((weight, layout), Array(((0, weight),), array.shape, array.dtype, (layout,)))
+    slabs = laid_out(list(arrays.values()), fit.own)
+    places = {
+        weight_of(array): Place(i, slab.starts[slab.arrays.index(a)])
+        for i, slab in enumerate(slabs)
+        for a, array in enumerate(arrays.values())
+        if a in slab.arrays
+    }
+    return Schema(fit.key, fit.templates, fit.own, options, tuple(arrays.values()), slabs, places)
+
+
+def plan_lanes(entries: Sequence[tuple[Schema, Template, int]], held: Sequence[Held]) -> tuple[BundleStep, ...]:
+    """The program of some lanes of each entry; lane i of entry e is a tenant, and the entries before it come first."""
+    firsts = np.cumsum([0, *(width for _, _, width in entries)])
+    families = tuple(
+        widened(template, schema.own, width, int(first))
+        for (schema, template, width), first in zip(entries, firsts, strict=False)
+    )
+    options = entries[0][0].options
+    names = tuple(f"{e}.{i}" for e, (_, _, width) in enumerate(entries) for i in range(width))
+    passes = serving_passes(
+        held=held,
+        platform=options.platform,
+        costs=options.costs,
+        choice=options.choice,
+        tuned=options.tuned,
+        pack_unbounded_loops=options.pack_unbounded_loops,
+    )
+    return run_passes(Bundle(names, families), passes)
+
+
+def weight_of(array: Array) -> tuple[int, Layout]:
+    """Of an array whose rows are one weight of each lane: which, and its layout."""
+    (weight,), (layout,) = {w for _, w in array.rows}, set(array.layouts)
+    return weight, layout
+
+
+def laid_out(arrays: Sequence[Array], own: Sequence[bool]) -> tuple[Slab, ...]:
+    """A slab for each dtype of what is each tenant's own, more if rows get long; one for each array that is shared."""
+    groups: dict[Any, list[int]] = {}
+    for i, array in enumerate(arrays):
+        groups.setdefault(array.dtype if own[array.rows[0][1]] else i, []).append(i)
+    slabs: list[Slab] = []
+    for group in groups.values():
+        slabs += side_by_side(arrays, group, LONGEST // np.dtype(arrays[group[0]].dtype).itemsize)
+    return tuple(slabs)
+
+
+def nbytes(struct: jax.ShapeDtypeStruct) -> int:
+    return struct.size * struct.dtype.itemsize

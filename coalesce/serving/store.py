@@ -1,0 +1,128 @@
+"""The bank of a schema: weights on the device by slot, written in place while others are served, and growing.
+
+    rows = store.prepare(fit)       a tenant's weights as they lie in the bank, on any thread
+    slot = store.take()             a free slot, if any is
+    store.write(slot, rows)         on the thread that dispatches, between two calls; so is store.grow(capacity)
+    store.bank                      what a call reads: other arrays after every write
+
+A write donates the arrays and changes them in place, after whatever was dispatched before has read them. Nothing
+compiles in `write`, nor in `grow` after `make_ready`.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from coalesce import jaxpr as J
+from coalesce.bank import default_device, on_device, prepare_key
+from coalesce.serving.fit import Fit
+from coalesce.serving.rows import lay_out, leaves_of
+from coalesce.serving.schema import Schema
+
+Rows = list[jax.Array]  # [1, ...] for each argument of the bank
+
+
+class Store:
+    """A bank with room for `capacity` tenants. `first` holds what they share: the rows of any tenant of the schema."""
+
+    def __init__(self, schema: Schema, capacity: int, first: Rows) -> None:
+        self.schema, self.capacity = schema, capacity
+        self._owned = [i for i in range(len(schema.slabs)) if schema.owned(i)]
+        self._free = list(range(capacity))
+        self._writers: dict[int, Any] = {}  # by capacity
+        self._growers: dict[tuple[int, int], list[Any]] = {}
+        structs = schema.structs(capacity)
+        owned = jax.jit(lambda: [jnp.zeros(structs[i].shape, structs[i].dtype) for i in self._owned])()
+        self.bank: list[jax.Array] = list(first)
+        self._replace(owned)
+        self.make_ready(capacity)
+
+    @property
+    def free(self) -> int:
+        """How many slots are free."""
+        return len(self._free)
+
+    def take(self) -> int:
+        """The lowest slot that is free; there must be one."""
+        return heapq.heappop(self._free)
+
+    def release(self, slot: int) -> None:
+        heapq.heappush(self._free, slot)
+
+    def write(self, slot: int, rows: Rows) -> None:
+        """Put a tenant's weights into a slot, in place of whatever was there."""
+        write = self._writers[self.capacity]
+        self._replace(write([self.bank[i] for i in self._owned], [rows[i] for i in self._owned], np.int32(slot)))
+
+    def make_ready(self, capacity: int) -> None:
+        """Compile what it takes to grow to a capacity, and to write then; on any thread."""
+        bank = [self.schema.structs(capacity)[i] for i in self._owned]
+        rows = [self.schema.structs(1)[i] for i in self._owned]
+        if capacity not in self._writers:
+            slot = jax.ShapeDtypeStruct((), np.int32)
+            self._writers[capacity] = jax.jit(write_rows, donate_argnums=0).lower(bank, rows, slot).compile()
+        change = (self.capacity, capacity)
+        if capacity > self.capacity and change not in self._growers:
+            old = [self.schema.structs(self.capacity)[i] for i in self._owned]
+            grow = jax.jit(grown, static_argnums=1)
+            self._growers[change] = [grow.lower(one, capacity).compile() for one in old]
+
+    def grow(self, capacity: int) -> None:
+        """Make room for more tenants; each keeps its slot. One array after the other, so that few lie twice."""
+        self.make_ready(capacity)
+        for i, grow in zip(self._owned, self._growers.pop((self.capacity, capacity)), strict=True):
+            self.bank[i] = grow(self.bank[i])
+        for slot in range(self.capacity, capacity):
+            self.release(slot)
+        self.capacity = capacity
+
+    def bytes_to_grow(self, capacity: int) -> int:
+        """What `grow` needs besides what is there, while it runs."""
+        return (capacity - self.capacity) * self.schema.slot_bytes + max((x.nbytes for x in self.bank), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.bank)
+
+    def _replace(self, owned: Iterable[jax.Array]) -> None:
+        for i, array in zip(self._owned, owned, strict=True):
+            self.bank[i] = array
+
+
+def write_rows(bank: list[jax.Array], rows: Rows, slot: Any) -> list[jax.Array]:
+    return [lax.dynamic_update_slice_in_dim(x, row, slot, 0) for x, row in zip(bank, rows, strict=True)]
+
+
+def grown(array: jax.Array, capacity: int) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(jnp.zeros((capacity, *array.shape[1:]), array.dtype), array, 0, 0)
+
+
+class Preparer:
+    """Prepares tenants' weights; those that hold theirs in the same order share what was compiled for the first."""
+
+    def __init__(self, schema: Schema) -> None:
+        self.schema = schema
+        self._compiled: dict[Hashable, Callable[..., Rows]] = {}
+
+    def __call__(self, fit: Fit) -> Rows:
+        key = (tuple(map(prepare_key, fit.programs)), fit.sources)
+        if key not in self._compiled:
+            self._compiled[key] = lay_out(self.schema, fit)
+        with J.precision_as_traced():
+            return self._compiled[key]([on_device(own) for own in leaves_of(fit)])
+
+
+def free_bytes(stores: Iterable[Store], limit: int | None = None) -> int | None:
+    """What is left of `limit` bytes for weights, and on the device; None where neither is known."""
+    left = [] if limit is None else [limit - sum(store.nbytes for store in stores)]
+    stats = default_device().memory_stats() or {}
+    if "bytes_limit" in stats:
+        left.append(stats["bytes_limit"] - stats["bytes_in_use"])
+    return min(left, default=None)

@@ -1,0 +1,82 @@
+"""keep_layouts: a weight lies in one layout, whatever the width and the request shape."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax.numpy as jnp
+from jax import lax
+
+import coalesce
+from coalesce.bundle import Bundle, packs
+from coalesce.costs import Costs, device_of
+from coalesce.family import find_families
+from coalesce.kernels import choose, KERNELS
+from coalesce.layout import AS_IS
+from coalesce.passes.form_packs import form_packs
+from coalesce.passes.keep_layouts import keep_layouts
+from coalesce.passes.pipeline import normalise
+from tests.alone import array
+
+conv = partial(lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+CPU = {"platform": "cpu", "costs": Costs(device_of("cpu"))}
+GPU = {"platform": "gpu", "costs": Costs(device_of("gpu"))}
+
+
+def net(p, x):
+    y = conv(x, p["conv"], (1, 1), "SAME").sum((1, 2))
+    return jnp.dot(y, p["head"]) @ jnp.ones((5, 2)), y @ y.T
+
+
+def formed(lanes, image=(1, 8, 8, 16)):
+    params = [{"conv": array(3, 3, 16, 16), "head": array(16, 5)} for _ in range(lanes)]
+    programs = [normalise(coalesce.trace(net, p, array(*image), name=f"t{i}")).program for i, p in enumerate(params)]
+    return form_packs(Bundle(tuple(p.name for p in programs), find_families(programs)))
+
+
+def kernels(bundle, **options):
+    """The kernel of each op; idempotent."""
+    done = keep_layouts(bundle, **options)
+    again = keep_layouts(done, **options)
+    assert [p.kernel for p in packs(again.schedule)] == [p.kernel for p in packs(done.schedule)]
+    return {f"{p.op.kind} {p.op.n}": p.kernel for p in packs(done.schedule)}
+
+
+def test_without_anything_held_a_cpu_goes_by_rule():
+    bundle = formed(4)
+    rule = {f"{p.op.kind} {p.op.n}": choose(p.op, 4, "cpu") for p in packs(bundle.schedule)}
+    assert kernels(bundle, held=[{}], **CPU) == rule
+    assert rule["conv 16"] == "conv_slices" and rule["dot 5"] == "batched_dot"
+
+
+def test_a_kernel_that_reads_what_is_held_goes_before_the_rule():
+    large = formed(1)
+    (pack,) = (p for p in packs(large.schedule) if p.op.kind == "conv")
+    assert choose(pack.op, 1, "cpu") == "separate"
+    assert kernels(large, held=[{}], **CPU)["conv 16"] == "separate"
+    wanted = KERNELS["conv_slices"].layout(pack.op)
+    assert kernels(large, held=[{0: [wanted]}], **CPU)["conv 16"] == "conv_slices"
+
+
+def test_a_weight_lies_twice_only_where_no_kernel_reads_it():
+    nowhere = AS_IS.reshape((3, 3, 256))
+    assert kernels(formed(1), held=[{0: [nowhere], 1: [nowhere]}], **CPU) == kernels(formed(1), held=[{}], **CPU)
+
+
+def test_on_a_gpu_a_weight_is_rather_read_in_place_than_gathered():
+    found = kernels(formed(8, (4, 8, 8, 16)), held=[{}], **GPU)
+    assert found["conv 16"] == found["dot 5"] == "indexed_gemm"
+    assert found["dot 4"] == choose_of_attention()
+
+
+def choose_of_attention():
+    """Products without weights go by rule."""
+    (pack,) = (p for p in packs(formed(8, (4, 8, 8, 16)).schedule) if p.op.n == 4)
+    return choose(pack.op, 8, "gpu")
+
+
+def test_what_the_caller_chooses_stands():
+    def mine(op, groups, platform):
+        return "separate"
+
+    assert set(kernels(formed(4), held=[{}], choice=mine, **GPU).values()) == {"separate"}

@@ -1,0 +1,124 @@
+"""The bank: rows written in place while calls are under way, growth, what it takes; and what executables do with it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from coalesce.bundle import packs
+from coalesce.serving.executable import Lanes, trace_executable
+from coalesce.serving.store import free_bytes, Preparer
+from tests.alone import array
+from tests.compare import assert_bitwise
+from tests.hlo import instructions
+from tests.serving import assert_alone, BY_SLOT, fit_of, results, serve
+from tests.serving_models import mlp, MODELS, tenants
+
+
+def test_growth_keeps_slots_and_results():
+    found = tenants("mlp", 3)
+    serving = serve([fit_of(fn, p, x) for fn, p, x in found[:2]], capacity=2)
+    store, lanes = serving.store, [(t, found[t][2]) for t in (1, 0)]
+    before = serving.call(serving.executable(2), lanes)
+    assert store.free == 0
+    needed = store.bytes_to_grow(4)
+    assert needed == 2 * serving.schema.slot_bytes + max(x.nbytes for x in store.bank)
+    store.make_ready(4)
+    store.grow(4)
+    assert store.capacity == 4 and store.nbytes == 4 * serving.schema.slot_bytes
+    assert_bitwise(serving.call(serving.executable(2), lanes), before)
+    serving.slots.append(store.take())
+    serving.fits.append(fit_of(*found[2][:2], found[2][2]))
+    store.write(serving.slots[2], Preparer(serving.schema)(serving.fits[2]))
+    (got,) = serving.call(serving.executable(1), [(2, found[2][2])])
+    assert serving.slots == [0, 1, 2]
+    assert_alone(got, found[2])
+
+
+def test_slots_are_given_out_again_the_lowest_first():
+    store = serve([fit_of(*MODELS["mlp"]()[:2], (array(2, 6),))], capacity=4).store
+    assert [store.take(), store.take()] == [1, 2]
+    store.release(1)
+    store.release(0)
+    assert [store.take(), store.take(), store.take()] == [0, 1, 3]
+    assert store.free == 0
+
+
+def test_a_write_changes_no_call_before_it_and_moves_nothing():
+    """Many calls and writes, none of which is waited for."""
+    found = tenants("mlp", 2)
+    fits = [fit_of(fn, p, x) for fn, p, x in found]
+    serving = serve(fits[:1], capacity=3)
+    prepare, executable = Preparer(serving.schema), serving.executable(1)
+    rows = [prepare(one) for one in fits]
+    places = {x.unsafe_buffer_pointer() for x in serving.store.bank}
+    staged = executable.stage([[serving.lane(0, found[0][2])]])
+    pending = []
+    for turn in range(60):
+        serving.store.write(serving.slots[0], rows[turn % 2])
+        pending.append(executable.run([serving.store.bank], staged))
+    assert {x.unsafe_buffer_pointer() for x in serving.store.bank} == places
+    for turn, outputs in enumerate(pending):
+        got = results(fits[0], [x[0] for x in executable.fetch(outputs)[0]])
+        assert_alone(got, (mlp, found[turn % 2][1], found[0][2]))
+
+
+def test_only_rows_in_use_move_and_each_once():
+    """On a CPU weights are gathered; nothing else of their size is copied, and never the bank."""
+    weight = 64 * 64
+    fits = [fit_of(mlp, [(array(64, 64), array(64)) for _ in range(2)], (array(3, 64),)) for _ in range(2)]
+    serving = serve(fits, capacity=16)
+    text = serving.executable(4).compiled.as_text()
+    moves = [i for i in instructions(text) if i.opcode in ("copy", "concatenate", "transpose", "pad", "slice")]
+    assert not [i.text for i in moves if i.elements >= weight]
+    assert max(i.elements for i in instructions(text) if i.opcode != "parameter") <= 4 * weight
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # by JAX 0.11 and newer
+@pytest.mark.parametrize("name", ["mlp", "convnet"])
+def test_kernels_of_a_gpu_read_the_bank_in_place(name):
+    """Lowered for a GPU on a machine without one: no gather of weights, of the size of a bank no result at all."""
+    found = tenants(name, 2)
+    serving = serve([fit_of(fn, p, x) for fn, p, x in found], capacity=8, options=BY_SLOT)
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        traced = trace_executable([Lanes(serving.schema, 0, 4, 8)], packed=True)
+        text = traced.function.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__gpu$xla.gpu.triton(") == len(list(packs(traced.bundle.schedule))) == 3
+    (bank,) = serving.store.bank
+    gathers = [line for line in text.splitlines() if "stablehlo.gather" in line or "stablehlo.dynamic_slice" in line]
+    assert not [line for line in gathers if f"tensor<{bank.shape[0]}x{bank.shape[1]}xf32>" in line]
+
+
+def test_what_a_call_brings_may_lie_in_one_buffer():
+    """Of all dtypes; as it does where there is a transfer."""
+    for name in ("mixed", "noisy"):
+        found = tenants(name, 2)
+        serving = serve([fit_of(fn, p, x) for fn, p, x in found])
+        executable = serving.executable(4, packed=True)
+        assert isinstance(executable.stage([[serving.lane(0, found[0][2])]]), np.ndarray)
+        for t, got in zip((1, 0, 1), serving.call(executable, [(t, found[t][2]) for t in (1, 0, 1)]), strict=True):
+            assert_alone(got, found[t])
+
+
+def test_small_and_wide_dtypes_are_packed():
+    def small(p, a, b, c):
+        return (a + p["x"]).astype(jnp.float32), b ^ p["y"], c + jnp.int8(1)
+
+    params = {"x": jnp.asarray([1, 2, 3], jnp.bfloat16), "y": jnp.asarray([True, False, True])}
+    x = (jnp.asarray([0.5, 1, 2], jnp.bfloat16), jnp.asarray([True, True, False]), jnp.arange(5, dtype=jnp.int8))
+    serving = serve([fit_of(small, params, x)])
+    (got,) = serving.call(serving.executable(2, packed=True), [(0, x)])
+    assert_alone(got, (small, params, x))
+
+
+def test_a_limit_says_what_is_left():
+    serving = serve([fit_of(*MODELS["mlp"]()[:2], (array(2, 6),))], capacity=2)
+    used = serving.store.nbytes
+    assert used == 2 * serving.schema.slot_bytes
+    assert free_bytes([serving.store], used + 100) in range(101)
+    if jax.default_backend() == "cpu":
+        assert free_bytes([serving.store], used + 100) == 100 and free_bytes([serving.store]) is None
