@@ -7,7 +7,7 @@ Catalog       all of them; it does not change, a new one takes its place
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -17,6 +17,10 @@ class Entry(NamedTuple):
     family: int
     segment: int  # of the family's program, from 0
     width: int  # lanes; fewer can be asked for, and the rest is padding
+
+
+def text_of(entries: Sequence[Entry]) -> str:
+    return " with ".join(f"family {e.family}{f' segment {e.segment}' if e.segment else ''} x{e.width}" for e in entries)
 
 
 class Executable(NamedTuple):

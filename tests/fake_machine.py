@@ -68,8 +68,8 @@ class Served:
         observers: Sequence[Observer] = (),
     ) -> None:
         self.machine = machine
-        self.accounts = Accounts(lambda executable: WIDTHS[executable])
-        self.history = History(lambda executable: f"width {WIDTHS[executable]}")
+        self.accounts = Accounts()
+        self.history = History()
         watchers = Observers([self.accounts, self.history, *observers])
         self.driver = Driver(Coalescing(), machine, watchers, time.monotonic_ns, lambda want: None, hang_s)
         self.slo_ns, self.ids = round(slo_s * 1e9), itertools.count()

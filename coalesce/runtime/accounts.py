@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from coalesce.runtime.observer import Observer
 from coalesce.runtime.ticket import Ending, Ticket
+from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.commands import Command, Dispatch, Quarantine, Readmit, Reason
 from coalesce.scheduler.events import Event, Submitted
 
@@ -90,8 +91,7 @@ def quantile_s(ascending_ns: Sequence[int], q: float) -> float | None:
 
 
 class Accounts(Observer):
-    def __init__(self, width_of: Callable[[int], int]) -> None:
-        self._width_of = width_of  # executable -> lanes
+    def __init__(self) -> None:
         self._accounts: dict[str, Account] = {}
         self._bundles = self._lanes = self._device_ns = 0
         self._lock = threading.Lock()
@@ -127,12 +127,13 @@ class Accounts(Observer):
     def finished(
         self,
         dispatch: Dispatch,
+        form: Sequence[Entry],
         entries: Sequence[Sequence[Ticket]],
         start_ns: int,
         end_ns: int,
         error: Exception | None,
     ) -> None:
-        width, lanes = self._width_of(dispatch.executable), sum(map(len, entries))
+        width, lanes = sum(entry.width for entry in form), sum(map(len, entries))
         each = (end_ns - start_ns) / width
         padding = each * (width - lanes) / lanes
         with self._lock:

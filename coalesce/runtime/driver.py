@@ -11,6 +11,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 from coalesce.errors import DeviceError, ServingError, Shutdown
@@ -20,8 +21,9 @@ from coalesce.runtime.inbox import Inbox
 from coalesce.runtime.machine import Machine
 from coalesce.runtime.observer import Observers
 from coalesce.runtime.ticket import Ending, Reply, tell, Ticket
+from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.commands import Dispatch, Quarantine, Readmit, Reject, WakeAt, Want
-from coalesce.scheduler.events import Completed, Event, Submitted, Timer
+from coalesce.scheduler.events import CatalogChanged, Completed, Event, Submitted, Timer
 from coalesce.scheduler.policy import Policy
 from coalesce.scheduler.request import Request
 
@@ -57,9 +59,11 @@ class Driver:
         self._policy, self._machine, self._observers, self._clock, self._want = policy, machine, observers, clock, want
         self._finisher = Finisher(self.inbox, machine, observers, clock, self.forget)
         self._hang_ns = int(hang_s * 1e9)
+        self._forms: dict[int, Sequence[Entry]] = {}  # of the executables that are offered
         self._flights: deque[tuple[int, int]] = deque()  # (bundle, when it is overdue)
         self._wake_ns: int | None = None
-        self._empty = threading.Condition()
+        self._ended = threading.Condition()
+        self._waiting = 0  # threads, for requests to end
         self._thread = threading.Thread(target=self._loop, name="coalesce-driver", daemon=True)
         self._does: dict[type, Callable[[Any, int], None]] = {
             Dispatch: self._dispatch,
@@ -86,17 +90,25 @@ class Driver:
     def threads(self) -> tuple[threading.Thread, ...]:
         return self._thread, self._finisher.thread
 
+    def wait_for(self, gone: Callable[[Sequence[Ticket]], bool], timeout_s: float | None) -> bool:
+        """Whether `gone` holds for the requests that have not ended, after at most so long."""
+        with self._ended:
+            self._waiting += 1
+            try:
+                return self._ended.wait_for(lambda: gone(list(self.tickets.values())), timeout_s)
+            finally:
+                self._waiting -= 1
+
     def wait_empty(self, timeout_s: float | None) -> bool:
-        """Whether every request has ended, after at most so long."""
-        with self._empty:
-            return self._empty.wait_for(lambda: not self.tickets, timeout_s)
+        return self.wait_for(lambda tickets: not tickets, timeout_s)
 
     def forget(self, ids: Sequence[int]) -> None:
+        """Requests have ended."""
         for i in ids:
             self.tickets.pop(i, None)
-        if not self.tickets:
-            with self._empty:
-                self._empty.notify_all()
+        with self._ended:
+            if self._waiting:
+                self._ended.notify_all()
 
     def send(self, ticket: Ticket) -> None:
         """Take on a request; called on any thread."""
@@ -105,29 +117,41 @@ class Driver:
         if self.stopped:  # it may have come after the last look at the inbox
             self._end_all(self.failure or Shutdown("the runtime is closed"))
 
+    def order(self, order: Order, done: Future[Any]) -> None:
+        """Have something done on this thread, which ends `done`; called on any other."""
+        self.inbox.put(order)
+        if self.stopped and not done.done():
+            done.set_exception(Shutdown("the runtime is closed"))
+
     def probe(self, probe: Probe) -> None:
         """Run something for nothing; called on this thread."""
+        begun_ns = self._clock()
         try:
             launched = probe.launch()
         except Exception as e:
             probe.done(e)
             return
-        self._finisher.inbox.put(Probing(probe, launched, self._clock()))
+        self._finisher.inbox.put(Probing(probe, launched, begun_ns))
 
     # The loop
 
     def _loop(self) -> None:
-        while True:
-            items = self.inbox.take(self._patience_s())
-            if any(isinstance(item, Stop) for item in items):
-                return
-            try:
-                self._handle(items or [Timer()])
-            except Exception:  # a bug of ours must not leave everybody waiting for ever
-                LOG.exception("the driver failed; every request that waits ends with DeviceError")
-                self._lose("the runtime's driver failed; its log has the traceback. Restart the runtime")
-            if self._flights and self._clock() > self._flights[0][1]:
-                self._lose(f"a bundle is on the device for {self._hang_ns / 1e9:g} s; it hangs. Restart the process")
+        while self._work():
+            continue
+
+    def _work(self) -> bool:
+        """Whether there is more to come; nothing of what was done is held while this thread waits."""
+        items = self.inbox.take(self._patience_s())
+        if any(isinstance(item, Stop) for item in items):
+            return False
+        try:
+            self._handle(items or [Timer()])
+        except Exception:  # a bug of ours must not leave everybody waiting for ever
+            LOG.exception("the driver failed; every request that waits ends with DeviceError")
+            self._lose("the runtime's driver failed; its log has the traceback. Restart the runtime")
+        if self._flights and self._clock() > self._flights[0][1]:
+            self._lose(f"a bundle is on the device for {self._hang_ns / 1e9:g} s; it hangs. Restart the process")
+        return True
 
     def _patience_s(self) -> float | None:
         times = [t for t in (self._wake_ns, self._flights[0][1] if self._flights else None) if t is not None]
@@ -156,6 +180,8 @@ class Driver:
         now_ns = self._clock()
         if isinstance(event, Completed):
             self._flights.popleft()
+        elif isinstance(event, CatalogChanged):
+            self._forms = {e.id: e.entries for e in event.catalog.executables}
         if self.failure is not None:
             self._end_all(self.failure)
             return
@@ -179,7 +205,7 @@ class Driver:
         except Exception as e:
             launched = e
         self._flights.append((command.bundle, self._clock() + self._hang_ns))
-        self._finisher.inbox.put(Flight(command, entries, launched, now_ns))
+        self._finisher.inbox.put(Flight(command, self._forms[command.executable], entries, launched, now_ns))
 
     def _reject(self, command: Reject, now_ns: int) -> None:
         ticket = self.tickets.get(command.request)

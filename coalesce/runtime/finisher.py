@@ -14,6 +14,7 @@ from coalesce.runtime.inbox import Inbox
 from coalesce.runtime.machine import Launched, Machine
 from coalesce.runtime.observer import Observers
 from coalesce.runtime.ticket import Ending, tell, Ticket
+from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.commands import Dispatch
 from coalesce.scheduler.events import Completed
 
@@ -22,6 +23,7 @@ class Flight(NamedTuple):
     """A bundle on its way."""
 
     dispatch: Dispatch
+    form: Sequence[Entry]  # of its executable
     entries: Sequence[Sequence[Ticket]]
     launched: Launched | Exception  # the error, if it could not even be dispatched
     launched_ns: int
@@ -69,14 +71,19 @@ class Finisher:
             self.thread.join()
 
     def _loop(self) -> None:
-        while True:
-            for flight in self.inbox.take(None):
-                if flight is None:
-                    return
-                if isinstance(flight, Probing):
-                    self._time(flight)
-                else:
-                    self._finish(flight)
+        while self._work():
+            continue
+
+    def _work(self) -> bool:
+        """Whether there is more to come; nothing of what was done is held while this thread waits."""
+        for flight in self.inbox.take(None):
+            if flight is None:
+                return False
+            if isinstance(flight, Probing):
+                self._time(flight)
+            else:
+                self._finish(flight)
+        return True
 
     def _time(self, probing: Probing) -> None:
         try:
@@ -98,7 +105,7 @@ class Finisher:
             for ticket in chain.from_iterable(entries):
                 ticket.failure = error
         self._driver.put(Completed(dispatch.bundle, start_ns, end_ns, failed=error is not None))
-        self._observers.finished(dispatch, entries, start_ns, end_ns, error)
+        self._observers.finished(dispatch, flight.form, entries, start_ns, end_ns, error)
         if error is None and not isinstance(flight.launched, Exception):
             self._hand_out(flight.launched.results(), entries, end_ns)
 

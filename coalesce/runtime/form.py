@@ -14,10 +14,11 @@ from coalesce.program import Program, Slot
 
 
 class Form:
-    """`family` is its number in the scheduler's catalog."""
+    """`family` is its number in the scheduler's catalog, whose inputs are the tenant's own in the order `order`."""
 
-    def __init__(self, program: Program, family: int) -> None:
+    def __init__(self, program: Program, family: int, order: Sequence[int]) -> None:
         self.tenant, self.family = program.name, family
+        self._order = None if tuple(order) == tuple(range(len(program.inputs))) else order
         self.inputs: tuple[Slot, ...] = program.inputs
         self._in_tree, self._out_tree = program.in_tree, program.out_tree
         self._outputs = program.outputs
@@ -50,6 +51,10 @@ class Form:
             )
         pairs = zip(leaves, self.inputs, strict=True)
         return [np.asarray(checked(self.tenant, leaf, slot)) for leaf, slot in pairs]
+
+    def ordered(self, flat: list[np.ndarray]) -> list[np.ndarray]:
+        """Flat inputs as the family takes them."""
+        return flat if self._order is None else [flat[i] for i in self._order]
 
     def result(self, values: Sequence[Any]) -> Any:
         """A lane's flat outputs in the tenant's own pytree."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple, TypeVar
 
 from coalesce.runtime.observer import Observer
 from coalesce.runtime.ticket import Ending, Ticket
+from coalesce.scheduler.catalog import Entry, text_of
 from coalesce.scheduler.commands import Dispatch, Reason
 from coalesce.scheduler.request import Request
 
@@ -22,7 +23,7 @@ class Bundle(NamedTuple):
     """A bundle that left the device; times are of the runtime's clock, in nanoseconds."""
 
     dispatch: Dispatch
-    requests: tuple[tuple[int, ...], ...]
+    form: tuple[Entry, ...]
     start_ns: int
     end_ns: int
     error: str
@@ -36,8 +37,7 @@ class Ended(NamedTuple):
 
 
 class History(Observer):
-    def __init__(self, name_of: Callable[[int], str]) -> None:
-        self._name_of = name_of  # executable -> what it runs
+    def __init__(self) -> None:
         self._bundles: OrderedDict[int, Bundle] = OrderedDict()
         self._requests: OrderedDict[int, Ended] = OrderedDict()
         self._lock = threading.Lock()
@@ -45,6 +45,7 @@ class History(Observer):
     def finished(
         self,
         dispatch: Dispatch,
+        form: Sequence[Entry],
         entries: Sequence[Sequence[Ticket]],
         start_ns: int,
         end_ns: int,
@@ -52,7 +53,7 @@ class History(Observer):
     ) -> None:
         text = f"{type(error).__name__}: {error}" if error is not None else ""
         with self._lock:
-            keep(self._bundles, dispatch.bundle, Bundle(dispatch, dispatch.lanes, start_ns, end_ns, text))
+            keep(self._bundles, dispatch.bundle, Bundle(dispatch, tuple(form), start_ns, end_ns, text))
 
     def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
         with self._lock:
@@ -89,10 +90,11 @@ class History(Observer):
 
         lines = [f"request {own.id} of tenant {own.tenant!r}: deadline {ms(own.deadline_ns)} after submit"]
         for bundle in bundles:
-            dispatch, lanes = bundle.dispatch, sum(map(len, bundle.requests))
+            dispatch = bundle.dispatch
+            lanes = sum(map(len, dispatch.lanes))
             took = (bundle.end_ns - bundle.start_ns) / 1e6
             lines.append(
-                f"  bundle {dispatch.bundle} ({self._name_of(dispatch.executable)}) with {lanes} "
+                f"  bundle {dispatch.bundle} ({text_of(bundle.form)}) with {lanes} "
                 f"{'lane' if lanes == 1 else 'lanes'}{f', {dispatch.why}' if dispatch.why else ''}: began after "
                 f"{ms(bundle.start_ns)}, took {took:.3f} ms; expected {dispatch.l50_ns / 1e6:.3f}, at most "
                 f"{dispatch.l99_ns / 1e6:.3f}{f'; failed, {bundle.error}' if bundle.error else ''}"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from coalesce.runtime.ticket import Ending, Ticket
+from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.commands import Command, Dispatch, Reason
 from coalesce.scheduler.events import Event
 
@@ -29,12 +30,13 @@ class Observer:
     def finished(
         self,
         dispatch: Dispatch,
+        form: Sequence[Entry],
         entries: Sequence[Sequence[Ticket]],
         start_ns: int,
         end_ns: int,
         error: Exception | None,
     ) -> None:
-        """A bundle left the device, or failed on it."""
+        """A bundle left the device, or failed on it. `form` is what its executable has room for."""
 
     def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
         """Requests ended with results."""
@@ -58,12 +60,13 @@ class Observers(Observer):
     def finished(
         self,
         dispatch: Dispatch,
+        form: Sequence[Entry],
         entries: Sequence[Sequence[Ticket]],
         start_ns: int,
         end_ns: int,
         error: Exception | None,
     ) -> None:
-        self._tell("finished", dispatch, entries, start_ns, end_ns, error)
+        self._tell("finished", dispatch, form, entries, start_ns, end_ns, error)
 
     def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
         self._tell("ended", endings, now_ns)

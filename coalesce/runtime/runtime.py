@@ -1,0 +1,311 @@
+"""`Runtime`: tenants in, requests in, results out.
+
+    with coalesce.Runtime() as rt:
+        rt.add_tenant("a", fn, params, example=(x,), slo=0.010)
+        future = rt.submit("a", x)
+        y = await rt.infer("a", x, deadline=0.005)
+
+All times that users give and get are seconds; inside they are nanoseconds of a monotonic clock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from coalesce.errors import InvalidInput, Shutdown, TenantClosed
+from coalesce.runtime.accounts import Accounts, Stats
+from coalesce.runtime.device import Device
+from coalesce.runtime.driver import Driver
+from coalesce.runtime.form import match
+from coalesce.runtime.foundry import Foundry
+from coalesce.runtime.health import Health, health_of
+from coalesce.runtime.history import History
+from coalesce.runtime.observer import Observer, Observers
+from coalesce.runtime.tenancy import Resident, Tenancy
+from coalesce.runtime.ticket import Reply, Ticket
+from coalesce.scheduler.coalescing import Coalescing
+from coalesce.scheduler.events import Cancelled, Closed
+from coalesce.scheduler.policy import Policy
+from coalesce.scheduler.request import Request
+
+
+class Runtime:
+    """Serves many tenants on one device from threads of its own; every method may be called from any thread.
+
+    Args:
+      policy: what decides; `Coalescing` unless given. See coalesce.scheduler.
+      widths: how many lanes the executables of a family have, ascending from 1.
+      capacity: tenants of a family that there is room for at first; it grows by doubling. None: by the size of one.
+      memory_limit: bytes on the device for weights; what the device has, if it says so, unless given.
+      reproducible: every request of a tenant runs in an executable of one width, the widest, however few lanes it has:
+        its result does not depend on who else asks.
+      hang_s: a bundle that takes longer is taken for a device that hangs.
+      observers: told of everything that is decided and done; see coalesce.runtime.observer.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: Policy | None = None,
+        widths: Sequence[int] = (1, 2, 4, 8, 16, 32),
+        capacity: int | None = None,
+        memory_limit: int | None = None,
+        reproducible: bool = False,
+        hang_s: float = 60.0,
+        observers: Sequence[Observer] = (),
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._clock = clock
+        self._device = Device(memory_limit)
+        self._accounts = Accounts()
+        self._history = History()
+        self._observers = Observers([self._accounts, self._history, *observers])
+        offered = (max(widths),) if reproducible else tuple(sorted(widths))
+        self._foundry = Foundry(self._device, offered)
+        self._driver = Driver(
+            policy or Coalescing(), self._device, self._observers, clock, self._foundry.want, hang_s=hang_s
+        )
+        self._foundry.start(self._driver)
+        self._tenancy = Tenancy(self._device, self._driver, self._foundry, self._accounts, offered, capacity)
+        self._ids = itertools.count()
+        self._closing = threading.Lock()
+        self._closed = False
+        self._driver.start()
+
+    # Tenants
+
+    def add_tenant(
+        self,
+        name: str,
+        fn: Callable[..., Any],
+        params: Any,
+        *,
+        example: Sequence[Any] | None = None,
+        examples: Sequence[Sequence[Any]] | None = None,
+        slo: float,
+        priority: int = 0,
+        weight: float = 1.0,
+        quota: int = 1024,
+        shared: Any = None,
+        verify: bool = False,
+        wait: bool = True,
+    ) -> Future[None]:
+        """Take on a tenant: `fn(params, *inputs) -> pytree`. Others are served meanwhile.
+
+        Returns once a request of it can be served; wider executables are made after that. With `wait=False` at once,
+        and the Future ends then.
+
+        Args:
+          example: the inputs of a request, as arrays or ShapeDtypeStructs.
+          examples: of several request shapes, which read one copy of the weights.
+          slo: seconds from submit to result, for requests without a deadline of their own.
+          priority: larger goes first, strictly.
+          weight: its share among tenants of its priority, where not everybody can be served.
+          quota: the most requests that may wait.
+          shared: a subtree of params that other tenants have too, as in `coalesce.trace`.
+          verify: compare a fused run with the tenant alone, on its example; a tenant that is not within tolerance is
+            served alone, with a warning.
+
+        Raises:
+          InvalidInput: an argument is out of range, or there is a tenant of that name.
+          TraceError: `fn` cannot be staged.
+          CompileError: no executable could be made for it.
+          OutOfDeviceMemory: its weights do not fit; says how many bytes are needed and free.
+        """
+        self._check_open()
+        if (example is None) == (examples is None):
+            raise InvalidInput(f"tenant {name!r}: give either example=(inputs...) or examples=[(inputs...), ...]")
+        shapes = [tuple(e) for e in (examples if examples is not None else [example or ()])]
+        check_terms(name, slo, weight, quota)
+        terms = {"slo_ns": round(slo * 1e9), "priority": priority, "weight": float(weight), "quota": quota}
+        added = Future[None]()
+
+        def add() -> None:
+            try:
+                self._tenancy.add(name, fn, params, shapes, shared, terms)
+            except BaseException as e:
+                added.set_exception(e)
+            else:
+                added.set_result(None)
+
+        if wait:
+            add()
+            added.result()
+        else:
+            threading.Thread(target=add, name=f"coalesce-add-{name}", daemon=True).start()
+        return added
+
+    def update_tenant(self, name: str, params: Any, *, shared: Any = None) -> None:
+        """Put other weights of the same shapes and dtypes into the place of a tenant's own, between two bundles.
+
+        A request reads the old ones or the new ones, never some of each. Nothing is compiled.
+
+        Raises:
+          TenantClosed: there is no such tenant.
+          InvalidInput: params are not of the tree, shapes and dtypes that it was added with.
+        """
+        self._check_open()
+        self._tenancy.update(self._resident(name), params, shared)
+
+    def remove_tenant(self, name: str, *, drain: bool = True, timeout: float | None = None) -> None:
+        """Let a tenant go: what waits is served first, or with `drain=False` ends with TenantClosed.
+
+        Returns when its place on the device is free, or raises TimeoutError after `timeout` seconds, and it goes when
+        its last request has ended.
+        """
+        self._tenancy.remove(self._resident(name), drain, timeout)
+
+    def warm_up(self, timeout: float | None = None) -> None:
+        """Wait until the executables are there that the tenants, as they are now, can use; TimeoutError after so long."""
+        self._foundry.wait_idle(timeout)
+
+    # Requests
+
+    def submit(self, name: str, *inputs: Any, deadline: float | None = None, priority: int = 0) -> Reply:
+        """A request: inputs as the tenant was traced with. The Future ends with the result, in NumPy arrays.
+
+        Inputs are read when the request runs; do not write to them before it has ended.
+
+        Args:
+          deadline: seconds from now; the tenant's SLO unless given.
+          priority: on top of the tenant's own.
+
+        Raises, here:
+          TenantClosed, InvalidInput, Shutdown: there is no such tenant, the inputs are not of it, the runtime is closed.
+        The Future may raise:
+          QueueFull, DeadlineExceeded: it was not taken on, or could not run in time.
+          TenantFailure, DeviceError: it failed.
+          TenantClosed, Shutdown: the tenant went, or the runtime was closed, before it ran.
+        """
+        resident = self._resident(name)
+        number = next(self._ids)
+        reply = Reply(number, self._withdraw)
+        self._send(number, resident, inputs, deadline, priority, reply, None)
+        return reply
+
+    async def infer(self, name: str, *inputs: Any, deadline: float | None = None, priority: int = 0) -> Any:
+        """The result of a request, awaited in an event loop; see `submit`. Cancelling the task withdraws the request."""
+        resident = self._resident(name)
+        number = next(self._ids)
+        loop = asyncio.get_running_loop()
+        waiter = loop.create_future()
+        self._send(number, resident, inputs, deadline, priority, waiter, loop)
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            self._withdraw(number)
+            raise
+
+    def _send(
+        self,
+        number: int,
+        resident: Resident,
+        inputs: tuple[Any, ...],
+        deadline: float | None,
+        priority: int,
+        waiter: Any,
+        loop: asyncio.AbstractEventLoop | None,
+    ) -> None:
+        form, flat = match(resident.name, resident.forms, inputs)
+        now_ns = self._clock()
+        allowed_ns = resident.terms["slo_ns"] if deadline is None else allowed(resident.name, deadline)
+        request = Request(number, resident.name, form.family, now_ns, now_ns + allowed_ns, priority)
+        self._driver.send(Ticket(request, resident, form, flat, waiter, loop))
+
+    def _withdraw(self, number: int) -> None:
+        self._driver.inbox.put(Cancelled(number))
+
+    def _resident(self, name: str) -> Resident:
+        self._check_open()
+        resident = self._tenancy.residents.get(name)
+        if resident is None:
+            raise TenantClosed(f"there is no tenant {name!r}; add_tenant adds one")
+        return resident
+
+    # What is known
+
+    def stats(self) -> Stats:
+        """What each tenant asked for, got and cost so far; a snapshot."""
+        return self._accounts.stats()
+
+    def health(self) -> Health:
+        """Whether the runtime serves, and what it has; a snapshot."""
+        return health_of(
+            self._driver.failure,
+            self._closed,
+            len(self._tenancy.residents),
+            len(self._driver.tickets),
+            self._foundry.counts(),
+            self._device.held_bytes,
+        )
+
+    def explain(self, request: int | Reply) -> str:
+        """What was decided about a request: its bundles, why they ran, and when. Of the last 4,096 requests."""
+        number = request.request if isinstance(request, Reply) else request
+        return self._history.explain(number) or f"request {number}: it has not ended, or is not remembered"
+
+    # The end
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Wait until every request that was submitted has ended; False if some have not after so many seconds."""
+        return self._driver.wait_empty(timeout)
+
+    def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
+        """Take on nothing more, serve what waits (or end it with Shutdown), and stop the threads. Twice is once.
+
+        From a callback of a request it returns at once, and the rest follows.
+        """
+        if threading.current_thread() in self._driver.threads:
+            threading.Thread(target=self.close, kwargs={"drain": drain, "timeout": timeout}, daemon=True).start()
+            return
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            self._driver.inbox.put(Closed(drain))
+            if not self._driver.wait_empty(timeout):
+                self._driver.inbox.put(Closed(drain=False))
+                self._driver.wait_empty(timeout)
+            self._foundry.stop()
+            self._driver.stop()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Shutdown("the runtime is closed")
+        if self._driver.failure is not None:
+            raise type(self._driver.failure)(str(self._driver.failure))
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(drain=kind is None)
+
+    async def __aenter__(self) -> Runtime:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        await asyncio.to_thread(self.close, drain=kind is None)
+
+
+def check_terms(name: str, slo: float, weight: float, quota: int) -> None:
+    if not (math.isfinite(slo) and slo > 0):
+        raise InvalidInput(f"tenant {name!r}: slo is {slo}; give seconds, more than 0")
+    if not (math.isfinite(weight) and weight > 0):
+        raise InvalidInput(f"tenant {name!r}: weight is {weight}; give a share, more than 0")
+    if quota < 1:
+        raise InvalidInput(f"tenant {name!r}: quota is {quota}; give a number of requests, at least 1")
+
+
+def allowed(name: str, deadline: float) -> int:
+    """Nanoseconds from now."""
+    if not (math.isfinite(deadline) and deadline > 0):
+        raise InvalidInput(f"tenant {name!r}: deadline is {deadline}; give seconds from now, more than 0")
+    return round(deadline * 1e9)
