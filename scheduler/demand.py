@@ -46,7 +46,7 @@ class Demand:
         self._stale = True
 
     def fits(self, bucket: int, own_ns: int, work_ns: int, start_ns: int) -> bool:
-        """Whether one more is in time, `own_ns` after what is due before it, and delays nobody too much by `work_ns`."""
+        """Whether one more is in time `own_ns` after what is due before it, and delays nobody too much by `work_ns`."""
         if self._latest_start(bucket, own_ns, work_ns) - self._since >= start_ns:
             return True
         return self._sum_up() and self._latest_start(bucket, own_ns, work_ns) >= start_ns

@@ -49,6 +49,6 @@ class Tenancy:
         return self._tightest
 
     def cap(self, alone_ns: Callable[[int], int]) -> int:
-        """The least time that a tenant has left beside its own run; one whose SLO is shorter than that counts for nothing."""
+        """The least time that a tenant has left beside its own run; one with a shorter SLO does not count."""
         left = (slo_ns - alone_ns(family) for family, slo_ns in self.tightest_ns.items())
         return min((ns for ns in left if ns > 0), default=FAR)

@@ -163,7 +163,7 @@ class Runtime:
         self._tenancy.remove(self._resident(name), drain, timeout)
 
     def warm_up(self, timeout: float | None = None) -> None:
-        """Wait until the executables are there that the tenants, as they are now, can use; TimeoutError after so long."""
+        """Wait until the executables are there that the present tenants can use; TimeoutError after so many seconds."""
         self._foundry.wait_idle(timeout)
 
     # Requests
@@ -178,7 +178,7 @@ class Runtime:
           priority: on top of the tenant's own.
 
         Raises, here:
-          TenantClosed, InvalidInput, Shutdown: there is no such tenant, the inputs are not of it, the runtime is closed.
+          TenantClosed, InvalidInput, Shutdown: no such tenant, inputs that are not of it, a closed runtime.
         The Future may raise:
           QueueFull, DeadlineExceeded: it was not taken on, or could not run in time.
           TenantFailure, DeviceError: it failed.
@@ -191,7 +191,7 @@ class Runtime:
         return reply
 
     async def infer(self, name: str, *inputs: Any, deadline: float | None = None, priority: int = 0) -> Any:
-        """The result of a request, awaited in an event loop; see `submit`. Cancelling the task withdraws the request."""
+        """Await the result of a request in an event loop; see `submit`. Cancelling the task withdraws the request."""
         resident = self._resident(name)
         number = next(self._ids)
         loop = asyncio.get_running_loop()

@@ -26,7 +26,7 @@ from coalesce.runtime.host import first_capacity, Host
 from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.events import CatalogChanged, Event, TenantAdded, TenantRemoved
 from coalesce.scheduler.request import Tenant
-from coalesce.serving.fit import fit, Fit
+from coalesce.serving.fit import Fit, fit
 from coalesce.serving.store import Preparer, Store
 from coalesce.tracing import trace
 
@@ -83,8 +83,8 @@ class Tenancy:
         assert host is not None, f"tenant {resident.name!r} is served without a host"
         if fitted.key != host.schema.key:
             raise InvalidInput(
-                f"tenant {resident.name!r}: with these params it would be another program, or read other shared weights; "
-                "give params of the same tree, shapes and dtypes, or add it as another tenant"
+                f"tenant {resident.name!r}: with these params it would be another program, or share other weights;"
+                " give params of the same tree, shapes and dtypes, or add it as another tenant"
             )
         rows = host.prepare(fitted)
         self._do(lambda: host.store.write(resident.slot, rows))
