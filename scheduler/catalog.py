@@ -35,6 +35,7 @@ class Executable(NamedTuple):
 class Catalog:
     executables: tuple[Executable, ...] = ()
     segments: Mapping[int, int] | None = None  # family -> in how many segments its program is cut; 1 where it is absent
+    slots: Mapping[int, int] | None = None  # family -> lanes that may have begun and not ended; any number if absent
 
     def segments_of(self, family: int) -> int:
         return (self.segments or {}).get(family, 1)

@@ -45,7 +45,7 @@ def choose(level: Level, start_ns: int, cap_ns: int, worth: Callable[[Item], flo
 
 
 def servable(level: Level) -> Iterator[Queue]:
-    return (queue for _, _, queue in level.order if queue.costs.options)
+    return (queue for _, _, queue in level.order if queue.costs.options and queue.ready())
 
 
 def earliest(level: Level, start_ns: int, cap_ns: int) -> Window | None:
@@ -64,7 +64,7 @@ def earliest(level: Level, start_ns: int, cap_ns: int) -> Window | None:
 
 def best_head(queue: Queue, start_ns: int, longest_ns: int) -> Window:
     """From the head, the narrowest run at least."""
-    waiting = len(queue.items)
+    waiting = queue.ready()
     in_time_ns = min(longest_ns, queue.items[0][0] - queue.costs.after.l99_ns - start_ns)
     best, best_lanes = queue.costs.options[0], 1
     for option in queue.costs.options:
@@ -81,11 +81,12 @@ def best_head(queue: Queue, start_ns: int, longest_ns: int) -> Window:
 def best_window(queue: Queue, start_ns: int, cap_ns: int, worth: Callable[[Item], float]) -> Window | None:
     """From anywhere, such that its first lane is in time: the most worth a second."""
     best, best_rate = None, 0.0
+    ready = queue.ready()
     for at, option in enumerate(queue.costs.options):
         if at and option.l99_ns > cap_ns:
             break
         first = bisect_left(queue.items, (start_ns + option.l99_ns + queue.costs.after.l99_ns,))
-        window = Window(queue, option, first, min(first + option.width, len(queue.items)))
+        window = Window(queue, option, first, min(first + min(option.width, ready), len(queue.items)))
         if not window.lanes:
             break
         rate = total(map(worth, queue.items[first : window.end])) / option.l99_ns

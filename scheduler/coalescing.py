@@ -6,7 +6,7 @@ take (`demand`), since everything that is dispatched leaves that so, or is what 
 only as long as everything stays feasible (`patience`). No run is longer than what the most urgent tenant can wait for
 (`tenancy`), nobody over its share takes what others may need of theirs (`shares`), and nobody's slow or failing lanes
 stay among those of others (`quarantine`). Every request ends once: with the bundle of its last segment, or by a
-`Reject`.
+`Reject` (`requests`).
 
     an event          what changed: requests, tenants, the catalog, what a bundle took
     drop the hopeless from the heads of the queues
@@ -19,10 +19,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from coalesce.scheduler.admission import admit
 from coalesce.scheduler.catalog import Catalog
 from coalesce.scheduler.choice import choose
-from coalesce.scheduler.commands import Command, Dispatch, Reason, Reject, WakeAt
+from coalesce.scheduler.commands import Command, Dispatch, Reason, WakeAt
 from coalesce.scheduler.costs import Costs, FAR, Place, PlaceCosts
 from coalesce.scheduler.events import (
     Cancelled,
@@ -41,8 +40,9 @@ from coalesce.scheduler.latency import LatencyModel, Prediction
 from coalesce.scheduler.patience import wait_until
 from coalesce.scheduler.quarantine import Watch
 from coalesce.scheduler.queues import Item, Lane, Level, Queue, Queues
-from coalesce.scheduler.request import Request
+from coalesce.scheduler.requests import Requests
 from coalesce.scheduler.shares import Shares
+from coalesce.scheduler.slots import Slots
 from coalesce.scheduler.tenancy import Tenancy
 from coalesce.scheduler.wants import Wants
 
@@ -54,20 +54,19 @@ class Coalescing:
         self._depth = depth
         self._lead_ns = lead_ns
         self._costs = Costs(self.latency)
-        self._queues = Queues(self._costs_of)
+        self._slots = Slots()
+        self._queues = Queues(self._costs_of, self._slots)
         self._flight = Flight()
         self._tenancy = Tenancy()
         self._shares = Shares()
         self._watch = Watch()
         self._wants = Wants()
-        self._lanes: dict[int, Lane] = {}  # every request that has not ended
+        self._requests = Requests(self._queues, self._tenancy, self._watch, self._shares, self._costs)
         self._bundles = 0
         self._cap_ns = FAR
-        self._closed = False
-        self._out: list[Command] = []
         self._handlers: dict[type, Callable[[Any, int], None]] = {
             Submitted: self._submit,
-            Cancelled: self._cancel,
+            Cancelled: lambda event, now_ns: self._requests.cancel(event.request),
             Completed: self._complete,
             TenantAdded: self._add_tenant,
             TenantRemoved: self._remove_tenant,
@@ -77,108 +76,24 @@ class Coalescing:
         }
 
     def on_event(self, event: Event, now_ns: int) -> Sequence[Command]:
-        self._out = []
+        self._out = self._requests.out = list[Command]()
         self._handlers[type(event)](event, now_ns)
         self._drop_hopeless(now_ns)
         patient_ns = self._dispatch(now_ns)
         self._wake(patient_ns, now_ns)
         return self._out
 
-    # Requests
+    # What happened
 
     def _submit(self, event: Submitted, now_ns: int) -> None:
-        free_ns = self._flight.free_at(now_ns)
-        for request in event.requests:
-            reason = self._take_on(request, free_ns, now_ns)
-            if reason is not None:
-                self._out.append(Reject(request.id, reason))
-
-    def _take_on(self, request: Request, free_ns: int, now_ns: int) -> Reason | None:
-        account = self._tenancy.get(request.tenant)
-        if self._closed:
-            return Reason.SHUTDOWN
-        if account is None:
-            return Reason.UNKNOWN_TENANT
-        if account.leaving:
-            return Reason.TENANT_CLOSED
-        level = self._queues.level(account.tenant.priority + request.priority)
-        queue = self._queues.find((request.family, 0), self._watch.lot(request.tenant), level)
-        queue.note_arrival(now_ns)
-        lane = admit(request, account, queue, level, self._shares, free_ns, now_ns)
-        if isinstance(lane, Reason):
-            return lane
-        self._lanes[request.id] = lane
-        self._queues.put(lane, queue)
-        return None
-
-    def _cancel(self, event: Cancelled, now_ns: int) -> None:
-        lane = self._lanes.get(event.request)
-        if lane is not None:
-            self._stop(lane, Reason.CANCELLED)
-
-    def _stop(self, lane: Lane, reason: Reason) -> None:
-        """Ends what waits now, and what is on the device after its bundle."""
-        if lane.queue is None:
-            lane.ending = lane.ending or reason
-            return
-        self._queues.drop(lane)
-        self._reject(lane, reason)
-
-    def _reject(self, lane: Lane, reason: Reason) -> None:
-        self._out.append(Reject(lane.request.id, reason))
-        self._end(lane)
-
-    def _end(self, lane: Lane) -> None:
-        if lane.charge_ns:
-            lane.level.release(lane.bucket, lane.charge_ns)
-        account = lane.account
-        account.pending -= 1
-        del self._lanes[lane.request.id]
-        if account.leaving and self._tenancy.forget_if_done(account):
-            self._watch.forget(account.tenant.name)
-
-    # Bundles
+        self._requests.submit(event.requests, self._flight.free_at(now_ns), now_ns)
 
     def _complete(self, event: Completed, now_ns: int) -> None:
         bundle = self._flight.complete(event)
-        if event.failed:
-            self._run_again(bundle, now_ns)
-        else:
+        if not event.failed:
             self._learn(bundle, event, now_ns)
-            for place, lanes in bundle.parts:
-                self._advance(place, lanes)
-        self._move_lots()
-
-    def _advance(self, place: Place, lanes: list[Lane]) -> None:
-        family, segment = place
-        last = segment + 1 == self._costs.catalog.segments_of(family)
-        for lane in lanes:
-            if last:
-                self._end(lane)
-            elif lane.ending is not None:
-                self._reject(lane, lane.ending)
-            else:
-                self._enqueue(lane, (family, segment + 1), self._watch.lot(lane.request.tenant))
-
-    def _enqueue(self, lane: Lane, place: Place, lot: int) -> None:
-        self._queues.put(lane, self._queues.find(place, lot, lane.level))
-
-    def _run_again(self, bundle: Bundle, now_ns: int) -> None:
-        """In halves, each by itself, until those that fail are alone."""
-        for place, lanes in bundle.parts:
-            going = [lane for lane in lanes if lane.ending is None]
-            for lane in lanes:
-                if lane.ending is not None:
-                    self._reject(lane, lane.ending)
-            if bundle.lanes == 1 and going:
-                self._reject(going[0], Reason.FAILED)
-                self._out += self._watch.fail(going[0].request.tenant, now_ns)
-                continue
-            middle = len(going) if len(bundle.parts) > 1 else (len(going) + 1) // 2
-            for half in going[:middle], going[middle:]:
-                lot = self._watch.new_lot()
-                for lane in half:
-                    self._enqueue(lane, place, lot)
+        self._requests.complete(bundle, event.failed, now_ns)
+        self._requests.move(self._watch.take_moved())
 
     def _learn(self, bundle: Bundle, event: Completed, now_ns: int) -> None:
         took_ns = event.end_ns - event.start_ns
@@ -189,21 +104,6 @@ class Coalescing:
             self._costs.forget()
             self._queues.refresh()
 
-    def _move_lots(self) -> None:
-        """Takes lanes that wait to where their tenants now belong."""
-        moved, self._watch.moved = set(self._watch.moved), []
-        if not moved:
-            return
-        for lane in list(self._lanes.values()):
-            if lane.queue is not None and lane.request.tenant in moved:
-                queue = self._queues.find(lane.queue.place, self._watch.lot(lane.request.tenant), lane.level)
-                self._queues.move(lane, queue)
-
-    # What may run
-
-    def _costs_of(self, place: Place, lot: int) -> PlaceCosts:
-        return self._costs.of(place, self._watch.factor(lot))
-
     def _add_tenant(self, event: TenantAdded, now_ns: int) -> None:
         self._tenancy.add(event.tenant)
         self._reckon(self._costs.catalog)
@@ -213,13 +113,13 @@ class Coalescing:
         if account is None:
             return
         if not event.drain:
-            for lane in [lane for lane in self._lanes.values() if lane.account is account]:
-                self._stop(lane, Reason.TENANT_CLOSED)
+            self._requests.stop_all(Reason.TENANT_CLOSED, account)
         self._tenancy.leave(account)
         self._reckon(self._costs.catalog)
 
     def _change_catalog(self, event: CatalogChanged, now_ns: int) -> None:
         self.latency.change(event.catalog)
+        self._slots.change(event.catalog.slots)
         self._reckon(event.catalog)
 
     def _reckon(self, catalog: Catalog) -> None:
@@ -228,11 +128,13 @@ class Coalescing:
         self._cap_ns = self._tenancy.cap(lambda family: self._costs.of((family, 0)).alone.l99_ns)
         self._queues.refresh()
 
+    def _costs_of(self, place: Place, lot: int) -> PlaceCosts:
+        return self._costs.of(place, self._watch.factor(lot))
+
     def _close(self, event: Closed, now_ns: int) -> None:
-        self._closed = True
+        self._requests.closed = True
         if not event.drain:
-            for lane in list(self._lanes.values()):
-                self._stop(lane, Reason.SHUTDOWN)
+            self._requests.stop_all(Reason.SHUTDOWN)
 
     # The tick
 
@@ -245,7 +147,7 @@ class Coalescing:
                 if lane is None:
                     break
                 expired = lane.request.deadline_ns <= now_ns
-                self._stop(lane, Reason.EXPIRED if expired else Reason.INFEASIBLE)
+                self._requests.stop(lane, Reason.EXPIRED if expired else Reason.INFEASIBLE)
 
     def _dispatch(self, now_ns: int) -> int:
         """Dispatches what can go now; where waiting is better, until when."""
@@ -287,7 +189,7 @@ class Coalescing:
         """With lanes of lower priorities where there are lanes to spare."""
         lanes = self._queues.take(queue, first, end)
         for lower in self._queues.lower(queue):
-            lanes += self._queues.take(lower, 0, width - len(lanes))
+            lanes += self._queues.take(lower, 0, min(width - len(lanes), lower.ready()))
         return lanes
 
     def _wake(self, patient_ns: int, now_ns: int) -> None:

@@ -48,7 +48,7 @@ def catch_up(window: Window, queues: Queues, start_ns: int) -> Window | None:
     if not segment or window.first:
         return None
     before = queues.beside(window.queue, (family, segment - 1))
-    if before is None or not before.items:
+    if before is None or not before.ready():
         return None
     late = best_head(before, start_ns, FAR)
     both = window.lanes + late.lanes
@@ -84,9 +84,10 @@ def waiting_for(executable: Executable, window: Window, queues: Queues) -> tuple
     parts = []
     for entry in executable.entries:
         queue = queues.beside(window.queue, (entry.family, entry.segment))
-        if queue is None or not queue.items or not queue.costs.options:
+        ready = queue.ready() if queue is not None else 0
+        if queue is None or not ready or not queue.costs.options:
             return ()
-        parts.append(Part(queue, 0, min(entry.width, len(queue.items)), entry.width))
+        parts.append(Part(queue, 0, min(entry.width, ready), entry.width))
     return tuple(parts)
 
 

@@ -55,7 +55,7 @@ class Watch:
     """What is held against tenants; who is not in it shares bundles with everybody."""
 
     def __init__(self) -> None:
-        self.moved: list[str] = []  # tenants whose lot has changed since this was last emptied
+        self._moved: list[str] = []  # tenants whose lot has changed, and whose lanes do not know
         self._standings: dict[str, Standing] = {}
         self._strikes: deque[tuple[int, set[str]]] = deque()  # slow bundles: when, and who may have been the reason
         self._failures: deque[tuple[int, str]] = deque()
@@ -68,6 +68,11 @@ class Watch:
     def factor(self, lot: int) -> int:
         """How much longer runs of this lot take, in quarters."""
         return max((s.factor for s in self._standings.values() if s.lot == lot), default=4) if lot else 4
+
+    def take_moved(self) -> list[str]:
+        """Whose lot has changed since this was last asked."""
+        moved, self._moved = self._moved, []
+        return moved
 
     def new_lot(self) -> int:
         self._lots += 1
@@ -105,7 +110,7 @@ class Watch:
         if standing.clean < CLEAN or not standing.is_over(now_ns):
             return []
         self._standings[tenant] = Standing(State.PROBATION, 0, now_ns, min(LONGEST_TERMS, 2 * standing.terms))
-        self.moved.append(tenant)
+        self._moved.append(tenant)
         return [Readmit(tenant)]
 
     def _see_clean(self, tenants: Collection[str], now_ns: int) -> list[Quarantine | Readmit]:
@@ -120,7 +125,7 @@ class Watch:
             if standing.state is State.SUSPECTED or standing.is_over(now_ns):
                 del self._standings[tenant]
                 if standing.lot:
-                    self.moved.append(tenant)
+                    self._moved.append(tenant)
         return []
 
     def _see_slow(self, tenants: Collection[str], now_ns: int) -> list[Quarantine | Readmit]:
@@ -151,7 +156,7 @@ class Watch:
             known = self._standings.get(tenant)
             terms = known.terms if known is not None else 1
             self._standings[tenant] = Standing(State.SUSPECTED, lots[i % len(lots)], now_ns, terms)
-            self.moved.append(tenant)
+            self._moved.append(tenant)
 
     def _quarantine(self, tenant: str, now_ns: int) -> list[Quarantine | Readmit]:
         known = self._standings.get(tenant)
@@ -160,7 +165,7 @@ class Watch:
             return []
         terms = known.terms if known is not None else 1
         self._standings[tenant] = Standing(State.QUARANTINED, self.new_lot(), now_ns, terms)
-        self.moved.append(tenant)
+        self._moved.append(tenant)
         self._clear_after(tenant)
         return [Quarantine(tenant)]
 

@@ -19,12 +19,13 @@ from coalesce.scheduler.costs import Place, PlaceCosts
 from coalesce.scheduler.demand import Demand, FAR
 from coalesce.scheduler.request import Request
 from coalesce.scheduler.shares import Account
+from coalesce.scheduler.slots import Slots
 
 Item = tuple[int, int, "Lane"]  # deadline, id: no two are equal, so that lanes are never compared
 
 
 class Lane:
-    __slots__ = ("request", "account", "level", "bucket", "charge_ns", "queue", "ending", "begun")
+    __slots__ = ("request", "account", "level", "bucket", "charge_ns", "queue", "ending", "begun", "again")
 
     def __init__(self, request: Request, account: Account, level: Level, bucket: int):
         self.request = request
@@ -35,6 +36,7 @@ class Lane:
         self.queue: Queue | None = None  # None on the device
         self.ending: Reason | None = None  # why it goes no further than the bundle that it is in
         self.begun = False
+        self.again = False  # its last bundle failed, and who of it was the reason is not known yet
 
 
 class Queue:
@@ -43,6 +45,7 @@ class Queue:
         "lot",
         "level",
         "costs",
+        "slots",
         "items",
         "rank",
         "head_bucket",
@@ -52,11 +55,12 @@ class Queue:
         "came_ns",
     )
 
-    def __init__(self, place: Place, lot: int, level: Level, costs: PlaceCosts, serial: int):
+    def __init__(self, place: Place, lot: int, level: Level, costs: PlaceCosts, slots: Slots, serial: int):
         self.place = place
         self.lot = lot
         self.level = level
         self.costs = costs
+        self.slots = slots
         self.items: list[Item] = []
         self.rank: tuple[int, int, Queue] | None = None  # in its level: latest start, serial
         self.head_bucket = 0
@@ -64,6 +68,13 @@ class Queue:
         self.serial = serial
         self.gap_ns = FAR  # between two arrivals, smoothed
         self.came_ns = 0  # the last one
+
+    def ready(self) -> int:
+        """How many of its lanes can run now. Those that run their first segment again have their slots."""
+        waiting = len(self.items)
+        if not waiting or self.place[1] or self.items[0][2].again:
+            return waiting
+        return min(waiting, self.slots.room(self.place[0]))
 
     def note_arrival(self, now_ns: int) -> None:
         gap_ns = now_ns - self.came_ns
@@ -90,9 +101,10 @@ class Level:
 
 
 class Queues:
-    def __init__(self, costs_of: Callable[[Place, int], PlaceCosts]):
+    def __init__(self, costs_of: Callable[[Place, int], PlaceCosts], slots: Slots):
         self.levels: list[Level] = []  # highest priority first
         self._costs_of = costs_of
+        self._slots = slots
         self._levels: dict[int, Level] = {}
         self._queues: dict[tuple[int, int, int, int], Queue] = {}  # family, segment, lot, priority
         self._serial = 0
@@ -106,7 +118,8 @@ class Queues:
         queue = self._queues.get(key)
         if queue is None:
             self._serial += 1
-            queue = self._queues[key] = Queue(place, lot, level, self._costs_of(place, lot), self._serial)
+            costs = self._costs_of(place, lot)
+            queue = self._queues[key] = Queue(place, lot, level, costs, self._slots, self._serial)
         return queue
 
     def beside(self, queue: Queue, place: Place) -> Queue | None:
@@ -148,10 +161,18 @@ class Queues:
             if not lane.begun:
                 lane.begun = True
                 lane.account.waiting -= 1
+                self._slots.take(lane.request.family)
         for bucket, work_ns in done.items():
             queue.level.release(bucket, work_ns)
         self._cut(queue, first, end)
         return lanes
+
+    def forget(self, lane: Lane) -> None:
+        """It has ended, and waits nowhere."""
+        if lane.charge_ns:
+            lane.level.release(lane.bucket, lane.charge_ns)
+        if lane.begun:
+            self._slots.release(lane.request.family)
 
     def drop(self, lane: Lane) -> None:
         """Takes one out that goes no further."""

@@ -1,0 +1,142 @@
+"""The requests that have not ended, on their way: taken on, waiting, stopped, moved on, run again.
+
+    submit      refused at once, or a lane that waits at its family's first segment
+    cancel      what waits ends now; what is on the device, when its bundle is done
+    complete    the last segment: it has ended.  Another one: it waits at the next.  Failed: again, in halves
+    move        its tenant was put into quarantine or let out of it: it waits elsewhere
+
+Commands that say what became of requests are left in `out`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from coalesce.scheduler.admission import admit
+from coalesce.scheduler.commands import Command, Reason, Reject
+from coalesce.scheduler.costs import Costs, Place
+from coalesce.scheduler.flight import Bundle
+from coalesce.scheduler.quarantine import Watch
+from coalesce.scheduler.queues import Lane, Queues
+from coalesce.scheduler.request import Request
+from coalesce.scheduler.shares import Account, Shares
+from coalesce.scheduler.tenancy import Tenancy
+
+
+class Requests:
+    def __init__(self, queues: Queues, tenancy: Tenancy, watch: Watch, shares: Shares, costs: Costs) -> None:
+        self.out: list[Command] = []
+        self.closed = False
+        self._queues, self._tenancy, self._watch = queues, tenancy, watch
+        self._shares, self._costs = shares, costs
+        self._lanes: dict[int, Lane] = {}
+
+    def submit(self, requests: Iterable[Request], free_ns: int, now_ns: int) -> None:
+        """`free_ns` is when the device can begin with them."""
+        for request in requests:
+            reason = self._take_on(request, free_ns, now_ns)
+            if reason is not None:
+                self.out.append(Reject(request.id, reason))
+
+    def _take_on(self, request: Request, free_ns: int, now_ns: int) -> Reason | None:
+        account = self._tenancy.get(request.tenant)
+        if self.closed:
+            return Reason.SHUTDOWN
+        if account is None:
+            return Reason.UNKNOWN_TENANT
+        if account.leaving:
+            return Reason.TENANT_CLOSED
+        level = self._queues.level(account.tenant.priority + request.priority)
+        queue = self._queues.find((request.family, 0), self._watch.lot(request.tenant), level)
+        queue.note_arrival(now_ns)
+        lane = admit(request, account, queue, level, self._shares, free_ns, now_ns)
+        if isinstance(lane, Reason):
+            return lane
+        self._lanes[request.id] = lane
+        self._queues.put(lane, queue)
+        return None
+
+    def cancel(self, request: int) -> None:
+        lane = self._lanes.get(request)
+        if lane is not None:
+            self.stop(lane, Reason.CANCELLED)
+
+    def stop(self, lane: Lane, reason: Reason) -> None:
+        """Ends what waits now, and what is on the device after its bundle."""
+        if lane.queue is None:
+            lane.ending = lane.ending or reason
+            return
+        self._queues.drop(lane)
+        self._reject(lane, reason)
+
+    def stop_all(self, reason: Reason, account: Account | None = None) -> None:
+        """Of one tenant, or of all."""
+        for lane in list(self._lanes.values()):
+            if account is None or lane.account is account:
+                self.stop(lane, reason)
+
+    def complete(self, bundle: Bundle, failed: bool, now_ns: int) -> None:
+        for place, lanes in bundle.parts:
+            if not failed:
+                self._advance(place, lanes)
+            elif bundle.lanes == 1:
+                self._fail(lanes, now_ns)
+            else:
+                self._halve(place, lanes, len(bundle.parts) > 1)
+
+    def _advance(self, place: Place, lanes: list[Lane]) -> None:
+        family, segment = place
+        last = segment + 1 == self._costs.catalog.segments_of(family)
+        for lane in lanes:
+            if last:
+                self._end(lane)
+            elif lane.ending is not None:
+                self._reject(lane, lane.ending)
+            else:
+                lane.again = False
+                self._enqueue(lane, (family, segment + 1), self._watch.lot(lane.request.tenant))
+
+    def _fail(self, lanes: list[Lane], now_ns: int) -> None:
+        """What fails alone has failed."""
+        for lane in lanes:
+            self._reject(lane, lane.ending or Reason.FAILED)
+            if lane.ending is None:
+                self.out += self._watch.fail(lane.request.tenant, now_ns)
+
+    def _halve(self, place: Place, lanes: list[Lane], is_half: bool) -> None:
+        """Each half runs by itself, until those that fail are alone; a part of several is a half already."""
+        for lane in lanes:
+            if lane.ending is not None:
+                self._reject(lane, lane.ending)
+        going = [lane for lane in lanes if lane.ending is None]
+        middle = len(going) if is_half else (len(going) + 1) // 2
+        for half in going[:middle], going[middle:]:
+            lot = self._watch.new_lot()
+            for lane in half:
+                lane.again = True
+                self._enqueue(lane, place, lot)
+
+    def move(self, tenants: Iterable[str]) -> None:
+        """Takes lanes that wait to where their tenants now belong, but those that are to run again: they are apart."""
+        moved = set(tenants)
+        if not moved:
+            return
+        for lane in list(self._lanes.values()):
+            if lane.queue is not None and lane.request.tenant in moved and not lane.again:
+                queue = self._queues.find(lane.queue.place, self._watch.lot(lane.request.tenant), lane.level)
+                self._queues.move(lane, queue)
+
+    def _enqueue(self, lane: Lane, place: Place, lot: int) -> None:
+        self._queues.put(lane, self._queues.find(place, lot, lane.level))
+
+    def _reject(self, lane: Lane, reason: Reason) -> None:
+        self.out.append(Reject(lane.request.id, reason))
+        self._end(lane)
+
+    def _end(self, lane: Lane) -> None:
+        self._queues.forget(lane)
+        account = lane.account
+        account.pending -= 1
+        del self._lanes[lane.request.id]
+        if account.leaving and self._tenancy.forget_if_done(account):
+            self._watch.forget(account.tenant.name)
