@@ -4,6 +4,10 @@
     fused = coalesce.fuse([prog_a, prog_b, ...])
     ys    = fused([(x_a,), (x_b,), ...])
 
+    with coalesce.Runtime() as rt:                    # tenants that come and go, requests by deadlines
+        rt.add_tenant("a", fn, params, example=(x,), slo=0.010)
+        y = rt.submit("a", x).result()
+
 Names are loaded when they are first used, so that what needs no JAX (the scheduler) can be imported without it.
 """
 
@@ -14,13 +18,23 @@ if TYPE_CHECKING:
     from coalesce.compile import fuse as fuse, Fused as Fused
     from coalesce.errors import (
         CoalesceError as CoalesceError,
+        CompileError as CompileError,
+        DeadlineExceeded as DeadlineExceeded,
+        DeviceError as DeviceError,
         InvalidInput as InvalidInput,
+        OutOfDeviceMemory as OutOfDeviceMemory,
         PassError as PassError,
         PlanError as PlanError,
+        QueueFull as QueueFull,
+        ServingError as ServingError,
+        Shutdown as Shutdown,
+        TenantClosed as TenantClosed,
+        TenantFailure as TenantFailure,
         TraceError as TraceError,
     )
     from coalesce.program import Program as Program
     from coalesce.report import Report as Report
+    from coalesce.runtime.runtime import Runtime as Runtime
     from coalesce.tracing import trace as trace
 
 _HOME = {
@@ -29,10 +43,20 @@ _HOME = {
     "Fused": "coalesce.compile",
     "Program": "coalesce.program",
     "Report": "coalesce.report",
+    "Runtime": "coalesce.runtime.runtime",
     "CoalesceError": "coalesce.errors",
+    "CompileError": "coalesce.errors",
+    "DeadlineExceeded": "coalesce.errors",
+    "DeviceError": "coalesce.errors",
     "InvalidInput": "coalesce.errors",
+    "OutOfDeviceMemory": "coalesce.errors",
     "PassError": "coalesce.errors",
     "PlanError": "coalesce.errors",
+    "QueueFull": "coalesce.errors",
+    "ServingError": "coalesce.errors",
+    "Shutdown": "coalesce.errors",
+    "TenantClosed": "coalesce.errors",
+    "TenantFailure": "coalesce.errors",
     "TraceError": "coalesce.errors",
 }
 

@@ -17,8 +17,10 @@ from tests.alone import array
 from tests.compare import assert_same
 
 NAMES = {
-    "trace", "fuse", "Fused", "Program", "Report",
+    "trace", "fuse", "Fused", "Program", "Report", "Runtime",
     "CoalesceError", "TraceError", "PassError", "PlanError", "InvalidInput",
+    "ServingError", "QueueFull", "DeadlineExceeded", "TenantClosed", "TenantFailure", "CompileError",
+    "OutOfDeviceMemory", "DeviceError", "Shutdown",
 }  # fmt: skip
 
 
@@ -61,6 +63,17 @@ def test_signatures():
     assert (fuse["policy"].default, fuse["waste_bound"].default) == ("auto", 0.4)
     assert fuse["within_program"].default is False
     assert fuse["pack_unbounded_loops"].default is False
+
+
+def test_the_runtime_and_its_errors():
+    runtime = inspect.signature(coalesce.Runtime).parameters
+    assert {p.kind for p in runtime.values()} == {inspect.Parameter.KEYWORD_ONLY}
+    terms = inspect.signature(coalesce.Runtime.add_tenant).parameters
+    assert list(terms)[1:4] == ["name", "fn", "params"] and terms["slo"].default is inspect.Parameter.empty
+    kinds = [getattr(coalesce, name) for name in NAMES]
+    errors = {kind for kind in kinds if isinstance(kind, type) and issubclass(kind, coalesce.ServingError)}
+    assert len(errors) == 9
+    assert all(error.grpc.isupper() and 400 <= error.http < 600 for error in errors | {coalesce.InvalidInput})
 
 
 def test_report(fused):

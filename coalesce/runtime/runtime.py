@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ from coalesce.runtime.health import Health, health_of
 from coalesce.runtime.history import History
 from coalesce.runtime.observer import Observer, Observers
 from coalesce.runtime.tenancy import Resident, Tenancy
+from coalesce.runtime.terms import allowed_ns, terms_of
 from coalesce.runtime.ticket import Reply, Ticket
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.events import Cancelled, Closed
@@ -123,8 +123,7 @@ class Runtime:
         if (example is None) == (examples is None):
             raise InvalidInput(f"tenant {name!r}: give either example=(inputs...) or examples=[(inputs...), ...]")
         shapes = [tuple(e) for e in (examples if examples is not None else [example or ()])]
-        check_terms(name, slo, weight, quota)
-        terms = {"slo_ns": round(slo * 1e9), "priority": priority, "weight": float(weight), "quota": quota}
+        terms = terms_of(name, slo, priority, weight, quota)
         added = Future[None]()
 
         def add() -> None:
@@ -215,8 +214,8 @@ class Runtime:
     ) -> None:
         form, flat = match(resident.name, resident.forms, inputs)
         now_ns = self._clock()
-        allowed_ns = resident.terms["slo_ns"] if deadline is None else allowed(resident.name, deadline)
-        request = Request(number, resident.name, form.family, now_ns, now_ns + allowed_ns, priority)
+        left_ns = resident.terms["slo_ns"] if deadline is None else allowed_ns(resident.name, deadline)
+        request = Request(number, resident.name, form.family, now_ns, now_ns + left_ns, priority)
         self._driver.send(Ticket(request, resident, form, flat, waiter, loop))
 
     def _withdraw(self, number: int) -> None:
@@ -293,19 +292,3 @@ class Runtime:
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         await asyncio.to_thread(self.close, drain=kind is None)
-
-
-def check_terms(name: str, slo: float, weight: float, quota: int) -> None:
-    if not (math.isfinite(slo) and slo > 0):
-        raise InvalidInput(f"tenant {name!r}: slo is {slo}; give seconds, more than 0")
-    if not (math.isfinite(weight) and weight > 0):
-        raise InvalidInput(f"tenant {name!r}: weight is {weight}; give a share, more than 0")
-    if quota < 1:
-        raise InvalidInput(f"tenant {name!r}: quota is {quota}; give a number of requests, at least 1")
-
-
-def allowed(name: str, deadline: float) -> int:
-    """Nanoseconds from now."""
-    if not (math.isfinite(deadline) and deadline > 0):
-        raise InvalidInput(f"tenant {name!r}: deadline is {deadline}; give seconds from now, more than 0")
-    return round(deadline * 1e9)
