@@ -56,7 +56,7 @@ class Coalescing:
         self._costs = Costs(self.latency)
         self._slots = Slots()
         self._queues = Queues(self._costs_of, self._slots)
-        self._flight = Flight()
+        self._flight = Flight[Bundle]()
         self._tenancy = Tenancy()
         self._shares = Shares()
         self._watch = Watch()

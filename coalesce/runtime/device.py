@@ -24,6 +24,8 @@ from coalesce.serving.fit import Fit
 from coalesce.serving.schema import Options, plan_schema, Schema
 from coalesce.serving.store import free_bytes
 
+ANNOTATION = "coalesce bundle"  # what a dispatch is called in a trace of jax.profiler
+
 Key = tuple[tuple[Entry, ...], tuple[int, ...]]  # entries, and the capacity of each one's bank
 
 
@@ -126,9 +128,11 @@ class Device:
 
     def launch(self, executable: int, entries: Sequence[Sequence[Ticket]]) -> Bundle:
         loaded = self._loaded[executable]
-        lanes = [[(t.resident.slot, t.form.ordered(t.inputs)) for t in tickets] for tickets in entries]
-        arguments = loaded.executable.stage(lanes)
-        return Bundle(loaded.executable, self._run(loaded, arguments), entries)
+        number = next(ticket.bundles[-1] for tickets in entries for ticket in tickets)
+        with jax.profiler.TraceAnnotation(ANNOTATION, bundle=number):
+            lanes = [[(t.resident.slot, t.form.ordered(t.inputs)) for t in tickets] for tickets in entries]
+            arguments = loaded.executable.stage(lanes)
+            return Bundle(loaded.executable, self._run(loaded, arguments), entries)
 
     def launch_blank(self, key: Key) -> Bundle:
         """A run of what reads slot 0 and zeros."""

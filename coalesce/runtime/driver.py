@@ -85,6 +85,7 @@ class Driver:
         self._finisher.stop(wait=self.failure is None)
         self.stopped = True
         self._end_all(self.failure or Shutdown("the runtime is closed"))
+        LOG.info("the runtime is closed")
 
     @property
     def threads(self) -> tuple[threading.Thread, ...]:
@@ -112,6 +113,7 @@ class Driver:
 
     def send(self, ticket: Ticket) -> None:
         """Take on a request; called on any thread."""
+        self._observers.sent(ticket)
         self.tickets[ticket.request.id] = ticket
         self.inbox.put(ticket.request)
         if self.stopped:  # it may have come after the last look at the inbox

@@ -166,6 +166,7 @@ class Foundry:
             return ()
         timed = sorted(times_ns[1:])  # what looks slow is never tried, what looks fast is soon known
         catalog = self._device.offer(key, timed[1], timed[-1])
+        LOG.info("executable for %s is ready: %.3f ms", text_of(key[0]), timed[1] / 1e6)
         self._finish(key)
         return (CatalogChanged(catalog),)
 

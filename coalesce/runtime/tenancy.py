@@ -9,6 +9,7 @@ Each arrow to the device is an order to the driver, done between two dispatches.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -29,6 +30,8 @@ from coalesce.scheduler.request import Tenant
 from coalesce.serving.fit import Fit, fit
 from coalesce.serving.store import Preparer, Store
 from coalesce.tracing import trace
+
+LOG = logging.getLogger("coalesce.runtime")
 
 REMEMBERED = 64  # normalised programs
 T = TypeVar("T")
@@ -88,6 +91,7 @@ class Tenancy:
             )
         rows = host.prepare(fitted)
         self._do(lambda: host.store.write(resident.slot, rows))
+        LOG.info("tenant %r has other weights", resident.name)
 
     def remove(self, resident: Resident, drain: bool, timeout_s: float | None) -> None:
         if self.residents.pop(resident.name, None) is None:
@@ -99,6 +103,7 @@ class Tenancy:
             with self._lock:
                 self._leave(resident)
                 self._names.discard(resident.name)
+            LOG.info("tenant %r has left", resident.name)
             left.set_result(None)
 
         self._tell(lambda: [TenantRemoved(resident.name, drain)])
@@ -148,6 +153,7 @@ class Tenancy:
             self._leave(resident)
             raise
         self.residents[resident.name] = resident
+        LOG.info("tenant %r is served: %s, slot %d of %d", resident.name, host, resident.slot, host.store.capacity)
         for family in host.families:
             for width in self._widths:
                 if width < 2 * host.tenants:
@@ -197,6 +203,7 @@ class Tenancy:
         for made in ordered:
             made.exception()  # one that fails is offered no more
         self._tell(lambda: [CatalogChanged(self._device.grow(host, capacity))])
+        LOG.info("%s has room for %d tenants", host, capacity)
 
     # Orders
 
