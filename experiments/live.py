@@ -66,7 +66,7 @@ def tenants(kinds: Sequence[Kind]) -> list[Live]:
     found = []
     for kind in kinds:
         made = tenants_of(kind.model, kind.count, batch=1)
-        for i, (params, inputs) in enumerate(zip(made.params, made.inputs, strict=True)):
+        for params, inputs in zip(made.params, made.inputs, strict=True):
             name = f"{kind.text.partition('.')[0]}-{len(found)}"
             found.append(Live(name, kind, params, tuple(np.asarray(x) for x in inputs)))
     return found

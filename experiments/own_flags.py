@@ -24,7 +24,7 @@ QUIET = ("device_name", "note", "out")  # what the header says anyway, and the f
 def define_common(own: flags.FlagValues) -> None:
     flags.DEFINE_string("device_name", None, "how the results call the device", flag_values=own)
     flags.DEFINE_string("note", "", "a remark for the results' header", flag_values=own)
-    flags.DEFINE_string("out", None, "folder of the results; experiments/results/<device> if not given", flag_values=own)
+    flags.DEFINE_string("out", None, "folder of the results; experiments/results/<device> else", flag_values=own)
 
 
 def parse(script: str, own: flags.FlagValues, argv: Sequence[str]) -> None:

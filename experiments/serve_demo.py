@@ -125,7 +125,8 @@ def main(argv: Sequence[str]) -> None:
         client.start()
         with Screen(console=console, refresh_per_second=4, transient=True) as screen:
             while not client.done:
-                title = f"{FLAGS.process}, {rate:,.0f} requests a second, {FLAGS.policy}: {time.monotonic() - begin:.0f} s"
+                passed = time.monotonic() - begin
+                title = f"{FLAGS.process}, {rate:,.0f} requests a second, {FLAGS.policy}: {passed:.0f} s"
                 screen.update(shown(lives, rt.stats().tenants.get, title))
                 time.sleep(REFRESH_S)
         rt.drain(60.0)
@@ -138,11 +139,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def summary(seen: Seen, client: Client, took_s: float) -> str:
-    in_time = sum(own["ok"] for own in seen.outcomes.values())
+    in_time, busy = sum(own["ok"] for own in seen.outcomes.values()), seen.busy_ns / took_s / 1e9
     return (
         f"{client.sent:,} requests, {seen.attainment():.2%} in time, {in_time / took_s:,.0f} a second; "
         f"{seen.bundles:,} bundles of {seen.lanes / max(1, seen.bundles):.2f} requests on average, "
-        f"{1 - seen.lanes / max(1, seen.room):.0%} of their lanes padding, device busy {seen.busy_ns / took_s / 1e9:.0%}"
+        f"{1 - seen.lanes / max(1, seen.room):.0%} of their lanes padding, device busy {busy:.0%}"
     )
 
 

@@ -216,8 +216,8 @@ def report(head: Mapping[str, Any], rows: Sequence[Row]) -> str:
         "# The simulator against the real runtime",
         f"{head['device']}, JAX {head['versions']['jax']}, {head['date']}. {head['note']}".rstrip(),
         f"    {head['command']}",
-        f"Requests in time: {within} of {len(rows)} configurations within {POINTS:g} points. Load 1 is one request after "
-        "the other; `lanes` are requests a bundle, real and simulated.",
+        f"Requests in time: {within} of {len(rows)} configurations within {POINTS:g} points. Load 1 is one request "
+        "after the other; `lanes` are requests a bundle, real and simulated.",
         table([*columns, "lanes", "lanes (sim)"], lines),
     ]
     return "\n\n".join(text) + "\n"
