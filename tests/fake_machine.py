@@ -9,13 +9,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from coalesce.runtime.accounts import Accounts
-from coalesce.runtime.driver import Driver, Order
+from coalesce.runtime.driver import Driver
 from coalesce.runtime.history import History
 from coalesce.runtime.observer import Observer, Observers
+from coalesce.runtime.orders import Order
 from coalesce.runtime.ticket import Reply, Ticket
 from coalesce.scheduler.catalog import Catalog, Entry, Executable
 from coalesce.scheduler.coalescing import Coalescing
-from coalesce.scheduler.events import Cancelled, CatalogChanged, TenantAdded
+from coalesce.scheduler.commands import Want
+from coalesce.scheduler.events import CatalogChanged, Event, TenantAdded
 from coalesce.scheduler.request import Request, Tenant
 
 WIDTHS = (1, 2, 4, 8)
@@ -55,6 +57,20 @@ class FakeMachine:
         self.released += [ticket.request.id for ticket in tickets]
 
 
+class NoMaker:
+    """Makes nothing."""
+
+    def __init__(self) -> None:
+        self.without_memory: list[int] = []
+
+    def want(self, want: Want) -> None:
+        pass
+
+    def exhausted(self, executable: int, error: Exception) -> Sequence[Event]:
+        self.without_memory.append(executable)
+        return ()
+
+
 class Served:
     """A driver with tenants "t0", "t1", ... of one family on a fake machine."""
 
@@ -71,7 +87,7 @@ class Served:
         self.accounts = Accounts()
         self.history = History()
         watchers = Observers([self.accounts, self.history, *observers])
-        self.driver = Driver(Coalescing(), machine, watchers, time.monotonic_ns, lambda want: None, hang_s)
+        self.driver = Driver(Coalescing(), machine, watchers, time.monotonic_ns, NoMaker(), hang_s)
         self.slo_ns, self.ids = round(slo_s * 1e9), itertools.count()
         took_ns = round(machine.takes_s * 1e9)
         catalog = Catalog(
@@ -86,7 +102,7 @@ class Served:
     def submit(self, tenant: str, value: Any, deadline_s: float | None = None) -> Reply:
         number, now_ns = next(self.ids), time.monotonic_ns()
         allowed_ns = self.slo_ns if deadline_s is None else round(deadline_s * 1e9)
-        reply = Reply(number, lambda request: self.driver.inbox.put(Cancelled(request)))
+        reply = Reply(number, self.driver.withdraw)
         request = Request(number, tenant, 0, now_ns, now_ns + allowed_ns)
         self.driver.send(Ticket(request, None, None, [value], reply))
         return reply

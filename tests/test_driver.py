@@ -17,8 +17,8 @@ from coalesce.errors import (
     TenantClosed,
     TenantFailure,
 )
-from coalesce.runtime.driver import Order
 from coalesce.runtime.observer import Observer
+from coalesce.runtime.orders import Order
 from coalesce.scheduler.commands import Reason
 from coalesce.scheduler.events import Closed, Event, TenantRemoved
 from tests.fake_machine import FakeMachine, Served
@@ -30,7 +30,7 @@ def test_results_go_to_whom_they_belong():
     with Served(FakeMachine()) as served:
         replies = [(i, served.submit(f"t{i % 4}", i)) for i in range(200)]
         assert [reply.result(10) for _, reply in replies] == [("result", i) for i, _ in replies]
-        assert served.driver.wait_empty(1.0)
+        assert served.driver.book.wait_empty(1.0)
 
 
 def test_what_arrives_while_a_bundle_runs_shares_the_next_one():
@@ -76,7 +76,7 @@ def test_cancelled_requests_never_run_and_end_once():
         waiting = [reply for reply in running if reply.cancel()]
         assert all(not reply.cancel() or reply.cancelled() for reply in waiting)
         machine.go.set()
-        assert served.driver.wait_empty(10.0)
+        assert served.driver.book.wait_empty(10.0)
         ran = {value for own in machine.launches for value in own}
         for i, reply in enumerate(running):
             if reply.cancelled():
@@ -210,7 +210,7 @@ def test_coroutines_of_one_loop_are_told_by_one_call(monkeypatch):
         waiters = []
         for i in range(17):
             reply = served.submit(f"t{i % 4}", i)
-            ticket = served.driver.tickets[reply.request]
+            ticket = served.driver.book.tickets[reply.request]
             ticket.waiter, ticket.loop = loop.create_future(), loop
             waiters.append(ticket.waiter)
         machine.go.set()
@@ -225,7 +225,7 @@ def test_explain_tells_the_way_of_a_request():
     with Served(FakeMachine()) as served:
         reply = served.submit("t2", 1)
         reply.result(10)
-        assert served.driver.wait_empty(5.0)
+        assert served.driver.book.wait_empty(5.0)
         text = served.history.explain(reply.request)
     assert text is not None
     lines = text.splitlines()
@@ -263,7 +263,7 @@ def test_many_threads_submit_and_each_request_ends_once():
             thread.start()
         for thread in threads:
             thread.join()
-        assert served.driver.wait_empty(10.0)
+        assert served.driver.book.wait_empty(10.0)
         stats = served.accounts.stats()
     assert not wrong
     assert sum(t.submitted for t in stats.tenants.values()) == 1600

@@ -21,6 +21,10 @@ LOG = logging.getLogger("coalesce.runtime")
 class Observer:
     """What can be watched; times are of the runtime's clock, in nanoseconds."""
 
+    def on(self, device: int) -> Observer:
+        """Who watches that device of several, each of which counts its own bundles and executables from 0."""
+        return self
+
     def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
         """The policy was told an event and answered."""
 
