@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from coalesce.errors import DeviceError, OutOfDeviceMemory
 from coalesce.runtime.accounts import Accounts
 from coalesce.runtime.driver import Driver
 from coalesce.runtime.history import History
@@ -30,8 +31,12 @@ class FakeLaunched:
     def wait(self) -> None:
         self.machine.go.wait()
         time.sleep(self.machine.takes_s)
+        if sum(map(len, self.entries)) > self.machine.most_lanes:
+            raise OutOfDeviceMemory(f"no room for more than {self.machine.most_lanes} lanes")
         for tickets in self.entries:
             for ticket in tickets:
+                if ticket.inputs[0] == self.machine.dies_of:
+                    raise DeviceError("it is dead")
                 if self.machine.raises(ticket.inputs[0]):
                     raise ValueError(f"cannot compute {ticket.inputs[0]!r}")
 
@@ -42,8 +47,14 @@ class FakeLaunched:
 class FakeMachine:
     """`launches` has the inputs of the lanes of each bundle; `go` can be cleared to hold bundles on the device."""
 
-    def __init__(self, takes_s: float = 0.0005, raises: Callable[[Any], bool] = lambda value: False) -> None:
-        self.takes_s, self.raises = takes_s, raises
+    def __init__(
+        self,
+        takes_s: float = 0.0005,
+        raises: Callable[[Any], bool] = lambda value: False,
+        most_lanes: int = 1000,  # that there is memory for
+        dies_of: Any = None,
+    ) -> None:
+        self.takes_s, self.raises, self.most_lanes, self.dies_of = takes_s, raises, most_lanes, dies_of
         self.launches: list[list[Any]] = []
         self.released: list[int] = []
         self.go = threading.Event()
@@ -84,10 +95,11 @@ class Served:
         observers: Sequence[Observer] = (),
     ) -> None:
         self.machine = machine
+        self.maker = NoMaker()
         self.accounts = Accounts()
         self.history = History()
         watchers = Observers([self.accounts, self.history, *observers])
-        self.driver = Driver(Coalescing(), machine, watchers, time.monotonic_ns, NoMaker(), hang_s)
+        self.driver = Driver(Coalescing(), machine, watchers, time.monotonic_ns, self.maker, hang_s)
         self.slo_ns, self.ids = round(slo_s * 1e9), itertools.count()
         took_ns = round(machine.takes_s * 1e9)
         catalog = Catalog(

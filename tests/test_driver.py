@@ -11,6 +11,7 @@ import pytest
 from coalesce.errors import (
     DeadlineExceeded,
     DeviceError,
+    OutOfDeviceMemory,
     QueueFull,
     ServingError,
     Shutdown,
@@ -270,3 +271,66 @@ def test_many_threads_submit_and_each_request_ends_once():
     assert sum(t.ok + t.late + t.cancelled for t in stats.tenants.values()) == 1600
     values = [value for own in machine.launches for value in own]
     assert len(values) == len(set(values))
+
+
+def test_a_device_that_keeps_the_driver_waiting_ends_everything_and_the_end_is_not_kept_waiting():
+    machine = FakeMachine()
+    stuck = threading.Event()
+    machine.launch = lambda executable, entries: stuck.wait()  # type: ignore[method-assign]
+    served = Served(machine, hang_s=0.2)
+    replies = [served.submit("t0", i) for i in range(4)]
+    wait(replies, 10)
+    assert all(isinstance(reply.exception(0), DeviceError) for reply in replies)
+    with pytest.raises(DeviceError):
+        served.driver.carry_out(lambda: ())
+    served.driver.stop()
+    stuck.set()
+
+
+def test_without_memory_the_wide_executable_is_reported_and_its_lanes_run_in_halves():
+    machine = FakeMachine(most_lanes=2)
+    machine.go.clear()
+    with Served(machine, tenants=8) as served:
+        hold = [served.submit("t0", "hold"), served.submit("t0", "hold")]
+        while not machine.launches:
+            time.sleep(0.001)
+        replies = [served.submit(f"t{i}", i) for i in range(8)]
+        machine.go.set()
+        assert [reply.result(10) for reply in [*hold, *replies]][2:] == [("result", i) for i in range(8)]
+        assert set(served.maker.without_memory) <= {2, 3} and served.maker.without_memory
+
+
+def test_without_memory_for_one_lane_the_error_says_so():
+    with Served(FakeMachine(most_lanes=0)) as served:
+        error = served.submit("t0", 1).exception(10)
+    assert isinstance(error, OutOfDeviceMemory) and error.http == 507
+
+
+def test_a_device_that_fails_ends_everything():
+    machine = FakeMachine(dies_of=3)
+    with Served(machine) as served:
+        assert served.submit("t0", 1).result(10) == ("result", 1)
+        assert isinstance(served.submit("t0", 3).exception(10), DeviceError)
+        assert isinstance(served.submit("t1", 1).exception(10), DeviceError)
+        assert served.driver.book.wait_empty(10.0)
+        tenants = served.accounts.stats().tenants
+    assert all(t.pending == 0 for t in tenants.values())
+
+
+def test_orders_that_come_with_the_end_are_carried_out():
+    served = Served(FakeMachine())
+    done: list[int] = []
+
+    def order() -> None:
+        try:
+            served.driver.carry_out(lambda: done.append(1) or ())
+        except Shutdown:
+            done.append(1)
+
+    threads = [threading.Thread(target=order) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    served.driver.stop()
+    for thread in threads:
+        thread.join(10)
+    assert len(done) == 8

@@ -44,6 +44,7 @@ class Device:
     cache_bytes: int  # how much of that there may be; 0: all of it counts as memory traffic
     overlap: float  # how much of the shorter of arithmetic and traffic hides behind the longer
     launch_us: float  # one more kernel in a program, before it has done any work
+    call_us: float  # one more call of a program: what the device waits for it, if nothing else is queued
     loop_us: float  # one more iteration of a loop, besides its body
     loop_wait: float  # how much longer, as a share, steps take that wait for another loop's
     conv_us: float  # one more convolution of the vendor's library, besides its product
@@ -81,6 +82,7 @@ H100 = Device(
     cache_bytes=0,  # part of what kernels hand on stays in the 50 MB L2, but packs of many lanes outgrow it
     overlap=1.0,
     launch_us=1.7,  # measured: 384 small kernels in one program took 850 us, their work and all
+    call_us=41.0,  # measured: calls with two arguments, one after the other without waiting
     loop_us=6.0,  # an estimate: loops are not part of CUDA graphs, so each iteration launches its kernels from the host
     loop_wait=0.0,  # kernels run one after the other, whatever loop they belong to
     conv_us=15.0,  # measured: 16 small convolutions in one program, 16 to 28 us each, outside CUDA graphs
@@ -125,6 +127,7 @@ CPU = Device(
     cache_bytes=12_000_000,
     overlap=0.5,  # operands are repacked before the product, from memory that the product then finds in a cache
     launch_us=0.5,
+    call_us=100.0,
     loop_us=0.0,  # about 0.5, which two loops that run at once on two threads win as well
     # An LSTM and a GRU of 64 to 768 in one loop, with nothing packed in it, took 1.10 to 1.14 times as long, and up to
     # 1.6 times once the weights of both outgrew the cache that those of one fit.

@@ -65,6 +65,10 @@ class Costs:
         """Elementwise work, fused to `kernels` kernels."""
         return (kernels - 1) * self.launch + self.machine.stream(0, bytes_read + bytes_written)
 
+    def move(self, nbytes: int) -> float:
+        """So many bytes, read or written by kernels that are there anyway."""
+        return self.machine.traffic(0, nbytes)
+
     @property
     def launch(self) -> float:
         """One more kernel in a program."""
@@ -84,3 +88,8 @@ class Costs:
     def margin(self) -> float:
         """What packing must win to be chosen, as a share of the time that it changes: less may be an error."""
         return self.device.margin
+
+    @property
+    def call(self) -> float:
+        """One more call of a program, from the host."""
+        return self.device.call_us

@@ -26,6 +26,8 @@ from coalesce.serving.fit import Fit
 from coalesce.serving.schema import Options, plan_schema, Schema
 from coalesce.serving.store import free_bytes
 
+ANNOTATION = "coalesce bundle"  # what a dispatch is called in a trace of jax.profiler
+
 Key = tuple[tuple[Entry, ...], tuple[int, ...]]  # entries, and the capacity of each one's bank
 
 
@@ -153,9 +155,11 @@ class Device:
     def launch(self, executable: int, entries: Sequence[Sequence[Ticket]]) -> Bundle:
         loaded = self._loaded[executable]
         loaded.used = next(self._runs)
-        lanes = [[(t.resident.slot, t.form.ordered(t.inputs)) for t in tickets] for tickets in entries]
-        arguments = loaded.executable.stage(lanes)
-        return Bundle(self.at, loaded.executable, self._run(loaded, arguments), entries)
+        number = next(ticket.bundles[-1] for tickets in entries for ticket in tickets)
+        with jax.profiler.TraceAnnotation(ANNOTATION, bundle=number):
+            lanes = [[(t.resident.slot, t.form.ordered(t.inputs)) for t in tickets] for tickets in entries]
+            arguments = loaded.executable.stage(lanes)
+            return Bundle(self.at, loaded.executable, self._run(loaded, arguments), entries)
 
     def launch_blank(self, key: Key) -> Bundle:
         """A run of what reads slot 0 and zeros."""
@@ -217,10 +221,10 @@ class Device:
         return loaded.offered.entries, tuple(host.store.capacity for host in loaded.hosts)
 
     def _is_narrowest(self, executable: catalog.Executable) -> bool:
-        if len(executable.entries) > 1:
+        if len(executable.entries) != 1:
             return False
-        (entry,) = executable.entries
-        return self.catalog.by_place[entry[:2]][0] == executable
+        family, segment, _ = executable.entries[0]
+        return self.catalog.by_place[family, segment][0] == executable
 
     def grow(self, host: Host, capacity: int) -> Catalog:
         """Make room, and go on with the executables that were made for it; what has none is offered no more."""

@@ -100,6 +100,7 @@ class Driver:
         self.stopped = True
         self._orders.fail_all(self._last_error)
         self.book.end_all(self._last_error, Reason.SHUTDOWN)
+        LOG.info("the runtime is closed")
 
     def _join(self, thread: threading.Thread) -> None:
         while thread.is_alive():
@@ -117,6 +118,7 @@ class Driver:
 
     def send(self, ticket: Ticket) -> None:
         """Take on a request; called on any thread."""
+        self._observers.sent(ticket)
         self.book.tickets[ticket.request.id] = ticket
         self.inbox.put(ticket.request)
         if self.stopped:  # it may have come after the last look at the inbox

@@ -213,6 +213,7 @@ class Foundry:
         with self._change:
             for old in evicted:
                 self._made.pop(old, None)
+        LOG.info("executable for %s is ready: %.3f ms", text_of(key[0]), timed[1] / 1e6)
         self._finish(key)
         return (CatalogChanged(self._device.catalog),)
 

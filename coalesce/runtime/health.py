@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
-
-from coalesce.runtime.station import Station
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -19,35 +16,9 @@ class Health:
     compiling: int
     failed: Mapping[str, str]  # executables that could not be made or run, and why
     weight_bytes: int  # on the device, room for tenants to come included
-    devices: Mapping[str, str]  # each with "serving", "failed" or "closed"
-    alone: Mapping[str, str]  # tenants that share no bundles with others, since a check found that they must not
+    devices: Mapping[str, str] = field(default_factory=dict)  # each with "serving", "failed" or "closed"
+    alone: Mapping[str, str] = field(default_factory=dict)  # tenants that `verify` keeps from sharing bundles, and why
 
     @property
     def ok(self) -> bool:
         return self.status == "serving"
-
-
-def health_of(stations: Sequence[Station], tenants: int, closed: bool, alone: Mapping[str, str]) -> Health:
-    failures = [station.driver.failure for station in stations if station.driver.failure is not None]
-    made = [station.foundry.counts() for station in stations]
-    status = "closed" if closed else "serving"
-    if failures:
-        status = "failed" if len(failures) == len(stations) else "degraded"
-    return Health(
-        status,
-        "; ".join(map(str, failures)),
-        tenants,
-        sum(len(station.driver.book.tickets) for station in stations),
-        sum(ready for ready, _, _ in made),
-        sum(compiling for _, compiling, _ in made),
-        MappingProxyType({name: why for station in stations for name, why in failed_of(station, len(stations) > 1)}),
-        sum(station.device.held_bytes for station in stations),
-        MappingProxyType({str(station.device.at): station.status for station in stations}),
-        MappingProxyType(dict(alone)),
-    )
-
-
-def failed_of(station: Station, several: bool) -> list[tuple[str, str]]:
-    """Families are numbered by device."""
-    where = f"{station.device.at}: " if several else ""
-    return [(where + name, why) for name, why in station.foundry.counts()[2].items()]

@@ -1,7 +1,7 @@
 """Who watches the runtime: accounts, records, logs and metrics are told the same few things.
 
-They are told on the driver's and the finisher's threads, so they are quick and never wait. One that raises is dropped,
-with its traceback in the log: the runtime goes on.
+They are told on the driver's and the finisher's threads (of a request that is sent, on the caller's), so they are quick
+and never wait. One that raises is dropped, with its traceback in the log: the runtime goes on.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ class Observer:
     def on(self, device: int) -> Observer:
         """Who watches that device of several, each of which counts its own bundles and executables from 0."""
         return self
+
+    def sent(self, ticket: Ticket) -> None:
+        """A request is about to be sent to the driver; told on the thread that submits it."""
 
     def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
         """The policy was told an event and answered."""
@@ -51,15 +54,25 @@ class Observers(Observer):
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self._observers = list(observers)
+        self._ask_who_is_told_of_sent()
 
     def add(self, observer: Observer) -> None:
         self._observers = [*self._observers, observer]
+        self._ask_who_is_told_of_sent()
+
+    def _ask_who_is_told_of_sent(self) -> None:
+        """Callers pay for it with every request, so only those are told that listen."""
+        self._told_of_sent = [o for o in self._observers if type(o).sent is not Observer.sent]
+
+    def sent(self, ticket: Ticket) -> None:
+        if self._told_of_sent:
+            self._tell(self._told_of_sent, "sent", ticket)
 
     def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
-        self._tell("decided", event, now_ns, commands)
+        self._tell(self._observers, "decided", event, now_ns, commands)
 
     def rejected(self, ticket: Ticket, reason: Reason, now_ns: int) -> None:
-        self._tell("rejected", ticket, reason, now_ns)
+        self._tell(self._observers, "rejected", ticket, reason, now_ns)
 
     def finished(
         self,
@@ -70,15 +83,16 @@ class Observers(Observer):
         end_ns: int,
         error: Exception | None,
     ) -> None:
-        self._tell("finished", dispatch, form, entries, start_ns, end_ns, error)
+        self._tell(self._observers, "finished", dispatch, form, entries, start_ns, end_ns, error)
 
     def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
-        self._tell("ended", endings, now_ns)
+        self._tell(self._observers, "ended", endings, now_ns)
 
-    def _tell(self, what: str, *args: Any) -> None:
-        for observer in self._observers:
+    def _tell(self, whom: Sequence[Observer], what: str, *args: Any) -> None:
+        for observer in whom:
             try:
                 getattr(observer, what)(*args)
             except Exception:
                 LOG.exception("%r raised in %s() and is not told anything any more", observer, what)
                 self._observers = [other for other in self._observers if other is not observer]
+                self._ask_who_is_told_of_sent()

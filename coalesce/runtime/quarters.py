@@ -9,6 +9,7 @@ at a time; those of others do not wait for them, and for no compiler that works 
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from coalesce.scheduler.events import CatalogChanged, Event, TenantAdded
 from coalesce.scheduler.request import Tenant
 from coalesce.serving.fit import Fit
 from coalesce.serving.store import Preparer, Store
+
+LOG = logging.getLogger("coalesce.runtime")
 
 
 class Resident:
@@ -170,3 +173,4 @@ class Quarters:
             return [CatalogChanged(self._device.grow(host, capacity))]
 
         self._driver.carry_out(grow)
+        LOG.info("%s has room for %d tenants", host, capacity)

@@ -23,10 +23,10 @@ from coalesce.errors import InvalidInput, Shutdown, TenantClosed
 from coalesce.runtime.accounts import Accounts, Stats
 from coalesce.runtime.device import Device
 from coalesce.runtime.form import match
-from coalesce.runtime.health import Health, health_of
+from coalesce.runtime.health import Health
 from coalesce.runtime.observer import Observer
 from coalesce.runtime.quarters import Resident
-from coalesce.runtime.station import making, Station
+from coalesce.runtime.station import health_of, making, Station
 from coalesce.runtime.tenancy import Tenancy, Wanted
 from coalesce.runtime.terms import allowed_ns, terms_of
 from coalesce.runtime.ticket import Reply, Ticket

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from coalesce.runtime.accounts import Accounts
@@ -13,6 +14,7 @@ from coalesce.runtime.device import Device
 from coalesce.runtime.driver import Driver
 from coalesce.runtime.foundry import Foundry
 from coalesce.runtime.gil import handing_on
+from coalesce.runtime.health import Health
 from coalesce.runtime.history import History
 from coalesce.runtime.observer import Observer, Observers
 from coalesce.runtime.persistence import default_folder, keeping
@@ -70,3 +72,29 @@ def making(compiled: str | os.PathLike[str] | Literal[False] | None) -> Callable
             yield
 
     return around
+
+
+def health_of(stations: Sequence[Station], tenants: int, closed: bool, alone: Mapping[str, str]) -> Health:
+    failures = [station.driver.failure for station in stations if station.driver.failure is not None]
+    made = [station.foundry.counts() for station in stations]
+    status = "closed" if closed else "serving"
+    if failures:
+        status = "failed" if len(failures) == len(stations) else "degraded"
+    return Health(
+        status,
+        "; ".join(map(str, failures)),
+        tenants,
+        sum(len(station.driver.book.tickets) for station in stations),
+        sum(ready for ready, _, _ in made),
+        sum(compiling for _, compiling, _ in made),
+        MappingProxyType({name: why for station in stations for name, why in failed_of(station, len(stations) > 1)}),
+        sum(station.device.held_bytes for station in stations),
+        MappingProxyType({str(station.device.at): station.status for station in stations}),
+        MappingProxyType(dict(alone)),
+    )
+
+
+def failed_of(station: Station, several: bool) -> list[tuple[str, str]]:
+    """Families are numbered by device."""
+    where = f"{station.device.at}: " if several else ""
+    return [(where + name, why) for name, why in station.foundry.counts()[2].items()]

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -20,6 +21,8 @@ from coalesce.runtime.station import Station
 from coalesce.scheduler.events import TenantRemoved
 from coalesce.serving.fit import Fit, fit
 from coalesce.tracing import trace
+
+LOG = logging.getLogger("coalesce.runtime")
 
 REMEMBERED = 64  # normalised programs
 
@@ -76,6 +79,8 @@ class Tenancy:
                 self._names.discard(wanted.name)
             raise
         self.residents[wanted.name] = resident
+        slots = resident.host.store.capacity
+        LOG.info("tenant %r is served: %s, slot %d of %d", wanted.name, resident.host, resident.slot, slots)
 
     def update(self, resident: Resident, params: Any, shared: Any) -> None:
         fitted = self._fit(resident, params, shared)
@@ -85,6 +90,7 @@ class Tenancy:
                 " give params of the same tree, shapes and dtypes, or add it as another tenant"
             )
         resident.quarters.write(resident, fitted)
+        LOG.info("tenant %r has other weights", resident.name)
 
     def remove(self, resident: Resident, drain: bool, timeout_s: float | None) -> None:
         if self.residents.pop(resident.name, None) is None:
@@ -98,6 +104,7 @@ class Tenancy:
             except BaseException as e:
                 left.set_exception(e)
             else:
+                LOG.info("tenant %r has left", resident.name)
                 left.set_result(None)
 
         driver.carry_out(lambda: [TenantRemoved(resident.name, drain)])

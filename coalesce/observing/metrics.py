@@ -1,0 +1,250 @@
+"""Prometheus metrics of one runtime.
+
+    metrics = Metrics()
+    with Runtime(observers=[metrics]) as rt:
+        metrics.watch(rt.health)
+        metrics.serve(9464)                    # or metrics.text(), in a server of your own
+
+Being told is a few additions; what Prometheus wants to see is made when it asks. A tenant's series end when it was
+removed and its last request has ended.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+try:
+    from prometheus_client import CollectorRegistry, generate_latest, start_http_server
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+    from prometheus_client.registry import Collector
+except ImportError as e:
+    raise ImportError("Prometheus metrics need prometheus-client: pip install 'coalesce-jax[metrics]'") from e
+
+from coalesce.runtime.health import Health
+from coalesce.runtime.observer import Observer
+from coalesce.runtime.ticket import Ending, Ticket
+from coalesce.scheduler.catalog import Entry
+from coalesce.scheduler.commands import Command, Dispatch, Quarantine, Readmit, Reason
+from coalesce.scheduler.events import CatalogChanged, Event, Submitted, TenantAdded, TenantRemoved
+
+SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 8.0)
+
+
+class Histogram:
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds, self._sum = bounds, 0.0
+        self._counts = [0] * (len(bounds) + 1)
+
+    def add(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def sample(self) -> tuple[list[tuple[str, float]], float]:
+        """Counts of what is at most each bound, and the sum."""
+        total, buckets = 0, []
+        for bound, count in zip([*map(str, self._bounds), "+Inf"], self._counts, strict=True):
+            total += count
+            buckets.append((bound, float(total)))
+        return buckets, self._sum
+
+
+@dataclass
+class Tenant:
+    """What is known of one."""
+
+    submitted: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    latency: Histogram = field(default_factory=lambda: Histogram(SECONDS))
+    device_s: float = 0.0
+    padding_s: float = 0.0
+    in_flight: int = 0
+    quarantined: bool = False
+    leaving: bool = False
+
+    @property
+    def pending(self) -> int:
+        return self.submitted - self.outcomes.total()
+
+
+class Metrics(Observer, Collector):
+    """`registry` holds these metrics and nothing else; register more there, or register this in a registry of yours."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        self._tenants: dict[str, Tenant] = {}
+        self._owners: dict[int, str] = {}  # the tenants of requests that have not ended
+        self._bundles: Counter[tuple[int, int]] = Counter()  # by width and lanes
+        self._failed_bundles = 0
+        self._device_s = 0.0
+        self._ratio = Histogram(RATIOS)
+        self._executables: Counter[int] = Counter()  # by width
+        self._health: Callable[[], Health] | None = None
+        self._lock = threading.Lock()
+        self.registry.register(self)
+
+    def watch(self, health: Callable[[], Health]) -> None:
+        """Also show what `Runtime.health` says, asked whenever the metrics are."""
+        self._health = health
+
+    def text(self) -> str:
+        """In Prometheus' text format."""
+        return generate_latest(self.registry).decode()
+
+    def serve(self, port: int = 0, address: str = "127.0.0.1") -> tuple[int, Callable[[], None]]:
+        """Answer scrapes over HTTP from a thread, at any free port if it is 0; returns the port, and what ends it."""
+        server, thread = start_http_server(port, address, registry=self.registry)
+
+        def stop() -> None:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+        return server.server_port, stop
+
+    # What the runtime tells
+
+    def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
+        with self._lock:
+            self._note(event)
+            for command in commands:
+                if isinstance(command, Dispatch):
+                    self._move([i for lanes in command.lanes for i in lanes], 1)
+                elif isinstance(command, Quarantine | Readmit):
+                    self._of(command.tenant).quarantined = isinstance(command, Quarantine)
+
+    def _note(self, event: Event) -> None:
+        if isinstance(event, Submitted):
+            for request in event.requests:
+                self._owners[request.id] = request.tenant
+                self._of(request.tenant).submitted += 1
+        elif isinstance(event, TenantAdded):
+            self._tenants.setdefault(event.tenant.name, Tenant()).leaving = False
+        elif isinstance(event, TenantRemoved):
+            self._of(event.name).leaving = True
+            self._forget_if_done(event.name)
+        elif isinstance(event, CatalogChanged):
+            self._executables = Counter(sum(e.width for e in own.entries) for own in event.catalog.executables)
+
+    def _move(self, requests: Sequence[int], count: int) -> None:
+        for i in requests:
+            self._of(self._owners.get(i, "")).in_flight += count
+
+    def rejected(self, ticket: Ticket, reason: Reason, now_ns: int) -> None:
+        with self._lock:
+            self._end(ticket, reason.name.lower())
+
+    def finished(
+        self,
+        dispatch: Dispatch,
+        form: Sequence[Entry],
+        entries: Sequence[Sequence[Ticket]],
+        start_ns: int,
+        end_ns: int,
+        error: Exception | None,
+    ) -> None:
+        width, lanes = sum(entry.width for entry in form), sum(map(len, entries))
+        took_s = (end_ns - start_ns) / 1e9
+        each_s = took_s / width
+        with self._lock:
+            self._bundles[width, lanes] += 1
+            self._failed_bundles += error is not None
+            self._device_s += took_s
+            if error is None and dispatch.l50_ns:
+                self._ratio.add((end_ns - start_ns) / dispatch.l50_ns)
+            for tickets in entries:
+                for ticket in tickets:
+                    tenant = self._of(ticket.request.tenant)
+                    tenant.in_flight -= 1
+                    tenant.device_s += each_s
+                    tenant.padding_s += each_s * (width - lanes) / lanes
+
+    def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
+        with self._lock:
+            for ending in endings:
+                request = ending.ticket.request
+                self._of(request.tenant).latency.add((now_ns - request.arrival_ns) / 1e9)
+                self._end(ending.ticket, "ok" if now_ns <= request.deadline_ns else "late")
+
+    def _end(self, ticket: Ticket, outcome: str) -> None:
+        name = ticket.request.tenant
+        self._owners.pop(ticket.request.id, None)
+        self._of(name).outcomes[outcome] += 1
+        self._forget_if_done(name)
+
+    def _forget_if_done(self, name: str) -> None:
+        tenant = self._of(name)
+        if tenant.leaving and not tenant.pending:
+            self._tenants.pop(name, None)
+
+    def _of(self, name: str) -> Tenant:
+        """What is told of a tenant that is not here is forgotten."""
+        return self._tenants.get(name) or Tenant()
+
+    # What Prometheus asks
+
+    def collect(self) -> Iterator[Metric]:
+        with self._lock:
+            yield from [*self._of_tenants(), *self._of_bundles()]
+        if self._health is not None:
+            yield from health_metrics(self._health())
+
+    def _of_tenants(self) -> list[Metric]:
+        by = ["tenant"]
+        submitted = CounterMetricFamily("coalesce_requests_submitted", "Requests that were sent.", labels=by)
+        ended = CounterMetricFamily(
+            "coalesce_requests", "Requests that ended, by how: ok and late have a result.", labels=["tenant", "outcome"]
+        )
+        latency = HistogramMetricFamily(
+            "coalesce_request_latency_seconds", "From submit to result, of requests that have one.", labels=by
+        )
+        device = CounterMetricFamily("coalesce_device_seconds", "Device time of a tenant's lanes.", labels=by)
+        padding = CounterMetricFamily(
+            "coalesce_padding_seconds", "Its part of the device time of lanes that nobody used.", labels=by
+        )
+        waiting = GaugeMetricFamily("coalesce_requests_waiting", "Requests that wait for a bundle.", labels=by)
+        running = GaugeMetricFamily("coalesce_requests_running", "Requests that are lanes of a bundle.", labels=by)
+        apart = GaugeMetricFamily("coalesce_tenant_quarantined", "1 while a tenant runs alone, being slow.", labels=by)
+        for name, own in self._tenants.items():
+            submitted.add_metric([name], own.submitted)
+            for outcome, count in own.outcomes.items():
+                ended.add_metric([name, outcome], count)
+            latency.add_metric([name], *own.latency.sample())
+            device.add_metric([name], own.device_s)
+            padding.add_metric([name], own.padding_s)
+            waiting.add_metric([name], own.pending - own.in_flight)
+            running.add_metric([name], own.in_flight)
+            apart.add_metric([name], own.quarantined)
+        return [submitted, ended, latency, device, padding, waiting, running, apart]
+
+    def _of_bundles(self) -> list[Metric]:
+        bundles = CounterMetricFamily(
+            "coalesce_bundles", "Bundles that left the device, by room and by lanes used.", labels=["width", "lanes"]
+        )
+        for (width, lanes), count in self._bundles.items():
+            bundles.add_metric([str(width), str(lanes)], count)
+        failed = CounterMetricFamily("coalesce_bundles_failed", "Bundles that raised.", value=self._failed_bundles)
+        busy = CounterMetricFamily("coalesce_device_busy_seconds", "Time that bundles took.", value=self._device_s)
+        buckets, total = self._ratio.sample()
+        ratio = HistogramMetricFamily(
+            "coalesce_bundle_actual_to_predicted_ratio", "Time on the device over the expected median.", buckets, total
+        )
+        executables = GaugeMetricFamily("coalesce_executables", "Executables that are offered.", labels=["width"])
+        for width, count in sorted(self._executables.items()):
+            executables.add_metric([str(width)], count)
+        return [bundles, failed, busy, ratio, executables]
+
+
+def health_metrics(health: Health) -> list[Metric]:
+    return [
+        GaugeMetricFamily("coalesce_serving", "1 while requests are taken.", value=health.ok),
+        GaugeMetricFamily("coalesce_executables_compiling", "Executables on their way.", value=health.compiling),
+        GaugeMetricFamily(
+            "coalesce_executables_failed", "Executables that could not be made.", value=len(health.failed)
+        ),
+        GaugeMetricFamily("coalesce_weight_bytes", "Of weights, with room to come.", value=health.weight_bytes),
+    ]

@@ -1,0 +1,88 @@
+"""One trace of the runtime and of jax.profiler, on one clock.
+
+    jax.profiler.start_trace("profile")
+    ...                                                    # serve, with a Trace among the observers
+    jax.profiler.stop_trace()
+    trace.save("coalesce.json")
+
+    python -m coalesce.observing.overlay coalesce.json profile both.json
+
+The profiler counts from its own start. Both know every bundle: the runtime when it decided to dispatch it, the profiler
+where the dispatch began, by an annotation with the bundle's number. The second follows the first at once, so the
+smallest difference over all bundles is that of the clocks, but for some microseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from coalesce.observing.trace import DRIVER
+
+ANNOTATION = "coalesce bundle"  # as in coalesce/runtime/device.py, which would bring JAX along
+APART = 1000  # added to the profiler's processes, so that they are not taken for the runtime's
+
+
+def read_profile(path: str | Path) -> list[dict[str, Any]]:
+    """The events of the newest trace in a folder that was given to jax.profiler, or of one file."""
+    found = Path(path)
+    if found.is_dir():
+        files = sorted(found.rglob("*.trace.json.gz"), key=lambda file: (file.stat().st_mtime_ns, file.name))
+        if not files:
+            raise FileNotFoundError(f"{path} holds no *.trace.json.gz; did jax.profiler.stop_trace() run?")
+        found = files[-1]
+    with gzip.open(found, "rt", encoding="utf-8") as file:
+        return [event for event in json.load(file)["traceEvents"] if "ph" in event]
+
+
+def dispatches(events: Sequence[dict[str, Any]]) -> dict[int, float]:
+    """When the runtime decided to dispatch each bundle, in microseconds."""
+    found = {}
+    for event in events:
+        if event.get("pid") == DRIVER and event["ph"] == "X":
+            found.update(dict.fromkeys(event["args"]["bundles"], event["ts"] + event["dur"]))
+    return found
+
+
+def shift(ours: Sequence[dict[str, Any]], profile: Sequence[dict[str, Any]]) -> float:
+    """What to add to the profiler's times.
+
+    Raises:
+      ValueError: no bundle is in both.
+    """
+    ours_us = dispatches(ours)
+    annotated = {int(e["args"]["bundle"]): e["ts"] for e in profile if e.get("name") == ANNOTATION and "ts" in e}
+    both = ours_us.keys() & annotated.keys()
+    if not both:
+        raise ValueError(
+            f"of {len(ours_us)} bundles of the runtime and {len(annotated)} of the profile none is the same; "
+            "record both at the same time, and save the trace before its bundles are forgotten"
+        )
+    return -min(annotated[number] - ours_us[number] for number in both)
+
+
+def overlay(ours: Sequence[dict[str, Any]], profile: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All events, in the runtime's time."""
+    add_us = shift(ours, profile)
+    moved = [{**e, "pid": e["pid"] + APART, **({"ts": e["ts"] + add_us} if "ts" in e else {})} for e in profile]
+    return [*ours, *moved]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    what = "One trace of the runtime and of jax.profiler, on one clock."
+    parser = argparse.ArgumentParser(prog="python -m coalesce.observing.overlay", description=what)
+    parser.add_argument("trace", help="what Trace.save wrote")
+    parser.add_argument("profile", help="the folder given to jax.profiler.start_trace, or a *.trace.json.gz")
+    parser.add_argument("out", help="the file to write")
+    args = parser.parse_args(argv)
+    ours = json.loads(Path(args.trace).read_text(encoding="utf-8"))["traceEvents"]
+    both = overlay(ours, read_profile(args.profile))
+    Path(args.out).write_text(json.dumps({"displayTimeUnit": "ms", "traceEvents": both}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""How long each bundle was expected to take, beside how long it took: one line a bundle.
+
+    with Predictions("predictions.csv") as predictions, Runtime(observers=[predictions]) as rt: ...
+
+A name that ends in .csv gives CSV with a first line of names, any other gives JSON lines.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from coalesce.observing.aside import Aside
+from coalesce.runtime.ticket import Ticket
+from coalesce.scheduler.catalog import Entry, text_of
+from coalesce.scheduler.commands import Dispatch
+
+
+class Line(NamedTuple):
+    bundle: int
+    executable: str
+    width: int
+    lanes: int
+    tenants: int
+    expected_us: float
+    expected_at_most_us: float
+    actual_us: float
+    failed: bool
+    why: str
+
+
+class Predictions(Aside):
+    def __init__(self, path: str | Path, most: int = 100_000) -> None:
+        self._file = Path(path).open("w", encoding="utf-8", newline="")
+        self._is_csv = Path(path).suffix == ".csv"
+        if self._is_csv:
+            self._file.write(as_csv(Line._fields))
+        super().__init__(most)
+
+    def finished(
+        self,
+        dispatch: Dispatch,
+        form: Sequence[Entry],
+        entries: Sequence[Sequence[Ticket]],
+        start_ns: int,
+        end_ns: int,
+        error: Exception | None,
+    ) -> None:
+        tenants = len({ticket.request.tenant for tickets in entries for ticket in tickets})
+        self.put(
+            Line(
+                dispatch.bundle,
+                text_of(form),
+                sum(entry.width for entry in form),
+                sum(map(len, entries)),
+                tenants,
+                dispatch.l50_ns / 1e3,
+                dispatch.l99_ns / 1e3,
+                (end_ns - start_ns) / 1e3,
+                error is not None,
+                dispatch.why,
+            )
+        )
+
+    def handle(self, item: Line) -> None:
+        self._file.write(as_csv(item) if self._is_csv else json.dumps(item._asdict()) + "\n")
+
+    def finish(self) -> None:
+        self._file.close()
+
+
+def as_csv(values: Sequence[object]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(values)
+    return text.getvalue()

@@ -1,0 +1,210 @@
+"""Cut a program into segments: the parts of it that a scheduler may run one by one, with others in between.
+
+Before                                            After, with segments=2
+    a(%0:f32[8,8], %1:f32[8,8] | %2:f32[2,8])         segment 0(%0:f32[8,8] | %1:f32[2,8])
+      %3:f32[2,8] = dot_general %2 %0                   %2:f32[2,8] = dot_general %1 %0
+      %4:f32[2,8] = tanh %3                             %3:f32[2,8] = tanh %2
+      %5:f32[2,8] = dot_general %4 %1                   -> %3
+      %6:f32[2,8] = tanh %5                             live %3 in register 0
+      -> %6                                           segment 1(%4:f32[8,8] | %3:f32[2,8])
+                                                        %5:f32[2,8] = dot_general %3 %4
+                                                        %6:f32[2,8] = tanh %5
+                                                        -> %6
+
+What is live at a cut waits in registers, each for one value of every lane under way. Values that are never live at the
+same time share a register, but no segment writes one that it reads, so that it can be run again. Cuts lie where live
+sets are small and times balanced (`passes/cuts.py`). What depends on weights and literals alone is not kept: each
+segment that reads it computes it. A program with a callback on the host is not cut, since a segment that raises would
+take the registers of other lanes with it. Relies on: `hoist_weights` has left nothing of weight alone that is dear.
+Gives: run one after the other, the segments compute what the program does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr
+
+from coalesce import jaxpr as J
+from coalesce.behaviour import CALLBACKS
+from coalesce.costs import Costs
+from coalesce.costs.program import equation_us
+from coalesce.heavy import HEAVY
+from coalesce.passes.cuts import choose_cuts, Demand, Point
+from coalesce.text import body_lines, Names
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """`jaxpr` is (weights..., inputs...) -> outputs. The inputs of the first are the program's own, the outputs of the
+    last its results; all others lie in registers."""
+
+    jaxpr: ClosedJaxpr
+    weights: tuple[int, ...]  # of the program, for each of its own
+    reads: tuple[int, ...]  # the registers of its inputs; none of the first
+    writes: tuple[int, ...]  # the registers of its outputs; none of the last
+
+
+@dataclass(frozen=True, eq=False)
+class Segmented:
+    segments: tuple[Segment, ...]
+    registers: tuple[jax.ShapeDtypeStruct, ...] = ()  # of one lane
+    why: str = ""  # there are so many
+    predicted_us: tuple[float, ...] = ()  # of each, with one lane
+
+    def __str__(self) -> str:
+        return "\n".join(lines_of(self))
+
+
+def segment(
+    program: ClosedJaxpr, n_weights: int, *, costs: Costs, segments: int | None = None, patience_us: float | None = None
+) -> Segmented:
+    """`segments` is how many there are to be, if the program can be cut so often. None: as few as leave none that takes
+    longer than `patience_us`, and only where the cuts cost little beside the program; one, if that is None too."""
+    reason = why_whole(program)
+    demand = Demand(segments, patience_us)
+    chosen = None if reason else choose_cuts(*points_of(program, n_weights, costs), costs, demand)
+    if chosen is None or not chosen.cuts:
+        whole = Segment(program, tuple(range(n_weights)), (), ())
+        return Segmented((whole,), why=reason if chosen is None else chosen.why)
+    return Builder(program, n_weights, chosen.cuts).built(chosen.why, chosen.times_us)
+
+
+def why_whole(program: ClosedJaxpr) -> str:
+    """The reason that a program is not cut, whatever is gained by it."""
+    for eqn in program.jaxpr.eqns:
+        held = sorted(J.primitives(eqn) & CALLBACKS)
+        if held:
+            return f"not cut: it holds a {held[0]}, which may raise and take the values of other lanes with it"
+        if eqn.effects:
+            return f"not cut: {eqn.primitive.name} has a side effect, and a segment that fails is run again"
+    return ""
+
+
+def kept_apart(program: ClosedJaxpr, n_weights: int) -> tuple[list[J.Eqn], list[J.Eqn]]:
+    """(the equations to be cut, in order; those that depend on weights and literals alone, which run where needed)."""
+    known: set[Any] = set(J.invars(program)[:n_weights])
+    main: list[J.Eqn] = []
+    free: list[J.Eqn] = []
+    for eqn in program.jaxpr.eqns:
+        cheap = J.primitives(eqn).isdisjoint({*HEAVY, *J.REGIONS})
+        if cheap and all(isinstance(a, J.Literal) or a in known for a in eqn.invars):
+            known.update(eqn.outvars)
+            free.append(eqn)
+        else:
+            main.append(eqn)
+    return main, free
+
+
+def points_of(program: ClosedJaxpr, n_weights: int, costs: Costs) -> tuple[list[float], list[Point]]:
+    """(microseconds of each equation to be cut, what is live before each but the first)."""
+    main, _ = kept_apart(program, n_weights)
+    lives = Lifetimes(program, n_weights, main)
+    came: list[list[Any]] = [[] for _ in range(len(main) + 1)]
+    went: list[list[Any]] = [[] for _ in range(len(main) + 2)]
+    for var, (born, last) in lives.of.items():
+        if born < last:
+            came[born + 1].append(var)
+            went[last + 1].append(var)
+    live: dict[Any, None] = {}
+    points = []
+    for at in range(len(main)):
+        for var in went[at]:
+            live.pop(var, None)
+        live.update(dict.fromkeys(came[at]))
+        if at and live and not any(J.is_key(v.aval) for v in live):
+            points.append(Point(at, sum(J.nbytes(v.aval) for v in live)))
+    return [equation_us(eqn, costs) for eqn in main], points
+
+
+class Lifetimes:
+    """Of each value that may be live at a cut, between which equations: `of[var] = (born, last)`, the positions of
+    those that bind it and read it last; -1 for an input, and the end for a result."""
+
+    def __init__(self, program: ClosedJaxpr, n_weights: int, main: Sequence[J.Eqn]) -> None:
+        born = {v: -1 for v in J.invars(program)[n_weights:]}
+        born.update((v, i) for i, eqn in enumerate(main) for v in eqn.outvars if not J.is_drop(v))
+        last: dict[Any, int] = {}
+        for i, eqn in enumerate(main):
+            last.update((a, i) for a in eqn.invars if not isinstance(a, J.Literal))
+        last.update((a, len(main)) for a in J.outvars(program) if not isinstance(a, J.Literal))
+        self.of: dict[Any, tuple[int, int]] = {v: (at, last[v]) for v, at in born.items() if v in last}
+
+
+class Builder:
+    """The segments between given cuts, positions among the equations to be cut."""
+
+    def __init__(self, program: ClosedJaxpr, n_weights: int, cuts: Sequence[int]) -> None:
+        self.program = program
+        self.weights = {v: w for w, v in enumerate(J.invars(program)[:n_weights])}
+        self.inputs = J.invars(program)[n_weights:]
+        self.main, self.free = kept_apart(program, n_weights)
+        self.bounds = [0, *cuts, len(self.main)]
+        lives = Lifetimes(program, n_weights, self.main).of
+        self.spans = {v: (self.segment_of(born), self.segment_of(last)) for v, (born, last) in lives.items()}
+        self.register, self.structs = registers(self.spans)
+
+    def segment_of(self, at: int) -> int:
+        last = len(self.bounds) - 2
+        return next((s for s in range(last) if at < self.bounds[s + 1]), last)
+
+    def built(self, why: str, times_us: Sequence[float]) -> Segmented:
+        segments = tuple(map(self.one, range(len(self.bounds) - 1)))
+        return Segmented(segments, self.structs, why, tuple(times_us))
+
+    def one(self, s: int) -> Segment:
+        own = self.main[self.bounds[s] : self.bounds[s + 1]]
+        is_last = s == len(self.bounds) - 2
+        outs = J.outvars(self.program) if is_last else [v for v, (a, b) in self.spans.items() if a == s < b]
+        needed = {a for a in [*outs, *(a for eqn in own for a in eqn.invars)] if not isinstance(a, J.Literal)}
+        free: list[J.Eqn] = []
+        for eqn in reversed(self.free):
+            if not needed.isdisjoint(eqn.outvars):
+                free.append(eqn)
+                needed.update(a for a in eqn.invars if not isinstance(a, J.Literal))
+        weights = [v for v in self.weights if v in needed]
+        ins = [v for v in self.register if v in needed and self.spans[v][0] < s] if s else self.inputs
+        jaxpr = J.close([*weights, *ins], [*free[::-1], *own], outs, f"segment {s}")
+        return Segment(
+            jaxpr,
+            tuple(self.weights[v] for v in weights),
+            tuple(self.register[v] for v in ins) if s else (),
+            () if is_last else tuple(self.register[v] for v in outs if not isinstance(v, J.Literal)),
+        )
+
+
+def registers(spans: dict[Any, tuple[int, int]]) -> tuple[dict[Any, int], tuple[jax.ShapeDtypeStruct, ...]]:
+    """(the register of each value that is live at a cut, the types of all). One is free again after the last segment
+    that reads it."""
+    register: dict[Any, int] = {}
+    structs: list[jax.ShapeDtypeStruct] = []
+    busy: list[int] = []  # until which segment, of each register
+    for var, (born, last) in sorted(spans.items(), key=lambda item: item[1][0]):
+        if born == last:
+            continue
+        struct = J.aval_struct(var.aval)
+        like = (struct.shape, struct.dtype, struct.weak_type)
+        fitting = (r for r, s in enumerate(structs) if busy[r] < born and (s.shape, s.dtype, s.weak_type) == like)
+        r = next(fitting, None)
+        if r is None:
+            r = len(structs)
+            structs.append(struct)
+            busy.append(last)
+        register[var], busy[r] = r, last
+    return register, tuple(structs)
+
+
+def lines_of(segmented: Segmented) -> Iterator[str]:
+    names = Names()
+    for i, own in enumerate(segmented.segments):
+        args, n = J.invars(own.jaxpr), len(own.weights)
+        weights, inputs = (", ".join(map(names.typed, part)) for part in (args[:n], args[n:]))
+        yield f"segment {i}({weights} | {inputs})"
+        yield from body_lines(own.jaxpr, names, "  ")
+        for var, r in zip(J.outvars(own.jaxpr), own.writes, strict=False):
+            yield f"  live {names(var)} in register {r}"
+    if segmented.why:
+        yield f"# {segmented.why}"

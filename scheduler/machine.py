@@ -1,0 +1,93 @@
+"""The machine of a simulation: how long bundles take, and how long the host.
+
+Lines        executables that take l = alpha * width + beta, for each family
+quantiles    draws how long one takes from its median and its 99th percentile
+Host         what the host adds around a bundle
+Compiler     what becomes of executables that a policy wants
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import NamedTuple
+
+from coalesce.scheduler.catalog import Catalog, Entry, Executable
+
+WIDTHS = (1, 2, 4, 8, 16, 32)
+Z99 = 2.3263  # a normal variable is below it with a chance of 99%
+
+Takes = Callable[[Executable, Random], int]
+
+
+class Line(NamedTuple):
+    """All segments of a family's program together: `alpha_ns` a lane, and `beta_ns` once."""
+
+    alpha_ns: int
+    beta_ns: int
+
+    def time(self, width: int) -> int:
+        return self.alpha_ns * width + self.beta_ns
+
+
+def line_catalog(
+    lines: Mapping[int, Line],
+    widths: Iterable[int] = WIDTHS,
+    *,
+    segments: int = 1,
+    slots: int | None = None,
+    spread: float = 1.0,
+    mixed: Iterable[Sequence[Entry]] = (),
+) -> Catalog:
+    """Executables of each family, segment and width, equal parts of its program; their l99 is `spread` times the l50.
+
+    One of `mixed` entries takes what its lanes take, and the largest of their fixed parts once.
+    """
+    single = [(Entry(f, s, w),) for f in lines for s in range(segments) for w in widths]
+    made = [
+        Executable(number, tuple(entries), *line_times(lines, entries, segments, spread))
+        for number, entries in enumerate([*single, *mixed])
+    ]
+    return Catalog(
+        tuple(made),
+        {family: segments for family in lines},
+        None if slots is None else {family: slots for family in lines},
+    )
+
+
+def line_times(
+    lines: Mapping[int, Line], entries: Sequence[Entry], segments: int = 1, spread: float = 1.0
+) -> tuple[int, int]:
+    """(l50, l99)"""
+    lanes_ns = sum(lines[entry.family].alpha_ns * entry.width for entry in entries)
+    whole_ns = lanes_ns + max(lines[entry.family].beta_ns for entry in entries)
+    return whole_ns // segments, int(whole_ns * spread) // segments
+
+
+def quantiles(executable: Executable, rng: Random) -> int:
+    """Log-normal, with the executable's median and 99th percentile; always the same where they are equal."""
+    l50_ns, l99_ns = executable.l50_ns, executable.l99_ns
+    if l99_ns <= l50_ns:
+        return l50_ns
+    return int(l50_ns * math.exp(rng.gauss(0.0, 1.0) * math.log(l99_ns / l50_ns) / Z99))
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    decide_ns: int = 0  # the driver's thread is busy with an event so long: what arrives meanwhile is told afterwards
+    dispatch_ns: int = 0  # until the device can begin with what was dispatched to it
+    tell_ns: int = 0  # from the end of a bundle until clients have results, and the policy is told
+
+
+PROMPT = Host()
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """Makes what is wanted, one after another; `time` says how long it will run, (l50, l99), None for never."""
+
+    time: Callable[[Sequence[Entry]], tuple[int, int] | None]
+    takes_ns: int = 1_000_000_000
+    most: int = 64  # executables

@@ -1,0 +1,252 @@
+"""A policy on a virtual clock: the loop of the real driver, with a heap of events in place of threads and a device.
+
+    simulate(policy, tenants, catalog, arrivals, ...) -> Run
+
+What arrives, completes or happens is told to the policy in the order of its times, as the driver would tell it, and
+what the policy answers is done: bundles run one after another on a device that takes what `takes` draws, and what is
+wanted is compiled for a while. Nothing is drawn but from `seed`: equal arguments give equal runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from heapq import heappop, heappush
+from random import Random
+from typing import NamedTuple
+
+from coalesce.scheduler.catalog import Catalog, Entry, Executable
+from coalesce.scheduler.commands import Dispatch, Reason, Reject, WakeAt, Want
+from coalesce.scheduler.costs import FAR
+from coalesce.scheduler.events import (
+    Cancelled,
+    CatalogChanged,
+    Completed,
+    Event,
+    Submitted,
+    TenantAdded,
+    Timer,
+)
+from coalesce.scheduler.faults import Faults
+from coalesce.scheduler.machine import Compiler, Host, PROMPT, quantiles, Takes
+from coalesce.scheduler.policy import Policy
+from coalesce.scheduler.request import Request, Tenant
+from coalesce.scheduler.run import Decision, Outcome, Run, Watcher
+from coalesce.scheduler.workloads import Arrival
+
+
+class Made(NamedTuple):
+    """What was wanted has been compiled."""
+
+    entries: tuple[Entry, ...]
+
+
+ENDS = {Reason.CANCELLED: Outcome.CANCELLED, Reason.FAILED: Outcome.FAILED}
+
+
+def simulate(
+    policy: Policy,
+    tenants: Iterable[Tenant],
+    catalog: Catalog,
+    arrivals: Iterable[Arrival],
+    *,
+    happenings: Iterable[tuple[int, Event]] = (),
+    takes: Takes = quantiles,
+    host: Host = PROMPT,
+    faults: Faults | None = None,
+    compiler: Compiler | None = None,
+    until_ns: int = FAR,
+    seed: int = 0,
+    keep_log: bool = False,
+    watchers: Sequence[Watcher] = (),
+) -> Run:
+    """Run until everything has ended, or until a time.
+
+    Args:
+      tenants, catalog: what there is at the beginning; requests of others can come once `happenings` add them.
+      arrivals: ascending in time. The first one is request 0, and so on.
+      happenings: (time, event): cancellations by the number of the arrival, tenants that come and go, other catalogs,
+        the end (`Closed`).
+      takes: how long an executable runs on the device; by default as its quantiles in the catalog say.
+      faults: what goes wrong. Without it nothing does.
+      compiler: makes what the policy wants. Without it nothing is made.
+      keep_log: keep every decision in `Run.log`.
+      watchers: called with every decision, such as `Checker.see` of `invariants`.
+    """
+    run = Run()
+    simulation = Simulation(policy, run, takes, host, faults, compiler, seed, keep_log, watchers)
+    simulation.happen([(0, CatalogChanged(catalog)), *((0, TenantAdded(tenant)) for tenant in tenants), *happenings])
+    simulation.go(arrivals, until_ns)
+    return run
+
+
+class Simulation:
+    def __init__(
+        self,
+        policy: Policy,
+        run: Run,
+        takes: Takes,
+        host: Host,
+        faults: Faults | None,
+        compiler: Compiler | None,
+        seed: int,
+        keep_log: bool,
+        watchers: Sequence[Watcher],
+    ) -> None:
+        self._on_event = policy.on_event
+        self._run, self._takes, self._host, self._faults, self._compiler = run, takes, host, faults, compiler
+        self._rng = Random(seed)
+        self._watchers = [*watchers, lambda *decision: run.log.append(Decision(*decision))] if keep_log else watchers
+        self._heap: list[tuple[int, int, Event | Made]] = []
+        self._serial = 0
+        self._tenants: dict[str, Tenant] = {}
+        self._catalog = Catalog()
+        self._executables: dict[int, Executable] = {}
+        self._bundles: dict[int, Dispatch] = {}  # on the device or behind it
+        self._withdrawn: set[int] = set()
+        self._wanted: set[tuple[Entry, ...]] = set()
+        self._compiled_ns = 0
+        self._device_ns = 0  # when it is done with what it has
+        self._driver_ns = 0  # when it is done with what it was told
+        self._wake_ns = FAR
+
+    def happen(self, happenings: Iterable[tuple[int, Event | Made]]) -> None:
+        for time_ns, event in happenings:
+            self._serial += 1
+            heappush(self._heap, (time_ns, self._serial, event))
+
+    def go(self, arrivals: Iterable[Arrival], until_ns: int) -> None:
+        coming = iter(arrivals)
+        arrival = next(coming, None)
+        heap, run = self._heap, self._run
+        while True:
+            arrival_ns = arrival.time_ns if arrival is not None else FAR
+            next_ns = min(heap[0][0], self._wake_ns) if heap else self._wake_ns
+            time_ns = min(next_ns, arrival_ns)
+            if time_ns >= until_ns:
+                return
+            now_ns = run.end_ns = max(time_ns, self._driver_ns)
+            if arrival is not None and arrival_ns < next_ns:
+                together: list[Request] = []
+                upto_ns = min(now_ns, next_ns)
+                while arrival is not None and arrival.time_ns <= upto_ns:
+                    together.append(self._request(arrival))
+                    arrival = next(coming, None)
+                self._tell(Submitted(tuple(together)), now_ns)
+            elif heap and heap[0][0] <= self._wake_ns:
+                self._happen(heappop(heap)[2], now_ns)
+            else:
+                self._tell(Timer(), now_ns)
+
+    def _request(self, arrival: Arrival) -> Request:
+        """It waits, for all that anybody knows."""
+        time_ns, name, allowed_ns, priority, family = arrival
+        run = self._run
+        tenant = self._tenants[name]
+        deadline_ns = time_ns + (tenant.slo_ns if allowed_ns is None else allowed_ns)
+        number = len(run.requests)
+        request = Request(
+            number, name, tenant.families[0] if family is None else family, time_ns, deadline_ns, priority
+        )
+        run.requests.append(request)
+        run.outcomes.append(Outcome.PENDING)
+        run.ends_ns.append(0)
+        return request
+
+    def _happen(self, event: Event | Made, now_ns: int) -> None:
+        if isinstance(event, Completed):
+            self._finish(event)
+        elif isinstance(event, Cancelled):
+            self._withdrawn.add(event.request)
+        elif isinstance(event, TenantAdded):
+            self._tenants[event.tenant.name] = event.tenant
+        elif isinstance(event, CatalogChanged):
+            self._catalog = event.catalog
+            self._executables.update(event.catalog.by_id)
+        elif isinstance(event, Made):
+            event = self._offer(event)
+        self._tell(event, now_ns)
+
+    def _finish(self, event: Completed) -> None:
+        """Lanes that were at their last segment have ended."""
+        dispatch = self._bundles.pop(event.bundle)
+        run, ended_ns = self._run, event.end_ns + self._host.tell_ns
+        if event.failed:
+            run.failures += 1
+            return
+        for entry, lanes in zip(self._executables[dispatch.executable].entries, dispatch.lanes, strict=True):
+            if entry.segment + 1 < self._catalog.segments_of(entry.family):
+                continue
+            for number in lanes:
+                run.ends_ns[number] = ended_ns
+                if number in self._withdrawn:
+                    run.outcomes[number] = Outcome.CANCELLED
+                else:
+                    run.outcomes[number] = Outcome.OK if ended_ns <= run.requests[number].deadline_ns else Outcome.LATE
+
+    def _tell(self, event: Event, now_ns: int) -> None:
+        self._wake_ns = FAR
+        commands = self._on_event(event, now_ns)
+        self._driver_ns = now_ns + self._host.decide_ns
+        self._run.decisions += 1
+        for watch in self._watchers:
+            watch(event, now_ns, commands)
+        for command in commands:
+            if isinstance(command, Dispatch):
+                self._dispatch(command, now_ns)
+            elif isinstance(command, WakeAt):
+                assert command.time_ns > now_ns, f"asked at {now_ns} to be woken at {command.time_ns}"
+                self._wake_ns = command.time_ns
+            elif isinstance(command, Reject):
+                self._reject(command, event, now_ns)
+            elif isinstance(command, Want):
+                self._want(command, now_ns)
+
+    def _dispatch(self, command: Dispatch, now_ns: int) -> None:
+        executable = self._executables[command.executable]
+        start_ns = max(self._device_ns, now_ns + self._host.dispatch_ns)
+        end_ns = start_ns + self._takes(executable, self._rng)
+        failed = False
+        if self._faults is not None:
+            end_ns, failed = self._go_wrong(self._faults, command, start_ns, end_ns)
+        run = self._run
+        run.busy_ns += end_ns - start_ns
+        run.bundles += 1
+        run.lanes += sum(map(len, command.lanes))
+        run.widths += sum(entry.width for entry in executable.entries)
+        run.mixed += len(command.lanes) > 1
+        self._device_ns = end_ns
+        self._bundles[command.bundle] = command
+        self.happen([(end_ns + self._host.tell_ns, Completed(command.bundle, start_ns, end_ns, failed))])
+
+    def _go_wrong(self, faults: Faults, command: Dispatch, start_ns: int, end_ns: int) -> tuple[int, bool]:
+        """(when it ends, whether it fails)"""
+        numbers = [number for lanes in command.lanes for number in lanes]
+        names = {number: self._run.requests[number].tenant for number in numbers}
+        factor = faults.factor(frozenset(names.values()), start_ns)
+        end_ns = faults.end(start_ns, start_ns + int((end_ns - start_ns) * factor))
+        return end_ns, any(faults.fails(names[number], number, start_ns) for number in numbers)
+
+    def _reject(self, command: Reject, event: Event, now_ns: int) -> None:
+        run, number = self._run, command.request
+        at_once = isinstance(event, Submitted) and event.requests[0].id <= number
+        run.outcomes[number] = ENDS.get(command.reason, Outcome.REFUSED if at_once else Outcome.DROPPED)
+        run.ends_ns[number] = now_ns
+        run.reasons[number] = command.reason
+
+    def _want(self, command: Want, now_ns: int) -> None:
+        compiler = self._compiler
+        if compiler is None or command.entries in self._wanted or len(self._wanted) >= compiler.most:
+            return
+        self._wanted.add(command.entries)
+        self._compiled_ns = max(self._compiled_ns, now_ns) + compiler.takes_ns
+        self.happen([(self._compiled_ns, Made(command.entries))])
+
+    def _offer(self, event: Made) -> Event:
+        assert self._compiler is not None, "nothing is made without a compiler"
+        times = self._compiler.time(event.entries)
+        if times is None:
+            return Timer()
+        made = Executable(max(self._executables, default=-1) + 1, event.entries, *times)
+        self._executables[made.id] = made
+        self._catalog = Catalog((*self._catalog.executables, made), self._catalog.segments, self._catalog.slots)
+        return CatalogChanged(self._catalog)
