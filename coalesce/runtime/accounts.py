@@ -7,7 +7,7 @@ lanes without a request cost is padding, borne in equal parts by the lanes that 
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -136,15 +136,15 @@ class Accounts(Observer):
         width, lanes = sum(entry.width for entry in form), sum(map(len, entries))
         each = (end_ns - start_ns) / width
         padding = each * (width - lanes) / lanes
+        of_tenant = Counter(ticket.request.tenant for tickets in entries for ticket in tickets)
         with self._lock:
             self._bundles += 1
             self._lanes += lanes
             self._device_ns += end_ns - start_ns
-            for tickets in entries:
-                for ticket in tickets:
-                    account = self._of(ticket.request.tenant)
-                    account.device_ns += each
-                    account.padding_ns += padding
+            for tenant, count in of_tenant.items():
+                account = self._of(tenant)
+                account.device_ns += count * each
+                account.padding_ns += count * padding
 
     def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
         with self._lock:
