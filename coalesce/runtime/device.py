@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
+from coalesce.bank import default_device
 from coalesce.compile import default_costs, default_tuned
-from coalesce.errors import OutOfDeviceMemory
+from coalesce.errors import DeviceError, OutOfDeviceMemory
 from coalesce.runtime.host import Host
 from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler import catalog
@@ -36,16 +38,20 @@ class Loaded:
     executable: Executable
     hosts: tuple[Host, ...]
     offered: catalog.Executable | None = None  # once it was timed
+    used: int = 0  # the number of its last run
 
 
 class Bundle:
     """A bundle on its way."""
 
-    def __init__(self, executable: Executable, outputs: Any, entries: Sequence[Sequence[Ticket]]) -> None:
-        self._executable, self._outputs, self._entries = executable, outputs, entries
+    def __init__(self, device: Any, executable: Executable, outputs: Any, entries: Sequence[Sequence[Ticket]]) -> None:
+        self._device, self._executable, self._outputs, self._entries = device, executable, outputs, entries
 
     def wait(self) -> None:
-        jax.block_until_ready(self._outputs)
+        try:
+            jax.block_until_ready(self._outputs)
+        except Exception as e:
+            raise_understood(e, self._device)
 
     def results(self) -> list[list[Any]]:
         """Copies: what one tenant holds keeps no other's results alive, and shows none."""
@@ -56,20 +62,40 @@ class Bundle:
         ]
 
 
+def raise_understood(error: Exception, device: Any) -> NoReturn:
+    """Raises what a run raised, as one of ours where it is not the tenants' own fault."""
+    if "RESOURCE_EXHAUSTED" in str(error):
+        raise OutOfDeviceMemory(f"there is no memory on the device to run this: {error}") from error
+    try:
+        jax.block_until_ready(jax.device_put(np.zeros(1, np.int32), device))
+    except Exception:
+        raise DeviceError(f"{device} does not work any more: {error}. Restart the process") from error
+    raise error
+
+
 class Device:
-    def __init__(self, memory_limit: int | None = None) -> None:
-        measured = default_tuned(None, None)
-        self._options = Options(jax.default_backend(), default_costs(None, measured), tuned=measured)
+    """`at` is the JAX device; the default one unless given."""
+
+    def __init__(self, memory_limit: int | None = None, at: Any = None) -> None:
+        self.at = default_device() if at is None else at
         self._memory_limit = memory_limit
+        with self.here():
+            measured = default_tuned(None, None)
+            self._options = Options(self.at.platform, default_costs(None, measured), tuned=measured)
         self.hosts: dict[Any, Host] = {}  # by the schema's key
         self._places: dict[int, tuple[Host, int]] = {}  # of each family its host, and which template it is there
         self._families = itertools.count()
         self._numbers: dict[tuple[Entry, ...], int] = {}  # what an executable is called in the catalog
         self._next = itertools.count()
+        self._runs = itertools.count(1)
         self._loaded: dict[int, Loaded] = {}
         self._spare: dict[Key, Executable] = {}  # for banks that are to grow
 
     # Of any thread
+
+    def here(self) -> AbstractContextManager[Any]:
+        """What the calling thread computes and compiles meanwhile is for this device."""
+        return jax.default_device(self.at)
 
     def plan(self, fit: Fit) -> Schema:
         return plan_schema(fit, self._options)
@@ -128,20 +154,24 @@ class Device:
 
     def launch(self, executable: int, entries: Sequence[Sequence[Ticket]]) -> Bundle:
         loaded = self._loaded[executable]
+        loaded.used = next(self._runs)
         number = next(ticket.bundles[-1] for tickets in entries for ticket in tickets)
         with jax.profiler.TraceAnnotation(ANNOTATION, bundle=number):
             lanes = [[(t.resident.slot, t.form.ordered(t.inputs)) for t in tickets] for tickets in entries]
             arguments = loaded.executable.stage(lanes)
-            return Bundle(loaded.executable, self._run(loaded, arguments), entries)
+            return Bundle(self.at, loaded.executable, self._run(loaded, arguments), entries)
 
     def launch_blank(self, key: Key) -> Bundle:
         """A run of what reads slot 0 and zeros."""
         loaded = self._loaded[self._numbers[key[0]]]
         blanks = [[(0, [np.zeros(x.shape, x.dtype) for x in own.program.inputs])] for own in loaded.executable.lanes]
-        return Bundle(loaded.executable, self._run(loaded, loaded.executable.stage(blanks)), [])
+        return Bundle(self.at, loaded.executable, self._run(loaded, loaded.executable.stage(blanks)), [])
 
     def _run(self, loaded: Loaded, arguments: Any) -> Any:
-        return loaded.executable.run([host.store.bank for host in loaded.hosts], arguments)
+        try:
+            return loaded.executable.run([host.store.bank for host in loaded.hosts], arguments)
+        except Exception as e:
+            raise_understood(e, self.at)
 
     def release(self, tickets: Sequence[Ticket]) -> None:
         """Requests that end early hold nothing here."""
@@ -168,7 +198,33 @@ class Device:
     def offer(self, key: Key, l50_ns: int, l99_ns: int) -> Catalog:
         number = self._numbers[key[0]]
         self._loaded[number].offered = catalog.Executable(number, key[0], l50_ns, l99_ns)
+        self._loaded[number].used = next(self._runs)
         return self.catalog
+
+    def evict(self, most: int) -> list[Key]:
+        """Drops what ran the longest ago until no more are offered; returns what they were."""
+        evicted = []
+        while len(self.catalog.executables) > most:
+            loaded = [(own.used, number) for number, own in self._loaded.items() if own.offered is not None]
+            key = next((key for _, number in sorted(loaded) if (key := self.withdraw(number))), None)
+            if key is None:
+                break
+            evicted.append(key)
+        return evicted
+
+    def withdraw(self, number: int) -> Key | None:
+        """Drops an executable, and says what it was; None if it stays, since its family could not be served without."""
+        loaded = self._loaded.get(number)
+        if loaded is None or loaded.offered is None or self._is_narrowest(loaded.offered):
+            return None
+        del self._loaded[number]
+        return loaded.offered.entries, tuple(host.store.capacity for host in loaded.hosts)
+
+    def _is_narrowest(self, executable: catalog.Executable) -> bool:
+        if len(executable.entries) != 1:
+            return False
+        family, segment, _ = executable.entries[0]
+        return self.catalog.by_place[family, segment][0] == executable
 
     def grow(self, host: Host, capacity: int) -> Catalog:
         """Make room, and go on with the executables that were made for it; what has none is offered no more."""

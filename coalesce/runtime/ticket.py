@@ -17,7 +17,9 @@ from coalesce.scheduler.request import Request
 class Ticket:
     """One request: what it asks for, and who waits for it."""
 
-    __slots__ = ("request", "resident", "form", "inputs", "waiter", "loop", "slot", "state", "bundles", "failure")
+    __slots__ = (
+        "request", "resident", "form", "inputs", "waiter", "loop", "slot", "state", "bundles", "failure", "claimed",
+    )  # fmt: skip
 
     def __init__(
         self, request: Request, resident: Any, form: Any, inputs: list[Any], waiter: Any, loop: Any = None
@@ -32,6 +34,7 @@ class Ticket:
         self.state: int | None = None  # where its values lie between segments
         self.bundles: list[int] = []  # that it was a lane of
         self.failure: Exception | None = None  # of the last bundle with it that failed
+        self.claimed = False  # by the one thread that ends it
 
 
 class Reply(Future[Any]):
@@ -79,6 +82,8 @@ def settle_all(endings: Iterable[Ending]) -> None:
 
 def settle(waiter: Any, ending: Ending) -> None:
     if waiter.done():
+        if isinstance(waiter, Reply) and not ending.ticket.bundles:
+            waiter.set_running_or_notify_cancel()  # for concurrent.futures.wait, to which it is done from here on
         return
     if ending.error is not None:
         waiter.set_exception(ending.error)
