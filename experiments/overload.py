@@ -35,8 +35,8 @@ BIN_MS = 25
 LINE = 0.99
 
 
-def offer(name: str, rate: float, horizon_s: float, seed: int) -> Row:
-    setting = replace(USUAL, rate=rate)
+def offer(name: str, rate: float, horizon_s: float, seed: int, usual: Setting = USUAL) -> Row:
+    setting = replace(usual, rate=rate)
     run = run_policy(name, setting, arrivals_of(setting, round(rate * horizon_s), seed), seed)
     return {"part": "offered", "policy": name, **asdict(setting), "seed": seed, **numbers_of(run)}
 
@@ -51,8 +51,8 @@ def burst_arrivals(setting: Setting, burst_ms: int, seed: int) -> Iterator[Arriv
     return merge(usual, arrive(more, added, names, begin_ns + burst_ms * MS))
 
 
-def burst(name: str, burst_ms: int, seed: int) -> Row:
-    setting = replace(USUAL, rate=LOAD * USUAL.bound)
+def burst(name: str, burst_ms: int, seed: int, usual: Setting = USUAL) -> Row:
+    setting = replace(usual, rate=LOAD * usual.bound)
     run = run_policy(name, setting, burst_arrivals(setting, burst_ms, seed), seed)
     bins = by_arrival(run)
     over_ms = round(BURST_AT_S * 1e3) + burst_ms
@@ -63,7 +63,7 @@ def burst(name: str, burst_ms: int, seed: int) -> Row:
         "seed": seed,
         "burst_ms": float(burst_ms),
         "recovered_after_ms": recovered_after(bins, over_ms),
-        "attainment_before": run.attainment(None, 0, round(BURST_AT_S * SECOND) - USUAL.slo_ns),
+        "attainment_before": run.attainment(None, 0, round(BURST_AT_S * SECOND) - usual.slo_ns),
         "attainment_after": run.attainment(None, over_ms * MS),
         "attainment_last": run.attainment(None, round((BURST_END_S - 0.5) * SECOND)),
         "bin_ms": BIN_MS,
@@ -104,9 +104,9 @@ def cell_of(row: Row) -> Cell:
     return row["part"], row["policy"], row["rate" if row["part"] == "offered" else "burst_ms"]
 
 
-def measure(cell: Cell, horizon_s: float, seed: int) -> Row:
+def measure(cell: Cell, horizon_s: float, seed: int, usual: Setting = USUAL) -> Row:
     part, name, value = cell
-    return offer(name, value, horizon_s, seed) if part == "offered" else burst(name, round(value), seed)
+    return offer(name, value, horizon_s, seed, usual) if part == "offered" else burst(name, round(value), seed, usual)
 
 
 def main(argv: list[str]) -> None:

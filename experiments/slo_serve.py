@@ -30,9 +30,7 @@ def define_flags() -> None:
     flags.DEFINE_list("override", [], "real: fields of the model to set, as in width=64,layers=12")
     flags.DEFINE_integer("tenants", 16, "real: how many tenants", lower_bound=1)
     flags.DEFINE_float("slo_scale", 5.0, "real: the SLO, in times alone")
-    flags.DEFINE_enum(
-        "alone", None, ["program", "request"], "real: whose time alone; on a CPU a request's"
-    )
+    flags.DEFINE_enum("alone", None, ["program", "request"], "real: whose time alone; on a CPU a request's")
     flags.DEFINE_list("cvs", ["1", "4"], "real: coefficients of variation of each tenant's gaps")
     flags.DEFINE_list("loads", ["0.25", "0.5", "1", "2", "4", "8"], "real: rates, in requests per time alone")
     flags.DEFINE_float("probe_s", 5.0, "real: how long a rate is tried")
