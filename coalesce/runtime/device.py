@@ -141,7 +141,7 @@ class Device:
         return Bundle(loaded.executable, self._run(loaded, loaded.executable.stage(blanks)), [])
 
     def _run(self, loaded: Loaded, arguments: Any) -> Any:
-        return loaded.executable.run([host.store.bank for host in loaded.hosts], arguments)
+        return loaded.executable.run([host.store.bank for host in loaded.hosts], [None] * len(loaded.hosts), arguments)
 
     def release(self, tickets: Sequence[Ticket]) -> None:
         """Requests that end early hold nothing here."""
