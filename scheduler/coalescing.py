@@ -56,7 +56,7 @@ class Coalescing:
         self._costs = Costs(self.latency)
         self._slots = Slots()
         self._queues = Queues(self._costs_of, self._slots)
-        self._flight = Flight()
+        self._flight = Flight[Bundle]()
         self._tenancy = Tenancy()
         self._shares = Shares()
         self._watch = Watch()
@@ -195,8 +195,9 @@ class Coalescing:
     def _wake(self, patient_ns: int, now_ns: int) -> None:
         time_ns = patient_ns
         for level in self._queues.levels:
-            if level.order:
-                queue = level.order[0][2]
+            for rank_ns, _, queue in level.order:
+                if rank_ns >= time_ns:
+                    break
                 time_ns = min(time_ns, queue.items[0][0] - queue.costs.alone.l50_ns + 1)
         if time_ns < FAR and 0 < len(self._flight) < self._depth:
             time_ns = min(time_ns, self._flight.free_at(now_ns) - self._lead_ns)

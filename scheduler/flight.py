@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
+from typing import Generic, NamedTuple, Protocol, runtime_checkable, TypeVar
 
 from coalesce.scheduler.costs import Place
 from coalesce.scheduler.events import Completed
@@ -23,22 +23,33 @@ class Bundle(NamedTuple):
         return sum(len(lanes) for _, lanes in self.parts)
 
 
-class Flight:
+@runtime_checkable
+class Timed(Protocol):
+    @property
+    def id(self) -> int: ...
+    @property
+    def l50_ns(self) -> int: ...
+
+
+B = TypeVar("B", bound=Timed)
+
+
+class Flight(Generic[B]):
     def __init__(self) -> None:
-        self._bundles: deque[Bundle] = deque()
+        self._bundles: deque[B] = deque()
         self._began_ns = 0  # the first of them, as far as known
         self._l50_ns = 0  # of all of them
 
     def __len__(self) -> int:
         return len(self._bundles)
 
-    def add(self, bundle: Bundle, now_ns: int) -> None:
+    def add(self, bundle: B, now_ns: int) -> None:
         if not self._bundles:
             self._began_ns = max(self._began_ns, now_ns)
         self._bundles.append(bundle)
         self._l50_ns += bundle.l50_ns
 
-    def complete(self, event: Completed) -> Bundle:
+    def complete(self, event: Completed) -> B:
         bundle = self._bundles.popleft()
         assert bundle.id == event.bundle, f"bundle {event.bundle} completed before {bundle.id}"
         self._began_ns = event.end_ns

@@ -117,14 +117,20 @@ class Requests:
                 self._enqueue(lane, place, lot)
 
     def move(self, tenants: Iterable[str]) -> None:
-        """Takes lanes that wait to where their tenants now belong, but those that are to run again: they are apart."""
+        """Takes lanes that wait to where their tenants now belong; those that are to run again stay apart."""
         moved = set(tenants)
         if not moved:
             return
+        apart: dict[tuple[int, str], int] = {}
         for lane in list(self._lanes.values()):
-            if lane.queue is not None and lane.request.tenant in moved and not lane.again:
-                queue = self._queues.find(lane.queue.place, self._watch.lot(lane.request.tenant), lane.level)
-                self._queues.move(lane, queue)
+            name = lane.request.tenant
+            if lane.queue is None or name not in moved:
+                continue
+            lot = self._watch.lot(name)
+            if lane.again:
+                key = (lane.queue.lot, name)
+                lot = apart[key] if key in apart else apart.setdefault(key, self._watch.new_lot())
+            self._queues.move(lane, self._queues.find(lane.queue.place, lot, lane.level))
 
     def _enqueue(self, lane: Lane, place: Place, lot: int) -> None:
         self._queues.put(lane, self._queues.find(place, lot, lane.level))

@@ -154,7 +154,7 @@ class Simulation:
 
     def _happen(self, event: Event | Made, now_ns: int) -> None:
         if isinstance(event, Completed):
-            self._finish(event, now_ns)
+            self._finish(event)
         elif isinstance(event, Cancelled):
             self._withdrawn.add(event.request)
         elif isinstance(event, TenantAdded):
@@ -166,10 +166,10 @@ class Simulation:
             event = self._offer(event)
         self._tell(event, now_ns)
 
-    def _finish(self, event: Completed, now_ns: int) -> None:
+    def _finish(self, event: Completed) -> None:
         """Lanes that were at their last segment have ended."""
         dispatch = self._bundles.pop(event.bundle)
-        run = self._run
+        run, ended_ns = self._run, event.end_ns + self._host.tell_ns
         if event.failed:
             run.failures += 1
             return
@@ -177,11 +177,11 @@ class Simulation:
             if entry.segment + 1 < self._catalog.segments_of(entry.family):
                 continue
             for number in lanes:
-                run.ends_ns[number] = now_ns
+                run.ends_ns[number] = ended_ns
                 if number in self._withdrawn:
                     run.outcomes[number] = Outcome.CANCELLED
                 else:
-                    run.outcomes[number] = Outcome.OK if now_ns <= run.requests[number].deadline_ns else Outcome.LATE
+                    run.outcomes[number] = Outcome.OK if ended_ns <= run.requests[number].deadline_ns else Outcome.LATE
 
     def _tell(self, event: Event, now_ns: int) -> None:
         self._wake_ns = FAR

@@ -161,7 +161,7 @@ def test_a_bank_of_more_than_two_billion_elements():
     fill = jax.jit(lambda row: jnp.zeros((rows, size, size), jnp.bfloat16).at[-1].set(row))
     x = jax.random.normal(jax.random.key(1), (2, 1, size, size), jnp.bfloat16)
     run = jax.jit(partial(indexed_gemm.run, op_of(product, struct, struct)))
-    got = run(x, fill(last), jnp.asarray([rows - 1, 0]))
+    got = run(x, Picked(fill(last), jnp.asarray([rows - 1, 0])))
     assert distance(got[0, 0], product(x[0, 0], last)) <= 1e-3
     assert not np.asarray(got[1]).any()
 

@@ -1,0 +1,19 @@
+"""First in, first out: what a device does for programs that take turns, but that it runs nothing that would be late."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from coalesce.scheduler.baselines.desk import Desk
+from coalesce.scheduler.baselines.one_by_one import run_first
+from coalesce.scheduler.commands import Command
+from coalesce.scheduler.events import Event
+from coalesce.scheduler.latency import LatencyModel
+
+
+class Fifo:
+    def __init__(self, *, depth: int = 2, lead_ns: int = 200_000) -> None:
+        self._desk = Desk(LatencyModel(), lambda r: r.arrival_ns, wants=False, depth=depth, lead_ns=lead_ns)
+
+    def on_event(self, event: Event, now_ns: int) -> Sequence[Command]:
+        return self._desk.handle(event, now_ns, run_first)
