@@ -52,8 +52,8 @@ class Serving:
     pools: list[Pool | None]
 
     def lanes(self, width: int, template: int = 0, segment: int = 0) -> Lanes:
-        pool = self.pools[template]
-        return Lanes(self.schema, template, width, self.store.capacity, segment, pool.slots if pool else 0)
+        pool, program = self.pools[template], self.schema.segments[template]
+        return Lanes(self.schema, program, width, self.store.capacity, segment, pool.slots if pool else 0)
 
     def executable(self, width: int, template: int = 0, packed: bool | None = None, segment: int = 0) -> Executable:
         return compile_executable([self.lanes(width, template, segment)], packed)

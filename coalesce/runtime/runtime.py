@@ -43,6 +43,8 @@ class Runtime:
       policy: what decides; `Coalescing` unless given. See coalesce.scheduler.
       widths: how many lanes the executables of a family have, ascending from 1.
       capacity: tenants of a family that there is room for at first; it grows by doubling. None: by the size of one.
+      segments: in how many a program is cut, between which others may run. None: as cost has it, and only where the
+        most urgent tenant could not wait for the whole.
       memory_limit: bytes on the device for weights; what the device has, if it says so, unless given.
       reproducible: every request of a tenant runs in an executable of one width, the widest, however few lanes it has:
         its result does not depend on who else asks.
@@ -56,6 +58,7 @@ class Runtime:
         policy: Policy | None = None,
         widths: Sequence[int] = (1, 2, 4, 8, 16, 32),
         capacity: int | None = None,
+        segments: int | None = None,
         memory_limit: int | None = None,
         reproducible: bool = False,
         hang_s: float = 60.0,
@@ -73,7 +76,7 @@ class Runtime:
             policy or Coalescing(), self._device, self._observers, clock, self._foundry.want, hang_s=hang_s
         )
         self._foundry.start(self._driver)
-        self._tenancy = Tenancy(self._device, self._driver, self._foundry, self._accounts, offered, capacity)
+        self._tenancy = Tenancy(self._device, self._driver, self._foundry, self._accounts, offered, capacity, segments)
         self._ids = itertools.count()
         self._closing = threading.Lock()
         self._closed = False

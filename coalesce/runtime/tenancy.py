@@ -23,17 +23,19 @@ from coalesce.runtime.device import Device
 from coalesce.runtime.driver import Driver, Order
 from coalesce.runtime.form import Form
 from coalesce.runtime.foundry import Foundry
-from coalesce.runtime.host import first_capacity, Host
+from coalesce.runtime.host import Course, courses_of, first_capacity, Host, pool_bytes, reserve
+from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.events import CatalogChanged, Event, TenantAdded, TenantRemoved
 from coalesce.scheduler.request import Tenant
 from coalesce.serving.fit import Fit, fit
-from coalesce.serving.store import Preparer, Store
+from coalesce.serving.store import Preparer, Rows, Store
 from coalesce.tracing import trace
 
 LOG = logging.getLogger("coalesce.runtime")
 
 REMEMBERED = 64  # normalised programs
+LANES = 4  # that a program's pool has room for, times the widest executable
 T = TypeVar("T")
 
 
@@ -56,9 +58,10 @@ class Tenancy:
         accounts: Accounts,
         widths: Sequence[int],
         capacity: int | None,
+        segments: int | None,
     ) -> None:
         self._device, self._driver, self._foundry, self._accounts = device, driver, foundry, accounts
-        self._widths, self._capacity = widths, capacity
+        self._widths, self._capacity, self._segments = widths, capacity, segments
         self.residents: dict[str, Resident] = {}  # that requests are taken for
         self._names: set[str] = set()  # those, and who comes or goes
         self._normalised: OrderedDict[int, tuple[Any, Normalised]] = OrderedDict()
@@ -90,8 +93,33 @@ class Tenancy:
                 " give params of the same tree, shapes and dtypes, or add it as another tenant"
             )
         rows = host.prepare(fitted)
-        self._do(lambda: host.store.write(resident.slot, rows))
+        if host.reserve:
+            self._replace(resident, host, rows)
+        else:
+            self._do(lambda: host.store.write(resident.slot, rows))
         LOG.info("tenant %r has other weights", resident.name)
+
+    def _replace(self, resident: Resident, host: Host, rows: Rows) -> None:
+        """Into another slot, that lanes which are between two segments go on with what they began with."""
+        with self._lock:
+            old, new = resident.slot, host.store.take()
+
+            def move() -> None:
+                host.store.write(new, rows)
+                resident.slot = new
+
+            try:
+                self._do(move)
+            except BaseException:
+                host.store.release(new)
+                raise
+
+            def done(tickets: Sequence[Ticket]) -> bool:
+                states = [t.state for t in tickets if t.resident is resident]
+                return all(state is None or state.weights != old for state in states)
+
+            self._driver.wait_for(done, None)
+            host.store.release(old)
 
     def remove(self, resident: Resident, drain: bool, timeout_s: float | None) -> None:
         if self.residents.pop(resident.name, None) is None:
@@ -133,7 +161,7 @@ class Tenancy:
 
     def _place(self, resident: Resident, fitted: Fit) -> None:
         host = self._device.hosts.get(fitted.key) or self._host(resident, fitted)
-        if not host.store.free:
+        if host.store.free <= host.reserve:
             self._grow(host)
         rows = host.prepare(fitted)
         pairs = zip(fitted.programs, host.families, fitted.inputs, strict=True)
@@ -154,10 +182,15 @@ class Tenancy:
             raise
         self.residents[resident.name] = resident
         LOG.info("tenant %r is served: %s, slot %d of %d", resident.name, host, resident.slot, host.store.capacity)
-        for family in host.families:
+        for course in host.courses:
             for width in self._widths:
                 if width < 2 * host.tenants:
-                    self._foundry.order((Entry(family, 0, width),))
+                    self._order(course, width)
+
+    def _order(self, course: Course, width: int, urgent: bool = False) -> list[Future[None]]:
+        """Executables of all its segments."""
+        entries = [Entry(course.family, s, width) for s in range(len(course.segments))]
+        return [self._foundry.order((entry,), urgent=urgent) for entry in entries]
 
     def _leave(self, resident: Resident) -> None:
         host = resident.host
@@ -170,15 +203,19 @@ class Tenancy:
 
     def _host(self, resident: Resident, fitted: Fit) -> Host:
         """A bank for a schema that is new here, and its narrowest executables."""
-        schema = self._device.plan(fitted)
-        capacity = self._capacity or first_capacity(schema)
-        needed = capacity * schema.slot_bytes + schema.shared_bytes
+        schema = self._device.plan(fitted, self._segments, self._patience_us())
+        capacity = (self._capacity or first_capacity(schema)) + reserve(schema.segments)
+        lanes = LANES * max(self._widths)
+        needed = capacity * schema.slot_bytes + schema.shared_bytes + pool_bytes(schema.segments, lanes)
         self._device.check_room(f"tenant {resident.name!r}, with room for {capacity} of its kind,", needed)
         prepare = Preparer(schema)
         store = Store(schema, capacity, prepare(fitted))
-        host = Host(schema, prepare, store, self._device.next_families(len(schema.templates)))
+        families = self._device.next_families(len(schema.templates))
+        host = Host(schema, prepare, store, courses_of(families, schema.segments, lanes))
+        for course in host.courses:
+            LOG.info("family %d of tenant %r: %s", course.family, resident.name, course.segments.why)
         self._do(lambda: self._device.admit(host))
-        narrowest = [self._foundry.order((Entry(f, 0, self._widths[0]),), urgent=True) for f in host.families]
+        narrowest = [made for c in host.courses for made in self._order(c, self._widths[0], urgent=True)]
         try:
             for made in narrowest:
                 made.result()
@@ -186,6 +223,10 @@ class Tenancy:
             self._close(host)
             raise
         return host
+
+    def _patience_us(self) -> float | None:
+        """What a bundle may take that the most urgent tenant finds on the device: half of what that has."""
+        return min((resident.terms["slo_ns"] / 2e3 for resident in self.residents.values()), default=None)
 
     def _close(self, host: Host) -> None:
         """Nobody reads its bank any more."""

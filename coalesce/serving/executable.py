@@ -33,19 +33,15 @@ from coalesce.slab import Cut, Picked
 
 
 class Lanes(NamedTuple):
-    """An entry of an executable: so many lanes of a template, whose weights lie in a bank of that capacity, at one
-    segment of its program; if there are several, with a pool of so many slots."""
+    """An entry of an executable: so many lanes of a program, whose weights lie in a bank of that capacity, at one of
+    its segments; if there are several, with a pool of so many slots."""
 
     schema: Schema
-    template: int
+    segments: Segments
     width: int
     capacity: int
     segment: int = 0
     slots: int = 0
-
-    @property
-    def segments(self) -> Segments:
-        return self.schema.segments[self.template]
 
     @property
     def program(self) -> Template:
@@ -107,7 +103,7 @@ def trace_executable(lanes: Sequence[Lanes], packed: bool | None = None) -> Trac
     states = States(
         tuple(own.segments for own in lanes), tuple(own.segment for own in lanes), tuple(own.slots for own in lanes)
     )
-    cut = [(own.schema, own.template) for own in lanes if own.slots]
+    cut = [own.segments for own in lanes if own.slots]
     assert len(set(cut)) == len(cut), "two segments of one program in one executable, whose pool would be copied"
     packed = lanes[0].schema.options.platform != "cpu" if packed is None else packed
     staging = Staging(

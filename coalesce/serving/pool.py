@@ -27,6 +27,7 @@ class Pool:
 
     def __init__(self, structs: Sequence[jax.ShapeDtypeStruct], slots: int) -> None:
         self.structs, self.slots, self.life = tuple(structs), slots, 0
+        self.suspect = False  # a call failed that may have had the registers
         self._free = deque(range(slots))
         self.registers: list[jax.Array] = self._blank()
 
@@ -52,6 +53,7 @@ class Pool:
 
     def restore(self) -> bool:
         """After a call that failed: whether the values were lost. Then they are zeros, and `life` is one more."""
+        self.suspect = False
         try:
             jax.block_until_ready(self.registers)
         except Exception:  # whatever the call raised, or that the call has consumed them

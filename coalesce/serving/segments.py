@@ -11,7 +11,7 @@ import jax
 
 from coalesce import jaxpr as J
 from coalesce.family import Family, Lane
-from coalesce.passes.segment import Segment, Segmented
+from coalesce.passes.segment import Segment, Segmented, why_whole
 from coalesce.serving.fit import Template, template_of
 
 
@@ -25,6 +25,7 @@ class Segments:
     writes: tuple[tuple[int, ...], ...]
     registers: tuple[jax.ShapeDtypeStruct, ...]  # of one lane
     why: str  # there are so many
+    may_raise: bool  # a callback on the host may
 
     def __len__(self) -> int:
         return len(self.templates)
@@ -42,6 +43,7 @@ def segments_of(template: Template, cut: Segmented) -> Segments:
         tuple(own.writes for own in cut.segments),
         cut.registers,
         cut.why,
+        bool(why_whole(template.family.jaxpr)),
     )
 
 

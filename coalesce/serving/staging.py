@@ -4,7 +4,7 @@ lanes between two segments keep their values.
 Where the device has memory of its own they lie in one buffer of 32-bit words, so that one transfer brings all of them;
 a CPU reads them where they are, without a copy. So they belong to one call, and nobody writes to them after it.
 
-    words   slots of entry 0 | its states, if any | its inputs, one [width, ...] after the other | slots of entry 1 | ...
+    words   slots of entry 0 | its states, if any | its inputs, one [width, ...] after another | slots of entry 1 | ...
 """
 
 from __future__ import annotations
