@@ -21,6 +21,8 @@ import jax
 import pytest
 from hypothesis import settings
 
+import tests.annotations  # noqa: F401 - pyproject.toml names it, and expects it to be there
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -88,6 +88,8 @@ def settle_all(endings: Iterable[Ending]) -> None:
 
 def settle(waiter: Any, ending: Ending) -> None:
     if waiter.done():
+        if isinstance(waiter, Reply) and not ending.ticket.bundles:
+            waiter.set_running_or_notify_cancel()  # for concurrent.futures.wait, to which it is done from here on
         return
     if ending.error is not None:
         waiter.set_exception(ending.error)
