@@ -7,7 +7,7 @@ import pytest
 from coalesce.scheduler.catalog import Catalog, Entry, Executable
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.commands import Dispatch, Quarantine
-from coalesce.scheduler.events import CatalogChanged, Completed, Submitted, TenantAdded
+from coalesce.scheduler.events import CatalogChanged, Completed, Submitted, TenantAdded, TenantRemoved
 from coalesce.scheduler.request import Request, Tenant
 
 pytestmark = pytest.mark.once
@@ -31,3 +31,17 @@ def test_a_tenant_that_is_quarantined_between_two_segments_goes_on():
             quarantined |= any(isinstance(c, Quarantine) for c in commands)
             now += took_ms * MS
     assert quarantined and seen == 80
+
+
+def test_a_family_may_leave_the_catalog():
+    """Lanes have waited at its later segments, of which nobody hears any more."""
+    policy = Coalescing()
+    segments = tuple(Executable(s, (Entry(0, s, 1),), MS, MS) for s in range(2))
+    policy.on_event(CatalogChanged(Catalog(segments, {0: 2}, {0: 8})), 0)
+    policy.on_event(TenantAdded(Tenant("a", (0,), 1_000 * MS)), 0)
+    commands = policy.on_event(Submitted((Request(0, "a", 0, 0, 1_000 * MS),)), 0)
+    for _ in range(2):
+        (dispatch,) = [c for c in commands if isinstance(c, Dispatch)]
+        commands = policy.on_event(Completed(dispatch.bundle, 0, MS), MS)
+    assert not policy.on_event(TenantRemoved("a", True), MS)
+    assert not policy.on_event(CatalogChanged(Catalog()), MS)
