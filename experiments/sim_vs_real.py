@@ -38,6 +38,7 @@ from experiments.live import Kind, Live, move_in, Seen, serve, tenants
 from experiments.results import device_name, header, Row, save_rows, table
 
 SECOND = 1_000_000_000
+LEAST_ALONE_S = 0.0  # rates and SLOs are made for a request that takes as long, if it is faster
 POINTS = 2.0  # of attainment, that the two may differ by
 WIDTHS = (1, 2, 4, 8, 16)
 
@@ -159,7 +160,7 @@ def compare(own: Configuration) -> Row:
     lives = tenants([Kind(own.model, by_name(own.model, **own.fields), own.tenants, 60.0)])
     with runtime(own, seen) as rt:
         move_in(rt, lives)
-        took_s = alone_s(rt, seen, lives[0])
+        took_s = max(LEAST_ALONE_S, alone_s(rt, seen, lives[0]))
         rate = own.load / took_s
         slo_ns = round(own.slo * took_s * SECOND)
         seen.clear()

@@ -57,7 +57,7 @@ def serve_some(*observers: Observer) -> Served:
             reply.result(10)
         with pytest.raises(TenantFailure):
             bad.result(10)
-        assert refused.exception(10) is not None and served.driver.wait_empty(10.0)
+        assert refused.exception(10) is not None and served.driver.book.wait_empty(10.0)
     return served
 
 
@@ -125,7 +125,7 @@ def test_metrics_forget_a_tenant_when_its_last_request_has_ended():
             threading.Event().wait(0.001)
         assert "t2" in metrics.text()
         machine.go.set()
-        assert all(reply.result(10) for reply in replies) and served.driver.wait_empty(10.0)
+        assert all(reply.result(10) for reply in replies) and served.driver.book.wait_empty(10.0)
     assert 't2"' not in metrics.text() and 't1"' in metrics.text()
     assert metrics._owners == {}
 
@@ -161,7 +161,7 @@ def exported(*, within: str | None = None) -> list[Any]:
         else:
             with Served(FakeMachine(), observers=[spans]) as served, tracer.start_as_current_span(within):
                 served.submit("t0", 1).result(10)
-                assert served.driver.wait_empty(10.0)
+                assert served.driver.book.wait_empty(10.0)
     assert spans.dropped == 0
     return list(exporter.get_finished_spans())
 

@@ -68,9 +68,7 @@ def served(request: pytest.FixtureRequest) -> Iterator[Runtime]:
 
 
 def host_of(rt: Runtime, name: str) -> Host:
-    host = rt._tenancy.residents[name].host
-    assert host is not None
-    return host
+    return rt._tenancy.residents[name].host
 
 
 def check(got: Any, want: Any) -> None:
@@ -361,10 +359,10 @@ def test_closing_inside_a_callback_hangs_nothing():
     reply.add_done_callback(lambda _: (rt.close(), done.set()))
     assert done.wait(30)
     for _ in range(300):
-        if rt.health().status == "closed" and not any(t.is_alive() for t in rt._driver.threads):
+        if rt.health().status == "closed" and not any(t.is_alive() for t in rt._stations[0].driver.threads):
             break
         threading.Event().wait(0.1)
-    assert not any(thread.is_alive() for thread in rt._driver.threads)
+    assert not any(thread.is_alive() for thread in rt._stations[0].driver.threads)
 
 
 def test_adding_without_waiting_gives_a_future():
@@ -387,4 +385,4 @@ def test_reproducible_results_do_not_depend_on_company():
         together = [reply.result(60) for reply in replies]
         for result in together[3:6]:
             np.testing.assert_array_equal(result, alone)
-        assert {e.entries[0].width for e in rt._device.catalog.executables} == {4}
+        assert {e.entries[0].width for e in rt._stations[0].device.catalog.executables} == {4}

@@ -8,12 +8,12 @@ concerned (`Pool.restore`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
-from coalesce.errors import DeviceError
+from coalesce.errors import DeviceError, OutOfDeviceMemory
 from coalesce.runtime.ticket import State, Ticket
 from coalesce.serving.executable import Executable, Lanes
 from coalesce.serving.pool import Pool
@@ -23,15 +23,18 @@ Pools = Sequence[Pool | None]
 
 
 class Bundle:
-    def __init__(self, executable: Executable, pools: Pools, outputs: Any, entries: Sequence[Sequence[Ticket]]) -> None:
-        self._executable, self._pools, self._outputs, self._entries = executable, pools, outputs, entries
+    def __init__(
+        self, device: Any, executable: Executable, pools: Pools, outputs: Any, entries: Sequence[Sequence[Ticket]]
+    ) -> None:
+        self._device, self._executable, self._pools = device, executable, pools
+        self._outputs, self._entries = outputs, entries
 
     def wait(self) -> None:
         try:
             jax.block_until_ready(self._outputs)
-        except Exception:
+        except Exception as e:
             suspect(self._pools)
-            raise
+            raise_understood(e, self._device)
         for own, tickets in zip(self._executable.lanes, self._entries, strict=False):
             if own.is_last:
                 leave(tickets)
@@ -43,6 +46,17 @@ class Bundle:
             None if own is None else [t.form.result([np.array(x[i]) for x in own]) for i, t in enumerate(tickets)]
             for tickets, own in zip(self._entries, fetched, strict=True)
         ]
+
+
+def raise_understood(error: Exception, device: Any) -> NoReturn:
+    """Raises what a run raised, as one of ours where it is not the tenants' own fault."""
+    if "RESOURCE_EXHAUSTED" in str(error):
+        raise OutOfDeviceMemory(f"there is no memory on the device to run this: {error}") from error
+    try:
+        jax.block_until_ready(jax.device_put(np.zeros(1, np.int32), device))
+    except Exception:
+        raise DeviceError(f"{device} does not work any more: {error}. Restart the process") from error
+    raise error
 
 
 def lane_of(ticket: Ticket, own: Lanes, pool: Pool | None) -> Lane:

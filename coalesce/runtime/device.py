@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 
+from coalesce.bank import default_device
 from coalesce.compile import default_costs, default_tuned
 from coalesce.errors import OutOfDeviceMemory
-from coalesce.runtime.bundle import blank_of, Bundle, lane_of, leave, Pools, restored, suspect
+from coalesce.runtime.bundle import blank_of, Bundle, lane_of, leave, Pools, raise_understood, restored, suspect
 from coalesce.runtime.host import Course, Host
 from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler import catalog
@@ -45,34 +47,40 @@ class Loaded:
     executable: Executable
     homes: tuple[Home, ...]  # of each entry
     offered: catalog.Executable | None = None  # once it was timed
+    used: int = 0  # the number of its last run
 
     @property
     def pools(self) -> Pools:
         return [home.course.pool for home in self.homes]
 
-    def run(self, arguments: Any) -> Any:
-        restored(self.pools)
-        try:
-            return self.executable.run([home.host.store.bank for home in self.homes], self.pools, arguments)
-        except Exception:
-            suspect(self.pools)
-            raise
+    @property
+    def capacities(self) -> tuple[int, ...]:
+        return tuple(home.host.store.capacity for home in self.homes)
 
 
 class Device:
-    def __init__(self, memory_limit: int | None = None) -> None:
-        measured = default_tuned(None, None)
-        self._options = Options(jax.default_backend(), default_costs(None, measured), tuned=measured)
+    """`at` is the JAX device; the default one unless given."""
+
+    def __init__(self, memory_limit: int | None = None, at: Any = None) -> None:
+        self.at = default_device() if at is None else at
         self._memory_limit = memory_limit
+        with self.here():
+            measured = default_tuned(None, None)
+            self._options = Options(self.at.platform, default_costs(None, measured), tuned=measured)
         self.hosts: dict[Any, Host] = {}  # by the schema's key
         self._homes: dict[int, Home] = {}  # of each family
         self._families = itertools.count()
         self._numbers: dict[tuple[Entry, ...], int] = {}  # what an executable is called in the catalog
         self._next = itertools.count()
+        self._runs = itertools.count(1)
         self._loaded: dict[int, Loaded] = {}
         self._spare: dict[Key, Executable] = {}  # for banks that are to grow
 
     # Of any thread
+
+    def here(self) -> AbstractContextManager[Any]:
+        """What the calling thread computes and compiles meanwhile is for this device."""
+        return jax.default_device(self.at)
 
     def plan(self, fit: Fit, segments: int | None, patience_us: float | None) -> Schema:
         return plan_schema(fit, self._options, segments, patience_us)
@@ -156,19 +164,28 @@ class Device:
 
     def launch(self, executable: int, entries: Sequence[Sequence[Ticket]]) -> Bundle:
         loaded = self._loaded[executable]
+        loaded.used = next(self._runs)
         number = next(ticket.bundles[-1] for tickets in entries for ticket in tickets)
         with jax.profiler.TraceAnnotation(ANNOTATION, bundle=number):
             each = zip(entries, loaded.executable.lanes, loaded.pools, strict=True)
             lanes = [[lane_of(t, own, pool) for t in tickets] for tickets, own, pool in each]
-            outputs = loaded.run(loaded.executable.stage(lanes))
-            return Bundle(loaded.executable, loaded.pools, outputs, entries)
+            return self._run(loaded, loaded.executable.stage(lanes), entries)
 
     def launch_blank(self, key: Key) -> Bundle:
         """A run for nothing."""
         loaded = self._loaded[self._numbers[key[0]]]
         blanks = [[blank_of(own, pool)] for own, pool in zip(loaded.executable.lanes, loaded.pools, strict=True)]
-        outputs = loaded.run(loaded.executable.stage(blanks))
-        return Bundle(loaded.executable, loaded.pools, outputs, [])
+        return self._run(loaded, loaded.executable.stage(blanks), [])
+
+    def _run(self, loaded: Loaded, arguments: Any, entries: Sequence[Sequence[Ticket]]) -> Bundle:
+        executable, pools = loaded.executable, loaded.pools
+        restored(pools)
+        try:
+            outputs = executable.run([home.host.store.bank for home in loaded.homes], pools, arguments)
+        except Exception as e:
+            suspect(pools)
+            raise_understood(e, self.at)
+        return Bundle(self.at, executable, pools, outputs, entries)
 
     def release(self, tickets: Sequence[Ticket]) -> None:
         leave(tickets)
@@ -178,13 +195,13 @@ class Device:
         entries, capacities = key
         if not self.knows(entries):
             return False
-        homes = tuple(self._homes[entry.family] for entry in entries)
-        now = tuple(home.host.store.capacity for home in homes)
+        loaded = Loaded(executable, tuple(self._homes[entry.family] for entry in entries))
+        now = loaded.capacities
         if now != capacities:
             if all(has <= wants for has, wants in zip(now, capacities, strict=True)):
                 self._spare[key] = executable
             return False
-        self._loaded[self._number(entries)] = Loaded(executable, homes)
+        self._loaded[self._number(entries)] = loaded
         return True
 
     def _number(self, entries: tuple[Entry, ...]) -> int:
@@ -195,7 +212,33 @@ class Device:
     def offer(self, key: Key, l50_ns: int, l99_ns: int) -> Catalog:
         number = self._numbers[key[0]]
         self._loaded[number].offered = catalog.Executable(number, key[0], l50_ns, l99_ns)
+        self._loaded[number].used = next(self._runs)
         return self.catalog
+
+    def evict(self, most: int) -> list[Key]:
+        """Drops what ran the longest ago until no more are offered; returns what they were."""
+        evicted = []
+        while len(self.catalog.executables) > most:
+            loaded = [(own.used, number) for number, own in self._loaded.items() if own.offered is not None]
+            key = next((key for _, number in sorted(loaded) if (key := self.withdraw(number))), None)
+            if key is None:
+                break
+            evicted.append(key)
+        return evicted
+
+    def withdraw(self, number: int) -> Key | None:
+        """Drops an executable, and says what it was; None if it stays, since its family could not be served without."""
+        loaded = self._loaded.get(number)
+        if loaded is None or loaded.offered is None or self._is_narrowest(loaded.offered):
+            return None
+        del self._loaded[number]
+        return loaded.offered.entries, loaded.capacities
+
+    def _is_narrowest(self, executable: catalog.Executable) -> bool:
+        if len(executable.entries) != 1:
+            return False
+        family, segment, _ = executable.entries[0]
+        return self.catalog.by_place[family, segment][0] == executable
 
     def grow(self, host: Host, capacity: int) -> Catalog:
         """Make room, and go on with the executables that were made for it; what has none is offered no more."""
@@ -204,7 +247,7 @@ class Device:
             old = self._loaded.get(number)
             if old is None or all(home.host is not host for home in old.homes):
                 continue
-            ready = self._spare.pop((entries, tuple(home.host.store.capacity for home in old.homes)), None)
+            ready = self._spare.pop((entries, old.capacities), None)
             if ready is None:
                 del self._loaded[number]
             else:

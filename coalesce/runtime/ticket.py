@@ -27,7 +27,9 @@ class State(NamedTuple):
 class Ticket:
     """One request: what it asks for, and who waits for it."""
 
-    __slots__ = ("request", "resident", "form", "inputs", "waiter", "loop", "state", "bundles", "failure")
+    __slots__ = (
+        "request", "resident", "form", "inputs", "waiter", "loop", "state", "bundles", "failure", "claimed",
+    )  # fmt: skip
 
     def __init__(
         self, request: Request, resident: Any, form: Any, inputs: list[Any], waiter: Any, loop: Any = None
@@ -41,6 +43,7 @@ class Ticket:
         self.state: State | None = None
         self.bundles: list[int] = []  # that it was a lane of
         self.failure: Exception | None = None  # of the last bundle with it that failed
+        self.claimed = False  # by the one thread that ends it
 
 
 class Reply(Future[Any]):

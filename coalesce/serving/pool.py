@@ -30,6 +30,7 @@ class Pool:
         self.suspect = False  # a call failed that may have had the registers
         self._free = deque(range(slots))
         self.registers: list[jax.Array] = self._blank()
+        (self._device,) = self.registers[0].devices()
 
     def _blank(self) -> list[jax.Array]:
         shapes = pool_structs(self.structs, self.slots)
@@ -58,7 +59,8 @@ class Pool:
             jax.block_until_ready(self.registers)
         except Exception:  # whatever the call raised, or that the call has consumed them
             self.life += 1
-            self.registers = self._blank()
+            with jax.default_device(self._device):
+                self.registers = self._blank()
             return True
         return False
 
