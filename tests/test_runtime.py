@@ -189,7 +189,7 @@ def test_a_cancelled_task_withdraws_its_request(served):
 def test_an_update_takes_effect_for_the_next_request_and_for_nobody_else(served):
     def made() -> set[Any]:
         """What was compiled for one family; the policy asks for others as they keep waiting for each other."""
-        return {key for key in served._foundry._made if len(key[0]) == 1}
+        return {key for key in served._stations[0].foundry._made if len(key[0]) == 1}
 
     before = served.submit("mlp1", row(0)).result(60)
     ready = made()
