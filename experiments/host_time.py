@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 
 from coalesce.runtime.runtime import Runtime
-from coalesce.serving.staging import Staging
+from coalesce.serving.staging import Lane, Staging
 from experiments import own_flags
 from experiments.results import device_name, header, Row, save_rows, table
 
@@ -110,8 +110,8 @@ def served(rt: Runtime, way: str, size: int, requests: int) -> Row:
 def staged(size: int) -> Row:
     """Gigabytes a second into what a call takes, on this device."""
     structs = ((jax.ShapeDtypeStruct((LANES, 1, size // 4), np.float32),),)
-    staging = Staging((LANES,), structs, packed=jax.default_backend() != "cpu")
-    lanes = [(i, [x]) for i, x in enumerate(inputs_of(size))]
+    staging = Staging((LANES,), structs, (0,), packed=jax.default_backend() != "cpu")
+    lanes = [Lane(i, [x]) for i, x in enumerate(inputs_of(size))]
     runs = max(10, 200_000_000 // (size * LANES))
     for _ in range(3):
         staging.fill([lanes])

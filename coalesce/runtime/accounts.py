@@ -37,6 +37,7 @@ class TenantStats:
     latency_p50_s: float | None  # from submit to result, of the last 1,000
     latency_p99_s: float | None
     quarantined: bool
+    alone: str = ""  # why it shares no bundles with others, if it does not: see `verify`
 
     @property
     def attainment(self) -> float | None:
@@ -63,6 +64,7 @@ class Account:
     padding_ns: float = 0.0
     latencies_ns: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT))
     quarantined: bool = False
+    alone: str = ""
 
     def snapshot(self) -> TenantStats:
         rejected = dict(self.rejected)
@@ -82,6 +84,7 @@ class Account:
             quantile_s(latencies, 0.5),
             quantile_s(latencies, 0.99),
             self.quarantined,
+            self.alone,
         )
 
 
@@ -96,9 +99,9 @@ class Accounts(Observer):
         self._bundles = self._lanes = self._device_ns = 0
         self._lock = threading.Lock()
 
-    def open(self, tenant: str) -> None:
+    def open(self, tenant: str, alone: str = "") -> None:
         with self._lock:
-            self._accounts[tenant] = Account()
+            self._accounts[tenant] = Account(alone=alone)
 
     def close(self, tenant: str) -> None:
         with self._lock:

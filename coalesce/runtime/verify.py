@@ -38,10 +38,15 @@ def check_examples(tenant: str, shapes: Iterable[Sequence[Any]], params: Any) ->
             )
 
 
+class Unlike(Exception):
+    """A tenant gets something else in company; says what."""
+
+
 class Alone:
     """What a tenant computes by itself on an example, and what a better computer would."""
 
     def __init__(self, program: Program, fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> None:
+        self.inputs = tuple(inputs)
         self.own = flat(jax.jit(fn)(params, *inputs))
         self._better = (fn, params, inputs)
         self._floats = sums_floats(program)
@@ -93,19 +98,19 @@ def sums_floats(program: Program) -> list[bool]:
 def holds_sum(eqn: J.Eqn) -> bool:
     """Whether it is a sum of floats, or has one in a loop, a branch or a call."""
     if eqn.primitive.name in SUMMING:
-        return any(jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars)
+        return any(jnp.issubdtype(J.dtype(v), jnp.inexact) for v in eqn.outvars)
     return any(holds_sum(inner) for own in J.subjaxprs(eqn) for inner in own.jaxpr.eqns)
 
 
 def flat(result: Any) -> list[np.ndarray]:
     def one(x: Any) -> np.ndarray:
-        return np.asarray(jax.random.key_data(x) if hasattr(x, "dtype") and J.is_key(x) else x)
+        return np.asarray(jax.random.key_data(x) if J.is_key(jax.typeof(x)) else x)
 
     return [one(x) for x in jax.tree.leaves(result)]
 
 
 def widened(x: Any) -> Any:
-    is_low = hasattr(x, "dtype") and x.dtype in (jnp.bfloat16, jnp.float16)
+    is_low = getattr(x, "dtype", None) in (jnp.bfloat16, jnp.float16)
     return jnp.asarray(x, jnp.float32) if is_low else x
 
 
