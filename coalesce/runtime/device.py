@@ -76,8 +76,9 @@ def raise_understood(error: Exception, device: Any) -> NoReturn:
 class Device:
     """`at` is the JAX device; the default one unless given."""
 
-    def __init__(self, memory_limit: int | None = None, at: Any = None) -> None:
+    def __init__(self, memory_limit: int | None = None, at: Any = None, number: int = 0) -> None:
         self.at = default_device() if at is None else at
+        self.number = number  # among those of the runtime
         self._memory_limit = memory_limit
         with self.here():
             measured = default_tuned(None, None)
@@ -156,7 +157,7 @@ class Device:
         loaded = self._loaded[executable]
         loaded.used = next(self._runs)
         number = next(ticket.bundles[-1] for tickets in entries for ticket in tickets)
-        with jax.profiler.TraceAnnotation(ANNOTATION, bundle=number):
+        with jax.profiler.TraceAnnotation(ANNOTATION, device=self.number, bundle=number):
             lanes = [[(t.resident.slot, t.form.ordered(t.inputs)) for t in tickets] for tickets in entries]
             arguments = loaded.executable.stage(lanes)
             return Bundle(self.at, loaded.executable, self._run(loaded, arguments), entries)
