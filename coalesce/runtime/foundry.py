@@ -82,7 +82,8 @@ class Foundry:
         """The policy's wish, where it is one of a width that is offered; called on the driver's thread."""
         if any(entry.width not in self._widths for entry in want.entries):
             return
-        if len(want.entries) > 1 and sum(len(entries) > 1 for entries, _ in list(self._made)) >= MIXED:
+        mixed = {entries for entries, _ in list(self._made) if len(entries) > 1}
+        if len(want.entries) > 1 and (len(mixed) >= MIXED or not self._device.may_mix(want.entries)):
             return
         self.order(want.entries)
 

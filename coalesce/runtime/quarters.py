@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,14 +21,17 @@ from coalesce.runtime.device import Device
 from coalesce.runtime.driver import Driver
 from coalesce.runtime.form import Form
 from coalesce.runtime.foundry import Foundry
-from coalesce.runtime.host import first_capacity, Host
+from coalesce.runtime.host import Course, courses_of, first_capacity, Host, pool_bytes, reserve
+from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.events import CatalogChanged, Event, TenantAdded
 from coalesce.scheduler.request import Tenant
 from coalesce.serving.fit import Fit
-from coalesce.serving.store import Preparer, Store
+from coalesce.serving.store import Preparer, Rows, Store
 
 LOG = logging.getLogger("coalesce.runtime")
+
+LANES = 4  # that a program's pool has room for, times the widest executable
 
 
 class Resident:
@@ -51,9 +55,11 @@ class Quarters:
         accounts: Accounts,
         widths: Sequence[int],
         capacity: int | None,
+        segments: int | None,
     ) -> None:
         self._device, self._driver, self._foundry, self._accounts = device, driver, foundry, accounts
-        self._widths, self._capacity = widths, capacity
+        self._widths, self._capacity, self._segments = widths, capacity, segments
+        self._slos_ns: list[int] = []  # of those that live here
         self._taken: set[Hashable] = set()  # schemas that somebody is at work on
         self._free = threading.Condition()
         self._rooms = threading.Lock()  # so that two new banks are not promised the same memory
@@ -68,16 +74,38 @@ class Quarters:
                 if not host.tenants:
                     self._close(host)
                 raise
-        for family in host.families:
+        for course in host.courses:
             for width in self._widths:
                 if width < 2 * host.tenants:
-                    self._foundry.order((Entry(family, 0, width),))
+                    self._order(course, width)
 
     def write(self, resident: Resident, fitted: Fit) -> None:
         """Other weights for a tenant."""
         with self._device.here():
             rows = resident.host.prepare(fitted)
-        self._driver.carry_out(lambda: resident.host.store.write(resident.slot, rows) or ())
+        if resident.host.reserve:
+            self._replace(resident, rows)
+        else:
+            self._driver.carry_out(lambda: resident.host.store.write(resident.slot, rows) or ())
+
+    def _replace(self, resident: Resident, rows: Rows) -> None:
+        """Into another slot, so that lanes that are between two segments go on with what they began with."""
+        store = resident.host.store
+        with self._apart(resident.host.schema.key):
+            old, new = resident.slot, store.take()
+
+            def move() -> Sequence[Event]:
+                store.write(new, rows)
+                resident.slot = new
+                return ()
+
+            def are_done(tickets: Sequence[Ticket]) -> bool:
+                states = [t.state for t in tickets if t.resident is resident]
+                return all(state is None or state.weights != old for state in states)
+
+            self._driver.carry_out(move)
+            self._driver.book.wait_for(are_done, None)
+            store.release(old)
 
     def let_go(self, resident: Resident) -> None:
         with self._apart(resident.host.schema.key):
@@ -98,10 +126,8 @@ class Quarters:
                 self._taken.discard(schema)
                 self._free.notify_all()
 
-    def _settle(
-        self, resident: Resident, fitted: Fit, host: Host, check: Callable[[Resident], None] | None
-    ) -> None:
-        if not host.store.free:
+    def _settle(self, resident: Resident, fitted: Fit, host: Host, check: Callable[[Resident], None] | None) -> None:
+        if host.store.free <= host.reserve:
             self._grow(host)
         rows = host.prepare(fitted)
         pairs = zip(fitted.programs, host.families, fitted.inputs, strict=True)
@@ -109,6 +135,7 @@ class Quarters:
         resident.host, resident.slot = host, host.store.take()
         resident.quarters, resident.driver = self, self._driver
         host.tenants += 1
+        self._slos_ns.append(resident.terms["slo_ns"])
         self._accounts.open(resident.name)
         tenant = Tenant(resident.name, tuple(host.families), **resident.terms)
         try:
@@ -123,20 +150,25 @@ class Quarters:
     def _leave(self, resident: Resident) -> None:
         resident.host.store.release(resident.slot)
         resident.host.tenants -= 1
+        self._slos_ns.remove(resident.terms["slo_ns"])
         self._accounts.close(resident.name)
 
     def _host(self, resident: Resident, fitted: Fit) -> Host:
         """A bank for a schema that is new here, and its narrowest executables."""
-        schema = self._device.plan(fitted)
-        capacity = self._capacity or first_capacity(schema)
-        needed = capacity * schema.slot_bytes + schema.shared_bytes
+        schema = self._device.plan(fitted, self._segments, self._patience_us())
+        capacity = (self._capacity or first_capacity(schema)) + reserve(schema.segments)
+        lanes = LANES * max(self._widths)
+        needed = capacity * schema.slot_bytes + schema.shared_bytes + pool_bytes(schema.segments, lanes)
         prepare = Preparer(schema)
         with self._rooms:
             self._device.check_room(f"tenant {resident.name!r}, with room for {capacity} of its kind,", needed)
             store = Store(schema, capacity, prepare(fitted))
-            host = Host(schema, prepare, store, self._device.next_families(len(schema.templates)))
+            families = self._device.next_families(len(schema.templates))
+            host = Host(schema, prepare, store, courses_of(families, schema.segments, lanes))
             self._driver.carry_out(lambda: self._device.admit(host) or ())
-        narrowest = [self._foundry.order((Entry(f, 0, self._widths[0]),), urgent=True) for f in host.families]
+        for course in host.courses:
+            LOG.info("family %d of tenant %r: %s", course.family, resident.name, course.segments.why)
+        narrowest = [made for c in host.courses for made in self._order(c, self._widths[0], urgent=True)]
         try:
             for made in narrowest:
                 made.result()
@@ -144,6 +176,15 @@ class Quarters:
             self._close(host)
             raise
         return host
+
+    def _order(self, course: Course, width: int, urgent: bool = False) -> list[Future[None]]:
+        """Executables of all its segments."""
+        entries = [Entry(course.family, s, width) for s in range(len(course.segments))]
+        return [self._foundry.order((entry,), urgent=urgent) for entry in entries]
+
+    def _patience_us(self) -> float | None:
+        """What a bundle may take that the most urgent tenant finds on the device: half of what that has."""
+        return min(self._slos_ns, default=0) / 2e3 or None
 
     def _close(self, host: Host) -> None:
         """Nobody reads its bank any more."""

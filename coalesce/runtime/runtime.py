@@ -28,7 +28,7 @@ from coalesce.runtime.observer import Observer
 from coalesce.runtime.quarters import Resident
 from coalesce.runtime.station import health_of, making, Station
 from coalesce.runtime.tenancy import Tenancy, Wanted
-from coalesce.runtime.terms import allowed_ns, terms_of
+from coalesce.runtime.terms import allowed_ns, left_s, terms_of
 from coalesce.runtime.ticket import Reply, Ticket
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.events import Closed
@@ -45,6 +45,7 @@ class Runtime:
         unless given.
       widths: how many lanes the executables of a family have, ascending from 1.
       capacity: tenants of a family that there is room for at first; it grows by doubling. None: by the size of one.
+      segments: how many a program is cut into, between which others may run. None: as few as cost and SLOs ask for.
       memory_limit: bytes on a device for weights; what the device has, if it says so, unless given.
       reproducible: every request of a tenant runs in an executable of one width, the widest, however few lanes it has:
         its result does not depend on who else asks.
@@ -63,6 +64,7 @@ class Runtime:
         devices: Sequence[Any] | None = None,
         widths: Sequence[int] = (1, 2, 4, 8, 16, 32),
         capacity: int | None = None,
+        segments: int | None = None,
         memory_limit: int | None = None,
         reproducible: bool = False,
         executables: int = 256,
@@ -86,6 +88,7 @@ class Runtime:
                 clock,
                 widths=(max(widths),) if reproducible else tuple(sorted(widths)),
                 capacity=capacity,
+                segments=segments,
                 executables=executables,
                 hang_s=hang_s,
                 stall_s=stall_s,
@@ -294,7 +297,3 @@ class Runtime:
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         await asyncio.to_thread(self.close, drain=kind is None)
-
-
-def left_s(until: float | None) -> float | None:
-    return None if until is None else max(0.0, until - time.monotonic())

@@ -35,6 +35,7 @@ class Station:
         *,
         widths: Sequence[int],
         capacity: int | None,
+        segments: int | None,
         executables: int,
         hang_s: float,
         stall_s: float,
@@ -45,7 +46,7 @@ class Station:
         watching = Observers([accounts, self.history, *(observer.on(number) for observer in observers)])
         self.foundry = Foundry(device, widths, executables, stall_s, around)
         self.driver = Driver(policy, device, watching, clock, self.foundry, hang_s)
-        self.quarters = Quarters(device, self.driver, self.foundry, accounts, widths, capacity)
+        self.quarters = Quarters(device, self.driver, self.foundry, accounts, widths, capacity, segments)
         self.foundry.start(self.driver)
         self.driver.start()
 
