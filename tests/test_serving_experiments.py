@@ -7,7 +7,12 @@ from random import Random
 import pytest
 from absl import flags
 
-from coalesce.scheduler.request import Request
+from coalesce.scheduler.catalog import Catalog, Entry, Executable
+from coalesce.scheduler.coalescing import Coalescing
+from coalesce.scheduler.commands import WakeAt
+from coalesce.scheduler.events import CatalogChanged, Completed, Event, Submitted, TenantAdded
+from coalesce.scheduler.request import Request, Tenant
+from coalesce.scheduler.run import Decision
 from experiments import isolation, live, loadgen, own_flags, serve_demo, sim_vs_real
 
 TINY = "mlp.width=8;layers=2"
@@ -40,6 +45,7 @@ def test_isolation_has_a_row_for_each_number_and_method(tmp_path, capsys):
 
 def test_the_simulator_gets_what_the_real_runtime_got(tmp_path, monkeypatch):
     monkeypatch.setattr(sim_vs_real, "MODELS", (("mlp", {"width": 8, "layers": 2}),))
+    monkeypatch.setattr(sim_vs_real, "ALONE", 3)
     monkeypatch.setattr(sim_vs_real, "LEAST_ALONE_S", 0.02)  # no host is too slow for that
     sim_vs_real.main(["--configurations=0", "--duration=0.5", f"--out={tmp_path}"])
     (row,) = saved(tmp_path)["rows"]
@@ -55,9 +61,26 @@ def test_configurations_are_twenty_that_differ():
 
 def test_arrivals_of_a_run_are_those_of_the_next():
     requests = [Request(1, "b", 3, 900, 1000), Request(0, "a", 2, 700, 1000)]
-    first, second = sim_vs_real.again(requests)
-    assert (first.time_ns, first.tenant, first.allowed_ns, first.family) == (0, "a", 300, 2)
-    assert (second.time_ns, second.tenant, second.allowed_ns, second.family) == (200, "b", 100, 3)
+    first, second = sim_vs_real.again(requests, 600)
+    assert (first.time_ns, first.tenant, first.allowed_ns, first.family) == (100, "a", 300, 2)
+    assert (second.time_ns, second.tenant, second.allowed_ns, second.family) == (300, "b", 100, 3)
+
+
+def test_a_policy_goes_on_after_a_log_as_if_it_were_one():
+    catalog = Catalog(tuple(Executable(i, (Entry(0, 0, 2**i),), 100, 200) for i in range(2)))
+    tenant = Tenant("a", (0,), 10_000)
+
+    def arrived(number: int, time_ns: int) -> Submitted:
+        return Submitted((Request(number, "a", 0, time_ns, time_ns + 10_000),))
+
+    told: list[tuple[Event, int]] = [(CatalogChanged(catalog), 0), (TenantAdded(tenant), 0), (arrived(0, 10), 10),
+                                     (Completed(0, 10, 110), 120), (arrived(1, 500), 500)]  # fmt: skip
+    whole = Coalescing()
+    answers = [tuple(whole.on_event(event, now_ns)) for event, now_ns in told]
+    log = [Decision(event, now_ns, answer) for (event, now_ns), answer in zip(told, answers, strict=True)]
+    later = sim_vs_real.Later(log, 500)
+    moved = [c._replace(time_ns=c.time_ns - 500) if isinstance(c, WakeAt) else c for c in answers[-1]]
+    assert list(later.on_event(arrived(1, 0), 0)) == moved and moved
 
 
 def test_loadgen_says_what_it_thinks(tmp_path):
