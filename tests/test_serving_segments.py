@@ -199,7 +199,7 @@ def test_segments_of_several_families_share_a_call():
 def test_a_gpu_gets_its_pools_in_place():
     """Lowered for a GPU on a machine without one: every register that is written is donated, and scattered into."""
     found = tenants("mlp", 2)
-    serving = serve([fit_of(fn, p, x) for fn, p, x in found], options=BY_SLOT, segments=3)
+    serving = serve([fit_of(fn, p, x) for fn, p, x in found], segments=3)
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
         traced = trace_executable([serving.lanes(4, segment=1)], packed=True)
