@@ -20,7 +20,7 @@ NAMES = {
     "trace", "fuse", "Fused", "Program", "Report", "Runtime",
     "CoalesceError", "TraceError", "PassError", "PlanError", "InvalidInput",
     "ServingError", "QueueFull", "DeadlineExceeded", "TenantClosed", "TenantFailure", "CompileError",
-    "OutOfDeviceMemory", "DeviceError", "Shutdown",
+    "OutOfDeviceMemory", "DeviceError", "Shutdown", "StateLost",
 }  # fmt: skip
 
 
