@@ -1,107 +1,163 @@
-"""The experiments that serve run, from their command line to their files; no test looks at a time."""
+"""What slo_attainment, overload and policy_regret do around the simulator: cells, searches, tables."""
 
 import json
-from pathlib import Path
-from random import Random
+from dataclasses import replace
 
 import pytest
-from absl import flags
 
-from coalesce.scheduler.request import Request
-from experiments import isolation, live, loadgen, own_flags, serve_demo, sim_vs_real
+from coalesce.scheduler.commands import Reason
+from coalesce.scheduler.run import Outcome
+from experiments import overload, overload_report, policy_regret, slo_report, slo_sweeps
+from experiments.results import header
+from experiments.simulated import (
+    arrivals_of,
+    chosen,
+    DEVICE,
+    fill,
+    highest,
+    POLICIES,
+    row_of,
+    run_policy,
+    Setting,
+)
 
-TINY = "mlp.width=8;layers=2"
+pytestmark = pytest.mark.once
 
-
-def saved(folder: Path) -> dict:
-    (path,) = folder.glob("*.json")
-    assert path.with_suffix(".md").exists()
-    return json.loads(path.read_text())
-
-
-def test_serve_demo_shows_every_tenant(capsys, tmp_path):
-    arguments = [f"--tenants={TINY}:2:500,{TINY};width=4:1:500", "--duration=0.5", "--rate=40", "--widths=1,2"]
-    serve_demo.main([*arguments, "--process=gamma", "--cv=2", f"--trace={tmp_path / 'trace.json'}"])
-    shown = capsys.readouterr().out
-    assert all(f"mlp-{i}" in shown for i in range(3)) and "in time" in shown
-    assert len(json.loads((tmp_path / "trace.json").read_text())["traceEvents"]) > 20
-
-
-def test_isolation_has_a_row_for_each_number_and_method(tmp_path, capsys):
-    isolation.main(["--fields=width=8,layers=2", "--tenants=2", "--duration=0.1", f"--out={tmp_path}",
-                    "--methods=coalescing,fifo,processes,processes_mps", "--most_processes=1"])  # fmt: skip
-    rows = {row["method"]: row for row in saved(tmp_path)["rows"]}
-    assert set(rows) == set(isolation.METHODS)
-    for method in ("coalescing", "fifo"):
-        assert rows[method]["requests"] >= 2 and 0 < rows[method]["p10_ms"] <= rows[method]["p99_ms"]
-    assert "left out above 1" in rows["processes"]["failed"] and rows["processes_mps"]["failed"]
-    assert "| 2       | coalescing |" in capsys.readouterr().out
+SMALL = Setting(rate=2000.0, tenants=4)
 
 
-def test_the_simulator_gets_what_the_real_runtime_got(tmp_path, monkeypatch):
-    monkeypatch.setattr(sim_vs_real, "MODELS", (("mlp", {"width": 8, "layers": 2}),))
-    monkeypatch.setattr(sim_vs_real, "LEAST_ALONE_S", 0.02)  # no host is too slow for that
-    sim_vs_real.main(["--configurations=0", "--duration=0.5", f"--out={tmp_path}"])
-    (row,) = saved(tmp_path)["rows"]
-    assert row["requests"] > 0 and 0 <= row["real"] <= 1 and 0 <= row["simulated"] <= 1
-    assert row["points"] == pytest.approx(100 * (row["simulated"] - row["real"]), abs=1e-2)
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_every_policy_serves_a_light_load_and_no_more_than_the_bound(name):
+    light = row_of(name, replace(SMALL, rate=100.0), 100, 1)
+    assert light["attainment"] > 0.9
+    heavy = row_of(name, replace(SMALL, rate=3 * SMALL.bound), 400, 1)
+    assert 0 < heavy["goodput"] <= 1.2 * SMALL.bound
+    assert heavy["requests"] == round(heavy["attainment"] * heavy["requests"]) + sum(
+        heavy[end] for end in ("late", "refused", "dropped")
+    )
 
 
-def test_configurations_are_twenty_that_differ():
-    drawn = sim_vs_real.draw_configurations(20, 0)
-    assert len({str(own[1:]) for own in drawn}) == 20
-    assert drawn == sim_vs_real.draw_configurations(20, 0) != sim_vs_real.draw_configurations(20, 1)
+def test_policies_of_a_row_see_the_same_arrivals():
+    first, again = (list(arrivals_of(SMALL, 200, 7)) for _ in range(2))
+    assert first == again and {a.tenant for a in first} == {"t0", "t1", "t2", "t3"}
+    assert len(first) == pytest.approx(200, rel=0.3)
+    assert list(arrivals_of(SMALL, 200, 8)) != first
 
 
-def test_arrivals_of_a_run_are_those_of_the_next():
-    requests = [Request(1, "b", 3, 900, 1000), Request(0, "a", 2, 700, 1000)]
-    first, second = sim_vs_real.again(requests)
-    assert (first.time_ns, first.tenant, first.allowed_ns, first.family) == (0, "a", 300, 2)
-    assert (second.time_ns, second.tenant, second.allowed_ns, second.family) == (200, "b", 100, 3)
+def test_tenants_are_dealt_to_programs():
+    setting = replace(SMALL, families=2)
+    assert [tenant.families for tenant in setting.members] == [(0,), (1,), (0,), (1,)]
+    run = run_policy("EDF packing", setting, arrivals_of(setting, 200, 1))
+    assert {request.family for request in run.requests} == {0, 1}
+    assert set(run.outcomes) <= {Outcome.OK, Outcome.LATE, Outcome.DROPPED}
 
 
-def test_loadgen_says_what_it_thinks(tmp_path):
-    loadgen.main([f"--tenants={TINY}:2", "--rate=200", "--latency_ms=5000", "--duration=0.5", "--queries=700",
-                  f"--out={tmp_path}"])  # fmt: skip
-    (row,) = saved(tmp_path)["rows"]
-    assert row["result"] == "VALID" and row["because"] == []
-    assert row["queries"] >= 700 and row["wrong"] == 0 and row["refused"] == 0
-    assert "mlperf_log" not in str(list(tmp_path.iterdir()))
+def test_the_bounds_of_a_setting():
+    setting = Setting(slo_scale=5.0, alpha_us=100, beta_us=900, widths=(1, 2, 4, 8, 16, 32))
+    assert setting.slo_ns == 5_000_000
+    assert setting.bound == pytest.approx(32 / 0.0041)
+    assert setting.fused_load == pytest.approx(0.64 * 10_000)
+    assert setting.unfused_load == 0 and replace(setting, tenants=1).unfused_load == setting.fused_load
 
 
-def test_loadgens_summary_is_read():
-    text = "Result is : VALID\n  Performance constraints satisfied : Yes\n99.00 percentile latency (ns)   : 123\n"
-    assert loadgen.read_summary(text) == {
-        "Result is": "VALID",
-        "Performance constraints satisfied": "Yes",
-        "99.00 percentile latency (ns)": "123",
-    }
+def test_the_highest_value_that_is_good_is_found_within_a_share_of_it():
+    tried: list[float] = []
+    found = highest(lambda x: tried.append(x) or x <= 370, 10, 10_000, 0.02)
+    assert 370 / 1.02 <= found <= 370 and len(tried) < 15
+    assert highest(lambda x: False, 10, 100, 0.02) == 0
+    assert highest(lambda x: True, 10, 100, 0.02) == 100
 
 
-def test_kinds_of_tenants_are_read():
-    kind = live.read_kind("mlp.width=8;layers=2:3:12.5")
-    assert (kind.count, kind.slo_s, kind.text) == (3, 0.0125, TINY)
-    assert [own.name for own in live.tenants([kind, live.read_kind(f"{TINY}:1:5")])] == [f"mlp-{i}" for i in range(4)]
-    for wrong in ("mlp", "mlp:1", "mlp:x:5", "nobody:1:5", "mlp.width=:1:5"):
-        with pytest.raises(SystemExit, match="MODEL"):
-            live.read_kind(wrong)
+def test_policies_are_chosen_by_name_in_our_order():
+    assert chosen(["EDF packing", "coalescing"]) == ["coalescing", "EDF packing"]
+    assert chosen(None) == list(POLICIES)
+    with pytest.raises(ValueError, match="there is no policy 'edf'"):
+        chosen(["edf"])
 
 
-@pytest.mark.parametrize("process", live.PROCESSES)
-def test_processes_have_the_rate_that_was_asked_for(process):
-    times, end_ns = live.times_of(process, Random(1), 1000.0, 2.0), 60 * live.SECOND
-    count = next(i for i, time_ns in enumerate(times) if time_ns > end_ns)
-    assert count == pytest.approx(60_000, rel=0.1)
+def test_rows_that_are_there_are_not_made_again(tmp_path, capsys):
+    made: list[str] = []
+
+    def fill_in(wanted: list[str], again: bool = False) -> list[dict]:
+        def measure(cell: str) -> dict:
+            made.append(cell)
+            return {"cell": cell, "number": len(made)}
+
+        head = header("command", DEVICE, size=1)
+        return fill(tmp_path / "x.json", head, wanted, ["a", "b", "c"], lambda row: row["cell"], measure, again)
+
+    fill_in(["c"])
+    rows = fill_in(["a", "c"])
+    assert made == ["c", "a"] and [row["cell"] for row in rows] == ["a", "c"]
+    assert json.loads((tmp_path / "x.json").read_text())["rows"] == rows
+    assert fill_in(["a"], again=True) == [{"cell": "a", "number": 3}, {"cell": "c", "number": 1}]
 
 
-def test_flags_of_experiments_do_not_meet(capsys):
-    own = flags.FlagValues()
-    own_flags.define_common(own)
-    own_flags.parse("name", own, ["--note=quiet", "--device_name=a device"])
-    assert own.note == "quiet" and own_flags.command("name", own) == "python -m experiments.name"
-    for wrong in (["--nothing=1"], ["word"]):
-        with pytest.raises(SystemExit, match="--help"):
-            own_flags.parse("name", own, wrong)
-    with pytest.raises(SystemExit):
-        own_flags.parse("name", own, ["--help"])
-    assert "--note" in capsys.readouterr().out
+def test_a_search_ends_at_the_line():
+    found = slo_sweeps.search("FIFO, one by one", SMALL, 100, 1)
+    rate = found["rate"]
+    assert 0.05 * 1015 < rate < 1015  # one by one, nothing is faster than one run after another
+    at, above = (row_of("FIFO, one by one", replace(SMALL, rate=r), 100, 1)["attainment"] for r in (rate, 2 * rate))
+    assert at >= 0.99 > above
+
+
+def test_slo_attainment_reports_every_sweep(tmp_path):
+    names = ["EDF packing", "EDF, one by one"]
+    wanted = [cell for cell in slo_sweeps.cells(names) if cell[2] in (0.5, 2.0, 2, 0)]
+    rows = [slo_sweeps.measure(cell, 30, 1) for cell in wanted]
+    assert [slo_sweeps.cell_of(row) for row in rows] == wanted
+    text = slo_report.report(header("the command", DEVICE, requests=100), json.loads(json.dumps(rows)))
+    for title in ("## The rate at which 99%", "by requests a second", "by CV", "by SLO", "by tenants", "by different"):
+        assert title in text
+    assert "| tenants | programs |" in text and "4,420 (50% of the bound)" in text
+    assert "plot" in slo_report.plot(tmp_path / "plot.png", rows)
+
+
+def test_a_burst_is_on_top_of_what_comes_anyway():
+    setting = replace(overload.USUAL, rate=1000.0)
+    times = [a.time_ns for a in overload.burst_arrivals(setting, 100, 1)]
+    assert times == sorted(times)
+    inside = sum(5e8 <= t < 6e8 for t in times)
+    assert inside == pytest.approx(1000, rel=0.2) and len(times) - inside == pytest.approx(1900, rel=0.1)
+
+
+def test_recovery_counts_from_the_end_of_the_burst():
+    good, bad = (100, 100), (90, 100)
+    bins = [good] * 4 + [bad] * 3 + [good] * 73
+    assert overload.recovered_after(bins, 125) == 50
+    assert overload.recovered_after([good] * 80, 110) == 15
+    assert overload.recovered_after([bad] * 80, 100) is None
+    assert overload.recovered_after(bins[:-1] + [bad], 125) == 50  # one bin of many is chance
+    assert overload.recovered_after([good] * 40 + [bad] * 40, 125) is None
+
+
+def test_overload_reports_goodput_and_recovery(tmp_path):
+    names = ["coalescing", "EDF packing"]
+    cells = [("offered", name, 300.0) for name in names] + [("burst", "EDF packing", 60.0)]
+    slow = replace(overload.USUAL, alpha_us=5_000.0, beta_us=10_000.0, slo_scale=10.0, widths=(1, 2, 4, 8, 16))
+    rows = [overload.measure(cell, 0.2, 1, slow) for cell in cells]
+    assert [overload.cell_of(row) for row in rows] == cells
+    text = overload_report.report(header("the command", DEVICE), rows, slow)
+    assert "178 requests a second" in text and "| 300 " in text and "for 60 ms, at 75% of the bound" in text
+    assert "plot" in overload_report.plot(tmp_path / "plot.png", rows, slow)
+
+
+def test_the_capacity_that_overload_is_held_against():
+    assert overload.USUAL.bound == pytest.approx(19_200) and overload.USUAL.slo_ns == 25_000_000
+
+
+def test_regret_is_the_share_of_the_optimum_that_is_lost():
+    rows = [policy_regret.measure(seed, 10.0) for seed in (1, 4)]
+    for row in rows:
+        assert all(0 <= policy_regret.regret(row, name) <= 1 for name in (*POLICIES, policy_regret.BEST))
+        assert policy_regret.regret(row, policy_regret.BEST) == min(policy_regret.regret(row, n) for n in POLICIES)
+    text = policy_regret.report(header("the command", DEVICE), rows)
+    assert "Seed 4: of 11 requests 11 can be in time; coalescing" in text and "t0@" in text
+    half = {**rows[0], **dict.fromkeys(POLICIES, 1), "optimum": 2}
+    assert policy_regret.regret(half, "coalescing") == 0.5
+    assert policy_regret.regret({**half, "optimum": 0}, "coalescing") == 0
+
+
+def test_reasons_of_baselines_are_those_of_requests_that_came_too_late():
+    run = run_policy("EDF, one by one", replace(SMALL, rate=5000.0), arrivals_of(replace(SMALL, rate=5000.0), 200, 1))
+    assert set(run.reasons.values()) <= {Reason.INFEASIBLE, Reason.EXPIRED}
