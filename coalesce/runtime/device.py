@@ -216,6 +216,16 @@ class Device:
         self._loaded[number].used = next(self._runs)
         return self.catalog
 
+    def apart_ns(self, entries: Sequence[Entry]) -> int | None:
+        """What several entries take one after another, as far as it is known."""
+        found = [self._loaded.get(self._numbers.get((entry,), -1)) for entry in entries]
+        times = [own.offered.l50_ns for own in found if own is not None and own.offered is not None]
+        return sum(times) if len(entries) > 1 and len(times) == len(entries) else None
+
+    def drop(self, key: Key) -> None:
+        """An executable that was never offered."""
+        self._loaded.pop(self._numbers[key[0]], None)
+
     def evict(self, most: int) -> list[Key]:
         """Drops what ran the longest ago until no more are offered; returns what they were."""
         evicted = []
