@@ -44,8 +44,8 @@ def test_service_comes_back_after_the_device_was_slow(policy):
 
 
 NOT_AGAIN = (
-    "a tenant in quarantine whose runs are predicted, by its factor, to take longer than its SLO is refused for ever: it "
-    "never runs alone again, so that its factor stays as it is"
+    "a tenant in quarantine whose runs are predicted, by its factor, to take longer than its SLO is refused for ever: "
+    "it never runs alone again, so that its factor stays as it is"
 )
 
 
