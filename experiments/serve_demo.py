@@ -115,7 +115,8 @@ def ended_of(own: TenantStats) -> int:
 def shown(lives: Sequence[Live], tenants: Mapping[str, TenantStats], lately: Lately, title: str) -> Table:
     table = Table(title=title)
     for name in COLUMNS:
-        table.add_column(name, justify="left" if name == "tenant" else "right", no_wrap=True)
+        most = max(len(live.name) for live in lives) if name == "tenant" else None
+        table.add_column(name, justify="left" if name == "tenant" else "right", no_wrap=True, min_width=most)
     for before, live in zip([None, *lives], lives, strict=False):
         own = tenants[live.name]
         if before is not None and before.kind != live.kind:
@@ -149,7 +150,7 @@ def milliseconds(seconds: float | None) -> str:
 
 def main(argv: Sequence[str]) -> None:
     own_flags.parse("serve_demo", FLAGS, argv)
-    console, seen = Console(), Seen()
+    console, seen = Console(width=None if sys.stdout.isatty() else 120), Seen()
     trace = Trace() if FLAGS.trace else None
     lives = tenants([read_kind(text) for text in FLAGS.tenants])
     with Runtime(
