@@ -10,6 +10,7 @@ import random
 import threading
 import time
 from concurrent.futures import CancelledError, wait
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,7 @@ def test_cancelled_before_during_after_and_twice():
 def test_random_cancels(count: int):
     """Each ends exactly once, and whoever did not cancel has a result."""
     machine = FakeMachine(takes_s=0.0001)
-    chosen, ended = random.Random(0), list[Reply]()
+    chosen, ended = random.Random(0), list[Any]()
     with Served(machine, quota=count) as served:
         replies = []
         for i in range(count):

@@ -32,7 +32,7 @@ def gated(params: Any, x: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.
     return jax.nn.sigmoid(x @ params["w"]) * x, number + params["one"]
 
 
-def params_of(kind: str, seed: int) -> dict[str, np.ndarray]:
+def params_of(kind: str, seed: int) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     square = rng.standard_normal((2, ODD, ODD)).astype(np.float32) / 4
     if kind == "gated":
