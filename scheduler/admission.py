@@ -31,8 +31,10 @@ def admit(
         leads = not items or request.deadline_ns < items[0][0]
         others_ns = costs.lane_ns + (costs.first_ns if leads else 0)
         kept_ns = left_ns >> 2 if over else 0
-        own_ns = costs.through(len(items) + 1)
-        if not level.demand.fits(bucket, own_ns + kept_ns, others_ns + kept_ns, free_ns):
+        company = len(items) + 1 + left_ns // queue.gap_ns // 2
+        own_ns = costs.through(company)
+        blocked_ns = own_ns * (len(level.order) - bool(items)) // 2
+        if not level.demand.fits(bucket, own_ns + kept_ns, blocked_ns, others_ns + kept_ns, free_ns):
             return Reason.INFEASIBLE
         shares.charge(account, others_ns)
     account.waiting += 1

@@ -156,7 +156,7 @@ class Coalescing:
             if start_ns - now_ns > self._lead_ns:
                 break
             run = self._next_run(start_ns)
-            if run is None:
+            if run is None or self._is_awaited(run, start_ns):
                 break
             patient_ns = wait_until(run, start_ns) if not self._flight else 0
             if patient_ns > now_ns:
@@ -170,6 +170,15 @@ class Coalescing:
             if window is not None:
                 return join(window, self._queues, self._costs, start_ns)
         return None
+
+    def _is_awaited(self, run: Run, start_ns: int) -> bool:
+        """Whether lanes on the device are more urgent than this run, and would be torn apart after it."""
+        for family, segment, lanes in self._flight.going_on(self._costs.catalog):
+            ahead_ns = self._costs.of((family, segment)).through(len(lanes))
+            latest_ns = lanes[0].request.deadline_ns - ahead_ns
+            if latest_ns < min(run.latest_ns, start_ns + run.l50_ns):
+                return True
+        return False
 
     def _worth(self, item: Item) -> float:
         return self._shares.worth(item[2].account)
@@ -200,7 +209,8 @@ class Coalescing:
                     break
                 time_ns = min(time_ns, queue.items[0][0] - queue.costs.alone.l50_ns + 1)
         if time_ns < FAR and 0 < len(self._flight) < self._depth:
-            time_ns = min(time_ns, self._flight.free_at(now_ns) - self._lead_ns)
+            soon_ns = self._flight.free_at(now_ns) - self._lead_ns
+            time_ns = min(time_ns, soon_ns) if soon_ns > now_ns else time_ns
         if time_ns < FAR:
             self._out.append(WakeAt(max(time_ns, now_ns + 1)))
 

@@ -8,7 +8,6 @@ that the deadlines of its family allow over and over (`lane_ns`), and for the fi
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,24 +24,33 @@ class Option(NamedTuple):
     executable: int
     l50_ns: int
     l99_ns: int
+    through_ns: int  # l99 from here to the end of its lanes, if they stay together
 
 
 @dataclass(frozen=True, slots=True)
 class PlaceCosts:
     options: tuple[Option, ...] = ()
     alone: Quantiles = Quantiles(0, 0)
-    after: Quantiles = Quantiles(0, 0)  # of it, what comes after this segment
     lane_ns: int = 0
-    lane_after_ns: int = 0
+    lane_after_ns: int = 0  # of it, what comes after this segment
     first_ns: int = 0
     fixed_ns: int = 0  # of it, in this segment
-    widths: tuple[int, ...] = ()
-    through_ns: tuple[int, ...] = ()  # l99 of lanes in such a width, from here to their end
+    steady: int = 0  # which option it is that keeps up with requests for ever
+    ahead_ns: int = 0  # what a queue's head needs: alone, or, once it has begun, with those that it is with
 
     def through(self, lanes: int) -> int:
-        """Until the last of so many lanes is done, if they stay together as far as it pays."""
-        at = bisect_left(self.widths, lanes)
-        return self.through_ns[min(at, len(self.through_ns) - 1)] if self.through_ns else 0
+        """Until so many lanes are done, if they stay together as far as it pays."""
+        for option in self.options[: self.steady + 1]:
+            if option.width >= lanes:
+                return option.through_ns
+        return self.options[self.steady].through_ns if self.options else 0
+
+    def together(self, lanes: int) -> int:
+        """Until the last of so many lanes is done, if they stay together as far as there are executables for it."""
+        for option in self.options:
+            if option.width >= lanes:
+                return option.through_ns
+        return -(-lanes // self.options[-1].width) * self.options[-1].through_ns if self.options else 0
 
 
 UNSERVABLE = PlaceCosts()
@@ -91,30 +99,29 @@ class Costs:
         rest = UNSERVABLE if last else self.of((family, segment + 1), factor)
         if not executables or not (last or rest.options):
             return UNSERVABLE
-        options = tuple(self._option(e, factor) for e in executables)
-        through = tuple(o.l99_ns + (0 if last else rest.through(o.width)) for o in options)
-        steady = sustained(options, through, self._tightest_ns.get(family, FAR))
-        first = options[0]
+        options = tuple(self._option(e, factor, rest) for e in executables)
+        at = sustained(options, self._tightest_ns.get(family, FAR))
+        first, steady = options[0], options[at]
         lane_ns = -(-steady.l50_ns // steady.width)
         fixed_ns = max(0, first.l50_ns - lane_ns)
         return PlaceCosts(
             options,
             Quantiles(first.l50_ns + rest.alone.l50_ns, first.l99_ns + rest.alone.l99_ns),
-            rest.alone,
             lane_ns + rest.lane_ns,
             rest.lane_ns,
             fixed_ns + rest.first_ns,
             fixed_ns,
-            tuple(o.width for o in options if o.width <= steady.width),
-            tuple(t for o, t in zip(options, through, strict=True) if o.width <= steady.width),
+            at,
+            steady.through_ns if segment else first.through_ns,
         )
 
-    def _option(self, executable: Executable, factor: int) -> Option:
-        l50, l99 = self.latency.of(executable.id)
-        return Option(executable.entries[0].width, executable.id, l50 * factor // 4, l99 * factor // 4)
+    def _option(self, executable: Executable, factor: int, rest: PlaceCosts) -> Option:
+        width = executable.entries[0].width
+        l50_ns, l99_ns = (ns * factor // 4 for ns in self.latency.of(executable.id))
+        return Option(width, executable.id, l50_ns, l99_ns, l99_ns + rest.together(width))
 
 
-def sustained(options: Sequence[Option], through_ns: Sequence[int], slo_ns: int) -> Option:
+def sustained(options: Sequence[Option], slo_ns: int) -> int:
     """The most efficient one that requests can wait for, while it runs with others, and then run in themselves."""
-    can = [o for o, through in zip(options, through_ns, strict=True) if 2 * through <= slo_ns]
-    return max(can, key=lambda o: o.width / o.l50_ns, default=options[0])
+    can = [at for at, o in enumerate(options) if 2 * o.through_ns <= slo_ns]
+    return max(can, key=lambda at: options[at].width / options[at].l50_ns, default=0)

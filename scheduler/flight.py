@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from typing import Generic, NamedTuple, Protocol, runtime_checkable, TypeVar
 
 from coalesce.scheduler.costs import Place
@@ -55,6 +56,13 @@ class Flight(Generic[B]):
         self._began_ns = event.end_ns
         self._l50_ns -= bundle.l50_ns
         return bundle
+
+    def going_on(self, catalog: Catalog) -> Iterator[tuple[int, int, list[Lane]]]:
+        """What will wait again after it: family, segment, lanes."""
+        for bundle in self._bundles:
+            for (family, segment), lanes in bundle.parts:
+                if segment + 1 < catalog.segments_of(family):
+                    yield family, segment + 1, lanes
 
     def free_at(self, now_ns: int) -> int:
         """When a bundle that is dispatched now begins, if nothing takes longer than it mostly does."""

@@ -78,7 +78,7 @@ class Queue:
 
     def note_arrival(self, now_ns: int) -> None:
         gap_ns = now_ns - self.came_ns
-        self.gap_ns = self.gap_ns + ((gap_ns - self.gap_ns) >> 3) if self.gap_ns != FAR else gap_ns
+        self.gap_ns = max(1, self.gap_ns + ((gap_ns - self.gap_ns) >> 3) if self.gap_ns != FAR else gap_ns)
         self.came_ns = now_ns
 
 
@@ -211,7 +211,7 @@ class Queues:
                 del self._queues[(*queue.place, queue.lot, level.priority)]
             return
         deadline_ns, _, lane = queue.items[0]
-        queue.rank = (deadline_ns - queue.costs.alone.l99_ns, queue.serial, queue)
+        queue.rank = (deadline_ns - queue.costs.ahead_ns, queue.serial, queue)
         insort(level.order, queue.rank)
         queue.head_bucket, queue.head_ns = lane.bucket, queue.costs.first_ns
         level.promise(queue.head_bucket, queue.head_ns)
