@@ -37,7 +37,9 @@ class Window(NamedTuple):
         return self.queue.items[self.first][0] - self.option.through_ns
 
 
-def choose(level: Level, start_ns: int, cap_ns: int, worth: Callable[[Item], float], pressure: float = 1.0) -> Window | None:
+def choose(
+    level: Level, start_ns: int, cap_ns: int, worth: Callable[[Item], float], pressure: float = 1.0
+) -> Window | None:
     if level.demand.is_feasible(start_ns):
         return earliest(level, start_ns, cap_ns, pressure)
     found = [w for q in islice(servable(level), CANDIDATES) if (w := best_window(q, start_ns, cap_ns, worth))]

@@ -83,6 +83,11 @@ class Coalescing:
         self._wake(patient_ns, now_ns)
         return self._out
 
+    @property
+    def waiting(self) -> int:
+        """Requests that have not ended."""
+        return len(self._requests)
+
     # What happened
 
     def _submit(self, event: Submitted, now_ns: int) -> None:

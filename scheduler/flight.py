@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Generic, NamedTuple, Protocol, runtime_checkable, TypeVar
 
+from coalesce.scheduler.catalog import Catalog
 from coalesce.scheduler.costs import Place
 from coalesce.scheduler.events import Completed
 from coalesce.scheduler.queues import Lane

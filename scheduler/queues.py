@@ -76,6 +76,10 @@ class Queue:
             return waiting
         return min(waiting, self.slots.room(self.place[0]))
 
+    def leads(self, request: Request) -> bool:
+        """Whether it would be its head."""
+        return not self.items or request.deadline_ns < self.items[0][0]
+
     def note_arrival(self, now_ns: int) -> None:
         gap_ns = now_ns - self.came_ns
         self.gap_ns = max(1, self.gap_ns + ((gap_ns - self.gap_ns) >> 3) if self.gap_ns != FAR else gap_ns)

@@ -31,6 +31,9 @@ class Requests:
         self._shares, self._costs = shares, costs
         self._lanes: dict[int, Lane] = {}
 
+    def __len__(self) -> int:
+        return len(self._lanes)
+
     def submit(self, requests: Iterable[Request], free_ns: int, now_ns: int) -> None:
         """`free_ns` is when the device can begin with them."""
         for request in requests:
