@@ -19,6 +19,7 @@ class Reason(Enum):
     TENANT_CLOSED = "its tenant was removed"
     FAILED = "it failed while it ran alone"
     SHUTDOWN = "the runtime was closed"
+    DEVICE = "the device failed, or did not answer"
 
 
 class Dispatch(NamedTuple):

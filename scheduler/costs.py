@@ -95,7 +95,7 @@ class Costs:
     def _work_out(self, place: Place, factor: int) -> PlaceCosts:
         family, segment = place
         executables = self.catalog.by_place.get(place, ())
-        last = segment + 1 == self.catalog.segments_of(family)
+        last = segment + 1 >= self.catalog.segments_of(family)  # more: the family has gone
         rest = UNSERVABLE if last else self.of((family, segment + 1), factor)
         if not executables or not (last or rest.options):
             return UNSERVABLE

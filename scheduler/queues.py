@@ -194,6 +194,8 @@ class Queues:
         """To another lot."""
         old = lane.queue
         assert old is not None, f"request {lane.request.id} does not wait"
+        if old is queue:  # it came here in the event that moved its tenant
+            return
         at = bisect_left(old.items, (lane.request.deadline_ns, lane.request.id))
         self._cut(old, at, at + 1)
         self.put(lane, queue)

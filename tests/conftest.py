@@ -16,10 +16,13 @@ os.environ["KERAS_HOME"] = str(Path(__file__).parent.parent / ".cache" / "keras"
 
 # A file that is not there: what the user of this machine tuned changes no test.
 os.environ["COALESCE_TUNED"] = str(Path(__file__).parent.parent / ".cache" / "tuned.json")
+os.environ["COALESCE_COMPILED"] = ""  # nor does what is compiled here find its way there, or back
 
 import jax
 import pytest
 from hypothesis import settings
+
+import tests.annotations  # noqa: F401 - pyproject.toml names it, and expects it to be there
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

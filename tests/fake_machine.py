@@ -8,14 +8,17 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from coalesce.errors import DeviceError, OutOfDeviceMemory
 from coalesce.runtime.accounts import Accounts
-from coalesce.runtime.driver import Driver, Order
+from coalesce.runtime.driver import Driver
 from coalesce.runtime.history import History
 from coalesce.runtime.observer import Observer, Observers
+from coalesce.runtime.orders import Order
 from coalesce.runtime.ticket import Reply, Ticket
 from coalesce.scheduler.catalog import Catalog, Entry, Executable
 from coalesce.scheduler.coalescing import Coalescing
-from coalesce.scheduler.events import Cancelled, CatalogChanged, TenantAdded
+from coalesce.scheduler.commands import Want
+from coalesce.scheduler.events import CatalogChanged, Event, TenantAdded
 from coalesce.scheduler.request import Request, Tenant
 
 WIDTHS = (1, 2, 4, 8)
@@ -28,8 +31,12 @@ class FakeLaunched:
     def wait(self) -> None:
         self.machine.go.wait()
         time.sleep(self.machine.takes_s)
+        if sum(map(len, self.entries)) > self.machine.most_lanes:
+            raise OutOfDeviceMemory(f"no room for more than {self.machine.most_lanes} lanes")
         for tickets in self.entries:
             for ticket in tickets:
+                if ticket.inputs[0] == self.machine.dies_of:
+                    raise DeviceError("it is dead")
                 if self.machine.raises(ticket.inputs[0]):
                     raise ValueError(f"cannot compute {ticket.inputs[0]!r}")
 
@@ -40,8 +47,14 @@ class FakeLaunched:
 class FakeMachine:
     """`launches` has the inputs of the lanes of each bundle; `go` can be cleared to hold bundles on the device."""
 
-    def __init__(self, takes_s: float = 0.0005, raises: Callable[[Any], bool] = lambda value: False) -> None:
-        self.takes_s, self.raises = takes_s, raises
+    def __init__(
+        self,
+        takes_s: float = 0.0005,
+        raises: Callable[[Any], bool] = lambda value: False,
+        most_lanes: int = 1000,  # that there is memory for
+        dies_of: Any = None,
+    ) -> None:
+        self.takes_s, self.raises, self.most_lanes, self.dies_of = takes_s, raises, most_lanes, dies_of
         self.launches: list[list[Any]] = []
         self.released: list[int] = []
         self.go = threading.Event()
@@ -53,6 +66,20 @@ class FakeMachine:
 
     def release(self, tickets: Sequence[Ticket]) -> None:
         self.released += [ticket.request.id for ticket in tickets]
+
+
+class NoMaker:
+    """Makes nothing."""
+
+    def __init__(self) -> None:
+        self.without_memory: list[int] = []
+
+    def want(self, want: Want) -> None:
+        pass
+
+    def exhausted(self, executable: int, error: Exception) -> Sequence[Event]:
+        self.without_memory.append(executable)
+        return ()
 
 
 class Served:
@@ -68,10 +95,11 @@ class Served:
         observers: Sequence[Observer] = (),
     ) -> None:
         self.machine = machine
+        self.maker = NoMaker()
         self.accounts = Accounts()
         self.history = History()
         watchers = Observers([self.accounts, self.history, *observers])
-        self.driver = Driver(Coalescing(), machine, watchers, time.monotonic_ns, lambda want: None, hang_s)
+        self.driver = Driver(Coalescing(), machine, watchers, time.monotonic_ns, self.maker, hang_s)
         self.slo_ns, self.ids = round(slo_s * 1e9), itertools.count()
         took_ns = round(machine.takes_s * 1e9)
         catalog = Catalog(
@@ -86,7 +114,7 @@ class Served:
     def submit(self, tenant: str, value: Any, deadline_s: float | None = None) -> Reply:
         number, now_ns = next(self.ids), time.monotonic_ns()
         allowed_ns = self.slo_ns if deadline_s is None else round(deadline_s * 1e9)
-        reply = Reply(number, lambda request: self.driver.inbox.put(Cancelled(request)))
+        reply = Reply(number, self.driver.withdraw)
         request = Request(number, tenant, 0, now_ns, now_ns + allowed_ns)
         self.driver.send(Ticket(request, None, None, [value], reply))
         return reply

@@ -17,7 +17,9 @@ from coalesce.kernels import choose, indexed_gemm
 from coalesce.passes.pipeline import normalise
 from coalesce.serving.executable import compile_executable, Executable, Lanes
 from coalesce.serving.fit import Fit, fit
+from coalesce.serving.pool import Pool
 from coalesce.serving.schema import Options, plan_schema, Schema
+from coalesce.serving.staging import Lane
 from coalesce.serving.store import Preparer, Store
 from tests.alone import alone, Tenant
 from tests.compare import assert_same
@@ -41,36 +43,50 @@ def fit_of(fn: Any, params: Any, *examples: tuple[Any, ...], shared: Any = None,
 
 @dataclass
 class Serving:
-    """Tenants in a store: tenant i in slots[i]."""
+    """Tenants in a store: tenant i in slots[i]. A pool for each request shape whose program is cut."""
 
     schema: Schema
     store: Store
     fits: list[Fit]
     slots: list[int]
+    pools: list[Pool | None]
 
-    def executable(self, width: int, template: int = 0, packed: bool | None = None) -> Executable:
-        return compile_executable([Lanes(self.schema, template, width, self.store.capacity)], packed)
+    def lanes(self, width: int, template: int = 0, segment: int = 0) -> Lanes:
+        pool, program = self.pools[template], self.schema.segments[template]
+        return Lanes(self.schema, program, width, self.store.capacity, segment, pool.slots if pool else 0)
 
-    def lane(self, tenant: int, inputs: Any, template: int = 0) -> tuple[int, list[Any]]:
-        return self.slots[tenant], flat(self.fits[tenant], inputs, template)
+    def executable(self, width: int, template: int = 0, packed: bool | None = None, segment: int = 0) -> Executable:
+        return compile_executable([self.lanes(width, template, segment)], packed)
+
+    def lane(self, tenant: int, inputs: Any, template: int = 0, state: int = 0) -> Lane:
+        return Lane(self.slots[tenant], flat(self.fits[tenant], inputs, template), state)
+
+    def run(self, executable: Executable, lanes: Sequence[Lane], template: int = 0) -> list[Any]:
+        """The outputs of an executable of one entry, [width, ...]; None of a segment that is not the last."""
+        outputs = executable.run([self.store.bank], [self.pools[template]], executable.stage([lanes]))
+        (found,) = executable.fetch(outputs)
+        return found
 
     def call(self, executable: Executable, lanes: Sequence[tuple[int, Any]], template: int = 0) -> list[Any]:
         """The results of (tenant, inputs) lanes, each in its tenant's pytree."""
-        staged = executable.stage([[self.lane(tenant, x, template) for tenant, x in lanes]])
-        (outputs,) = executable.fetch(executable.run([self.store.bank], staged))
+        outputs = self.run(executable, [self.lane(tenant, x, template) for tenant, x in lanes], template)
         return [results(self.fits[t], [x[i] for x in outputs], template) for i, (t, _) in enumerate(lanes)]
 
 
-def serve(fits: Sequence[Fit], capacity: int | None = None, options: Options = CPU) -> Serving:
+def serve(
+    fits: Sequence[Fit], capacity: int | None = None, options: Options = CPU, segments: int = 1, states: int = 8
+) -> Serving:
+    """`states` is how many lanes may be between two segments."""
     assert len({one.key for one in fits}) == 1
-    schema = plan_schema(fits[0], options)
+    schema = plan_schema(fits[0], options, segments)
     prepare = Preparer(schema)
     rows = [prepare(one) for one in fits]
     store = Store(schema, capacity or len(fits), rows[0])
     slots = [store.take() for _ in fits]
     for slot, own in zip(slots, rows, strict=True):
         store.write(slot, own)
-    return Serving(schema, store, list(fits), slots)
+    pools = [Pool(own.registers, states) if len(own) > 1 else None for own in schema.segments]
+    return Serving(schema, store, list(fits), slots, pools)
 
 
 def flat(fit: Fit, inputs: Any, template: int = 0) -> list[Any]:

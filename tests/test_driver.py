@@ -11,14 +11,15 @@ import pytest
 from coalesce.errors import (
     DeadlineExceeded,
     DeviceError,
+    OutOfDeviceMemory,
     QueueFull,
     ServingError,
     Shutdown,
     TenantClosed,
     TenantFailure,
 )
-from coalesce.runtime.driver import Order
 from coalesce.runtime.observer import Observer
+from coalesce.runtime.orders import Order
 from coalesce.scheduler.commands import Reason
 from coalesce.scheduler.events import Closed, Event, TenantRemoved
 from tests.fake_machine import FakeMachine, Served
@@ -30,7 +31,7 @@ def test_results_go_to_whom_they_belong():
     with Served(FakeMachine()) as served:
         replies = [(i, served.submit(f"t{i % 4}", i)) for i in range(200)]
         assert [reply.result(10) for _, reply in replies] == [("result", i) for i, _ in replies]
-        assert served.driver.wait_empty(1.0)
+        assert served.driver.book.wait_empty(1.0)
 
 
 def test_what_arrives_while_a_bundle_runs_shares_the_next_one():
@@ -76,7 +77,7 @@ def test_cancelled_requests_never_run_and_end_once():
         waiting = [reply for reply in running if reply.cancel()]
         assert all(not reply.cancel() or reply.cancelled() for reply in waiting)
         machine.go.set()
-        assert served.driver.wait_empty(10.0)
+        assert served.driver.book.wait_empty(10.0)
         ran = {value for own in machine.launches for value in own}
         for i, reply in enumerate(running):
             if reply.cancelled():
@@ -210,7 +211,7 @@ def test_coroutines_of_one_loop_are_told_by_one_call(monkeypatch):
         waiters = []
         for i in range(17):
             reply = served.submit(f"t{i % 4}", i)
-            ticket = served.driver.tickets[reply.request]
+            ticket = served.driver.book.tickets[reply.request]
             ticket.waiter, ticket.loop = loop.create_future(), loop
             waiters.append(ticket.waiter)
         machine.go.set()
@@ -225,7 +226,7 @@ def test_explain_tells_the_way_of_a_request():
     with Served(FakeMachine()) as served:
         reply = served.submit("t2", 1)
         reply.result(10)
-        assert served.driver.wait_empty(5.0)
+        assert served.driver.book.wait_empty(5.0)
         text = served.history.explain(reply.request)
     assert text is not None
     lines = text.splitlines()
@@ -263,10 +264,73 @@ def test_many_threads_submit_and_each_request_ends_once():
             thread.start()
         for thread in threads:
             thread.join()
-        assert served.driver.wait_empty(10.0)
+        assert served.driver.book.wait_empty(10.0)
         stats = served.accounts.stats()
     assert not wrong
     assert sum(t.submitted for t in stats.tenants.values()) == 1600
     assert sum(t.ok + t.late + t.cancelled for t in stats.tenants.values()) == 1600
     values = [value for own in machine.launches for value in own]
     assert len(values) == len(set(values))
+
+
+def test_a_device_that_keeps_the_driver_waiting_ends_everything_and_the_end_is_not_kept_waiting():
+    machine = FakeMachine()
+    stuck = threading.Event()
+    machine.launch = lambda executable, entries: stuck.wait()  # type: ignore[method-assign]
+    served = Served(machine, hang_s=0.2)
+    replies = [served.submit("t0", i) for i in range(4)]
+    wait(replies, 10)
+    assert all(isinstance(reply.exception(0), DeviceError) for reply in replies)
+    with pytest.raises(DeviceError):
+        served.driver.carry_out(lambda: ())
+    served.driver.stop()
+    stuck.set()
+
+
+def test_without_memory_the_wide_executable_is_reported_and_its_lanes_run_in_halves():
+    machine = FakeMachine(most_lanes=2)
+    machine.go.clear()
+    with Served(machine, tenants=8) as served:
+        hold = [served.submit("t0", "hold"), served.submit("t0", "hold")]
+        while not machine.launches:
+            time.sleep(0.001)
+        replies = [served.submit(f"t{i}", i) for i in range(8)]
+        machine.go.set()
+        assert [reply.result(10) for reply in [*hold, *replies]][2:] == [("result", i) for i in range(8)]
+        assert set(served.maker.without_memory) <= {2, 3} and served.maker.without_memory
+
+
+def test_without_memory_for_one_lane_the_error_says_so():
+    with Served(FakeMachine(most_lanes=0)) as served:
+        error = served.submit("t0", 1).exception(10)
+    assert isinstance(error, OutOfDeviceMemory) and error.http == 507
+
+
+def test_a_device_that_fails_ends_everything():
+    machine = FakeMachine(dies_of=3)
+    with Served(machine) as served:
+        assert served.submit("t0", 1).result(10) == ("result", 1)
+        assert isinstance(served.submit("t0", 3).exception(10), DeviceError)
+        assert isinstance(served.submit("t1", 1).exception(10), DeviceError)
+        assert served.driver.book.wait_empty(10.0)
+        tenants = served.accounts.stats().tenants
+    assert all(t.pending == 0 for t in tenants.values())
+
+
+def test_orders_that_come_with_the_end_are_carried_out():
+    served = Served(FakeMachine())
+    done: list[int] = []
+
+    def order() -> None:
+        try:
+            served.driver.carry_out(lambda: done.append(1) or ())
+        except Shutdown:
+            done.append(1)
+
+    threads = [threading.Thread(target=order) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    served.driver.stop()
+    for thread in threads:
+        thread.join(10)
+    assert len(done) == 8

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Callable
+from concurrent.futures import wait
 from pathlib import Path
 
 import jax
@@ -11,11 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coalesce.observing import overlay
+from coalesce.observing import overlay, recording
 from coalesce.observing.metrics import Metrics
+from coalesce.observing.recording import Recording
 from coalesce.observing.trace import Trace
 from coalesce.runtime.observer import Observer
 from coalesce.runtime.runtime import Runtime
+from coalesce.scheduler.coalescing import Coalescing
+from coalesce.scheduler.events import Submitted
+from coalesce.scheduler.invariants import check
+from coalesce.scheduler.replay import replay
 
 SLO = 30.0  # generous: what is tested here is not time
 X = np.ones((1, 4), np.float32)
@@ -50,13 +56,26 @@ def test_a_trace_lies_over_the_profilers(serve, tmp_path: Path):
     overlay.main([str(tmp_path / name) for name in ("coalesce.json", "profile", "both.json")])
     events = json.loads((tmp_path / "both.json").read_text())["traceEvents"]
     decided = overlay.dispatches(events)
-    begun = {int(e["args"]["bundle"]): e["ts"] for e in events if e.get("name") == overlay.ANNOTATION}
+    begun = overlay.begun(events)
     assert len(begun) == 10 and begun.keys() <= decided.keys()
     assert all(begun[bundle] >= decided[bundle] - 1e-3 for bundle in begun)
     assert min(begun[bundle] - decided[bundle] for bundle in begun) == pytest.approx(0, abs=1e-3)
     (tmp_path / "nothing").mkdir()
     with pytest.raises(FileNotFoundError, match="stop_trace"):
         overlay.read_profile(tmp_path / "nothing")
+
+
+def test_a_log_of_the_real_driver_replays_to_the_same_commands(serve, tmp_path: Path):
+    with Recording(tmp_path / "log.jsonl") as log, serve(log) as rt:
+        replies = [rt.submit(f"t{i % 2}", X, deadline=0.5 * (1 + i % 3)) for i in range(200)]
+        replies[50].cancel()
+        rt.remove_tenant("t1", drain=False)
+        assert wait(replies, 60).not_done == set()
+    assert log.dropped == 0
+    decisions = recording.load(tmp_path / "log.jsonl")
+    assert sum(len(d.event.requests) for d in decisions if isinstance(d.event, Submitted)) == 200
+    assert replay(decisions, Coalescing()) is None
+    assert check(decisions) == []
 
 
 def test_the_log_tells_an_operator_what_happened(caplog):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coalesce.serving.executable import compile_executable, Lanes
+from coalesce.serving.executable import compile_executable
+from coalesce.serving.staging import Lane
 from tests.alone import array
 from tests.compare import assert_bitwise
 from tests.serving import assert_alone, BY_SLOT, CPU, fit_of, flat, plain, serve
@@ -63,11 +64,10 @@ def test_padding_reaches_no_lane(name):
     serving = serve([fit_of(found[0][0], p, found[0][2]) for p in (found[0][1], found[1][1], bad)])
     executable = serving.executable(4)
     lanes = [serving.lane(0, found[0][2]), serving.lane(1, found[1][2])]
-    poison = (serving.slots[2], [np.full_like(x, np.nan) for x in flat(serving.fits[2], found[2][2])])
+    poison = Lane(serving.slots[2], [np.full_like(x, np.nan) for x in flat(serving.fits[2], found[2][2])])
 
     def run(given):
-        (outputs,) = executable.fetch(executable.run([serving.store.bank], executable.stage([given])))
-        return [x[:2] for x in outputs]
+        return [x[:2] for x in serving.run(executable, given)]
 
     clean = run(lanes)
     assert all(np.isfinite(x).all() for x in clean)
@@ -103,9 +103,9 @@ def test_families_share_a_call():
     found = {name: tenants(name, 2) for name in ("mlp", "lstm")}
     for options in (CPU, BY_SLOT):
         each = [serve([fit_of(fn, p, x) for fn, p, x in own], options=options) for own in found.values()]
-        executable = compile_executable([Lanes(s.schema, 0, 2, s.store.capacity) for s in each])
+        executable = compile_executable([s.lanes(2) for s in each])
         entries = [[s.lane(t, found[n][t][2]) for t in (1, 0)] for n, s in zip(found, each, strict=True)]
-        got = executable.fetch(executable.run([s.store.bank for s in each], executable.stage(entries)))
+        got = executable.fetch(executable.run([s.store.bank for s in each], [None, None], executable.stage(entries)))
         for (name, own), outputs in zip(found.items(), got, strict=True):
             for i, t in enumerate((1, 0)):
                 want = jax.tree.leaves(plain(jax.jit(own[t][0])(own[t][1], *own[t][2])))

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from coalesce.bundle import packs
-from coalesce.serving.executable import Lanes, trace_executable
+from coalesce.serving.executable import trace_executable
 from coalesce.serving.store import free_bytes, Preparer
 from tests.alone import array
 from tests.compare import assert_bitwise
@@ -59,7 +59,7 @@ def test_a_write_changes_no_call_before_it_and_moves_nothing():
     pending = []
     for turn in range(60):
         serving.store.write(serving.slots[0], rows[turn % 2])
-        pending.append(executable.run([serving.store.bank], staged))
+        pending.append(executable.run([serving.store.bank], [None], staged))
     assert {x.unsafe_buffer_pointer() for x in serving.store.bank} == places
     for turn, outputs in enumerate(pending):
         got = results(fits[0], [x[0] for x in executable.fetch(outputs)[0]])
@@ -85,7 +85,7 @@ def test_kernels_of_a_gpu_read_the_bank_in_place(name):
     serving = serve([fit_of(fn, p, x) for fn, p, x in found], capacity=8, options=BY_SLOT)
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        traced = trace_executable([Lanes(serving.schema, 0, 4, 8)], packed=True)
+        traced = trace_executable([serving.lanes(4)], packed=True)
         text = traced.function.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@__gpu$xla.gpu.triton(") == len(list(packs(traced.bundle.schedule))) == 3
     (bank,) = serving.store.bank

@@ -21,7 +21,7 @@ class Aside(Observer):
     """Subclasses `put` what they were told, and say in `handle` what is done with it. Close it after the runtime."""
 
     def __init__(self, most: int = 100_000) -> None:
-        self.dropped = 0
+        self._dropped = [0]  # what copies of this one have in common with it
         self._most = most
         self._items: SimpleQueue[Any] = SimpleQueue()
         self._closed = False
@@ -32,7 +32,11 @@ class Aside(Observer):
         if self._items.qsize() < self._most:
             self._items.put(item)
         else:
-            self.dropped += 1
+            self._dropped[0] += 1
+
+    @property
+    def dropped(self) -> int:
+        return self._dropped[0]
 
     def handle(self, item: Any) -> None:
         raise NotImplementedError

@@ -15,6 +15,7 @@ import threading
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 try:
@@ -71,6 +72,17 @@ class Tenant:
         return self.submitted - self.outcomes.total()
 
 
+@dataclass
+class Device:
+    """What is known of one."""
+
+    bundles: Counter[tuple[int, int]] = field(default_factory=Counter)  # by width and lanes
+    failed: int = 0
+    busy_s: float = 0.0
+    ratio: Histogram = field(default_factory=lambda: Histogram(RATIOS))
+    executables: Counter[int] = field(default_factory=Counter)  # by width
+
+
 class Metrics(Observer, Collector):
     """`registry` holds these metrics and nothing else; register more there, or register this in a registry of yours."""
 
@@ -78,14 +90,16 @@ class Metrics(Observer, Collector):
         self.registry = CollectorRegistry(auto_describe=False)
         self._tenants: dict[str, Tenant] = {}
         self._owners: dict[int, str] = {}  # the tenants of requests that have not ended
-        self._bundles: Counter[tuple[int, int]] = Counter()  # by width and lanes
-        self._failed_bundles = 0
-        self._device_s = 0.0
-        self._ratio = Histogram(RATIOS)
-        self._executables: Counter[int] = Counter()  # by width
+        self._device = Device()
+        self._devices = {0: self._device}
         self._health: Callable[[], Health] | None = None
         self._lock = threading.Lock()
         self.registry.register(self)
+
+    def on(self, device: int) -> Metrics:
+        own = copy(self)
+        own._device = self._devices.setdefault(device, Device())
+        return own
 
     def watch(self, health: Callable[[], Health]) -> None:
         """Also show what `Runtime.health` says, asked whenever the metrics are."""
@@ -128,7 +142,7 @@ class Metrics(Observer, Collector):
             self._of(event.name).leaving = True
             self._forget_if_done(event.name)
         elif isinstance(event, CatalogChanged):
-            self._executables = Counter(sum(e.width for e in own.entries) for own in event.catalog.executables)
+            self._device.executables = Counter(sum(e.width for e in own.entries) for own in event.catalog.executables)
 
     def _move(self, requests: Sequence[int], count: int) -> None:
         for i in requests:
@@ -151,11 +165,11 @@ class Metrics(Observer, Collector):
         took_s = (end_ns - start_ns) / 1e9
         each_s = took_s / width
         with self._lock:
-            self._bundles[width, lanes] += 1
-            self._failed_bundles += error is not None
-            self._device_s += took_s
+            self._device.bundles[width, lanes] += 1
+            self._device.failed += error is not None
+            self._device.busy_s += took_s
             if error is None and dispatch.l50_ns:
-                self._ratio.add((end_ns - start_ns) / dispatch.l50_ns)
+                self._device.ratio.add((end_ns - start_ns) / dispatch.l50_ns)
             for tickets in entries:
                 for ticket in tickets:
                     tenant = self._of(ticket.request.tenant)
@@ -189,7 +203,7 @@ class Metrics(Observer, Collector):
 
     def collect(self) -> Iterator[Metric]:
         with self._lock:
-            yield from [*self._of_tenants(), *self._of_bundles()]
+            yield from [*self._of_tenants(), *self._of_devices()]
         if self._health is not None:
             yield from health_metrics(self._health())
 
@@ -221,21 +235,28 @@ class Metrics(Observer, Collector):
             apart.add_metric([name], own.quarantined)
         return [submitted, ended, latency, device, padding, waiting, running, apart]
 
-    def _of_bundles(self) -> list[Metric]:
+    def _of_devices(self) -> list[Metric]:
+        by = ["device"]
         bundles = CounterMetricFamily(
-            "coalesce_bundles", "Bundles that left the device, by room and by lanes used.", labels=["width", "lanes"]
+            "coalesce_bundles", "Bundles that left a device, by room and lanes used.", labels=[*by, "width", "lanes"]
         )
-        for (width, lanes), count in self._bundles.items():
-            bundles.add_metric([str(width), str(lanes)], count)
-        failed = CounterMetricFamily("coalesce_bundles_failed", "Bundles that raised.", value=self._failed_bundles)
-        busy = CounterMetricFamily("coalesce_device_busy_seconds", "Time that bundles took.", value=self._device_s)
-        buckets, total = self._ratio.sample()
+        failed = CounterMetricFamily("coalesce_bundles_failed", "Bundles that raised.", labels=by)
+        busy = CounterMetricFamily("coalesce_device_busy_seconds", "Time that bundles took.", labels=by)
         ratio = HistogramMetricFamily(
-            "coalesce_bundle_actual_to_predicted_ratio", "Time on the device over the expected median.", buckets, total
+            "coalesce_bundle_actual_to_predicted_ratio", "Time on the device over the expected median.", labels=by
         )
-        executables = GaugeMetricFamily("coalesce_executables", "Executables that are offered.", labels=["width"])
-        for width, count in sorted(self._executables.items()):
-            executables.add_metric([str(width)], count)
+        executables = GaugeMetricFamily(
+            "coalesce_executables", "Executables that are offered.", labels=[*by, "width"]
+        )
+        for number, own in self._devices.items():
+            device = str(number)
+            for (width, lanes), count in own.bundles.items():
+                bundles.add_metric([device, str(width), str(lanes)], count)
+            failed.add_metric([device], own.failed)
+            busy.add_metric([device], own.busy_s)
+            ratio.add_metric([device], *own.ratio.sample())
+            for width, count in sorted(own.executables.items()):
+                executables.add_metric([device, str(width)], count)
         return [bundles, failed, busy, ratio, executables]
 
 

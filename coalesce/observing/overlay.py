@@ -21,8 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from coalesce.observing.trace import DRIVER
-
 ANNOTATION = "coalesce bundle"  # as in coalesce/runtime/device.py, which would bring JAX along
 APART = 1000  # added to the profiler's processes, so that they are not taken for the runtime's
 
@@ -39,13 +37,22 @@ def read_profile(path: str | Path) -> list[dict[str, Any]]:
         return [event for event in json.load(file)["traceEvents"] if "ph" in event]
 
 
-def dispatches(events: Sequence[dict[str, Any]]) -> dict[int, float]:
+Bundle = tuple[int, int]  # its device, and its number there
+
+
+def dispatches(events: Sequence[dict[str, Any]]) -> dict[Bundle, float]:
     """When the runtime decided to dispatch each bundle, in microseconds."""
-    found = {}
-    for event in events:
-        if event.get("pid") == DRIVER and event["ph"] == "X":
-            found.update(dict.fromkeys(event["args"]["bundles"], event["ts"] + event["dur"]))
-    return found
+    return {
+        (event["args"]["device"], bundle): event["ts"] + event["dur"]
+        for event in events
+        for bundle in event.get("args", {}).get("bundles", ())
+    }
+
+
+def begun(events: Sequence[dict[str, Any]]) -> dict[Bundle, float]:
+    """When the profiler saw each dispatch begin, in microseconds of its own."""
+    found = (event for event in events if event.get("name") == ANNOTATION and "ts" in event)
+    return {(int(e["args"].get("device", 0)), int(e["args"]["bundle"])): e["ts"] for e in found}
 
 
 def shift(ours: Sequence[dict[str, Any]], profile: Sequence[dict[str, Any]]) -> float:
@@ -54,8 +61,7 @@ def shift(ours: Sequence[dict[str, Any]], profile: Sequence[dict[str, Any]]) -> 
     Raises:
       ValueError: no bundle is in both.
     """
-    ours_us = dispatches(ours)
-    annotated = {int(e["args"]["bundle"]): e["ts"] for e in profile if e.get("name") == ANNOTATION and "ts" in e}
+    ours_us, annotated = dispatches(ours), begun(profile)
     both = ours_us.keys() & annotated.keys()
     if not both:
         raise ValueError(

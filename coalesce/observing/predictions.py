@@ -11,6 +11,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,8 @@ from coalesce.scheduler.commands import Dispatch
 
 
 class Line(NamedTuple):
-    bundle: int
+    device: int
+    bundle: int  # of the device
     executable: str
     width: int
     lanes: int
@@ -39,7 +41,13 @@ class Predictions(Aside):
         self._is_csv = Path(path).suffix == ".csv"
         if self._is_csv:
             self._file.write(as_csv(Line._fields))
+        self._device = 0
         super().__init__(most)
+
+    def on(self, device: int) -> Predictions:
+        own = copy(self)
+        own._device = device
+        return own
 
     def finished(
         self,
@@ -53,6 +61,7 @@ class Predictions(Aside):
         tenants = len({ticket.request.tenant for tickets in entries for ticket in tickets})
         self.put(
             Line(
+                self._device,
                 dispatch.bundle,
                 text_of(form),
                 sum(entry.width for entry in form),

@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import NamedTuple
 
 try:
@@ -47,6 +48,7 @@ class Sent(NamedTuple):
 
 
 class Ran(NamedTuple):
+    device: int
     dispatch: Dispatch
     form: tuple[Entry, ...]
     start_ns: int
@@ -55,6 +57,7 @@ class Ran(NamedTuple):
 
 
 class Ended(NamedTuple):
+    device: int
     request: Request
     bundles: tuple[int, ...]
     outcome: str
@@ -75,8 +78,14 @@ class Spans(Aside):
         self._tracer = (provider or get_tracer_provider()).get_tracer("coalesce")
         self._epoch_ns = time.time_ns() - clock()  # spans are in time of day
         self._contexts: OrderedDict[int, Context] = OrderedDict()
-        self._bundles: OrderedDict[int, Ran] = OrderedDict()
+        self._bundles: OrderedDict[tuple[int, int], Ran] = OrderedDict()
+        self._device = 0
         super().__init__(most)
+
+    def on(self, device: int) -> Spans:
+        own = copy(self)
+        own._device = device
+        return own
 
     # What the runtime tells
 
@@ -92,7 +101,8 @@ class Spans(Aside):
         end_ns: int,
         error: Exception | None,
     ) -> None:
-        self.put(Ran(dispatch, tuple(form), start_ns, end_ns, f"{type(error).__name__}: {error}" if error else ""))
+        text = f"{type(error).__name__}: {error}" if error is not None else ""
+        self.put(Ran(self._device, dispatch, tuple(form), start_ns, end_ns, text))
 
     def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
         for ending in endings:
@@ -103,7 +113,7 @@ class Spans(Aside):
         self._end(ticket, reason.name.lower(), now_ns, reason is not Reason.CANCELLED)
 
     def _end(self, ticket: Ticket, outcome: str, now_ns: int, failed: bool) -> None:
-        self.put(Ended(ticket.request, tuple(ticket.bundles), outcome, now_ns, failed))
+        self.put(Ended(self._device, ticket.request, tuple(ticket.bundles), outcome, now_ns, failed))
 
     # On its own thread
 
@@ -113,7 +123,7 @@ class Spans(Aside):
             if len(self._contexts) > 2 * self._most:  # of requests whose end was dropped
                 self._contexts.popitem(last=False)
         elif isinstance(item, Ran):
-            self._bundles[item.dispatch.bundle] = item
+            self._bundles[item.device, item.dispatch.bundle] = item
             if len(self._bundles) > KEPT:
                 self._bundles.popitem(last=False)
         else:
@@ -136,8 +146,9 @@ class Spans(Aside):
         )
         inside = set_span_in_context(span)
         for bundle in ended.bundles:
-            if bundle in self._bundles:
-                self._make_bundle(self._bundles[bundle], inside)
+            ran = self._bundles.get((ended.device, bundle))
+            if ran is not None:
+                self._make_bundle(ran, inside)
         if ended.failed:
             span.set_status(Status(StatusCode.ERROR, ended.outcome))
         span.end(self._epoch_ns + ended.end_ns)
@@ -148,6 +159,7 @@ class Spans(Aside):
             "coalesce.bundle",
             context=inside,
             attributes={
+                "coalesce.device": ran.device,
                 "coalesce.bundle": dispatch.bundle,
                 "coalesce.executable": text_of(ran.form),
                 "coalesce.lanes": sum(map(len, dispatch.lanes)),

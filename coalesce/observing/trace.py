@@ -17,6 +17,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,12 +28,13 @@ from coalesce.scheduler.commands import Command, Dispatch, Reason
 from coalesce.scheduler.events import Event
 from coalesce.scheduler.request import Request
 
-DRIVER, DEVICE, REQUESTS = 1, 2, 3  # processes
-PROCESSES = {DRIVER: "coalesce driver", DEVICE: "coalesce device", REQUESTS: "coalesce requests"}
+REQUESTS = 1  # Chrome's "processes"; each device has two
+DRIVER, DEVICE, EACH = 2, 3, 2
 JsonEvent = dict[str, Any]
 
 
 class Tick(NamedTuple):
+    device: int
     event: Event
     commands: tuple[Command, ...]
     start_ns: int
@@ -40,6 +42,7 @@ class Tick(NamedTuple):
 
 
 class Ran(NamedTuple):
+    device: int
     dispatch: Dispatch
     form: tuple[Entry, ...]
     requests: tuple[tuple[Request, ...], ...]
@@ -60,11 +63,17 @@ class Trace(Observer):
     def __init__(self, most: int = 200_000, clock: Callable[[], int] = time.monotonic_ns) -> None:
         self._seen: deque[Tick | Ran | Ended] = deque(maxlen=most)
         self._clock = clock
+        self._device = 0
+
+    def on(self, device: int) -> Trace:
+        own = copy(self)
+        own._device = device
+        return own
 
     # What the runtime tells
 
     def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
-        self._seen.append(Tick(event, tuple(commands), now_ns, self._clock()))
+        self._seen.append(Tick(self._device, event, tuple(commands), now_ns, self._clock()))
 
     def finished(
         self,
@@ -77,7 +86,7 @@ class Trace(Observer):
     ) -> None:
         requests = tuple(tuple(ticket.request for ticket in tickets) for tickets in entries)
         text = f"{type(error).__name__}: {error}" if error is not None else ""
-        self._seen.append(Ran(dispatch, tuple(form), requests, start_ns, end_ns, text))
+        self._seen.append(Ran(self._device, dispatch, tuple(form), requests, start_ns, end_ns, text))
 
     def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
         for ending in endings:
@@ -94,7 +103,7 @@ class Trace(Observer):
         tracks = Tracks()
         for seen in list(self._seen):
             if isinstance(seen, Tick):
-                tracks.events.append(tick(seen))
+                tracks.events.append(tick(seen, tracks))
             elif isinstance(seen, Ran):
                 tracks.events += bundle(seen, tracks)
             else:
@@ -112,35 +121,44 @@ class Tracks:
     def __init__(self) -> None:
         self.events: list[JsonEvent] = []
         self.tenants: dict[str, int] = {}
-        self.lanes = 0
+        self.lanes: dict[int, int] = {}  # of each device
 
     def names(self) -> Iterator[JsonEvent]:
-        for process, name in PROCESSES.items():
-            yield {"ph": "M", "name": "process_name", "pid": process, "tid": 0, "args": {"name": name}}
-            yield {"ph": "M", "name": "process_sort_index", "pid": process, "tid": 0, "args": {"sort_index": process}}
-        yield thread_name(DRIVER, 1, "decisions")
-        yield thread_name(DEVICE, 1, "bundles")
-        for lane in range(self.lanes):
-            yield thread_name(DEVICE, 2 + lane, f"lane {lane}")
+        yield from process_name(REQUESTS, "coalesce requests")
         for tenant, number in self.tenants.items():
             yield thread_name(REQUESTS, number, tenant)
+        for device, lanes in sorted(self.lanes.items()):
+            driver, own = DRIVER + EACH * device, DEVICE + EACH * device
+            yield from process_name(driver, f"coalesce driver {device}")
+            yield thread_name(driver, 1, "decisions")
+            yield from process_name(own, f"coalesce device {device}")
+            yield thread_name(own, 1, "bundles")
+            for lane in range(lanes):
+                yield thread_name(own, 2 + lane, f"lane {lane}")
+
+
+def process_name(process: int, name: str) -> Iterator[JsonEvent]:
+    yield {"ph": "M", "name": "process_name", "pid": process, "tid": 0, "args": {"name": name}}
+    yield {"ph": "M", "name": "process_sort_index", "pid": process, "tid": 0, "args": {"sort_index": process}}
 
 
 def thread_name(process: int, thread: int, name: str) -> JsonEvent:
     return {"ph": "M", "name": "thread_name", "pid": process, "tid": thread, "args": {"name": name}}
 
 
-def tick(seen: Tick) -> JsonEvent:
+def tick(seen: Tick, tracks: Tracks) -> JsonEvent:
+    tracks.lanes.setdefault(seen.device, 0)
     args = {
+        "device": seen.device,
         "event": str(seen.event)[:500],
         "commands": [str(command)[:200] for command in seen.commands],
         "bundles": [command.bundle for command in seen.commands if isinstance(command, Dispatch)],
     }
-    return span(type(seen.event).__name__, DRIVER, 1, seen.start_ns, seen.end_ns, args)
+    return span(type(seen.event).__name__, DRIVER + EACH * seen.device, 1, seen.start_ns, seen.end_ns, args)
 
 
 def bundle(seen: Ran, tracks: Tracks) -> Iterator[JsonEvent]:
-    dispatch, lanes = seen.dispatch, sum(map(len, seen.requests))
+    dispatch, lanes, process = seen.dispatch, sum(map(len, seen.requests)), DEVICE + EACH * seen.device
     args = {
         "bundle": dispatch.bundle,
         "executable": text_of(seen.form),
@@ -150,7 +168,7 @@ def bundle(seen: Ran, tracks: Tracks) -> Iterator[JsonEvent]:
         "why": dispatch.why,
         "error": seen.error,
     }
-    yield span(f"bundle {dispatch.bundle}: {text_of(seen.form)}", DEVICE, 1, seen.start_ns, seen.end_ns, args)
+    yield span(f"bundle {dispatch.bundle}: {text_of(seen.form)}", process, 1, seen.start_ns, seen.end_ns, args)
     first = 0
     for entry, requests in zip(seen.form, seen.requests, strict=True):
         for lane, request in enumerate(requests, first):
@@ -159,9 +177,9 @@ def bundle(seen: Ran, tracks: Tracks) -> Iterator[JsonEvent]:
                 "bundle": dispatch.bundle,
                 "left_us": (request.deadline_ns - seen.end_ns) / 1e3,
             }
-            yield span(request.tenant, DEVICE, 2 + lane, seen.start_ns, seen.end_ns, args)
+            yield span(request.tenant, process, 2 + lane, seen.start_ns, seen.end_ns, args)
         first += entry.width
-    tracks.lanes = max(tracks.lanes, first)
+    tracks.lanes[seen.device] = max(tracks.lanes.get(seen.device, 0), first)
 
 
 def life(seen: Ended, tracks: Tracks) -> Iterator[JsonEvent]:

@@ -1,4 +1,5 @@
-"""The machine that serves: banks, and executables that read them, on one JAX device.
+"""The machine that serves: banks, pools of what lies between segments, and executables that read them, on one JAX
+device.
 
 What compiles runs on any thread; everything else changes what the next bundle reads, and runs on the driver's.
 """
@@ -7,21 +8,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
+from coalesce.bank import default_device
 from coalesce.compile import default_costs, default_tuned
 from coalesce.errors import OutOfDeviceMemory
-from coalesce.runtime.host import Host
+from coalesce.runtime.bundle import blank_of, Bundle, lane_of, leave, Pools, raise_understood, restored, suspect
+from coalesce.runtime.host import Course, Host
 from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler import catalog
 from coalesce.scheduler.catalog import Catalog, Entry
 from coalesce.serving.executable import compile_executable, Executable, Lanes
 from coalesce.serving.fit import Fit
-from coalesce.serving.schema import Options, plan_schema, Schema
+from coalesce.serving.schema import cut, Options, plan_schema, Schema
+from coalesce.serving.segments import Segments
 from coalesce.serving.store import free_bytes
 
 ANNOTATION = "coalesce bundle"  # what a dispatch is called in a trace of jax.profiler
@@ -29,73 +33,96 @@ ANNOTATION = "coalesce bundle"  # what a dispatch is called in a trace of jax.pr
 Key = tuple[tuple[Entry, ...], tuple[int, ...]]  # entries, and the capacity of each one's bank
 
 
+class Home(NamedTuple):
+    """Where a family is at home."""
+
+    host: Host
+    course: Course
+
+
 @dataclass(eq=False)
 class Loaded:
     """An executable that reads the banks as they are now."""
 
     executable: Executable
-    hosts: tuple[Host, ...]
+    homes: tuple[Home, ...]  # of each entry
     offered: catalog.Executable | None = None  # once it was timed
+    used: int = 0  # the number of its last run
 
+    @property
+    def pools(self) -> Pools:
+        return [home.course.pool for home in self.homes]
 
-class Bundle:
-    """A bundle on its way."""
-
-    def __init__(self, executable: Executable, outputs: Any, entries: Sequence[Sequence[Ticket]]) -> None:
-        self._executable, self._outputs, self._entries = executable, outputs, entries
-
-    def wait(self) -> None:
-        jax.block_until_ready(self._outputs)
-
-    def results(self) -> list[list[Any]]:
-        """Copies: what one tenant holds keeps no other's results alive, and shows none."""
-        fetched = self._executable.fetch(self._outputs)
-        return [
-            [ticket.form.result([np.array(x[i]) for x in own]) for i, ticket in enumerate(tickets)]
-            for tickets, own in zip(self._entries, fetched, strict=True)
-        ]
+    @property
+    def capacities(self) -> tuple[int, ...]:
+        return tuple(home.host.store.capacity for home in self.homes)
 
 
 class Device:
-    def __init__(self, memory_limit: int | None = None) -> None:
-        measured = default_tuned(None, None)
-        self._options = Options(jax.default_backend(), default_costs(None, measured), tuned=measured)
+    """`at` is the JAX device; the default one unless given."""
+
+    def __init__(self, memory_limit: int | None = None, at: Any = None) -> None:
+        self.at = default_device() if at is None else at
         self._memory_limit = memory_limit
+        with self.here():
+            measured = default_tuned(None, None)
+            self._options = Options(self.at.platform, default_costs(None, measured), tuned=measured)
         self.hosts: dict[Any, Host] = {}  # by the schema's key
-        self._places: dict[int, tuple[Host, int]] = {}  # of each family its host, and which template it is there
+        self._homes: dict[int, Home] = {}  # of each family
         self._families = itertools.count()
         self._numbers: dict[tuple[Entry, ...], int] = {}  # what an executable is called in the catalog
         self._next = itertools.count()
+        self._runs = itertools.count(1)
         self._loaded: dict[int, Loaded] = {}
         self._spare: dict[Key, Executable] = {}  # for banks that are to grow
 
     # Of any thread
 
-    def plan(self, fit: Fit) -> Schema:
-        return plan_schema(fit, self._options)
+    def here(self) -> AbstractContextManager[Any]:
+        """What the calling thread computes and compiles meanwhile is for this device."""
+        return jax.default_device(self.at)
+
+    def plan(self, fit: Fit, segments: int | None, patience_us: float | None) -> Schema:
+        return plan_schema(fit, self._options, segments, patience_us)
+
+    def cut(self, schema: Schema, patience_us: float) -> list[Segments]:
+        """Its programs, in other segments than they were planned with."""
+        return [cut(template, self._options, None, patience_us) for template in schema.templates]
 
     def compile(self, entries: tuple[Entry, ...], capacities: tuple[int, ...]) -> Executable:
         return compile_executable([self._lanes(*both) for both in zip(entries, capacities, strict=True)])
 
     def _lanes(self, entry: Entry, capacity: int) -> Lanes:
-        host, template = self._places[entry.family]
-        return Lanes(host.schema, template, entry.width, capacity)
+        host, course = self._homes[entry.family]
+        slots = course.pool.slots if course.pool is not None else 0
+        return Lanes(host.schema, course.segments, entry.width, capacity, entry.segment, slots)
 
     def capacity_of(self, family: int) -> int:
-        return self._places[family][0].store.capacity
+        return self._homes[family].host.store.capacity
+
+    def may_mix(self, entries: Sequence[Entry]) -> bool:
+        """Whether one executable may run them: not two segments of one program, whose pool would have to be copied, nor
+        one that may raise with one that has a pool, which would be lost."""
+        if not self.knows(entries):
+            return False
+        courses = [self._homes[entry.family].course for entry in entries]
+        if len({course.family for course in courses}) < len(courses):
+            return False
+        return not (any(c.segments.may_raise for c in courses) and any(c.pool is not None for c in courses))
 
     def entries_of(self, host: Host, alone: bool = True) -> list[tuple[Entry, ...]]:
         """What was made for it, `alone` or with others."""
         of_it = all if alone else any
-        return [entries for entries in list(self._numbers) if of_it(e.family in host.families for e in entries)]
+        own = {family for family, home in list(self._homes.items()) if home.host is host}
+        return [entries for entries in list(self._numbers) if of_it(e.family in own for e in entries)]
 
     def knows(self, entries: Sequence[Entry]) -> bool:
         """Whether the families are still here."""
-        return all(entry.family in self._places for entry in entries)
+        return all(entry.family in self._homes for entry in entries)
 
     def check_room(self, what: str, needed: int) -> None:
         """Raises OutOfDeviceMemory."""
-        free = free_bytes([host.store for host in self.hosts.values()], self._memory_limit)
+        free = free_bytes(list(self.hosts.values()), self._memory_limit)
         if free is not None and needed > free:
             raise OutOfDeviceMemory(
                 f"{what} needs {needed:,} bytes on the device, and {max(0, free):,} are free; remove tenants, or raise "
@@ -104,22 +131,31 @@ class Device:
 
     @property
     def held_bytes(self) -> int:
-        return sum(host.store.nbytes for host in list(self.hosts.values()))
+        return sum(host.nbytes for host in list(self.hosts.values()))
 
     # Of the driver's thread
 
     def admit(self, host: Host) -> None:
         """A schema that is new here; its families have numbers of `next_families`."""
         self.hosts[host.schema.key] = host
-        self._places.update((family, (host, template)) for template, family in enumerate(host.families))
+        self.open(host, host.courses)
+
+    def open(self, host: Host, courses: Sequence[Course]) -> None:
+        """Programs of it, under numbers of `next_families`."""
+        self._homes.update((course.family, Home(host, course)) for course in courses)
 
     def dismiss(self, host: Host) -> Catalog:
         """Its bank and its executables go; its families' numbers are not used again."""
         self.hosts.pop(host.schema.key)
-        for family in host.families:
-            del self._places[family]
-        for entries in self.entries_of(host, alone=False):
-            self._loaded.pop(self._numbers.pop(entries), None)
+        return self.shut([family for family, home in self._homes.items() if home.host is host])
+
+    def shut(self, families: Sequence[int]) -> Catalog:
+        """Nobody asks for them any more."""
+        for family in families:
+            del self._homes[family]
+        for entries in list(self._numbers):
+            if not self.knows(entries):
+                self._loaded.pop(self._numbers.pop(entries), None)
         self._spare = {key: own for key, own in self._spare.items() if key[0] in self._numbers}
         return self.catalog
 
@@ -128,36 +164,44 @@ class Device:
 
     def launch(self, executable: int, entries: Sequence[Sequence[Ticket]]) -> Bundle:
         loaded = self._loaded[executable]
+        loaded.used = next(self._runs)
         number = next(ticket.bundles[-1] for tickets in entries for ticket in tickets)
         with jax.profiler.TraceAnnotation(ANNOTATION, bundle=number):
-            lanes = [[(t.resident.slot, t.form.ordered(t.inputs)) for t in tickets] for tickets in entries]
-            arguments = loaded.executable.stage(lanes)
-            return Bundle(loaded.executable, self._run(loaded, arguments), entries)
+            each = zip(entries, loaded.executable.lanes, loaded.pools, strict=True)
+            lanes = [[lane_of(t, own, pool) for t in tickets] for tickets, own, pool in each]
+            return self._run(loaded, loaded.executable.stage(lanes), entries)
 
     def launch_blank(self, key: Key) -> Bundle:
-        """A run of what reads slot 0 and zeros."""
+        """A run for nothing."""
         loaded = self._loaded[self._numbers[key[0]]]
-        blanks = [[(0, [np.zeros(x.shape, x.dtype) for x in own.program.inputs])] for own in loaded.executable.lanes]
-        return Bundle(loaded.executable, self._run(loaded, loaded.executable.stage(blanks)), [])
+        blanks = [[blank_of(own, pool)] for own, pool in zip(loaded.executable.lanes, loaded.pools, strict=True)]
+        return self._run(loaded, loaded.executable.stage(blanks), [])
 
-    def _run(self, loaded: Loaded, arguments: Any) -> Any:
-        return loaded.executable.run([host.store.bank for host in loaded.hosts], arguments)
+    def _run(self, loaded: Loaded, arguments: Any, entries: Sequence[Sequence[Ticket]]) -> Bundle:
+        executable, pools = loaded.executable, loaded.pools
+        restored(pools)
+        try:
+            outputs = executable.run([home.host.store.bank for home in loaded.homes], pools, arguments)
+        except Exception as e:
+            suspect(pools)
+            raise_understood(e, self.at)
+        return Bundle(self.at, executable, pools, outputs, entries)
 
     def release(self, tickets: Sequence[Ticket]) -> None:
-        """Requests that end early hold nothing here."""
+        leave(tickets)
 
     def install(self, key: Key, executable: Executable) -> bool:
         """Whether it can run now; else it is kept until its bank has grown, or dropped if that is past."""
         entries, capacities = key
         if not self.knows(entries):
             return False
-        hosts = tuple(self._places[entry.family][0] for entry in entries)
-        now = tuple(host.store.capacity for host in hosts)
+        loaded = Loaded(executable, tuple(self._homes[entry.family] for entry in entries))
+        now = loaded.capacities
         if now != capacities:
             if all(has <= wants for has, wants in zip(now, capacities, strict=True)):
                 self._spare[key] = executable
             return False
-        self._loaded[self._number(entries)] = Loaded(executable, hosts)
+        self._loaded[self._number(entries)] = loaded
         return True
 
     def _number(self, entries: tuple[Entry, ...]) -> int:
@@ -168,22 +212,53 @@ class Device:
     def offer(self, key: Key, l50_ns: int, l99_ns: int) -> Catalog:
         number = self._numbers[key[0]]
         self._loaded[number].offered = catalog.Executable(number, key[0], l50_ns, l99_ns)
+        self._loaded[number].used = next(self._runs)
         return self.catalog
+
+    def evict(self, most: int) -> list[Key]:
+        """Drops what ran the longest ago until no more are offered; returns what they were."""
+        evicted = []
+        while len(self.catalog.executables) > most:
+            loaded = [(own.used, number) for number, own in self._loaded.items() if own.offered is not None]
+            key = next((key for _, number in sorted(loaded) if (key := self.withdraw(number))), None)
+            if key is None:
+                break
+            evicted.append(key)
+        return evicted
+
+    def withdraw(self, number: int) -> Key | None:
+        """Drops an executable, and says what it was; None if it stays, since its family could not be served without."""
+        loaded = self._loaded.get(number)
+        if loaded is None or loaded.offered is None or self._is_narrowest(loaded.offered):
+            return None
+        del self._loaded[number]
+        return loaded.offered.entries, loaded.capacities
+
+    def _is_narrowest(self, executable: catalog.Executable) -> bool:
+        if len(executable.entries) != 1:
+            return False
+        family, segment, _ = executable.entries[0]
+        return self.catalog.by_place[family, segment][0] == executable
 
     def grow(self, host: Host, capacity: int) -> Catalog:
         """Make room, and go on with the executables that were made for it; what has none is offered no more."""
         host.store.grow(capacity)
         for entries, number in self._numbers.items():
             old = self._loaded.get(number)
-            if old is None or host not in old.hosts:
+            if old is None or all(home.host is not host for home in old.homes):
                 continue
-            ready = self._spare.pop((entries, tuple(h.store.capacity for h in old.hosts)), None)
+            ready = self._spare.pop((entries, old.capacities), None)
             if ready is None:
                 del self._loaded[number]
             else:
-                self._loaded[number] = Loaded(ready, old.hosts, old.offered)
+                self._loaded[number] = Loaded(ready, old.homes, old.offered)
         return self.catalog
 
     @property
     def catalog(self) -> Catalog:
-        return Catalog(tuple(own.offered for own in self._loaded.values() if own.offered is not None))
+        cut = {family: home.course for family, home in self._homes.items() if home.course.pool is not None}
+        return Catalog(
+            tuple(own.offered for own in self._loaded.values() if own.offered is not None),
+            {family: len(course.segments) for family, course in cut.items()},
+            {family: course.pool.slots for family, course in cut.items() if course.pool is not None},
+        )

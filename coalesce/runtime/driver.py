@@ -11,119 +11,126 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from coalesce.errors import DeviceError, ServingError, Shutdown
+from coalesce.runtime.book import Book
 from coalesce.runtime.endings import error_of
-from coalesce.runtime.finisher import Finisher, Flight, Probe, Probing
+from coalesce.runtime.finisher import Exhausted, Finisher, Flight, Lost, Probe, Probing
 from coalesce.runtime.inbox import Inbox
 from coalesce.runtime.machine import Machine
 from coalesce.runtime.observer import Observers
+from coalesce.runtime.orders import Order, Orders
 from coalesce.runtime.ticket import Ending, Reply, tell, Ticket
+from coalesce.runtime.watchdog import Watchdog
 from coalesce.scheduler.catalog import Entry
-from coalesce.scheduler.commands import Dispatch, Quarantine, Readmit, Reject, WakeAt, Want
-from coalesce.scheduler.events import CatalogChanged, Completed, Event, Submitted, Timer
+from coalesce.scheduler.commands import Dispatch, Quarantine, Readmit, Reason, Reject, WakeAt, Want
+from coalesce.scheduler.events import Cancelled, CatalogChanged, Completed, Event, Submitted, Timer
 from coalesce.scheduler.policy import Policy
 from coalesce.scheduler.request import Request
 
 LOG = logging.getLogger("coalesce.runtime")
 
 
-class Order(NamedTuple):
-    """Something to do on this thread, between dispatches; events that follow from it are told to the policy."""
-
-    do: Callable[[], Sequence[Event]]
-
-
 class Stop(NamedTuple):
     pass
 
 
-class Driver:
-    """`tickets` are the requests that have not ended, by id; a caller adds one before it sends the request here."""
+@runtime_checkable
+class Maker(Protocol):
+    """Who makes executables, as the driver sees it; called on the driver's thread."""
 
+    def want(self, want: Want) -> None: ...
+
+    def exhausted(self, executable: int, error: Exception) -> Sequence[Event]:
+        """There was no memory to run it."""
+        ...
+
+
+JOIN_S = 1.0  # how long a thread is waited for that may hang
+
+
+class Driver:
     def __init__(
         self,
         policy: Policy,
         machine: Machine,
         observers: Observers,
         clock: Callable[[], int],
-        want: Callable[[Want], None],
+        maker: Maker,
         hang_s: float,
     ) -> None:
         self.inbox = Inbox()
-        self.tickets: dict[int, Ticket] = {}
+        self.book = Book(observers, clock)
         self.failure: ServingError | None = None  # of the device, for good
         self.stopped = False  # from then on nobody looks at the inbox
-        self._policy, self._machine, self._observers, self._clock, self._want = policy, machine, observers, clock, want
-        self._finisher = Finisher(self.inbox, machine, observers, clock, self.forget)
+        self._policy, self._machine, self._maker, self._observers = policy, machine, maker, observers
+        self._clock = clock
+        self._finisher = Finisher(self.inbox, machine, observers, clock, self.book)
+        self._watchdog = Watchdog(self._overdue, self.lose, hang_s)
         self._hang_ns = int(hang_s * 1e9)
+        self._busy_since_ns: int | None = None  # with what it took from the inbox
         self._forms: dict[int, Sequence[Entry]] = {}  # of the executables that are offered
         self._flights: deque[tuple[int, int]] = deque()  # (bundle, when it is overdue)
         self._wake_ns: int | None = None
-        self._ended = threading.Condition()
-        self._waiting = 0  # threads, for requests to end
+        self._orders = Orders()
+        self._losing = threading.Lock()
         self._thread = threading.Thread(target=self._loop, name="coalesce-driver", daemon=True)
         self._does: dict[type, Callable[[Any, int], None]] = {
             Dispatch: self._dispatch,
             Reject: self._reject,
             WakeAt: self._wake_at,
-            Want: lambda command, now_ns: self._want(command),
+            Want: lambda command, now_ns: self._maker.want(command),
             Quarantine: self._report,
             Readmit: self._report,
         }
 
     def start(self) -> None:
         self._finisher.start()
+        self._watchdog.start()
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends both threads; what is in flight is not waited for if the device is lost."""
+        """Ends the threads, after everything that was put into the inbox; a device that is lost is not waited for."""
         self.inbox.put(Stop())
-        self._thread.join()
-        self._finisher.stop(wait=self.failure is None)
+        self._join(self._thread)
+        self._finisher.stop()
+        self._join(self._finisher.thread)
+        self._watchdog.stop()
         self.stopped = True
-        self._end_all(self.failure or Shutdown("the runtime is closed"))
+        self._orders.fail_all(self._last_error)
+        self.book.end_all(self._last_error, Reason.SHUTDOWN)
         LOG.info("the runtime is closed")
+
+    def _join(self, thread: threading.Thread) -> None:
+        while thread.is_alive():
+            thread.join(JOIN_S)
+            if self.failure is not None:
+                return
 
     @property
     def threads(self) -> tuple[threading.Thread, ...]:
-        return self._thread, self._finisher.thread
+        return self._thread, self._finisher.thread, self._watchdog.thread
 
-    def wait_for(self, gone: Callable[[Sequence[Ticket]], bool], timeout_s: float | None) -> bool:
-        """Whether `gone` holds for the requests that have not ended, after at most so long."""
-        with self._ended:
-            self._waiting += 1
-            try:
-                return self._ended.wait_for(lambda: gone(list(self.tickets.values())), timeout_s)
-            finally:
-                self._waiting -= 1
-
-    def wait_empty(self, timeout_s: float | None) -> bool:
-        return self.wait_for(lambda tickets: not tickets, timeout_s)
-
-    def forget(self, ids: Sequence[int]) -> None:
-        """Requests have ended."""
-        for i in ids:
-            self.tickets.pop(i, None)
-        with self._ended:
-            if self._waiting:
-                self._ended.notify_all()
+    @property
+    def _last_error(self) -> ServingError:
+        return self.failure or Shutdown("the runtime is closed")
 
     def send(self, ticket: Ticket) -> None:
         """Take on a request; called on any thread."""
         self._observers.sent(ticket)
-        self.tickets[ticket.request.id] = ticket
+        self.book.tickets[ticket.request.id] = ticket
         self.inbox.put(ticket.request)
         if self.stopped:  # it may have come after the last look at the inbox
-            self._end_all(self.failure or Shutdown("the runtime is closed"))
+            self.book.end_all(self._last_error, Reason.SHUTDOWN)
 
-    def order(self, order: Order, done: Future[Any]) -> None:
-        """Have something done on this thread, which ends `done`; called on any other."""
-        self.inbox.put(order)
-        if self.stopped and not done.done():
-            done.set_exception(Shutdown("the runtime is closed"))
+    def withdraw(self, request: int) -> None:
+        """Nobody waits for a request any more."""
+        self.inbox.put(Cancelled(request))
+
+    def carry_out(self, do: Callable[[], Sequence[Event]]) -> None:
+        """Have something done on this thread and the policy told what follows; called on any other, which waits."""
+        self._orders.carry_out(self.inbox.put, do)
 
     def probe(self, probe: Probe) -> None:
         """Run something for nothing; called on this thread."""
@@ -143,21 +150,18 @@ class Driver:
 
     def _work(self) -> bool:
         """Whether there is more to come; nothing of what was done is held while this thread waits."""
-        items = self.inbox.take(self._patience_s())
-        if any(isinstance(item, Stop) for item in items):
-            return False
+        wake_ns = self._wake_ns
+        items = self.inbox.take(None if wake_ns is None else max(0, wake_ns - self._clock()) / 1e9)
+        self._busy_since_ns = self._clock()
+        going = not any(isinstance(item, Stop) for item in items)
         try:
-            self._handle(items or [Timer()])
+            self._handle([item for item in items if not isinstance(item, Stop)] or [Timer()])  # orders are waited for
         except Exception:  # a bug of ours must not leave everybody waiting for ever
-            LOG.exception("the driver failed; every request that waits ends with DeviceError")
-            self._lose("the runtime's driver failed; its log has the traceback. Restart the runtime")
-        if self._flights and self._clock() > self._flights[0][1]:
-            self._lose(f"a bundle is on the device for {self._hang_ns / 1e9:g} s; it hangs. Restart the process")
-        return True
-
-    def _patience_s(self) -> float | None:
-        times = [t for t in (self._wake_ns, self._flights[0][1] if self._flights else None) if t is not None]
-        return max(0, min(times) - self._clock()) / 1e9 if times else None
+            if self.failure is None:  # else the requests that it was about have ended meanwhile
+                LOG.exception("the driver failed; every request that waits ends with DeviceError")
+            self.lose("the runtime's driver failed; its log has the traceback. Restart the runtime")
+        self._busy_since_ns = None
+        return going
 
     def _handle(self, items: Sequence[Any]) -> None:
         arrived: list[Request] = []
@@ -169,6 +173,11 @@ class Driver:
             if isinstance(item, Order):
                 for event in item.do():
                     self._tell(event)
+            elif isinstance(item, Exhausted):
+                for event in self._maker.exhausted(item.executable, item.error):
+                    self._tell(event)
+            elif isinstance(item, Lost):
+                self.lose(str(item.error))
             else:
                 self._tell(item)
         self._tell_arrived(arrived)
@@ -180,13 +189,15 @@ class Driver:
 
     def _tell(self, event: Event) -> None:
         now_ns = self._clock()
-        if isinstance(event, Completed):
-            self._flights.popleft()
-        elif isinstance(event, CatalogChanged):
+        if isinstance(event, CatalogChanged):
             self._forms = {e.id: e.entries for e in event.catalog.executables}
         if self.failure is not None:
-            self._end_all(self.failure)
+            if isinstance(event, Submitted):  # so that it counts, before it ends
+                self._observers.decided(event, now_ns, ())
+            self.book.end_all(self.failure, Reason.DEVICE)
             return
+        if isinstance(event, Completed):
+            self._flights.popleft()
         self._wake_ns = None
         commands = self._policy.on_event(event, now_ns)
         self._observers.decided(event, now_ns, commands)
@@ -196,27 +207,27 @@ class Driver:
     # Commands
 
     def _dispatch(self, command: Dispatch, now_ns: int) -> None:
-        entries = [[self.tickets[i] for i in lanes] for lanes in command.lanes]
+        entries = [[self.book.tickets[i] for i in lanes] for lanes in command.lanes]
         for tickets in entries:
             for ticket in tickets:
                 if not ticket.bundles and isinstance(ticket.waiter, Reply):
                     ticket.waiter.set_running_or_notify_cancel()
                 ticket.bundles.append(command.bundle)
+        self._flights.append((command.bundle, now_ns + self._hang_ns))
         try:
             launched = self._machine.launch(command.executable, entries)
         except Exception as e:
             launched = e
-        self._flights.append((command.bundle, self._clock() + self._hang_ns))
         self._finisher.inbox.put(Flight(command, self._forms[command.executable], entries, launched, now_ns))
 
     def _reject(self, command: Reject, now_ns: int) -> None:
-        ticket = self.tickets.get(command.request)
-        if ticket is None:
+        ticket = self.book.tickets.get(command.request)
+        if ticket is None or not self.book.claim([ticket]):
             return
         self._machine.release([ticket])
         self._observers.rejected(ticket, command.reason, now_ns)
         tell([Ending(ticket, None, error_of(ticket, command.reason, now_ns))])
-        self.forget([command.request])
+        self.book.forget([ticket])
 
     def _wake_at(self, command: WakeAt, now_ns: int) -> None:
         self._wake_ns = command.time_ns
@@ -230,16 +241,22 @@ class Driver:
 
     # The end of all
 
-    def _lose(self, why: str) -> None:
-        """The device is gone: nothing will be dispatched any more."""
-        if self.failure is None:
+    def lose(self, why: str) -> None:
+        """The device is gone: nothing will be dispatched any more. Called on any thread."""
+        with self._losing:
+            first, self.failure = self.failure is None, self.failure or DeviceError(why)
+        if first:
             LOG.error(why)
-            self.failure = DeviceError(why)
-        self._flights.clear()
         self._wake_ns = None
-        self._end_all(self.failure)
+        self._orders.fail_all(self.failure)
+        self.book.end_all(self.failure, Reason.DEVICE)
 
-    def _end_all(self, error: ServingError) -> None:
-        tickets = list(self.tickets.values())
-        tell([Ending(ticket, None, error) for ticket in tickets])
-        self.forget([ticket.request.id for ticket in tickets])
+    def _overdue(self) -> str | None:
+        """What hangs, if something does; called on the watchdog's thread, which sees the flights as they change."""
+        now_ns, (flight, *_) = self._clock(), [*list(self._flights), None]
+        since_ns, limit = self._busy_since_ns, f"{self._hang_ns / 1e9:g} s"
+        if flight is not None and now_ns > flight[1]:
+            return f"a bundle is on the device for {limit}; it hangs. Restart the process"
+        if since_ns is not None and now_ns - since_ns > self._hang_ns:
+            return f"the device has kept the runtime's driver waiting for {limit}; it hangs. Restart the process"
+        return None

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from coalesce.errors import DeadlineExceeded, QueueFull, ServingError, Shutdown, TenantClosed, TenantFailure
+from coalesce.errors import (
+    DeadlineExceeded,
+    DeviceError,
+    OutOfDeviceMemory,
+    QueueFull,
+    ServingError,
+    Shutdown,
+    TenantClosed,
+    TenantFailure,
+)
 from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler.commands import Reason
 
@@ -25,9 +34,12 @@ def error_of(ticket: Ticket, reason: Reason, now_ns: int) -> ServingError:
             return TenantClosed(f"{who}: {reason.value}; add_tenant adds one")
         case Reason.FAILED:
             cause = ticket.failure
-            error = TenantFailure(f"{who}: {reason.value}: {type(cause).__name__}: {cause}")
+            kind = OutOfDeviceMemory if isinstance(cause, OutOfDeviceMemory) else TenantFailure
+            error = kind(f"{who}: {reason.value}: {type(cause).__name__}: {cause}")
             error.__cause__ = cause
             return error
+        case Reason.DEVICE:
+            return DeviceError(f"{who}: {reason.value}")
         case Reason.SHUTDOWN:
             return Shutdown(f"{who}: {reason.value}")
         case Reason.CANCELLED:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
+from coalesce.errors import DeviceError, OutOfDeviceMemory
+from coalesce.runtime.book import Book
 from coalesce.runtime.inbox import Inbox
 from coalesce.runtime.machine import Launched, Machine
 from coalesce.runtime.observer import Observers
@@ -42,33 +44,34 @@ class Probing(NamedTuple):
     launched_ns: int
 
 
+class Exhausted(NamedTuple):
+    """To the driver: the device had no memory to run this executable."""
+
+    executable: int
+    error: Exception
+
+
+class Lost(NamedTuple):
+    """To the driver: the device does not work any more."""
+
+    error: DeviceError
+
+
 class Finisher:
     def __init__(
-        self,
-        driver: Inbox,
-        machine: Machine,
-        observers: Observers,
-        clock: Callable[[], int],
-        forget: Callable[[Sequence[int]], None],
+        self, driver: Inbox, machine: Machine, observers: Observers, clock: Callable[[], int], book: Book
     ) -> None:
         self.inbox = Inbox()
-        self._driver, self._machine, self._observers, self._clock, self._forget = (
-            driver,
-            machine,
-            observers,
-            clock,
-            forget,
-        )
+        self._driver, self._machine, self._observers, self._clock, self._book = driver, machine, observers, clock, book
         self._free_ns = 0  # when the device was done with the bundle before
         self.thread = threading.Thread(target=self._loop, name="coalesce-finisher", daemon=True)
 
     def start(self) -> None:
         self.thread.start()
 
-    def stop(self, wait: bool) -> None:
+    def stop(self) -> None:
+        """After what is in flight."""
         self.inbox.put(None)
-        if wait:
-            self.thread.join()
 
     def _loop(self) -> None:
         while self._work():
@@ -104,6 +107,10 @@ class Finisher:
         if error is not None:
             for ticket in chain.from_iterable(entries):
                 ticket.failure = error
+        if isinstance(error, OutOfDeviceMemory):
+            self._driver.put(Exhausted(dispatch.executable, error))
+        elif isinstance(error, DeviceError):
+            self._driver.put(Lost(error))
         self._driver.put(Completed(dispatch.bundle, start_ns, end_ns, failed=error is not None))
         self._observers.finished(dispatch, flight.form, entries, start_ns, end_ns, error)
         if error is None and not isinstance(flight.launched, Exception):
@@ -123,7 +130,8 @@ class Finisher:
         self, results: Sequence[Sequence[Any] | None], entries: Sequence[Sequence[Ticket]], now_ns: int
     ) -> None:
         ended = [(tickets, own) for tickets, own in zip(entries, results, strict=True) if own is not None]
-        endings = [Ending(t, result) for tickets, own in ended for t, result in zip(tickets, own, strict=True)]
+        results_of = {t: result for tickets, own in ended for t, result in zip(tickets, own, strict=True)}
+        endings = [Ending(ticket, results_of[ticket]) for ticket in self._book.claim(list(results_of))]
         self._observers.ended(endings, now_ns)
         tell(endings)
-        self._forget([ending.ticket.request.id for ending in endings])
+        self._book.forget([ending.ticket for ending in endings])

@@ -1,29 +1,31 @@
-"""The thread that makes executables, so that no request waits for a compiler.
+"""The threads that make executables, so that no request waits for a compiler.
 
     order -> compile here -> install on the driver's thread -> probe: a run for nothing, and PROBES timed ones -> offer
 
 An executable is offered to the policy when it has run: how long it takes is known then, and its first run, which is
 slower, is behind it. What fails is remembered with its error, and not tried again.
 
-Tracing holds the interpreter's lock for milliseconds at a time, and whoever serves would wait for it. While it
-compiles, threads therefore hand the lock on after YIELD_S instead of Python's 5 ms: a setting of the whole process.
+One is made at a time, so that compilers leave others the processor; but nobody waits longer than SLOW_S for a compiler
+that works for somebody else, and one that is not done after `stall_s` is waited for no more. Of those that were offered
+at most so many are kept: the one that ran the longest ago goes, unless its family could not be served without.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import sys
 import threading
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
-from queue import PriorityQueue
+from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
 from coalesce.errors import CoalesceError, CompileError, Shutdown
 from coalesce.runtime.device import Device
-from coalesce.runtime.driver import Driver, Order
+from coalesce.runtime.driver import Driver
 from coalesce.runtime.finisher import Probe
+from coalesce.runtime.orders import Order
 from coalesce.scheduler.catalog import Entry, text_of
 from coalesce.scheduler.commands import Want
 from coalesce.scheduler.events import CatalogChanged, Event
@@ -31,8 +33,10 @@ from coalesce.scheduler.events import CatalogChanged, Event
 LOG = logging.getLogger("coalesce.runtime")
 
 PROBES = 7
-YIELD_S = 2e-4
 MIXED = 16  # executables of several families, at most
+SLOW_S = 10.0
+SIDE_BY_SIDE = 4  # compilers, at most, each but the last one slow
+JOIN_S = 10.0
 
 Key = tuple[tuple[Entry, ...], tuple[int, ...]]  # entries, and the capacity of each one's bank
 
@@ -44,13 +48,18 @@ class Job(NamedTuple):
 
 
 class Foundry:
-    def __init__(self, device: Device, widths: Iterable[int]) -> None:
-        self._device, self._widths = device, frozenset(widths)
-        self._jobs: PriorityQueue[Job] = PriorityQueue()
+    """`around` gives a context in which programs are made."""
+
+    def __init__(
+        self, device: Device, widths: Iterable[int], most: int, stall_s: float, around: Callable[[], Any]
+    ) -> None:
+        self._device, self._widths, self._most, self._stall_s = device, frozenset(widths), most, stall_s
+        self._around = around
+        self._jobs: list[Job] = []  # a heap
         self._made: dict[Key, Future[None]] = {}  # everything that was ever ordered
+        self._running: dict[Key, float] = {}  # since when
         self._numbers = itertools.count()
-        self._lock = threading.Lock()
-        self._idle = threading.Condition(self._lock)
+        self._change = threading.Condition()
         self._stopped = False
         self._thread = threading.Thread(target=self._loop, name="coalesce-foundry", daemon=True)
 
@@ -59,28 +68,42 @@ class Foundry:
         self._thread.start()
 
     def stop(self) -> None:
-        """What is being compiled is finished, and nobody waits for it."""
-        with self._lock:
+        """Nobody waits for what is ordered. What is being compiled is waited for, for a while: a process that ends in
+        the middle of it may not end well."""
+        with self._change:
             self._stopped = True
             waiting = [key for key, made in self._made.items() if not made.done()]
         for key in waiting:
             self._finish(key, Shutdown("the runtime was closed"))
-        self._jobs.put(Job(-1, next(self._numbers), ((), ())))
+        with self._change:
+            self._change.wait_for(lambda: not self._running, JOIN_S)
 
     def want(self, want: Want) -> None:
         """The policy's wish, where it is one of a width that is offered; called on the driver's thread."""
         if any(entry.width not in self._widths for entry in want.entries):
             return
-        if len(want.entries) > 1 and sum(len(entries) > 1 for entries, _ in self._made) >= MIXED:
+        mixed = {entries for entries, _ in list(self._made) if len(entries) > 1}
+        if len(want.entries) > 1 and (len(mixed) >= MIXED or not self._device.may_mix(want.entries)):
             return
         self.order(want.entries)
+
+    def exhausted(self, executable: int, error: Exception) -> Sequence[Event]:
+        """There was no memory to run it: it is offered no more, unless its family could not be served without."""
+        key = self._device.withdraw(executable)
+        if key is None:
+            return ()
+        LOG.warning("%s is not used any more: %s", text_of(key[0]), error)
+        with self._change:
+            self._made[key] = Future()
+        self._finish(key, error)
+        return [CatalogChanged(self._device.catalog)]
 
     def order(
         self, entries: tuple[Entry, ...], capacities: tuple[int, ...] | None = None, urgent: bool = False
     ) -> Future[None]:
         """Ends when the executable is offered, or with CompileError; for banks as large as they are unless said."""
         key = (entries, capacities or tuple(self._device.capacity_of(entry.family) for entry in entries))
-        with self._lock:
+        with self._change:
             known = self._made.get(key)
             if known is not None:
                 return known
@@ -89,58 +112,79 @@ class Foundry:
                 made.set_exception(Shutdown("the runtime was closed"))
                 return made
             rank = 0 if urgent else sum(entry.width for entry in entries) + 1000 * (len(entries) - 1)
-            self._jobs.put(Job(rank, next(self._numbers), key))
+            heappush(self._jobs, Job(rank, next(self._numbers), key))
+            self._change.notify_all()
         return made
 
     def forget(self, families: Sequence[int]) -> None:
         """They are gone, and their numbers with them."""
-        with self._lock:
-            self._made = {
-                key: made for key, made in self._made.items() if all(e.family not in families for e in key[0])
-            }
+        with self._change:
+            gone = [key for key in self._made if any(entry.family in families for entry in key[0])]
+        for key in gone:
+            self._finish(key, CompileError(f"{text_of(key[0])}: nobody is left who would run it"))
+        with self._change:
+            for key in gone:
+                del self._made[key]
 
     def wait_idle(self, timeout: float | None) -> None:
-        with self._idle:
-            if not self._idle.wait_for(lambda: all(made.done() for made in self._made.values()), timeout):
+        with self._change:
+            if not self._change.wait_for(lambda: all(made.done() for made in self._made.values()), timeout):
                 pending = sum(not made.done() for made in self._made.values())
                 raise TimeoutError(f"{pending} executables are not ready after {timeout} s")
 
     def counts(self) -> tuple[int, int, dict[str, str]]:
         """(ready, on their way, what failed and why)."""
-        with self._lock:
+        with self._change:
             done = {key: made for key, made in self._made.items() if made.done()}
             failed = {text_of(key[0]): str(made.exception()) for key, made in done.items() if made.exception()}
             return len(done) - len(failed), len(self._made) - len(done), failed
 
-    def _loop(self) -> None:
-        while self._work():
-            continue
+    # Compilers
 
-    def _work(self) -> bool:
-        """Whether there is more to come."""
-        job, usual = self._jobs.get(), sys.getswitchinterval()
-        if self._stopped:
-            return False
-        sys.setswitchinterval(min(usual, YIELD_S))
-        try:
-            self._make(job.key)
-        finally:
-            sys.setswitchinterval(usual)
-        made = self._made.get(job.key)
-        if made is not None:
-            wait([made])  # until it was probed: a compiler beside it would make it look slow
-        return True
+    def _loop(self) -> None:
+        """Starts them, and sees who stalls."""
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._stopped or self._may_start(), 1.0 if self._running else None)
+                if self._stopped:
+                    return
+                key = heappop(self._jobs).key if self._may_start() else None
+                if key is not None:
+                    self._running[key] = time.monotonic()
+                late = [k for k, since in self._running.items() if time.monotonic() - since > self._stall_s]
+            if key is not None:
+                threading.Thread(target=self._work, args=(key,), name="coalesce-compiler", daemon=True).start()
+            for k in late:
+                self._fail(k, TimeoutError(f"it was not compiled after {self._stall_s:g} s"))
+
+    def _may_start(self) -> bool:
+        ages = [time.monotonic() - since for since in self._running.values()]
+        return bool(self._jobs) and len(ages) < SIDE_BY_SIDE and all(age > SLOW_S for age in ages)
+
+    def _work(self, key: Key) -> None:
+        made = self._made.get(key)
+        if made is not None and not made.done():  # else its tenants have gone, or the runtime
+            self._make(key)
+            wait([made], self._stall_s)  # until it was probed: a compiler beside it would make it look slow
+        with self._change:
+            del self._running[key]
+            self._change.notify_all()
 
     def _make(self, key: Key) -> None:
         try:
-            compiled = self._device.compile(*key)
-        except Exception as e:
+            with self._around(), self._device.here():
+                compiled = self._device.compile(*key)
+        except BaseException as e:
             self._fail(key, e)
             return
         self._driver.inbox.put(Order(lambda: self._install(key, compiled)))
 
+    # On the driver's thread
+
     def _install(self, key: Key, compiled: Any) -> Sequence[Event]:
-        """On the driver's thread."""
+        made = self._made.get(key)
+        if made is not None and made.done():  # it took too long
+            return ()
         if self._device.install(key, compiled):
             self._probe(key, [])
         else:  # its bank has grown meanwhile, or is for capacities to come
@@ -165,20 +209,27 @@ class Foundry:
             self._probe(key, times_ns)
             return ()
         timed = sorted(times_ns[1:])  # what looks slow is never tried, what looks fast is soon known
-        catalog = self._device.offer(key, timed[1], timed[-1])
+        self._device.offer(key, timed[1], timed[-1])
+        evicted = self._device.evict(self._most)
+        with self._change:
+            for old in evicted:
+                self._made.pop(old, None)
         LOG.info("executable for %s is ready: %.3f ms", text_of(key[0]), timed[1] / 1e6)
         self._finish(key)
-        return (CatalogChanged(catalog),)
+        return (CatalogChanged(self._device.catalog),)
 
-    def _finish(self, key: Key, error: Exception | None = None) -> None:
-        with self._idle:
+    # Of any thread
+
+    def _finish(self, key: Key, error: BaseException | None = None) -> None:
+        with self._change:
             made = self._made.get(key)
             if made is not None and not made.done():
                 made.set_exception(error) if error is not None else made.set_result(None)
-            self._idle.notify_all()
+            self._change.notify_all()
 
-    def _fail(self, key: Key, error: Exception) -> None:
-        if not self._device.knows(key[0]):  # its tenants have gone meanwhile
+    def _fail(self, key: Key, error: BaseException) -> None:
+        made = self._made.get(key)
+        if made is None or made.done() or not self._device.knows(key[0]):  # its tenants have gone meanwhile
             self._finish(key)
             return
         what = text_of(key[0])

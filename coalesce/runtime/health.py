@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Health:
-    status: str  # "serving", "closed" or "failed"
+    status: str  # "serving", "degraded" if some of several devices have failed, "failed" or "closed"
     reason: str  # why it failed
     tenants: int
     pending: int  # requests that have not ended
     executables: int  # that are ready
     compiling: int
-    failed: Mapping[str, str]  # executables that could not be made, and why
+    failed: Mapping[str, str]  # executables that could not be made or run, and why
     weight_bytes: int  # on the device, room for tenants to come included
+    devices: Mapping[str, str] = field(default_factory=dict)  # each with "serving", "failed" or "closed"
+    alone: Mapping[str, str] = field(default_factory=dict)  # tenants that `verify` keeps from sharing bundles, and why
 
     @property
     def ok(self) -> bool:
         return self.status == "serving"
-
-
-def health_of(
-    failure: Exception | None,
-    closed: bool,
-    tenants: int,
-    pending: int,
-    made: tuple[int, int, dict[str, str]],
-    held: int,
-) -> Health:
-    status = "failed" if failure is not None else "closed" if closed else "serving"
-    ready, compiling, failed = made
-    return Health(status, str(failure or ""), tenants, pending, ready, compiling, MappingProxyType(failed), held)

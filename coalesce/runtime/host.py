@@ -1,15 +1,40 @@
-"""A schema on the device: the bank of its tenants' weights, and the numbers that its programs have in the catalog."""
+"""A schema on the device: the bank of its tenants' weights, and how its programs are run.
+
+Course    one program, a family of the catalog: its segments, and the pool of what lies between them
+Host      the bank, and the course of each of its programs
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from coalesce.serving.pool import Pool
 from coalesce.serving.schema import Schema
+from coalesce.serving.segments import Segments
 from coalesce.serving.store import Preparer, Store
 
 FIRST_BYTES = 256 * 2**20  # a new bank has room for a few tenants, if they are small
 FIRST_TENANTS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    family: int  # its number in the catalog
+    segments: Segments
+    pool: Pool | None  # None if there is one segment
+
+
+def courses_of(families: Sequence[int], programs: Sequence[Segments], slots: int) -> tuple[Course, ...]:
+    """With pools for so many lanes each."""
+    return tuple(
+        Course(family, own, Pool(own.registers, slots) if len(own) > 1 else None)
+        for family, own in zip(families, programs, strict=True)
+    )
+
+
+def pool_bytes(programs: Sequence[Segments], slots: int) -> int:
+    return sum(slots * own.lane_bytes for own in programs)
 
 
 @dataclass(eq=False)
@@ -17,12 +42,30 @@ class Host:
     schema: Schema
     prepare: Preparer
     store: Store
-    families: Sequence[int]  # of its templates
+    courses: tuple[Course, ...]  # of its templates
     tenants: int = 0
+
+    @property
+    def families(self) -> tuple[int, ...]:
+        return tuple(course.family for course in self.courses)
+
+    @property
+    def reserve(self) -> int:
+        """Slots that no tenant gets: lanes between segments go on with the weights that they began with, while others
+        take their place."""
+        return reserve(course.segments for course in self.courses)
+
+    @property
+    def nbytes(self) -> int:
+        return self.store.nbytes + sum(course.pool.nbytes for course in self.courses if course.pool)
 
     def __str__(self) -> str:
         count = len(self.families)
         return f"family {self.families[0]}" if count == 1 else f"families {self.families[0]} to {self.families[-1]}"
+
+
+def reserve(programs: Iterable[Segments]) -> int:
+    return int(any(len(own) > 1 for own in programs))
 
 
 def first_capacity(schema: Schema) -> int:

@@ -21,6 +21,10 @@ LOG = logging.getLogger("coalesce.runtime")
 class Observer:
     """What can be watched; times are of the runtime's clock, in nanoseconds."""
 
+    def on(self, device: int) -> Observer:
+        """Who watches that device of several, each of which counts its own bundles and executables from 0."""
+        return self
+
     def sent(self, ticket: Ticket) -> None:
         """A request is about to be sent to the driver; told on the thread that submits it."""
 

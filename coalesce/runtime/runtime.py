@@ -12,72 +12,94 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Literal
 
 from coalesce.errors import InvalidInput, Shutdown, TenantClosed
 from coalesce.runtime.accounts import Accounts, Stats
 from coalesce.runtime.device import Device
-from coalesce.runtime.driver import Driver
 from coalesce.runtime.form import match
-from coalesce.runtime.foundry import Foundry
-from coalesce.runtime.health import Health, health_of
-from coalesce.runtime.history import History
-from coalesce.runtime.observer import Observer, Observers
-from coalesce.runtime.tenancy import Resident, Tenancy
-from coalesce.runtime.terms import allowed_ns, terms_of
+from coalesce.runtime.health import Health
+from coalesce.runtime.observer import Observer
+from coalesce.runtime.quarters import Resident
+from coalesce.runtime.station import health_of, making, Station
+from coalesce.runtime.tenancy import Tenancy, Wanted
+from coalesce.runtime.terms import allowed_ns, left_s, terms_of
 from coalesce.runtime.ticket import Reply, Ticket
 from coalesce.scheduler.coalescing import Coalescing
-from coalesce.scheduler.events import Cancelled, Closed
+from coalesce.scheduler.events import Closed
 from coalesce.scheduler.policy import Policy
 from coalesce.scheduler.request import Request
 
 
 class Runtime:
-    """Serves many tenants on one device from threads of its own; every method may be called from any thread.
+    """Serves many tenants from threads of its own; every method may be called from any thread.
 
     Args:
-      policy: what decides; `Coalescing` unless given. See coalesce.scheduler.
+      policy: what decides, or what makes one for each device; `Coalescing` unless given. See coalesce.scheduler.
+      devices: JAX devices, each served by a driver of its own; a family of tenants lives on one. JAX's default device
+        unless given.
       widths: how many lanes the executables of a family have, ascending from 1.
       capacity: tenants of a family that there is room for at first; it grows by doubling. None: by the size of one.
-      memory_limit: bytes on the device for weights; what the device has, if it says so, unless given.
+      segments: how many a program is cut into, between which others may run. None: as few as cost and SLOs ask for.
+      memory_limit: bytes on a device for weights; what the device has, if it says so, unless given.
       reproducible: every request of a tenant runs in an executable of one width, the widest, however few lanes it has:
         its result does not depend on who else asks.
+      executables: how many are kept for a device; those that ran the longest ago go first.
+      compiled: a folder in which executables are kept for the next process, unless JAX has been given one; None: see
+        coalesce.runtime.persistence; False: none.
       hang_s: a bundle that takes longer is taken for a device that hangs.
+      stall_s: an executable that takes longer to compile is done without.
       observers: told of everything that is decided and done; see coalesce.runtime.observer.
     """
 
     def __init__(
         self,
         *,
-        policy: Policy | None = None,
+        policy: Policy | Callable[[], Policy] = Coalescing,
+        devices: Sequence[Any] | None = None,
         widths: Sequence[int] = (1, 2, 4, 8, 16, 32),
         capacity: int | None = None,
+        segments: int | None = None,
         memory_limit: int | None = None,
         reproducible: bool = False,
+        executables: int = 256,
+        compiled: str | os.PathLike[str] | Literal[False] | None = None,
         hang_s: float = 60.0,
+        stall_s: float = 600.0,
         observers: Sequence[Observer] = (),
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
+        if devices is not None and (not devices or (len(devices) > 1 and not callable(policy))):
+            raise InvalidInput("give at least one device; with several, give policy= as a function that makes one")
         self._clock = clock
-        self._device = Device(memory_limit)
         self._accounts = Accounts()
-        self._history = History()
-        self._observers = Observers([self._accounts, self._history, *observers])
-        offered = (max(widths),) if reproducible else tuple(sorted(widths))
-        self._foundry = Foundry(self._device, offered)
-        self._driver = Driver(
-            policy or Coalescing(), self._device, self._observers, clock, self._foundry.want, hang_s=hang_s
-        )
-        self._foundry.start(self._driver)
-        self._tenancy = Tenancy(self._device, self._driver, self._foundry, self._accounts, offered, capacity)
+        self._stations = [
+            Station(
+                number,
+                Device(memory_limit, at),
+                policy() if callable(policy) else policy,
+                self._accounts,
+                observers,
+                clock,
+                widths=(max(widths),) if reproducible else tuple(sorted(widths)),
+                capacity=capacity,
+                segments=segments,
+                executables=executables,
+                hang_s=hang_s,
+                stall_s=stall_s,
+                around=making(compiled),
+            )
+            for number, at in enumerate(devices or [None])
+        ]
+        self._tenancy = Tenancy(self._stations)
         self._ids = itertools.count()
         self._closing = threading.Lock()
         self._closed = False
-        self._driver.start()
 
     # Tenants
 
@@ -123,22 +145,10 @@ class Runtime:
         if (example is None) == (examples is None):
             raise InvalidInput(f"tenant {name!r}: give either example=(inputs...) or examples=[(inputs...), ...]")
         shapes = [tuple(e) for e in (examples if examples is not None else [example or ()])]
-        terms = terms_of(name, slo, priority, weight, quota)
-        added = Future[None]()
-
-        def add() -> None:
-            try:
-                self._tenancy.add(name, fn, params, shapes, shared, terms)
-            except BaseException as e:
-                added.set_exception(e)
-            else:
-                added.set_result(None)
-
+        wanted = Wanted(name, fn, params, shapes, shared, terms_of(name, slo, priority, weight, quota), verify)
+        added = self._tenancy.add(wanted, wait)
         if wait:
-            add()
             added.result()
-        else:
-            threading.Thread(target=add, name=f"coalesce-add-{name}", daemon=True).start()
         return added
 
     def update_tenant(self, name: str, params: Any, *, shared: Any = None) -> None:
@@ -163,7 +173,9 @@ class Runtime:
 
     def warm_up(self, timeout: float | None = None) -> None:
         """Wait until the executables are there that the present tenants can use; TimeoutError after so many seconds."""
-        self._foundry.wait_idle(timeout)
+        until = None if timeout is None else time.monotonic() + timeout
+        for station in self._stations:
+            station.foundry.wait_idle(left_s(until))
 
     # Requests
 
@@ -185,7 +197,7 @@ class Runtime:
         """
         resident = self._resident(name)
         number = next(self._ids)
-        reply = Reply(number, self._withdraw)
+        reply = Reply(number, resident.driver.withdraw)
         self._send(number, resident, inputs, deadline, priority, reply, None)
         return reply
 
@@ -199,7 +211,7 @@ class Runtime:
         try:
             return await waiter
         except asyncio.CancelledError:
-            self._withdraw(number)
+            resident.driver.withdraw(number)
             raise
 
     def _send(
@@ -216,16 +228,17 @@ class Runtime:
         now_ns = self._clock()
         left_ns = resident.terms["slo_ns"] if deadline is None else allowed_ns(resident.name, deadline)
         request = Request(number, resident.name, form.family, now_ns, now_ns + left_ns, priority)
-        self._driver.send(Ticket(request, resident, form, flat, waiter, loop))
-
-    def _withdraw(self, number: int) -> None:
-        self._driver.inbox.put(Cancelled(number))
+        resident.driver.send(Ticket(request, resident, form, flat, waiter, loop))
 
     def _resident(self, name: str) -> Resident:
+        """Who can be asked."""
         self._check_open()
         resident = self._tenancy.residents.get(name)
         if resident is None:
             raise TenantClosed(f"there is no tenant {name!r}; add_tenant adds one")
+        failure = resident.driver.failure
+        if failure is not None:
+            raise type(failure)(str(failure))
         return resident
 
     # What is known
@@ -236,50 +249,42 @@ class Runtime:
 
     def health(self) -> Health:
         """Whether the runtime serves, and what it has; a snapshot."""
-        return health_of(
-            self._driver.failure,
-            self._closed,
-            len(self._tenancy.residents),
-            len(self._driver.tickets),
-            self._foundry.counts(),
-            self._device.held_bytes,
-        )
+        return health_of(self._stations, len(self._tenancy.residents), self._closed, {})
 
     def explain(self, request: int | Reply) -> str:
         """What was decided about a request: its bundles, why they ran, and when. Of the last 4,096 requests."""
         number = request.request if isinstance(request, Reply) else request
-        return self._history.explain(number) or f"request {number}: it has not ended, or is not remembered"
+        found = (station.history.explain(number) for station in self._stations)
+        return next(filter(None, found), None) or f"request {number}: it has not ended, or is not remembered"
 
     # The end
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until every request that was submitted has ended; False if some have not after so many seconds."""
-        return self._driver.wait_empty(timeout)
+        until = None if timeout is None else time.monotonic() + timeout
+        return all([station.driver.book.wait_empty(left_s(until)) for station in self._stations])
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Take on nothing more, serve what waits (or end it with Shutdown), and stop the threads. Twice is once.
 
         From a callback of a request it returns at once, and the rest follows.
         """
-        if threading.current_thread() in self._driver.threads:
+        if any(threading.current_thread() in station.driver.threads for station in self._stations):
             threading.Thread(target=self.close, kwargs={"drain": drain, "timeout": timeout}, daemon=True).start()
             return
         with self._closing:
             if self._closed:
                 return
             self._closed = True
-            self._driver.inbox.put(Closed(drain))
-            if not self._driver.wait_empty(timeout):
-                self._driver.inbox.put(Closed(drain=False))
-                self._driver.wait_empty(timeout)
-            self._foundry.stop()
-            self._driver.stop()
+            until = None if timeout is None else time.monotonic() + timeout
+            for station in self._stations:
+                station.driver.inbox.put(Closed(drain))
+            for station in self._stations:
+                station.close(left_s(until))
 
     def _check_open(self) -> None:
         if self._closed:
             raise Shutdown("the runtime is closed")
-        if self._driver.failure is not None:
-            raise type(self._driver.failure)(str(self._driver.failure))
 
     def __enter__(self) -> Runtime:
         return self

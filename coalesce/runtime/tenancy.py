@@ -1,10 +1,8 @@
 """Tenants coming, changing and going, while others are served.
 
-    add       trace -> fit -> a host for its schema -> a slot of its bank -> weights -> the policy is told
+    add       trace -> fit -> a device, that of its family if there is one -> a place there
     update    fit again -> weights
-    remove    the policy is told -> its last request ends -> the slot is free
-
-Each arrow to the device is an order to the driver, done between two dispatches. Tenants are placed one at a time.
+    remove    the policy is told -> its last request ends -> the place is free
 """
 
 from __future__ import annotations
@@ -12,103 +10,141 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 from coalesce.errors import InvalidInput
 from coalesce.passes.pipeline import normalise, Normalised
-from coalesce.runtime.accounts import Accounts
-from coalesce.runtime.device import Device
-from coalesce.runtime.driver import Driver, Order
-from coalesce.runtime.form import Form
-from coalesce.runtime.foundry import Foundry
-from coalesce.runtime.host import first_capacity, Host
-from coalesce.scheduler.catalog import Entry
-from coalesce.scheduler.events import CatalogChanged, Event, TenantAdded, TenantRemoved
-from coalesce.scheduler.request import Tenant
+from coalesce.runtime.quarters import Resident
+from coalesce.runtime.station import Station
+from coalesce.scheduler.events import TenantRemoved
 from coalesce.serving.fit import Fit, fit
-from coalesce.serving.store import Preparer, Store
 from coalesce.tracing import trace
 
 LOG = logging.getLogger("coalesce.runtime")
 
 REMEMBERED = 64  # normalised programs
-T = TypeVar("T")
 
 
-class Resident:
-    """A tenant. `terms` are those of its `Tenant`."""
+class Wanted(NamedTuple):
+    """A tenant to be: see `Runtime.add_tenant`."""
 
-    def __init__(self, name: str, fn: Callable[..., Any], shapes: Sequence[tuple[Any, ...]], terms: dict) -> None:
-        self.name, self.fn, self.shapes, self.terms = name, fn, shapes, terms
-        self.forms: list[Form] = []
-        self.host: Host | None = None
-        self.slot = -1
+    name: str
+    fn: Callable[..., Any]
+    params: Any
+    shapes: Sequence[tuple[Any, ...]]  # of its requests
+    shared: Any
+    terms: dict[str, Any]
+    verify: bool
 
 
 class Tenancy:
-    def __init__(
-        self,
-        device: Device,
-        driver: Driver,
-        foundry: Foundry,
-        accounts: Accounts,
-        widths: Sequence[int],
-        capacity: int | None,
-    ) -> None:
-        self._device, self._driver, self._foundry, self._accounts = device, driver, foundry, accounts
-        self._widths, self._capacity = widths, capacity
+    def __init__(self, stations: Sequence[Station]) -> None:
+        self._stations = stations
         self.residents: dict[str, Resident] = {}  # that requests are taken for
         self._names: set[str] = set()  # those, and who comes or goes
+        self._homes: dict[Hashable, list[Station]] = {}  # of each schema its device, once for each of its tenants
         self._normalised: OrderedDict[int, tuple[Any, Normalised]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def add(
-        self, name: str, fn: Callable[..., Any], params: Any, shapes: Sequence[Any], shared: Any, terms: dict
-    ) -> None:
+    def add(self, wanted: Wanted, wait: bool) -> Future[None]:
+        """Ends when requests of it can be served; on the calling thread, if that waits anyway."""
+        added = Future[None]()
+
+        def add() -> None:
+            try:
+                self._add(wanted)
+            except BaseException as e:
+                added.set_exception(e)
+            else:
+                added.set_result(None)
+
+        if wait:
+            add()
+        else:
+            threading.Thread(target=add, name=f"coalesce-add-{wanted.name}", daemon=True).start()
+        return added
+
+    def _add(self, wanted: Wanted) -> None:
         with self._lock:
-            if name in self._names:
-                raise InvalidInput(f"there is a tenant {name!r} already; update_tenant gives it other weights")
-            self._names.add(name)
-        resident = Resident(name, fn, shapes, terms)
+            if wanted.name in self._names:
+                raise InvalidInput(f"there is a tenant {wanted.name!r} already; update_tenant gives it other weights")
+            self._names.add(wanted.name)
+        resident = Resident(wanted.name, wanted.fn, wanted.shapes, wanted.terms)
         try:
-            fitted = self._fit(resident, params, shared)
-            with self._lock:
-                self._place(resident, fitted)
+            self._move_in(resident, self._fit(resident, wanted.params, wanted.shared))
         except BaseException:
             with self._lock:
-                self._names.discard(name)
+                self._names.discard(wanted.name)
             raise
+        self.residents[wanted.name] = resident
+        slots = resident.host.store.capacity
+        LOG.info("tenant %r is served: %s, slot %d of %d", wanted.name, resident.host, resident.slot, slots)
 
     def update(self, resident: Resident, params: Any, shared: Any) -> None:
-        fitted, host = self._fit(resident, params, shared), resident.host
-        assert host is not None, f"tenant {resident.name!r} is served without a host"
-        if fitted.key != host.schema.key:
+        fitted = self._fit(resident, params, shared)
+        if fitted.key != resident.host.schema.key:
             raise InvalidInput(
                 f"tenant {resident.name!r}: with these params it would be another program, or share other weights;"
                 " give params of the same tree, shapes and dtypes, or add it as another tenant"
             )
-        rows = host.prepare(fitted)
-        self._do(lambda: host.store.write(resident.slot, rows))
+        resident.quarters.write(resident, fitted)
         LOG.info("tenant %r has other weights", resident.name)
 
     def remove(self, resident: Resident, drain: bool, timeout_s: float | None) -> None:
         if self.residents.pop(resident.name, None) is None:
             return  # another thread removes it
-        left = Future[None]()
+        left, driver = Future[None](), resident.driver
 
         def free() -> None:
-            self._driver.wait_for(lambda tickets: not any(t.resident is resident for t in tickets), None)
-            with self._lock:
-                self._leave(resident)
-                self._names.discard(resident.name)
-            LOG.info("tenant %r has left", resident.name)
-            left.set_result(None)
+            try:
+                driver.book.wait_for(lambda tickets: not any(t.resident is resident for t in tickets), None)
+                self._move_out(resident)
+            except BaseException as e:
+                left.set_exception(e)
+            else:
+                LOG.info("tenant %r has left", resident.name)
+                left.set_result(None)
 
-        self._tell(lambda: [TenantRemoved(resident.name, drain)])
+        driver.carry_out(lambda: [TenantRemoved(resident.name, drain)])
         threading.Thread(target=free, name=f"coalesce-remove-{resident.name}", daemon=True).start()
         left.result(timeout_s)
+
+    def _move_in(self, resident: Resident, fitted: Fit) -> None:
+        station = self._home(fitted.key)
+        try:
+            station.quarters.take_in(resident, fitted, None)
+        except BaseException:
+            self._forget_home(fitted.key)
+            raise
+
+    def _move_out(self, resident: Resident) -> None:
+        try:
+            resident.quarters.let_go(resident)
+        finally:
+            self._forget_home(resident.host.schema.key)
+            with self._lock:
+                self._names.discard(resident.name)
+
+    def _home(self, schema: Hashable) -> Station:
+        """Tenants of a schema live on one device: a new one on that with the least weights, of those that work."""
+        with self._lock:
+            known = self._homes.setdefault(schema, [])
+            if known:
+                station = known[0]
+            else:
+                working = [s for s in self._stations if s.driver.failure is None] or self._stations
+                homes = [homes[0] for homes in self._homes.values() if homes]
+                station = min(working, key=lambda s: (s.device.held_bytes, homes.count(s)))
+            known.append(station)
+            return station
+
+    def _forget_home(self, schema: Hashable) -> None:
+        with self._lock:
+            self._homes[schema].pop()
+            if not self._homes[schema]:
+                del self._homes[schema]
 
     def _fit(self, resident: Resident, params: Any, shared: Any) -> Fit:
         programs = []
@@ -130,109 +166,3 @@ class Tenancy:
             if len(self._normalised) > REMEMBERED:
                 self._normalised.popitem(last=False)
         return done
-
-    def _place(self, resident: Resident, fitted: Fit) -> None:
-        host = self._device.hosts.get(fitted.key) or self._host(resident, fitted)
-        if not host.store.free:
-            self._grow(host)
-        rows = host.prepare(fitted)
-        pairs = zip(fitted.programs, host.families, fitted.inputs, strict=True)
-        resident.forms = [Form(program, family, order) for program, family, order in pairs]
-        resident.host, resident.slot = host, host.store.take()
-        tenant = Tenant(resident.name, tuple(host.families), **resident.terms)
-
-        def move_in() -> Sequence[Event]:
-            host.store.write(resident.slot, rows)
-            return [TenantAdded(tenant)]
-
-        self._accounts.open(resident.name)
-        host.tenants += 1
-        try:
-            self._tell(move_in)
-        except BaseException:
-            self._leave(resident)
-            raise
-        self.residents[resident.name] = resident
-        LOG.info("tenant %r is served: %s, slot %d of %d", resident.name, host, resident.slot, host.store.capacity)
-        for family in host.families:
-            for width in self._widths:
-                if width < 2 * host.tenants:
-                    self._foundry.order((Entry(family, 0, width),))
-
-    def _leave(self, resident: Resident) -> None:
-        host = resident.host
-        assert host is not None, f"tenant {resident.name!r} leaves no place"
-        host.store.release(resident.slot)
-        host.tenants -= 1
-        self._accounts.close(resident.name)
-        if not host.tenants:
-            self._close(host)
-
-    def _host(self, resident: Resident, fitted: Fit) -> Host:
-        """A bank for a schema that is new here, and its narrowest executables."""
-        schema = self._device.plan(fitted)
-        capacity = self._capacity or first_capacity(schema)
-        needed = capacity * schema.slot_bytes + schema.shared_bytes
-        self._device.check_room(f"tenant {resident.name!r}, with room for {capacity} of its kind,", needed)
-        prepare = Preparer(schema)
-        store = Store(schema, capacity, prepare(fitted))
-        host = Host(schema, prepare, store, self._device.next_families(len(schema.templates)))
-        self._do(lambda: self._device.admit(host))
-        narrowest = [self._foundry.order((Entry(f, 0, self._widths[0]),), urgent=True) for f in host.families]
-        try:
-            for made in narrowest:
-                made.result()
-        except BaseException:
-            self._close(host)
-            raise
-        return host
-
-    def _close(self, host: Host) -> None:
-        """Nobody reads its bank any more."""
-        self._tell(lambda: [CatalogChanged(self._device.dismiss(host))])
-        self._foundry.forget(host.families)
-
-    def _grow(self, host: Host) -> None:
-        capacity = 2 * host.store.capacity
-        self._device.check_room(f"room for {capacity} tenants of {host}", host.store.bytes_to_grow(capacity))
-        host.store.make_ready(capacity)
-        ordered = [
-            self._foundry.order(entries, (capacity,) * len(entries), urgent=True)
-            for entries in self._device.entries_of(host)
-        ]
-        for made in ordered:
-            made.exception()  # one that fails is offered no more
-        self._tell(lambda: [CatalogChanged(self._device.grow(host, capacity))])
-        LOG.info("%s has room for %d tenants", host, capacity)
-
-    # Orders
-
-    def _do(self, what: Callable[[], T]) -> T:
-        """On the driver's thread; returns what it returns."""
-        done = Future[T]()
-
-        def do() -> Sequence[Event]:
-            try:
-                done.set_result(what())
-            except BaseException as e:
-                done.set_exception(e)
-            return ()
-
-        self._driver.order(Order(do), done)
-        return done.result()
-
-    def _tell(self, what: Callable[[], Sequence[Event]]) -> None:
-        """The same, for what the policy is to be told; returns when it was."""
-        done = Future[None]()
-
-        def do() -> Sequence[Event]:
-            try:
-                events = what()
-            except BaseException as e:
-                done.set_exception(e)
-                return ()
-            done.set_result(None)
-            return events
-
-        self._driver.order(Order(do), done)
-        done.result()

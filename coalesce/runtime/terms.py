@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 from coalesce.errors import InvalidInput
@@ -24,3 +25,8 @@ def allowed_ns(name: str, deadline: float) -> int:
     if not (math.isfinite(deadline) and deadline > 0):
         raise InvalidInput(f"tenant {name!r}: deadline is {deadline}; give seconds from now, more than 0")
     return round(deadline * 1e9)
+
+
+def left_s(until: float | None) -> float | None:
+    """Of a time limit, by the monotonic clock."""
+    return None if until is None else max(0.0, until - time.monotonic())

@@ -12,12 +12,24 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 from coalesce.scheduler.request import Request
+from coalesce.serving.pool import Pool
+
+
+class State(NamedTuple):
+    """Where a request that has begun, and whose program is cut, has its weights and its values between segments."""
+
+    pool: Pool
+    slot: int  # of the pool
+    life: int  # the pool's, when the request began
+    weights: int  # the slot of the bank: those that it began with, even if its tenant was given others since
 
 
 class Ticket:
     """One request: what it asks for, and who waits for it."""
 
-    __slots__ = ("request", "resident", "form", "inputs", "waiter", "loop", "slot", "state", "bundles", "failure")
+    __slots__ = (
+        "request", "resident", "form", "inputs", "waiter", "loop", "state", "bundles", "failure", "claimed",
+    )  # fmt: skip
 
     def __init__(
         self, request: Request, resident: Any, form: Any, inputs: list[Any], waiter: Any, loop: Any = None
@@ -28,10 +40,10 @@ class Ticket:
         self.inputs = inputs  # flat, as NumPy arrays
         self.waiter: Reply | asyncio.Future[Any] = waiter
         self.loop: asyncio.AbstractEventLoop | None = loop  # of a coroutine
-        self.slot: int | None = None  # of its weights, once it runs
-        self.state: int | None = None  # where its values lie between segments
+        self.state: State | None = None
         self.bundles: list[int] = []  # that it was a lane of
         self.failure: Exception | None = None  # of the last bundle with it that failed
+        self.claimed = False  # by the one thread that ends it
 
 
 class Reply(Future[Any]):
@@ -79,6 +91,8 @@ def settle_all(endings: Iterable[Ending]) -> None:
 
 def settle(waiter: Any, ending: Ending) -> None:
     if waiter.done():
+        if isinstance(waiter, Reply) and not ending.ticket.bundles:
+            waiter.set_running_or_notify_cancel()  # for concurrent.futures.wait, to which it is done from here on
         return
     if ending.error is not None:
         waiter.set_exception(ending.error)

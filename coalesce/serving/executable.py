@@ -1,11 +1,12 @@
 """An executable: some lanes of one template, or of several, compiled to read their weights by slot.
 
-    arguments = executable.stage(entries)           [(slot, inputs), ...] of each entry -> arrays on the host
-    outputs = executable.run(banks, arguments)      returns before the device is done
-    results = executable.fetch(outputs)             waits
+    arguments = executable.stage(entries)               the lanes of each entry -> arrays on the host
+    outputs = executable.run(banks, pools, arguments)   returns before the device is done
+    results = executable.fetch(outputs)                 waits
 
 Lane i of an entry is row i of its slots, inputs and outputs. Lanes beyond those that were given are padding; nothing
-that they compute reaches another.
+that they compute reaches another. An entry may be one segment of a program: what it takes from the segments before it,
+and leaves for those after it, lies in a pool.
 """
 
 from __future__ import annotations
@@ -23,22 +24,32 @@ from coalesce.kernels import FUSING
 from coalesce.lower import run_stacked
 from coalesce.passes.join_arrays import row_bytes, SMALL_ROW
 from coalesce.serving.fit import Template
+from coalesce.serving.pool import Pool
 from coalesce.serving.schema import plan_lanes, Schema, weight_of
+from coalesce.serving.segments import Segments
 from coalesce.serving.staging import can_pack, Lane, Staging
+from coalesce.serving.states import States
 from coalesce.slab import Cut, Picked
 
 
 class Lanes(NamedTuple):
-    """An entry of an executable: so many lanes of a template, whose weights lie in a bank of that capacity."""
+    """An entry of an executable: so many lanes of a program, whose weights lie in a bank of that capacity, at one of
+    its segments; if there are several, with a pool of so many slots."""
 
     schema: Schema
-    template: int
+    segments: Segments
     width: int
     capacity: int
+    segment: int = 0
+    slots: int = 0
 
     @property
     def program(self) -> Template:
-        return self.schema.templates[self.template]
+        return self.segments.templates[self.segment]
+
+    @property
+    def is_last(self) -> bool:
+        return self.segment + 1 == len(self.segments)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,19 +57,27 @@ class Executable:
     lanes: tuple[Lanes, ...]
     bundle: Bundle  # of tenants that stand for the lanes
     staging: Staging
+    states: States
     compiled: Any
 
     def stage(self, entries: Sequence[Sequence[Lane]]) -> Any:
-        """What `run` takes for some lanes of each entry: of each its slot, and an array for each input."""
+        """What `run` takes for some lanes of each entry."""
         return self.staging.fill(entries)
 
-    def run(self, banks: Sequence[Sequence[jax.Array]], arguments: Any) -> list[list[jax.Array]]:
-        """The outputs [width, ...] of each entry; `banks[e]` is the bank of its schema as it is now."""
-        return self.compiled(banks, arguments)
+    def run(
+        self, banks: Sequence[Sequence[jax.Array]], pools: Sequence[Pool | None], arguments: Any
+    ) -> list[list[jax.Array]]:
+        """The outputs [width, ...] of each entry, or something to wait for if it is not the last segment. `banks[e]` is
+        the bank of its schema as it is now, `pools[e]` the pool of its program, if that is cut."""
+        states = self.states
+        kept, written = (states.arrays(places, pools) for places in (states.kept, states.written))
+        after, outputs = self.compiled(banks, kept, written, arguments)
+        states.store(pools, after)
+        return outputs
 
-    def fetch(self, outputs: list[list[jax.Array]]) -> list[list[Any]]:
-        """Outputs as NumPy arrays, in one batch of transfers."""
-        return jax.device_get(outputs)
+    def fetch(self, outputs: list[list[jax.Array]]) -> list[Any]:
+        """Outputs as NumPy arrays, in one batch of transfers; None of a segment that is not the last."""
+        return jax.device_get([own if lanes.is_last else None for lanes, own in zip(self.lanes, outputs, strict=True)])
 
 
 class Traced(NamedTuple):
@@ -66,33 +85,53 @@ class Traced(NamedTuple):
 
     bundle: Bundle
     staging: Staging
+    states: States
     function: Any  # JAX's Traced
 
 
 def compile_executable(lanes: Sequence[Lanes], packed: bool | None = None) -> Executable:
     """Plan and compile; `packed` as in `trace_executable`."""
-    bundle, staging, function = trace_executable(lanes, packed)
-    return Executable(tuple(lanes), bundle, staging, function.lower().compile())
+    bundle, staging, states, function = trace_executable(lanes, packed)
+    return Executable(tuple(lanes), bundle, staging, states, function.lower().compile())
 
 
 def trace_executable(lanes: Sequence[Lanes], packed: bool | None = None) -> Traced:
     """Plan and trace. `packed` says whether what a call brings lies in one buffer; None: unless it runs on a CPU."""
     steps = plan_lanes([(own.schema, own.program, own.width) for own in lanes], [held(own.schema) for own in lanes])
     bundle = steps[-1].bundle
-    inputs = [[jax.ShapeDtypeStruct((own.width, *x.shape), x.dtype) for x in own.program.inputs] for own in lanes]
+    inputs = [() if own.segment else stacks(own.program.inputs, own.width) for own in lanes]
+    states = States(
+        tuple(own.segments for own in lanes), tuple(own.segment for own in lanes), tuple(own.slots for own in lanes)
+    )
+    cut = [own.segments for own in lanes if own.slots]
+    assert len(set(cut)) == len(cut), "two segments of one program in one executable, whose pool would be copied"
     packed = lanes[0].schema.options.platform != "cpu" if packed is None else packed
     staging = Staging(
-        tuple(own.width for own in lanes), tuple(map(tuple, inputs)), packed and all(map(can_pack, inputs))
+        tuple(own.width for own in lanes),
+        tuple(inputs),
+        tuple(own.slots if len(own.segments) > 1 else 0 for own in lanes),
+        packed and all(map(can_pack, inputs)),
     )
 
-    def serve(banks: Sequence[Sequence[Any]], arguments: Any) -> list[list[Any]]:
+    def serve(banks: Sequence[Sequence[Any]], kept: Any, written: Any, arguments: Any) -> tuple[list[Any], list[Any]]:
         given = staging.unpack(arguments)
-        arrays = picked(bundle, lanes, banks, [slots for slots, *_ in given])
-        return run_stacked(bundle, arrays, [own for _, *own in given])
+        places = [own.states for own in given]
+        values = states.read(kept, places)
+        arrays = picked(bundle, lanes, banks, [own.slots for own in given])
+        taken = [v if own.segment else g.inputs for own, v, g in zip(lanes, values, given, strict=True)]
+        outputs = run_stacked(bundle, arrays, taken)
+        after = states.write(written, places, outputs)
+        return after, [x if own.is_last else [g.slots[0]] for own, x, g in zip(lanes, outputs, given, strict=True)]
 
+    registers = [states.structs(places) for places in (states.kept, states.written)]
     with J.precision_as_traced():
-        function = jax.jit(serve).trace([own.schema.structs(own.capacity) for own in lanes], staging.structs)
-    return Traced(bundle, staging, function)
+        banks = [own.schema.structs(own.capacity) for own in lanes]
+        function = jax.jit(serve, donate_argnums=2).trace(banks, *registers, staging.structs)
+    return Traced(bundle, staging, states, function)
+
+
+def stacks(inputs: Sequence[jax.ShapeDtypeStruct], width: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(jax.ShapeDtypeStruct((width, *x.shape), x.dtype) for x in inputs)
 
 
 def held(schema: Schema) -> dict[int, list[Any]]:

@@ -3,7 +3,7 @@
 The layouts are those that the kernels of REFERENCE lanes want; at other widths, and in further request shapes, kernels
 are chosen among those that read them. What each tenant has its own lies in a row of a slab [slots, size], as few slabs
 as can be: kernels that read by slot read it there, and for others what they read is gathered anyway. What tenants share
-is an array of one row.
+is an array of one row. Programs may be cut into segments, all of which read the one bank.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from coalesce.layout import Layout
 from coalesce.passes.bundle_pipeline import BundleStep, run_passes, serving_passes
 from coalesce.passes.join_arrays import side_by_side
 from coalesce.passes.keep_layouts import Held
+from coalesce.passes.segment import segment
 from coalesce.serving.fit import Fit, Template, widened
+from coalesce.serving.segments import Segments, segments_of
 from coalesce.slab import Slab
 from coalesce.tuning import Tuned, UNTUNED
 
@@ -53,6 +55,7 @@ class Place(NamedTuple):
 class Schema:
     key: Hashable
     templates: tuple[Template, ...]
+    segments: tuple[Segments, ...]  # of each template
     own: tuple[bool, ...]  # of each weight, whether each tenant has its own
     options: Options
     arrays: tuple[Array, ...] = ()  # rows ((0, weight),): every weight in every layout that is read
@@ -81,11 +84,12 @@ class Schema:
         return sum(nbytes(s) for i, s in enumerate(self.structs(1)) if not self.owned(i))
 
 
-def plan_schema(fit: Fit, options: Options) -> Schema:
-    """The schema of all tenants that fit like this one."""
-    schema = Schema(fit.key, fit.templates, fit.own, options)
+def plan_schema(fit: Fit, options: Options, segments: int | None = 1, patience_us: float | None = None) -> Schema:
+    """The schema of all tenants that fit like this one; `segments` and `patience_us` as in `segment`."""
+    cuts = tuple(cut(template, options, segments, patience_us) for template in fit.templates)
+    schema = Schema(fit.key, fit.templates, cuts, fit.own, options)
     arrays: dict[tuple[int, Layout], Array] = {}
-    for template in fit.templates:
+    for template in (template for own in cuts for template in own.templates):
         for width in (REFERENCE, 1):  # one lane walks into what several run lane by lane
             held: dict[int, list[Layout]] = {}
             for weight, layout in arrays:
@@ -100,7 +104,18 @@ def plan_schema(fit: Fit, options: Options) -> Schema:
         for a, array in enumerate(arrays.values())
         if a in slab.arrays
     }
-    return Schema(fit.key, fit.templates, fit.own, options, tuple(arrays.values()), slabs, places)
+    return Schema(fit.key, fit.templates, cuts, fit.own, options, tuple(arrays.values()), slabs, places)
+
+
+def cut(template: Template, options: Options, segments: int | None, patience_us: float | None) -> Segments:
+    found = segment(
+        template.family.jaxpr,
+        template.family.n_weights,
+        costs=options.costs,
+        segments=segments,
+        patience_us=patience_us,
+    )
+    return segments_of(template, found)
 
 
 def plan_lanes(entries: Sequence[tuple[Schema, Template, int]], held: Sequence[Held]) -> tuple[BundleStep, ...]:

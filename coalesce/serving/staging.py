@@ -1,9 +1,10 @@
-"""The arguments of a call besides weights, as arrays on the host to be filled: each entry's slots and inputs.
+"""The arguments of a call besides weights, as arrays on the host to be filled: each entry's slots and inputs, and where
+lanes between two segments keep their values.
 
 Where the device has memory of its own they lie in one buffer of 32-bit words, so that one transfer brings all of them;
 a CPU reads them where they are, without a copy. So they belong to one call, and nobody writes to them after it.
 
-    words   slots of entry 0 | its inputs, one [width, ...] after the other | slots of entry 1 | ...
+    words   slots of entry 0 | its states, if any | its inputs, one [width, ...] after another | slots of entry 1 | ...
 """
 
 from __future__ import annotations
@@ -20,30 +21,46 @@ from jax import lax
 
 WORD = np.dtype(np.uint32)
 
-Lane = tuple[int, Sequence[Any]]  # a slot of the bank, and an array for each input
+
+class Lane(NamedTuple):
+    slot: int  # of the bank
+    inputs: Sequence[Any]  # an array for each
+    state: int = 0  # its slot of the pool, if its program has one
 
 
-class Buffers(NamedTuple):
-    """What a call takes, and where in it each entry's slots [width] and inputs [width, ...] are to be written."""
+class Given(NamedTuple):
+    """What a call brings for an entry: slots [width], states [width] if it has any, inputs [width, ...]."""
 
-    arguments: Any
-    slots: list[np.ndarray]
-    inputs: list[list[np.ndarray]]
+    slots: Any
+    states: Any
+    inputs: list[Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Staging:
-    """`inputs[e]` are those of entry e with all lanes, [width, ...]."""
+    """`inputs[e]` are those of entry e with all lanes, [width, ...]; `pools[e]` is the size of its pool, or 0."""
 
     widths: tuple[int, ...]
     inputs: tuple[tuple[jax.ShapeDtypeStruct, ...], ...]
+    pools: tuple[int, ...]
     packed: bool
 
     @cached_property
     def parts(self) -> list[list[jax.ShapeDtypeStruct]]:
-        """The slots of each entry and its inputs."""
-        slots = [jax.ShapeDtypeStruct((width,), np.int32) for width in self.widths]
-        return [[own, *inputs] for own, inputs in zip(slots, self.inputs, strict=True)]
+        """The slots of each entry, its states if it has any, and its inputs."""
+        slots = [[jax.ShapeDtypeStruct((width,), np.int32)] * (2 if pool else 1) for width, pool in self.shapes]
+        return [[*own, *inputs] for own, inputs in zip(slots, self.inputs, strict=True)]
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        return list(zip(self.widths, self.pools, strict=True))
+
+    def given(self, parts: Sequence[Sequence[Any]]) -> list[Given]:
+        """What stands for `parts`, by what it is."""
+        return [
+            Given(own[0], own[1] if pool else None, list(own[2 if pool else 1 :]))
+            for own, pool in zip(parts, self.pools, strict=True)
+        ]
 
     @property
     def structs(self) -> Any:
@@ -51,11 +68,11 @@ class Staging:
             return self.parts
         return jax.ShapeDtypeStruct((sum(words(part) for own in self.parts for part in own),), WORD)
 
-    def buffers(self) -> Buffers:
-        """New ones, of which nothing is written."""
+    def buffers(self) -> tuple[Any, list[Given]]:
+        """(what a call takes, where in it each entry's own is to be written): new ones, of which nothing is written."""
         if not self.packed:
             views = [[np.empty(part.shape, part.dtype) for part in own] for own in self.parts]
-            return Buffers(views, [own[0] for own in views], [own[1:] for own in views])
+            return views, self.given(views)
         buffer, start = np.empty(self.structs.shape, WORD), 0
         views = []
         for own in self.parts:
@@ -64,32 +81,35 @@ class Staging:
                 place = buffer[start : start + words(part)]
                 views[-1].append(place.view(np.uint8)[: nbytes(part)].view(part.dtype).reshape(part.shape))
                 start += words(part)
-        return Buffers(buffer, [own[0] for own in views], [own[1:] for own in views])
+        return buffer, self.given(views)
 
     def fill(self, entries: Sequence[Sequence[Lane]]) -> Any:
         """The arguments for some lanes of each entry, at least one and in this order. What is left of its width repeats
-        the slot of the first, with inputs of zeros."""
-        buffers = self.buffers()
-        for lanes, slots, inputs in zip(entries, buffers.slots, buffers.inputs, strict=True):
-            slots[: len(lanes)] = [slot for slot, _ in lanes]
-            slots[len(lanes) :] = lanes[0][0]
+        the slot of the first, with inputs of zeros, and has states behind the pool, all different."""
+        arguments, buffers = self.buffers()
+        for lanes, (slots, states, inputs), pool in zip(entries, buffers, self.pools, strict=True):
+            slots[: len(lanes)] = [lane.slot for lane in lanes]
+            slots[len(lanes) :] = lanes[0].slot
+            if states is not None:
+                states[: len(lanes)] = [lane.state for lane in lanes]
+                states[len(lanes) :] = range(pool + len(lanes), pool + len(states))
             for k, stack in enumerate(inputs):
-                for i, (_, own) in enumerate(lanes):
-                    stack[i] = own[k]
+                for i, lane in enumerate(lanes):
+                    stack[i] = lane.inputs[k]
                 stack[len(lanes) :] = 0
-        return buffers.arguments
+        return arguments
 
-    def unpack(self, arguments: Any) -> list[list[Any]]:
-        """Inside the program: the slots of each entry and its inputs."""
+    def unpack(self, arguments: Any) -> list[Given]:
+        """Inside the program."""
         if not self.packed:
-            return arguments
+            return self.given(arguments)
         found, start = [], 0
         for own in self.parts:
             found.append([])
             for part in own:
                 found[-1].append(from_words(arguments[start : start + words(part)], part))
                 start += words(part)
-        return found
+        return self.given(found)
 
 
 def nbytes(part: jax.ShapeDtypeStruct) -> int:

@@ -119,9 +119,9 @@ class Preparer:
             return self._compiled[key]([on_device(own) for own in leaves_of(fit)])
 
 
-def free_bytes(stores: Iterable[Store], limit: int | None = None) -> int | None:
-    """What is left of `limit` bytes for weights, and on the device; None where neither is known."""
-    left = [] if limit is None else [limit - sum(store.nbytes for store in stores)]
+def free_bytes(held: Iterable[Any], limit: int | None = None) -> int | None:
+    """What is left of `limit` bytes beside what is held, and on the device; None where neither is known."""
+    left = [] if limit is None else [limit - sum(own.nbytes for own in held)]
     stats = default_device().memory_stats() or {}
     if "bytes_limit" in stats:
         left.append(stats["bytes_limit"] - stats["bytes_in_use"])

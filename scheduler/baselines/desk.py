@@ -196,7 +196,8 @@ class Desk:
 
     def _wake(self, patient_ns: int, now_ns: int) -> None:
         time_ns = min(patient_ns, self._waiting.latest_ns() + 1)
-        if time_ns < FAR and 0 < len(self._flight) < self._depth:
-            time_ns = min(time_ns, self._flight.free_at(now_ns) - self._lead_ns)
+        ahead_ns = self._flight.free_at(now_ns) - self._lead_ns
+        if time_ns < FAR and len(self._flight) < self._depth and ahead_ns > now_ns:
+            time_ns = min(time_ns, ahead_ns)
         if time_ns < FAR:
             self._requests.out.append(WakeAt(max(time_ns, now_ns + 1)))

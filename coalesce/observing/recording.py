@@ -1,0 +1,90 @@
+"""Everything that the policy was told, when, and what it answered: a line of JSON each (`coalesce.scheduler.record`).
+
+    with Recording("log.jsonl") as recording, Runtime(observers=[recording]) as rt: ...
+
+    python -m coalesce.observing.recording log.jsonl                # replays it through a fresh policy
+    python -m coalesce.observing.recording log.jsonl --policy fifo  # what would that one have decided?
+
+A policy is a function of events and times, so a log says why something happened, and a policy that was changed can be
+asked what it would have done. Of several devices each has a file: log.jsonl, log.device1.jsonl, ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from coalesce.observing.aside import Aside
+from coalesce.scheduler.baselines.edf import Edf
+from coalesce.scheduler.baselines.fifo import Fifo
+from coalesce.scheduler.coalescing import Coalescing
+from coalesce.scheduler.commands import Command
+from coalesce.scheduler.events import Event
+from coalesce.scheduler.invariants import check
+from coalesce.scheduler.policy import Policy
+from coalesce.scheduler.record import dump, read
+from coalesce.scheduler.replay import replay
+from coalesce.scheduler.run import Decision
+
+LOG = logging.getLogger("coalesce.runtime")
+POLICIES: dict[str, Callable[[], Policy]] = {"coalescing": Coalescing, "fifo": Fifo, "edf": Edf}
+
+
+class Recording(Aside):
+    """Writes until it is closed. What had to drop something cannot be replayed; `dropped` says so, and a warning."""
+
+    def __init__(self, path: str | Path, most: int = 1_000_000) -> None:
+        self._path, self._others = Path(path), dict[int, Recording]()
+        self._file = self._path.open("w", encoding="utf-8")
+        super().__init__(most)
+
+    def on(self, device: int) -> Recording:
+        if device == 0:
+            return self
+        if device not in self._others:
+            path = self._path.with_name(f"{self._path.stem}.device{device}{self._path.suffix}")
+            self._others[device] = Recording(path, self._most)
+        return self._others[device]
+
+    def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
+        self.put(Decision(event, now_ns, commands))
+
+    def handle(self, item: Decision) -> None:
+        self._file.write(dump(*item) + "\n")
+
+    def finish(self) -> None:
+        self._file.close()
+        if self.dropped:
+            LOG.warning("%s lacks %d decisions, which came too fast; it cannot be replayed", self._path, self.dropped)
+
+    def close(self) -> None:
+        super().close()
+        for other in self._others.values():
+            other.close()
+
+
+def load(path: str | Path) -> list[Decision]:
+    with Path(path).open(encoding="utf-8") as file:
+        return list(read(file))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m coalesce.observing.recording", description="Replay a log through a fresh policy."
+    )
+    parser.add_argument("log", help="what a Recording wrote")
+    parser.add_argument("--policy", choices=list(POLICIES), default="coalescing", help="which policy (%(default)s)")
+    args = parser.parse_args(argv)
+    log = load(args.log)
+    violations = check(log)
+    print(f"{len(log)} decisions, {len(violations)} violations of what is always true")
+    print(*violations[:20], sep="\n", end="\n" if violations else "")
+    divergence = replay(log, POLICIES[args.policy]())
+    print(f"{args.policy} decides the same" if divergence is None else f"{args.policy} decides otherwise: {divergence}")
+    return int(bool(violations) or divergence is not None)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,102 @@
+"""A bundle on its way through the device, and what its lanes hold there between segments.
+
+A run that fails leaves what it only read as it was, so that its lanes can run again. The registers that it was to write
+are gone with it, if the device had begun: then whoever had values there is told so, and whoever begins later is not
+concerned (`Pool.restore`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+
+from coalesce.errors import DeviceError, OutOfDeviceMemory
+from coalesce.runtime.ticket import State, Ticket
+from coalesce.serving.executable import Executable, Lanes
+from coalesce.serving.pool import Pool
+from coalesce.serving.staging import Lane
+
+Pools = Sequence[Pool | None]
+
+
+class Bundle:
+    def __init__(
+        self, device: Any, executable: Executable, pools: Pools, outputs: Any, entries: Sequence[Sequence[Ticket]]
+    ) -> None:
+        self._device, self._executable, self._pools = device, executable, pools
+        self._outputs, self._entries = outputs, entries
+
+    def wait(self) -> None:
+        try:
+            jax.block_until_ready(self._outputs)
+        except Exception as e:
+            suspect(self._pools)
+            raise_understood(e, self._device)
+        for own, tickets in zip(self._executable.lanes, self._entries, strict=False):
+            if own.is_last:
+                leave(tickets)
+
+    def results(self) -> list[list[Any] | None]:
+        """Copies: what one tenant holds keeps no other's results alive, and shows none."""
+        fetched = self._executable.fetch(self._outputs)
+        return [
+            None if own is None else [t.form.result([np.array(x[i]) for x in own]) for i, t in enumerate(tickets)]
+            for tickets, own in zip(self._entries, fetched, strict=True)
+        ]
+
+
+def raise_understood(error: Exception, device: Any) -> NoReturn:
+    """Raises what a run raised, as one of ours where it is not the tenants' own fault."""
+    if "RESOURCE_EXHAUSTED" in str(error):
+        raise OutOfDeviceMemory(f"there is no memory on the device to run this: {error}") from error
+    try:
+        jax.block_until_ready(jax.device_put(np.zeros(1, np.int32), device))
+    except Exception:
+        raise DeviceError(f"{device} does not work any more: {error}. Restart the process") from error
+    raise error
+
+
+def lane_of(ticket: Ticket, own: Lanes, pool: Pool | None) -> Lane:
+    """What it takes through a segment; when it begins, it gets a place for what it will leave there."""
+    if pool is None:
+        return Lane(ticket.resident.slot, ticket.form.ordered(ticket.inputs))
+    state = ticket.state
+    if state is None:
+        state = ticket.state = State(pool, pool.take(), pool.life, ticket.resident.slot)
+    if own.segment == 0:
+        if state.life != pool.life:  # it begins again
+            ticket.state = state._replace(life=pool.life)
+        return Lane(state.weights, ticket.form.ordered(ticket.inputs), state.slot)
+    if state.life != pool.life:
+        raise DeviceError("what the request had computed so far was lost with a bundle that failed; send it again")
+    return Lane(state.weights, (), state.slot)
+
+
+def blank_of(own: Lanes, pool: Pool | None) -> Lane:
+    """A lane that reads slot 0 and zeros, and leaves nothing."""
+    inputs = () if own.segment else [np.zeros(x.shape, x.dtype) for x in own.program.inputs]
+    return Lane(0, inputs, pool.slots if pool is not None else 0)
+
+
+def leave(tickets: Iterable[Ticket]) -> None:
+    """They have ended, and others may have their places; called on any thread."""
+    for ticket in tickets:
+        state, ticket.state = ticket.state, None
+        if state is not None:
+            state.pool.release(state.slot)
+
+
+def suspect(pools: Pools) -> None:
+    for pool in pools:
+        if pool is not None:
+            pool.suspect = True
+
+
+def restored(pools: Pools) -> None:
+    """Before the next run: whatever a failed one took along is made anew."""
+    for pool in pools:
+        if pool is not None and pool.suspect:
+            pool.restore()

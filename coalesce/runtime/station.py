@@ -1,0 +1,101 @@
+"""A device and everything that serves on it: what decides, what makes executables, and where tenants live."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from coalesce.runtime.accounts import Accounts
+from coalesce.runtime.device import Device
+from coalesce.runtime.driver import Driver
+from coalesce.runtime.foundry import Foundry
+from coalesce.runtime.gil import handing_on
+from coalesce.runtime.health import Health
+from coalesce.runtime.history import History
+from coalesce.runtime.observer import Observer, Observers
+from coalesce.runtime.persistence import default_folder, keeping
+from coalesce.runtime.quarters import Quarters
+from coalesce.scheduler.events import Closed
+from coalesce.scheduler.policy import Policy
+
+
+class Station:
+    def __init__(
+        self,
+        number: int,
+        device: Device,
+        policy: Policy,
+        accounts: Accounts,
+        observers: Sequence[Observer],
+        clock: Callable[[], int],
+        *,
+        widths: Sequence[int],
+        capacity: int | None,
+        segments: int | None,
+        executables: int,
+        hang_s: float,
+        stall_s: float,
+        around: Callable[[], Any],
+    ) -> None:
+        self.number, self.device = number, device
+        self.history = History()
+        watching = Observers([accounts, self.history, *(observer.on(number) for observer in observers)])
+        self.foundry = Foundry(device, widths, executables, stall_s, around)
+        self.driver = Driver(policy, device, watching, clock, self.foundry, hang_s)
+        self.quarters = Quarters(device, self.driver, self.foundry, accounts, widths, capacity, segments)
+        self.foundry.start(self.driver)
+        self.driver.start()
+
+    @property
+    def status(self) -> str:
+        return "failed" if self.driver.failure is not None else "closed" if self.driver.stopped else "serving"
+
+    def close(self, timeout_s: float | None) -> None:
+        """After what waits, which the driver was told of."""
+        if not self.driver.book.wait_empty(timeout_s):
+            self.driver.inbox.put(Closed(drain=False))
+            self.driver.book.wait_empty(None)
+        self.foundry.stop()
+        self.driver.stop()
+
+
+def making(compiled: str | os.PathLike[str] | Literal[False] | None) -> Callable[[], Any]:
+    """A context for making executables, which are kept in the folder `compiled`."""
+    folder = default_folder() if compiled is None else None if compiled is False else Path(compiled).expanduser()
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        with handing_on(), keeping(folder):
+            yield
+
+    return around
+
+
+def health_of(stations: Sequence[Station], tenants: int, closed: bool, alone: Mapping[str, str]) -> Health:
+    failures = [station.driver.failure for station in stations if station.driver.failure is not None]
+    made = [station.foundry.counts() for station in stations]
+    status = "closed" if closed else "serving"
+    if failures:
+        status = "failed" if len(failures) == len(stations) else "degraded"
+    return Health(
+        status,
+        "; ".join(map(str, failures)),
+        tenants,
+        sum(len(station.driver.book.tickets) for station in stations),
+        sum(ready for ready, _, _ in made),
+        sum(compiling for _, compiling, _ in made),
+        MappingProxyType({name: why for station in stations for name, why in failed_of(station, len(stations) > 1)}),
+        sum(station.device.held_bytes for station in stations),
+        MappingProxyType({str(station.device.at): station.status for station in stations}),
+        MappingProxyType(dict(alone)),
+    )
+
+
+def failed_of(station: Station, several: bool) -> list[tuple[str, str]]:
+    """Families are numbered by device."""
+    where = f"{station.device.at}: " if several else ""
+    return [(where + name, why) for name, why in station.foundry.counts()[2].items()]

@@ -1,0 +1,155 @@
+"""Claim: as tenants are added, latency under Coalesce grows slower than under time multiplexing, and spreads less.
+
+    python -m experiments.isolation
+    python -m experiments.isolation --model=resnet50 --fields=  --tenants=1,2,4,8,16
+
+The question of the paper's figure 5. Every tenant has one request under way at any time: when its result has come, it
+sends the next. Three ways to serve them, of which the first two are one runtime under two policies:
+
+    coalescing       the runtime
+    fifo             the same with coalescing off: one request at a time, in the order of arrival (time multiplexing)
+    processes        a process a tenant, sliced in time by the driver of the device, or the operating system
+    processes_mps    the same side by side under NVIDIA's MPS; needs a GPU
+
+Latencies of the runtime are from submit to result; those of processes from dispatch to completion, in the process.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from absl import flags
+
+from coalesce.models import by_name, NAMES
+from coalesce.runtime.runtime import Runtime
+from experiments import own_flags
+from experiments.isolation_report import plot, report
+from experiments.live import Kind, Live, move_in, quantile_ms, Seen, tenants
+from experiments.peers_common import CannotRun
+from experiments.peers_processes import mps, mps_control, Workers
+from experiments.policies import POLICIES
+from experiments.results import device_name, header, Row, save_rows
+
+METHODS = ("coalescing", "fifo", "processes", "processes_mps")
+PATIENT_S = 60.0  # nobody is refused: latency is the question
+
+FLAGS = flags.FlagValues()
+own_flags.define_common(FLAGS)
+flags.DEFINE_enum("model", "mlp", NAMES, "the model of all tenants", flag_values=FLAGS)
+flags.DEFINE_list("fields", ["width=64"], "fields of the model to set", flag_values=FLAGS)
+flags.DEFINE_list("tenants", ["1", "2", "4", "8", "16"], "numbers of tenants", flag_values=FLAGS)
+flags.DEFINE_list("methods", list(METHODS), "which methods", flag_values=FLAGS)
+flags.DEFINE_integer("most_processes", 16, "processes are left out with more tenants", flag_values=FLAGS)
+flags.DEFINE_float("duration", 5.0, "seconds of each cell", lower_bound=0.05, flag_values=FLAGS)
+
+
+def fields() -> dict[str, Any]:
+    pairs = (item.split("=", 1) for item in FLAGS.fields if item)
+    return {name: ast.literal_eval(value) for name, value in pairs}
+
+
+def closed_loop(rt: Runtime, lives: Sequence[Live], duration_s: float) -> None:
+    """Each tenant sends its next request when it has the result of the last one."""
+    end_s = time.monotonic() + duration_s
+    left = threading.Semaphore(0)
+
+    def send(live: Live) -> None:
+        if time.monotonic() >= end_s:
+            left.release()
+            return
+        rt.submit(live.name, *live.inputs).add_done_callback(lambda reply: (reply.result(), send(live)))
+
+    for live in lives:
+        send(live)
+    for _ in lives:
+        left.acquire()
+
+
+def served(policy: str, count: int) -> Mapping[str, list[int]]:
+    seen = Seen()
+    kind = Kind(FLAGS.model, by_name(FLAGS.model, **fields()), count, PATIENT_S)
+    lives = tenants([kind])
+    widths = [width for width in (1, 2, 4, 8, 16, 32) if width < 2 * count]
+    with Runtime(policy=POLICIES[policy](), widths=widths, observers=[seen]) as rt:
+        move_in(rt, lives)
+        closed_loop(rt, lives, min(0.5, FLAGS.duration))
+        rt.drain(PATIENT_S)
+        seen.clear()
+        closed_loop(rt, lives, FLAGS.duration)
+        rt.drain(PATIENT_S)
+    return seen.latencies_ns
+
+
+def in_processes(count: int, under_mps: bool) -> Mapping[str, list[int]]:
+    if count > FLAGS.most_processes:
+        raise CannotRun(f"left out above {FLAGS.most_processes} tenants: so many processes are no way to serve")
+    with ExitStack() as stack:
+        env = stack.enter_context(mps(mps_control())) if under_mps else dict(os.environ)
+        cache = {
+            "JAX_COMPILATION_CACHE_DIR": stack.enter_context(tempfile.TemporaryDirectory()),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        }
+        spec = {"model": FLAGS.model, "fields": fields(), "dtype": "float32", "batch": 1, "engine": "jax"}
+        specs = [{**spec, "options": {}, "precision": None, "tenant": i} for i in range(count)]
+        workers = stack.enter_context(Workers(specs, {**cache, **env}))
+        workers.burst(3)
+        begin = time.perf_counter()
+        workers.burst(20)
+        requests = max(20, round(FLAGS.duration * 20 / (time.perf_counter() - begin)))
+        bursts = workers.burst(requests)
+    return {f"tenant{i}": [round(s * 1e9) for s in own] for i, own in enumerate(bursts)}
+
+
+def measure(method: str, count: int) -> Row:
+    print(f"{FLAGS.model}: {count} tenants, {method}", file=sys.stderr, flush=True)
+    row = {"tenants": count, "method": method, "failed": ""}
+    try:
+        if method in POLICIES:
+            latencies = served(method, count)
+        else:
+            latencies = in_processes(count, under_mps=method == "processes_mps")
+    except CannotRun as e:
+        return {**row, "failed": str(e)}
+    every = [latency for own in latencies.values() for latency in own]
+    medians = [quantile_ms(own, 0.5) for own in latencies.values()]
+    tails = [quantile_ms(own, 0.99) for own in latencies.values()]
+    quantiles = {f"p{q * 100:g}_ms": round(quantile_ms(every, q), 4) for q in (0.1, 0.5, 0.9, 0.99)}
+    return {
+        **row,
+        **quantiles,
+        "requests": len(every),
+        "fastest_tenant_p50_ms": round(min(medians), 4),
+        "slowest_tenant_p50_ms": round(max(medians), 4),
+        "slowest_tenant_p99_ms": round(max(tails), 4),
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    own_flags.parse("isolation", FLAGS, argv)
+    if unknown := set(FLAGS.methods) - set(METHODS):
+        raise SystemExit(f"what is {unknown.pop()}? Methods: {', '.join(METHODS)}")
+    settings = {"model": FLAGS.model, "fields": fields(), "duration_s": FLAGS.duration, "dtype": "float32"}
+    head = header(
+        own_flags.command("isolation", FLAGS), FLAGS.device_name or device_name(), FLAGS.note, **settings
+    )
+    rows = [measure(method, int(count)) for count in FLAGS.tenants for method in FLAGS.methods]
+    path = own_flags.folder(FLAGS) / f"isolation_{FLAGS.model}.json"
+    save_rows(path, head, rows)
+    title = f"Latency of {FLAGS.model} as tenants are added"
+    text = report(title, head, rows)
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+    print(plot(path.with_suffix(".png"), title, rows))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,189 @@
+"""Claim: MLPerf's LoadGen drives the runtime in its Server scenario to VALID at a stated rate.
+
+    python -m experiments.loadgen --rate=400 --latency_ms=50
+    python -m experiments.loadgen --rate=400 --latency_ms=50 --duration=600 --queries=270336   the sizes of a submission
+
+LoadGen sends single samples as a Poisson process at the rate, for at least so long and so many, and says VALID if 99%
+of them are answered within the latency. Samples go round over the tenants. Every sample is answered, as LoadGen's rules
+ask: one that the runtime refuses, since its deadline cannot be met, is sent again with a deadline far away.
+
+LoadGen comes as `mlcommons-loadgen` (the extra coalesce-jax[loadgen]).
+"""
+
+from __future__ import annotations
+
+import array
+import re
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+try:
+    import mlperf_loadgen
+except ImportError as e:
+    raise SystemExit("LoadGen is not installed: pip install 'coalesce-jax[loadgen]'") from e
+
+from coalesce.errors import DeadlineExceeded, QueueFull
+from coalesce.runtime.runtime import Runtime
+from experiments import own_flags
+from experiments.live import Live, move_in, read_kind, Seen, tenants
+from experiments.policies import POLICIES
+from experiments.results import device_name, header, Row, save_rows, table
+
+LATER_S = 60.0  # the deadline of what was refused
+
+FLAGS = flags.FlagValues()
+own_flags.define_common(FLAGS)
+flags.DEFINE_list(
+    "tenants", ["mlp.width=64:16"], "who is served: MODEL[.FIELD=VALUE;...]:COUNT", flag_values=FLAGS
+)
+flags.DEFINE_float("rate", 400.0, "queries a second", lower_bound=0.1, flag_values=FLAGS)
+flags.DEFINE_float("latency_ms", 50.0, "that 99% of queries must be answered within", flag_values=FLAGS)
+flags.DEFINE_float("duration", 60.0, "seconds, at least", lower_bound=0.01, flag_values=FLAGS)
+flags.DEFINE_integer("queries", 10_000, "at least", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_enum("policy", "coalescing", list(POLICIES), "who decides", flag_values=FLAGS)
+
+
+class Served:
+    """The runtime as LoadGen's system under test."""
+
+    def __init__(self, rt: Runtime, lives: Sequence[Live]) -> None:
+        self._rt, self._lives = rt, lives
+        self.refused = 0
+        self.wrong = 0  # answers that are not finite, or of another shape
+        self._lock = threading.Lock()
+
+    def issue(self, samples: Sequence[Any]) -> None:
+        for sample in samples:
+            self._send(sample.id, self._lives[sample.index % len(self._lives)], None)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def _send(self, number: int, live: Live, deadline_s: float | None) -> None:
+        reply = self._rt.submit(live.name, *live.inputs, deadline=deadline_s)
+        reply.add_done_callback(lambda done: self._answer(number, live, done))
+
+    def _answer(self, number: int, live: Live, done: Future[Any]) -> None:
+        error = done.exception()
+        if isinstance(error, DeadlineExceeded | QueueFull):
+            with self._lock:
+                self.refused += 1
+            self._send(number, live, LATER_S)
+            return
+        if error is not None:
+            raise error
+        result = done.result()
+        if not np.isfinite(result).all():
+            with self._lock:
+                self.wrong += 1
+        answer = array.array("B", result.tobytes())
+        place, length = answer.buffer_info()
+        response = mlperf_loadgen.QuerySampleResponse(number, place, length)
+        mlperf_loadgen.QuerySamplesComplete([response])
+
+
+def settings() -> Any:
+    chosen = mlperf_loadgen.TestSettings()
+    chosen.scenario = mlperf_loadgen.TestScenario.Server
+    chosen.mode = mlperf_loadgen.TestMode.PerformanceOnly
+    chosen.server_target_qps = FLAGS.rate
+    chosen.server_target_latency_ns = round(FLAGS.latency_ms * 1e6)
+    chosen.server_target_latency_percentile = 0.99
+    chosen.min_duration_ms = round(FLAGS.duration * 1e3)
+    chosen.min_query_count = FLAGS.queries
+    return chosen
+
+
+def drive(served: Served, samples: int, folder: Path) -> dict[str, str]:
+    """Runs the test; what LoadGen's summary says, by name."""
+    logs = mlperf_loadgen.LogSettings()
+    logs.log_output = mlperf_loadgen.LogOutputSettings()
+    logs.log_output.outdir = str(folder)
+    logs.log_output.copy_summary_to_stdout = False
+    logs.enable_trace = False
+    system = mlperf_loadgen.ConstructSUT(served.issue, served.flush)
+    library = mlperf_loadgen.ConstructQSL(samples, samples, lambda _: None, lambda _: None)
+    try:
+        mlperf_loadgen.StartTestWithLogSettings(system, library, settings(), logs)
+    finally:
+        mlperf_loadgen.DestroyQSL(library)
+        mlperf_loadgen.DestroySUT(system)
+    return read_summary((folder / "mlperf_log_summary.txt").read_text(encoding="utf-8"))
+
+
+def read_summary(text: str) -> dict[str, str]:
+    return dict(re.findall(r"^\s*([^:\n]+?)\s*: +(\S.*?)\s*$", text, re.MULTILINE))
+
+
+def row_of(summary: dict[str, str], served: Served, seen: Seen) -> Row:
+    return {
+        "policy": FLAGS.policy,
+        "rate": FLAGS.rate,
+        "latency_ms": FLAGS.latency_ms,
+        "result": summary["Result is"],
+        "because": [name for name, says in summary.items() if name.lower().endswith("satisfied") and says != "Yes"],
+        "completed_per_second": float(summary["Completed samples per second"]),
+        "scheduled_per_second": float(summary["Scheduled samples per second"]),
+        "p50_ms": int(summary["50.00 percentile latency (ns)"]) / 1e6,
+        "p99_ms": int(summary["99.00 percentile latency (ns)"]) / 1e6,
+        "refused": served.refused,
+        "wrong": served.wrong,
+        "queries": sum(own["ok"] + own["late"] for own in seen.outcomes.values()),
+        "lanes": round(seen.lanes / max(1, seen.bundles), 3),
+        "failed": "",
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    own_flags.parse("loadgen", FLAGS, argv)
+    kinds = [read_kind(f"{text}:{FLAGS.latency_ms}") for text in FLAGS.tenants]
+    lives, seen = tenants(kinds), Seen()
+    keep = {name: FLAGS[name].value for name in ("tenants", "duration", "queries")}
+    head = header(own_flags.command("loadgen", FLAGS), FLAGS.device_name or device_name(), FLAGS.note, **keep)
+    widths = [width for width in (1, 2, 4, 8, 16, 32) if width < 2 * len(lives)]
+    with Runtime(policy=POLICIES[FLAGS.policy](), widths=widths, observers=[seen]) as rt:
+        move_in(rt, lives)
+        seen.clear()
+        served = Served(rt, lives)
+        with tempfile.TemporaryDirectory() as folder:
+            summary = drive(served, 16 * len(lives), Path(folder))
+    row = row_of(summary, served, seen)
+    path = own_flags.folder(FLAGS) / "loadgen.json"
+    save_rows(path, head, [row])
+    text = report(head, row)
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def report(head: dict[str, Any], row: Row) -> str:
+    columns = ["policy", "queries a second", "99% within", "result", "p50 ms", "p99 ms", "queries", "refused at first"]
+    line = [
+        row["policy"],
+        f"{row['rate']:g}",
+        f"{row['latency_ms']:g} ms",
+        " ".join([row["result"], *(f"({name}: no)" for name in row["because"])]),
+        f"{row['p50_ms']:.2f}",
+        f"{row['p99_ms']:.2f}",
+        f"{row['queries']:,}",
+        f"{row['refused']:,}",
+    ]
+    text = [
+        "# MLPerf LoadGen, Server scenario",
+        f"{head['device']}, JAX {head['versions']['jax']}, {head['date']}. {head['note']}".rstrip(),
+        f"    {head['command']}",
+        f"Tenants: {', '.join(head['settings']['tenants'])}; {row['lanes']:.2f} requests a bundle on average.",
+        table(columns, [line]),
+    ]
+    return "\n\n".join(text) + "\n"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

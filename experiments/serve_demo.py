@@ -1,0 +1,151 @@
+"""A mixed set of tenants on one device under a chosen arrival process, live: who gets its results in time.
+
+    python -m experiments.serve_demo
+    python -m experiments.serve_demo --process=bursts --rate=1500 --duration=30
+    python -m experiments.serve_demo --policy=fifo                              the same, with coalescing off
+    python -m experiments.serve_demo --tenants='mlp.width=64:12:20,gru.steps=8;hidden=64;features=64:4:50'
+    python -m experiments.serve_demo --process=csv --csv=arrivals.csv           times in a column TIMESTAMP
+
+A tenant is MODEL[.FIELD=VALUE;...]:COUNT:SLO_MS. Without --rate the load is half of what the device could do for these
+tenants one request at a time. The table is of the last seconds while it runs, and of everything at the end.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from random import Random
+
+from absl import flags
+from rich.console import Console
+from rich.live import Live as Screen
+from rich.table import Table
+
+from coalesce.observing.trace import Trace
+from coalesce.runtime.accounts import TenantStats
+from coalesce.runtime.runtime import Runtime
+from coalesce.scheduler import workloads
+from coalesce.scheduler.workloads import Arrival
+from experiments import own_flags
+from experiments.live import Client, Live, move_in, PROCESSES, read_kind, Seen, tenants, times_of
+from experiments.policies import POLICIES
+from experiments.results import device_name
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_list(
+    "tenants",
+    ["mlp.width=64:8:25", "mlp.width=32;layers=12:4:10", "gru.steps=6;hidden=64;features=64;classes=10:4:60"],
+    "who is served: MODEL[.FIELD=VALUE;...]:COUNT:SLO_MS",
+    flag_values=FLAGS,
+)
+flags.DEFINE_enum("process", "poisson", [*PROCESSES, "csv"], "how requests arrive", flag_values=FLAGS)
+flags.DEFINE_float("rate", None, "requests a second of all tenants together", lower_bound=0.1, flag_values=FLAGS)
+flags.DEFINE_float("cv", 4.0, "how uneven the gaps of --process=gamma are", lower_bound=0, flag_values=FLAGS)
+flags.DEFINE_string("csv", None, "recorded times for --process=csv", flag_values=FLAGS)
+flags.DEFINE_float("zipf", 0.5, "how unequal the tenants' rates are; 0 is equal", lower_bound=0, flag_values=FLAGS)
+flags.DEFINE_float("duration", 15.0, "seconds", lower_bound=0.1, flag_values=FLAGS)
+flags.DEFINE_enum("policy", "coalescing", list(POLICIES), "who decides", flag_values=FLAGS)
+flags.DEFINE_list("widths", ["1", "2", "4", "8", "16"], "lanes of executables", flag_values=FLAGS)
+flags.DEFINE_integer("seed", 0, "of the arrivals", flag_values=FLAGS)
+flags.DEFINE_string("trace", None, "a file for a trace to open in Perfetto", flag_values=FLAGS)
+
+REFRESH_S = 0.5
+
+
+def rate_of(seen: Seen, lives: Sequence[Live]) -> float:
+    """Half of what the device could do one request at a time."""
+    alone = {e.entries[0].family: e.l50_ns for e in seen.catalog.executables if e.entries[0].width == 1}
+    times = [alone[seen.tenants[live.name].families[0]] for live in lives]
+    return 0.5 * 1e9 * len(times) / sum(times)
+
+
+def arrivals_of(names: Sequence[str], rate: float) -> Iterable[Arrival]:
+    rng, end_ns = Random(FLAGS.seed), round(FLAGS.duration * 1e9)
+    if FLAGS.process == "csv":
+        if FLAGS.csv is None:
+            raise SystemExit("--process=csv needs --csv=FILE, with a column TIMESTAMP")
+        times = workloads.read_csv(Path(FLAGS.csv))
+        times = workloads.scale(times, FLAGS.rate) if FLAGS.rate else times
+    else:
+        times = times_of(FLAGS.process, rng, rate, FLAGS.cv)
+    return workloads.arrive(rng, times, names, end_ns, workloads.zipf(len(names), FLAGS.zipf))
+
+
+def shown(lives: Sequence[Live], stats: Callable[[str], TenantStats | None], title: str) -> Table:
+    table = Table(title=title)
+    for name in ("tenant", "SLO ms", "sent", "in time", "late", "refused", "p50 ms", "p99 ms", "device", "padding"):
+        table.add_column(name, justify="left" if name == "tenant" else "right")
+    before = None
+    for live in lives:
+        own = stats(live.name)
+        if own is None:
+            continue
+        if before not in (None, live.kind):
+            table.add_section()
+        before = live.kind
+        share = own.attainment
+        colour = "dim" if share is None else "green" if share >= 0.99 else "yellow" if share >= 0.9 else "red"
+        table.add_row(
+            live.name,
+            f"{live.kind.slo_s * 1e3:g}",
+            str(own.submitted),
+            f"[{colour}]{'-' if share is None else f'{share:.1%}'}[/]",
+            str(own.late),
+            str(sum(own.rejected.values())),
+            milliseconds(own.latency_p50_s),
+            milliseconds(own.latency_p99_s),
+            f"{own.device_s:.2f} s",
+            f"{own.padding_s:.2f} s",
+        )
+    return table
+
+
+def milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.2f}"
+
+
+def main(argv: Sequence[str]) -> None:
+    own_flags.parse("serve_demo", FLAGS, argv)
+    console, seen = Console(), Seen()
+    trace = Trace() if FLAGS.trace else None
+    lives = tenants([read_kind(text) for text in FLAGS.tenants])
+    with Runtime(
+        policy=POLICIES[FLAGS.policy](),
+        widths=tuple(map(int, FLAGS.widths)),
+        observers=[seen, *([trace] if trace else [])],
+    ) as rt:
+        console.print(f"{len(lives)} tenants on a {device_name()}: tracing, compiling and warming up")
+        move_in(rt, lives)
+        seen.clear()
+        rate = FLAGS.rate or rate_of(seen, lives)
+        client = Client(rt, lives, arrivals_of([live.name for live in lives], rate))
+        begin = time.monotonic()
+        client.start()
+        with Screen(console=console, refresh_per_second=4, transient=True) as screen:
+            while not client.done:
+                passed = time.monotonic() - begin
+                title = f"{FLAGS.process}, {rate:,.0f} requests a second, {FLAGS.policy}: {passed:.0f} s"
+                screen.update(shown(lives, rt.stats().tenants.get, title))
+                time.sleep(REFRESH_S)
+        rt.drain(60.0)
+        took, stats = time.monotonic() - begin, rt.stats()
+        console.print(shown(lives, stats.tenants.get, f"{FLAGS.process}, {FLAGS.policy}: all {took:.1f} s"))
+        console.print(summary(seen, client, took))
+    if trace is not None:
+        trace.save(FLAGS.trace)
+        console.print(f"trace: {FLAGS.trace}")
+
+
+def summary(seen: Seen, client: Client, took_s: float) -> str:
+    in_time, busy = sum(own["ok"] for own in seen.outcomes.values()), seen.busy_ns / took_s / 1e9
+    return (
+        f"{client.sent:,} requests, {seen.attainment():.2%} in time, {in_time / took_s:,.0f} a second; "
+        f"{seen.bundles:,} bundles of {seen.lanes / max(1, seen.bundles):.2f} requests on average, "
+        f"{1 - seen.lanes / max(1, seen.room):.0%} of their lanes padding, device busy {busy:.0%}"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,52 @@
+"""How many requests are in time, by policy: against rate, burstiness, SLO, number of tenants and of programs.
+
+    python -m experiments.slo_attainment                                   # simulated: exact, on any machine
+    python -m experiments.slo_attainment --real --model=resnet50           # on the device at hand, a subset
+
+Simulated, all policies run the same arrivals on a virtual clock (experiments/simulated.py), in sweeps of one parameter
+after the other (experiments/slo_sweeps.py); a search finds for each the rate at which 99% of the requests meet the SLO.
+For real, the runtime serves tenants of one model under its own policy and, with coalescing off, under FIFO and EDF
+(experiments/slo_serve.py). Rows that the results have already are not made again.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from absl import app, flags
+
+from experiments import slo_report, slo_serve, slo_sweeps
+from experiments.results import header
+from experiments.settings import command, FLAGS
+from experiments.simulated import chosen, DEVICE, fill, POLICIES
+
+flags.DEFINE_bool("real", False, "serve on the device at hand, instead of simulating")
+slo_serve.define_flags()
+
+
+def simulate_all() -> None:
+    folder = Path(FLAGS.out or Path("experiments", "results", "slo_attainment"))
+    head = header(command("slo_attainment"), DEVICE, FLAGS.note, requests=FLAGS.requests, seed=FLAGS.seed)
+    rows = fill(
+        folder / "slo_attainment.json",
+        head,
+        slo_sweeps.cells(chosen(FLAGS.policies)),
+        slo_sweeps.cells(list(POLICIES)),
+        slo_sweeps.cell_of,
+        lambda cell: slo_sweeps.measure(cell, FLAGS.requests, FLAGS.seed),
+        FLAGS.force,
+    )
+    text = slo_report.report(head, rows)
+    (folder / "slo_attainment.md").write_text(text, encoding="utf-8")
+    print(text)
+    print(slo_report.plot(folder / "slo_attainment.png", rows))
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"what is {argv[1]}?")
+    slo_serve.serve_all() if FLAGS.real else simulate_all()
+
+
+if __name__ == "__main__":
+    app.run(main)
