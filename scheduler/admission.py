@@ -43,12 +43,13 @@ def admit(
 
 
 def fits(request: Request, bucket: int, left_ns: int, queue: Queue, kept_ns: int, work_ns: int, free_ns: int) -> bool:
-    costs, demand, items = queue.costs, queue.level.demand, queue.items
-    others = len(queue.level.order) - bool(items)  # that run before its own, with half of their lanes due after it
-    company = len(items) + 1 + left_ns // queue.gap_ns // 2
-    own_ns = costs.through(company) + kept_ns
-    if demand.fits(bucket, own_ns, own_ns * others // 2, work_ns, free_ns):
+    costs, demand, items, level = queue.costs, queue.level.demand, queue.items, queue.level
+    steady = costs.options[costs.steady]
+    others = level.starting - bool(items)  # that run before its own, with half of their lanes due after it
+    begun_ns = (len(level.order) - level.starting) * steady.l99_ns  # of such runs, what comes in between
+    own_ns = costs.through(len(items) + 1 + left_ns // queue.gap_ns // 2) + kept_ns
+    if demand.fits(bucket, own_ns, own_ns * others // 2 + begun_ns, work_ns, free_ns):
         return True
     own_ns = costs.through(bisect_left(items, (request.deadline_ns,)) + 1) + kept_ns
-    spare_ns = costs.options[costs.steady].through_ns * (1 + others)
+    spare_ns = steady.through_ns * (1 + others)
     return demand.fits(bucket, own_ns, own_ns * others // 2, work_ns + spare_ns, free_ns)

@@ -37,11 +37,9 @@ class Window(NamedTuple):
         return self.queue.items[self.first][0] - self.option.through_ns
 
 
-def choose(
-    level: Level, start_ns: int, cap_ns: int, worth: Callable[[Item], float], pressure: float = 1.0
-) -> Window | None:
+def choose(level: Level, start_ns: int, cap_ns: int, worth: Callable[[Item], float]) -> Window | None:
     if level.demand.is_feasible(start_ns):
-        return earliest(level, start_ns, cap_ns, pressure)
+        return earliest(level, start_ns, cap_ns)
     found = [w for q in islice(servable(level), CANDIDATES) if (w := best_window(q, start_ns, cap_ns, worth))]
     return min(found, key=lambda w: (w.latest_ns, w.option.l99_ns / w.lanes), default=None)
 
@@ -50,7 +48,7 @@ def servable(level: Level) -> Iterator[Queue]:
     return (queue for _, _, queue in level.order if queue.costs.options and queue.ready())
 
 
-def earliest(level: Level, start_ns: int, cap_ns: int, pressure: float) -> Window | None:
+def earliest(level: Level, start_ns: int, cap_ns: int) -> Window | None:
     """Earliest deadline first, in the width that costs the others least."""
     queue = next(servable(level), None)
     if queue is None:
@@ -58,14 +56,8 @@ def earliest(level: Level, start_ns: int, cap_ns: int, pressure: float) -> Windo
     found = heads(queue, start_ns, cap_ns)
     if len(found) == 1:
         return found[0]
-    return min(found, key=lambda w: lateness(w, level, start_ns) + pressure * waste(w))
-
-
-def waste(window: Window) -> float:
-    """Device time that the same lanes would not take in steady runs."""
-    costs, option = window.queue.costs, window.option
-    steady = costs.options[costs.steady]
-    return option.l50_ns - window.lanes * steady.l50_ns / steady.width
+    lanes = found[-1].lanes
+    return min(found, key=lambda w: lateness(w, level, start_ns) + lanes * w.option.l50_ns / w.lanes)
 
 
 def heads(queue: Queue, start_ns: int, cap_ns: int) -> list[Window]:

@@ -24,7 +24,8 @@ class Option(NamedTuple):
     executable: int
     l50_ns: int
     l99_ns: int
-    through_ns: int  # l99 from here to the end of its lanes, if they stay together
+    through_ns: int  # from here to the end of its lanes, if they stay together: the l99, and the l50 of what follows
+    mostly_ns: int  # the l50 of all of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class PlaceCosts:
     lane_after_ns: int = 0  # of it, what comes after this segment
     first_ns: int = 0
     fixed_ns: int = 0  # of it, in this segment
-    steady: int = 0  # which option it is that keeps up with requests for ever
+    steady: int = 0  # which option it is that can be run over and over
     ahead_ns: int = 0  # what a queue's head needs: alone, or, once it has begun, with those that it is with
 
     def through(self, lanes: int) -> int:
@@ -44,13 +45,6 @@ class PlaceCosts:
             if option.width >= lanes:
                 return option.through_ns
         return self.options[self.steady].through_ns if self.options else 0
-
-    def together(self, lanes: int) -> int:
-        """Until the last of so many lanes is done, if they stay together as far as there are executables for it."""
-        for option in self.options:
-            if option.width >= lanes:
-                return option.through_ns
-        return -(-lanes // self.options[-1].width) * self.options[-1].through_ns if self.options else 0
 
 
 UNSERVABLE = PlaceCosts()
@@ -64,7 +58,7 @@ class Costs:
         self.latency = latency
         self._tightest_ns: Mapping[int, int] = {}
         self._mixed: dict[Place, list[Executable]] = {}
-        self._known: dict[tuple[int, int, int], PlaceCosts] = {}
+        self._known: dict[tuple[int, int], tuple[PlaceCosts, ...]] = {}
 
     def change(self, catalog: Catalog, tightest_ns: Mapping[int, int]) -> None:
         """`tightest_ns`: the least SLO of each family."""
@@ -86,42 +80,68 @@ class Costs:
         self._known.clear()
 
     def of(self, place: Place, factor: int = 4) -> PlaceCosts:
-        key = (*place, factor)
-        known = self._known.get(key)
-        if known is None:
-            known = self._known[key] = self._work_out(place, factor)
-        return known
-
-    def _work_out(self, place: Place, factor: int) -> PlaceCosts:
         family, segment = place
-        executables = self.catalog.by_place.get(place, ())
-        last = segment + 1 >= self.catalog.segments_of(family)  # more: the family has gone
-        rest = UNSERVABLE if last else self.of((family, segment + 1), factor)
-        if not executables or not (last or rest.options):
-            return UNSERVABLE
-        options = tuple(self._option(e, factor, rest) for e in executables)
-        at = sustained(options, self._tightest_ns.get(family, FAR))
-        first, steady = options[0], options[at]
-        lane_ns = -(-steady.l50_ns // steady.width)
-        fixed_ns = max(0, first.l50_ns - lane_ns)
-        return PlaceCosts(
-            options,
-            Quantiles(first.l50_ns + rest.alone.l50_ns, first.l99_ns + rest.alone.l99_ns),
-            lane_ns + rest.lane_ns,
-            rest.lane_ns,
-            fixed_ns + rest.first_ns,
-            fixed_ns,
-            at,
-            steady.through_ns if segment else first.through_ns,
-        )
+        known = self._known.get((family, factor))
+        if known is None:
+            known = self._known[family, factor] = self._work_out(family, factor)
+        return known[segment] if segment < len(known) else UNSERVABLE  # no such segment: the family has gone
 
-    def _option(self, executable: Executable, factor: int, rest: PlaceCosts) -> Option:
+    def _work_out(self, family: int, factor: int) -> tuple[PlaceCosts, ...]:
+        """Of all segments."""
+        count = self.catalog.segments_of(family)
+        options = self._options(family, count, factor)
+        widest = sustained(options[0], self._tightest_ns.get(family, FAR)) if options[0] else FAR
+        costs = [UNSERVABLE] * (count + 1)
+        for segment in reversed(range(count)):
+            if options[segment]:
+                costs[segment] = place_costs(options[segment], widest, costs[segment + 1], segment)
+        return tuple(costs[:count])
+
+    def _options(self, family: int, count: int, factor: int) -> list[tuple[Option, ...]]:
+        """Of each segment; none where what follows cannot be run."""
+        found: list[tuple[Option, ...]] = [()] * (count + 1)
+        for segment in reversed(range(count)):
+            if segment + 1 < count and not found[segment + 1]:
+                break
+            found[segment] = tuple(
+                self._option(executable, factor, found[segment + 1])
+                for executable in self.catalog.by_place.get((family, segment), ())
+            )
+        return found[:count]
+
+    def _option(self, executable: Executable, factor: int, rest: Sequence[Option]) -> Option:
         width = executable.entries[0].width
         l50_ns, l99_ns = (ns * factor // 4 for ns in self.latency.of(executable.id))
-        return Option(width, executable.id, l50_ns, l99_ns, l99_ns + rest.together(width))
+        after_ns = together(rest, width)
+        return Option(width, executable.id, l50_ns, l99_ns, l99_ns + after_ns, l50_ns + after_ns)
+
+
+def together(options: Sequence[Option], lanes: int) -> int:
+    """How long so many lanes mostly take, if they stay together as far as there are executables for it."""
+    for option in options:
+        if option.width >= lanes:
+            return option.mostly_ns
+    return -(-lanes // options[-1].width) * options[-1].mostly_ns if options else 0
 
 
 def sustained(options: Sequence[Option], slo_ns: int) -> int:
-    """The most efficient one that requests can wait for, while it runs with others, and then run in themselves."""
-    can = [at for at, o in enumerate(options) if 2 * o.through_ns <= slo_ns]
-    return max(can, key=lambda at: options[at].width / options[at].l50_ns, default=0)
+    """The most efficient width that requests can wait for, while it runs with others, and then run in themselves."""
+    can = [o for o in options if 2 * o.through_ns <= slo_ns]
+    return max(can, key=lambda o: o.width / o.mostly_ns, default=options[0]).width
+
+
+def place_costs(options: tuple[Option, ...], widest: int, rest: PlaceCosts, segment: int) -> PlaceCosts:
+    at = max(0, sum(o.width <= widest for o in options) - 1)
+    first, steady = options[0], options[at]
+    lane_ns = -(-steady.l50_ns // steady.width)
+    fixed_ns = max(0, first.l50_ns - lane_ns)
+    return PlaceCosts(
+        options,
+        Quantiles(first.l50_ns + rest.alone.l50_ns, first.l99_ns + rest.alone.l99_ns),
+        lane_ns + rest.lane_ns,
+        rest.lane_ns,
+        fixed_ns + rest.first_ns,
+        fixed_ns,
+        at,
+        steady.through_ns if segment else first.through_ns,
+    )

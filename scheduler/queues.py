@@ -87,11 +87,12 @@ class Queue:
 
 
 class Level:
-    __slots__ = ("priority", "order", "demand", "counted")
+    __slots__ = ("priority", "order", "starting", "demand", "counted")
 
     def __init__(self, priority: int):
         self.priority = priority
         self.order: list[tuple[int, int, Queue]] = []
+        self.starting = 0  # queues in it whose lanes have not begun
         self.demand = Demand()  # of this priority and all higher ones
         self.counted: tuple[Demand, ...] = (self.demand,)  # those in which its lanes count: its own and all lower ones
 
@@ -210,6 +211,7 @@ class Queues:
         level = queue.level
         if queue.rank is not None:
             del level.order[bisect_left(level.order, queue.rank)]
+            level.starting -= queue.place[1] == 0
             level.release(queue.head_bucket, queue.head_ns)
         if not queue.items:
             queue.rank = None
@@ -219,6 +221,7 @@ class Queues:
         deadline_ns, _, lane = queue.items[0]
         queue.rank = (deadline_ns - queue.costs.ahead_ns, queue.serial, queue)
         insort(level.order, queue.rank)
+        level.starting += queue.place[1] == 0
         queue.head_bucket, queue.head_ns = lane.bucket, queue.costs.first_ns
         level.promise(queue.head_bucket, queue.head_ns)
 

@@ -107,15 +107,22 @@ class Requests:
                 self.out += self._watch.fail(lane.request.tenant, now_ns)
 
     def _halve(self, place: Place, lanes: list[Lane], is_half: bool) -> None:
-        """Each half runs by itself, until those that fail are alone; a part of several is a half already."""
+        """Each half runs by itself, until those that fail are alone; a part of several is a half already.
+
+        Tenants that have meanwhile been put apart from others stay so.
+        """
         for lane in lanes:
             if lane.ending is not None:
                 self._reject(lane, lane.ending)
         going = [lane for lane in lanes if lane.ending is None]
-        middle = len(going) if is_half else (len(going) + 1) // 2
-        for half in going[:middle], going[middle:]:
+        together = [lane for lane in going if not self._watch.lot(lane.request.tenant)]
+        middle = len(together) if is_half else (len(together) + 1) // 2
+        parts = [together[:middle], together[middle:]]
+        for name in dict.fromkeys(lane.request.tenant for lane in going if lane not in together):
+            parts.append([lane for lane in going if lane.request.tenant == name])
+        for part in parts:
             lot = self._watch.new_lot()
-            for lane in half:
+            for lane in part:
                 lane.again = True
                 self._enqueue(lane, place, lot)
 
