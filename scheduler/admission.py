@@ -32,7 +32,7 @@ def admit(
     bucket = bucket_of(request.deadline_ns, now_ns)
     costs = queue.costs
     if costs.options:  # else it waits for one that the driver makes
-        kept_ns = left_ns >> 2 if over else 0
+        kept_ns = (3 * left_ns if queue.lot else left_ns) >> 2 if over else 0
         work_ns = costs.lane_ns + (costs.first_ns if queue.leads(request) else 0)
         if not fits(request, bucket, left_ns, queue, kept_ns, work_ns + kept_ns, free_ns):
             return Reason.INFEASIBLE
@@ -46,10 +46,11 @@ def fits(request: Request, bucket: int, left_ns: int, queue: Queue, kept_ns: int
     costs, demand, items, level = queue.costs, queue.level.demand, queue.items, queue.level
     steady = costs.options[costs.steady]
     others = level.starting - bool(items)  # that run before its own, with half of their lanes due after it
-    begun_ns = (len(level.order) - level.starting) * steady.l99_ns  # of such runs, what comes in between
-    own_ns = costs.through(len(items) + 1 + left_ns // queue.gap_ns // 2) + kept_ns
-    if demand.fits(bucket, own_ns, own_ns * others // 2 + begun_ns, work_ns, free_ns):
-        return True
+    for _ in range(2):  # again, where the test had to sum up and knows better now what is due before it
+        until_ns = free_ns + demand.before(bucket) - request.arrival_ns
+        own_ns = costs.through(len(items) + 1 + until_ns // queue.gap_ns) + kept_ns
+        if demand.fits(bucket, own_ns, own_ns * others // 2, work_ns, free_ns):
+            return True
     own_ns = costs.through(bisect_left(items, (request.deadline_ns,)) + 1) + kept_ns
     spare_ns = steady.through_ns * (1 + others)
     return demand.fits(bucket, own_ns, own_ns * others // 2, work_ns + spare_ns, free_ns)

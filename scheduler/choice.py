@@ -63,6 +63,7 @@ def earliest(level: Level, start_ns: int, cap_ns: int) -> Window | None:
 def heads(queue: Queue, start_ns: int, cap_ns: int) -> list[Window]:
     """Runs from the head that let it be in time, narrowest first; the narrowest one in any case."""
     waiting = queue.ready()
+    cap_ns = cap_ns // 4 if queue.lot else cap_ns
     left_ns = queue.items[0][0] - start_ns
     found: list[Window] = []
     for option in queue.costs.options:

@@ -55,6 +55,12 @@ class Demand:
             return True
         return self._sum_up() and self._latest_start(bucket, own_ns, blocked_ns, work_ns) >= start_ns
 
+    def before(self, bucket: int) -> int:
+        """What is due then or before, at most."""
+        buckets = self._buckets
+        at = bisect_left(buckets, bucket)
+        return self._before[at + 1 if at < len(buckets) and buckets[at] == bucket else at] + self._since
+
     def is_feasible(self, start_ns: int) -> bool:
         if self._latest[0] - self._since >= start_ns:
             return True

@@ -85,7 +85,7 @@ class Requests:
             elif bundle.lanes == 1:
                 self._fail(lanes, now_ns)
             else:
-                self._halve(place, lanes, len(bundle.parts) > 1)
+                self._halve(place, lanes)
 
     def _advance(self, place: Place, lanes: list[Lane]) -> None:
         family, segment = place
@@ -106,25 +106,22 @@ class Requests:
             if lane.ending is None:
                 self.out += self._watch.fail(lane.request.tenant, now_ns)
 
-    def _halve(self, place: Place, lanes: list[Lane], is_half: bool) -> None:
-        """Each half runs by itself, until those that fail are alone; a part of several is a half already.
-
-        Tenants that have meanwhile been put apart from others stay so.
-        """
+    def _halve(self, place: Place, lanes: list[Lane]) -> None:
+        """Each half runs by itself, until those that fail are alone; who has been put apart meanwhile is so here."""
+        groups: dict[str | None, list[Lane]] = {}
         for lane in lanes:
+            name = lane.request.tenant
             if lane.ending is not None:
                 self._reject(lane, lane.ending)
-        going = [lane for lane in lanes if lane.ending is None]
-        together = [lane for lane in going if not self._watch.lot(lane.request.tenant)]
-        middle = len(together) if is_half else (len(together) + 1) // 2
-        parts = [together[:middle], together[middle:]]
-        for name in dict.fromkeys(lane.request.tenant for lane in going if lane not in together):
-            parts.append([lane for lane in going if lane.request.tenant == name])
-        for part in parts:
-            lot = self._watch.new_lot()
-            for lane in part:
-                lane.again = True
-                self._enqueue(lane, place, lot)
+            else:
+                groups.setdefault(name if self._watch.lot(name) else None, []).append(lane)
+        for group in groups.values():
+            middle = (len(group) + 1) // 2
+            for half in group[:middle], group[middle:]:
+                lot = self._watch.new_lot()
+                for lane in half:
+                    lane.again = True
+                    self._enqueue(lane, place, lot)
 
     def move(self, tenants: Iterable[str]) -> None:
         """Takes lanes that wait to where their tenants now belong; those that are to run again stay apart."""

@@ -72,7 +72,7 @@ def overloaded(factor: float, segments: int, end_ns: int) -> None:
 @in_segments
 @pytest.mark.parametrize("factor", [1.05, 2.0, 5.0])
 def test_overload(factor, segments):
-    overloaded(factor, segments, 360 * MS)
+    overloaded(factor, segments, 260 * MS)
 
 
 @pytest.mark.soak
@@ -89,7 +89,7 @@ def test_a_minute_of_overload(factor, segments):
 def test_a_burst_is_over_soon(segments):
     usual = 0.75 * capacity()
     burst = [Arrival(a.time_ns + 200 * MS, a.tenant) for a in steady(9 * usual, 100 * MS, NAMES, seed=2)]
-    run = checked(tenants(10), catalog(segments=segments), merge(steady(usual, 500 * MS, NAMES), burst))
+    run = checked(tenants(10), catalog(segments=segments), merge(steady(usual, 450 * MS, NAMES), burst))
     again_ns = 300 * MS + 5 * SLO
     assert run.attainment(None, 0, 200 * MS) >= 0.99
     assert run.attainment(None, again_ns) >= 0.99
@@ -101,8 +101,8 @@ def test_a_burst_is_over_soon(segments):
 
 def shares_of_others(noisy: float, segments: int, **terms) -> tuple[Run, float]:
     usual = 0.75 * capacity() / 10
-    more = steady((noisy - 1) * usual, 600 * MS, ["t0"], seed=3) if noisy > 1 else []
-    run = checked(tenants(10, **terms), catalog(segments=segments), merge(steady(10 * usual, 600 * MS, NAMES), more))
+    more = steady((noisy - 1) * usual, 400 * MS, ["t0"], seed=3) if noisy > 1 else []
+    run = checked(tenants(10, **terms), catalog(segments=segments), merge(steady(10 * usual, 400 * MS, NAMES), more))
     return run, run.attainment(NAMES[1:], 100 * MS)
 
 
@@ -115,19 +115,19 @@ def test_a_noisy_neighbour_takes_nothing_from_others(segments):
 
 
 def test_no_tenant_starves():
-    """Whoever asks for more than its share gets half of its share at least, by weight, in any half second."""
+    """Whoever asks for more than its share gets half of its share at least, by weight, in any 200 ms."""
     who = [Tenant(f"t{i}", (i % 2,), SLO, weight=w, quota=100_000) for i, w in enumerate([1.0, 1.0, 2.0, 4.0])]
-    run = checked(who, catalog(2), steady(4 * capacity(), 1000 * MS, NAMES[:4]))
-    for begin in (0, 500 * MS):
-        got = [run.counts([t.name], begin, begin + 500 * MS)[Outcome.OK] for t in who]
+    run = checked(who, catalog(2), steady(3 * capacity(), 400 * MS, NAMES[:4]))
+    for begin in (0, 200 * MS):
+        got = [run.counts([t.name], begin, begin + 200 * MS)[Outcome.OK] for t in who]
         assert all(2 * n * 8 >= t.weight * sum(got) for n, t in zip(got, who, strict=True))
 
 
 def test_weights_share_what_there_is():
     who = [Tenant(f"t{i}", (0,), SLO, weight=w, quota=100_000) for i, w in enumerate([1.0, 1.0, 2.0, 4.0])]
-    run = checked(who, catalog(), steady(4 * capacity(), 600 * MS, NAMES[:4]))
+    run = checked(who, catalog(), steady(3 * capacity(), 400 * MS, NAMES[:4]))
     got = [run.counts([t.name], 100 * MS)[Outcome.OK] for t in who]
-    assert [n / sum(got) for n in got] == pytest.approx([1 / 8, 1 / 8, 2 / 8, 4 / 8], abs=0.06)
+    assert [n / sum(got) for n in got] == pytest.approx([1 / 8, 1 / 8, 2 / 8, 4 / 8], abs=0.08)
 
 
 def test_higher_priority_goes_first():
@@ -142,20 +142,20 @@ def test_higher_priority_goes_first():
 
 @in_segments
 def test_a_slow_tenant_is_quarantined_and_comes_back(segments):
-    faults = Faults(slow=(Slow(5.0, "t0", 300 * MS, 1500 * MS),))
-    load = steady(0.3 * capacity(), 6000 * MS, NAMES)
+    faults = Faults(slow=(Slow(5.0, "t0", 100 * MS, 900 * MS),))
+    load = steady(0.2 * capacity(), 2500 * MS, NAMES)
     policy = Coalescing()
     run = checked(tenants(10), catalog(segments=segments), load, policy, faults=faults, keep_log=True)
     told = [(at, c) for _, at, commands in run.log for c in commands if isinstance(c, Quarantine | Readmit)]
     assert {c.tenant for _, c in told} == {"t0"}
     quarantined = [at for at, c in told if isinstance(c, Quarantine)]
-    assert 300 * MS < quarantined[0] < 1500 * MS
+    assert 100 * MS < quarantined[0] < 900 * MS
     slow = [
         d
         for _, at, commands in run.log
         for d in commands
         if isinstance(d, Dispatch)
-        and 300 * MS <= at < quarantined[0]
+        and 100 * MS <= at < quarantined[0]
         and "t0" in {run.requests[i].tenant for own in d.lanes for i in own}
     ]
     assert len(slow) <= 3 + 2  # those that were slow, and what had been dispatched before they were
@@ -170,7 +170,7 @@ def test_a_slow_tenant_is_quarantined_and_comes_back(segments):
 @in_segments
 @pytest.mark.parametrize("factor", [1.5, 0.67])
 def test_predictions_that_are_wrong_are_learnt(segments, factor):
-    load = steady(0.4 * capacity(), 800 * MS, NAMES)
+    load = steady(0.4 * capacity(), 400 * MS, NAMES)
     right = checked(tenants(10), catalog(segments=segments), load)
     policy = Coalescing()
     wrong = checked(tenants(10), catalog(segments=segments), load, policy, faults=Faults(slow=(Slow(factor),)))
@@ -183,7 +183,7 @@ def test_predictions_that_are_wrong_are_learnt(segments, factor):
 
 def test_a_device_that_stalls_for_a_while_is_forgiven():
     faults = Faults(stalls=(Stall(200 * MS, 300 * MS),))
-    run = checked(tenants(10), catalog(), steady(0.5 * capacity(), 800 * MS, NAMES), faults=faults, keep_log=True)
+    run = checked(tenants(10), catalog(), steady(0.5 * capacity(), 500 * MS, NAMES), faults=faults, keep_log=True)
     assert run.attainment(None, 300 * MS + 5 * SLO) >= 0.99
     assert not [c for _, _, commands in run.log for c in commands if isinstance(c, Quarantine)]
 
