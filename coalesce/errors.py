@@ -92,6 +92,12 @@ class DeviceError(ServingError):
     grpc, http = "UNAVAILABLE", 503
 
 
+class StateLost(ServingError):
+    """What a request had computed so far was lost with another bundle, which failed. Send it again."""
+
+    grpc, http = "ABORTED", 503
+
+
 class Shutdown(ServingError):
     """The runtime was closed before the request ran."""
 

@@ -26,6 +26,7 @@ from coalesce.scheduler.catalog import Catalog, Entry
 from coalesce.scheduler.commands import Command, Dispatch, Reason
 from coalesce.scheduler.events import CatalogChanged, Completed, Event, Submitted, TenantAdded
 from coalesce.scheduler.request import Request, Tenant
+from coalesce.scheduler.run import Decision
 from coalesce.scheduler.workloads import Arrival
 from experiments.cells import tenants_of
 
@@ -138,9 +139,10 @@ class Client:
 class Seen(Observer):
     """What became of requests, and how long things took; `clear` forgets the past, not the tenants and executables."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep_log: bool = False) -> None:
         self.catalog = Catalog()
         self.tenants: dict[str, Tenant] = {}
+        self.log: list[Decision] | None = [] if keep_log else None  # of everything, never cleared
         self.clear()
 
     def clear(self) -> None:
@@ -153,6 +155,9 @@ class Seen(Observer):
         self.tell_ns: list[int] = []  # from the end of a bundle until the driver's thread knows
 
     def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
+        self.decide_ns.append(time.monotonic_ns() - now_ns)
+        if self.log is not None:
+            self.log.append(Decision(event, now_ns, commands))
         if isinstance(event, Submitted):
             self.requests += event.requests
         elif isinstance(event, CatalogChanged):
@@ -161,7 +166,6 @@ class Seen(Observer):
             self.tenants[event.tenant.name] = event.tenant
         elif isinstance(event, Completed):
             self.tell_ns.append(now_ns - event.end_ns)
-        self.decide_ns.append(time.monotonic_ns() - now_ns)
 
     def rejected(self, ticket: Ticket, reason: Reason, now_ns: int) -> None:
         self.outcomes[ticket.request.tenant][reason.name.lower()] += 1

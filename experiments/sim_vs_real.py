@@ -3,20 +3,21 @@
     python -m experiments.sim_vs_real
     python -m experiments.sim_vs_real --configurations=0,7 --duration=3
 
-A configuration is served twice by the real runtime, with other arrivals each time. The first run measures how long each
-executable takes, and how long the driver needs to decide and to be told; its figures are all that the simulator gets,
-besides the tenants and the arrivals of the second run. Then both have the same requests, at the same times, under the
-same policy, and the share of requests in time is compared.
+A configuration is served twice by the real runtime, with other arrivals each time. The first run measures how long
+each executable takes, and how long the driver needs to decide and to be told. The simulator gets these figures, the
+policy as the log of the real driver leaves it after the first run, and the arrivals of the second. Then both have the
+same requests at the same times, and the share of requests in time is compared.
 
-Configurations differ in tenants, rates, unevenness, SLOs and the number of segments, and are drawn from a seed. Rates
-are in units of what the device can do one request at a time, SLOs in units of a request's time alone, as the runtime
-serves it.
+Configurations differ in tenants, rates, unevenness, SLOs and the number of segments, and are drawn from a seed. Load 1
+is what the runtime can do one request at a time; an SLO is so many times what a request takes alone.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from random import Random
 from statistics import median
 from typing import Any, NamedTuple
@@ -26,11 +27,13 @@ from absl import flags
 from coalesce.models import by_name
 from coalesce.runtime.runtime import Runtime
 from coalesce.scheduler import workloads
-from coalesce.scheduler.catalog import Catalog, Entry, Executable
+from coalesce.scheduler.catalog import Entry, Executable
 from coalesce.scheduler.coalescing import Coalescing
-from coalesce.scheduler.machine import Host
+from coalesce.scheduler.commands import Command, WakeAt
+from coalesce.scheduler.events import Completed, Event, Submitted
+from coalesce.scheduler.machine import Host, quantiles
 from coalesce.scheduler.request import Request
-from coalesce.scheduler.run import Outcome, Run
+from coalesce.scheduler.run import Decision, Outcome, Run
 from coalesce.scheduler.simulator import simulate
 from coalesce.scheduler.workloads import Arrival
 from experiments import own_flags
@@ -41,6 +44,8 @@ SECOND = 1_000_000_000
 LEAST_ALONE_S = 0.0  # rates and SLOs are made for a request that takes as long, if it is faster
 POINTS = 2.0  # of attainment, that the two may differ by
 WIDTHS = (1, 2, 4, 8, 16)
+ALONE = 200  # requests
+SETTLE_S = 0.2  # until the driver knows of the last bundle, whose results are out already
 
 FLAGS = flags.FlagValues()
 own_flags.define_common(FLAGS)
@@ -65,7 +70,7 @@ class Configuration(NamedTuple):
 MODELS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("mlp", {"width": 384, "layers": 24}),
     ("mlp", {"width": 512, "layers": 24}),
-    ("gru", {"steps": 16, "hidden": 256, "features": 256, "classes": 10}),
+    ("gru", {"steps": 25, "hidden": 512, "features": 512, "classes": 10}),
 )
 
 
@@ -85,42 +90,56 @@ def draw_configurations(count: int, seed: int) -> list[Configuration]:
                 cv=rng.choice((0.5, 1.0, 2.0, 4.0)),
                 slo=rng.choice((5.0, 10.0, 20.0, 40.0)),
                 zipf=rng.choice((0.0, 1.0)),
-                segments=(1, 1, 2, 3)[rng.randrange(4)] if SEGMENTS else 1,
+                segments=rng.choice((1, 1, 2, 3)),
             )
         )
     return found
 
 
 class Measured(NamedTuple):
-    """What the simulator gets from the first run."""
+    """What the first run took."""
 
-    catalog: Catalog
     runs_ns: Mapping[tuple[Entry, ...], Sequence[int]]
     host: Host
 
     def takes(self, executable: Executable, rng: Random) -> int:
+        """As it took before; one that did not run then, as its warm-up said."""
         known = self.runs_ns.get(executable.entries)
-        return rng.choice(known) if known else rng.randint(executable.l50_ns, executable.l99_ns)
+        return rng.choice(known) if known else quantiles(executable, rng)
 
 
 def measured(seen: Seen) -> Measured:
-    """Executables that the first run did not use keep the quantiles of their warm-up."""
-    made = []
-    for own in seen.catalog.executables:
-        runs = sorted(seen.runs_ns.get(own.entries, ()))
-        if runs:
-            own = own._replace(l50_ns=int(median(runs)), l99_ns=runs[int(0.99 * (len(runs) - 1))])
-        made.append(own)
     host = Host(decide_ns=int(median(seen.decide_ns)), tell_ns=int(median(seen.tell_ns)))
-    catalog = Catalog(tuple(made), seen.catalog.segments, seen.catalog.slots)
-    return Measured(catalog, {entries: tuple(runs) for entries, runs in seen.runs_ns.items()}, host)
+    return Measured({entries: tuple(runs) for entries, runs in seen.runs_ns.items()}, host)
 
 
-def again(requests: Iterable[Request]) -> list[Arrival]:
-    """Requests that the real runtime got, as arrivals."""
+class Later:
+    """A policy that was told a log, and goes on after it on another clock, which starts at 0."""
+
+    def __init__(self, log: Iterable[Decision], start_ns: int) -> None:
+        self._policy, self._start_ns = Coalescing(), start_ns
+        for event, now_ns, _ in log:
+            if now_ns < start_ns:
+                self._policy.on_event(event, now_ns)
+
+    def on_event(self, event: Event, now_ns: int) -> Sequence[Command]:
+        commands = self._policy.on_event(self._moved(event), self._start_ns + now_ns)
+        return [c._replace(time_ns=c.time_ns - self._start_ns) if isinstance(c, WakeAt) else c for c in commands]
+
+    def _moved(self, event: Event) -> Event:
+        by = self._start_ns
+        if isinstance(event, Submitted):
+            moved = (r._replace(arrival_ns=r.arrival_ns + by, deadline_ns=r.deadline_ns + by) for r in event.requests)
+            return Submitted(tuple(moved))
+        if isinstance(event, Completed):
+            return event._replace(start_ns=event.start_ns + by, end_ns=event.end_ns + by)
+        return event
+
+
+def again(requests: Iterable[Request], start_ns: int) -> list[Arrival]:
+    """Requests that the real runtime got, as arrivals after `start_ns`."""
     ordered = sorted(requests, key=lambda request: request.arrival_ns)
-    first_ns = ordered[0].arrival_ns
-    return [Arrival(r.arrival_ns - first_ns, r.tenant, r.deadline_ns - r.arrival_ns, 0, r.family) for r in ordered]
+    return [Arrival(r.arrival_ns - start_ns, r.tenant, r.deadline_ns - r.arrival_ns, 0, r.family) for r in ordered]
 
 
 def attainment(run: Run, host: Host) -> float:
@@ -131,12 +150,9 @@ def attainment(run: Run, host: Host) -> float:
     return in_time / len(run.requests)
 
 
-SEGMENTS = False  # `Runtime(segments=)`
-
-
 def runtime(own: Configuration, seen: Seen) -> Runtime:
     widths = [width for width in WIDTHS if width < 2 * own.tenants]
-    return Runtime(widths=widths, observers=[seen])
+    return Runtime(widths=widths, segments=own.segments, observers=[seen])
 
 
 def arrivals(own: Configuration, rate: float, lives: Sequence[Live], seed: int) -> Iterable[Arrival]:
@@ -146,37 +162,48 @@ def arrivals(own: Configuration, rate: float, lives: Sequence[Live], seed: int) 
     return workloads.arrive(rng, times, names, round(FLAGS.duration * SECOND), workloads.zipf(len(names), own.zipf))
 
 
-def alone_s(rt: Runtime, seen: Seen, live: Live) -> float:
-    """What a request takes from submit to result, with nobody else there."""
-    seen.clear()
-    for _ in range(100):
-        rt.submit(live.name, *live.inputs).result(60)
-    return median(seen.latencies_ns[live.name]) / SECOND
+@cache
+def alone_s(number: int) -> float:
+    """What a request of a model takes from submit to result, with nobody else there."""
+    seen, (model, fields) = Seen(), MODELS[number]
+    lives = tenants([Kind(model, by_name(model, **fields), 1, 60.0)])
+    with Runtime(widths=[1], segments=1, observers=[seen]) as rt:
+        move_in(rt, lives)
+        seen.clear()
+        for _ in range(ALONE):
+            rt.submit(lives[0].name, *lives[0].inputs).result(60)
+    return median(seen.latencies_ns[lives[0].name]) / SECOND
 
 
 def compare(own: Configuration) -> Row:
     print(f"configuration {own.number}: {own}", file=sys.stderr, flush=True)
-    seen = Seen()
-    lives = tenants([Kind(own.model, by_name(own.model, **own.fields), own.tenants, 60.0)])
+    took_s = max(LEAST_ALONE_S, alone_s(own.number % len(MODELS)))
+    rate, slo_s = own.load / took_s, own.slo * took_s
+    seen = Seen(keep_log=True)
+    lives = tenants([Kind(own.model, by_name(own.model, **own.fields), own.tenants, slo_s)])
     with runtime(own, seen) as rt:
         move_in(rt, lives)
-        took_s = max(LEAST_ALONE_S, alone_s(rt, seen, lives[0]))
-        rate = own.load / took_s
-        slo_ns = round(own.slo * took_s * SECOND)
         seen.clear()
-        serve(rt, lives, with_slo(arrivals(own, rate, lives, 1), slo_ns))
+        serve(rt, lives, arrivals(own, rate, lives, 1))
         learnt = measured(seen)
         seen.clear()
-        serve(rt, lives, with_slo(arrivals(own, rate, lives, 2), slo_ns))
-    known = [tenant._replace(slo_ns=slo_ns) for tenant in seen.tenants.values()]
+        time.sleep(SETTLE_S)
+        start_ns = time.monotonic_ns()
+        serve(rt, lives, arrivals(own, rate, lives, 2))
     run = simulate(
-        Coalescing(), known, learnt.catalog, again(seen.requests), takes=learnt.takes, host=learnt.host, seed=own.number
+        Later(seen.log or (), start_ns),
+        seen.tenants.values(),
+        seen.catalog,
+        again(seen.requests, start_ns),
+        takes=learnt.takes,
+        host=learnt.host,
+        seed=own.number,
     )
     real, simulated = seen.attainment(), attainment(run, learnt.host)
     return {
         **own._asdict(),
         "alone_ms": round(took_s * 1e3, 4),
-        "slo_ms": round(slo_ns / 1e6, 3),
+        "slo_ms": round(slo_s * 1e3, 3),
         "rate": round(rate, 1),
         "requests": len(seen.requests),
         "real": round(real, 5),
@@ -186,10 +213,6 @@ def compare(own: Configuration) -> Row:
         "simulated_lanes": round(run.lanes / max(1, run.bundles), 3),
         "failed": "",
     }
-
-
-def with_slo(coming: Iterable[Arrival], slo_ns: int) -> Iterable[Arrival]:
-    return (arrival._replace(allowed_ns=slo_ns) for arrival in coming)
 
 
 def report(head: Mapping[str, Any], rows: Sequence[Row]) -> str:

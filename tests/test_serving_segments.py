@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from coalesce.errors import DeviceError
 from coalesce.serving.executable import compile_executable, Executable, trace_executable
 from coalesce.serving.pool import Pool
 from coalesce.serving.staging import Lane
@@ -199,7 +198,7 @@ def test_segments_of_several_families_share_a_call():
 def test_a_gpu_gets_its_pools_in_place():
     """Lowered for a GPU on a machine without one: every register that is written is donated, and scattered into."""
     found = tenants("mlp", 2)
-    serving = serve([fit_of(fn, p, x) for fn, p, x in found], options=BY_SLOT, segments=3)
+    serving = serve([fit_of(fn, p, x) for fn, p, x in found], segments=3)
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
         traced = trace_executable([serving.lanes(4, segment=1)], packed=True)
@@ -219,7 +218,7 @@ def test_a_pool_gives_out_each_place_once():
     assert pool.nbytes == 3 * (24 + 1)
     taken = [pool.take() for _ in range(3)]
     assert sorted(taken) == [0, 1, 2] and not pool.free
-    with pytest.raises(DeviceError, match="all 3 places"):
+    with pytest.raises(AssertionError, match="all 3 places"):
         pool.take()
     pool.release(1)
     assert pool.take() == 1

@@ -82,9 +82,12 @@ def test_only_rows_in_use_move_and_each_once():
 def test_kernels_of_a_gpu_read_the_bank_in_place(name):
     """Lowered for a GPU on a machine without one: no gather of weights, of the size of a bank no result at all."""
     found = tenants(name, 2)
-    serving = serve([fit_of(fn, p, x) for fn, p, x in found], capacity=8, options=BY_SLOT)
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+    mesh = AbstractMesh((1,), ("x",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):  # equations remember it, from JAX 0.12 on
+        fits = [fit_of(fn, p, x) for fn, p, x in found]
+    serving = serve(fits, capacity=8, options=BY_SLOT)
+    with jax.sharding.use_abstract_mesh(mesh):
         traced = trace_executable([serving.lanes(4)], packed=True)
         text = traced.function.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@__gpu$xla.gpu.triton(") == len(list(packs(traced.bundle.schedule))) == 3

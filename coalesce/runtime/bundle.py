@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from coalesce.errors import DeviceError, OutOfDeviceMemory
+from coalesce.errors import DeviceError, OutOfDeviceMemory, StateLost
 from coalesce.runtime.ticket import State, Ticket
 from coalesce.serving.executable import Executable, Lanes
 from coalesce.serving.pool import Pool
@@ -71,7 +71,7 @@ def lane_of(ticket: Ticket, own: Lanes, pool: Pool | None) -> Lane:
             ticket.state = state._replace(life=pool.life)
         return Lane(state.weights, ticket.form.ordered(ticket.inputs), state.slot)
     if state.life != pool.life:
-        raise DeviceError("what the request had computed so far was lost with a bundle that failed; send it again")
+        raise StateLost("what the request had computed so far was lost with a bundle that failed; send it again")
     return Lane(state.weights, (), state.slot)
 
 

@@ -61,8 +61,9 @@ class Loaded:
 class Device:
     """`at` is the JAX device; the default one unless given."""
 
-    def __init__(self, memory_limit: int | None = None, at: Any = None) -> None:
+    def __init__(self, memory_limit: int | None = None, at: Any = None, number: int = 0) -> None:
         self.at = default_device() if at is None else at
+        self.number = number  # among those of the runtime
         self._memory_limit = memory_limit
         with self.here():
             measured = default_tuned(None, None)
@@ -166,7 +167,7 @@ class Device:
         loaded = self._loaded[executable]
         loaded.used = next(self._runs)
         number = next(ticket.bundles[-1] for tickets in entries for ticket in tickets)
-        with jax.profiler.TraceAnnotation(ANNOTATION, bundle=number):
+        with jax.profiler.TraceAnnotation(ANNOTATION, device=self.number, bundle=number):
             each = zip(entries, loaded.executable.lanes, loaded.pools, strict=True)
             lanes = [[lane_of(t, own, pool) for t in tickets] for tickets, own, pool in each]
             return self._run(loaded, loaded.executable.stage(lanes), entries)
@@ -214,6 +215,16 @@ class Device:
         self._loaded[number].offered = catalog.Executable(number, key[0], l50_ns, l99_ns)
         self._loaded[number].used = next(self._runs)
         return self.catalog
+
+    def apart_ns(self, entries: Sequence[Entry]) -> int | None:
+        """What several entries take one after another, as far as it is known."""
+        found = [self._loaded.get(self._numbers.get((entry,), -1)) for entry in entries]
+        times = [own.offered.l50_ns for own in found if own is not None and own.offered is not None]
+        return sum(times) if len(entries) > 1 and len(times) == len(entries) else None
+
+    def drop(self, key: Key) -> None:
+        """An executable that was never offered."""
+        self._loaded.pop(self._numbers[key[0]], None)
 
     def evict(self, most: int) -> list[Key]:
         """Drops what ran the longest ago until no more are offered; returns what they were."""

@@ -9,6 +9,7 @@ from coalesce.errors import (
     QueueFull,
     ServingError,
     Shutdown,
+    StateLost,
     TenantClosed,
     TenantFailure,
 )
@@ -34,7 +35,7 @@ def error_of(ticket: Ticket, reason: Reason, now_ns: int) -> ServingError:
             return TenantClosed(f"{who}: {reason.value}; add_tenant adds one")
         case Reason.FAILED:
             cause = ticket.failure
-            kind = OutOfDeviceMemory if isinstance(cause, OutOfDeviceMemory) else TenantFailure
+            kind = type(cause) if isinstance(cause, OutOfDeviceMemory | StateLost) else TenantFailure
             error = kind(f"{who}: {reason.value}: {type(cause).__name__}: {cause}")
             error.__cause__ = cause
             return error

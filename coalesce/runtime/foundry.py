@@ -3,7 +3,8 @@
     order -> compile here -> install on the driver's thread -> probe: a run for nothing, and PROBES timed ones -> offer
 
 An executable is offered to the policy when it has run: how long it takes is known then, and its first run, which is
-slower, is behind it. What fails is remembered with its error, and not tried again.
+slower, is behind it. What fails is remembered with its error, and not tried again. One of several families that takes
+no less than theirs one after another is not offered.
 
 One is made at a time, so that compilers leave others the processor; but nobody waits longer than SLOW_S for a compiler
 that works for somebody else, and one that is not done after `stall_s` is waited for no more. Of those that were offered
@@ -209,6 +210,13 @@ class Foundry:
             self._probe(key, times_ns)
             return ()
         timed = sorted(times_ns[1:])  # what looks slow is never tried, what looks fast is soon known
+        apart_ns = self._device.apart_ns(key[0])
+        if apart_ns is not None and timed[1] >= apart_ns:
+            both = f"{timed[1] / 1e6:.3f} ms, and {apart_ns / 1e6:.3f} ms one after another"
+            LOG.info("%s takes %s: it is done without", text_of(key[0]), both)
+            self._device.drop(key)
+            self._finish(key)
+            return ()
         self._device.offer(key, timed[1], timed[-1])
         evicted = self._device.evict(self._most)
         with self._change:

@@ -81,7 +81,7 @@ class Runtime:
         self._stations = [
             Station(
                 number,
-                Device(memory_limit, at),
+                Device(memory_limit, at, number),
                 policy() if callable(policy) else policy,
                 self._accounts,
                 observers,

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 
 from coalesce import jaxpr as J
-from coalesce.errors import DeviceError
 
 
 class Pool:
@@ -41,8 +40,8 @@ class Pool:
         return len(self._free)
 
     def take(self) -> int:
-        if not self._free:
-            raise DeviceError(f"all {self.slots} places for requests between two segments are taken")
+        """A slot that is free; there must be one."""
+        assert self._free, f"all {self.slots} places for requests between two segments are taken"
         return self._free.popleft()
 
     def release(self, slot: int) -> None:

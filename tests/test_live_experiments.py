@@ -1,0 +1,130 @@
+"""The experiments that serve run, from their command line to their files; no test looks at a time."""
+
+import json
+from pathlib import Path
+from random import Random
+
+import pytest
+from absl import flags
+
+from coalesce.scheduler.catalog import Catalog, Entry, Executable
+from coalesce.scheduler.coalescing import Coalescing
+from coalesce.scheduler.commands import WakeAt
+from coalesce.scheduler.events import CatalogChanged, Completed, Event, Submitted, TenantAdded
+from coalesce.scheduler.request import Request, Tenant
+from coalesce.scheduler.run import Decision
+from experiments import isolation, live, loadgen, own_flags, serve_demo, sim_vs_real
+
+TINY = "mlp.width=8;layers=2"
+
+
+def saved(folder: Path) -> dict:
+    (path,) = folder.glob("*.json")
+    assert path.with_suffix(".md").exists()
+    return json.loads(path.read_text())
+
+
+def test_serve_demo_shows_every_tenant(capsys, tmp_path):
+    arguments = [f"--tenants={TINY}:2:500,{TINY};width=4:1:500", "--duration=0.5", "--rate=40", "--widths=1,2"]
+    serve_demo.main([*arguments, "--process=gamma", "--cv=2", f"--trace={tmp_path / 'trace.json'}"])
+    shown = capsys.readouterr().out
+    assert all(f"mlp-{i}" in shown for i in range(3)) and "in time" in shown
+    assert len(json.loads((tmp_path / "trace.json").read_text())["traceEvents"]) > 20
+
+
+def test_isolation_has_a_row_for_each_number_and_method(tmp_path, capsys):
+    isolation.main(["--fields=width=8,layers=2", "--tenants=2", "--duration=0.1", f"--out={tmp_path}",
+                    "--methods=coalescing,fifo,processes,processes_mps", "--most_processes=1"])  # fmt: skip
+    rows = {row["method"]: row for row in saved(tmp_path)["rows"]}
+    assert set(rows) == set(isolation.METHODS)
+    for method in ("coalescing", "fifo"):
+        assert rows[method]["requests"] >= 2 and 0 < rows[method]["p10_ms"] <= rows[method]["p99_ms"]
+    assert "left out above 1" in rows["processes"]["failed"] and rows["processes_mps"]["failed"]
+    assert "| 2       | coalescing |" in capsys.readouterr().out
+
+
+def test_the_simulator_gets_what_the_real_runtime_got(tmp_path, monkeypatch):
+    monkeypatch.setattr(sim_vs_real, "MODELS", (("mlp", {"width": 8, "layers": 2}),))
+    monkeypatch.setattr(sim_vs_real, "ALONE", 3)
+    monkeypatch.setattr(sim_vs_real, "LEAST_ALONE_S", 0.02)  # no host is too slow for that
+    sim_vs_real.main(["--configurations=0", "--duration=0.5", f"--out={tmp_path}"])
+    (row,) = saved(tmp_path)["rows"]
+    assert row["requests"] > 0 and 0 <= row["real"] <= 1 and 0 <= row["simulated"] <= 1
+    assert row["points"] == pytest.approx(100 * (row["simulated"] - row["real"]), abs=1e-2)
+
+
+def test_configurations_are_twenty_that_differ():
+    drawn = sim_vs_real.draw_configurations(20, 0)
+    assert len({str(own[1:]) for own in drawn}) == 20
+    assert drawn == sim_vs_real.draw_configurations(20, 0) != sim_vs_real.draw_configurations(20, 1)
+
+
+def test_arrivals_of_a_run_are_those_of_the_next():
+    requests = [Request(1, "b", 3, 900, 1000), Request(0, "a", 2, 700, 1000)]
+    first, second = sim_vs_real.again(requests, 600)
+    assert (first.time_ns, first.tenant, first.allowed_ns, first.family) == (100, "a", 300, 2)
+    assert (second.time_ns, second.tenant, second.allowed_ns, second.family) == (300, "b", 100, 3)
+
+
+def test_a_policy_goes_on_after_a_log_as_if_it_were_one():
+    catalog = Catalog(tuple(Executable(i, (Entry(0, 0, 2**i),), 100, 200) for i in range(2)))
+    tenant = Tenant("a", (0,), 10_000)
+
+    def arrived(number: int, time_ns: int) -> Submitted:
+        return Submitted((Request(number, "a", 0, time_ns, time_ns + 10_000),))
+
+    told: list[tuple[Event, int]] = [(CatalogChanged(catalog), 0), (TenantAdded(tenant), 0), (arrived(0, 10), 10),
+                                     (Completed(0, 10, 110), 120), (arrived(1, 500), 500)]  # fmt: skip
+    whole = Coalescing()
+    answers = [tuple(whole.on_event(event, now_ns)) for event, now_ns in told]
+    log = [Decision(event, now_ns, answer) for (event, now_ns), answer in zip(told, answers, strict=True)]
+    later = sim_vs_real.Later(log, 500)
+    moved = [c._replace(time_ns=c.time_ns - 500) if isinstance(c, WakeAt) else c for c in answers[-1]]
+    assert list(later.on_event(arrived(1, 0), 0)) == moved and moved
+
+
+def test_loadgen_says_what_it_thinks(tmp_path):
+    loadgen.main([f"--tenants={TINY}:2", "--rate=200", "--latency_ms=5000", "--duration=0.5", "--queries=700",
+                  f"--out={tmp_path}"])  # fmt: skip
+    (row,) = saved(tmp_path)["rows"]
+    assert row["result"] == "VALID" and row["because"] == []
+    assert row["queries"] >= 700 and row["wrong"] == 0 and row["refused"] == 0
+    assert "mlperf_log" not in str(list(tmp_path.iterdir()))
+
+
+def test_loadgens_summary_is_read():
+    text = "Result is : VALID\n  Performance constraints satisfied : Yes\n99.00 percentile latency (ns)   : 123\n"
+    assert loadgen.read_summary(text) == {
+        "Result is": "VALID",
+        "Performance constraints satisfied": "Yes",
+        "99.00 percentile latency (ns)": "123",
+    }
+
+
+def test_kinds_of_tenants_are_read():
+    kind = live.read_kind("mlp.width=8;layers=2:3:12.5")
+    assert (kind.count, kind.slo_s, kind.text) == (3, 0.0125, TINY)
+    assert [own.name for own in live.tenants([kind, live.read_kind(f"{TINY}:1:5")])] == [f"mlp-{i}" for i in range(4)]
+    for wrong in ("mlp", "mlp:1", "mlp:x:5", "nobody:1:5", "mlp.width=:1:5"):
+        with pytest.raises(SystemExit, match="MODEL"):
+            live.read_kind(wrong)
+
+
+@pytest.mark.parametrize("process", live.PROCESSES)
+def test_processes_have_the_rate_that_was_asked_for(process):
+    times, end_ns = live.times_of(process, Random(1), 1000.0, 2.0), 60 * live.SECOND
+    count = next(i for i, time_ns in enumerate(times) if time_ns > end_ns)
+    assert count == pytest.approx(60_000, rel=0.1)
+
+
+def test_flags_of_experiments_do_not_meet(capsys):
+    own = flags.FlagValues()
+    own_flags.define_common(own)
+    own_flags.parse("name", own, ["--note=quiet", "--device_name=a device"])
+    assert own.note == "quiet" and own_flags.command("name", own) == "python -m experiments.name"
+    for wrong in (["--nothing=1"], ["word"]):
+        with pytest.raises(SystemExit, match="--help"):
+            own_flags.parse("name", own, wrong)
+    with pytest.raises(SystemExit):
+        own_flags.parse("name", own, ["--help"])
+    assert "--note" in capsys.readouterr().out

@@ -1,0 +1,85 @@
+"""The gRPC server of docs/serving.md, as it stands there, with a client: results, status codes, deadlines."""
+
+import asyncio
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coalesce.errors import (
+    CompileError,
+    DeadlineExceeded,
+    DeviceError,
+    InvalidInput,
+    OutOfDeviceMemory,
+    QueueFull,
+    ServingError,
+    Shutdown,
+    TenantClosed,
+    TenantFailure,
+)
+from coalesce.runtime.runtime import Runtime
+
+PAGE = Path(__file__).parent.parent / "docs" / "serving.md"
+ERRORS = (CompileError, DeadlineExceeded, DeviceError, InvalidInput, OutOfDeviceMemory, QueueFull, ServingError,
+          Shutdown, TenantClosed, TenantFailure)  # fmt: skip
+X = np.ones((1, 8), np.float32)
+
+
+def scorer(w: jax.Array, x: jax.Array) -> dict[str, jax.Array]:
+    return {"scores": x @ w}
+
+
+@pytest.fixture(scope="module")
+def page() -> dict[str, Any]:
+    """What the page's server defines."""
+    (source,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(source, str(PAGE), "exec"), names)
+    return names
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Runtime]:
+    with Runtime(widths=(1,)) as rt:
+        rt.add_tenant("ads", scorer, jnp.eye(8), example=(X,), slo=30.0)
+        yield rt
+
+
+def test_the_grpc_server_serves_and_says_what_is_wrong(page, served):
+    async def main() -> None:
+        server, port = await page["serve"](served, "127.0.0.1:0")
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            infer = channel.unary_unary("/demo.Scorer/Infer")
+
+            async def ask(tenant: str, x: np.ndarray, timeout: float | None) -> Any:
+                return await infer(x.tobytes(), metadata=(("tenant", tenant),), timeout=timeout)
+
+            answers = await asyncio.gather(*(ask("ads", i * X, timeout) for i in range(4) for timeout in (None, 30.0)))
+            for i, answer in enumerate(answers):
+                np.testing.assert_array_equal(np.frombuffer(answer, np.float32), (i // 2) * X[0])
+            for tenant, x, code in [
+                ("nobody", X, grpc.StatusCode.NOT_FOUND),
+                ("ads", X[:, :5], grpc.StatusCode.INVALID_ARGUMENT),
+            ]:
+                with pytest.raises(grpc.aio.AioRpcError, match=tenant) as caught:
+                    await ask(tenant, x, None)
+                assert caught.value.code() is code
+        await server.stop(None)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
+def test_status_codes_are_those_of_grpc_and_of_the_page(error):
+    assert grpc.StatusCode[error.grpc] is not grpc.StatusCode.OK and 400 <= error.http < 600
+    if error is not ServingError:
+        rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if f"`{error.__name__}`" in line]
+        assert any(f"{error.grpc}, {error.http}" in row for row in rows)
