@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Generic, NamedTuple, Protocol, runtime_checkable, TypeVar
 
-from coalesce.scheduler.catalog import Catalog
 from coalesce.scheduler.costs import Place
 from coalesce.scheduler.events import Completed
 from coalesce.scheduler.queues import Lane
@@ -45,6 +44,9 @@ class Flight(Generic[B]):
     def __len__(self) -> int:
         return len(self._bundles)
 
+    def __iter__(self) -> Iterator[B]:
+        return iter(self._bundles)
+
     def add(self, bundle: B, now_ns: int) -> None:
         if not self._bundles:
             self._began_ns = max(self._began_ns, now_ns)
@@ -57,13 +59,6 @@ class Flight(Generic[B]):
         self._began_ns = event.end_ns
         self._l50_ns -= bundle.l50_ns
         return bundle
-
-    def going_on(self, catalog: Catalog) -> Iterator[tuple[int, int, list[Lane]]]:
-        """What will wait again after it: family, segment, lanes."""
-        for bundle in self._bundles:
-            for (family, segment), lanes in bundle.parts:
-                if segment + 1 < catalog.segments_of(family):
-                    yield family, segment + 1, lanes
 
     def free_at(self, now_ns: int) -> int:
         """When a bundle that is dispatched now begins, if nothing takes longer than it mostly does."""
