@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -86,6 +86,9 @@ class Device:
     def plan(self, fit: Fit, segments: int | None, patience_us: float | None) -> Schema:
         return plan_schema(fit, self._options, segments, patience_us)
 
+    def plan_as_it_is(self, fit: Fit) -> Schema:
+        return plan_schema(fit, replace(self._options, as_it_is=True))
+
     def cut(self, schema: Schema, patience_us: float) -> list[Segments]:
         """Its programs, in other segments than they were planned with."""
         return [cut(template, self._options, None, patience_us) for template in schema.templates]
@@ -109,7 +112,17 @@ class Device:
         courses = [self._homes[entry.family].course for entry in entries]
         if len({course.family for course in courses}) < len(courses):
             return False
+        if any(self._homes[entry.family].host.schema.options.as_it_is for entry in entries):
+            return False
         return not (any(c.segments.may_raise for c in courses) and any(c.pool is not None for c in courses))
+
+    def may_widen(self, entry: Entry) -> bool:
+        """Whether several lanes of it may run in one executable."""
+        return self.knows([entry]) and not self._homes[entry.family].host.schema.options.as_it_is
+
+    def number_of(self, entries: tuple[Entry, ...]) -> int:
+        """Of an executable that is offered."""
+        return self._numbers[entries]
 
     def entries_of(self, host: Host, alone: bool = True) -> list[tuple[Entry, ...]]:
         """What was made for it, `alone` or with others."""

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
+from coalesce.errors import CompileError
 from coalesce.runtime.accounts import Accounts
 from coalesce.runtime.device import Device
 from coalesce.runtime.driver import Driver
@@ -25,7 +26,7 @@ from coalesce.runtime.host import Course, courses_of, first_capacity, Host, pool
 from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.events import CatalogChanged, Event, TenantAdded
-from coalesce.scheduler.request import Tenant
+from coalesce.scheduler.request import Request, Tenant
 from coalesce.serving.fit import Fit
 from coalesce.serving.store import Preparer, Rows, Store
 
@@ -39,6 +40,7 @@ class Resident:
 
     def __init__(self, name: str, fn: Callable[..., Any], shapes: Sequence[tuple[Any, ...]], terms: dict) -> None:
         self.name, self.fn, self.shapes, self.terms = name, fn, shapes, terms
+        self.alone = ""  # why it shares no bundles with others, if it does not
         self.forms: list[Form] = []
         self.slot = -1
         self.host: Host
@@ -74,10 +76,35 @@ class Quarters:
                 if not host.tenants:
                     self._close(host)
                 raise
-        for course in host.courses:
+        for course in () if resident.alone else host.courses:
             for width in self._widths:
                 if width < 2 * host.tenants:
                     self._order(course, width)
+
+    def try_out(self, resident: Resident, index: int, inputs: tuple[Any, ...]) -> list[Any]:
+        """What it gets for a request of its shape `index`, in each lane of an executable of several lanes."""
+        course, form = resident.host.courses[index], resident.forms[index]
+        width = self._made_width(course)
+        request = Request(-1, resident.name, course.family, 0, 0)
+        tickets = [Ticket(request, resident, form, form.accept(inputs), None) for _ in range(width)]
+        for ticket in tickets:
+            ticket.bundles.append(-1)
+        numbers = [self._device.number_of((Entry(course.family, s, width),)) for s in range(len(course.segments))]
+        bundle = self._driver.run([lambda n=n: self._device.launch(n, [tickets]) for n in numbers])
+        (results,) = bundle.results()
+        assert results is not None, f"tenant {resident.name!r}: the last segment has no results"
+        return list(results)
+
+    def _made_width(self, course: Course) -> int:
+        """The narrowest for several lanes that can be made; else the narrowest."""
+        for width in (*(w for w in self._widths if w > 1), self._widths[0]):
+            try:
+                for made in self._order(course, width, urgent=True):
+                    made.result()
+                return width
+            except CompileError:
+                continue
+        raise AssertionError(f"family {course.family} is served, and has no executable")
 
     def write(self, resident: Resident, fitted: Fit) -> None:
         """Other weights for a tenant."""
@@ -136,7 +163,7 @@ class Quarters:
         resident.quarters, resident.driver = self, self._driver
         host.tenants += 1
         self._slos_ns.append(resident.terms["slo_ns"])
-        self._accounts.open(resident.name)
+        self._accounts.open(resident.name, resident.alone)
         tenant = Tenant(resident.name, tuple(host.families), **resident.terms)
         try:
             self._driver.carry_out(lambda: host.store.write(resident.slot, rows) or ())
@@ -155,8 +182,11 @@ class Quarters:
 
     def _host(self, resident: Resident, fitted: Fit) -> Host:
         """A bank for a schema that is new here, and its narrowest executables."""
-        schema = self._device.plan(fitted, self._segments, self._patience_us())
-        capacity = (self._capacity or first_capacity(schema)) + reserve(schema.segments)
+        if resident.alone:
+            schema, capacity = self._device.plan_as_it_is(fitted), 1
+        else:
+            schema = self._device.plan(fitted, self._segments, self._patience_us())
+            capacity = (self._capacity or first_capacity(schema)) + reserve(schema.segments)
         lanes = LANES * max(self._widths)
         needed = capacity * schema.slot_bytes + schema.shared_bytes + pool_bytes(schema.segments, lanes)
         prepare = Preparer(schema)
@@ -168,7 +198,8 @@ class Quarters:
             self._driver.carry_out(lambda: self._device.admit(host) or ())
         for course in host.courses:
             LOG.info("family %d of tenant %r: %s", course.family, resident.name, course.segments.why)
-        narrowest = [made for c in host.courses for made in self._order(c, self._widths[0], urgent=True)]
+        width = 1 if resident.alone else self._widths[0]
+        narrowest = [made for course in host.courses for made in self._order(course, width, urgent=True)]
         try:
             for made in narrowest:
                 made.result()
