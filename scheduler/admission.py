@@ -48,7 +48,7 @@ def fits(request: Request, bucket: int, left_ns: int, queue: Queue, kept_ns: int
     others = level.starting - bool(items)  # that run before its own, with half of their lanes due after it
     for _ in range(2):  # again, where the test had to sum up and knows better now what is due before it
         until_ns = free_ns + demand.before(bucket) - request.arrival_ns
-        own_ns = costs.through(len(items) + 1 + until_ns // queue.gap_ns)
+        own_ns = costs.filled(len(items) + 1 + until_ns // queue.gap_ns)
         if demand.fits(bucket, own_ns + kept_ns, own_ns * others // 2, work_ns, free_ns):
             return True
     own_ns = costs.through(bisect_left(items, (request.deadline_ns,)) + 1)

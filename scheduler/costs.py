@@ -46,6 +46,15 @@ class PlaceCosts:
                 return option.through_ns
         return self.options[self.steady].through_ns if self.options else 0
 
+    def filled(self, lanes: int) -> int:
+        """As long as the widest run that so many lanes fill, as far as it pays."""
+        found = self.options[0]
+        for option in self.options[1 : self.steady + 1]:
+            if option.width > lanes:
+                break
+            found = option
+        return found.through_ns
+
 
 UNSERVABLE = PlaceCosts()
 
