@@ -86,9 +86,23 @@ class Device:
     def plan(self, fit: Fit, segments: int | None, patience_us: float | None) -> Schema:
         return plan_schema(fit, self._options, segments, patience_us)
 
-    def cut(self, schema: Schema, patience_us: float) -> list[Segments]:
-        """Its programs, in other segments than they were planned with."""
-        return [cut(template, self._options, None, patience_us) for template in schema.templates]
+    def took_us(self, course: Course) -> list[float]:
+        """Of each segment with the fewest lanes, as it was measured; empty as long as one was not."""
+        places = [self.catalog.by_place.get((course.family, s)) for s in range(len(course.segments))]
+        return [found[0].l50_ns / 1e3 for found in places if found] if all(places) else []
+
+    def cut(self, host: Host, patience_us: float) -> list[Segments]:
+        """Its programs, cut as what was measured of them has it; those as they are that take no longer."""
+        found = []
+        for template, course in zip(host.schema.templates, host.courses, strict=True):
+            took_us = self.took_us(course)
+            if not took_us or max(took_us) <= patience_us or course.segments.may_raise:
+                found.append(course.segments)
+                continue
+            slower = sum(took_us) / max(course.segments.predicted_us, 1e-3)
+            new = cut(template, self._options, None, patience_us, slower)
+            found.append(new if len(new) > len(course.segments) else course.segments)
+        return found
 
     def compile(self, entries: tuple[Entry, ...], capacities: tuple[int, ...]) -> Executable:
         return compile_executable([self._lanes(*both) for both in zip(entries, capacities, strict=True)])

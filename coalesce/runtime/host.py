@@ -7,7 +7,8 @@ Host      the bank, and the course of each of its programs
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from coalesce.serving.pool import Pool
 from coalesce.serving.schema import Schema
@@ -43,7 +44,11 @@ class Host:
     prepare: Preparer
     store: Store
     courses: tuple[Course, ...]  # of its templates
-    tenants: int = 0
+    residents: list[Any] = field(default_factory=list)  # that have a slot
+
+    @property
+    def tenants(self) -> int:
+        return len(self.residents)
 
     @property
     def families(self) -> tuple[int, ...]:
