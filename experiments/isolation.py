@@ -135,6 +135,7 @@ def measure(method: str, count: int) -> Row:
 
 def main(argv: Sequence[str]) -> None:
     own_flags.parse("isolation", FLAGS, argv)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes need the device's memory too
     if unknown := set(FLAGS.methods) - set(METHODS):
         raise SystemExit(f"what is {unknown.pop()}? Methods: {', '.join(METHODS)}")
     settings = {"model": FLAGS.model, "fields": fields(), "duration_s": FLAGS.duration, "dtype": "float32"}

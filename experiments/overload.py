@@ -27,6 +27,8 @@ from experiments.simulated import arrivals_of, chosen, DEVICE, fill, numbers_of,
 MS = 1_000_000
 WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 480)
 USUAL = Setting(tenants=10, slo_scale=25 / 1.05, alpha_us=50.0, beta_us=1000.0, widths=WIDTHS, spread=1.0)
+FINE = replace(USUAL, widths=(*range(1, 32), *range(32, 128, 4), *range(128, 481, 16)))  # near to any batch
+OFFERED_FINE = (16_000, 20_000, 36_000)
 OFFERED = (8_000, 12_000, 16_000, 18_000, 20_000, 24_000, 36_000, 100_000)
 BURSTS_MS = (60, 100)
 LOAD, TIMES = 0.75, 10  # before and after a burst, and in it
@@ -35,10 +37,10 @@ BIN_MS = 25
 LINE = 0.99
 
 
-def offer(name: str, rate: float, horizon_s: float, seed: int, usual: Setting = USUAL) -> Row:
-    setting = replace(usual, rate=rate)
+def offer(part: str, name: str, rate: float, horizon_s: float, seed: int, usual: Setting) -> Row:
+    setting = replace(FINE if part == "any width" else usual, rate=rate)
     run = run_policy(name, setting, arrivals_of(setting, round(rate * horizon_s), seed), seed)
-    return {"part": "offered", "policy": name, **asdict(setting), "seed": seed, **numbers_of(run)}
+    return {"part": part, "policy": name, **asdict(setting), "seed": seed, **numbers_of(run)}
 
 
 def burst_arrivals(setting: Setting, burst_ms: int, seed: int) -> Iterator[Arrival]:
@@ -51,7 +53,7 @@ def burst_arrivals(setting: Setting, burst_ms: int, seed: int) -> Iterator[Arriv
     return merge(usual, arrive(more, added, names, begin_ns + burst_ms * MS))
 
 
-def burst(name: str, burst_ms: int, seed: int, usual: Setting = USUAL) -> Row:
+def burst(name: str, burst_ms: int, seed: int, usual: Setting) -> Row:
     setting = replace(usual, rate=LOAD * usual.bound)
     run = run_policy(name, setting, burst_arrivals(setting, burst_ms, seed), seed)
     bins = by_arrival(run)
@@ -97,16 +99,19 @@ Cell = tuple[str, str, float]  # part, policy, and the rate that is offered or h
 
 def cells(names: Sequence[str]) -> list[Cell]:
     offered = [("offered", name, float(rate)) for rate in OFFERED for name in names]
-    return [*offered, *(("burst", name, float(ms)) for ms in BURSTS_MS for name in names)]
+    fine = [("any width", name, float(rate)) for rate in OFFERED_FINE for name in names]
+    return [*offered, *fine, *(("burst", name, float(ms)) for ms in BURSTS_MS for name in names)]
 
 
 def cell_of(row: Row) -> Cell:
-    return row["part"], row["policy"], row["rate" if row["part"] == "offered" else "burst_ms"]
+    return row["part"], row["policy"], row["burst_ms" if row["part"] == "burst" else "rate"]
 
 
 def measure(cell: Cell, horizon_s: float, seed: int, usual: Setting = USUAL) -> Row:
     part, name, value = cell
-    return offer(name, value, horizon_s, seed, usual) if part == "offered" else burst(name, round(value), seed, usual)
+    if part == "burst":
+        return burst(name, round(value), seed, usual)
+    return offer(part, name, value, horizon_s, seed, usual)
 
 
 def main(argv: list[str]) -> None:

@@ -23,6 +23,11 @@ def report(head: Mapping[str, Any], rows: Sequence[Row], usual: Setting) -> str:
         "## Goodput, results in time a second, by what is offered",
         goodput_table(offered, usual),
     ]
+    if fine := [row for row in rows if row["part"] == "any width"]:
+        text += [
+            "The same where runs of nearly any width are ready, as batches have it elsewhere:",
+            goodput_table(fine, usual),
+        ]
     for burst_ms in sorted({row["burst_ms"] for row in rows if row["part"] == "burst"}):
         own = [row for row in rows if row["part"] == "burst" and row["burst_ms"] == burst_ms]
         load = f"{100 * own[0]['rate'] / usual.bound:.0f}% of the bound"

@@ -29,7 +29,7 @@ def report(head: Mapping[str, Any], rows: Sequence[Row]) -> str:
         f"of b lanes takes {usual.beta_us:g} + {usual.alpha_us:g} b us in widths {', '.join(map(str, usual.widths))}, "
         f"l99 {100 * (usual.spread - 1):.0f}% above the median; the SLO is {usual.slo_scale:g} times a run alone, "
         f"{usual.slo_ns / 1e6:.2f} ms. No scheduler serves more than {usual.bound:,.0f} requests a second in time. "
-        f"About {head['settings']['requests']:,} requests a cell.",
+        f"About {head['settings']['requests']:,} requests a cell, and half as many at each rate of a search.",
         "*apart*: lanes of different tenants never share a run, as in the published systems. *One by one*: no two "
         "requests share a run. All policies dispatch the next bundle 0.2 ms before the last one ends.",
         f"## The rate at which {100 * LINE:.0f}% of the requests are in time",

@@ -9,7 +9,8 @@ executable, and knows nothing of the number of lanes.
 
 A run that takes more than SLOW times its l99 says something of its tenants (`quarantine`), not yet of its executable:
 it is held back, and counts only when HELD of them came in a row and no tenant was in all of them. A prediction that has
-moved by less than 1/32 stays as it is, so that what is derived from it can stay too.
+moved by less than 1/32 stays as it is, so that what is derived from it can stay too. An executable that has not run
+while STALE others did is predicted from its warm-up again: what looked slow once would never be tried otherwise.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ FEW = 6
 WINDOW = 24
 SLOW = 2
 HELD = 4
+STALE = 256
 
 
 class Prediction(NamedTuple):
@@ -78,6 +80,25 @@ class Runs:
         return Quantiles(self.ascending[len(self.ascending) // 2], self.ascending[-1])
 
 
+class Fresh:
+    """Which executables have run lately."""
+
+    def __init__(self) -> None:
+        self._runs = 0
+        self._last: dict[int, int] = {}  # the number of the last run of each of them, ascending
+
+    def note(self, executable: int) -> list[int]:
+        """This one runs; returns those that no longer have."""
+        self._runs += 1
+        self._last.pop(executable, None)
+        self._last[executable] = self._runs
+        stale = []
+        while self._last[(first := next(iter(self._last)))] < self._runs - STALE:
+            del self._last[first]
+            stale.append(first)
+        return stale
+
+
 class LatencyModel:
     def __init__(self, remembered: int = 4096):
         self.predictions: deque[Prediction] = deque(maxlen=remembered)  # for export: predicted beside actual
@@ -86,6 +107,7 @@ class LatencyModel:
         self._published: dict[int, Quantiles] = {}
         self._off: deque[float] = deque(maxlen=WINDOW)  # actual / warm-up of the last runs of all executables
         self._scale = 1.0
+        self._fresh = Fresh()
 
     def change(self, catalog: Catalog) -> None:
         """Takes another catalog; what is known of executables in both stays known."""
@@ -108,6 +130,16 @@ class LatencyModel:
         prior = self._warm_up.get(run.executable)
         if prior is None:  # it left the catalog while it ran
             return False
+        forgotten = self._forget_stale(run.executable)
+        return self._learn(run, tenants, prior) or forgotten
+
+    def _forget_stale(self, executable: int) -> bool:
+        forgotten = False
+        for stale in self._fresh.note(executable):
+            forgotten |= self._runs.pop(stale, None) is not None and self._published.pop(stale, None) is not None
+        return forgotten
+
+    def _learn(self, run: Prediction, tenants: frozenset[str], prior: Executable) -> bool:
         runs = self._runs.setdefault(run.executable, Runs())
         if not runs.add(run.actual_ns, self.of(run.executable).l99_ns, tenants):
             return False

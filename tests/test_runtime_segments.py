@@ -83,7 +83,7 @@ def test_every_place_is_given_back(three):
     for i, reply in enumerate(replies):
         if not reply.cancelled() and reply.exception(0) is None:
             assert_right(reply.result(0), deep, weights(i % 3), row(i))
-    assert pool.free == pool.slots == 16
+    assert pool.free == pool.slots == 20
     three.add_tenant("t2", deep, weights(2), example=(row(0),), slo=SLO)
 
 

@@ -133,12 +133,16 @@ def test_recovery_counts_from_the_end_of_the_burst():
 
 def test_overload_reports_goodput_and_recovery(tmp_path):
     names = ["coalescing", "EDF packing"]
-    cells = [("offered", name, 300.0) for name in names] + [("burst", "EDF packing", 60.0)]
+    cells = [("offered", name, 300.0) for name in names] + [
+        ("any width", "EDF packing", 2000.0),
+        ("burst", "EDF packing", 60.0),
+    ]
     slow = replace(overload.USUAL, alpha_us=5_000.0, beta_us=10_000.0, slo_scale=10.0, widths=(1, 2, 4, 8, 16))
-    rows = [overload.measure(cell, 0.2, 1, slow) for cell in cells]
+    rows = [overload.measure(cell, 0.1, 1, slow) for cell in cells]
     assert [overload.cell_of(row) for row in rows] == cells
     text = overload_report.report(header("the command", DEVICE), rows, slow)
     assert "178 requests a second" in text and "| 300 " in text and "for 60 ms, at 75% of the bound" in text
+    assert "nearly any width" in text and "| 2,000 " in text
     assert "plot" in overload_report.plot(tmp_path / "plot.png", rows, slow)
 
 

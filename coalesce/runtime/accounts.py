@@ -7,7 +7,7 @@ lanes without a request cost is padding, borne in equal parts by the lanes that 
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -37,6 +37,7 @@ class TenantStats:
     latency_p50_s: float | None  # from submit to result, of the last 1,000
     latency_p99_s: float | None
     quarantined: bool
+    alone: str = ""  # why it shares no bundles with others, if it does not: see `verify`
 
     @property
     def attainment(self) -> float | None:
@@ -63,6 +64,7 @@ class Account:
     padding_ns: float = 0.0
     latencies_ns: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT))
     quarantined: bool = False
+    alone: str = ""
 
     def snapshot(self) -> TenantStats:
         rejected = dict(self.rejected)
@@ -82,6 +84,7 @@ class Account:
             quantile_s(latencies, 0.5),
             quantile_s(latencies, 0.99),
             self.quarantined,
+            self.alone,
         )
 
 
@@ -96,9 +99,9 @@ class Accounts(Observer):
         self._bundles = self._lanes = self._device_ns = 0
         self._lock = threading.Lock()
 
-    def open(self, tenant: str) -> None:
+    def open(self, tenant: str, alone: str = "") -> None:
         with self._lock:
-            self._accounts[tenant] = Account()
+            self._accounts[tenant] = Account(alone=alone)
 
     def close(self, tenant: str) -> None:
         with self._lock:
@@ -136,15 +139,15 @@ class Accounts(Observer):
         width, lanes = sum(entry.width for entry in form), sum(map(len, entries))
         each = (end_ns - start_ns) / width
         padding = each * (width - lanes) / lanes
+        of_tenant = Counter(ticket.request.tenant for tickets in entries for ticket in tickets)
         with self._lock:
             self._bundles += 1
             self._lanes += lanes
             self._device_ns += end_ns - start_ns
-            for tickets in entries:
-                for ticket in tickets:
-                    account = self._of(ticket.request.tenant)
-                    account.device_ns += each
-                    account.padding_ns += padding
+            for tenant, count in of_tenant.items():
+                account = self._of(tenant)
+                account.device_ns += count * each
+                account.padding_ns += count * padding
 
     def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
         with self._lock:

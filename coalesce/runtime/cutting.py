@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from coalesce.errors import CoalesceError
+from coalesce.runtime.device import Device
 from coalesce.runtime.host import Course, courses_of, Host, pool_bytes, reserve
 from coalesce.runtime.site import Site
 from coalesce.scheduler.events import CatalogChanged, Event, TenantAdded
 from coalesce.scheduler.request import Tenant
+from coalesce.serving.fit import Template
 from coalesce.serving.segments import Segments
 
 LOG = logging.getLogger("coalesce.runtime")
@@ -35,11 +37,25 @@ def look_again(site: Site) -> None:
 def shorter(site: Site, host: Host) -> list[Segments] | None:
     """Its programs in more segments than now, if somebody needs that."""
     patience_us = site.patience_us(host)
-    if patience_us is None:
+    if patience_us is None or any(resident.alone for resident in host.residents):
         return None
-    programs = site.device.cut(host, patience_us)
+    programs = [
+        as_measured(site.device, template, course, patience_us)
+        for template, course in zip(host.schema.templates, host.courses, strict=True)
+    ]
     same = all(new is course.segments for new, course in zip(programs, host.courses, strict=True))
     return None if same else programs
+
+
+def as_measured(device: Device, template: Template, course: Course, patience_us: float) -> Segments:
+    """Those that it has, unless one takes longer with the fewest lanes, and cutting helps."""
+    own, offered = course.segments, device.catalog.by_place
+    places = [offered.get((course.family, s)) for s in range(len(own))]
+    took_us = [found[0].l50_ns / 1e3 for found in places if found]
+    if own.may_raise or len(took_us) < len(own) or max(took_us) <= patience_us:
+        return own
+    new = device.cut(template, patience_us, sum(took_us) / max(own.predicted_us, 1e-3))
+    return new if len(new) > len(own) else own
 
 
 def cut(site: Site, host: Host) -> None:

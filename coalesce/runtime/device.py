@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler import catalog
 from coalesce.scheduler.catalog import Catalog, Entry
 from coalesce.serving.executable import compile_executable, Executable, Lanes
-from coalesce.serving.fit import Fit
+from coalesce.serving.fit import Fit, Template
 from coalesce.serving.schema import cut, Options, plan_schema, Schema
 from coalesce.serving.segments import Segments
 from coalesce.serving.store import free_bytes
@@ -86,23 +86,12 @@ class Device:
     def plan(self, fit: Fit, segments: int | None, patience_us: float | None) -> Schema:
         return plan_schema(fit, self._options, segments, patience_us)
 
-    def took_us(self, course: Course) -> list[float]:
-        """Of each segment with the fewest lanes, as it was measured; empty as long as one was not."""
-        places = [self.catalog.by_place.get((course.family, s)) for s in range(len(course.segments))]
-        return [found[0].l50_ns / 1e3 for found in places if found] if all(places) else []
+    def plan_as_it_is(self, fit: Fit) -> Schema:
+        return plan_schema(fit, replace(self._options, as_it_is=True))
 
-    def cut(self, host: Host, patience_us: float) -> list[Segments]:
-        """Its programs, cut as what was measured of them has it; those as they are that take no longer."""
-        found = []
-        for template, course in zip(host.schema.templates, host.courses, strict=True):
-            took_us = self.took_us(course)
-            if not took_us or max(took_us) <= patience_us or course.segments.may_raise:
-                found.append(course.segments)
-                continue
-            slower = sum(took_us) / max(course.segments.predicted_us, 1e-3)
-            new = cut(template, self._options, None, patience_us, slower)
-            found.append(new if len(new) > len(course.segments) else course.segments)
-        return found
+    def cut(self, template: Template, patience_us: float, slower: float) -> Segments:
+        """A program in other segments than it was planned with; see `segment`."""
+        return cut(template, self._options, None, patience_us, slower)
 
     def compile(self, entries: tuple[Entry, ...], capacities: tuple[int, ...]) -> Executable:
         return compile_executable([self._lanes(*both) for both in zip(entries, capacities, strict=True)])
@@ -123,7 +112,17 @@ class Device:
         courses = [self._homes[entry.family].course for entry in entries]
         if len({course.family for course in courses}) < len(courses):
             return False
+        if any(self._homes[entry.family].host.schema.options.as_it_is for entry in entries):
+            return False
         return not (any(c.segments.may_raise for c in courses) and any(c.pool is not None for c in courses))
+
+    def may_widen(self, entry: Entry) -> bool:
+        """Whether several lanes of it may run in one executable."""
+        return self.knows([entry]) and not self._homes[entry.family].host.schema.options.as_it_is
+
+    def number_of(self, entries: tuple[Entry, ...]) -> int:
+        """Of an executable that is offered."""
+        return self._numbers[entries]
 
     def entries_of(self, host: Host, alone: bool = True) -> list[tuple[Entry, ...]]:
         """What was made for it, `alone` or with others."""
@@ -285,5 +284,5 @@ class Device:
         return Catalog(
             tuple(own.offered for own in self._loaded.values() if own.offered is not None),
             {family: len(course.segments) for family, course in cut.items()},
-            {family: course.pool.slots for family, course in cut.items() if course.pool is not None},
+            {family: course.offered for family, course in cut.items()},
         )

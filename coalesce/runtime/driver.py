@@ -11,6 +11,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from coalesce.errors import DeviceError, ServingError, Shutdown
@@ -131,6 +132,30 @@ class Driver:
     def carry_out(self, do: Callable[[], Sequence[Event]]) -> None:
         """Have something done on this thread and the policy told what follows; called on any other, which waits."""
         self._orders.carry_out(self.inbox.put, do)
+
+    def run(self, launches: Sequence[Callable[[], Any]]) -> Any:
+        """Dispatch some bundles one after another, for nothing, and wait; returns the last. Called on any other thread.
+
+        Raises what they raise, or why nothing runs any more.
+        """
+        launched: list[Any] = []
+        ended: SimpleQueue[int | Exception] = SimpleQueue()
+
+        def launch() -> Any:
+            launched.extend(one() for one in launches)
+            return launched[-1]
+
+        self.carry_out(lambda: self.probe(Probe(launch, ended.put)) or ())
+        while True:
+            try:
+                outcome = ended.get(timeout=JOIN_S)
+            except Empty:
+                if self.failure is not None or self.stopped:
+                    raise self._last_error from None
+                continue
+            if isinstance(outcome, Exception):
+                raise outcome
+            return launched[-1]
 
     def probe(self, probe: Probe) -> None:
         """Run something for nothing; called on this thread."""

@@ -25,6 +25,7 @@ class Form:
         self._outputs = program.outputs
         self._wants = [(slot.aval.shape, slot.aval.dtype) for slot in self.inputs]
         self._keys = any(slot.key_impl is not None for slot in program.inputs)
+        self._is_flat = self._in_tree == jax.tree.structure((0,) * len(self.inputs))  # each input is one array
         self._key_results = any(slot.key_impl is not None for slot in program.outputs)
 
     def under(self, family: int) -> Form:
@@ -40,11 +41,15 @@ class Form:
         """The inputs, flat, if they are plainly the NumPy arrays that the tenant was traced with; else None."""
         if self._keys:
             return None
-        leaves, tree = jax.tree.flatten(inputs)
-        if tree != self._in_tree:
+        leaves: list[Any] = list(inputs)
+        if not self._is_flat:
+            leaves, tree = jax.tree.flatten(inputs)
+            if tree != self._in_tree:
+                return None
+        elif len(leaves) != len(self._wants):
             return None
         for leaf, (shape, dtype) in zip(leaves, self._wants, strict=True):
-            if not isinstance(leaf, np.ndarray) or leaf.shape != shape or leaf.dtype != dtype:
+            if type(leaf) is not np.ndarray or leaf.shape != shape or leaf.dtype != dtype:
                 return None
         return leaves
 

@@ -81,7 +81,7 @@ class Foundry:
 
     def want(self, want: Want) -> None:
         """The policy's wish, where it is one of a width that is offered; called on the driver's thread."""
-        if any(entry.width not in self._widths for entry in want.entries) or not self._device.knows(want.entries):
+        if any(entry.width not in self._widths or not self._device.may_widen(entry) for entry in want.entries):
             return
         mixed = {entries for entries, _ in list(self._made) if len(entries) > 1}
         if len(want.entries) > 1 and (len(mixed) >= MIXED or not self._device.may_mix(want.entries)):

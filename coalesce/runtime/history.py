@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from coalesce.runtime.observer import Observer
 from coalesce.runtime.ticket import Ending, Ticket
@@ -14,9 +14,6 @@ from coalesce.scheduler.commands import Dispatch, Reason
 from coalesce.scheduler.request import Request
 
 KEPT = 4096  # requests, and bundles
-
-K = TypeVar("K", bound=Hashable)
-V = TypeVar("V")
 
 
 class Bundle(NamedTuple):
@@ -53,20 +50,21 @@ class History(Observer):
     ) -> None:
         text = f"{type(error).__name__}: {error}" if error is not None else ""
         with self._lock:
-            keep(self._bundles, dispatch.bundle, Bundle(dispatch, tuple(form), start_ns, end_ns, text))
+            self._bundles[dispatch.bundle] = Bundle(dispatch, tuple(form), start_ns, end_ns, text)
+            trim(self._bundles)
 
     def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
         with self._lock:
             for ending in endings:
-                in_time = now_ns <= ending.ticket.request.deadline_ns
-                self._end(ending.ticket, "ok" if in_time else "late", now_ns)
+                ticket = ending.ticket
+                outcome = "ok" if now_ns <= ticket.request.deadline_ns else "late"
+                self._requests[ticket.request.id] = Ended(ticket.request, tuple(ticket.bundles), outcome, now_ns)
+            trim(self._requests)
 
     def rejected(self, ticket: Ticket, reason: Reason, now_ns: int) -> None:
         with self._lock:
-            self._end(ticket, reason.value, now_ns)
-
-    def _end(self, ticket: Ticket, outcome: str, now_ns: int) -> None:
-        keep(self._requests, ticket.request.id, Ended(ticket.request, tuple(ticket.bundles), outcome, now_ns))
+            self._requests[ticket.request.id] = Ended(ticket.request, tuple(ticket.bundles), reason.value, now_ns)
+            trim(self._requests)
 
     def bundles(self) -> list[Bundle]:
         with self._lock:
@@ -102,7 +100,6 @@ class History(Observer):
         return "\n".join([*lines, f"  ended after {ms(ended.end_ns)}: {ended.outcome}"])
 
 
-def keep(kept: OrderedDict[K, V], key: K, value: V) -> None:
-    kept[key] = value
-    if len(kept) > KEPT:
+def trim(kept: OrderedDict[Any, Any]) -> None:
+    while len(kept) > KEPT:
         kept.popitem(last=False)

@@ -17,6 +17,7 @@ from coalesce.serving.store import Preparer, Store
 
 FIRST_BYTES = 256 * 2**20  # a new bank has room for a few tenants, if they are small
 FIRST_TENANTS = 16
+LANES = 4  # that may be under way in a program, times the widest executable
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +25,11 @@ class Course:
     family: int  # its number in the catalog
     segments: Segments
     pool: Pool | None  # None if there is one segment
+
+    @property
+    def offered(self) -> int:
+        """Places of the pool that requests may have; the rest is for what is tried out."""
+        return self.pool.slots * LANES // (LANES + 1) if self.pool is not None else 0
 
 
 def courses_of(families: Sequence[int], programs: Sequence[Segments], slots: int) -> tuple[Course, ...]:
@@ -67,6 +73,11 @@ class Host:
     def __str__(self) -> str:
         count = len(self.families)
         return f"family {self.families[0]}" if count == 1 else f"families {self.families[0]} to {self.families[-1]}"
+
+
+def lanes_for(widths: Sequence[int]) -> int:
+    """How many a pool has room for."""
+    return (LANES + 1) * max(widths)
 
 
 def reserve(programs: Iterable[Segments]) -> int:

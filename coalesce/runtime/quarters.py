@@ -13,16 +13,19 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from coalesce.errors import CompileError
 from coalesce.runtime.accounts import Accounts
 from coalesce.runtime.cutting import look_again, tenant_of
 from coalesce.runtime.device import Device
 from coalesce.runtime.driver import Driver
 from coalesce.runtime.form import Form
 from coalesce.runtime.foundry import Foundry
-from coalesce.runtime.host import courses_of, first_capacity, Host, pool_bytes, reserve
+from coalesce.runtime.host import Course, courses_of, first_capacity, Host, pool_bytes, reserve
 from coalesce.runtime.site import Site
 from coalesce.runtime.ticket import Ticket
+from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.events import CatalogChanged, Event, TenantAdded
+from coalesce.scheduler.request import Request
 from coalesce.serving.fit import Fit
 from coalesce.serving.store import Preparer, Rows, Store
 
@@ -34,6 +37,7 @@ class Resident:
 
     def __init__(self, name: str, fn: Callable[..., Any], shapes: Sequence[tuple[Any, ...]], terms: dict) -> None:
         self.name, self.fn, self.shapes, self.terms = name, fn, shapes, terms
+        self.alone = ""  # why it shares no bundles with others, if it does not
         self.forms: list[Form] = []
         self.slot = -1
         self.host: Host
@@ -66,9 +70,35 @@ class Quarters:
                 if not host.tenants:
                     self._close(host)
                 raise
-            self._site.order_all(host, host.courses)
+            if not resident.alone:
+                self._site.order_all(host, host.courses)
         if self._segments is None:
             look_again(self._site)
+
+    def try_out(self, resident: Resident, index: int, inputs: tuple[Any, ...]) -> list[Any]:
+        """What it gets for a request of its shape `index`, in each lane of an executable of several lanes."""
+        course, form = resident.host.courses[index], resident.forms[index]
+        width = self._made_width(course)
+        request = Request(-1, resident.name, course.family, 0, 0)
+        tickets = [Ticket(request, resident, form, form.accept(inputs), None) for _ in range(width)]
+        for ticket in tickets:
+            ticket.bundles.append(-1)
+        numbers = [self._device.number_of((Entry(course.family, s, width),)) for s in range(len(course.segments))]
+        bundle = self._driver.run([lambda n=n: self._device.launch(n, [tickets]) for n in numbers])
+        (results,) = bundle.results()
+        assert results is not None, f"tenant {resident.name!r}: the last segment has no results"
+        return list(results)
+
+    def _made_width(self, course: Course) -> int:
+        """The narrowest for several lanes that can be made; else the narrowest."""
+        for width in (*(w for w in self._site.widths if w > 1), self._site.widths[0]):
+            try:
+                for made in self._site.order(course, width, urgent=True):
+                    made.result()
+                return width
+            except CompileError:
+                continue
+        raise AssertionError(f"family {course.family} is served, and has no executable")
 
     def write(self, resident: Resident, fitted: Fit) -> None:
         """Other weights for a tenant."""
@@ -120,7 +150,7 @@ class Quarters:
         resident.host, resident.slot = host, host.store.take()
         resident.quarters, resident.driver = self, self._driver
         host.residents.append(resident)
-        self._accounts.open(resident.name)
+        self._accounts.open(resident.name, resident.alone)
         tenant = tenant_of(resident)
         try:
             self._driver.carry_out(lambda: host.store.write(resident.slot, rows) or ())
@@ -138,8 +168,11 @@ class Quarters:
 
     def _host(self, resident: Resident, fitted: Fit) -> Host:
         """A bank for a schema that is new here, and its narrowest executables."""
-        schema = self._device.plan(fitted, self._segments, self._site.patience_us(None))
-        capacity = (self._capacity or first_capacity(schema)) + reserve(schema.segments)
+        if resident.alone:
+            schema, capacity = self._device.plan_as_it_is(fitted), 1
+        else:
+            schema = self._device.plan(fitted, self._segments, self._site.patience_us(None))
+            capacity = (self._capacity or first_capacity(schema)) + reserve(schema.segments)
         lanes = self._site.lanes
         needed = capacity * schema.slot_bytes + schema.shared_bytes + pool_bytes(schema.segments, lanes)
         prepare = Preparer(schema)
@@ -151,7 +184,8 @@ class Quarters:
             self._driver.carry_out(lambda: self._device.admit(host) or ())
         for course in host.courses:
             LOG.info("family %d of tenant %r: %s", course.family, resident.name, course.segments.why)
-        narrowest = [made for c in host.courses for made in self._site.order(c, self._site.widths[0], urgent=True)]
+        width = 1 if resident.alone else self._site.widths[0]
+        narrowest = [made for course in host.courses for made in self._site.order(course, width, urgent=True)]
         try:
             for made in narrowest:
                 made.result()

@@ -249,7 +249,7 @@ class Runtime:
 
     def health(self) -> Health:
         """Whether the runtime serves, and what it has; a snapshot."""
-        return health_of(self._stations, len(self._tenancy.residents), self._closed, {})
+        return health_of(self._stations, len(self._tenancy.residents), self._closed, self._tenancy.alone)
 
     def explain(self, request: int | Reply) -> str:
         """What was decided about a request: its bundles, why they ran, and when. Of the last 4,096 requests."""

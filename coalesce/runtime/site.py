@@ -15,19 +15,17 @@ from contextlib import contextmanager
 from coalesce.runtime.device import Device
 from coalesce.runtime.driver import Driver
 from coalesce.runtime.foundry import Foundry
-from coalesce.runtime.host import Course, Host
+from coalesce.runtime.host import Course, Host, lanes_for
 from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.events import CatalogChanged, Event
 
 LOG = logging.getLogger("coalesce.runtime")
 
-LANES = 4  # that a program's pool has room for, times the widest executable
-
 
 class Site:
     def __init__(self, device: Device, driver: Driver, foundry: Foundry, widths: Sequence[int]) -> None:
         self.device, self.driver, self.foundry, self.widths = device, driver, foundry, widths
-        self.lanes = LANES * max(widths)
+        self.lanes = lanes_for(widths)
         self.rooms = threading.Lock()  # so that two new banks are not promised the same memory
         self._taken: set[Hashable] = set()  # schemas that somebody is at work on
         self._free = threading.Condition()

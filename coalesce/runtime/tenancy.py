@@ -12,12 +12,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from coalesce.errors import InvalidInput
 from coalesce.passes.pipeline import normalise, Normalised
 from coalesce.runtime.quarters import Resident
 from coalesce.runtime.station import Station
+from coalesce.runtime.verify import Alone, check_examples, Unlike
 from coalesce.scheduler.events import TenantRemoved
 from coalesce.serving.fit import Fit, fit
 from coalesce.tracing import trace
@@ -73,7 +75,9 @@ class Tenancy:
             self._names.add(wanted.name)
         resident = Resident(wanted.name, wanted.fn, wanted.shapes, wanted.terms)
         try:
-            self._move_in(resident, self._fit(resident, wanted.params, wanted.shared))
+            if wanted.verify:
+                check_examples(wanted.name, wanted.shapes, wanted.params)
+            self._move_in(resident, wanted)
         except BaseException:
             with self._lock:
                 self._names.discard(wanted.name)
@@ -111,10 +115,35 @@ class Tenancy:
         threading.Thread(target=free, name=f"coalesce-remove-{resident.name}", daemon=True).start()
         left.result(timeout_s)
 
-    def _move_in(self, resident: Resident, fitted: Fit) -> None:
-        station = self._home(fitted.key)
+    @property
+    def alone(self) -> dict[str, str]:
+        """Those that share no bundles with others, and why."""
+        return {name: own.alone for name, own in list(self.residents.items()) if own.alone}
+
+    def _move_in(self, resident: Resident, wanted: Wanted) -> None:
+        """In company, or alone if that is what it must be."""
+        fitted = self._fit(resident, wanted.params, wanted.shared)
         try:
-            station.quarters.take_in(resident, fitted, None)
+            self._settle(resident, fitted, wanted if wanted.verify else None)
+        except Unlike as e:
+            resident.alone = str(e)
+            LOG.warning("tenant %r is served alone: %s", resident.name, e)
+            self._settle(resident, self._fit(resident, wanted.params, wanted.shared), None)
+
+    def _settle(self, resident: Resident, fitted: Fit, verified: Wanted | None) -> None:
+        station = self._home(fitted.key)
+
+        def check(settled: Resident) -> None:
+            assert verified is not None, "nothing is to be verified"
+            for i, (program, inputs) in enumerate(zip(fitted.programs, settled.shapes, strict=True)):
+                alone = Alone(program, settled.fn, verified.params, inputs)
+                for result in station.quarters.try_out(settled, i, inputs):
+                    fault = alone.fault(result)
+                    if fault:
+                        raise Unlike(fault)
+
+        try:
+            station.quarters.take_in(resident, fitted, check if verified is not None else None)
         except BaseException:
             self._forget_home(fitted.key)
             raise
@@ -150,9 +179,12 @@ class Tenancy:
         programs = []
         for shape in resident.shapes:
             program = trace(resident.fn, params, *shape, name=resident.name, shared=shared)
-            done = self._normalise(program)
-            programs.append(program.with_jaxpr(done.program.jaxpr, done.program.prepare))
-        return fit(programs)
+            if not resident.alone:
+                done = self._normalise(program)
+                program = program.with_jaxpr(done.program.jaxpr, done.program.prepare)
+            programs.append(program)
+        fitted = fit(programs)
+        return replace(fitted, key=("alone", resident.name, fitted.key)) if resident.alone else fitted
 
     def _normalise(self, program: Any) -> Normalised:
         """Tenants with one traced function differ in weights alone: the passes run once for all of them."""

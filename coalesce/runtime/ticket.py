@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import Any, NamedTuple
 
 from coalesce.scheduler.request import Request
@@ -90,11 +90,12 @@ def settle_all(endings: Iterable[Ending]) -> None:
 
 
 def settle(waiter: Any, ending: Ending) -> None:
-    if waiter.done():
-        if isinstance(waiter, Reply) and not ending.ticket.bundles:
+    """Whoever has cancelled is told nothing, but a `Reply` that its request is out of the way."""
+    try:
+        if ending.error is not None:
+            waiter.set_exception(ending.error)
+        else:
+            waiter.set_result(ending.result)
+    except (InvalidStateError, asyncio.InvalidStateError):
+        if isinstance(waiter, Reply) and waiter.cancelled() and not ending.ticket.bundles:
             waiter.set_running_or_notify_cancel()  # for concurrent.futures.wait, to which it is done from here on
-        return
-    if ending.error is not None:
-        waiter.set_exception(ending.error)
-    else:
-        waiter.set_result(ending.result)

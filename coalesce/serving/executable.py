@@ -23,6 +23,7 @@ from coalesce.bundle import Bundle, Loop, packs
 from coalesce.kernels import FUSING
 from coalesce.lower import run_stacked
 from coalesce.passes.join_arrays import row_bytes, SMALL_ROW
+from coalesce.serving.as_it_is import run_one
 from coalesce.serving.fit import Template
 from coalesce.serving.pool import Pool
 from coalesce.serving.schema import plan_lanes, Schema, weight_of
@@ -103,6 +104,8 @@ def trace_executable(lanes: Sequence[Lanes], packed: bool | None = None) -> Trac
     states = States(
         tuple(own.segments for own in lanes), tuple(own.segment for own in lanes), tuple(own.slots for own in lanes)
     )
+    as_it_is = lanes[0].schema.options.as_it_is
+    assert not as_it_is or lanes[0].width == 1, f"{lanes[0].width} lanes of a program that runs as it is"
     cut = [own.segments for own in lanes if own.slots]
     assert len(set(cut)) == len(cut), "two segments of one program in one executable, whose pool would be copied"
     packed = lanes[0].schema.options.platform != "cpu" if packed is None else packed
@@ -119,7 +122,7 @@ def trace_executable(lanes: Sequence[Lanes], packed: bool | None = None) -> Trac
         values = states.read(kept, places)
         arrays = picked(bundle, lanes, banks, [own.slots for own in given])
         taken = [v if own.segment else g.inputs for own, v, g in zip(lanes, values, given, strict=True)]
-        outputs = run_stacked(bundle, arrays, taken)
+        outputs = [run_one(lanes[0].program, arrays, taken[0])] if as_it_is else run_stacked(bundle, arrays, taken)
         after = states.write(written, places, outputs)
         return after, [x if own.is_last else [g.slots[0]] for own, x, g in zip(lanes, outputs, given, strict=True)]
 

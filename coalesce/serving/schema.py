@@ -24,6 +24,7 @@ from coalesce.passes.bundle_pipeline import BundleStep, run_passes, serving_pass
 from coalesce.passes.join_arrays import side_by_side
 from coalesce.passes.keep_layouts import Held
 from coalesce.passes.segment import segment
+from coalesce.serving.as_it_is import arrays_of
 from coalesce.serving.fit import Fit, Template, widened
 from coalesce.serving.segments import Segments, segments_of
 from coalesce.slab import Slab
@@ -42,6 +43,7 @@ class Options:
     choice: Callable[[HeavyOp, int, str], str] = choose
     tuned: Tuned = UNTUNED
     pack_unbounded_loops: bool = False
+    as_it_is: bool = False  # one lane at a time, and nothing rewritten
 
 
 class Place(NamedTuple):
@@ -130,6 +132,9 @@ def plan_lanes(entries: Sequence[tuple[Schema, Template, int]], held: Sequence[H
     )
     options = entries[0][0].options
     names = tuple(f"{e}.{i}" for e, (_, _, width) in enumerate(entries) for i in range(width))
+    if options.as_it_is:
+        ((_, template, _),) = entries
+        return (BundleStep("as_it_is", Bundle(names, families, arrays=arrays_of(template)), 0.0),)
     passes = serving_passes(
         held=held,
         platform=options.platform,

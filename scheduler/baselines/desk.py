@@ -24,6 +24,7 @@ from coalesce.scheduler.request import Request
 from coalesce.scheduler.wants import round_up
 
 AGAIN_NS = 1_000_000_000  # between two wishes for one executable
+REMEMBERED = 1024  # wishes
 
 
 class Ready(NamedTuple):
@@ -190,9 +191,12 @@ class Desk:
         if 2 * widest.through.l99_ns > allowed_ns:
             return
         entry = Entry(*ready.queue.place, round_up(min(ready.lanes, 2 * widest.width)))
-        if now_ns - self._asked.get(entry, -AGAIN_NS) >= AGAIN_NS:
-            self._asked[entry] = now_ns
-            self._requests.out.append(Want((entry,)))
+        if now_ns - self._asked.get(entry, -AGAIN_NS) < AGAIN_NS:
+            return
+        if len(self._asked) >= REMEMBERED:
+            self._asked.clear()
+        self._asked[entry] = now_ns
+        self._requests.out.append(Want((entry,)))
 
     def _wake(self, patient_ns: int, now_ns: int) -> None:
         time_ns = min(patient_ns, self._waiting.latest_ns() + 1)

@@ -1,4 +1,7 @@
-"""How long an executable takes, as Clockwork has it: the p99 of its last ten runs, the warm-up's before the first."""
+"""How long an executable takes, as Clockwork has it: the p99 of its last ten runs, the warm-up's before the first.
+
+What has not run while many others did is predicted from its warm-up again, as in `LatencyModel`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Mapping
 from statistics import median_high
 
 from coalesce.scheduler.catalog import Catalog, Executable
-from coalesce.scheduler.latency import Prediction, Quantiles
+from coalesce.scheduler.latency import Fresh, Prediction, Quantiles
 
 LAST = 10
 
@@ -16,6 +19,7 @@ class LastRuns:
     def __init__(self) -> None:
         self._warm_up: Mapping[int, Executable] = {}
         self._runs: dict[int, deque[int]] = {}
+        self._fresh = Fresh()
 
     def change(self, catalog: Catalog) -> None:
         """Takes another catalog; what is known of executables in both stays known."""
@@ -36,4 +40,7 @@ class LastRuns:
             return False
         before = self.of(run.executable)
         self._runs.setdefault(run.executable, deque(maxlen=LAST)).append(run.actual_ns)
-        return self.of(run.executable) != before
+        stale = self._fresh.note(run.executable)
+        for id in stale:
+            self._runs.pop(id, None)
+        return bool(stale) or self.of(run.executable) != before

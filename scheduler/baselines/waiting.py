@@ -6,11 +6,13 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable
 
-from coalesce.scheduler.baselines.menu import Menu
+from coalesce.scheduler.baselines.menu import fastest, Menu
 from coalesce.scheduler.commands import Reason
 from coalesce.scheduler.costs import FAR, Place
 from coalesce.scheduler.request import Request
 from coalesce.scheduler.shares import Account
+
+TRY_NS = 50_000_000
 
 Key = tuple[int, Place, int, str]  # priority, place, lot, and the tenant where tenants wait apart
 
@@ -58,6 +60,7 @@ class Waiting:
         self._menu, self._rank, self._apart = menu, rank, apart
         self._queues: dict[Key, Queue] = {}
         self._latest: list[tuple[int, int, Queue, Lane]] = []  # starts; a heap, also of lanes that have left the queue
+        self._tried: dict[int, tuple[int, int]] = {}  # by family: when the last one came that was tried, and its id
         self._serial = 0
 
     def queues(self) -> Iterable[Queue]:
@@ -100,13 +103,26 @@ class Waiting:
 
     def _push(self, lane: Lane, queue: Queue) -> None:
         self._serial += 1
-        heapq.heappush(self._latest, (self._latest_start(lane.request, queue.place), self._serial, queue, lane))
+        heapq.heappush(self._latest, (self._latest_start(lane, queue.place), self._serial, queue, lane))
 
-    def _latest_start(self, request: Request, place: Place) -> int:
-        """By the l99 of a run alone; where by that nobody could be in time ever, by its median: it may be wrong."""
-        options = self._menu.of(place)
+    def _latest_start(self, lane: Lane, place: Place) -> int:
+        """By the l99 of a run alone; by its median, where by that its tenant could never be in time.
+
+        Where by the median it could not be either, one request after another is tried nevertheless: a prediction that
+        rules everybody out may be wrong, and would never be put right.
+        """
+        request, options = lane.request, self._menu.of(place)
         if not options:
             return request.deadline_ns
-        l50, l99 = options[0].through
-        possible = l99 <= request.deadline_ns - request.arrival_ns
-        return request.deadline_ns - (l99 if possible else l50)
+        l50, l99 = fastest(options).through
+        slo_ns = lane.account.tenant.slo_ns
+        if l50 > slo_ns and self._is_tried(request):
+            return request.deadline_ns
+        return request.deadline_ns - (l99 if l99 <= slo_ns else l50)
+
+    def _is_tried(self, request: Request) -> bool:
+        tried_ns, tried = self._tried.get(request.family, (-FAR, -1))
+        if tried != request.id and request.arrival_ns - tried_ns < TRY_NS:
+            return False
+        self._tried[request.family] = (max(tried_ns, request.arrival_ns), request.id)
+        return True

@@ -1,0 +1,144 @@
+"""Whether a tenant gets in company what it gets alone: its example through both, and the contract on numerics.
+
+    a float      within RELATIVE of the tenant's own result, in norm; or no further from a reference in float32 at
+                 "highest" than TIMES the tenant's own distance, plus a rounding
+    the rest     equal, unless a float product, convolution or reduction feeds it: then a tie may fall either way
+
+A norm of almost nothing, what a cancellation leaves, has no relative precision left: it counts as FLOOR an element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from coalesce import jaxpr as J
+from coalesce.errors import InvalidInput
+from coalesce.program import Program
+
+RELATIVE = 1e-5
+TIMES = 1.5
+FLOOR = 0.01
+SUMMING = frozenset(
+    """dot_general conv_general_dilated ragged_dot_general reduce reduce_sum reduce_prod reduce_window reduce_window_sum
+    select_and_scatter_add cumsum cumprod cumlogsumexp scatter-add scatter_add scatter_mul fft""".split()
+)
+
+
+def check_examples(tenant: str, shapes: Iterable[Sequence[Any]], params: Any) -> None:
+    """Raises InvalidInput: there must be something to compute with."""
+    for leaf in jax.tree.leaves((list(shapes), params)):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise InvalidInput(
+                f"tenant {tenant!r}: verify=True computes with the example, which holds a ShapeDtypeStruct; give arrays"
+            )
+
+
+class Unlike(Exception):
+    """A tenant gets something else in company; says what."""
+
+
+class Alone:
+    """What a tenant computes by itself on an example, and what a better computer would."""
+
+    def __init__(self, program: Program, fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> None:
+        self.inputs = tuple(inputs)
+        self.own = flat(jax.jit(fn)(params, *inputs))
+        self._better = (fn, params, inputs)
+        self._floats = sums_floats(program)
+
+    def fault(self, got: Any) -> str:
+        """What is wrong with a result; nothing if it is within tolerance."""
+        found = flat(got)
+        far = [
+            i
+            for i, (a, b) in enumerate(zip(found, self.own, strict=True))
+            if not (equal(a, b) if not is_float(b) else near(a, b)) and (is_float(b) or not self._floats[i])
+        ]
+        if not far:
+            return ""
+        truth = self._truth()
+        for i in far:
+            a, b = found[i], self.own[i]
+            if not is_float(b):
+                return f"output {i}, {b.dtype}{list(b.shape)}, differs, and no float operation feeds it"
+            error, own = distance(a, truth[i]), distance(b, truth[i])
+            limit = TIMES * own + float(jnp.finfo(b.dtype).eps) * norm(truth[i])
+            if not error <= limit:
+                scale = norm(truth[i])
+                return (
+                    f"output {i}, {b.dtype}{list(b.shape)}, is off by {error / scale:.3g} of its norm, alone by "
+                    f"{own / scale:.3g}; at most {limit / scale:.3g} is within tolerance"
+                )
+        return ""
+
+    def _truth(self) -> list[np.ndarray]:
+        """In float32 at "highest"; where the function takes no other dtypes than its own, in those."""
+        fn, params, inputs = self._better
+        with jax.default_matmul_precision("highest"):
+            try:
+                return flat(jax.jit(fn)(*jax.tree.map(widened, (params, *inputs))))
+            except (TypeError, ValueError):
+                return flat(jax.jit(fn)(params, *inputs))
+
+
+def sums_floats(program: Program) -> list[bool]:
+    """Of each output, whether something feeds it that sums floats, in an order that depends on how it is run."""
+    fed: set[Any] = set()
+    for eqn in program.jaxpr.jaxpr.eqns:
+        if any(not isinstance(a, J.Literal) and a in fed for a in eqn.invars) or holds_sum(eqn):
+            fed.update(eqn.outvars)
+    return [not isinstance(a, J.Literal) and a in fed for a in J.outvars(program.jaxpr)]
+
+
+def holds_sum(eqn: J.Eqn) -> bool:
+    """Whether it is a sum of floats, or has one in a loop, a branch or a call."""
+    if eqn.primitive.name in SUMMING:
+        return any(jnp.issubdtype(J.dtype(v), jnp.inexact) for v in eqn.outvars)
+    return any(holds_sum(inner) for own in J.subjaxprs(eqn) for inner in own.jaxpr.eqns)
+
+
+def flat(result: Any) -> list[np.ndarray]:
+    def one(x: Any) -> np.ndarray:
+        return np.asarray(jax.random.key_data(x) if J.is_key(jax.typeof(x)) else x)
+
+    return [one(x) for x in jax.tree.leaves(result)]
+
+
+def widened(x: Any) -> Any:
+    is_low = getattr(x, "dtype", None) in (jnp.bfloat16, jnp.float16)
+    return jnp.asarray(x, jnp.float32) if is_low else x
+
+
+def is_float(x: np.ndarray) -> bool:
+    return bool(jnp.issubdtype(x.dtype, jnp.inexact))
+
+
+def equal(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and np.array_equal(a, b)
+
+
+def near(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and distance(a, b) <= RELATIVE * norm(b)
+
+
+def wide(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.complex128 if jnp.issubdtype(x.dtype, jnp.complexfloating) else np.float64)
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """The norm of the difference; infinite unless NaNs and infinities stand at the same places."""
+    a, b = wide(a), wide(b)
+    odd = ~np.isfinite(a) | ~np.isfinite(b)
+    if not np.array_equal(a[odd], b[odd], equal_nan=True):
+        return float("inf")
+    return float(np.linalg.norm((a - b)[~odd]))
+
+
+def norm(x: np.ndarray) -> float:
+    x = wide(x)
+    return max(float(np.linalg.norm(x[np.isfinite(x)])), FLOOR * max(1, x.size) ** 0.5)

@@ -1,0 +1,174 @@
+"""What the runtime itself costs a request: host time at 16 lanes a bundle, and how fast payloads are staged.
+
+    python -m experiments.host_time                     writes experiments/results/<device>/host_time.json and .md
+
+Sixteen tenants of one family send a request each, over and over, several rounds ahead of the results. Their model adds
+a weight to its input, so that nearly all that is spent is the runtime's: taking a request on, deciding, staging,
+dispatching, and handing out the result. Host time is CPU time of the whole process, all threads together, a request;
+`wall` is the time of a measurement over its requests. Through `infer` all coroutines share one event loop. Staging is
+timed by itself: the bytes of 16 inputs, copied into what a call takes, with everything that this costs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from coalesce.runtime.runtime import Runtime
+from coalesce.serving.staging import Lane, Staging
+from experiments import own_flags
+from experiments.results import device_name, header, Row, save_rows, table
+
+LANES = 16
+AHEAD = 4  # rounds that are sent before the first is waited for
+SLO_S = 10.0
+TARGETS_US = {"submit": 30.0, "infer": 60.0}
+STAGED_GBS = 3.0
+
+FLAGS = flags.FlagValues()
+own_flags.define_common(FLAGS)
+flags.DEFINE_integer("requests", 48_000, "requests of each measurement", lower_bound=LANES, flag_values=FLAGS)
+flags.DEFINE_list("bytes", ["64", "1024", "4096"], "sizes of an input", flag_values=FLAGS)
+flags.DEFINE_list("staged", ["4096", "65536", "602112"], "sizes of an input that is staged", flag_values=FLAGS)
+flags.DEFINE_integer("repeats", 5, "measurements of each kind, in turns; the median counts", flag_values=FLAGS)
+
+
+def model(params: jax.Array, x: jax.Array) -> jax.Array:
+    return x + params
+
+
+def runtime_of(size: int) -> Runtime:
+    """Sixteen tenants whose inputs and results are so many bytes."""
+    rt = Runtime(widths=(1, LANES), compiled=False)
+    for i in range(LANES):
+        weight = jnp.full((1, size // 4), float(i), jnp.float32)
+        rt.add_tenant(f"t{i}", model, weight, example=(np.zeros((1, size // 4), np.float32),), slo=SLO_S)
+    rt.warm_up(300.0)
+    return rt
+
+
+def inputs_of(size: int) -> list[np.ndarray]:
+    return [np.full((1, size // 4), float(i), np.float32) for i in range(LANES)]
+
+
+def submit(rt: Runtime, inputs: Sequence[np.ndarray], rounds: int) -> None:
+    names = [f"t{i}" for i in range(LANES)]
+    sent: deque[list[Any]] = deque()
+    for _ in range(rounds):
+        sent.append([rt.submit(name, x) for name, x in zip(names, inputs, strict=True)])
+        if len(sent) >= AHEAD:
+            for reply in sent.popleft():
+                reply.result()
+    for replies in sent:
+        for reply in replies:
+            reply.result()
+
+
+def infer(rt: Runtime, inputs: Sequence[np.ndarray], rounds: int) -> None:
+    """Each tenant has `AHEAD` clients, which send one request after another."""
+
+    async def client(name: str, x: np.ndarray, count: int) -> None:
+        for _ in range(count):
+            await rt.infer(name, x)
+
+    async def main() -> None:
+        each = -(-rounds // AHEAD)
+        await asyncio.gather(*(client(f"t{i}", x, each) for i, x in enumerate(inputs) for _ in range(AHEAD)))
+
+    asyncio.run(main())
+
+
+WAYS: dict[str, Callable[[Runtime, Sequence[np.ndarray], int], None]] = {"submit": submit, "infer": infer}
+
+
+def served(rt: Runtime, way: str, size: int, requests: int) -> Row:
+    before = rt.stats()
+    cpu, wall = time.process_time(), time.perf_counter()
+    WAYS[way](rt, inputs_of(size), -(-requests // LANES))
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    after = rt.stats()
+    lanes = after.lanes - before.lanes
+    return {
+        "way": way,
+        "bytes": size,
+        "host_us": 1e6 * cpu / lanes,
+        "wall_us": 1e6 * wall / lanes,
+        "lanes": lanes / (after.bundles - before.bundles),
+    }
+
+
+def staged(size: int) -> Row:
+    """Gigabytes a second into what a call takes, on this device."""
+    structs = ((jax.ShapeDtypeStruct((LANES, 1, size // 4), np.float32),),)
+    staging = Staging((LANES,), structs, (0,), packed=jax.default_backend() != "cpu")
+    lanes = [Lane(i, [x]) for i, x in enumerate(inputs_of(size))]
+    runs = max(10, 200_000_000 // (size * LANES))
+    for _ in range(3):
+        staging.fill([lanes])
+    start = time.perf_counter()
+    for _ in range(runs):
+        staging.fill([lanes])
+    took = time.perf_counter() - start
+    return {"way": "staging", "bytes": size, "gbs": size * LANES * runs / took / 1e9}
+
+
+def measured(sizes: Sequence[int], stages: Sequence[int], requests: int, repeats: int) -> list[Row]:
+    """In turns, so that a busy machine is unfair to none."""
+    runtimes = {size: runtime_of(size) for size in sizes}
+    try:
+        for size, rt in runtimes.items():
+            for way in WAYS:
+                served(rt, way, size, requests // 10)
+        turns = [
+            [served(rt, way, size, requests) for size, rt in runtimes.items() for way in WAYS] + [*map(staged, stages)]
+            for _ in range(repeats)
+        ]
+    finally:
+        for rt in runtimes.values():
+            rt.close()
+    return [merged(rows) for rows in zip(*turns, strict=True)]
+
+
+def merged(rows: Sequence[Row]) -> Row:
+    """The medians of what was measured."""
+    return {
+        key: value if isinstance(value, str | int) else round(median(row[key] for row in rows), 2)
+        for key, value in rows[0].items()
+    }
+
+
+def text_of(rows: Sequence[Row]) -> str:
+    def line(row: Row) -> list[str]:
+        if row["way"] == "staging":
+            return ["staging", f"{row['bytes']:,}", "", "", "", f"{row['gbs']:.2f}", f"> {STAGED_GBS:g} GB/s"]
+        target = f"< {TARGETS_US[row['way']]:g} us" if row["bytes"] <= 4096 else ""
+        spent = [f"{row['host_us']:.1f}", f"{row['wall_us']:.1f}", f"{row['lanes']:.1f}"]
+        return [row["way"], f"{row['bytes']:,}", *spent, "", target]
+
+    columns = ["", "bytes of an input", "host time, us", "wall, us", "lanes a bundle", "GB/s", "target"]
+    return table(columns, [line(row) for row in rows])
+
+
+def main(argv: Sequence[str]) -> None:
+    own_flags.parse("host_time", FLAGS, argv)
+    rows = measured([int(b) for b in FLAGS.bytes], [int(b) for b in FLAGS.staged], FLAGS.requests, FLAGS.repeats)
+    head = header(own_flags.command("host_time", FLAGS), FLAGS.device_name or device_name(), FLAGS.note, lanes=LANES)
+    path = own_flags.folder(FLAGS) / "host_time.json"
+    save_rows(path, head, rows)
+    text = text_of(rows)
+    path.with_suffix(".md").write_text(f"{text}\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

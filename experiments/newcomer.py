@@ -1,0 +1,148 @@
+"""What others notice of a newcomer: latency while families are added, against latency while nothing is.
+
+    python -m experiments.newcomer                      writes experiments/results/<device>/newcomer.json and .md
+
+Tenants of one family are asked at a steady rate, from a thread that sends each request when its time has come. In turns
+nothing else happens for a while, and new families are added, one after another, each with all of its executables; then
+they go again. Latency is from submit to the moment at which the result is handed out. Nothing that was compiled before
+is found again: each newcomer has other sizes, and nothing is kept on disk.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from coalesce.models import by_name
+from coalesce.runtime.runtime import Runtime
+from experiments import own_flags
+from experiments.cells import tenants_of
+from experiments.results import device_name, header, Row, save_rows, table
+
+TIMES = 2.0  # that the p99 may rise by
+SLO_S = 5.0
+
+FLAGS = flags.FlagValues()
+own_flags.define_common(FLAGS)
+flags.DEFINE_integer("tenants", 4, "that are asked", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("width", 64, "of their layers", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("layers", 8, "of their model, and of the newcomers'", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_float("rate", 400.0, "requests a second", lower_bound=1.0, flag_values=FLAGS)
+flags.DEFINE_integer("families", 4, "that are added in a turn", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("turns", 5, "of both kinds", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_list("widths", ["1", "2", "4", "8"], "lanes of executables", flag_values=FLAGS)
+
+
+class Clients:
+    """A thread that asks, and the latencies in seconds of what was sent while `into` was set to a list."""
+
+    def __init__(self, rt: Runtime, names: Sequence[str], x: np.ndarray, rate: float) -> None:
+        self.into: list[float] = []
+        self._rt, self._names, self._x, self._gap_s = rt, names, x, 1 / rate
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+
+    def _loop(self) -> None:
+        due, i = time.perf_counter(), 0
+        while not self._stop.is_set():
+            due += self._gap_s
+            time.sleep(max(0.0, due - time.perf_counter()))
+            self._ask(self._names[i % len(self._names)], due)
+            i += 1
+
+    def _ask(self, name: str, due: float) -> None:
+        """Latency counts from when it was due: a client that cannot send is kept waiting too."""
+        into = self.into
+        reply = self._rt.submit(name, self._x)
+        reply.add_done_callback(lambda _: into.append(time.perf_counter() - due))
+
+    def __enter__(self) -> Clients:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def add(rt: Runtime, prefix: str, width: int, count: int) -> tuple[list[str], np.ndarray]:
+    """Tenants of one family."""
+    made = tenants_of(by_name("mlp", width=width, layers=FLAGS.layers), count, batch=1)
+    names = [f"{prefix}{i}" for i in range(count)]
+    x = np.asarray(made.inputs[0][0])
+    for name, params in zip(names, made.params, strict=True):
+        rt.add_tenant(name, made.apply, params, example=(x,), slo=SLO_S)
+    return names, x
+
+
+def measure() -> Row:
+    widths = tuple(map(int, FLAGS.widths))
+    quiet: list[float] = []
+    busy: list[float] = []
+    added_s, fresh = 0.0, itertools.count(FLAGS.width + 1)
+    with Runtime(widths=widths, compiled=False) as rt:
+        names, x = add(rt, "served", FLAGS.width, FLAGS.tenants)
+        rt.warm_up(600.0)
+        with Clients(rt, names, x, FLAGS.rate) as clients:
+            time.sleep(1.0)
+            for turn in range(FLAGS.turns):
+                clients.into, begin = busy, time.perf_counter()
+                newcomers = [add(rt, f"new{turn}.{k}.", next(fresh), 2)[0] for k in range(FLAGS.families)]
+                rt.warm_up(600.0)
+                took = time.perf_counter() - begin
+                added_s += took
+                clients.into = []
+                for name in itertools.chain(*newcomers):
+                    rt.remove_tenant(name)
+                time.sleep(0.2)
+                clients.into = quiet
+                time.sleep(took)
+                clients.into = []
+            failed = dict(rt.health().failed)
+    assert not failed, f"executables failed: {failed}"
+    return {
+        "families": FLAGS.turns * FLAGS.families,
+        "family_s": round(added_s / (FLAGS.turns * FLAGS.families), 3),
+        **{f"steady_{name}": value for name, value in quantiles(quiet).items()},
+        **{f"adding_{name}": value for name, value in quantiles(busy).items()},
+        "p99_ratio": round(quantiles(busy)["p99_ms"] / quantiles(quiet)["p99_ms"], 2),
+    }
+
+
+def quantiles(latencies_s: Sequence[float]) -> dict[str, Any]:
+    p50, p99, p999 = (round(1e3 * float(q), 3) for q in np.quantile(latencies_s, (0.5, 0.99, 0.999)))
+    return {"requests": len(latencies_s), "p50_ms": p50, "p99_ms": p99, "p999_ms": p999}
+
+
+def text_of(row: Row) -> str:
+    lines = [
+        [kind, *(f"{row[f'{kind}_{name}']:,}" for name in ("requests", "p50_ms", "p99_ms", "p999_ms"))]
+        for kind in ("steady", "adding")
+    ]
+    shown = table(["", "requests", "p50, ms", "p99, ms", "p99.9, ms"], lines)
+    return (
+        f"{shown}\n\np99 while {row['families']} families were added, one in {row['family_s']:.2f} s: "
+        f"{row['p99_ratio']:.2f} times that of steady serving; the target is {TIMES:g}."
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    own_flags.parse("newcomer", FLAGS, argv)
+    row = measure()
+    head = header(own_flags.command("newcomer", FLAGS), FLAGS.device_name or device_name(), FLAGS.note)
+    path = own_flags.folder(FLAGS) / "newcomer.json"
+    save_rows(path, head, [row])
+    text = text_of(row)
+    path.with_suffix(".md").write_text(f"{text}\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
