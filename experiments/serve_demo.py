@@ -6,15 +6,16 @@
     python -m experiments.serve_demo --tenants='mlp.width=64:12:20,gru.steps=8;hidden=64;features=64:4:50'
     python -m experiments.serve_demo --process=csv --csv=arrivals.csv           times in a column TIMESTAMP
 
-A tenant is MODEL[.FIELD=VALUE;...]:COUNT:SLO_MS. Without --rate the load is half of what the device could do for these
-tenants one request at a time. The table is of the last seconds while it runs, and of everything at the end.
+A tenant is MODEL[.FIELD=VALUE;...]:COUNT:SLO_MS. Without --rate the load is a third of what the device could do for
+these tenants one request at a time. The table has the share of results in time, of everything and of the last seconds.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 
@@ -52,13 +53,27 @@ flags.DEFINE_integer("seed", 0, "of the arrivals", flag_values=FLAGS)
 flags.DEFINE_string("trace", None, "a file for a trace to open in Perfetto", flag_values=FLAGS)
 
 REFRESH_S = 0.5
+LATELY_S = 5.0
+COLUMNS = (
+    "tenant",
+    "SLO ms",
+    "sent",
+    "in time",
+    "lately",
+    "late",
+    "refused",
+    "p50 ms",
+    "p99 ms",
+    "device s",
+    "padding s",
+)
 
 
 def rate_of(seen: Seen, lives: Sequence[Live]) -> float:
-    """Half of what the device could do one request at a time."""
+    """A third of what the device could do one request at a time."""
     alone = {e.entries[0].family: e.l50_ns for e in seen.catalog.executables if e.entries[0].width == 1}
     times = [alone[seen.tenants[live.name].families[0]] for live in lives]
-    return 0.5 * 1e9 * len(times) / sum(times)
+    return 1e9 / 3 * len(times) / sum(times)
 
 
 def arrivals_of(names: Sequence[str], rate: float) -> Iterable[Arrival]:
@@ -73,33 +88,60 @@ def arrivals_of(names: Sequence[str], rate: float) -> Iterable[Arrival]:
     return workloads.arrive(rng, times, names, end_ns, workloads.zipf(len(names), FLAGS.zipf))
 
 
-def shown(lives: Sequence[Live], stats: Callable[[str], TenantStats | None], title: str) -> Table:
+class Lately:
+    """Attainment of the last seconds, from snapshots."""
+
+    def __init__(self) -> None:
+        self._past: deque[tuple[float, Mapping[str, TenantStats]]] = deque()
+
+    def note(self, now_s: float, tenants: Mapping[str, TenantStats]) -> None:
+        self._past.append((now_s, tenants))
+        while len(self._past) > 1 and self._past[1][0] < now_s - LATELY_S:
+            self._past.popleft()
+
+    def attainment(self, name: str) -> float | None:
+        if len(self._past) < 2:
+            return None
+        before, now = (tenants[name] for _, tenants in (self._past[0], self._past[-1]))
+        ended = ended_of(now) - ended_of(before)
+        return (now.ok - before.ok) / ended if ended else None
+
+
+def ended_of(own: TenantStats) -> int:
+    """Requests that ended, cancelled ones apart."""
+    return own.ok + own.late + sum(own.rejected.values()) + own.failed
+
+
+def shown(lives: Sequence[Live], tenants: Mapping[str, TenantStats], lately: Lately, title: str) -> Table:
     table = Table(title=title)
-    for name in ("tenant", "SLO ms", "sent", "in time", "late", "refused", "p50 ms", "p99 ms", "device", "padding"):
-        table.add_column(name, justify="left" if name == "tenant" else "right")
-    before = None
-    for live in lives:
-        own = stats(live.name)
-        if own is None:
-            continue
-        if before not in (None, live.kind):
+    for name in COLUMNS:
+        most = max(len(live.name) for live in lives) if name == "tenant" else None
+        table.add_column(name, justify="left" if name == "tenant" else "right", no_wrap=True, min_width=most)
+    for before, live in zip([None, *lives], lives, strict=False):
+        own = tenants[live.name]
+        if before is not None and before.kind != live.kind:
             table.add_section()
-        before = live.kind
-        share = own.attainment
-        colour = "dim" if share is None else "green" if share >= 0.99 else "yellow" if share >= 0.9 else "red"
         table.add_row(
             live.name,
             f"{live.kind.slo_s * 1e3:g}",
             str(own.submitted),
-            f"[{colour}]{'-' if share is None else f'{share:.1%}'}[/]",
+            coloured(own.attainment),
+            coloured(lately.attainment(live.name)),
             str(own.late),
             str(sum(own.rejected.values())),
             milliseconds(own.latency_p50_s),
             milliseconds(own.latency_p99_s),
-            f"{own.device_s:.2f} s",
-            f"{own.padding_s:.2f} s",
+            f"{own.device_s:.2f}",
+            f"{own.padding_s:.2f}",
         )
     return table
+
+
+def coloured(share: float | None) -> str:
+    if share is None:
+        return "[dim]-[/]"
+    colour = "green" if share >= 0.99 else "yellow" if share >= 0.9 else "red"
+    return f"[{colour}]{share:.1%}[/]"
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -108,7 +150,7 @@ def milliseconds(seconds: float | None) -> str:
 
 def main(argv: Sequence[str]) -> None:
     own_flags.parse("serve_demo", FLAGS, argv)
-    console, seen = Console(), Seen()
+    console, seen = Console(width=None if sys.stdout.isatty() else 120), Seen()
     trace = Trace() if FLAGS.trace else None
     lives = tenants([read_kind(text) for text in FLAGS.tenants])
     with Runtime(
@@ -121,17 +163,19 @@ def main(argv: Sequence[str]) -> None:
         seen.clear()
         rate = FLAGS.rate or rate_of(seen, lives)
         client = Client(rt, lives, arrivals_of([live.name for live in lives], rate))
-        begin = time.monotonic()
+        begin, lately = time.monotonic(), Lately()
         client.start()
         with Screen(console=console, refresh_per_second=4, transient=True) as screen:
             while not client.done:
                 passed = time.monotonic() - begin
                 title = f"{FLAGS.process}, {rate:,.0f} requests a second, {FLAGS.policy}: {passed:.0f} s"
-                screen.update(shown(lives, rt.stats().tenants.get, title))
+                tenants_now = rt.stats().tenants
+                lately.note(passed, tenants_now)
+                screen.update(shown(lives, tenants_now, lately, title))
                 time.sleep(REFRESH_S)
         rt.drain(60.0)
         took, stats = time.monotonic() - begin, rt.stats()
-        console.print(shown(lives, stats.tenants.get, f"{FLAGS.process}, {FLAGS.policy}: all {took:.1f} s"))
+        console.print(shown(lives, stats.tenants, lately, f"{FLAGS.process}, {FLAGS.policy}: {took:.1f} s"))
         console.print(summary(seen, client, took))
     if trace is not None:
         trace.save(FLAGS.trace)

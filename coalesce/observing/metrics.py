@@ -164,18 +164,18 @@ class Metrics(Observer, Collector):
         width, lanes = sum(entry.width for entry in form), sum(map(len, entries))
         took_s = (end_ns - start_ns) / 1e9
         each_s = took_s / width
+        of_tenant = Counter(ticket.request.tenant for tickets in entries for ticket in tickets)
         with self._lock:
             self._device.bundles[width, lanes] += 1
             self._device.failed += error is not None
             self._device.busy_s += took_s
             if error is None and dispatch.l50_ns:
                 self._device.ratio.add((end_ns - start_ns) / dispatch.l50_ns)
-            for tickets in entries:
-                for ticket in tickets:
-                    tenant = self._of(ticket.request.tenant)
-                    tenant.in_flight -= 1
-                    tenant.device_s += each_s
-                    tenant.padding_s += each_s * (width - lanes) / lanes
+            for name, count in of_tenant.items():
+                tenant = self._of(name)
+                tenant.in_flight -= count
+                tenant.device_s += count * each_s
+                tenant.padding_s += count * each_s * (width - lanes) / lanes
 
     def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
         with self._lock:
