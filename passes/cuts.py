@@ -28,6 +28,7 @@ class Point(NamedTuple):
 class Demand(NamedTuple):
     segments: int | None  # so many, if there are places for it
     patience_us: float | None  # else, as few as leave none that takes longer
+    slower: float = 1.0  # how many times as long as predicted the program takes, if it was measured
 
 
 class Chosen(NamedTuple):
@@ -37,7 +38,7 @@ class Chosen(NamedTuple):
 
 
 def choose_cuts(times_us: Sequence[float], points: Sequence[Point], costs: Costs, demand: Demand) -> Chosen:
-    table = Table(times_us, points, costs)
+    table = Table([us * demand.slower for us in times_us], points, costs)
     whole = f"{milliseconds(table.total)} predicted"
     if not table.points:
         return Chosen((), (table.total,), f"not cut: there is no place for it ({whole})")

@@ -60,16 +60,23 @@ class Segmented:
 
 
 def segment(
-    program: ClosedJaxpr, n_weights: int, *, costs: Costs, segments: int | None = None, patience_us: float | None = None
+    program: ClosedJaxpr,
+    n_weights: int,
+    *,
+    costs: Costs,
+    segments: int | None = None,
+    patience_us: float | None = None,
+    slower: float = 1.0,
 ) -> Segmented:
     """`segments` is how many there are to be, if the program can be cut so often. None: as few as leave none that takes
-    longer than `patience_us`, and only where the cuts cost little beside the program; one, if that is None too."""
+    longer than `patience_us`, and only where the cuts cost little beside the program; one, if that is None too. The
+    program is taken to be `slower` than predicted, so many times."""
     reason = why_whole(program)
-    demand = Demand(segments, patience_us)
+    demand = Demand(segments, patience_us, slower)
     chosen = None if reason else choose_cuts(*points_of(program, n_weights, costs), costs, demand)
     if chosen is None or not chosen.cuts:
         whole = Segment(program, tuple(range(n_weights)), (), ())
-        return Segmented((whole,), why=reason if chosen is None else chosen.why)
+        return Segmented((whole,), (), *((reason, ()) if chosen is None else (chosen.why, chosen.times_us)))
     return Builder(program, n_weights, chosen.cuts).built(chosen.why, chosen.times_us)
 
 

@@ -83,7 +83,7 @@ def test_every_place_is_given_back(three):
     for i, reply in enumerate(replies):
         if not reply.cancelled() and reply.exception(0) is None:
             assert_right(reply.result(0), deep, weights(i % 3), row(i))
-    assert pool.free == pool.slots == 16
+    assert pool.free == pool.slots == 20
     three.add_tenant("t2", deep, weights(2), example=(row(0),), slo=SLO)
 
 
@@ -186,7 +186,7 @@ def test_weights_are_replaced_under_way_and_nobody_gets_some_of_each(three):
 
 def test_what_the_most_urgent_tenant_cannot_wait_for_is_cut():
     """A long program beside one with an SLO shorter than it; and none that is alone, or beside patient ones."""
-    long, rows = [weights(i, 12, 512) for i in range(2)], np.tile(row(3, 512), (256, 1))
+    long, rows = [weights(i, 6, 512) for i in range(2)], np.tile(row(3, 512), (256, 1))
     with Runtime(widths=(1,), compiled=False) as rt:
         rt.add_tenant("patient", steep, weights(0), example=(row(0),), slo=1000.0)
         rt.add_tenant("whole", deep, long[0], example=(rows,), slo=SLO)
@@ -196,6 +196,46 @@ def test_what_the_most_urgent_tenant_cannot_wait_for_is_cut():
         (course,) = rt._tenancy.residents["cut"].host.courses
         assert len(course.segments) > 1 and "segments of" in course.segments.why
         assert_right(rt.submit("cut", rows).result(60), deep_and_one, long[1], rows)
+
+
+def test_a_program_is_cut_while_it_is_served_for_a_tenant_who_cannot_wait_for_it():
+    """Nobody's requests are lost on the way, and what was made for the whole program goes."""
+    params, rows = [weights(i, 6, 512) for i in range(2)], np.tile(row(3, 512), (256, 1))
+    with Runtime(widths=(1,), capacity=2, compiled=False) as rt:
+        for i, own in enumerate(params):
+            rt.add_tenant(f"long{i}", deep, own, example=(rows,), slo=SLO)
+        before = pool_of(rt, "long0"), rt._tenancy.residents["long0"].host.families
+        assert before[0] is None
+        stop, wrong, served = threading.Event(), [], []
+        want = [np.asarray(jax.jit(deep)(own, rows)) for own in params]
+
+        def client(i: int) -> None:
+            while not stop.is_set():
+                got = rt.submit(f"long{i}", rows).result(60)
+                served.append(i)
+                if not np.allclose(got, want[i], rtol=2e-5, atol=2e-6):
+                    wrong.append(i)
+
+        threads = [threading.Thread(target=client, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        rt.add_tenant("urgent", steep, weights(1), example=(row(0),), slo=0.0005)
+        host = rt._tenancy.residents["long0"].host
+        for _ in range(1200):
+            if host.courses[0].pool is not None and before[1][0] not in device_of(rt)._homes:
+                break
+            threading.Event().wait(0.05)
+        count = len(served)
+        rt.update_tenant("long1", params[0])  # its place in the bank is another one now, and there is room for that
+        rt.update_tenant("long1", params[1])
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert len(host.courses[0].segments) > 1 and set(host.families).isdisjoint(before[1])
+        assert count and not [i for i in wrong if i == 0]
+        for i in range(2):
+            np.testing.assert_allclose(rt.submit(f"long{i}", rows).result(60), want[i], rtol=2e-5, atol=2e-6)
+        assert {e.entries[0].family for e in device_of(rt).catalog.executables}.isdisjoint(before[1])
 
 
 def test_one_executable_for_two_families_runs_both_and_is_left_out_where_it_takes_longer(monkeypatch):

@@ -23,7 +23,7 @@ from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler import catalog
 from coalesce.scheduler.catalog import Catalog, Entry
 from coalesce.serving.executable import compile_executable, Executable, Lanes
-from coalesce.serving.fit import Fit
+from coalesce.serving.fit import Fit, Template
 from coalesce.serving.schema import cut, Options, plan_schema, Schema
 from coalesce.serving.segments import Segments
 from coalesce.serving.store import free_bytes
@@ -89,9 +89,9 @@ class Device:
     def plan_as_it_is(self, fit: Fit) -> Schema:
         return plan_schema(fit, replace(self._options, as_it_is=True))
 
-    def cut(self, schema: Schema, patience_us: float) -> list[Segments]:
-        """Its programs, in other segments than they were planned with."""
-        return [cut(template, self._options, None, patience_us) for template in schema.templates]
+    def cut(self, template: Template, patience_us: float, slower: float) -> Segments:
+        """A program in other segments than it was planned with; see `segment`."""
+        return cut(template, self._options, None, patience_us, slower)
 
     def compile(self, entries: tuple[Entry, ...], capacities: tuple[int, ...]) -> Executable:
         return compile_executable([self._lanes(*both) for both in zip(entries, capacities, strict=True)])
@@ -284,5 +284,5 @@ class Device:
         return Catalog(
             tuple(own.offered for own in self._loaded.values() if own.offered is not None),
             {family: len(course.segments) for family, course in cut.items()},
-            {family: course.pool.slots for family, course in cut.items() if course.pool is not None},
+            {family: course.offered for family, course in cut.items()},
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import jax
@@ -26,6 +27,12 @@ class Form:
         self._keys = any(slot.key_impl is not None for slot in program.inputs)
         self._is_flat = self._in_tree == jax.tree.structure((0,) * len(self.inputs))  # each input is one array
         self._key_results = any(slot.key_impl is not None for slot in program.outputs)
+
+    def under(self, family: int) -> Form:
+        """The same, whose family has another number."""
+        other = copy(self)
+        other.family = family
+        return other
 
     def __str__(self) -> str:
         return ", ".join(f"{np.dtype(dtype).name}{list(shape)}" for shape, dtype in self._wants) or "nothing"

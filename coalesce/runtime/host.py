@@ -7,7 +7,8 @@ Host      the bank, and the course of each of its programs
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from coalesce.serving.pool import Pool
 from coalesce.serving.schema import Schema
@@ -16,6 +17,7 @@ from coalesce.serving.store import Preparer, Store
 
 FIRST_BYTES = 256 * 2**20  # a new bank has room for a few tenants, if they are small
 FIRST_TENANTS = 16
+LANES = 4  # that may be under way in a program, times the widest executable
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +25,11 @@ class Course:
     family: int  # its number in the catalog
     segments: Segments
     pool: Pool | None  # None if there is one segment
+
+    @property
+    def offered(self) -> int:
+        """Places of the pool that requests may have; the rest is for what is tried out."""
+        return self.pool.slots * LANES // (LANES + 1) if self.pool is not None else 0
 
 
 def courses_of(families: Sequence[int], programs: Sequence[Segments], slots: int) -> tuple[Course, ...]:
@@ -43,7 +50,11 @@ class Host:
     prepare: Preparer
     store: Store
     courses: tuple[Course, ...]  # of its templates
-    tenants: int = 0
+    residents: list[Any] = field(default_factory=list)  # that have a slot
+
+    @property
+    def tenants(self) -> int:
+        return len(self.residents)
 
     @property
     def families(self) -> tuple[int, ...]:
@@ -62,6 +73,11 @@ class Host:
     def __str__(self) -> str:
         count = len(self.families)
         return f"family {self.families[0]}" if count == 1 else f"families {self.families[0]} to {self.families[-1]}"
+
+
+def lanes_for(widths: Sequence[int]) -> int:
+    """How many a pool has room for."""
+    return (LANES + 1) * max(widths)
 
 
 def reserve(programs: Iterable[Segments]) -> int:

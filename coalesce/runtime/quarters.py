@@ -10,29 +10,26 @@ at a time; those of others do not wait for them, and for no compiler that works 
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from coalesce.errors import CompileError
 from coalesce.runtime.accounts import Accounts
+from coalesce.runtime.cutting import look_again, tenant_of
 from coalesce.runtime.device import Device
 from coalesce.runtime.driver import Driver
 from coalesce.runtime.form import Form
 from coalesce.runtime.foundry import Foundry
 from coalesce.runtime.host import Course, courses_of, first_capacity, Host, pool_bytes, reserve
+from coalesce.runtime.site import Site
 from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.events import CatalogChanged, Event, TenantAdded
-from coalesce.scheduler.request import Request, Tenant
+from coalesce.scheduler.request import Request
 from coalesce.serving.fit import Fit
 from coalesce.serving.store import Preparer, Rows, Store
 
 LOG = logging.getLogger("coalesce.runtime")
-
-LANES = 4  # that a program's pool has room for, times the widest executable
 
 
 class Resident:
@@ -59,16 +56,13 @@ class Quarters:
         capacity: int | None,
         segments: int | None,
     ) -> None:
+        self._site = Site(device, driver, foundry, widths)
         self._device, self._driver, self._foundry, self._accounts = device, driver, foundry, accounts
-        self._widths, self._capacity, self._segments = widths, capacity, segments
-        self._slos_ns: list[int] = []  # of those that live here
-        self._taken: set[Hashable] = set()  # schemas that somebody is at work on
-        self._free = threading.Condition()
-        self._rooms = threading.Lock()  # so that two new banks are not promised the same memory
+        self._capacity, self._segments = capacity, segments
 
     def take_in(self, resident: Resident, fitted: Fit, check: Callable[[Resident], None] | None) -> None:
         """Give a tenant a place and have it served from then on; `check` may raise before anybody can ask for it."""
-        with self._apart(fitted.key), self._device.here():
+        with self._site.apart(fitted.key), self._device.here():
             host = self._device.hosts.get(fitted.key) or self._host(resident, fitted)
             try:
                 self._settle(resident, fitted, host, check)
@@ -76,10 +70,10 @@ class Quarters:
                 if not host.tenants:
                     self._close(host)
                 raise
-        for course in () if resident.alone else host.courses:
-            for width in self._widths:
-                if width < 2 * host.tenants:
-                    self._order(course, width)
+            if not resident.alone:
+                self._site.order_all(host, host.courses)
+        if self._segments is None:
+            look_again(self._site)
 
     def try_out(self, resident: Resident, index: int, inputs: tuple[Any, ...]) -> list[Any]:
         """What it gets for a request of its shape `index`, in each lane of an executable of several lanes."""
@@ -97,9 +91,9 @@ class Quarters:
 
     def _made_width(self, course: Course) -> int:
         """The narrowest for several lanes that can be made; else the narrowest."""
-        for width in (*(w for w in self._widths if w > 1), self._widths[0]):
+        for width in (*(w for w in self._site.widths if w > 1), self._site.widths[0]):
             try:
-                for made in self._order(course, width, urgent=True):
+                for made in self._site.order(course, width, urgent=True):
                     made.result()
                 return width
             except CompileError:
@@ -110,15 +104,22 @@ class Quarters:
         """Other weights for a tenant."""
         with self._device.here():
             rows = resident.host.prepare(fitted)
-        if resident.host.reserve:
+        written = []
+
+        def write() -> Sequence[Event]:
+            if not resident.host.reserve:  # no lane is between two segments
+                resident.host.store.write(resident.slot, rows)
+                written.append(resident)
+            return ()
+
+        self._driver.carry_out(write)
+        if not written:
             self._replace(resident, rows)
-        else:
-            self._driver.carry_out(lambda: resident.host.store.write(resident.slot, rows) or ())
 
     def _replace(self, resident: Resident, rows: Rows) -> None:
         """Into another slot, so that lanes that are between two segments go on with what they began with."""
         store = resident.host.store
-        with self._apart(resident.host.schema.key):
+        with self._site.apart(resident.host.schema.key):
             old, new = resident.slot, store.take()
 
             def move() -> Sequence[Event]:
@@ -135,36 +136,22 @@ class Quarters:
             store.release(old)
 
     def let_go(self, resident: Resident) -> None:
-        with self._apart(resident.host.schema.key):
+        with self._site.apart(resident.host.schema.key):
             self._leave(resident)
             if not resident.host.tenants:
                 self._close(resident.host)
 
-    @contextmanager
-    def _apart(self, schema: Hashable) -> Iterator[None]:
-        """Nobody else is at work on that schema."""
-        with self._free:
-            self._free.wait_for(lambda: schema not in self._taken)
-            self._taken.add(schema)
-        try:
-            yield
-        finally:
-            with self._free:
-                self._taken.discard(schema)
-                self._free.notify_all()
-
     def _settle(self, resident: Resident, fitted: Fit, host: Host, check: Callable[[Resident], None] | None) -> None:
         if host.store.free <= host.reserve:
-            self._grow(host)
+            self._site.grow(host)
         rows = host.prepare(fitted)
         pairs = zip(fitted.programs, host.families, fitted.inputs, strict=True)
         resident.forms = [Form(program, family, order) for program, family, order in pairs]
         resident.host, resident.slot = host, host.store.take()
         resident.quarters, resident.driver = self, self._driver
-        host.tenants += 1
-        self._slos_ns.append(resident.terms["slo_ns"])
+        host.residents.append(resident)
         self._accounts.open(resident.name, resident.alone)
-        tenant = Tenant(resident.name, tuple(host.families), **resident.terms)
+        tenant = tenant_of(resident)
         try:
             self._driver.carry_out(lambda: host.store.write(resident.slot, rows) or ())
             if check is not None:
@@ -176,8 +163,7 @@ class Quarters:
 
     def _leave(self, resident: Resident) -> None:
         resident.host.store.release(resident.slot)
-        resident.host.tenants -= 1
-        self._slos_ns.remove(resident.terms["slo_ns"])
+        resident.host.residents.remove(resident)
         self._accounts.close(resident.name)
 
     def _host(self, resident: Resident, fitted: Fit) -> Host:
@@ -185,12 +171,12 @@ class Quarters:
         if resident.alone:
             schema, capacity = self._device.plan_as_it_is(fitted), 1
         else:
-            schema = self._device.plan(fitted, self._segments, self._patience_us())
+            schema = self._device.plan(fitted, self._segments, self._site.patience_us(None))
             capacity = (self._capacity or first_capacity(schema)) + reserve(schema.segments)
-        lanes = LANES * max(self._widths)
+        lanes = self._site.lanes
         needed = capacity * schema.slot_bytes + schema.shared_bytes + pool_bytes(schema.segments, lanes)
         prepare = Preparer(schema)
-        with self._rooms:
+        with self._site.rooms:
             self._device.check_room(f"tenant {resident.name!r}, with room for {capacity} of its kind,", needed)
             store = Store(schema, capacity, prepare(fitted))
             families = self._device.next_families(len(schema.templates))
@@ -198,8 +184,8 @@ class Quarters:
             self._driver.carry_out(lambda: self._device.admit(host) or ())
         for course in host.courses:
             LOG.info("family %d of tenant %r: %s", course.family, resident.name, course.segments.why)
-        width = 1 if resident.alone else self._widths[0]
-        narrowest = [made for course in host.courses for made in self._order(course, width, urgent=True)]
+        width = 1 if resident.alone else self._site.widths[0]
+        narrowest = [made for course in host.courses for made in self._site.order(course, width, urgent=True)]
         try:
             for made in narrowest:
                 made.result()
@@ -207,15 +193,6 @@ class Quarters:
             self._close(host)
             raise
         return host
-
-    def _order(self, course: Course, width: int, urgent: bool = False) -> list[Future[None]]:
-        """Executables of all its segments."""
-        entries = [Entry(course.family, s, width) for s in range(len(course.segments))]
-        return [self._foundry.order((entry,), urgent=urgent) for entry in entries]
-
-    def _patience_us(self) -> float | None:
-        """What a bundle may take that the most urgent tenant finds on the device: half of what that has."""
-        return min(self._slos_ns, default=0) / 2e3 or None
 
     def _close(self, host: Host) -> None:
         """Nobody reads its bank any more."""
@@ -225,24 +202,3 @@ class Quarters:
 
         self._driver.carry_out(dismiss)
         self._foundry.forget(host.families)
-
-    def _grow(self, host: Host) -> None:
-        """Room for twice as many. One whose narrowest executables cannot be made for that stays as it is."""
-        capacity = 2 * host.store.capacity
-        with self._rooms:
-            self._device.check_room(f"room for {capacity} tenants of {host}", host.store.bytes_to_grow(capacity))
-            host.store.make_ready(capacity)
-        ordered = {
-            entries: self._foundry.order(entries, (capacity,) * len(entries), urgent=True)
-            for entries in self._device.entries_of(host)
-        }
-        for entries, made in ordered.items():
-            error = made.exception()
-            if error is not None and entries[0].width == self._widths[0]:
-                raise error  # a wider one that fails is offered no more
-
-        def grow() -> Sequence[Event]:
-            return [CatalogChanged(self._device.grow(host, capacity))]
-
-        self._driver.carry_out(grow)
-        LOG.info("%s has room for %d tenants", host, capacity)

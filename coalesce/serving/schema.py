@@ -109,13 +109,16 @@ def plan_schema(fit: Fit, options: Options, segments: int | None = 1, patience_u
     return Schema(fit.key, fit.templates, cuts, fit.own, options, tuple(arrays.values()), slabs, places)
 
 
-def cut(template: Template, options: Options, segments: int | None, patience_us: float | None) -> Segments:
+def cut(
+    template: Template, options: Options, segments: int | None, patience_us: float | None, slower: float = 1.0
+) -> Segments:
     found = segment(
         template.family.jaxpr,
         template.family.n_weights,
         costs=options.costs,
         segments=segments,
         patience_us=patience_us,
+        slower=slower,
     )
     return segments_of(template, found)
 

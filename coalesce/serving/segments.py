@@ -25,6 +25,7 @@ class Segments:
     writes: tuple[tuple[int, ...], ...]
     registers: tuple[jax.ShapeDtypeStruct, ...]  # of one lane
     why: str  # there are so many
+    predicted_us: float  # of the whole, with one lane
     may_raise: bool  # a callback on the host may
 
     def __len__(self) -> int:
@@ -43,6 +44,7 @@ def segments_of(template: Template, cut: Segmented) -> Segments:
         tuple(own.writes for own in cut.segments),
         cut.registers,
         cut.why,
+        sum(cut.predicted_us, start=0.0),
         bool(why_whole(template.family.jaxpr)),
     )
 
