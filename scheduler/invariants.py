@@ -144,7 +144,7 @@ class Checker:
         for way in lanes:
             way.bundle = None
             if event.failed:
-                self._failed(way, len(lanes), len(dispatch.lanes))
+                self._failed(way, len(lanes))
             else:
                 way.again, way.segment = None, way.segment + 1
             if way.segment == self._catalog.segments_of(way.request.family):
@@ -152,8 +152,8 @@ class Checker:
             else:
                 self._waiting.add(way)
 
-    def _failed(self, way: Way, lanes: int, entries: int) -> None:
-        may = (lanes - 1).bit_length() + (entries > 1)
+    def _failed(self, way: Way, lanes: int) -> None:
+        may = (lanes - 1).bit_length()
         way.again = may if way.again is None else way.again - 1
         way.alone = lanes == 1
         self._expect(way.again >= 0, f"request {way.request.id} ran too often in bundles that failed")
