@@ -1,11 +1,16 @@
 """Whether a request is taken on: decided at submit, and for good.
 
 It is refused where it could not be done in time beside everything that was promised, where what was promised could not
-be done beside it, and where its tenant has its share already and others may need the rest. What its own run will take
-is the run of all that wait with it; what it takes from others is one lane of an efficient run.
+be done beside it, and where its tenant has its share already and others may need the rest.
+
+What its own run will take is the run of the company that it can expect: what waits with it, and what will come. That is
+what keeps runs efficient when more is asked for than can be done: whoever is taken on has the time for such a run. A
+request that has not is still taken on if so much time is left over that nobody needs efficient runs.
 """
 
 from __future__ import annotations
+
+from bisect import bisect_left
 
 from coalesce.scheduler.commands import Reason
 from coalesce.scheduler.demand import bucket_of
@@ -23,18 +28,29 @@ def admit(
         return Reason.EXPIRED
     if account.waiting >= account.tenant.quota:
         return Reason.QUEUE_FULL
-    costs = queue.costs
     over = shares.is_over(account, now_ns)
     bucket = bucket_of(request.deadline_ns, now_ns)
+    costs = queue.costs
     if costs.options:  # else it waits for one that the driver makes
-        items = queue.items
-        leads = not items or request.deadline_ns < items[0][0]
-        others_ns = costs.lane_ns + (costs.first_ns if leads else 0)
-        kept_ns = left_ns >> 2 if over else 0
-        own_ns = costs.through(len(items) + 1)
-        if not level.demand.fits(bucket, own_ns + kept_ns, others_ns + kept_ns, free_ns):
+        kept_ns = (3 * left_ns if queue.lot else left_ns) >> 2 if over else 0
+        work_ns = costs.lane_ns + (costs.first_ns if queue.leads(request) else 0)
+        if not fits(request, bucket, left_ns, queue, kept_ns, work_ns + kept_ns, free_ns):
             return Reason.INFEASIBLE
-        shares.charge(account, others_ns)
+        shares.charge(account, work_ns)
     account.waiting += 1
     account.pending += 1
     return Lane(request, account, level, bucket)
+
+
+def fits(request: Request, bucket: int, left_ns: int, queue: Queue, kept_ns: int, work_ns: int, free_ns: int) -> bool:
+    costs, demand, items, level = queue.costs, queue.level.demand, queue.items, queue.level
+    steady = costs.options[costs.steady]
+    others = level.starting - bool(items)  # that run before its own, with half of their lanes due after it
+    for _ in range(2):  # again, where the test had to sum up and knows better now what is due before it
+        until_ns = free_ns + demand.before(bucket) - request.arrival_ns
+        own_ns = costs.filled(len(items) + 1 + until_ns // queue.gap_ns)
+        if demand.fits(bucket, own_ns + kept_ns, own_ns * others // 2, work_ns, free_ns):
+            return True
+    own_ns = costs.through(bisect_left(items, (request.deadline_ns,)) + 1)
+    spare_ns = steady.through_ns * (1 + others)
+    return demand.fits(bucket, own_ns + kept_ns, own_ns * others // 2, work_ns + spare_ns, free_ns)

@@ -34,7 +34,7 @@ class Window(NamedTuple):
     @property
     def latest_ns(self) -> int:
         """The latest start with which its first lane is in time."""
-        return self.queue.items[self.first][0] - self.option.l99_ns - self.queue.costs.after.l99_ns
+        return self.queue.items[self.first][0] - self.option.through_ns
 
 
 def choose(level: Level, start_ns: int, cap_ns: int, worth: Callable[[Item], float]) -> Window | None:
@@ -49,33 +49,48 @@ def servable(level: Level) -> Iterator[Queue]:
 
 
 def earliest(level: Level, start_ns: int, cap_ns: int) -> Window | None:
-    """Earliest deadline first."""
-    ahead = servable(level)
-    queue = next(ahead, None)
+    """Earliest deadline first, in the width that costs the others least."""
+    queue = next(servable(level), None)
     if queue is None:
         return None
-    after = next(ahead, None)
-    free = best_head(queue, start_ns, cap_ns)
-    if after is None or after.rank is None or start_ns + free.option.l99_ns <= after.rank[0]:
-        return free
-    polite = best_head(queue, start_ns, min(cap_ns, after.rank[0] - start_ns))
-    return polite if 2 * polite.lanes * free.option.l50_ns >= free.lanes * polite.option.l50_ns else free
+    found = heads(queue, start_ns, cap_ns)
+    if len(found) == 1:
+        return found[0]
+    lanes = found[-1].lanes
+    return min(found, key=lambda w: lateness(w, level, start_ns) + lanes * w.option.l50_ns / w.lanes)
 
 
-def best_head(queue: Queue, start_ns: int, longest_ns: int) -> Window:
-    """From the head, the narrowest run at least."""
+def heads(queue: Queue, start_ns: int, cap_ns: int) -> list[Window]:
+    """Runs from the head that let it be in time, narrowest first; the narrowest one in any case."""
     waiting = queue.ready()
-    in_time_ns = min(longest_ns, queue.items[0][0] - queue.costs.after.l99_ns - start_ns)
-    best, best_lanes = queue.costs.options[0], 1
+    cap_ns = cap_ns // 4 if queue.lot else cap_ns
+    left_ns = queue.items[0][0] - start_ns
+    found: list[Window] = []
     for option in queue.costs.options:
-        if option.l99_ns > in_time_ns:
+        if found and (option.through_ns > left_ns or option.l99_ns > cap_ns):
             break
-        lanes = min(option.width, waiting)
-        if lanes * best.l50_ns >= best_lanes * option.l50_ns:
-            best, best_lanes = option, lanes
+        found.append(Window(queue, option, 0, min(option.width, waiting)))
         if option.width >= waiting:
             break
-    return Window(queue, best, 0, min(best.width, waiting))
+    return found
+
+
+def lateness(window: Window, level: Level, start_ns: int) -> int:
+    """By how much what else was promised would be late after it."""
+    queue, option, _, end = window
+    if level.demand.is_feasible(start_ns + option.l50_ns):
+        return 0
+    after_ns = queue.costs.lane_after_ns
+    done: dict[int, int] = {}
+    for _, _, lane in queue.items[:end]:
+        done[lane.bucket] = done.get(lane.bucket, 0) + lane.charge_ns - after_ns
+    if end == len(queue.items):
+        done[queue.head_bucket] += queue.head_ns
+    return level.demand.lateness(done, start_ns + option.l50_ns)
+
+
+def best_head(queue: Queue, start_ns: int, cap_ns: int) -> Window:
+    return min(heads(queue, start_ns, cap_ns), key=lambda w: w.option.l50_ns / w.lanes)
 
 
 def best_window(queue: Queue, start_ns: int, cap_ns: int, worth: Callable[[Item], float]) -> Window | None:
@@ -85,11 +100,11 @@ def best_window(queue: Queue, start_ns: int, cap_ns: int, worth: Callable[[Item]
     for at, option in enumerate(queue.costs.options):
         if at and option.l99_ns > cap_ns:
             break
-        first = bisect_left(queue.items, (start_ns + option.l99_ns + queue.costs.after.l99_ns,))
+        first = bisect_left(queue.items, (start_ns + option.through_ns,))
         window = Window(queue, option, first, min(first + min(option.width, ready), len(queue.items)))
         if not window.lanes:
             break
-        rate = total(map(worth, queue.items[first : window.end])) / option.l99_ns
+        rate = total(map(worth, queue.items[first : window.end])) / option.through_ns
         if rate > best_rate:
             best, best_rate = window, rate
     return best

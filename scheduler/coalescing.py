@@ -40,11 +40,14 @@ from coalesce.scheduler.latency import LatencyModel, Prediction
 from coalesce.scheduler.patience import wait_until
 from coalesce.scheduler.quarantine import Watch
 from coalesce.scheduler.queues import Item, Lane, Level, Queue, Queues
+from coalesce.scheduler.request import Request
 from coalesce.scheduler.requests import Requests
 from coalesce.scheduler.shares import Shares
 from coalesce.scheduler.slots import Slots
 from coalesce.scheduler.tenancy import Tenancy
 from coalesce.scheduler.wants import Wants
+
+DOUBT_NS = 100_000_000
 
 
 class Coalescing:
@@ -64,6 +67,7 @@ class Coalescing:
         self._requests = Requests(self._queues, self._tenancy, self._watch, self._shares, self._costs)
         self._bundles = 0
         self._cap_ns = FAR
+        self._doubted_ns = -FAR
         self._handlers: dict[type, Callable[[Any, int], None]] = {
             Submitted: self._submit,
             Cancelled: lambda event, now_ns: self._requests.cancel(event.request),
@@ -83,10 +87,31 @@ class Coalescing:
         self._wake(patient_ns, now_ns)
         return self._out
 
+    @property
+    def waiting(self) -> int:
+        """Requests that have not ended."""
+        return len(self._requests)
+
     # What happened
 
     def _submit(self, event: Submitted, now_ns: int) -> None:
         self._requests.submit(event.requests, self._flight.free_at(now_ns), now_ns)
+        if not self._requests and not self._flight and now_ns - self._doubted_ns >= DOUBT_NS:
+            self._doubt(event.requests, now_ns)
+
+    def _doubt(self, requests: Sequence[Request], now_ns: int) -> None:
+        """A prediction that rules out what an idle device was said to do when it was warmed up would never be put
+        right, since nothing runs."""
+        for request in requests:
+            left_ns = request.deadline_ns - now_ns
+            places = [(request.family, s) for s in range(self._costs.catalog.segments_of(request.family))]
+            alone = [self._costs.of(place).options[:1] for place in places]
+            warm_up_ns = sum(self.latency.warm_up_of(o.executable).l99_ns for options in alone for o in options)
+            if all(alone) and warm_up_ns <= left_ns < self._costs.of(places[0]).alone.l99_ns:
+                self._doubted_ns = now_ns
+                self.latency.doubt()
+                self._moved()
+                return
 
     def _complete(self, event: Completed, now_ns: int) -> None:
         bundle = self._flight.complete(event)
@@ -101,8 +126,12 @@ class Coalescing:
         tenants = dict.fromkeys(lane.request.tenant for _, lanes in bundle.parts for lane in lanes)
         self._out += self._watch.see(list(tenants), took_ns, bundle.clean_l99_ns, now_ns)
         if self.latency.observe(run, frozenset(tenants)):
-            self._costs.forget()
-            self._queues.refresh()
+            self._moved()
+
+    def _moved(self) -> None:
+        """Predictions have."""
+        self._costs.forget()
+        self._queues.refresh()
 
     def _add_tenant(self, event: TenantAdded, now_ns: int) -> None:
         self._tenancy.add(event.tenant)
@@ -156,7 +185,7 @@ class Coalescing:
             if start_ns - now_ns > self._lead_ns:
                 break
             run = self._next_run(start_ns)
-            if run is None:
+            if run is None or self._is_awaited(run, start_ns):
                 break
             patient_ns = wait_until(run, start_ns) if not self._flight else 0
             if patient_ns > now_ns:
@@ -170,6 +199,16 @@ class Coalescing:
             if window is not None:
                 return join(window, self._queues, self._costs, start_ns)
         return None
+
+    def _is_awaited(self, run: Run, start_ns: int) -> bool:
+        """Whether lanes on the device are more urgent than this run, and would be torn apart after it."""
+        for bundle in self._flight:
+            for (family, segment), lanes in bundle.parts:
+                ahead_ns = self._costs.of((family, segment + 1)).through(len(lanes))
+                latest_ns = lanes[0].request.deadline_ns - ahead_ns
+                if ahead_ns and latest_ns < min(run.latest_ns, start_ns + run.l50_ns):
+                    return True
+        return False
 
     def _worth(self, item: Item) -> float:
         return self._shares.worth(item[2].account)
@@ -204,7 +243,8 @@ class Coalescing:
                     break
                 time_ns = min(time_ns, queue.items[0][0] - queue.costs.alone.l50_ns + 1)
         if time_ns < FAR and 0 < len(self._flight) < self._depth:
-            time_ns = min(time_ns, self._flight.free_at(now_ns) - self._lead_ns)
+            soon_ns = self._flight.free_at(now_ns) - self._lead_ns
+            time_ns = min(time_ns, soon_ns) if soon_ns > now_ns else time_ns
         if time_ns < FAR:
             self._out.append(WakeAt(max(time_ns, now_ns + 1)))
 

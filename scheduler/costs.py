@@ -8,7 +8,6 @@ that the deadlines of its family allow over and over (`lane_ns`), and for the fi
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,24 +24,36 @@ class Option(NamedTuple):
     executable: int
     l50_ns: int
     l99_ns: int
+    through_ns: int  # from here to the end of its lanes, if they stay together: the l99, and the l50 of what follows
+    mostly_ns: int  # the l50 of all of it
 
 
 @dataclass(frozen=True, slots=True)
 class PlaceCosts:
     options: tuple[Option, ...] = ()
     alone: Quantiles = Quantiles(0, 0)
-    after: Quantiles = Quantiles(0, 0)  # of it, what comes after this segment
     lane_ns: int = 0
-    lane_after_ns: int = 0
+    lane_after_ns: int = 0  # of it, what comes after this segment
     first_ns: int = 0
     fixed_ns: int = 0  # of it, in this segment
-    widths: tuple[int, ...] = ()
-    through_ns: tuple[int, ...] = ()  # l99 of lanes in such a width, from here to their end
+    steady: int = 0  # which option it is that can be run over and over
+    ahead_ns: int = 0  # what a queue's head needs: alone, or, once it has begun, with those that it is with
 
     def through(self, lanes: int) -> int:
-        """Until the last of so many lanes is done, if they stay together as far as it pays."""
-        at = bisect_left(self.widths, lanes)
-        return self.through_ns[min(at, len(self.through_ns) - 1)] if self.through_ns else 0
+        """Until so many lanes are done, if they stay together as far as it pays."""
+        for option in self.options[: self.steady + 1]:
+            if option.width >= lanes:
+                return option.through_ns
+        return self.options[self.steady].through_ns if self.options else 0
+
+    def filled(self, lanes: int) -> int:
+        """As long as the widest run that so many lanes fill, as far as it pays."""
+        found = self.options[0]
+        for option in self.options[1 : self.steady + 1]:
+            if option.width > lanes:
+                break
+            found = option
+        return found.through_ns
 
 
 UNSERVABLE = PlaceCosts()
@@ -56,7 +67,7 @@ class Costs:
         self.latency = latency
         self._tightest_ns: Mapping[int, int] = {}
         self._mixed: dict[Place, list[Executable]] = {}
-        self._known: dict[tuple[int, int, int], PlaceCosts] = {}
+        self._known: dict[tuple[int, int], tuple[PlaceCosts, ...]] = {}
 
     def change(self, catalog: Catalog, tightest_ns: Mapping[int, int]) -> None:
         """`tightest_ns`: the least SLO of each family."""
@@ -78,43 +89,68 @@ class Costs:
         self._known.clear()
 
     def of(self, place: Place, factor: int = 4) -> PlaceCosts:
-        key = (*place, factor)
-        known = self._known.get(key)
-        if known is None:
-            known = self._known[key] = self._work_out(place, factor)
-        return known
-
-    def _work_out(self, place: Place, factor: int) -> PlaceCosts:
         family, segment = place
-        executables = self.catalog.by_place.get(place, ())
-        last = segment + 1 >= self.catalog.segments_of(family)  # more: the family has gone
-        rest = UNSERVABLE if last else self.of((family, segment + 1), factor)
-        if not executables or not (last or rest.options):
-            return UNSERVABLE
-        options = tuple(self._option(e, factor) for e in executables)
-        through = tuple(o.l99_ns + (0 if last else rest.through(o.width)) for o in options)
-        steady = sustained(options, through, self._tightest_ns.get(family, FAR))
-        first = options[0]
-        lane_ns = -(-steady.l50_ns // steady.width)
-        fixed_ns = max(0, first.l50_ns - lane_ns)
-        return PlaceCosts(
-            options,
-            Quantiles(first.l50_ns + rest.alone.l50_ns, first.l99_ns + rest.alone.l99_ns),
-            rest.alone,
-            lane_ns + rest.lane_ns,
-            rest.lane_ns,
-            fixed_ns + rest.first_ns,
-            fixed_ns,
-            tuple(o.width for o in options if o.width <= steady.width),
-            tuple(t for o, t in zip(options, through, strict=True) if o.width <= steady.width),
-        )
+        known = self._known.get((family, factor))
+        if known is None:
+            known = self._known[family, factor] = self._work_out(family, factor)
+        return known[segment] if segment < len(known) else UNSERVABLE  # no such segment: the family has gone
 
-    def _option(self, executable: Executable, factor: int) -> Option:
-        l50, l99 = self.latency.of(executable.id)
-        return Option(executable.entries[0].width, executable.id, l50 * factor // 4, l99 * factor // 4)
+    def _work_out(self, family: int, factor: int) -> tuple[PlaceCosts, ...]:
+        """Of all segments."""
+        count = self.catalog.segments_of(family)
+        options = self._options(family, count, factor)
+        widest = sustained(options[0], self._tightest_ns.get(family, FAR)) if options[0] else FAR
+        costs = [UNSERVABLE] * (count + 1)
+        for segment in reversed(range(count)):
+            if options[segment]:
+                costs[segment] = place_costs(options[segment], widest, costs[segment + 1], segment)
+        return tuple(costs[:count])
+
+    def _options(self, family: int, count: int, factor: int) -> list[tuple[Option, ...]]:
+        """Of each segment; none where what follows cannot be run."""
+        found: list[tuple[Option, ...]] = [()] * (count + 1)
+        for segment in reversed(range(count)):
+            if segment + 1 < count and not found[segment + 1]:
+                break
+            found[segment] = tuple(
+                self._option(executable, factor, found[segment + 1])
+                for executable in self.catalog.by_place.get((family, segment), ())
+            )
+        return found[:count]
+
+    def _option(self, executable: Executable, factor: int, rest: Sequence[Option]) -> Option:
+        width = executable.entries[0].width
+        l50_ns, l99_ns = (ns * factor // 4 for ns in self.latency.of(executable.id))
+        after_ns = together(rest, width)
+        return Option(width, executable.id, l50_ns, l99_ns, l99_ns + after_ns, l50_ns + after_ns)
 
 
-def sustained(options: Sequence[Option], through_ns: Sequence[int], slo_ns: int) -> Option:
-    """The most efficient one that requests can wait for, while it runs with others, and then run in themselves."""
-    can = [o for o, through in zip(options, through_ns, strict=True) if 2 * through <= slo_ns]
-    return max(can, key=lambda o: o.width / o.l50_ns, default=options[0])
+def together(options: Sequence[Option], lanes: int) -> int:
+    """How long so many lanes mostly take, if they stay together as far as there are executables for it."""
+    for option in options:
+        if option.width >= lanes:
+            return option.mostly_ns
+    return -(-lanes // options[-1].width) * options[-1].mostly_ns if options else 0
+
+
+def sustained(options: Sequence[Option], slo_ns: int) -> int:
+    """The most efficient width that requests can wait for, while it runs with others, and then run in themselves."""
+    can = [o for o in options if 2 * o.through_ns <= slo_ns]
+    return max(can, key=lambda o: o.width / o.mostly_ns, default=options[0]).width
+
+
+def place_costs(options: tuple[Option, ...], widest: int, rest: PlaceCosts, segment: int) -> PlaceCosts:
+    at = max(0, sum(o.width <= widest for o in options) - 1)
+    first, steady = options[0], options[at]
+    lane_ns = -(-steady.l50_ns // steady.width)
+    fixed_ns = max(0, first.l50_ns - lane_ns)
+    return PlaceCosts(
+        options,
+        Quantiles(first.l50_ns + rest.alone.l50_ns, first.l99_ns + rest.alone.l99_ns),
+        lane_ns + rest.lane_ns,
+        rest.lane_ns,
+        fixed_ns + rest.first_ns,
+        fixed_ns,
+        at,
+        steady.through_ns if segment else first.through_ns,
+    )

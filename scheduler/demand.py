@@ -14,6 +14,7 @@ are few sums. What comes in between is assumed to be due at once, and only where
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Mapping
 from itertools import accumulate
 from operator import sub
 
@@ -45,27 +46,49 @@ class Demand:
         self._work[bucket] -= work_ns
         self._stale = True
 
-    def fits(self, bucket: int, own_ns: int, work_ns: int, start_ns: int) -> bool:
-        """Whether one more is in time `own_ns` after what is due before it, and delays nobody too much by `work_ns`."""
-        if self._latest_start(bucket, own_ns, work_ns) - self._since >= start_ns:
+    def fits(self, bucket: int, own_ns: int, blocked_ns: int, work_ns: int, start_ns: int) -> bool:
+        """Whether one more is in time `own_ns` after what is due before it, and delays nobody too much by `work_ns`.
+
+        What is due before it may take others with it that are not, for `blocked_ns` at most, and as long as itself.
+        """
+        if self._latest_start(bucket, own_ns, blocked_ns, work_ns) - self._since >= start_ns:
             return True
-        return self._sum_up() and self._latest_start(bucket, own_ns, work_ns) >= start_ns
+        return self._sum_up() and self._latest_start(bucket, own_ns, blocked_ns, work_ns) >= start_ns
+
+    def before(self, bucket: int) -> int:
+        """What is due then or before, at most."""
+        buckets = self._buckets
+        at = bisect_left(buckets, bucket)
+        return self._before[at + 1 if at < len(buckets) and buckets[at] == bucket else at] + self._since
 
     def is_feasible(self, start_ns: int) -> bool:
         if self._latest[0] - self._since >= start_ns:
             return True
         return self._sum_up() and self._latest[0] >= start_ns
 
+    def lateness(self, done: Mapping[int, int], start_ns: int) -> int:
+        """By how much the latest of all would be late, if the device starts then and this part, by bucket, is done."""
+        self._sum_up()
+        done_ns, worst_ns = 0, 0
+        for bucket, before_ns in zip(self._buckets, self._before[1:], strict=True):
+            own_ns = done.get(bucket, 0)
+            done_ns += own_ns
+            late_ns = start_ns + before_ns - done_ns - bucket
+            if late_ns > worst_ns and self._work[bucket] > own_ns:
+                worst_ns = late_ns
+        return worst_ns
+
     def take_over(self, other: Demand) -> None:
         """Counts everything that another counts."""
         self._work = dict(other._work)
         self._stale = True
 
-    def _latest_start(self, bucket: int, own_ns: int, work_ns: int) -> int:
+    def _latest_start(self, bucket: int, own_ns: int, blocked_ns: int, work_ns: int) -> int:
         buckets = self._buckets
         at = bisect_left(buckets, bucket)
         ahead = at + 1 if at < len(buckets) and buckets[at] == bucket else at
-        return min(bucket - self._before[ahead] - own_ns, self._latest[at] - work_ns)
+        before_ns = self._before[ahead]
+        return min(bucket - before_ns - own_ns - min(blocked_ns, before_ns), self._latest[at] - work_ns)
 
     def _sum_up(self) -> bool:
         """False where nothing has changed since the last time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from typing import Generic, NamedTuple, Protocol, runtime_checkable, TypeVar
 
 from coalesce.scheduler.costs import Place
@@ -42,6 +43,9 @@ class Flight(Generic[B]):
 
     def __len__(self) -> int:
         return len(self._bundles)
+
+    def __iter__(self) -> Iterator[B]:
+        return iter(self._bundles)
 
     def add(self, bundle: B, now_ns: int) -> None:
         if not self._bundles:

@@ -26,6 +26,7 @@ class Run(NamedTuple):
     parts: tuple[Part, ...]
     l50_ns: int
     l99_ns: int
+    latest_ns: int  # start with which the first lane of its first part is in time
     why: str
 
 
@@ -39,7 +40,8 @@ def join(window: Window, queues: Queues, costs: Costs, start_ns: int) -> Run:
 def alone(window: Window, why: str) -> Run:
     queue, option, first, end = window
     part = Part(queue, first, end, option.width)
-    return Run(option.executable, (part,), option.l50_ns, option.l99_ns, why or ("window" if first else "deadline"))
+    why = why or ("window" if first else "deadline")
+    return Run(option.executable, (part,), option.l50_ns, option.l99_ns, window.latest_ns, why)
 
 
 def catch_up(window: Window, queues: Queues, start_ns: int) -> Window | None:
@@ -56,7 +58,7 @@ def catch_up(window: Window, queues: Queues, start_ns: int) -> Window | None:
     apart = next((o for o in window.queue.costs.options if o.width >= late.lanes), None)
     if shared is None or apart is None or shared.l50_ns >= window.option.l50_ns + apart.l50_ns:
         return None
-    done_ns = start_ns + late.option.l99_ns + shared.l99_ns + window.queue.costs.after.l99_ns
+    done_ns = start_ns + late.option.l99_ns + shared.through_ns
     return late if done_ns + late.option.l99_ns <= window.queue.items[0][0] else None
 
 
@@ -76,7 +78,7 @@ def mix(window: Window, queues: Queues, costs: Costs, start_ns: int) -> Run | No
         return None
     executable, parts = best
     l50, l99 = costs.latency.of(executable.id)
-    return Run(executable.id, parts, l50, l99, "mixed")
+    return Run(executable.id, parts, l50, l99, window.latest_ns, "mixed")
 
 
 def waiting_for(executable: Executable, window: Window, queues: Queues) -> tuple[Part, ...]:
@@ -93,7 +95,13 @@ def waiting_for(executable: Executable, window: Window, queues: Queues) -> tuple
 
 def in_time(executable: Executable, parts: tuple[Part, ...], start_ns: int) -> bool:
     end_ns = start_ns + executable.l99_ns
-    return all(end_ns + part.queue.costs.after.l99_ns <= part.queue.items[0][0] for part in parts)
+    return all(end_ns + after(part) <= part.queue.items[0][0] for part in parts)
+
+
+def after(part: Part) -> int:
+    """What its lanes have ahead then."""
+    costs = part.queue.costs
+    return next((o.through_ns - o.l99_ns for o in costs.options if o.width >= part.end), costs.alone.l99_ns)
 
 
 def time_apart(part: Part) -> int:

@@ -124,6 +124,17 @@ class LatencyModel:
             self._published[executable] = known
         return known
 
+    def warm_up_of(self, executable: int) -> Quantiles:
+        known = self._warm_up[executable]
+        return Quantiles(known.l50_ns, known.l99_ns)
+
+    def doubt(self) -> None:
+        """Predicts from warm-ups again, until runs say otherwise again."""
+        self._runs.clear()
+        self._published.clear()
+        self._off.clear()
+        self._scale = 1.0
+
     def observe(self, run: Prediction, tenants: frozenset[str]) -> bool:
         """Learns from a run; True where predictions have moved, of this executable or, with the device, of others."""
         self.predictions.append(run)

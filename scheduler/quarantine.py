@@ -10,6 +10,8 @@ A run is slow when it takes SLOW times the l99 that was predicted. Suspected are
 had in common, and that were in no clean one since. Innocents among them are back after one run of their own, and
 nobody is told of them: `Quarantine` and `Readmit` are for those that were slow alone.
 
+Slow runs in a row that no tenant was in all of say something of the device, and of nobody.
+
 A tenant whose requests fail alone is treated as one that is slow: each time, bundles around it are run again.
 """
 
@@ -60,6 +62,7 @@ class Watch:
         self._strikes: deque[tuple[int, set[str]]] = deque()  # slow bundles: when, and who may have been the reason
         self._failures: deque[tuple[int, str]] = deque()
         self._lots = 0
+        self._row: frozenset[str] | None = None  # who was in all slow bundles since the last clean one
 
     def lot(self, tenant: str) -> int:
         standing = self._standings.get(tenant)
@@ -84,9 +87,18 @@ class Watch:
     def see(self, tenants: Collection[str], took_ns: int, l99_ns: int, now_ns: int) -> list[Quarantine | Readmit]:
         """Draws conclusions from a run; `l99_ns` is what it takes without anything held against its tenants."""
         slow = took_ns > SLOW * l99_ns
+        if slow and self._is_of_device(tenants):
+            return []
+        if not slow:
+            self._row = None
         if len(tenants) == 1:
             return self._see_alone(next(iter(tenants)), slow, -(-4 * took_ns // max(1, l99_ns)), now_ns)
         return self._see_slow(tenants, now_ns) if slow else self._see_clean(tenants, now_ns)
+
+    def _is_of_device(self, tenants: Collection[str]) -> bool:
+        """Whether slow runs came in a row, and no tenant was in all of them."""
+        self._row = frozenset(tenants) if self._row is None else self._row.intersection(tenants)
+        return not self._row
 
     def fail(self, tenant: str, now_ns: int) -> list[Quarantine | Readmit]:
         """A request of it failed alone: FAILURES of them in a window count as being slow alone."""

@@ -76,18 +76,23 @@ class Queue:
             return waiting
         return min(waiting, self.slots.room(self.place[0]))
 
+    def leads(self, request: Request) -> bool:
+        """Whether it would be its head."""
+        return not self.items or request.deadline_ns < self.items[0][0]
+
     def note_arrival(self, now_ns: int) -> None:
         gap_ns = now_ns - self.came_ns
-        self.gap_ns = self.gap_ns + ((gap_ns - self.gap_ns) >> 3) if self.gap_ns != FAR else gap_ns
+        self.gap_ns = max(1, self.gap_ns + ((gap_ns - self.gap_ns) >> 3) if self.gap_ns != FAR else gap_ns)
         self.came_ns = now_ns
 
 
 class Level:
-    __slots__ = ("priority", "order", "demand", "counted")
+    __slots__ = ("priority", "order", "starting", "demand", "counted")
 
     def __init__(self, priority: int):
         self.priority = priority
         self.order: list[tuple[int, int, Queue]] = []
+        self.starting = 0  # queues in it whose lanes have not begun
         self.demand = Demand()  # of this priority and all higher ones
         self.counted: tuple[Demand, ...] = (self.demand,)  # those in which its lanes count: its own and all lower ones
 
@@ -206,6 +211,7 @@ class Queues:
         level = queue.level
         if queue.rank is not None:
             del level.order[bisect_left(level.order, queue.rank)]
+            level.starting -= queue.place[1] == 0
             level.release(queue.head_bucket, queue.head_ns)
         if not queue.items:
             queue.rank = None
@@ -213,8 +219,9 @@ class Queues:
                 del self._queues[(*queue.place, queue.lot, level.priority)]
             return
         deadline_ns, _, lane = queue.items[0]
-        queue.rank = (deadline_ns - queue.costs.alone.l99_ns, queue.serial, queue)
+        queue.rank = (deadline_ns - queue.costs.ahead_ns, queue.serial, queue)
         insort(level.order, queue.rank)
+        level.starting += queue.place[1] == 0
         queue.head_bucket, queue.head_ns = lane.bucket, queue.costs.first_ns
         level.promise(queue.head_bucket, queue.head_ns)
 

@@ -31,6 +31,9 @@ class Requests:
         self._shares, self._costs = shares, costs
         self._lanes: dict[int, Lane] = {}
 
+    def __len__(self) -> int:
+        return len(self._lanes)
+
     def submit(self, requests: Iterable[Request], free_ns: int, now_ns: int) -> None:
         """`free_ns` is when the device can begin with them."""
         for request in requests:
@@ -82,7 +85,7 @@ class Requests:
             elif bundle.lanes == 1:
                 self._fail(lanes, now_ns)
             else:
-                self._halve(place, lanes, len(bundle.parts) > 1)
+                self._halve(place, lanes)
 
     def _advance(self, place: Place, lanes: list[Lane]) -> None:
         family, segment = place
@@ -103,18 +106,22 @@ class Requests:
             if lane.ending is None:
                 self.out += self._watch.fail(lane.request.tenant, now_ns)
 
-    def _halve(self, place: Place, lanes: list[Lane], is_half: bool) -> None:
-        """Each half runs by itself, until those that fail are alone; a part of several is a half already."""
+    def _halve(self, place: Place, lanes: list[Lane]) -> None:
+        """Each half runs by itself, until those that fail are alone; who has been put apart meanwhile is so here."""
+        groups: dict[str | None, list[Lane]] = {}
         for lane in lanes:
+            name = lane.request.tenant
             if lane.ending is not None:
                 self._reject(lane, lane.ending)
-        going = [lane for lane in lanes if lane.ending is None]
-        middle = len(going) if is_half else (len(going) + 1) // 2
-        for half in going[:middle], going[middle:]:
-            lot = self._watch.new_lot()
-            for lane in half:
-                lane.again = True
-                self._enqueue(lane, place, lot)
+            else:
+                groups.setdefault(name if self._watch.lot(name) else None, []).append(lane)
+        for group in groups.values():
+            middle = (len(group) + 1) // 2
+            for half in group[:middle], group[middle:]:
+                lot = self._watch.new_lot()
+                for lane in half:
+                    lane.again = True
+                    self._enqueue(lane, place, lot)
 
     def move(self, tenants: Iterable[str]) -> None:
         """Takes lanes that wait to where their tenants now belong; those that are to run again stay apart."""

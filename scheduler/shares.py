@@ -11,7 +11,7 @@ from __future__ import annotations
 from coalesce.scheduler.request import Tenant
 
 EPOCH = 27  # bits of a time that do not matter: 134 ms
-TOLERANCE = 1.125  # equal tenants differ by chance
+TOLERANCE = 1.08  # equal tenants differ by chance
 
 
 class Account:

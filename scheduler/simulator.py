@@ -156,7 +156,8 @@ class Simulation:
         if isinstance(event, Completed):
             self._finish(event)
         elif isinstance(event, Cancelled):
-            self._withdrawn.add(event.request)
+            if event.request < len(self._run.requests):
+                self._withdrawn.add(event.request)
         elif isinstance(event, TenantAdded):
             self._tenants[event.tenant.name] = event.tenant
         elif isinstance(event, CatalogChanged):

@@ -33,7 +33,7 @@ class Tenancy:
         self.forget_if_done(account)
 
     def forget_if_done(self, account: Account) -> bool:
-        if not account.leaving or account.pending:
+        if not account.leaving or account.pending or self._accounts.get(account.tenant.name) is not account:
             return False
         del self._accounts[account.tenant.name]
         return True

@@ -79,14 +79,14 @@ def test_what_is_no_decision_is_refused(line):
 def recorded() -> Run:
     lines = {0: Line(50_000, 1_000_000), 1: Line(100_000, 500_000)}
     rng = Random(3)
-    arrivals = arrive(rng, poisson(rng, 6000.0), ["a", "b", "c"], 200_000_000)
+    arrivals = arrive(rng, poisson(rng, 6000.0), ["a", "b", "c"], 60_000_000)
     tenants = [Tenant("a", (0,), 20_000_000), Tenant("b", (1,), 10_000_000), Tenant("c", (0,), 30_000_000, 1)]
     return simulate(
         Coalescing(),
         tenants,
         line_catalog(lines, (1, 2, 4), segments=2, spread=1.3, slots=16),
         arrivals,
-        happenings=[(100_000_000, Cancelled(3)), (150_000_000, Cancelled(900))],
+        happenings=[(30_000_000, Cancelled(3)), (50_000_000, Cancelled(290))],
         compiler=Compiler(lambda entries: line_times(lines, entries, 2, 1.3), 20_000_000),
         keep_log=True,
     )
