@@ -70,7 +70,6 @@ def plot(path: Path, rows: Sequence[Row], usual: Setting) -> str:
         first.plot([x for x, _ in points], [y for _, y in points], marker=".", label=name, **style(name))
     first.axhline(usual.bound, color="grey", linewidth=0.8, linestyle=":")
     first.set(xlabel="requests a second", ylabel="results in time a second", xscale="log")
-    first.legend(frameon=False, fontsize=8)
     for axes, burst_ms in zip(others, lengths, strict=True):
         for row in rows:
             if row["part"] != "burst" or row["burst_ms"] != burst_ms:
@@ -82,5 +81,6 @@ def plot(path: Path, rows: Sequence[Row], usual: Setting) -> str:
         )
     for axes in (first, *others):
         axes.grid(alpha=0.3)
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     return f"plot: {path}"

@@ -31,7 +31,8 @@ def report(head: Mapping[str, Any], rows: Sequence[Row]) -> str:
         f"{usual.slo_ns / 1e6:.2f} ms. No scheduler serves more than {usual.bound:,.0f} requests a second in time. "
         f"About {head['settings']['requests']:,} requests a cell, and half as many at each rate of a search.",
         "*apart*: lanes of different tenants never share a run, as in the published systems. *One by one*: no two "
-        "requests share a run. All policies dispatch the next bundle 0.2 ms before the last one ends.",
+        "requests share a run; where all SLOs are equal, EDF is FIFO. All policies dispatch the next bundle 0.2 ms "
+        "before the last one ends.",
         f"## The rate at which {100 * LINE:.0f}% of the requests are in time",
         search_table([row for row in rows if row["sweep"] == "search"]),
         "*Bound*: max{b / l(b): l(b) <= SLO}. *Fused* and *unfused load*: the rate at which a device that serves all "
@@ -108,9 +109,9 @@ def plot(path: Path, rows: Sequence[Row]) -> str:
         axes.plot([x for x, _ in points], [y for _, y in points], marker=".", **style(name))
     axes.axhline(usual.bound, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xlabel=TITLES["rate"], ylabel="results in time a second")
-    grid[0].legend(frameon=False, fontsize=8)
     for axes in grid:
         axes.grid(alpha=0.3)
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     return f"plot: {path}"
 

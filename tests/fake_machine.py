@@ -18,8 +18,9 @@ from coalesce.runtime.ticket import Reply, Ticket
 from coalesce.scheduler.catalog import Catalog, Entry, Executable
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.commands import Want
-from coalesce.scheduler.events import CatalogChanged, Event, TenantAdded
+from coalesce.scheduler.events import CatalogChanged, Event, TenantAdded, TenantRemoved
 from coalesce.scheduler.request import Request, Tenant
+from tests.checked import Checked
 
 WIDTHS = (1, 2, 4, 8)
 
@@ -93,14 +94,17 @@ class Served:
         quota: int = 1000,
         hang_s: float = 30.0,
         observers: Sequence[Observer] = (),
+        check: bool = True,  # what is always true; what is served is remembered for it
     ) -> None:
         self.machine = machine
         self.maker = NoMaker()
         self.accounts = Accounts()
         self.history = History()
-        watchers = Observers([self.accounts, self.history, *observers])
+        self.checked = Checked()
+        checks = [self.checked] if check else []
+        watchers = Observers([self.accounts, self.history, *checks, *observers])
         self.driver = Driver(Coalescing(), machine, watchers, time.monotonic_ns, self.maker, hang_s)
-        self.slo_ns, self.ids = round(slo_s * 1e9), itertools.count()
+        self.slo_ns, self.ids, self.sending = round(slo_s * 1e9), itertools.count(), threading.RLock()
         took_ns = round(machine.takes_s * 1e9)
         catalog = Catalog(
             tuple(Executable(i, (Entry(0, 0, width),), took_ns, 2 * took_ns) for i, width in enumerate(WIDTHS))
@@ -112,16 +116,23 @@ class Served:
         self.driver.start()
 
     def submit(self, tenant: str, value: Any, deadline_s: float | None = None) -> Reply:
-        number, now_ns = next(self.ids), time.monotonic_ns()
         allowed_ns = self.slo_ns if deadline_s is None else round(deadline_s * 1e9)
-        reply = Reply(number, self.driver.withdraw)
-        request = Request(number, tenant, 0, now_ns, now_ns + allowed_ns)
-        self.driver.send(Ticket(request, None, None, [value], reply))
+        with self.sending:
+            number, now_ns = next(self.ids), time.monotonic_ns()
+            reply = Reply(number, self.driver.withdraw)
+            request = Request(number, tenant, 0, now_ns, now_ns + allowed_ns)
+            self.driver.send(Ticket(request, None, None, [value], reply))
         return reply
+
+    def leaving(self, tenant: str, drain: bool) -> TenantRemoved:
+        return TenantRemoved(tenant, drain)
 
     def __enter__(self) -> Served:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.machine.go.set()
         self.driver.stop()
+        if kind is None and self.driver.failure is None:
+            violations = self.checked.violations()
+            assert not violations, violations[:3]

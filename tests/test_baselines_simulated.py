@@ -85,12 +85,11 @@ def check(name: str, seed: int) -> None:
 
 @pytest.mark.parametrize("name", list(POLICIES))
 def test_what_is_always_true_holds(name):
-    for seed in range(2):
-        check(name, seed)
+    check(name, list(POLICIES).index(name))
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", list(POLICIES))
 def test_what_is_always_true_holds_for_long(name):
-    for seed in range(2, 300):
+    for seed in range(300):
         check(name, seed)

@@ -98,6 +98,7 @@ class Driver:
         self._finisher.stop()
         self._join(self._finisher.thread)
         self._watchdog.stop()
+        self._watchdog.thread.join(JOIN_S)
         self.stopped = True
         self._orders.fail_all(self._last_error)
         self.book.end_all(self._last_error, Reason.SHUTDOWN)

@@ -98,6 +98,7 @@ class Runtime:
         ]
         self._tenancy = Tenancy(self._stations)
         self._ids = itertools.count()
+        self._sending = threading.RLock()  # ending one of them may call whoever submits another
         self._closing = threading.Lock()
         self._closed = False
 
@@ -196,18 +197,16 @@ class Runtime:
           TenantClosed, Shutdown: the tenant went, or the runtime was closed, before it ran.
         """
         resident = self._resident(name)
-        number = next(self._ids)
-        reply = Reply(number, resident.driver.withdraw)
-        self._send(number, resident, inputs, deadline, priority, reply, None)
+        reply = Reply(-1, resident.driver.withdraw)
+        reply.request = self._send(resident, inputs, deadline, priority, reply, None)
         return reply
 
     async def infer(self, name: str, *inputs: Any, deadline: float | None = None, priority: int = 0) -> Any:
         """Await the result of a request in an event loop; see `submit`. Cancelling the task withdraws the request."""
         resident = self._resident(name)
-        number = next(self._ids)
         loop = asyncio.get_running_loop()
         waiter = loop.create_future()
-        self._send(number, resident, inputs, deadline, priority, waiter, loop)
+        number = self._send(resident, inputs, deadline, priority, waiter, loop)
         try:
             return await waiter
         except asyncio.CancelledError:
@@ -216,19 +215,20 @@ class Runtime:
 
     def _send(
         self,
-        number: int,
         resident: Resident,
         inputs: tuple[Any, ...],
         deadline: float | None,
         priority: int,
         waiter: Any,
         loop: asyncio.AbstractEventLoop | None,
-    ) -> None:
+    ) -> int:
         form, flat = match(resident.name, resident.forms, inputs)
-        now_ns = self._clock()
         left_ns = resident.terms["slo_ns"] if deadline is None else allowed_ns(resident.name, deadline)
-        request = Request(number, resident.name, form.family, now_ns, now_ns + left_ns, priority)
-        resident.driver.send(Ticket(request, resident, form, flat, waiter, loop))
+        with self._sending:  # the driver sees requests in the order of their numbers
+            number, now_ns = next(self._ids), self._clock()
+            request = Request(number, resident.name, form.family, now_ns, now_ns + left_ns, priority)
+            resident.driver.send(Ticket(request, resident, form, flat, waiter, loop))
+        return number
 
     def _resident(self, name: str) -> Resident:
         """Who can be asked."""

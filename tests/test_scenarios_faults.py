@@ -1,0 +1,269 @@
+"""Compilers that fail or stall, executables that find no memory, too many of them, other devices, caches on disk."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from coalesce.errors import CompileError, DeviceError, InvalidInput, OutOfDeviceMemory
+from coalesce.runtime import foundry
+from coalesce.runtime.bundle import Bundle
+from coalesce.runtime.device import Device
+from coalesce.runtime.runtime import Runtime
+
+SLO = 30.0
+
+
+def add(w: Any, x: Any) -> Any:
+    return w + x
+
+
+def times(w: Any, x: Any) -> Any:
+    return w * x
+
+
+def vector(value: float) -> np.ndarray:
+    return np.full(4, value, np.float32)
+
+
+def serve(rt: Runtime, name: str, fn: Callable[..., Any] = add, weight: float = 1.0) -> None:
+    rt.add_tenant(name, fn, vector(weight), example=(vector(0),), slo=SLO)
+
+
+def widths_of(rt: Runtime) -> list[int]:
+    return sorted(e.entries[0].width for e in rt._stations[0].device.catalog.executables)
+
+
+Compile = Callable[[Device, Any, Any], Any]
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], None]], None]:
+    """`compiler(before)` has `before(entries)` called ahead of each compilation; it may raise, or take its time."""
+    right: Compile = Device.compile
+
+    def put_before(before: Callable[[Any], None]) -> None:
+        def compile(self: Device, entries: Any, capacities: Any) -> Any:
+            before(entries)
+            return right(self, entries, capacities)
+
+        monkeypatch.setattr(Device, "compile", compile)
+
+    return put_before
+
+
+def test_what_cannot_be_compiled_is_done_without_and_remembered(compiler):
+    tried: list[int] = []
+
+    def before(entries: Any) -> None:
+        tried.append(entries[0].width)
+        if entries[0].width > 2:
+            raise RuntimeError("too wide for this compiler")
+
+    compiler(before)
+    with Runtime(widths=(1, 2, 4)) as rt:
+        for i in range(4):
+            serve(rt, f"t{i}", weight=i)
+        rt.warm_up(60.0)
+        assert rt.health().failed == {"family 0 x4": "family 0 x4: RuntimeError: too wide for this compiler"}
+        assert widths_of(rt) == [1, 2]
+        for _ in range(3):
+            replies = [rt.submit(f"t{i % 4}", vector(i)) for i in range(24)]
+            for i, reply in enumerate(replies):
+                np.testing.assert_array_equal(reply.result(60), vector(i % 4 + i))
+        assert tried.count(4) == 1 and rt.health().ok
+
+
+def test_a_tenant_for_whom_nothing_can_be_compiled_is_refused_alone(compiler):
+    with Runtime(widths=(1,)) as rt:
+        serve(rt, "served")
+
+        def before(entries: Any) -> None:
+            raise RuntimeError("no")
+
+        compiler(before)
+        with pytest.raises(CompileError, match="family 1 x1: RuntimeError: no"):
+            serve(rt, "refused", times)
+        np.testing.assert_array_equal(rt.submit("served", vector(2)).result(60), vector(3))
+        assert rt.health().tenants == 1 and not rt.health().failed  # nobody is left who would want it
+        serve(rt, "same family")  # for which nothing is to be compiled
+        assert set(rt.stats().tenants) == {"served", "same family"}
+
+
+def test_a_bank_whose_executables_cannot_be_made_larger_stays_as_it_is(compiler):
+    with Runtime(widths=(1,), capacity=1) as rt:
+        serve(rt, "served")
+
+        def before(entries: Any) -> None:
+            raise RuntimeError("no")
+
+        compiler(before)
+        with pytest.raises(CompileError):
+            serve(rt, "one too many")
+        np.testing.assert_array_equal(rt.submit("served", vector(2)).result(60), vector(3))
+        assert set(rt.stats().tenants) == {"served"}
+
+
+def test_a_compiler_that_stalls_keeps_no_newcomer_waiting_and_is_given_up(compiler, monkeypatch):
+    monkeypatch.setattr(foundry, "SLOW_S", 0.05)
+    stalled, go = threading.Event(), threading.Event()
+
+    def before(entries: Any) -> None:
+        if entries[0].width == 2 and entries[0].family == 0:
+            stalled.set()
+            go.wait(60)
+
+    compiler(before)
+    with Runtime(widths=(1, 2), stall_s=2.0) as rt:
+        serve(rt, "a")
+        serve(rt, "b")  # two of them want to run together
+        assert stalled.wait(30)
+        serve(rt, "newcomer", times, 3.0)
+        np.testing.assert_array_equal(rt.submit("newcomer", vector(2)).result(60), vector(6))
+        np.testing.assert_array_equal(rt.submit("a", vector(2)).result(60), vector(3))
+        rt.warm_up(60.0)
+        assert "not compiled after 2 s" in rt.health().failed["family 0 x2"]
+        go.set()
+
+
+def test_at_most_so_many_executables_are_kept_and_each_family_can_be_served():
+    with Runtime(widths=(1, 2, 4, 8), executables=3) as rt:
+        for i in range(6):
+            serve(rt, f"t{i}", weight=i)
+        serve(rt, "other", times, 2.0)
+        rt.warm_up(60.0)
+        kept = [e.entries[0] for e in rt._stations[0].device.catalog.executables]
+        assert len(kept) == 3 and [entry.family for entry in kept if entry.width == 1] == [0, 1]
+        replies = [rt.submit(f"t{i % 6}", vector(i)) for i in range(48)]
+        for i, reply in enumerate(replies):
+            np.testing.assert_array_equal(reply.result(60), vector(i % 6 + i))
+        np.testing.assert_array_equal(rt.submit("other", vector(4)).result(60), vector(8))
+
+
+def test_without_memory_for_many_lanes_fewer_run_together(monkeypatch):
+    """The device says so when the bundle runs, or when it is dispatched."""
+    right = Bundle.wait
+
+    def wait(self: Bundle) -> None:
+        if sum(map(len, self._entries)) > 2:
+            raise OutOfDeviceMemory("RESOURCE_EXHAUSTED: as if")
+        right(self)
+
+    with Runtime(widths=(1, 2, 8)) as rt:
+        for i in range(8):
+            serve(rt, f"t{i}", weight=i)
+        rt.warm_up(60.0)
+        monkeypatch.setattr(Bundle, "wait", wait)
+        for _ in range(2):
+            replies = [rt.submit(f"t{i % 8}", vector(i)) for i in range(32)]
+            for i, reply in enumerate(replies):
+                np.testing.assert_array_equal(reply.result(60), vector(i % 8 + i))
+        rt.drain(30.0)
+        assert "family 0 x8" in rt.health().failed and 8 not in widths_of(rt)
+
+
+def test_policies_are_made_for_each_of_several_devices():
+    with pytest.raises(InvalidInput, match="give at least one device"):
+        Runtime(devices=[])
+
+
+def run(code: str, **env: str) -> str:
+    """In a process of its own."""
+    own = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    own |= {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu", **env}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=own)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+TWO_DEVICES = """
+import jax, numpy as np
+import coalesce
+add, times = (lambda w, x: w + x), (lambda w, x: w * x)
+one, three = np.full(4, 1, np.float32), np.full(4, 3, np.float32)
+with coalesce.Runtime(devices=jax.devices(), widths=(1, 2)) as rt:
+    for i in range(4):
+        rt.add_tenant(f"t{i}", times if i % 2 else add, three, example=(one,), slo=30.0)
+    rt.warm_up(60.0)
+    replies = [(i % 4, rt.submit(f"t{i % 4}", one * i)) for i in range(40)]
+    for i, (tenant, reply) in enumerate(replies):
+        np.testing.assert_array_equal(reply.result(60), 3 * one * i if tenant % 2 else 3 + one * i)
+        assert rt.explain(reply).endswith("ok")
+    banks = {f"t{i}": rt._tenancy.residents[f"t{i}"].host.store.bank for i in range(4)}
+    at = {name: {str(device) for x in bank for device in x.devices()} for name, bank in banks.items()}
+    assert at["t0"] == at["t2"] != at["t1"] == at["t3"], at
+    assert rt.stats().lanes == 40 and set(rt.health().devices.values()) == {"serving"}
+    rt._tenancy.residents["t0"].driver.lose("as if it were gone")
+    assert rt.health().status == "degraded" and not rt.health().ok
+    for name in ("t0", "t2"):
+        try:
+            rt.submit(name, one)
+        except coalesce.DeviceError:
+            continue
+        raise AssertionError(name)
+    np.testing.assert_array_equal(rt.submit("t1", one).result(60), 3 * one)
+    rt.add_tenant("new", lambda w, x: w - x, three, example=(one,), slo=30.0)
+    np.testing.assert_array_equal(rt.submit("new", one).result(60), 2 * one)
+assert jax.config.jax_default_device is None and jax.config.jax_compilation_cache_dir is None
+"""
+
+
+def test_families_live_on_devices_and_one_that_fails_takes_only_its_own_along():
+    run(TWO_DEVICES, XLA_FLAGS="--xla_force_host_platform_device_count=2", COALESCE_COMPILED="")
+
+
+CACHED = """
+import sys, jax, numpy as np
+from jax import monitoring
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+if len(sys.argv) > 1:
+    jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+hits = []
+monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None)
+import coalesce
+x = np.zeros(4, np.float32)
+before = jax.config.jax_compilation_cache_dir
+with coalesce.Runtime(widths=(1,)) as rt:
+    rt.add_tenant("t", lambda w, x: w + x, x + 1, example=(x,), slo=30.0)
+    assert jax.config.jax_compilation_cache_dir == before
+    np.testing.assert_array_equal(rt.submit("t", x).result(60), x + 1)
+print(len(hits))
+"""
+
+
+def test_what_was_compiled_is_found_by_the_next_process(tmp_path):
+    assert int(run(CACHED, COALESCE_COMPILED=str(tmp_path / "compiled"))) == 0
+    assert any((tmp_path / "compiled").iterdir())
+    assert int(run(CACHED, COALESCE_COMPILED=str(tmp_path / "compiled"))) > 0
+
+
+def test_a_folder_that_the_user_gave_jax_is_used_and_kept(tmp_path):
+    code = CACHED.replace("len(sys.argv) > 1", "True").replace("sys.argv[1]", repr(str(tmp_path / "own")))
+    run(code, COALESCE_COMPILED=str(tmp_path / "ours"))
+    assert any((tmp_path / "own").iterdir()) and not (tmp_path / "ours").exists()
+
+
+def test_a_device_that_is_dead_is_told_from_a_tenant_that_raises(monkeypatch):
+    """Whether the device still works is asked of the device."""
+    with Runtime(widths=(1,)) as rt:
+        serve(rt, "a")
+        serve(rt, "b", times)
+        rt.warm_up(60.0)
+
+        def dead(*_: Any) -> None:
+            raise RuntimeError("INTERNAL: as if")
+
+        monkeypatch.setattr(jax, "block_until_ready", dead)
+        error = rt.submit("a", vector(1)).exception(60)
+        assert isinstance(error, DeviceError) and "does not work any more" in str(error)
+        assert rt.health().status == "failed"
+        with pytest.raises(DeviceError):
+            rt.submit("b", vector(1))
+        with pytest.raises(DeviceError):
+            serve(rt, "c")

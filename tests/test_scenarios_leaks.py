@@ -1,0 +1,37 @@
+"""Memory stays where it is, however many requests were served; and a leak would be found."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.once
+
+MOST = 20_000_000  # bytes
+SMALL, FULL = 20_000, 1_000_000
+
+
+def grown(count: int, *kinds: str) -> int:
+    """Bytes, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.endless", str(count), *kinds],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    return int(done.stdout)
+
+
+def test_requests_leave_nothing_behind():
+    assert grown(SMALL) < MOST
+
+
+def test_a_leak_is_detected():
+    assert grown(SMALL, "leak") > MOST
+
+
+@pytest.mark.soak
+def test_a_million_requests_of_real_programs_leave_nothing_behind():
+    assert grown(FULL, "jax") < MOST
