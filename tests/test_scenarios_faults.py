@@ -267,3 +267,19 @@ def test_a_device_that_is_dead_is_told_from_a_tenant_that_raises(monkeypatch):
             rt.submit("b", vector(1))
         with pytest.raises(DeviceError):
             serve(rt, "c")
+
+
+def test_nobody_waits_for_a_tenant_whose_device_dies_while_it_is_added(compiler):
+    compiling, going_on = threading.Event(), threading.Event()
+
+    def hold(entries: Any) -> None:
+        compiling.set()
+        going_on.wait(60)
+
+    compiler(hold)
+    with Runtime(widths=(1,)) as rt:
+        added = rt.add_tenant("a", add, vector(1), example=(vector(0),), slo=SLO, wait=False)
+        assert compiling.wait(60)
+        rt._stations[0].driver.lose("it is gone")
+        assert isinstance(added.exception(60), DeviceError)
+        going_on.set()
