@@ -1,7 +1,7 @@
 """Claim: as tenants are added, latency under Coalesce grows slower than under time multiplexing, and spreads less.
 
     python -m experiments.isolation
-    python -m experiments.isolation --model=resnet50 --fields=  --tenants=1,2,4,8,16
+    python -m experiments.isolation --model=resnet50 --fields= --dtype=bfloat16 --engine=torch
 
 The question of the paper's figure 5. Every tenant has one request under way at any time: when its result has come, it
 sends the next. Three ways to serve them, of which the first two are one runtime under two policies:
@@ -30,7 +30,7 @@ from absl import flags
 
 from coalesce.models import by_name, NAMES
 from coalesce.runtime.runtime import Runtime
-from experiments import own_flags
+from experiments import own_flags, peers_torch
 from experiments.isolation_report import plot, report
 from experiments.live import Kind, Live, move_in, quantile_ms, Seen, tenants
 from experiments.peers_common import CannotRun
@@ -45,6 +45,8 @@ FLAGS = flags.FlagValues()
 own_flags.define_common(FLAGS)
 flags.DEFINE_enum("model", "mlp", NAMES, "the model of all tenants", flag_values=FLAGS)
 flags.DEFINE_list("fields", ["width=64"], "fields of the model to set", flag_values=FLAGS)
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and activations", flag_values=FLAGS)
+flags.DEFINE_enum("engine", "jax", ["jax", "torch"], "what runs in processes; torch needs a GPU", flag_values=FLAGS)
 flags.DEFINE_list("tenants", ["1", "2", "4", "8", "16"], "numbers of tenants", flag_values=FLAGS)
 flags.DEFINE_list("methods", list(METHODS), "which methods", flag_values=FLAGS)
 flags.DEFINE_integer("most_processes", 16, "processes are left out with more tenants", flag_values=FLAGS)
@@ -75,8 +77,8 @@ def closed_loop(rt: Runtime, lives: Sequence[Live], duration_s: float) -> None:
 
 def served(policy: str, count: int) -> Mapping[str, list[int]]:
     seen = Seen()
-    kind = Kind(FLAGS.model, by_name(FLAGS.model, **fields()), count, PATIENT_S)
-    lives = tenants([kind])
+    model = by_name(FLAGS.model, dtype=FLAGS.dtype, param_dtype=FLAGS.dtype, **fields())
+    lives = tenants([Kind(FLAGS.model, model, count, PATIENT_S)])
     widths = [width for width in (1, 2, 4, 8, 16, 32) if width < 2 * count]
     with Runtime(policy=POLICIES[policy](), widths=widths, observers=[seen]) as rt:
         move_in(rt, lives)
@@ -91,6 +93,8 @@ def served(policy: str, count: int) -> Mapping[str, list[int]]:
 def in_processes(count: int, under_mps: bool) -> Mapping[str, list[int]]:
     if count > FLAGS.most_processes:
         raise CannotRun(f"left out above {FLAGS.most_processes} tenants: so many processes are no way to serve")
+    if FLAGS.engine == "torch":
+        peers_torch.check_device(None)
     with ExitStack() as stack:
         env = stack.enter_context(mps(mps_control())) if under_mps else dict(os.environ)
         cache = {
@@ -98,9 +102,11 @@ def in_processes(count: int, under_mps: bool) -> Mapping[str, list[int]]:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         }
-        spec = {"model": FLAGS.model, "fields": fields(), "dtype": "float32", "batch": 1, "engine": "jax"}
+        if FLAGS.engine == "torch":
+            cache["JAX_PLATFORMS"] = "cpu"  # JAX draws the weights only
+        spec = {"model": FLAGS.model, "fields": fields(), "dtype": FLAGS.dtype, "batch": 1, "engine": FLAGS.engine}
         specs = [{**spec, "options": {}, "precision": None, "tenant": i} for i in range(count)]
-        workers = stack.enter_context(Workers(specs, {**cache, **env}))
+        workers = stack.enter_context(Workers(specs, {**env, **cache}))
         workers.burst(3)
         begin = time.perf_counter()
         workers.burst(20)
@@ -138,12 +144,13 @@ def main(argv: Sequence[str]) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes need the device's memory too
     if unknown := set(FLAGS.methods) - set(METHODS):
         raise SystemExit(f"what is {unknown.pop()}? Methods: {', '.join(METHODS)}")
-    settings = {"model": FLAGS.model, "fields": fields(), "duration_s": FLAGS.duration, "dtype": "float32"}
+    settings = {"model": FLAGS.model, "fields": fields(), "duration_s": FLAGS.duration, "dtype": FLAGS.dtype}
+    settings["engine"] = FLAGS.engine
     head = header(
         own_flags.command("isolation", FLAGS), FLAGS.device_name or device_name(), FLAGS.note, **settings
     )
     rows = [measure(method, int(count)) for count in FLAGS.tenants for method in FLAGS.methods]
-    path = own_flags.folder(FLAGS) / f"isolation_{FLAGS.model}.json"
+    path = own_flags.folder(FLAGS) / f"isolation_{FLAGS.model}_{FLAGS.dtype}.json"
     save_rows(path, head, rows)
     title = f"Latency of {FLAGS.model} as tenants are added"
     text = report(title, head, rows)

@@ -49,9 +49,11 @@ def plot(path: Path, title: str, rows: Sequence[Row]) -> str:
         from matplotlib.ticker import NullLocator
     except ImportError:
         return "no plot: matplotlib is not installed (pip install 'coalesce-jax[plot]')"
+    good = [row for row in rows if not row["failed"]]
+    if not good:
+        return "no plot: nothing ran"
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    good = [row for row in rows if not row["failed"]]
     for method in dict.fromkeys(row["method"] for row in good):
         own = sorted((row for row in good if row["method"] == method), key=lambda row: row["tenants"])
         at = [row["tenants"] for row in own]

@@ -1,12 +1,12 @@
 """How many requests are in time, by policy: against rate, burstiness, SLO, number of tenants and of programs.
 
     python -m experiments.slo_attainment                                   # simulated: exact, on any machine
-    python -m experiments.slo_attainment --real --model=resnet50           # on the device at hand, a subset
+    python -m experiments.slo_attainment --real --models=resnet50          # on the device at hand, a subset
 
 Simulated, all policies run the same arrivals on a virtual clock (experiments/simulated.py), in sweeps of one parameter
 after the other (experiments/slo_sweeps.py); a search finds for each the rate at which 99% of the requests meet the SLO.
-For real, the runtime serves tenants of one model under its own policy and, with coalescing off, under FIFO and EDF
-(experiments/slo_serve.py). Rows that the results have already are not made again.
+For real, the runtime serves tenants of one model or several under its own policy and, with coalescing off, under FIFO
+and EDF (experiments/slo_serve.py). Rows that the results have already are not made again.
 """
 
 from __future__ import annotations

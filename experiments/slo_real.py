@@ -1,4 +1,4 @@
-"""The part of slo_attainment that serves: one model, many tenants, the runtime under one policy after the other.
+"""The part of slo_attainment that serves: tenants of one model or several, the runtime under one policy.
 
 A thread of this process submits requests at the times that a Gamma process says, whatever became of those before; a
 request is in time if its result was there, for who waits for it, within the SLO from submit. What was refused is not.
@@ -11,7 +11,8 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random
@@ -23,7 +24,7 @@ import numpy as np
 from coalesce.errors import DeadlineExceeded, QueueFull
 from coalesce.runtime.observer import Observer
 from coalesce.runtime.runtime import Runtime
-from coalesce.scheduler.bounds import best_rate
+from coalesce.scheduler.bounds import best_rate, shared_rate
 from coalesce.scheduler.catalog import Catalog
 from coalesce.scheduler.commands import Command
 from coalesce.scheduler.events import CatalogChanged, Event
@@ -31,6 +32,15 @@ from coalesce.scheduler.workloads import Arrival, arrive_apart
 from experiments.simulated import POLICIES
 
 NAP_NS = 60_000  # a sleep that is shorter takes as long
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A model that tenants have, and how urgent they are."""
+
+    model: Any  # of coalesce.models
+    alone_ns: int
+    slo_ns: int
 
 
 class Offered(Observer):
@@ -43,48 +53,59 @@ class Offered(Observer):
         if isinstance(event, CatalogChanged):
             self.catalog = event.catalog
 
-    def times(self) -> dict[int, int]:
-        """Of the executables of one family: all tenants have the same program."""
-        return {e.entries[0].width: e.l50_ns for e in self.catalog.executables if len(e.entries) == 1}
+    def times(self) -> list[dict[int, int]]:
+        """How long each width of each family takes to its end, families in the order of their first tenants."""
+        found: dict[int, Counter[int]] = {}
+        for executable in self.catalog.executables:
+            if len(executable.entries) == 1:
+                family, _, width = executable.entries[0]
+                found.setdefault(family, Counter())[width] += executable.l50_ns
+        return [found[family] for family in sorted(found)]
 
 
 @dataclass(frozen=True)
 class Service:
+    """Tenants have one kind after the other."""
+
     runtime: Runtime
     offered: Offered
+    kinds: Sequence[Kind]
     inputs: dict[str, tuple[np.ndarray, ...]]  # of each tenant a request
-    slo_ns: int
+
+    def slo_ns(self, tenant: str) -> int:
+        return self.kinds[list(self.inputs).index(tenant) % len(self.kinds)].slo_ns
 
 
 @contextmanager
-def serving(policy: str, model: Any, tenants: int, slo_ns: int, widths: Sequence[int]) -> Iterator[Service]:
+def serving(policy: str, kinds: Sequence[Kind], tenants: int, widths: Sequence[int]) -> Iterator[Service]:
     offered = Offered()
     with Runtime(policy=POLICIES[policy](), widths=widths, observers=[offered]) as rt:
         inputs = {}
         for i in range(tenants):
-            example = tuple(np.asarray(x) for x in model.example(jax.random.key(1000 + i)))
-            rt.add_tenant(f"t{i}", model.apply, model.init(jax.random.key(i)), example=example, slo=slo_ns / 1e9)
+            kind = kinds[i % len(kinds)]
+            example = tuple(np.asarray(x) for x in kind.model.example(jax.random.key(1000 + i)))
+            params = kind.model.init(jax.random.key(i))
+            rt.add_tenant(f"t{i}", kind.model.apply, params, example=example, slo=kind.slo_ns / 1e9)
             inputs[f"t{i}"] = example
         rt.warm_up()
-        service = Service(rt, offered, inputs, slo_ns)
         for name in inputs:  # once each, with time enough
             rt.submit(name, *inputs[name], deadline=60.0).result()
-        yield service
+        yield Service(rt, offered, kinds, inputs)
 
 
 def time_alone_ns(model: Any, whose: str, widths: Sequence[int], rounds: int = 50) -> int:
     """The median, of a jitted program or of a request that is alone in the runtime."""
     if whose == "request":
-        with serving("FIFO, one by one", model, 1, 60_000_000_000, widths[:1]) as service:
+        minute = Kind(model, 0, 60_000_000_000)
+        with serving("FIFO, one by one", [minute], 1, widths[:1]) as service:
             (name,) = service.inputs
-            run = lambda: service.runtime.submit(name, *service.inputs[name]).result()  # noqa: E731
-            return median_ns(run, rounds)
+            return median_ns(lambda: service.runtime.submit(name, *service.inputs[name]).result(), rounds)
     apply, params = jax.jit(model.apply), model.init(jax.random.key(0))
     inputs = model.example(jax.random.key(1))
     return median_ns(lambda: jax.block_until_ready(apply(params, *inputs)), rounds)
 
 
-def median_ns(run: Any, rounds: int) -> int:
+def median_ns(run: Callable[[], Any], rounds: int) -> int:
     times = []
     for _ in range(rounds + 5):
         begun = time.monotonic_ns()
@@ -127,9 +148,11 @@ def probe(service: Service, rate: float, cv: float, seconds: float, seed: int) -
     service.runtime.drain(60.0)
     if tally.failures:
         raise RuntimeError(f"{len(tally.failures)} requests failed, the first with {tally.failures[0]!r}")
-    latencies = sorted(end - begin for begin, end in zip(submitted_ns, tally.ends_ns, strict=True) if end)
+    allowed_ns = {name: service.slo_ns(name) for name in names}
+    took = [(end - begun, a.tenant) for begun, end, a in zip(submitted_ns, tally.ends_ns, arrivals, strict=True) if end]
+    latencies = sorted(ns for ns, _ in took)
     behind = sorted(at - begun_ns - a.time_ns for at, a in zip(submitted_ns, arrivals, strict=True))
-    in_time = sum(latency <= service.slo_ns for latency in latencies)
+    in_time = sum(ns <= allowed_ns[tenant] for ns, tenant in took)
     after = service.runtime.stats()
     bundles = after.bundles - before.bundles
     return {
@@ -162,4 +185,7 @@ def submit_all(service: Service, arrivals: Sequence[Arrival], tally: Tally) -> t
 
 def bound_of(service: Service) -> float:
     """No scheduler serves more a second in time, with the executables that there are."""
-    return best_rate(service.offered.times(), service.slo_ns)
+    kinds, each = service.kinds, service.offered.times()
+    shares = Counter(i % len(kinds) for i in range(len(service.inputs)))
+    rates = [best_rate(times, kind.slo_ns) for times, kind in zip(each, kinds, strict=True)]
+    return shared_rate([shares[i] / shares.total() for i in range(len(kinds))], rates)

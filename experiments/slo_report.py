@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.results import Row, table
 from experiments.simulated import POLICIES, policies_in, Setting
-from experiments.slo_sweeps import LINE, SERVED, setting_of, SWEEPS
+from experiments.slo_sweeps import LINE, load_of, setting_of, SWEEPS
 
 TITLES = {
     "rate": "requests a second",
@@ -16,6 +16,7 @@ TITLES = {
     "slo_scale": "SLO, times one run alone",
     "tenants": "tenants",
     "families": "different programs among 16 tenants",
+    "spread": "l99 of a run, times its median",
 }
 
 
@@ -42,7 +43,7 @@ def report(head: Mapping[str, Any], rows: Sequence[Row]) -> str:
     for sweep in SWEEPS:
         own = [row for row in rows if row["sweep"] == sweep]
         if own:
-            load = "" if sweep == "rate" else f", at {SERVED * usual.bound:,.0f} requests a second"
+            load = "" if sweep == "rate" else f", at {load_of(sweep) * usual.bound:,.0f} requests a second"
             text += [f"## Share in time by {TITLES[sweep]}{load}", attainment_table(sweep, own)]
     over = [row for row in rows if row["sweep"] == "rate"]
     text += ["## Goodput, results in time a second", attainment_table("rate", over, "goodput")] * bool(over)
@@ -88,8 +89,9 @@ def plot(path: Path, rows: Sequence[Row]) -> str:
         from matplotlib.figure import Figure
     except ImportError:
         return "no plot: matplotlib is not installed (pip install 'coalesce-jax[plot]')"
-    figure = Figure(figsize=(15, 8), layout="constrained")
-    grid = list(figure.subplots(2, 3).flat)
+    figure = Figure(figsize=(18, 8), layout="constrained")
+    *grid, last = figure.subplots(2, 4).flat
+    last.axis("off")
     usual = Setting()
     for axes, sweep in zip(grid, SWEEPS, strict=False):
         for name in policies_in(rows):
@@ -111,7 +113,7 @@ def plot(path: Path, rows: Sequence[Row]) -> str:
     axes.set(xlabel=TITLES["rate"], ylabel="results in time a second")
     for axes in grid:
         axes.grid(alpha=0.3)
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    last.legend(*grid[0].get_legend_handles_labels(), loc="center", frameon=False)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     return f"plot: {path}"
 

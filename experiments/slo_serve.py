@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import itertools
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +12,11 @@ from typing import Any
 import jax
 from absl import flags, logging
 
-from coalesce.models import by_name, NAMES
+from coalesce.models import by_name
 from experiments.results import device_name, header, load_rows, Row, save_rows, table
-from experiments.settings import command, FLAGS, folder
+from experiments.settings import command, FLAGS, folder, named
 from experiments.simulated import chosen, highest, policies_in
-from experiments.slo_real import bound_of, probe, Service, serving, time_alone_ns
+from experiments.slo_real import bound_of, Kind, probe, Service, serving, time_alone_ns
 from experiments.slo_report import style
 from experiments.slo_sweeps import LINE
 
@@ -26,8 +26,8 @@ TRIES = 2  # probes of a rate, of which the better one counts: a hiccup of the h
 
 
 def define_flags() -> None:
-    flags.DEFINE_enum("model", "mlp", NAMES, "real: the model of all tenants")
-    flags.DEFINE_list("override", [], "real: fields of the model to set, as in width=64,layers=12")
+    flags.DEFINE_list("models", ["mlp"], "real: models of the tenants, one after the other")
+    flags.DEFINE_list("fields", [], "real: fields of single models to set, as in gru.hidden=16,gru.steps=400")
     flags.DEFINE_integer("tenants", 16, "real: how many tenants", lower_bound=1)
     flags.DEFINE_float("slo_scale", 5.0, "real: the SLO, in times alone")
     flags.DEFINE_enum("alone", None, ["program", "request"], "real: whose time alone; on a CPU a request's")
@@ -39,15 +39,14 @@ def define_flags() -> None:
 
 def serve_all() -> None:
     logging.set_verbosity(logging.WARNING)
-    fields = {name: ast.literal_eval(value) for name, value in (item.split("=", 1) for item in FLAGS.override)}
-    model = by_name(FLAGS.model, dtype=FLAGS.dtype, param_dtype=FLAGS.dtype, **fields)
     whose = FLAGS.alone or ("request" if jax.default_backend() == "cpu" else "program")
     widths = [int(width) for width in FLAGS.lanes]
     head = header(
         command("slo_attainment"),
         FLAGS.device_name or device_name(),
         FLAGS.note,
-        model=" ".join([FLAGS.model, *FLAGS.override]),
+        models=FLAGS.models,
+        fields=FLAGS.fields,
         dtype=FLAGS.dtype,
         tenants=FLAGS.tenants,
         slo_scale=FLAGS.slo_scale,
@@ -55,22 +54,22 @@ def serve_all() -> None:
         lanes=widths,
         probe_s=FLAGS.probe_s,
     )
-    path = folder() / f"slo_attainment_{FLAGS.model}_{FLAGS.dtype}.json"
+    path = folder() / f"slo_attainment_{'_'.join(FLAGS.models)}_{FLAGS.dtype}.json"
     rows = [] if FLAGS.force else load_rows(path, head)
-    alone_ns = round(rows[0]["alone_us"] * 1e3) if rows else time_alone_ns(model, whose, widths)
-    slo_ns = round(FLAGS.slo_scale * alone_ns)
+    kinds = kinds_of(rows, whose, widths)
+    alone_ns = statistics.mean(kind.alone_ns for kind in kinds)
     loads = [0.0, *(float(load) for load in FLAGS.loads)]  # 0 for the search
     for name in chosen(FLAGS.policies or REAL):
         done = {(row["cv"], row["load"]) for row in rows if row["policy"] == name}
         missing = [(float(cv), load) for cv in FLAGS.cvs for load in loads if (float(cv), load) not in done]
         if not missing:
             continue
-        with serving(name, model, FLAGS.tenants, slo_ns, widths) as service:
+        with serving(name, kinds, FLAGS.tenants, widths) as service:
             for cv, load in missing:
                 rate = load * 1e9 / alone_ns
                 own = probe(service, rate, cv, FLAGS.probe_s, 1) if load else search(service, cv, alone_ns)
-                times = {"alone_us": alone_ns / 1e3, "slo_us": slo_ns / 1e3, "bound": bound_of(service)}
-                rows.append({"policy": name, "load": load, **own, **times})
+                times = {"alone_us": [k.alone_ns / 1e3 for k in kinds], "slo_us": [k.slo_ns / 1e3 for k in kinds]}
+                rows.append({"policy": name, "load": load, **own, **times, "bound": bound_of(service)})
                 print(rows[-1], file=sys.stderr, flush=True)
                 save_rows(path, head, rows)
     text = report(head, rows)
@@ -79,7 +78,21 @@ def serve_all() -> None:
     print(plot(path.with_suffix(".png"), rows))
 
 
-def search(service: Service, cv: float, alone_ns: int) -> Row:
+def kinds_of(rows: Sequence[Row], whose: str, widths: Sequence[int]) -> list[Kind]:
+    """Of the models; their times are measured now, unless there are rows that were measured with some."""
+    kinds = []
+    for i, name in enumerate(FLAGS.models):
+        own = [item for item in FLAGS.fields if item.partition(".")[0] == name]
+        fields: dict[str, Any] = {}
+        for item in own:
+            fields |= named(item)[1]
+        model = by_name(name, dtype=FLAGS.dtype, param_dtype=FLAGS.dtype, **fields)
+        alone_ns = round(rows[0]["alone_us"][i] * 1e3) if rows else time_alone_ns(model, whose, widths)
+        kinds.append(Kind(model, alone_ns, round(FLAGS.slo_scale * alone_ns)))
+    return kinds
+
+
+def search(service: Service, cv: float, alone_ns: float) -> Row:
     """The rate at which 99% of the requests are in time, and what the last good probe saw."""
     best: Row = {"rate": 0.0, "cv": cv, "attainment": None}
     seeds = itertools.count(100)
@@ -102,16 +115,19 @@ def search(service: Service, cv: float, alone_ns: int) -> Row:
 
 
 def report(head: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    settings = head["settings"]
-    slo_ms, alone_ms = rows[0]["slo_us"] / 1e3, rows[0]["alone_us"] / 1e3
-    whose = "A request alone in the runtime" if settings["alone"] == "request" else "The jitted program alone"
+    settings, first = head["settings"], rows[0]
+    whose = "a request alone in the runtime" if settings["alone"] == "request" else "the jitted program alone"
+    slos = [
+        f"{name}: {alone_us / 1e3:.3f} ms alone, SLO {slo_us / 1e3:.3f} ms"
+        for name, alone_us, slo_us in zip(settings["models"], first["alone_us"], first["slo_us"], strict=True)
+    ]
     text = [
-        f"# Requests in time: {settings['tenants']} tenants of {settings['model']}, {settings['dtype']}",
+        f"# Requests in time: {settings['tenants']} tenants of {', '.join(settings['models'])}, {settings['dtype']}",
         f"{head['device']}, JAX {head['versions']['jax']}, {head['date']}. {head['note']}".rstrip(),
         f"    {head['command']}",
-        f"{whose} takes {alone_ms:.3f} ms; the SLO is {settings['slo_scale']:g} times that, {slo_ms:.3f} ms, from "
-        "submit to result, for who waits. Requests are submitted at the times of Gamma processes, one a tenant, by a "
-        f"thread of the same process. A rate is tried for {settings['probe_s']:g} s.",
+        f"The SLO is {settings['slo_scale']:g} times what {whose} takes, from submit to result, for who waits: "
+        f"{'; '.join(slos)}. Requests are submitted at the times of Gamma processes, one a tenant, by a thread of the "
+        f"same process. A rate is tried for {settings['probe_s']:g} s; the best of {TRIES} tries counts in a search.",
         f"## The rate at which {100 * LINE:.0f}% of the requests are in time",
         search_table([row for row in rows if not row["load"]]),
     ]

@@ -12,6 +12,7 @@ from experiments.simulated import highest, row_of, Setting
 LINE = 0.99
 WITHIN = 0.03  # of the rate that is looked for
 SERVED = 0.6  # of the bound: the load of the sweeps of other things than rate
+SERVED_UNEVENLY = 0.3  # where runs take what they do by chance
 
 LOADS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 SWEEPS: dict[str, Sequence[Any]] = {
@@ -20,6 +21,7 @@ SWEEPS: dict[str, Sequence[Any]] = {
     "slo_scale": (1.5, 2.0, 3.0, 4.0, 5.0, 7.5, 10.0, 20.0),
     "tenants": (1, 2, 4, 8, 16, 32, 64, 128),
     "families": (1, 2, 4, 8, 16),
+    "spread": (1.0, 1.05, 1.2, 1.5, 2.0, 3.0, 5.0),
 }
 SEARCHES = (
     *({"tenants": tenants, "slo_scale": scale} for tenants in (4, 16, 64) for scale in (2.0, 3.0, 5.0, 10.0)),
@@ -37,7 +39,11 @@ def setting_of(sweep: str, value: Any) -> Setting:
     usual = Setting()
     if sweep == "rate":
         return replace(usual, rate=value * usual.bound)
-    return replace(usual, rate=SERVED * usual.bound, **{sweep: value})
+    return replace(usual, rate=load_of(sweep) * usual.bound, **{sweep: value})
+
+
+def load_of(sweep: str) -> float:
+    return SERVED_UNEVENLY if sweep == "spread" else SERVED
 
 
 def cells(policies: Sequence[str]) -> list[Cell]:

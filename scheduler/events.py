@@ -13,7 +13,7 @@ from coalesce.scheduler.request import Request, Tenant
 
 
 class Submitted(NamedTuple):
-    """New requests, in the order of their ids; what arrived together is told together, so that it can run together."""
+    """New requests, as they came; what came together is told together, so that it can run together."""
 
     requests: tuple[Request, ...]
 

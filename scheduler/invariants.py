@@ -62,8 +62,7 @@ class Checker:
         self.submitted = 0
         self._depth, self._patience_ns, self._serves_late = depth, patience_ns, serves_late
         self._now_ns = 0
-        self._last = -1  # request
-        self._first_new = 0  # the first one of the event that is looked at
+        self._new: frozenset[int] = frozenset()  # requests of the event that is looked at
         self._bundles = 0
         self._ways: dict[int, Way] = {}
         self._waiting = Waiting()
@@ -120,9 +119,9 @@ class Checker:
     # Events
 
     def _submitted(self, event: Submitted) -> None:
+        self._new = frozenset(request.id for request in event.requests)
         for request in event.requests:
-            self._expect(request.id > self._last, f"request {request.id} came after {self._last}")
-            self._last = request.id
+            self._expect(request.id not in self._ways, f"request {request.id} came twice")
             way = self._ways[request.id] = Way(request)
             self._waiting.add(way)
         self.submitted += len(event.requests)
@@ -165,7 +164,10 @@ class Checker:
         return Outcome.OK if end_ns <= way.request.deadline_ns else Outcome.LATE
 
     def _added(self, event: TenantAdded) -> None:
-        self._tenants[event.tenant.name] = event.tenant
+        name = event.tenant.name
+        if name not in self._tenants and all(way.request.tenant != name for way in self._ways.values()):
+            self._quarantined.discard(name)  # nothing is held against another one of its name
+        self._tenants[name] = event.tenant
 
     def _removed(self, event: TenantRemoved) -> None:
         self._tenants.pop(event.name, None)
@@ -230,7 +232,7 @@ class Checker:
         self._end(way, SAYS.get(command.reason, Outcome.REFUSED if self._is_new(way) else Outcome.DROPPED))
 
     def _is_new(self, way: Way) -> bool:
-        return way.request.id >= self._first_new
+        return way.request.id in self._new
 
     def _holds(self, way: Way, reason: Reason) -> bool:
         """Whether this is so, of what can be told from outside."""
@@ -258,7 +260,7 @@ class Checker:
         waiting, now_ns = self._waiting, self._now_ns
         if isinstance(event, Submitted):
             self._check_quotas({request.tenant for request in event.requests if request.id in self._ways})
-        self._first_new = self._last + 1
+        self._new = frozenset()
         deadline_ns = waiting.first_deadline()
         if deadline_ns is not None and not self._serves_late:
             self._expect(deadline_ns >= now_ns, f"a request waits whose deadline was {deadline_ns}")

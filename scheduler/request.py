@@ -21,7 +21,7 @@ class Tenant(NamedTuple):
 
 
 class Request(NamedTuple):
-    id: int  # no two are equal, and a later request has a larger one
+    id: int  # no two are equal; those of one thread ascend
     tenant: str
     family: int
     arrival_ns: int

@@ -34,9 +34,9 @@ class Wants:
         yield from self._ask((Entry(*queue.place, width),), now_ns)
 
     def for_both(self, run: Queue, lanes: int, left: Queue, now_ns: int) -> Iterator[Want]:
-        """One for two queues of different places that keep running one after another, with few lanes each."""
+        """One for two queues of different families that keep running one after another, with few lanes each."""
         waiting = len(left.items)
-        if left.place == run.place or left.lot or run.lot or max(lanes, waiting) > NARROW:
+        if left.place[0] == run.place[0] or left.lot or run.lot or max(lanes, waiting) > NARROW:
             return
         first, second = sorted((Entry(*run.place, round_up(lanes)), Entry(*left.place, round_up(waiting))))
         pair = (first, second)

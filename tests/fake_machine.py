@@ -75,6 +75,9 @@ class NoMaker:
     def __init__(self) -> None:
         self.without_memory: list[int] = []
 
+    def give_up(self, why: Exception) -> None:
+        pass
+
     def want(self, want: Want) -> None:
         pass
 

@@ -79,11 +79,20 @@ RIGHT = {
         (TenantRemoved("a", drain=False), 2, [Reject(0, Reason.TENANT_CLOSED), run(0, 1)]),
         (came(asked(2)), 3, [Reject(2, Reason.UNKNOWN_TENANT)]),
     ],
+    "in any order": [(came(asked(3)), 1, [WAKE]), (came(asked(2, "b")), 2, [run(0, 3, 2)])],
+    "another of its name": [
+        (AB, 1, [run(0, 0, executable=1), run(1, 1, executable=1)]),
+        (Completed(0, 1, 11), 11, [Quarantine("a")]),
+        (Completed(1, 11, 21), 21, []),
+        (TenantRemoved("a", drain=True), 22, []),
+        (TenantAdded(Tenant("a", (0,), 100)), 23, []),
+        (came(asked(2), asked(3, "b")), 24, [run(2, 2, 3)]),
+    ],
 }
 
 WRONG = {
     "time goes back": [(Timer(), 5, []), (Timer(), 4, [])],
-    "came after": [(came(asked(3)), 1, [run(0, 3)]), (came(asked(2)), 2, [WAKE])],
+    "came twice": [(came(asked(3)), 1, [run(0, 3)]), (came(asked(3)), 2, [WAKE])],
     "is in bundles 0 and 1": [(AB, 1, [run(0, 0, 1), run(1, 0)])],
     "has ended or never came": [(AB, 1, [run(0, 0, 1), Reject(7, Reason.INFEASIBLE)])],
     "holds request 0, which has ended": [(AB, 1, [Reject(0, Reason.INFEASIBLE), run(0, 0, 1)])],

@@ -1,6 +1,7 @@
 """The gRPC server of docs/serving.md, as it stands there, with a client: results, status codes, deadlines."""
 
 import asyncio
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from coalesce.errors import (
     CompileError,
@@ -25,6 +27,7 @@ from coalesce.errors import (
     TenantClosed,
     TenantFailure,
 )
+from coalesce.observing.metrics import Metrics
 from coalesce.runtime.runtime import Runtime
 
 PAGE = Path(__file__).parent.parent / "docs" / "serving.md"
@@ -75,6 +78,29 @@ def test_the_grpc_server_serves_and_says_what_is_wrong(page, served):
         await server.stop(None)
 
     asyncio.run(main())
+
+
+def table(heading: str) -> list[str]:
+    """The names in the first columns of the tables under a heading of the page."""
+    section = PAGE.read_text(encoding="utf-8").split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    return [n for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for n in re.findall(r"`([\w.]+)`", row)]
+
+
+def test_options_of_the_page_are_those_of_the_runtime():
+    parameters = [name for name in inspect.signature(Runtime).parameters if name != "clock"]  # which is for tests
+    assert sorted(table("Options")) == sorted(parameters)
+
+
+def test_metrics_of_the_page_are_those_that_are_exported():
+    metrics = Metrics()
+    with Runtime(widths=(1,), observers=[metrics]) as rt:
+        metrics.watch(rt.health)
+        rt.add_tenant("ads", scorer, jnp.eye(8), example=(X,), slo=30.0)
+        rt.submit("ads", X).result(30)
+        exported = {family.name: family for family in text_string_to_metric_families(metrics.text())}
+    named = [name for name in table("Metrics, spans, traces, recordings") if not name.startswith("coalesce.")]
+    assert sorted(name.removesuffix("_total") for name in named) == sorted(exported)
+    assert all((exported[name.removesuffix("_total")].type == "counter") == name.endswith("_total") for name in named)
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)

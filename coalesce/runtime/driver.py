@@ -41,6 +41,10 @@ class Stop(NamedTuple):
 class Maker(Protocol):
     """Who makes executables, as the driver sees it; called on the driver's thread."""
 
+    def give_up(self, why: Exception) -> None:
+        """The device is gone; called on any thread."""
+        ...
+
     def want(self, want: Want) -> None: ...
 
     def exhausted(self, executable: int, error: Exception) -> Sequence[Event]:
@@ -275,6 +279,7 @@ class Driver:
             LOG.error(why)
         self._wake_ns = None
         self._orders.fail_all(self.failure)
+        self._maker.give_up(self.failure)
         self.book.end_all(self.failure, Reason.DEVICE)
 
     def _overdue(self) -> str | None:

@@ -61,7 +61,7 @@ class Foundry:
         self._running: dict[Key, float] = {}  # since when
         self._numbers = itertools.count()
         self._change = threading.Condition()
-        self._stopped = False
+        self._over: Exception | None = None  # why nothing is made any more
         self._thread = threading.Thread(target=self._loop, name="coalesce-foundry", daemon=True)
 
     def start(self, driver: Driver) -> None:
@@ -69,15 +69,18 @@ class Foundry:
         self._thread.start()
 
     def stop(self) -> None:
-        """Nobody waits for what is ordered. What is being compiled is waited for, for a while: a process that ends in
-        the middle of it may not end well."""
-        with self._change:
-            self._stopped = True
-            waiting = [key for key, made in self._made.items() if not made.done()]
-        for key in waiting:
-            self._finish(key, Shutdown("the runtime was closed"))
+        """What is being compiled is waited for, for a while: a process that ends in its middle may not end well."""
+        self.give_up(Shutdown("the runtime was closed"))
         with self._change:
             self._change.wait_for(lambda: not self._running, JOIN_S)
+
+    def give_up(self, why: Exception) -> None:
+        """Nobody waits for what is ordered; called on any thread."""
+        with self._change:
+            self._over = self._over or why
+            waiting = [key for key, made in self._made.items() if not made.done()]
+        for key in waiting:
+            self._finish(key, why)
 
     def want(self, want: Want) -> None:
         """The policy's wish, where it is one of a width that is offered; called on the driver's thread."""
@@ -109,8 +112,8 @@ class Foundry:
             if known is not None:
                 return known
             made = self._made[key] = Future()
-            if self._stopped:
-                made.set_exception(Shutdown("the runtime was closed"))
+            if self._over is not None:
+                made.set_exception(self._over)
                 return made
             rank = 0 if urgent else sum(entry.width for entry in entries) + 1000 * (len(entries) - 1)
             heappush(self._jobs, Job(rank, next(self._numbers), key))
@@ -146,8 +149,9 @@ class Foundry:
         """Starts them, and sees who stalls."""
         while True:
             with self._change:
-                self._change.wait_for(lambda: self._stopped or self._may_start(), 1.0 if self._running else None)
-                if self._stopped:
+                patience_s = 1.0 if self._running else None
+                self._change.wait_for(lambda: self._over is not None or self._may_start(), patience_s)
+                if self._over is not None:
                     return
                 key = heappop(self._jobs).key if self._may_start() else None
                 if key is not None:
