@@ -12,7 +12,7 @@ import os
 import pickle
 import struct
 import sys
-from typing import Any, BinaryIO
+from typing import Any, IO
 
 import jax
 from jax import export
@@ -22,13 +22,13 @@ LESS_URGENT = 10  # than who serves: the highest would get nothing where others 
 SIZE = struct.Struct("<q")
 
 
-def read(stream: BinaryIO) -> Any:
+def read(stream: IO[bytes]) -> Any:
     """None at the end."""
     size = stream.read(SIZE.size)
     return pickle.loads(stream.read(*SIZE.unpack(size))) if len(size) == SIZE.size else None
 
 
-def write(stream: BinaryIO, message: Any) -> None:
+def write(stream: IO[bytes], message: Any) -> None:
     content = pickle.dumps(message)
     stream.write(SIZE.pack(len(content)) + content)
     stream.flush()

@@ -11,9 +11,9 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -21,8 +21,9 @@ from coalesce.bank import default_device
 from coalesce.compile import default_costs, default_tuned
 from coalesce.errors import OutOfDeviceMemory
 from coalesce.runtime.apart import Apart, is_wanted
-from coalesce.runtime.bundle import blank_of, Bundle, lane_of, leave, Pools, raise_understood, restored, suspect
+from coalesce.runtime.bundle import blank_of, Bundle, lane_of, leave, raise_understood, restored, suspect
 from coalesce.runtime.host import Course, Host
+from coalesce.runtime.loaded import Home, Loaded
 from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler import catalog
 from coalesce.scheduler.catalog import Catalog, Entry
@@ -37,31 +38,6 @@ ANNOTATION = "coalesce bundle"  # what a dispatch is called in a trace of jax.pr
 LATELY_S = 10.0
 
 Key = tuple[tuple[Entry, ...], tuple[int, ...]]  # entries, and the capacity of each one's bank
-
-
-class Home(NamedTuple):
-    """Where a family is at home."""
-
-    host: Host
-    course: Course
-
-
-@dataclass(eq=False)
-class Loaded:
-    """An executable that reads the banks as they are now."""
-
-    executable: Executable
-    homes: tuple[Home, ...]  # of each entry
-    offered: catalog.Executable | None = None  # once it was timed
-    used: int = 0  # the number of its last run
-
-    @property
-    def pools(self) -> Pools:
-        return [home.course.pool for home in self.homes]
-
-    @property
-    def capacities(self) -> tuple[int, ...]:
-        return tuple(home.host.store.capacity for home in self.homes)
 
 
 class Device:
