@@ -14,14 +14,12 @@ from bisect import bisect_left
 
 from coalesce.scheduler.commands import Reason
 from coalesce.scheduler.demand import bucket_of
-from coalesce.scheduler.queues import Lane, Level, Queue
+from coalesce.scheduler.queues import Lane, Queue
 from coalesce.scheduler.request import Request
 from coalesce.scheduler.shares import Account, Shares
 
 
-def admit(
-    request: Request, account: Account, queue: Queue, level: Level, shares: Shares, free_ns: int, now_ns: int
-) -> Lane | Reason:
+def admit(request: Request, account: Account, queue: Queue, shares: Shares, free_ns: int, now_ns: int) -> Lane | Reason:
     """A lane, to be put into the queue; `free_ns` is when the device can begin with it."""
     left_ns = request.deadline_ns - now_ns
     if left_ns <= 0:
@@ -34,23 +32,26 @@ def admit(
     if costs.options:  # else it waits for one that the driver makes
         kept_ns = (3 * left_ns if queue.lot else left_ns) >> 2 if over else 0
         work_ns = costs.lane_ns + (costs.first_ns if queue.leads(request) else 0)
-        if not fits(request, bucket, left_ns, queue, kept_ns, work_ns + kept_ns, free_ns):
+        if not fits(request, bucket, queue, kept_ns, work_ns + kept_ns, free_ns):
             return Reason.INFEASIBLE
         shares.charge(account, work_ns)
     account.waiting += 1
     account.pending += 1
-    return Lane(request, account, level, bucket)
+    return Lane(request, account, queue.level, bucket)
 
 
-def fits(request: Request, bucket: int, left_ns: int, queue: Queue, kept_ns: int, work_ns: int, free_ns: int) -> bool:
-    costs, demand, items, level = queue.costs, queue.level.demand, queue.items, queue.level
-    steady = costs.options[costs.steady]
-    others = level.starting - bool(items)  # that run before its own, with half of their lanes due after it
-    for _ in range(2):  # again, where the test had to sum up and knows better now what is due before it
-        until_ns = free_ns + demand.before(bucket) - request.arrival_ns
-        own_ns = costs.filled(len(items) + 1 + until_ns // queue.gap_ns)
-        if demand.fits(bucket, own_ns + kept_ns, own_ns * others // 2, work_ns, free_ns):
+def fits(request: Request, bucket: int, queue: Queue, kept_ns: int, work_ns: int, free_ns: int) -> bool:
+    costs, demand, items = queue.costs, queue.level.demand, queue.items
+    others = queue.level.starting - bool(items)  # that run before its own, with half of their lanes due after it
+    lanes, come_ns, left_ns = len(items) + 1, free_ns - request.arrival_ns, bucket - free_ns - kept_ns
+    while True:
+        before_ns, latest_ns = demand.around(bucket)
+        own_ns = costs.filled(lanes + (come_ns + before_ns) // queue.gap_ns)
+        if latest_ns - work_ns >= free_ns and own_ns + before_ns + min(own_ns * others // 2, before_ns) <= left_ns:
             return True
+        if not demand.sum_up():
+            break
     own_ns = costs.through(bisect_left(items, (request.deadline_ns,)) + 1)
-    spare_ns = steady.through_ns * (1 + others)
-    return demand.fits(bucket, own_ns + kept_ns, own_ns * others // 2, work_ns + spare_ns, free_ns)
+    spare_ns = costs.options[costs.steady].through_ns * (1 + others)
+    in_time = own_ns + before_ns + min(own_ns * others // 2, before_ns) <= left_ns
+    return in_time and latest_ns - work_ns - spare_ns >= free_ns

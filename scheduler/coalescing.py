@@ -69,7 +69,6 @@ class Coalescing:
         self._cap_ns = FAR
         self._doubted_ns = -FAR
         self._handlers: dict[type, Callable[[Any, int], None]] = {
-            Submitted: self._submit,
             Cancelled: lambda event, now_ns: self._requests.cancel(event.request),
             Completed: self._complete,
             TenantAdded: self._add_tenant,
@@ -81,10 +80,14 @@ class Coalescing:
 
     def on_event(self, event: Event, now_ns: int) -> Sequence[Command]:
         self._out = self._requests.out = list[Command]()
-        self._handlers[type(event)](event, now_ns)
-        self._drop_hopeless(now_ns)
-        patient_ns = self._dispatch(now_ns)
-        self._wake(patient_ns, now_ns)
+        if isinstance(event, Submitted):
+            start_ns = self._flight.free_at(now_ns)
+            self._submit(event, start_ns, now_ns)
+        else:
+            self._handlers[type(event)](event, now_ns)
+            start_ns = self._flight.free_at(now_ns)
+        self._drop_hopeless(start_ns, now_ns)
+        self._wake(self._dispatch(start_ns, now_ns), now_ns)
         return self._out
 
     @property
@@ -94,8 +97,8 @@ class Coalescing:
 
     # What happened
 
-    def _submit(self, event: Submitted, now_ns: int) -> None:
-        self._requests.submit(event.requests, self._flight.free_at(now_ns), now_ns)
+    def _submit(self, event: Submitted, start_ns: int, now_ns: int) -> None:
+        self._requests.submit(event.requests, start_ns, now_ns)
         if not self._requests and not self._flight and now_ns - self._doubted_ns >= DOUBT_NS:
             self._doubt(event.requests, now_ns)
 
@@ -134,8 +137,8 @@ class Coalescing:
         self._queues.refresh()
 
     def _add_tenant(self, event: TenantAdded, now_ns: int) -> None:
-        self._tenancy.add(event.tenant)
-        self._reckon(self._costs.catalog)
+        if self._tenancy.add(event.tenant):
+            self._reckon(self._costs.catalog)
 
     def _remove_tenant(self, event: TenantRemoved, now_ns: int) -> None:
         account = self._tenancy.get(event.name)
@@ -143,8 +146,8 @@ class Coalescing:
             return
         if not event.drain:
             self._requests.stop_all(Reason.TENANT_CLOSED, account)
-        self._tenancy.leave(account)
-        self._reckon(self._costs.catalog)
+        if self._tenancy.leave(account):
+            self._reckon(self._costs.catalog)
 
     def _change_catalog(self, event: CatalogChanged, now_ns: int) -> None:
         self.latency.change(event.catalog)
@@ -167,9 +170,8 @@ class Coalescing:
 
     # The tick
 
-    def _drop_hopeless(self, now_ns: int) -> None:
+    def _drop_hopeless(self, start_ns: int, now_ns: int) -> None:
         """Ends the heads that would be late even if they ran next, and ran no longer than they mostly do."""
-        start_ns = self._flight.free_at(now_ns)
         for level in self._queues.levels:
             while level.order and level.order[0][0] < start_ns:
                 lane = first_hopeless(level, start_ns)
@@ -178,12 +180,9 @@ class Coalescing:
                 expired = lane.request.deadline_ns <= now_ns
                 self._requests.stop(lane, Reason.EXPIRED if expired else Reason.INFEASIBLE)
 
-    def _dispatch(self, now_ns: int) -> int:
+    def _dispatch(self, start_ns: int, now_ns: int) -> int:
         """Dispatches what can go now; where waiting is better, until when."""
-        while len(self._flight) < self._depth:
-            start_ns = self._flight.free_at(now_ns)
-            if start_ns - now_ns > self._lead_ns:
-                break
+        while len(self._flight) < self._depth and start_ns - now_ns <= self._lead_ns:
             run = self._next_run(start_ns)
             if run is None or self._is_awaited(run, start_ns):
                 break
@@ -191,6 +190,7 @@ class Coalescing:
             if patient_ns > now_ns:
                 return patient_ns
             self._go(run, now_ns)
+            start_ns = self._flight.free_at(now_ns)
         return FAR
 
     def _next_run(self, start_ns: int) -> Run | None:
@@ -241,7 +241,9 @@ class Coalescing:
             for rank_ns, _, queue in level.order:
                 if rank_ns >= time_ns:
                     break
-                time_ns = min(time_ns, queue.items[0][0] - queue.costs.alone.l50_ns + 1)
+                hopeless_ns = queue.items[0][0] - queue.costs.alone.l50_ns + 1
+                if hopeless_ns < time_ns:
+                    time_ns = hopeless_ns
         if time_ns < FAR and 0 < len(self._flight) < self._depth:
             soon_ns = self._flight.free_at(now_ns) - self._lead_ns
             time_ns = min(time_ns, soon_ns) if soon_ns > now_ns else time_ns

@@ -8,6 +8,7 @@ that the deadlines of its family allow over and over (`lane_ns`), and for the fi
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -37,23 +38,16 @@ class PlaceCosts:
     first_ns: int = 0
     fixed_ns: int = 0  # of it, in this segment
     steady: int = 0  # which option it is that can be run over and over
+    widths: tuple[int, ...] = ()  # up to it
     ahead_ns: int = 0  # what a queue's head needs: alone, or, once it has begun, with those that it is with
 
     def through(self, lanes: int) -> int:
         """Until so many lanes are done, if they stay together as far as it pays."""
-        for option in self.options[: self.steady + 1]:
-            if option.width >= lanes:
-                return option.through_ns
-        return self.options[self.steady].through_ns if self.options else 0
+        return self.options[min(self.steady, bisect_left(self.widths, lanes))].through_ns if self.options else 0
 
     def filled(self, lanes: int) -> int:
         """As long as the widest run that so many lanes fill, as far as it pays."""
-        found = self.options[0]
-        for option in self.options[1 : self.steady + 1]:
-            if option.width > lanes:
-                break
-            found = option
-        return found.through_ns
+        return self.options[max(0, bisect_right(self.widths, lanes) - 1)].through_ns
 
 
 UNSERVABLE = PlaceCosts()
@@ -152,5 +146,6 @@ def place_costs(options: tuple[Option, ...], widest: int, rest: PlaceCosts, segm
         fixed_ns + rest.first_ns,
         fixed_ns,
         at,
+        tuple(o.width for o in options[: at + 1]),
         steady.through_ns if segment else first.through_ns,
     )

@@ -17,6 +17,7 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from itertools import accumulate
 from operator import sub
+from typing import NamedTuple
 
 FAR = 1 << 62
 
@@ -24,6 +25,11 @@ FAR = 1 << 62
 def bucket_of(deadline_ns: int, now_ns: int) -> int:
     """The deadline, earlier by at most 1/16 of what is left until then."""
     return deadline_ns & -(1 << max(0, (deadline_ns - now_ns).bit_length() - 5))
+
+
+class Around(NamedTuple):
+    before_ns: int  # device time of what is due then or before
+    latest_ns: int  # start of what is due then or later, with all that is due before
 
 
 class Demand:
@@ -46,29 +52,21 @@ class Demand:
         self._work[bucket] -= work_ns
         self._stale = True
 
-    def fits(self, bucket: int, own_ns: int, blocked_ns: int, work_ns: int, start_ns: int) -> bool:
-        """Whether one more is in time `own_ns` after what is due before it, and delays nobody too much by `work_ns`.
-
-        What is due before it may take others with it that are not, for `blocked_ns` at most, and as long as itself.
-        """
-        if self._latest_start(bucket, own_ns, blocked_ns, work_ns) - self._since >= start_ns:
-            return True
-        return self._sum_up() and self._latest_start(bucket, own_ns, blocked_ns, work_ns) >= start_ns
-
-    def before(self, bucket: int) -> int:
-        """What is due then or before, at most."""
-        buckets = self._buckets
+    def around(self, bucket: int) -> Around:
+        """What is promised before one more that is due then, and how long all else can wait; at worst."""
+        buckets, since_ns = self._buckets, self._since
         at = bisect_left(buckets, bucket)
-        return self._before[at + 1 if at < len(buckets) and buckets[at] == bucket else at] + self._since
+        ahead = at + 1 if at < len(buckets) and buckets[at] == bucket else at
+        return Around(self._before[ahead] + since_ns, self._latest[at] - since_ns)
 
     def is_feasible(self, start_ns: int) -> bool:
         if self._latest[0] - self._since >= start_ns:
             return True
-        return self._sum_up() and self._latest[0] >= start_ns
+        return self.sum_up() and self._latest[0] >= start_ns
 
     def lateness(self, done: Mapping[int, int], start_ns: int) -> int:
         """By how much the latest of all would be late, if the device starts then and this part, by bucket, is done."""
-        self._sum_up()
+        self.sum_up()
         done_ns, worst_ns = 0, 0
         for bucket, before_ns in zip(self._buckets, self._before[1:], strict=True):
             own_ns = done.get(bucket, 0)
@@ -83,15 +81,8 @@ class Demand:
         self._work = dict(other._work)
         self._stale = True
 
-    def _latest_start(self, bucket: int, own_ns: int, blocked_ns: int, work_ns: int) -> int:
-        buckets = self._buckets
-        at = bisect_left(buckets, bucket)
-        ahead = at + 1 if at < len(buckets) and buckets[at] == bucket else at
-        before_ns = self._before[ahead]
-        return min(bucket - before_ns - own_ns - min(blocked_ns, before_ns), self._latest[at] - work_ns)
-
-    def _sum_up(self) -> bool:
-        """False where nothing has changed since the last time."""
+    def sum_up(self) -> bool:
+        """Makes `around` exact; false where it is."""
         if not self._stale:
             return False
         self._work = {bucket: work for bucket, work in sorted(self._work.items()) if work}

@@ -39,7 +39,7 @@ class State(Enum):
 
 
 class Standing:
-    __slots__ = ("state", "lot", "since_ns", "terms", "clean", "factor")
+    __slots__ = ("state", "lot", "since_ns", "terms", "clean", "factor", "hoped_ns")
 
     def __init__(self, state: State, lot: int, since_ns: int, terms: int = 1):
         self.state = state
@@ -48,6 +48,7 @@ class Standing:
         self.terms = terms  # that its quarantine lasts: this one, or else the next
         self.clean = 0  # runs in a row
         self.factor = 4  # how much longer its runs take, in quarters
+        self.hoped_ns = since_ns  # when it was last taken to be as quick as others
 
     def is_over(self, now_ns: int) -> bool:
         return now_ns - self.since_ns >= self.terms * TERM_NS
@@ -71,6 +72,13 @@ class Watch:
     def factor(self, lot: int) -> int:
         """How much longer runs of this lot take, in quarters."""
         return max((s.factor for s in self._standings.values() if s.lot == lot), default=4) if lot else 4
+
+    def hope(self, tenant: str, now_ns: int) -> None:
+        """A request of it was refused: once a term its runs are taken to be as quick as others, or they never run."""
+        standing = self._standings.get(tenant)
+        if standing is not None and now_ns - standing.hoped_ns >= TERM_NS:
+            standing.hoped_ns = now_ns
+            standing.factor = 4
 
     def take_moved(self) -> list[str]:
         """Whose lot has changed since this was last asked."""

@@ -97,6 +97,9 @@ class Level:
         self.counted: tuple[Demand, ...] = (self.demand,)  # those in which its lanes count: its own and all lower ones
 
     def promise(self, bucket: int, work_ns: int) -> None:
+        if len(self.counted) == 1:
+            self.demand.add(bucket, work_ns)
+            return
         for demand in self.counted:
             demand.add(bucket, work_ns)
 
@@ -126,6 +129,11 @@ class Queues:
             costs = self._costs_of(place, lot)
             queue = self._queues[key] = Queue(place, lot, level, costs, self._slots, self._serial)
         return queue
+
+    def first(self, family: int, lot: int, priority: int) -> Queue:
+        """Where requests of a family begin."""
+        queue = self._queues.get((family, 0, lot, priority))
+        return queue if queue is not None else self.find((family, 0), lot, self.level(priority))
 
     def beside(self, queue: Queue, place: Place) -> Queue | None:
         """Another place's queue of the same lot and priority."""
@@ -215,8 +223,7 @@ class Queues:
             level.release(queue.head_bucket, queue.head_ns)
         if not queue.items:
             queue.rank = None
-            if queue.lot:
-                del self._queues[(*queue.place, queue.lot, level.priority)]
+            self.discard(queue)
             return
         deadline_ns, _, lane = queue.items[0]
         queue.rank = (deadline_ns - queue.costs.ahead_ns, queue.serial, queue)
@@ -225,12 +232,19 @@ class Queues:
         queue.head_bucket, queue.head_ns = lane.bucket, queue.costs.first_ns
         level.promise(queue.head_bucket, queue.head_ns)
 
+    def discard(self, queue: Queue) -> None:
+        """Lots come and go, with nobody in them."""
+        if queue.lot and not queue.items:
+            self._queues.pop((*queue.place, queue.lot, queue.level.priority), None)
+
     def refresh(self) -> None:
         """Costs have changed."""
         for queue in list(self._queues.values()):
             queue.costs = self._costs_of(queue.place, queue.lot)
             if queue.items:
                 self.rank(queue)
+            elif not queue.costs.options:  # its family has gone, for all that is known
+                del self._queues[(*queue.place, queue.lot, queue.level.priority)]
 
     def _add_level(self, priority: int) -> Level:
         """Everything that was promised above it counts in it."""

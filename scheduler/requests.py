@@ -49,11 +49,14 @@ class Requests:
             return Reason.UNKNOWN_TENANT
         if account.leaving:
             return Reason.TENANT_CLOSED
-        level = self._queues.level(account.tenant.priority + request.priority)
-        queue = self._queues.find((request.family, 0), self._watch.lot(request.tenant), level)
+        lot = self._watch.lot(request.tenant)
+        queue = self._queues.first(request.family, lot, account.tenant.priority + request.priority)
         queue.note_arrival(now_ns)
-        lane = admit(request, account, queue, level, self._shares, free_ns, now_ns)
+        lane = admit(request, account, queue, self._shares, free_ns, now_ns)
         if isinstance(lane, Reason):
+            if lot:
+                self._queues.discard(queue)
+                self._watch.hope(request.tenant, now_ns)
             return lane
         self._lanes[request.id] = lane
         self._queues.put(lane, queue)

@@ -12,25 +12,43 @@ from coalesce.scheduler.shares import Account
 class Tenancy:
     def __init__(self) -> None:
         self._accounts: dict[str, Account] = {}
-        self._tightest: dict[int, int] | None = None
+        self._tightest: dict[int, int] = {}
 
     def get(self, name: str) -> Account | None:
         return self._accounts.get(name)
 
-    def add(self, tenant: Tenant) -> None:
-        """Takes the place of one of its name, whose requests stay."""
-        self._tightest = None
+    def add(self, tenant: Tenant) -> bool:
+        """Takes the place of one of its name, whose requests stay. Whether the least SLO of a family has changed."""
         known = self._accounts.get(tenant.name)
+        before = {family: self._tightest.get(family) for family in tenant.families}
+        loosened = False
         if known is None:
             self._accounts[tenant.name] = Account(tenant)
-            return
-        known.tenant = tenant
-        known.leaving = False
+        else:
+            gone, known.tenant = known.tenant, tenant
+            known.leaving = False
+            loosened = self._loosen(gone)
+        for family in tenant.families:
+            self._tightest[family] = min(tenant.slo_ns, self._tightest.get(family, FAR))
+        return loosened or any(self._tightest[family] != least for family, least in before.items())
 
-    def leave(self, account: Account) -> None:
-        self._tightest = None
+    def leave(self, account: Account) -> bool:
+        """Whether the least SLO of a family has changed."""
         account.leaving = True
         self.forget_if_done(account)
+        return self._loosen(account.tenant)
+
+    def _loosen(self, gone: Tenant) -> bool:
+        """Finds the least SLO of its families anew, where it was its own; whether it was."""
+        was = [family for family in gone.families if self._tightest.get(family) == gone.slo_ns]
+        for family in was:
+            present = (a.tenant for a in self._accounts.values() if not a.leaving)
+            left = [tenant.slo_ns for tenant in present if family in tenant.families]
+            if left:
+                self._tightest[family] = min(left)
+            else:
+                del self._tightest[family]
+        return bool(was)
 
     def forget_if_done(self, account: Account) -> bool:
         if not account.leaving or account.pending or self._accounts.get(account.tenant.name) is not account:
@@ -41,11 +59,6 @@ class Tenancy:
     @property
     def tightest_ns(self) -> Mapping[int, int]:
         """The least SLO of each family."""
-        if self._tightest is None:
-            self._tightest = {}
-            for account in self._accounts.values():
-                for family in () if account.leaving else account.tenant.families:
-                    self._tightest[family] = min(account.tenant.slo_ns, self._tightest.get(family, FAR))
         return self._tightest
 
     def cap(self, alone_ns: Callable[[int], int]) -> int:

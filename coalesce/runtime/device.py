@@ -280,9 +280,10 @@ class Device:
 
     @property
     def catalog(self) -> Catalog:
-        cut = {family: home.course for family, home in self._homes.items() if home.course.pool is not None}
+        """Also of other threads, hence copies."""
+        cut = {family: home.course for family, home in list(self._homes.items()) if home.course.pool is not None}
         return Catalog(
-            tuple(own.offered for own in self._loaded.values() if own.offered is not None),
+            tuple(own.offered for own in list(self._loaded.values()) if own.offered is not None),
             {family: len(course.segments) for family, course in cut.items()},
             {family: course.offered for family, course in cut.items()},
         )

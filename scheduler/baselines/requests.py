@@ -36,7 +36,7 @@ class Requests:
         self._lanes: dict[int, Lane] = {}
         self._closed = False
         self._lots = 0
-        self._handlers: dict[type, Callable[[Any, int], None]] = {
+        self._handlers: dict[type, Callable[[Any, int], object]] = {
             Submitted: self._submit,
             Cancelled: self._cancel,
             TenantAdded: lambda event, now_ns: self._tenancy.add(event.tenant),
