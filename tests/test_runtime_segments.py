@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coalesce.errors import StateLost, TenantFailure
+from coalesce.errors import InvalidInput, StateLost, TenantFailure
 from coalesce.runtime.device import Device
 from coalesce.runtime.runtime import Runtime
 from coalesce.scheduler.catalog import Entry
@@ -253,6 +253,11 @@ def test_a_program_is_cut_while_it_is_served_for_a_tenant_who_cannot_wait_for_it
         for i in range(2):
             np.testing.assert_allclose(rt.submit(f"long{i}", rows).result(60), want[i], rtol=2e-5, atol=2e-6)
         assert {e.entries[0].family for e in device_of(rt).catalog.executables}.isdisjoint(before[1])
+
+
+def test_a_number_of_segments_is_at_least_one():
+    with pytest.raises(InvalidInput, match="segments is 0"):
+        Runtime(segments=0)
 
 
 def test_one_executable_for_two_families_runs_both_and_is_left_out_where_it_takes_longer(monkeypatch):
