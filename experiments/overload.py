@@ -118,7 +118,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"what is {argv[1]}?")
     folder = Path(FLAGS.out or Path("experiments", "results", "overload"))
-    head = header(command("overload"), DEVICE, FLAGS.note, horizon_s=FLAGS.horizon_s, seed=FLAGS.seed)
+    head = header(command("overload", "policies"), DEVICE, FLAGS.note, horizon_s=FLAGS.horizon_s, seed=FLAGS.seed)
     rows = fill(
         folder / "overload.json",
         head,

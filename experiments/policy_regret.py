@@ -124,7 +124,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"what is {argv[1]}?")
     folder = Path(FLAGS.out or Path("experiments", "results", "policy_regret"))
-    head = header(command("policy_regret"), DEVICE, FLAGS.note, seed=FLAGS.seed)
+    head = header(command("policy_regret", "policies"), DEVICE, FLAGS.note, seed=FLAGS.seed)
     path = folder / "policy_regret.json"
     known = {} if FLAGS.force else {row["seed"]: row for row in load_rows(path, head)}
     seeds = range(FLAGS.seed, FLAGS.seed + FLAGS.instances)

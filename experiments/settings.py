@@ -88,9 +88,10 @@ def limits() -> dict[str, Any]:
     return {"tolerance": tolerance(), "repeats": FLAGS.repeats, "seconds": FLAGS.seconds}
 
 
-def command(script: str) -> str:
+def command(script: str, *without: str) -> str:
     """The command line, without what the header says anyway and without the folder of one machine."""
-    names = [name for name in FLAGS if FLAGS[name].present and name not in ("device_name", "force", "note", "out")]
+    left_out = ("device_name", "force", "note", "out", *without)
+    names = [name for name in FLAGS if FLAGS[name].present and name not in left_out]
     return shlex.join(["python", "-m", f"experiments.{script}", *(FLAGS[name].serialize() for name in names)])
 
 

@@ -26,7 +26,7 @@ slo_serve.define_flags()
 
 def simulate_all() -> None:
     folder = Path(FLAGS.out or Path("experiments", "results", "slo_attainment"))
-    head = header(command("slo_attainment"), DEVICE, FLAGS.note, requests=FLAGS.requests, seed=FLAGS.seed)
+    head = header(command("slo_attainment", "policies"), DEVICE, FLAGS.note, requests=FLAGS.requests, seed=FLAGS.seed)
     rows = fill(
         folder / "slo_attainment.json",
         head,

@@ -5,7 +5,8 @@ from concurrent.futures import as_completed, wait
 
 import pytest
 
-from tests.fake_machine import FakeMachine, Served
+from coalesce.errors import DeviceError
+from tests.fake_machine import FakeLaunched, FakeMachine, Served
 
 pytestmark = pytest.mark.once
 
@@ -22,3 +23,14 @@ def test_wait_and_as_completed_know_cancelled_requests():
         assert wait(cancelled, 10).not_done == set()
         machine.go.set()
         assert {reply for reply in as_completed(replies, 10) if not reply.cancelled()} == set(replies) - cancelled
+
+
+def test_results_that_do_not_come_back_end_everything(monkeypatch):
+    def broken(self: FakeLaunched) -> list[list[object]]:
+        raise RuntimeError("the bus is full")
+
+    monkeypatch.setattr(FakeLaunched, "results", broken)
+    with Served(FakeMachine()) as served:
+        replies = [served.submit("t0", i) for i in range(20)]
+        assert wait(replies, 10).not_done == set()
+        assert all(isinstance(reply.exception(0), DeviceError) for reply in replies)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coalesce.errors import StateLost, TenantFailure
+from coalesce.errors import InvalidInput, StateLost, TenantFailure
 from coalesce.runtime.device import Device
 from coalesce.runtime.runtime import Runtime
 from coalesce.scheduler.catalog import Entry
@@ -184,6 +184,19 @@ def test_weights_are_replaced_under_way_and_nobody_gets_some_of_each(three):
     assert host.store.free == free
 
 
+def count_cuts(rt: Runtime) -> list[float]:
+    """The patience with which programs were tried to be cut."""
+    device, asked = device_of(rt), list[float]()
+    cut = device.cut
+
+    def counted(template: Any, patience_us: float, slower: float) -> Any:
+        asked.append(patience_us)
+        return cut(template, patience_us, slower)
+
+    object.__setattr__(device, "cut", counted)
+    return asked
+
+
 def test_what_the_most_urgent_tenant_cannot_wait_for_is_cut():
     """A long program beside one with an SLO shorter than it; and none that is alone, or beside patient ones."""
     long, rows = [weights(i, 6, 512) for i in range(2)], np.tile(row(3, 512), (256, 1))
@@ -192,6 +205,10 @@ def test_what_the_most_urgent_tenant_cannot_wait_for_is_cut():
         rt.add_tenant("whole", deep, long[0], example=(rows,), slo=SLO)
         assert pool_of(rt, "whole") is None
         rt.add_tenant("urgent", steep, weights(1), example=(row(0),), slo=0.0005)
+        asked = count_cuts(rt)
+        rt.add_tenant("hopeless", steep, weights(2), example=(row(0),), slo=1e-6)
+        rt.add_tenant("as hopeless", steep, weights(3), example=(row(0),), slo=1e-6)
+        assert len(asked) <= 3  # what cannot be cut for the first is not tried for the second
         rt.add_tenant("cut", deep_and_one, long[1], example=(rows,), slo=SLO)
         (course,) = rt._tenancy.residents["cut"].host.courses
         assert len(course.segments) > 1 and "segments of" in course.segments.why
@@ -236,6 +253,11 @@ def test_a_program_is_cut_while_it_is_served_for_a_tenant_who_cannot_wait_for_it
         for i in range(2):
             np.testing.assert_allclose(rt.submit(f"long{i}", rows).result(60), want[i], rtol=2e-5, atol=2e-6)
         assert {e.entries[0].family for e in device_of(rt).catalog.executables}.isdisjoint(before[1])
+
+
+def test_a_number_of_segments_is_at_least_one():
+    with pytest.raises(InvalidInput, match="segments is 0"):
+        Runtime(segments=0)
 
 
 def test_one_executable_for_two_families_runs_both_and_is_left_out_where_it_takes_longer(monkeypatch):

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from coalesce.errors import CompileError, DeviceError, InvalidInput, OutOfDeviceMemory
+from coalesce.errors import CompileError, DeviceError, InvalidInput, OutOfDeviceMemory, TenantFailure
 from coalesce.runtime import foundry
 from coalesce.runtime.bundle import Bundle
 from coalesce.runtime.device import Device
@@ -283,3 +283,36 @@ def test_nobody_waits_for_a_tenant_whose_device_dies_while_it_is_added(compiler)
         rt._stations[0].driver.lose("it is gone")
         assert isinstance(added.exception(60), DeviceError)
         going_on.set()
+
+
+@jax.tree_util.register_pytree_node_class
+class Picky:
+    """A tenant's own class, which will not be made again of NumPy arrays that are negative."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def tree_flatten(self) -> tuple[tuple[Any], None]:
+        return (self.value,), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: tuple[Any]) -> "Picky":
+        if isinstance(children[0], np.ndarray) and (children[0] < 0).any():
+            raise ValueError("I do not like it")
+        return cls(*children)
+
+
+def test_results_that_a_tenants_own_class_refuses_are_its_own_failure():
+    with Runtime(widths=(1, 2, 4)) as rt:
+        serve(rt, "picky", lambda w, x: Picky(w + x))
+        serve(rt, "other")
+        rt.warm_up(60.0)
+        replies = [rt.submit(name, vector(-5 * (i == 2))) for i in range(4) for name in ("picky", "other")]
+        for i, reply in enumerate(replies):
+            if i == 4:
+                with pytest.raises(TenantFailure, match="'picky'.*I do not like it"):
+                    reply.result(60)
+            else:
+                result = reply.result(60)
+                np.testing.assert_array_equal(result.value if i % 2 == 0 else result, vector(1 - 5 * (i == 5)))
+        assert rt.drain(60.0) and rt.stats().tenants["picky"].failed == 1 and rt.health().ok

@@ -238,3 +238,9 @@ def test_what_asked_for_more_is_cut_as_often_as_it_can_be():
     assert 1 < len(serve([fit_of(fn, params, inputs)], segments=50).schema.segments[0]) < 50
     wide = [fit_of(mlp, [(array(6, 6), array(6))], (array(2, 6),))]
     assert serve(wide, segments=1).pools == [None]
+
+
+@pytest.mark.slow
+def test_soak() -> None:
+    """More of them: `make soak` draws ten times as many."""
+    test_random_programs_in_segments()

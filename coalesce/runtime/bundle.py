@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from coalesce.errors import DeviceError, OutOfDeviceMemory, StateLost
+from coalesce.runtime.machine import Spoilt
 from coalesce.runtime.ticket import State, Ticket
 from coalesce.serving.executable import Executable, Lanes
 from coalesce.serving.pool import Pool
@@ -43,9 +44,17 @@ class Bundle:
         """Copies: what one tenant holds keeps no other's results alive, and shows none."""
         fetched = self._executable.fetch(self._outputs)
         return [
-            None if own is None else [t.form.result([np.array(x[i]) for x in own]) for i, t in enumerate(tickets)]
+            None if own is None else [result_of(t, [np.array(x[i]) for x in own]) for i, t in enumerate(tickets)]
             for tickets, own in zip(self._entries, fetched, strict=True)
         ]
+
+
+def result_of(ticket: Ticket, values: Sequence[Any]) -> Any:
+    """In the tenant's own pytree, which may be a class of its own, with code that raises."""
+    try:
+        return ticket.form.result(values)
+    except Exception as e:
+        return Spoilt(e)
 
 
 def raise_understood(error: Exception, device: Any) -> NoReturn:

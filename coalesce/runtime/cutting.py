@@ -39,23 +39,38 @@ def shorter(site: Site, host: Host) -> list[Segments] | None:
     patience_us = site.patience_us(host)
     if patience_us is None or any(resident.alone for resident in host.residents):
         return None
+    if host.refused_us and patience_us >= host.refused_us:  # it takes a while to find that out
+        return None
     programs = [
         as_measured(site.device, template, course, patience_us)
         for template, course in zip(host.schema.templates, host.courses, strict=True)
     ]
-    same = all(new is course.segments for new, course in zip(programs, host.courses, strict=True))
-    return None if same else programs
+    pairs = list(zip(programs, host.courses, strict=True))
+    if any(new is not course.segments for new, course in pairs):
+        return programs
+    if any(longest_us(site.device, course) > patience_us for _, course in pairs):
+        host.refused_us = patience_us
+    return None
 
 
 def as_measured(device: Device, template: Template, course: Course, patience_us: float) -> Segments:
     """Those that it has, unless one takes longer with the fewest lanes, and cutting helps."""
-    own, offered = course.segments, device.catalog.by_place
-    places = [offered.get((course.family, s)) for s in range(len(own))]
-    took_us = [found[0].l50_ns / 1e3 for found in places if found]
-    if own.may_raise or len(took_us) < len(own) or max(took_us) <= patience_us:
+    own = course.segments
+    if own.may_raise or longest_us(device, course) <= patience_us:
         return own
-    new = device.cut(template, patience_us, sum(took_us) / max(own.predicted_us, 1e-3))
+    new = device.cut(template, patience_us, sum(took_us(device, course)) / max(own.predicted_us, 1e-3))
     return new if len(new) > len(own) else own
+
+
+def longest_us(device: Device, course: Course) -> float:
+    return max(took_us(device, course), default=0.0)
+
+
+def took_us(device: Device, course: Course) -> list[float]:
+    """Of each segment with the fewest lanes, as it was measured; empty as long as one was not."""
+    offered = device.catalog.by_place
+    places = [offered.get((course.family, s)) for s in range(len(course.segments))]
+    return [found[0].l50_ns / 1e3 for found in places if found] if all(places) else []
 
 
 def cut(site: Site, host: Host) -> None:

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 from coalesce.errors import DeviceError, OutOfDeviceMemory
 from coalesce.runtime.book import Book
+from coalesce.runtime.endings import error_of
 from coalesce.runtime.inbox import Inbox
-from coalesce.runtime.machine import Launched, Machine
+from coalesce.runtime.machine import Launched, Machine, Spoilt
 from coalesce.runtime.observer import Observers
 from coalesce.runtime.ticket import Ending, tell, Ticket
 from coalesce.scheduler.catalog import Entry
-from coalesce.scheduler.commands import Dispatch
+from coalesce.scheduler.commands import Dispatch, Reason
 from coalesce.scheduler.events import Completed
 
 
@@ -114,7 +115,15 @@ class Finisher:
         self._driver.put(Completed(dispatch.bundle, start_ns, end_ns, failed=error is not None))
         self._observers.finished(dispatch, flight.form, entries, start_ns, end_ns, error)
         if error is None and not isinstance(flight.launched, Exception):
-            self._hand_out(flight.launched.results(), entries, end_ns)
+            self._fetch(flight.launched, entries, end_ns)
+
+    def _fetch(self, launched: Launched, entries: Sequence[Sequence[Ticket]], now_ns: int) -> None:
+        try:
+            results = launched.results()
+        except Exception as e:  # it has run, so that it does not run again
+            self._driver.put(Lost(DeviceError(f"results do not come back from the device: {e}. Restart the process")))
+        else:
+            self._hand_out(results, entries, now_ns)
 
     def _wait(self, flight: Flight) -> Exception | None:
         """What the bundle raised, if it did."""
@@ -131,7 +140,16 @@ class Finisher:
     ) -> None:
         ended = [(tickets, own) for tickets, own in zip(entries, results, strict=True) if own is not None]
         results_of = {t: result for tickets, own in ended for t, result in zip(tickets, own, strict=True)}
-        endings = [Ending(ticket, results_of[ticket]) for ticket in self._book.claim(list(results_of))]
+        claimed = self._book.claim(list(results_of))
+        endings = [Ending(t, results_of[t]) for t in claimed if not isinstance(results_of[t], Spoilt)]
         self._observers.ended(endings, now_ns)
         tell(endings)
-        self._book.forget([ending.ticket for ending in endings])
+        for ticket in claimed:
+            if isinstance(results_of[ticket], Spoilt):
+                self._spoil(ticket, results_of[ticket].error, now_ns)
+        self._book.forget(claimed)
+
+    def _spoil(self, ticket: Ticket, error: Exception, now_ns: int) -> None:
+        ticket.failure = error
+        self._observers.rejected(ticket, Reason.FAILED, now_ns)
+        tell([Ending(ticket, None, error_of(ticket, Reason.FAILED, now_ns))])

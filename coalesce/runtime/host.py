@@ -51,6 +51,7 @@ class Host:
     store: Store
     courses: tuple[Course, ...]  # of its templates
     residents: list[Any] = field(default_factory=list)  # that have a slot
+    refused_us: float = 0.0  # the least that somebody could wait for, and no cut helped
 
     @property
     def tenants(self) -> int:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from coalesce.runtime.ticket import Ticket
+
+
+class Spoilt(NamedTuple):
+    """In place of a result: what raised when it was put into its tenant's own pytree."""
+
+    error: Exception
 
 
 @runtime_checkable
@@ -17,7 +23,7 @@ class Launched(Protocol):
         ...
 
     def results(self) -> Sequence[Sequence[Any] | None]:
-        """For each entry the result of each of its lanes; None for a segment that is not the last."""
+        """For each entry the result of each of its lanes, or a `Spoilt`; None for a segment that is not the last."""
         ...
 
 
