@@ -20,8 +20,6 @@ from coalesce.scheduler.queues import Lane, Queue
 from coalesce.scheduler.request import Request
 from coalesce.scheduler.shares import Account, Shares
 
-ALL = 16  # sixteenths of the device's time
-
 
 def admit(
     request: Request, account: Account, queue: Queue, shares: Shares, load: Load, free_ns: int, now_ns: int
@@ -39,7 +37,7 @@ def admit(
         load.ask(costs.lane_ns, now_ns)
         kept_ns = kept(left_ns, queue, shares.are_scarce(now_ns)) if over else 0
         work_ns = costs.lane_ns + (costs.first_ns if queue.leads(request) else 0)
-        if not fits(request, bucket, queue, kept_ns, work_ns + kept_ns, load, free_ns):
+        if not fits(request, bucket, queue, kept_ns, work_ns + kept_ns, load.is_over(now_ns), free_ns):
             if not over:
                 shares.miss(now_ns)
             return Reason.INFEASIBLE
@@ -56,7 +54,7 @@ def kept(left_ns: int, queue: Queue, scarce: bool) -> int:
     return left_ns >> 2 if scarce else 0
 
 
-def fits(request: Request, bucket: int, queue: Queue, kept_ns: int, work_ns: int, load: Load, free_ns: int) -> bool:
+def fits(request: Request, bucket: int, queue: Queue, kept_ns: int, work_ns: int, crowded: bool, free_ns: int) -> bool:
     costs, demand, items = queue.costs, queue.level.demand, queue.items
     others = queue.level.starting - bool(items)  # that run before its own, with half of their lanes due after it
     lanes, come_ns, left_ns = len(items) + 1, free_ns - request.arrival_ns, bucket - free_ns - kept_ns
@@ -70,7 +68,7 @@ def fits(request: Request, bucket: int, queue: Queue, kept_ns: int, work_ns: int
     ahead = bisect_left(items, (request.deadline_ns,))
     own_ns = costs.through(ahead + 1)
     steady_ns = costs.options[costs.steady].through_ns
-    spare_ns = steady_ns * (1 + others) if load.exceeds(ALL) else steady_ns >> 3
+    spare_ns = steady_ns * (1 + others) if crowded else steady_ns >> 3
     widest = costs.widths[-1]
     counted_ns = min(ahead, widest - 1) * costs.lane_ns  # of its own run, in what is due before it
     if 0 < ahead < widest:

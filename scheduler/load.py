@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 EPOCH = 25  # bits of a time that do not matter: 34 ms
+CHANCE_NS = 2_000_000  # by which it may be more, and be less soon
 
 
 class Load:
@@ -18,6 +19,7 @@ class Load:
             self._asked_ns, self._epoch = 0, epoch
         self._asked_ns += work_ns
 
-    def exceeds(self, sixteenths: int) -> bool:
-        """Whether so much of the device's time is asked for, in this epoch already or in the last one."""
-        return max(self._asked_ns, self._before_ns) > sixteenths << (EPOCH - 4)
+    def is_over(self, now_ns: int) -> bool:
+        """Whether more than all of the device's time was asked for in the last epoch, or is in this one up to now."""
+        passed_ns = now_ns & ((1 << EPOCH) - 1)
+        return self._asked_ns > passed_ns + CHANCE_NS or self._before_ns > 1 << EPOCH
