@@ -91,7 +91,7 @@ def measure() -> Row:
         names, x = add(rt, "served", FLAGS.width, FLAGS.tenants)
         rt.warm_up(600.0)
         with Clients(rt, names, x, FLAGS.rate) as clients:
-            time.sleep(1.0)
+            time.sleep(0.3)
             for turn in range(FLAGS.turns):
                 clients.into, begin = busy, time.perf_counter()
                 newcomers = [add(rt, f"new{turn}.{k}.", next(fresh), 2)[0] for k in range(FLAGS.families)]

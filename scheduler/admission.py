@@ -5,7 +5,8 @@ be done beside it, and where its tenant has its share already and others may nee
 
 What its own run will take is the run of the company that it can expect: what waits with it, and what will come. That is
 what keeps runs efficient when more is asked for than can be done: whoever is taken on has the time for such a run. A
-request that has not is still taken on if so much time is left over that nobody needs efficient runs.
+request that has not is still taken on if it can run with those that are due before it, and there is some time to spare:
+a little as long as less is asked for than the device can do, else so much that nobody needs efficient runs.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from bisect import bisect_left
 
 from coalesce.scheduler.commands import Reason
 from coalesce.scheduler.demand import bucket_of
+from coalesce.scheduler.load import Load
 from coalesce.scheduler.queues import Lane, Queue
 from coalesce.scheduler.request import Request
 from coalesce.scheduler.shares import Account, Shares
 
 
-def admit(request: Request, account: Account, queue: Queue, shares: Shares, free_ns: int, now_ns: int) -> Lane | Reason:
+def admit(
+    request: Request, account: Account, queue: Queue, shares: Shares, load: Load, free_ns: int, now_ns: int
+) -> Lane | Reason:
     """A lane, to be put into the queue; `free_ns` is when the device can begin with it."""
     left_ns = request.deadline_ns - now_ns
     if left_ns <= 0:
@@ -30,9 +34,12 @@ def admit(request: Request, account: Account, queue: Queue, shares: Shares, free
     bucket = bucket_of(request.deadline_ns, now_ns)
     costs = queue.costs
     if costs.options:  # else it waits for one that the driver makes
-        kept_ns = (3 * left_ns if queue.lot else left_ns) >> 2 if over else 0
+        load.ask(costs.lane_ns, now_ns)
+        kept_ns = kept(left_ns, queue, shares.are_scarce(now_ns)) if over else 0
         work_ns = costs.lane_ns + (costs.first_ns if queue.leads(request) else 0)
-        if not fits(request, bucket, queue, kept_ns, work_ns + kept_ns, free_ns):
+        if not fits(request, bucket, queue, kept_ns, work_ns + kept_ns, load.is_over(now_ns), free_ns):
+            if not over:
+                shares.miss(now_ns)
             return Reason.INFEASIBLE
         shares.charge(account, work_ns)
     account.waiting += 1
@@ -40,7 +47,14 @@ def admit(request: Request, account: Account, queue: Queue, shares: Shares, free
     return Lane(request, account, queue.level, bucket)
 
 
-def fits(request: Request, bucket: int, queue: Queue, kept_ns: int, work_ns: int, free_ns: int) -> bool:
+def kept(left_ns: int, queue: Queue, scarce: bool) -> int:
+    """Of the time up to the deadline of one that is over its share, what others may need."""
+    if queue.lot:
+        return 3 * left_ns >> 2
+    return left_ns >> 2 if scarce else 0
+
+
+def fits(request: Request, bucket: int, queue: Queue, kept_ns: int, work_ns: int, crowded: bool, free_ns: int) -> bool:
     costs, demand, items = queue.costs, queue.level.demand, queue.items
     others = queue.level.starting - bool(items)  # that run before its own, with half of their lanes due after it
     lanes, come_ns, left_ns = len(items) + 1, free_ns - request.arrival_ns, bucket - free_ns - kept_ns
@@ -51,7 +65,14 @@ def fits(request: Request, bucket: int, queue: Queue, kept_ns: int, work_ns: int
             return True
         if not demand.sum_up():
             break
-    own_ns = costs.through(bisect_left(items, (request.deadline_ns,)) + 1)
-    spare_ns = costs.options[costs.steady].through_ns * (1 + others)
-    in_time = own_ns + before_ns + min(own_ns * others // 2, before_ns) <= left_ns
+    ahead = bisect_left(items, (request.deadline_ns,))
+    own_ns = costs.through(ahead + 1)
+    steady_ns = costs.options[costs.steady].through_ns
+    spare_ns = steady_ns * (1 + others) if crowded else steady_ns >> 3
+    widest = costs.widths[-1]
+    counted_ns = min(ahead, widest - 1) * costs.lane_ns  # of its own run, in what is due before it
+    if 0 < ahead < widest:
+        counted_ns += queue.head_ns
+    left_ns += request.deadline_ns - bucket
+    in_time = own_ns - counted_ns + before_ns + min(own_ns * others // 2, before_ns) <= left_ns
     return in_time and latest_ns - work_ns - spare_ns >= free_ns

@@ -35,7 +35,7 @@ from coalesce.scheduler.events import (
     Timer,
 )
 from coalesce.scheduler.flight import Bundle, Flight
-from coalesce.scheduler.joining import join, Run
+from coalesce.scheduler.joining import join, Part, Run
 from coalesce.scheduler.latency import LatencyModel, Prediction
 from coalesce.scheduler.patience import wait_until
 from coalesce.scheduler.quarantine import Watch
@@ -48,6 +48,7 @@ from coalesce.scheduler.tenancy import Tenancy
 from coalesce.scheduler.wants import Wants
 
 DOUBT_NS = 100_000_000
+NEXT = 4  # queues that are looked at for one that could go together with a run
 
 
 class Coalescing:
@@ -110,7 +111,7 @@ class Coalescing:
             places = [(request.family, s) for s in range(self._costs.catalog.segments_of(request.family))]
             alone = [self._costs.of(place).options[:1] for place in places]
             warm_up_ns = sum(self.latency.warm_up_of(o.executable).l99_ns for options in alone for o in options)
-            if all(alone) and warm_up_ns <= left_ns < self._costs.of(places[0]).alone.l99_ns:
+            if all(alone) and warm_up_ns <= left_ns < self._costs.of(places[0]).ahead_ns:
                 self._doubted_ns = now_ns
                 self.latency.doubt()
                 self._moved()
@@ -217,6 +218,8 @@ class Coalescing:
         head = run.parts[0].queue
         self._out += self._wants.for_queue(head, self._cap_ns, now_ns)
         if len(run.parts) == 1:
+            self._want_both(run.parts[0], now_ns)
+        if len(run.parts) == 1:
             left = next((queue for _, _, queue in head.level.order if queue is not head and queue.costs.options), None)
             if left is not None:
                 self._out += self._wants.for_both(head, run.parts[0].end - run.parts[0].first, left, now_ns)
@@ -227,6 +230,13 @@ class Coalescing:
         self._out.append(Dispatch(bundle.id, run.executable, lanes, run.l50_ns, run.l99_ns, run.why))
         self._flight.add(bundle, now_ns)
         self._bundles += 1
+
+    def _want_both(self, part: Part, now_ns: int) -> None:
+        """Whoever else is waiting now will run after this one: both could go together."""
+        for _, _, queue in part.queue.level.order[:NEXT]:
+            if queue is not part.queue and queue.ready():
+                self._out += self._wants.for_both(part.queue, part.end - part.first, queue, now_ns)
+                return
 
     def _take(self, queue: Queue, first: int, end: int, width: int) -> list[Lane]:
         """With lanes of lower priorities where there are lanes to spare."""

@@ -116,7 +116,9 @@ class Costs:
         width = executable.entries[0].width
         l50_ns, l99_ns = (ns * factor // 4 for ns in self.latency.of(executable.id))
         after_ns = together(rest, width)
-        return Option(width, executable.id, l50_ns, l99_ns, l99_ns + after_ns, l50_ns + after_ns)
+        half_slo_ns = self._tightest_ns.get(executable.entries[0].family, FAR) >> 1
+        sure_ns = min(l99_ns, max(l50_ns, half_slo_ns))  # where runs vary more than that, nobody can be sure
+        return Option(width, executable.id, l50_ns, l99_ns, sure_ns + after_ns, l50_ns + after_ns)
 
 
 def together(options: Sequence[Option], lanes: int) -> int:

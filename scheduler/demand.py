@@ -49,8 +49,11 @@ class Demand:
         self._stale = True
 
     def remove(self, bucket: int, work_ns: int) -> None:
-        self._work[bucket] -= work_ns
-        self._stale = True
+        if work_ns < 0:  # what was counted was too little
+            self.add(bucket, -work_ns)
+        elif work_ns:  # a bucket without work is forgotten
+            self._work[bucket] -= work_ns
+            self._stale = True
 
     def around(self, bucket: int) -> Around:
         """What is promised before one more that is due then, and how long all else can wait; at worst."""

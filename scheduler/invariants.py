@@ -127,7 +127,10 @@ class Checker:
         self.submitted += len(event.requests)
 
     def _cancelled(self, event: Cancelled) -> None:
-        self._withdraw(self._ways.get(event.request), Reason.CANCELLED)
+        way = self._ways.get(event.request)
+        if way is not None:
+            way.cancelled = True
+            self._withdraw(way, Reason.CANCELLED)
 
     def _withdraw(self, way: Way | None, reason: Reason) -> None:
         if way is not None:
@@ -159,7 +162,7 @@ class Checker:
         self._expect(way.again >= 0, f"request {way.request.id} ran too often in bundles that failed")
 
     def _outcome(self, way: Way, end_ns: int) -> Outcome:
-        if way.withdrawn is Reason.CANCELLED:
+        if way.cancelled:
             return Outcome.CANCELLED
         return Outcome.OK if end_ns <= way.request.deadline_ns else Outcome.LATE
 

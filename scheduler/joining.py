@@ -50,7 +50,7 @@ def catch_up(window: Window, queues: Queues, start_ns: int) -> Window | None:
     if not segment or window.first:
         return None
     before = queues.beside(window.queue, (family, segment - 1))
-    if before is None or not before.ready():
+    if before is None or not before.costs.options or not before.ready():
         return None
     late = best_head(before, start_ns, FAR)
     both = window.lanes + late.lanes

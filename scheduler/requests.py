@@ -16,6 +16,7 @@ from coalesce.scheduler.admission import admit
 from coalesce.scheduler.commands import Command, Reason, Reject
 from coalesce.scheduler.costs import Costs, Place
 from coalesce.scheduler.flight import Bundle
+from coalesce.scheduler.load import Load
 from coalesce.scheduler.quarantine import Watch
 from coalesce.scheduler.queues import Lane, Queues
 from coalesce.scheduler.request import Request
@@ -29,6 +30,7 @@ class Requests:
         self.closed = False
         self._queues, self._tenancy, self._watch = queues, tenancy, watch
         self._shares, self._costs = shares, costs
+        self._load = Load()
         self._lanes: dict[int, Lane] = {}
 
     def __len__(self) -> int:
@@ -52,7 +54,7 @@ class Requests:
         lot = self._watch.lot(request.tenant)
         queue = self._queues.first(request.family, lot, account.tenant.priority + request.priority)
         queue.note_arrival(now_ns)
-        lane = admit(request, account, queue, self._shares, free_ns, now_ns)
+        lane = admit(request, account, queue, self._shares, self._load, free_ns, now_ns)
         if isinstance(lane, Reason):
             if lot:
                 self._queues.discard(queue)

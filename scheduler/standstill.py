@@ -13,7 +13,7 @@ from coalesce.scheduler.request import Request
 class Way:
     """A request that has not ended, on its way."""
 
-    __slots__ = ("request", "segment", "bundle", "begun", "again", "alone", "withdrawn")
+    __slots__ = ("request", "segment", "bundle", "begun", "again", "alone", "withdrawn", "cancelled")
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -22,6 +22,7 @@ class Way:
         self.begun = False
         self.again: int | None = None  # how often it may run this segment again, once a bundle with it has failed
         self.alone = False  # in the last bundle that failed
+        self.cancelled = False  # which its client knows at once
         self.withdrawn: Reason | None = None  # why it is not to run any more
 
     @property

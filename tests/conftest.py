@@ -16,6 +16,7 @@ os.environ["KERAS_HOME"] = str(Path(__file__).parent.parent / ".cache" / "keras"
 
 # A file that is not there: what the user of this machine tuned changes no test.
 os.environ["COALESCE_TUNED"] = str(Path(__file__).parent.parent / ".cache" / "tuned.json")
+os.environ["COALESCE_APART"] = "0"  # a process for each of them would take longer than what it compiles
 os.environ["COALESCE_COMPILED"] = ""  # nor does what is compiled here find its way there, or back
 
 import jax

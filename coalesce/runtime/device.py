@@ -7,18 +7,23 @@ What compiles runs on any thread; everything else changes what the next bundle r
 from __future__ import annotations
 
 import itertools
+import math
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import jax
 
 from coalesce.bank import default_device
 from coalesce.compile import default_costs, default_tuned
 from coalesce.errors import OutOfDeviceMemory
-from coalesce.runtime.bundle import blank_of, Bundle, lane_of, leave, Pools, raise_understood, restored, suspect
+from coalesce.runtime.apart import Apart, is_wanted
+from coalesce.runtime.bundle import blank_of, Bundle, lane_of, leave, raise_understood, restored, suspect
 from coalesce.runtime.host import Course, Host
+from coalesce.runtime.loaded import Home, Loaded
 from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler import catalog
 from coalesce.scheduler.catalog import Catalog, Entry
@@ -30,39 +35,20 @@ from coalesce.serving.store import free_bytes
 
 ANNOTATION = "coalesce bundle"  # what a dispatch is called in a trace of jax.profiler
 
+LATELY_S = 10.0
+
 Key = tuple[tuple[Entry, ...], tuple[int, ...]]  # entries, and the capacity of each one's bank
-
-
-class Home(NamedTuple):
-    """Where a family is at home."""
-
-    host: Host
-    course: Course
-
-
-@dataclass(eq=False)
-class Loaded:
-    """An executable that reads the banks as they are now."""
-
-    executable: Executable
-    homes: tuple[Home, ...]  # of each entry
-    offered: catalog.Executable | None = None  # once it was timed
-    used: int = 0  # the number of its last run
-
-    @property
-    def pools(self) -> Pools:
-        return [home.course.pool for home in self.homes]
-
-    @property
-    def capacities(self) -> tuple[int, ...]:
-        return tuple(home.host.store.capacity for home in self.homes)
 
 
 class Device:
     """`at` is the JAX device; the default one unless given."""
 
-    def __init__(self, memory_limit: int | None = None, at: Any = None, number: int = 0) -> None:
+    def __init__(
+        self, memory_limit: int | None = None, at: Any = None, number: int = 0, apart: Apart | None = None
+    ) -> None:
         self.at = default_device() if at is None else at
+        self._apart = apart if is_wanted(self.at.platform) else None
+        self._launched_s = -math.inf  # the last bundle
         self.number = number  # among those of the runtime
         self._memory_limit = memory_limit
         with self.here():
@@ -94,7 +80,11 @@ class Device:
         return cut(template, self._options, None, patience_us, slower)
 
     def compile(self, entries: tuple[Entry, ...], capacities: tuple[int, ...]) -> Executable:
-        return compile_executable([self._lanes(*both) for both in zip(entries, capacities, strict=True)])
+        """In a process of its own while others are served."""
+        lanes = [self._lanes(*both) for both in zip(entries, capacities, strict=True)]
+        if self._apart is None or time.monotonic() - self._launched_s > LATELY_S:
+            return compile_executable(lanes)
+        return compile_executable(lanes, compile=partial(self._apart.compile, self.at))
 
     def _lanes(self, entry: Entry, capacity: int) -> Lanes:
         host, course = self._homes[entry.family]
@@ -178,7 +168,7 @@ class Device:
 
     def launch(self, executable: int, entries: Sequence[Sequence[Ticket]]) -> Bundle:
         loaded = self._loaded[executable]
-        loaded.used = next(self._runs)
+        loaded.used, self._launched_s = next(self._runs), time.monotonic()
         number = next(ticket.bundles[-1] for tickets in entries for ticket in tickets)
         with jax.profiler.TraceAnnotation(ANNOTATION, device=self.number, bundle=number):
             each = zip(entries, loaded.executable.lanes, loaded.pools, strict=True)

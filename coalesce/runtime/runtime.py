@@ -26,7 +26,8 @@ from coalesce.runtime.form import match
 from coalesce.runtime.health import Health
 from coalesce.runtime.observer import Observer
 from coalesce.runtime.quarters import Resident
-from coalesce.runtime.station import health_of, making, Station
+from coalesce.runtime.station import health_of, Station
+from coalesce.runtime.surroundings import Surroundings
 from coalesce.runtime.tenancy import Tenancy, Wanted
 from coalesce.runtime.terms import allowed_ns, left_s, terms_of
 from coalesce.runtime.ticket import Reply, Ticket
@@ -41,8 +42,7 @@ class Runtime:
 
     Args:
       policy: what decides, or what makes one for each device; `Coalescing` unless given. See coalesce.scheduler.
-      devices: JAX devices, each served by a driver of its own; a family of tenants lives on one. JAX's default device
-        unless given.
+      devices: JAX devices, each with a driver of its own; a family lives on one of them. None: JAX's default device.
       widths: how many lanes the executables of a family have, ascending from 1.
       capacity: tenants of a family that there is room for at first; it grows by doubling. None: by the size of one.
       segments: how many a program is cut into, between which others may run. None: as few as cost and SLOs ask for.
@@ -77,11 +77,11 @@ class Runtime:
         if devices is not None and (not devices or (len(devices) > 1 and not callable(policy))):
             raise InvalidInput("give at least one device; with several, give policy= as a function that makes one")
         self._clock = clock
-        self._accounts = Accounts()
+        self._accounts, self._process = Accounts(), Surroundings(compiled)
         self._stations = [
             Station(
                 number,
-                Device(memory_limit, at, number),
+                Device(memory_limit, at, number, self._process.apart),
                 policy() if callable(policy) else policy,
                 self._accounts,
                 observers,
@@ -92,15 +92,14 @@ class Runtime:
                 executables=executables,
                 hang_s=hang_s,
                 stall_s=stall_s,
-                around=making(compiled),
+                around=self._process.around,
             )
             for number, at in enumerate(devices or [None])
         ]
         self._tenancy = Tenancy(self._stations)
         self._ids = itertools.count()
         self._sending = threading.RLock()  # ending one of them may call whoever submits another
-        self._closing = threading.Lock()
-        self._closed = False
+        self._closing, self._closed = threading.Lock(), False
 
     # Tenants
 
@@ -279,8 +278,10 @@ class Runtime:
             until = None if timeout is None else time.monotonic() + timeout
             for station in self._stations:
                 station.driver.inbox.put(Closed(drain))
+            self._process.apart.close()
             for station in self._stations:
                 station.close(left_s(until))
+            self._process.leave()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from coalesce.runtime.accounts import Accounts
 from coalesce.runtime.device import Device
 from coalesce.runtime.driver import Driver
 from coalesce.runtime.foundry import Foundry
-from coalesce.runtime.gil import handing_on
 from coalesce.runtime.health import Health
 from coalesce.runtime.history import History
 from coalesce.runtime.observer import Observer, Observers
-from coalesce.runtime.persistence import default_folder, keeping
 from coalesce.runtime.quarters import Quarters
 from coalesce.scheduler.events import Closed
 from coalesce.scheduler.policy import Policy
@@ -61,18 +56,6 @@ class Station:
             self.driver.book.wait_empty(None)
         self.foundry.stop()
         self.driver.stop()
-
-
-def making(compiled: str | os.PathLike[str] | Literal[False] | None) -> Callable[[], Any]:
-    """A context for making executables, which are kept in the folder `compiled`."""
-    folder = default_folder() if compiled is None else None if compiled is False else Path(compiled).expanduser()
-
-    @contextmanager
-    def around() -> Iterator[None]:
-        with handing_on(), keeping(folder):
-            yield
-
-    return around
 
 
 def health_of(stations: Sequence[Station], tenants: int, closed: bool, alone: Mapping[str, str]) -> Health:

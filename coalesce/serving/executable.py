@@ -12,7 +12,7 @@ and leaves for those after it, lies in a pool.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -88,12 +88,24 @@ class Traced(NamedTuple):
     staging: Staging
     states: States
     function: Any  # JAX's Traced
+    jitted: Any  # of it
+    arguments: tuple[Any, ...]
 
 
-def compile_executable(lanes: Sequence[Lanes], packed: bool | None = None) -> Executable:
-    """Plan and compile; `packed` as in `trace_executable`."""
-    bundle, staging, states, function = trace_executable(lanes, packed)
-    return Executable(tuple(lanes), bundle, staging, states, function.lower().compile())
+WRITTEN = 2  # the argument that is donated
+Compile = Callable[[Any, tuple[Any, ...], tuple[int, ...]], Any]  # (jitted, arguments, donated) -> JAX's Compiled
+
+
+def compile_executable(
+    lanes: Sequence[Lanes], packed: bool | None = None, compile: Compile | None = None
+) -> Executable:
+    """Plan and compile; `packed` as in `trace_executable`. `compile` may give None, and it is compiled here."""
+    traced = trace_executable(lanes, packed)
+    with J.precision_as_traced():
+        made = compile(traced.jitted, traced.arguments, (WRITTEN,)) if compile is not None else None
+    if made is None:
+        made = traced.function.lower().compile()
+    return Executable(tuple(lanes), traced.bundle, traced.staging, traced.states, made)
 
 
 def trace_executable(lanes: Sequence[Lanes], packed: bool | None = None) -> Traced:
@@ -129,8 +141,8 @@ def trace_executable(lanes: Sequence[Lanes], packed: bool | None = None) -> Trac
     registers = [states.structs(places) for places in (states.kept, states.written)]
     with J.precision_as_traced():
         banks = [own.schema.structs(own.capacity) for own in lanes]
-        function = jax.jit(serve, donate_argnums=2).trace(banks, *registers, staging.structs)
-    return Traced(bundle, staging, states, function)
+        jitted, arguments = jax.jit(serve, donate_argnums=WRITTEN), (banks, *registers, staging.structs)
+        return Traced(bundle, staging, states, jitted.trace(*arguments), jitted, arguments)
 
 
 def stacks(inputs: Sequence[jax.ShapeDtypeStruct], width: int) -> tuple[jax.ShapeDtypeStruct, ...]:

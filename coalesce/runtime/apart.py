@@ -1,0 +1,93 @@
+"""Compiling for a CPU in a process of its own, so that it takes no time from who serves.
+
+XLA's compiler for CPUs works on the threads that programs run on, and at their priority: whoever is asked for anything
+meanwhile would wait for it. The other process gets the traced program and gives the executable back. It is started when
+it is first needed, takes the time that others leave, and ends with this one. Where it cannot be used, what it was asked
+for is compiled here: a program that calls back into Python belongs to its process, and some platforms have no other.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import jax
+from jax import export
+from jax.experimental.serialize_executable import deserialize_and_load
+
+from coalesce.errors import Shutdown
+from coalesce.runtime.compiler import read, write
+
+WANTED = "COALESCE_APART"  # an environment variable: 0 for never
+
+LOG = logging.getLogger("coalesce.runtime")
+
+
+class Apart:
+    """One compiler for a runtime; those who want something wait for each other."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_useless = self._is_closed = False
+
+    def compile(self, device: Any, jitted: Any, arguments: tuple[Any, ...], donated: tuple[int, ...]) -> Any:
+        """`jitted.lower(*arguments).compile()`, or None if it cannot be made there."""
+        if self._is_useless:
+            return None
+        try:
+            program = bytes(export.export(jitted)(*arguments).serialize())
+        except Exception as e:  # it depends on this process
+            LOG.info("compiled where it is served: %s: %s", type(e).__name__, str(e)[:200])
+            return None
+        with self._lock:
+            try:
+                kind, made = self._ask((program, donated))
+            except (OSError, EOFError, ValueError) as e:
+                if self._is_closed:
+                    raise Shutdown("the runtime was closed") from None
+                self._is_useless = True
+                LOG.warning("there is no compiler in a process of its own: %s: %s", type(e).__name__, e)
+                return None
+        if kind == "failed":  # if it is the program's fault it fails here too, and says so
+            LOG.info("compiled where it is served: %s", made)
+            return None
+        return deserialize_and_load(*made, backend=device.client, execution_devices=[device])
+
+    def _ask(self, request: Any) -> tuple[str, Any]:
+        if self._process is None:
+            self._process = started()
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None, "the compiler has no pipes"
+        write(process.stdin, request)
+        answer = read(process.stdout)
+        if answer is None:
+            raise EOFError(f"it ended with {process.poll()}")
+        return answer
+
+    def close(self) -> None:
+        """What it is at work on is lost."""
+        self._is_closed = self._is_useless = True
+        process = self._process
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+
+def started() -> subprocess.Popen[bytes]:
+    own = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": str(int(jax.config.jax_enable_x64))}  # pyright: ignore
+    own["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    return subprocess.Popen(
+        [sys.executable, "-m", "coalesce.runtime.compiler"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | own,
+    )
+
+
+def is_wanted(platform: str) -> bool:
+    return platform == "cpu" and os.environ.get(WANTED) != "0" and bool(sys.executable)

@@ -1,0 +1,61 @@
+"""The other end of coalesce.runtime.apart: reads exported programs from its standard input, and writes what XLA made.
+
+    request   size, then pickled (program, donated arguments)
+    answer    size, then pickled ("made", (executable, trees of arguments and results)), or ("failed", why)
+
+It ends with its input, so that it never outlives who started it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+import sys
+from typing import Any, IO
+
+import jax
+from jax import export
+from jax.experimental.serialize_executable import serialize
+
+LESS_URGENT = 10  # than who serves: the highest would get nothing where others leave nothing
+SIZE = struct.Struct("<q")
+
+
+def read(stream: IO[bytes]) -> Any:
+    """None at the end."""
+    size = stream.read(SIZE.size)
+    return pickle.loads(stream.read(*SIZE.unpack(size))) if len(size) == SIZE.size else None
+
+
+def write(stream: IO[bytes], message: Any) -> None:
+    content = pickle.dumps(message)
+    stream.write(SIZE.pack(len(content)) + content)
+    stream.flush()
+
+
+def compiled(program: bytes, donated: tuple[int, ...]) -> Any:
+    exported = export.deserialize(bytearray(program))
+    structs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in exported.in_avals]
+    arguments, _ = jax.tree.unflatten(exported.in_tree, structs)
+    made = jax.jit(exported.call, donate_argnums=donated).lower(*arguments).compile()
+    return serialize(made)
+
+
+def answer(program: bytes, donated: tuple[int, ...]) -> tuple[str, Any]:
+    try:
+        return "made", compiled(program, donated)
+    except Exception as e:
+        return "failed", f"{type(e).__name__}: {e}"
+
+
+def main() -> None:
+    os.nice(LESS_URGENT)
+    given, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what anybody prints is no answer
+    while (request := read(given)) is not None:
+        write(answers, answer(*request))
+
+
+if __name__ == "__main__":
+    main()

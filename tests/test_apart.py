@@ -1,0 +1,100 @@
+"""Compiling in a process of its own, and the garbage that is not looked through while somebody serves."""
+
+import gc
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coalesce.runtime.apart import Apart, WANTED
+from coalesce.runtime.runtime import Runtime
+
+SLO = 30.0
+
+
+def net(params: Any, x: jax.Array) -> jax.Array:
+    for w in params:
+        x = jnp.tanh(x @ w)
+    return x
+
+
+def calls_back(params: Any, x: jax.Array) -> jax.Array:
+    return jax.pure_callback(lambda v: np.asarray(v) + 1, jax.ShapeDtypeStruct(x.shape, x.dtype), x) @ params[0]
+
+
+def params_of(seed: int) -> list[np.ndarray]:
+    return list(np.random.default_rng(seed).standard_normal((3, 8, 8)).astype(np.float32) / 3)
+
+
+def row(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((1, 8)).astype(np.float32)
+
+
+@pytest.fixture
+def wanted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv(WANTED, "1")
+    yield
+
+
+def check(rt: Runtime, name: str, fn: Any, seed: int) -> None:
+    want = np.asarray(jax.jit(fn)(params_of(seed), row(seed)))
+    for reply in [rt.submit(name, row(seed)) for _ in range(6)]:
+        np.testing.assert_allclose(reply.result(60), want, rtol=1e-5, atol=1e-6)
+
+
+def test_while_others_are_served_it_is_compiled_elsewhere(wanted, caplog):
+    """Also what is cut into segments, whose registers are donated. A compiler that dies is done without."""
+    with caplog.at_level(logging.INFO, "coalesce.runtime"), Runtime(widths=(1, 2), segments=2, compiled=False) as rt:
+        apart = rt._process.apart
+        rt.add_tenant("first", net, params_of(0), example=(row(0),), slo=SLO)
+        assert apart._process is None  # nobody was served meanwhile
+        check(rt, "first", net, 0)
+        rt.add_tenant("second", net, params_of(1), example=(row(0),), slo=SLO)
+        rt.warm_up(120.0)
+        process = apart._process
+        assert process is not None and process.poll() is None
+        assert not any("compiled where it is served" in r.getMessage() for r in caplog.records)
+        check(rt, "first", net, 0)
+        check(rt, "second", net, 1)
+        rt.add_tenant("calls", calls_back, params_of(2), example=(row(0),), slo=SLO)
+        assert any("compiled where it is served" in r.getMessage() for r in caplog.records)
+        check(rt, "calls", calls_back, 2)
+        process.kill()
+        rt.add_tenant("third", lambda p, x: net(p, x) + 1, params_of(3), example=(row(0),), slo=SLO)
+        assert any("no compiler in a process of its own" in r.getMessage() for r in caplog.records)
+        check(rt, "third", lambda p, x: net(p, x) + 1, 3)
+    assert process.poll() is not None
+
+
+def test_it_is_the_same_executable_bit_by_bit():
+    jitted, x = jax.jit(net), row(1)
+    structs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (params_of(0), x))
+    apart = Apart()
+    try:
+        made = apart.compile(jax.devices()[0], jitted, structs, ())
+        assert made is not None
+        np.testing.assert_array_equal(made(params_of(0), x), jitted(params_of(0), x))
+    finally:
+        apart.close()
+    assert apart.compile(jax.devices()[0], jitted, structs, ()) is None
+
+
+def test_what_was_there_before_is_not_looked_through_while_somebody_serves():
+    assert not gc.get_freeze_count()
+    with Runtime(widths=(1,)):
+        assert gc.get_freeze_count()
+        with Runtime(widths=(1,)):
+            pass
+        assert gc.get_freeze_count()
+    assert not gc.get_freeze_count()
+    gc.freeze()
+    try:
+        with Runtime(widths=(1,)):
+            pass
+        assert gc.get_freeze_count()  # the process's own
+    finally:
+        gc.unfreeze()

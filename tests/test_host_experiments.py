@@ -1,0 +1,36 @@
+"""The experiments about the runtime's own cost run, from their command line to their files; no test looks at a time."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from experiments import host_time, newcomer
+
+
+def saved(path: Path) -> dict:
+    assert path.with_suffix(".md").read_text().startswith("|")
+    return json.loads(path.read_text())
+
+
+def test_host_time_has_a_row_for_each_way_and_size(tmp_path, capsys):
+    host_time.main(["--requests=64", "--bytes=64", "--staged=4096", "--repeats=1", f"--out={tmp_path}"])
+    rows = saved(tmp_path / "host_time.json")["rows"]
+    assert [row["way"] for row in rows] == ["submit", "infer", "staging"]
+    assert all(row["host_us"] > 0 and 1 <= row["lanes"] <= 16 for row in rows[:2]) and rows[2]["gbs"] > 0
+    assert "< 30 us" in capsys.readouterr().out
+
+
+def test_newcomers_are_added_while_others_are_asked(tmp_path, capsys):
+    tiny = ["--width=8", "--layers=2", "--rate=50", "--families=1", "--turns=1", "--widths=1"]
+    newcomer.main([*tiny, f"--out={tmp_path}"])
+    (row,) = saved(tmp_path / "newcomer.json")["rows"]
+    assert row["families"] == 1 and min(row["steady_requests"], row["adding_requests"]) > 0
+    assert row["p99_ratio"] == round(row["adding_p99_ms"] / row["steady_p99_ms"], 2)
+    assert "the target is 2" in capsys.readouterr().out
+
+
+def test_quantiles_are_in_milliseconds():
+    assert newcomer.quantiles(np.linspace(0, 0.1, 1001).tolist()) == {
+        "requests": 1001, "p50_ms": 50.0, "p99_ms": 99.0, "p999_ms": 99.9,
+    }  # fmt: skip
