@@ -22,13 +22,14 @@ from jax.experimental.serialize_executable import deserialize_and_load
 from coalesce.errors import Shutdown
 from coalesce.runtime.compiler import read, write
 
+PATIENCE_S = 10.0
 WANTED = "COALESCE_APART"  # an environment variable: 0 for never
 
 LOG = logging.getLogger("coalesce.runtime")
 
 
 class Apart:
-    """One compiler for a runtime; those who want something wait for each other."""
+    """One compiler for a runtime; those who want something wait for each other, but not for long."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -44,24 +45,39 @@ class Apart:
         except Exception as e:  # it depends on this process
             LOG.info("compiled where it is served: %s: %s", type(e).__name__, str(e)[:200])
             return None
-        with self._lock:
-            try:
-                kind, made = self._ask((program, donated))
-            except (OSError, EOFError, ValueError) as e:
-                if self._is_closed:
-                    raise Shutdown("the runtime was closed") from None
-                self._is_useless = True
-                LOG.warning("there is no compiler in a process of its own: %s: %s", type(e).__name__, e)
-                return None
+        if not self._lock.acquire(timeout=PATIENCE_S):
+            return None
+        try:
+            answer = self._answer((program, donated))
+        finally:
+            self._lock.release()
+        if answer is None:
+            return None
+        kind, made = answer
         if kind == "failed":  # if it is the program's fault it fails here too, and says so
             LOG.info("compiled where it is served: %s", made)
             return None
         return deserialize_and_load(*made, backend=device.client, execution_devices=[device])
 
+    def _answer(self, request: Any) -> tuple[str, Any] | None:
+        """None if there is no use in asking."""
+        if self._is_useless:
+            return None
+        try:
+            return self._ask(request)
+        except (OSError, EOFError, ValueError) as e:
+            if self._is_closed:
+                raise Shutdown("the runtime was closed") from None
+            self._is_useless = True
+            LOG.warning("there is no compiler in a process of its own: %s: %s", type(e).__name__, e)
+            return None
+
     def _ask(self, request: Any) -> tuple[str, Any]:
         if self._process is None:
             self._process = started()
         process = self._process
+        if self._is_closed:
+            process.kill()
         assert process.stdin is not None and process.stdout is not None, "the compiler has no pipes"
         write(process.stdin, request)
         answer = read(process.stdout)

@@ -23,9 +23,13 @@ SIZE = struct.Struct("<q")
 
 
 def read(stream: IO[bytes]) -> Any:
-    """None at the end."""
-    size = stream.read(SIZE.size)
-    return pickle.loads(stream.read(*SIZE.unpack(size))) if len(size) == SIZE.size else None
+    """None at the end, also in the middle of a message."""
+    head = stream.read(SIZE.size)
+    if len(head) < SIZE.size:
+        return None
+    (size,) = SIZE.unpack(head)
+    content = stream.read(size)
+    return pickle.loads(content) if len(content) == size else None
 
 
 def write(stream: IO[bytes], message: Any) -> None:

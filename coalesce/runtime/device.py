@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ from coalesce.scheduler import catalog
 from coalesce.scheduler.catalog import Catalog, Entry
 from coalesce.serving.executable import compile_executable, Executable, Lanes
 from coalesce.serving.fit import Fit, Template
+from coalesce.serving.making import make_here
 from coalesce.serving.schema import cut, Options, plan_schema, Schema
 from coalesce.serving.segments import Segments
 from coalesce.serving.store import free_bytes
@@ -80,11 +80,15 @@ class Device:
         return cut(template, self._options, None, patience_us, slower)
 
     def compile(self, entries: tuple[Entry, ...], capacities: tuple[int, ...]) -> Executable:
-        """In a process of its own while others are served."""
         lanes = [self._lanes(*both) for both in zip(entries, capacities, strict=True)]
-        if self._apart is None or time.monotonic() - self._launched_s > LATELY_S:
-            return compile_executable(lanes)
-        return compile_executable(lanes, compile=partial(self._apart.compile, self.at))
+        return compile_executable(lanes, make=self.make)
+
+    def make(self, jitted: Any, arguments: tuple[Any, ...], donated: tuple[int, ...]) -> Any:
+        """JAX's Compiled; made in a process of its own while others are served."""
+        made = None
+        if self._apart is not None and time.monotonic() - self._launched_s < LATELY_S:
+            made = self._apart.compile(self.at, jitted, arguments, donated)
+        return made if made is not None else make_here(jitted, arguments, donated)
 
     def _lanes(self, entry: Entry, capacity: int) -> Lanes:
         host, course = self._homes[entry.family]

@@ -177,10 +177,10 @@ class Quarters:
             capacity = (self._capacity or first_capacity(schema)) + reserve(schema.segments)
         lanes = self._site.lanes
         needed = capacity * schema.slot_bytes + schema.shared_bytes + pool_bytes(schema.segments, lanes)
-        prepare = Preparer(schema)
+        prepare = Preparer(schema, self._device.make)
         with self._site.rooms:
             self._device.check_room(f"tenant {resident.name!r}, with room for {capacity} of its kind,", needed)
-            store = Store(schema, capacity, prepare(fitted))
+            store = Store(schema, capacity, prepare(fitted), self._device.make)
             families = self._device.next_families(len(schema.templates))
             host = Host(schema, prepare, store, courses_of(families, schema.segments, lanes))
             self._driver.carry_out(lambda: self._device.admit(host) or ())

@@ -12,7 +12,7 @@ and leaves for those after it, lies in a pool.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from coalesce.lower import run_stacked
 from coalesce.passes.join_arrays import row_bytes, SMALL_ROW
 from coalesce.serving.as_it_is import run_one
 from coalesce.serving.fit import Template
+from coalesce.serving.making import Make, make_here
 from coalesce.serving.pool import Pool
 from coalesce.serving.schema import plan_lanes, Schema, weight_of
 from coalesce.serving.segments import Segments
@@ -93,18 +94,13 @@ class Traced(NamedTuple):
 
 
 WRITTEN = 2  # the argument that is donated
-Compile = Callable[[Any, tuple[Any, ...], tuple[int, ...]], Any]  # (jitted, arguments, donated) -> JAX's Compiled
 
 
-def compile_executable(
-    lanes: Sequence[Lanes], packed: bool | None = None, compile: Compile | None = None
-) -> Executable:
-    """Plan and compile; `packed` as in `trace_executable`. `compile` may give None, and it is compiled here."""
+def compile_executable(lanes: Sequence[Lanes], packed: bool | None = None, make: Make = make_here) -> Executable:
+    """Plan and compile; `packed` as in `trace_executable`."""
     traced = trace_executable(lanes, packed)
     with J.precision_as_traced():
-        made = compile(traced.jitted, traced.arguments, (WRITTEN,)) if compile is not None else None
-    if made is None:
-        made = traced.function.lower().compile()
+        made = make(traced.jitted, traced.arguments, (WRITTEN,))
     return Executable(tuple(lanes), traced.bundle, traced.staging, traced.states, made)
 
 

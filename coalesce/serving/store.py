@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Hashable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from jax import lax
 from coalesce import jaxpr as J
 from coalesce.bank import default_device, on_device, prepare_key
 from coalesce.serving.fit import Fit
+from coalesce.serving.making import Make, make_here
 from coalesce.serving.rows import lay_out, leaves_of
 from coalesce.serving.schema import Schema
 
@@ -32,16 +34,16 @@ Rows = list[jax.Array]  # [1, ...] for each argument of the bank
 class Store:
     """A bank with room for `capacity` tenants. `first` holds what they share: the rows of any tenant of the schema."""
 
-    def __init__(self, schema: Schema, capacity: int, first: Rows) -> None:
-        self.schema, self.capacity = schema, capacity
+    def __init__(self, schema: Schema, capacity: int, first: Rows, make: Make = make_here) -> None:
+        self.schema, self.capacity, self._make = schema, capacity, make
         self._owned = [i for i in range(len(schema.slabs)) if schema.owned(i)]
         self._free = list(range(capacity))
         self._writers: dict[int, Any] = {}  # by capacity
         self._growers: dict[tuple[int, int], list[Any]] = {}
         structs = schema.structs(capacity)
-        owned = jax.jit(lambda: [jnp.zeros(structs[i].shape, structs[i].dtype) for i in self._owned])()
+        zeros = jax.jit(lambda: [jnp.zeros(structs[i].shape, structs[i].dtype) for i in self._owned])
         self.bank: list[jax.Array] = list(first)
-        self._replace(owned)
+        self._replace(make(zeros, (), ())())
         self.make_ready(capacity)
 
     @property
@@ -67,12 +69,12 @@ class Store:
         rows = [self.schema.structs(1)[i] for i in self._owned]
         if capacity not in self._writers:
             slot = jax.ShapeDtypeStruct((), np.int32)
-            self._writers[capacity] = jax.jit(write_rows, donate_argnums=0).lower(bank, rows, slot).compile()
+            self._writers[capacity] = self._make(jax.jit(write_rows, donate_argnums=0), (bank, rows, slot), (0,))
         change = (self.capacity, capacity)
         if capacity > self.capacity and change not in self._growers:
             old = [self.schema.structs(self.capacity)[i] for i in self._owned]
-            grow = jax.jit(grown, static_argnums=1)
-            self._growers[change] = [grow.lower(one, capacity).compile() for one in old]
+            grow = jax.jit(partial(grown, capacity=capacity))
+            self._growers[change] = [self._make(grow, (one,), ()) for one in old]
 
     def grow(self, capacity: int) -> None:
         """Make room for more tenants; each keeps its slot. One array after the other, so that few lie twice."""
@@ -107,16 +109,17 @@ def grown(array: jax.Array, capacity: int) -> jax.Array:
 class Preparer:
     """Prepares tenants' weights; those that hold theirs in the same order share what was compiled for the first."""
 
-    def __init__(self, schema: Schema) -> None:
-        self.schema = schema
+    def __init__(self, schema: Schema, make: Make = make_here) -> None:
+        self.schema, self._make = schema, make
         self._compiled: dict[Hashable, Callable[..., Rows]] = {}
 
     def __call__(self, fit: Fit) -> Rows:
         key = (tuple(map(prepare_key, fit.programs)), fit.sources)
-        if key not in self._compiled:
-            self._compiled[key] = lay_out(self.schema, fit)
+        leaves = [on_device(own) for own in leaves_of(fit)]
         with J.precision_as_traced():
-            return self._compiled[key]([on_device(own) for own in leaves_of(fit)])
+            if key not in self._compiled:
+                self._compiled[key] = self._make(lay_out(self.schema, fit), (leaves,), ())
+            return self._compiled[key](leaves)
 
 
 def free_bytes(held: Iterable[Any], limit: int | None = None) -> int | None:
