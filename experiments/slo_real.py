@@ -55,12 +55,15 @@ class Offered(Observer):
 
     def times(self) -> list[dict[int, int]]:
         """How long each width of each family takes to its end, families in the order of their first tenants."""
-        found: dict[int, Counter[int]] = {}
+        found: dict[int, dict[int, list[int]]] = {}
         for executable in self.catalog.executables:
             if len(executable.entries) == 1:
                 family, _, width = executable.entries[0]
-                found.setdefault(family, Counter())[width] += executable.l50_ns
-        return [found[family] for family in sorted(found)]
+                found.setdefault(family, {}).setdefault(width, []).append(executable.l50_ns)
+        return [
+            {width: sum(ns) for width, ns in found[family].items() if len(ns) == self.catalog.segments_of(family)}
+            for family in sorted(found)
+        ]
 
 
 @dataclass(frozen=True)

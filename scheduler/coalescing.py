@@ -35,7 +35,7 @@ from coalesce.scheduler.events import (
     Timer,
 )
 from coalesce.scheduler.flight import Bundle, Flight
-from coalesce.scheduler.joining import join, Part, Run
+from coalesce.scheduler.joining import join, meets, Part, Run
 from coalesce.scheduler.latency import LatencyModel, Prediction
 from coalesce.scheduler.patience import wait_until
 from coalesce.scheduler.quarantine import Watch
@@ -202,12 +202,17 @@ class Coalescing:
         return None
 
     def _is_awaited(self, run: Run, start_ns: int) -> bool:
-        """Whether lanes on the device are more urgent than this run, and would be torn apart after it."""
+        """Whether lanes on the device are more urgent than this run and would be torn apart after it, or are better run
+        together with it."""
         for bundle in self._flight:
             for (family, segment), lanes in bundle.parts:
-                ahead_ns = self._costs.of((family, segment + 1)).through(len(lanes))
-                latest_ns = lanes[0].request.deadline_ns - ahead_ns
-                if ahead_ns and latest_ns < min(run.latest_ns, start_ns + run.l50_ns):
+                costs = self._costs.of((family, segment + 1))
+                if not costs.options:
+                    continue
+                latest_ns = lanes[0].request.deadline_ns - costs.through(len(lanes))
+                if latest_ns < min(run.latest_ns, start_ns + run.l50_ns):
+                    return True
+                if (family, segment + 1) == run.parts[0].queue.place and meets(run, len(lanes), start_ns):
                     return True
         return False
 

@@ -62,6 +62,18 @@ def catch_up(window: Window, queues: Queues, start_ns: int) -> Window | None:
     return late if done_ns + late.option.l99_ns <= window.queue.items[0][0] else None
 
 
+def meets(run: Run, coming: int, start_ns: int) -> bool:
+    """Whether a run is better made with lanes that come to the same place when the device is free, and can be."""
+    part = run.parts[0]
+    both = part.end - part.first + coming
+    options = part.queue.costs.options
+    shared = next((o for o in options if o.width >= both), None)
+    apart = next((o for o in options if o.width >= coming), None)
+    if shared is None or apart is None or part.first or part.queue.lot or shared.l50_ns >= run.l50_ns + apart.l50_ns:
+        return False
+    return start_ns + shared.through_ns <= part.queue.items[0][0]
+
+
 def mix(window: Window, queues: Queues, costs: Costs, start_ns: int) -> Run | None:
     """The executable that saves most beside runs one after another, with all its heads in time."""
     if window.first or window.queue.lot:

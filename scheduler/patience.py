@@ -17,7 +17,7 @@ def wait_until(run: Run, start_ns: int) -> int:
     lanes = part.end - part.first
     if len(run.parts) > 1 or part.first or queue.lot or queue.place[1]:
         return 0
-    if lanes >= part.width or lanes >= queue.costs.options[-1].width:
+    if lanes >= queue.costs.options[queue.costs.steady].width:
         return 0
     fixed_ns = queue.costs.fixed_ns
     if lanes * queue.gap_ns >= fixed_ns:

@@ -67,7 +67,7 @@ class Queue:
         self.head_ns = 0  # counted there for the first of a run
         self.serial = serial
         self.gap_ns = FAR  # between two arrivals, smoothed
-        self.came_ns = 0  # the last one
+        self.came_ns: int | None = None  # the last one
 
     def ready(self) -> int:
         """How many of its lanes can run now. Those that run their first segment again have their slots."""
@@ -81,8 +81,9 @@ class Queue:
         return not self.items or request.deadline_ns < self.items[0][0]
 
     def note_arrival(self, now_ns: int) -> None:
-        gap_ns = now_ns - self.came_ns
-        self.gap_ns = max(1, self.gap_ns + ((gap_ns - self.gap_ns) >> 3) if self.gap_ns != FAR else gap_ns)
+        if self.came_ns is not None:
+            gap_ns = now_ns - self.came_ns
+            self.gap_ns = max(1, gap_ns if self.gap_ns == FAR else self.gap_ns + ((gap_ns - self.gap_ns) >> 3))
         self.came_ns = now_ns
 
 

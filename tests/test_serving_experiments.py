@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from coalesce.scheduler.catalog import Catalog, Entry, Executable
 from coalesce.scheduler.commands import Reason
+from coalesce.scheduler.events import CatalogChanged
 from coalesce.scheduler.run import Outcome
 from experiments import overload, overload_report, policy_regret, slo_report, slo_sweeps
 from experiments.results import header
@@ -20,6 +22,7 @@ from experiments.simulated import (
     run_policy,
     Setting,
 )
+from experiments.slo_real import Offered
 
 pytestmark = pytest.mark.once
 
@@ -165,3 +168,12 @@ def test_regret_is_the_share_of_the_optimum_that_is_lost():
 def test_reasons_of_baselines_are_those_of_requests_that_came_too_late():
     run = run_policy("EDF, one by one", replace(SMALL, rate=5000.0), arrivals_of(replace(SMALL, rate=5000.0), 200, 1))
     assert set(run.reasons.values()) <= {Reason.INFEASIBLE, Reason.EXPIRED}
+
+
+def test_a_width_counts_that_all_segments_of_a_program_have():
+    offered = Offered()
+    forms = [(0, 0, 1, 10), (0, 1, 1, 20), (0, 0, 4, 30), (7, 0, 2, 5)]
+    made = tuple(Executable(i, (Entry(f, s, w),), ns, 9 * ns) for i, (f, s, w, ns) in enumerate(forms))
+    mixed = Executable(9, (Entry(0, 0, 1), Entry(7, 0, 2)), 12, 13)
+    offered.decided(CatalogChanged(Catalog((*made, mixed), {0: 2})), 0, [])
+    assert offered.times() == [{1: 30}, {2: 5}]
