@@ -224,10 +224,6 @@ class Coalescing:
         self._out += self._wants.for_queue(head, self._cap_ns, now_ns)
         if len(run.parts) == 1:
             self._want_both(run.parts[0], now_ns)
-        if len(run.parts) == 1:
-            left = next((queue for _, _, queue in head.level.order if queue is not head and queue.costs.options), None)
-            if left is not None:
-                self._out += self._wants.for_both(head, run.parts[0].end - run.parts[0].first, left, now_ns)
         parts = tuple((w.queue.place, self._take(w.queue, w.first, w.end, w.width)) for w in run.parts)
         clean_ns = self.latency.of(run.executable).l99_ns
         bundle = Bundle(self._bundles, run.executable, parts, run.l50_ns, run.l99_ns, clean_ns)
