@@ -153,9 +153,10 @@ def widths_up_to(times: Times, most: int | None) -> Times:
 
 @contextmanager
 def serving(owned: Sequence[Owned], widths: Sequence[int], start_s: float = START_S) -> Iterator[Service]:
-    """`start_s`: how long executables are waited for."""
+    """With room for all tenants at once, so that no executable is made twice; they are waited for `start_s`."""
     offered, policy = Offered(), Switching(POLICIES[FIRST])
-    with Runtime(policy=policy, widths=widths, observers=[offered]) as rt:
+    capacity = max(Counter(own.kind.name for own in owned).values())
+    with Runtime(policy=policy, widths=widths, capacity=capacity, observers=[offered]) as rt:
         for own in owned:
             rt.add_tenant(own.name, own.kind.model.apply, own.params, example=own.inputs, slo=own.kind.slo_ns / 1e9)
         rt.warm_up(start_s)
