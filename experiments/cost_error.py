@@ -47,6 +47,7 @@ flags.DEFINE_bool("force", False, "forget earlier figures")
 flags.DEFINE_string("again", None, "a result to predict anew, for the device that it is of; nothing is measured")
 
 LEAST_US = 0.05  # what a clock can tell apart, over the runs of a case
+MEASURED = ("measured_us", "failed")  # what is in a row besides the case
 MOST_BYTES = 5e8  # of the weights of a case, where two runs need no more
 
 
@@ -108,7 +109,8 @@ def predict_again(path: Path) -> None:
     head = result["header"] | {"note": FLAGS.note or result["header"]["note"]}
     rows = {name_of(row): row for row in result["rows"]}
     costs = Costs(DEVICES[head["settings"]["entry"]])
-    anew = [fastest(case.row, rows.pop(name_of(case.row), None)) for case in cases(costs, costs.device.platform)]
+    found = [(case, rows.pop(name_of(case.row), None)) for case in cases(costs, costs.device.platform)]
+    anew = [case.row | {key: old[key] for key in MEASURED if key in old} for case, old in found if old]
     if rows:
         raise app.UsageError(f"{path} has what is not predicted with these flags, such as {next(iter(rows.values()))}")
     save_rows(path, head, anew)
