@@ -34,13 +34,19 @@ def test_serve_demo_shows_every_tenant(capsys, tmp_path):
 
 
 def test_isolation_has_a_row_for_each_number_and_method(tmp_path, capsys):
-    isolation.main(["--fields=width=8,layers=2", "--tenants=2", "--duration=0.1", f"--out={tmp_path}",
-                    "--methods=coalescing,fifo,processes,processes_mps", "--most_processes=1"])  # fmt: skip
-    rows = {row["method"]: row for row in saved(tmp_path)["rows"]}
-    assert set(rows) == set(isolation.METHODS)
-    for method in ("coalescing", "fifo"):
-        assert rows[method]["requests"] >= 2 and 0 < rows[method]["p10_ms"] <= rows[method]["p99_ms"]
-    assert "left out above 1" in rows["processes"]["failed"] and rows["processes_mps"]["failed"]
+    tiny = ["--fields=width=8,layers=2", "--duration=0.1", f"--out={tmp_path}", "--most_processes=1"]
+    isolation.main([*tiny, "--tenants=1,2", "--methods=fifo", "--budget_s=0"])
+    first = saved(tmp_path)["rows"]
+    assert [(row["tenants"], row["method"]) for row in first] == [(1, "fifo")]
+    isolation.main([*tiny, "--tenants=1,2", "--methods=fifo,coalescing", "--budget_s=600"])
+    isolation.main([*tiny, "--tenants=2", "--methods=processes,processes_mps"])
+    rows = {(row["tenants"], row["method"]): row for row in saved(tmp_path)["rows"]}
+    assert list(rows) == [(1, "coalescing"), (1, "fifo"), *((2, method) for method in isolation.METHODS)]
+    assert rows[1, "fifo"] == first[0]
+    for (tenants, method), row in rows.items():
+        if method in ("coalescing", "fifo"):
+            assert row["requests"] >= tenants and 0 < row["p10_ms"] <= row["p99_ms"]
+    assert "left out above 1" in rows[2, "processes"]["failed"] and rows[2, "processes_mps"]["failed"]
     assert "| 2       | coalescing |" in capsys.readouterr().out
 
 
