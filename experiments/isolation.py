@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from typing import Any, NamedTuple
@@ -85,7 +85,7 @@ def closed_loop(rt: Runtime, lives: Sequence[Live], duration_s: float) -> None:
         left.acquire()
 
 
-def in_runtime(cells: Sequence[Cell]) -> Iterator[tuple[Cell, Mapping[str, list[int]]]]:
+def in_runtime(cells: Sequence[Cell]) -> Generator[tuple[Cell, Mapping[str, list[int]]], None, None]:
     """Latencies by tenant of each cell; tenants come as they are needed, and stay."""
     if not cells:
         return

@@ -79,8 +79,8 @@ def quantiles(executable: Executable, rng: Random) -> int:
 class HostTimes(Protocol):
     """What the host takes, asked anew each time."""
 
-    def wake(self) -> int:
-        """From an arrival, or a time that was asked for, until the driver's thread is told, if it has nothing to do."""
+    def wake(self, ended: bool) -> int:
+        """Until the driver's thread is told what happens while it waits: that a bundle ended, or anything else."""
         ...
 
     def decide(self, commands: Sequence[Command]) -> int:
@@ -105,7 +105,7 @@ class Host:
     tell_ns: int = 0
     wake_ns: int = 0
 
-    def wake(self) -> int:
+    def wake(self, ended: bool) -> int:
         return self.wake_ns
 
     def decide(self, commands: Sequence[Command]) -> int:

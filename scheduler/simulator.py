@@ -9,7 +9,7 @@ wanted is compiled for a while. Nothing is drawn but from `seed`: equal argument
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
 from random import Random
 from typing import NamedTuple
@@ -106,6 +106,7 @@ class Simulation:
         self._wanted: set[tuple[Entry, ...]] = set()
         self._compiled_ns = 0
         self._device_ns = 0  # when it is done with what it has
+        self._told_ns = 0  # when the policy is told of the last bundle
         self._driver_ns = 0  # when it is done with what it was told
         self._wake_ns = FAR
 
@@ -116,30 +117,30 @@ class Simulation:
 
     def go(self, arrivals: Iterable[Arrival], until_ns: int) -> None:
         coming = iter(arrivals)
-        arrival, arrival_ns = self._next(coming, 0)
+        arrival = next(coming, None)
         heap, run = self._heap, self._run
         while True:
+            arrival_ns = arrival.time_ns if arrival is not None else FAR
             next_ns = min(heap[0][0], self._wake_ns) if heap else self._wake_ns
             time_ns = min(next_ns, arrival_ns)
             if time_ns >= until_ns:
                 return
-            now_ns = run.end_ns = max(time_ns, self._driver_ns)
+            now_ns = run.end_ns = self._told_at(time_ns, bool(heap) and heap[0][0] == time_ns)
             if arrival is not None and arrival_ns < next_ns:
                 together: list[Request] = []
                 upto_ns = min(now_ns, next_ns)
-                while arrival is not None and arrival_ns <= upto_ns:
+                while arrival is not None and arrival.time_ns <= upto_ns:
                     together.append(self._request(arrival))
-                    arrival, arrival_ns = self._next(coming, arrival_ns)
+                    arrival = next(coming, None)
                 self._tell(Submitted(tuple(together)), now_ns)
             elif heap and heap[0][0] <= self._wake_ns:
                 self._happen(heappop(heap), now_ns)
             else:
                 self._tell(Timer(), now_ns)
 
-    def _next(self, coming: Iterator[Arrival], after_ns: int) -> tuple[Arrival | None, int]:
-        """(who comes, when the driver is told): they are told in their order."""
-        arrival = next(coming, None)
-        return arrival, FAR if arrival is None else max(after_ns, arrival.time_ns + self._host.wake())
+    def _told_at(self, time_ns: int, ended: bool) -> int:
+        """When the driver is told what happens, or ends, at a time: at once after what it is at, or it wakes up."""
+        return self._driver_ns if time_ns < self._driver_ns else time_ns + self._host.wake(ended)
 
     def _request(self, arrival: Arrival) -> Request:
         """It waits, for all that anybody knows."""
@@ -201,7 +202,7 @@ class Simulation:
                 self._dispatch(command, now_ns)
             elif isinstance(command, WakeAt):
                 assert command.time_ns > now_ns, f"asked at {now_ns} to be woken at {command.time_ns}"
-                self._wake_ns = command.time_ns + self._host.wake()
+                self._wake_ns = command.time_ns
             elif isinstance(command, Reject):
                 self._reject(command, event, now_ns)
             elif isinstance(command, Want):
@@ -222,7 +223,8 @@ class Simulation:
         run.mixed += len(command.lanes) > 1
         self._device_ns = end_ns
         self._bundles[command.bundle] = command
-        self.happen([(end_ns + self._host.tell(), Completed(command.bundle, start_ns, end_ns, failed))])
+        self._told_ns = max(self._told_ns, end_ns + self._host.tell())
+        self.happen([(self._told_ns, Completed(command.bundle, start_ns, end_ns, failed))])
 
     def _go_wrong(self, faults: Faults, command: Dispatch, start_ns: int, end_ns: int) -> tuple[int, bool]:
         """(when it ends, whether it fails)"""

@@ -54,10 +54,13 @@ def test_the_simulator_gets_what_the_real_runtime_got(tmp_path, monkeypatch):
     monkeypatch.setattr(sim_vs_real, "MODELS", (("mlp", {"width": 8, "layers": 2}),))
     monkeypatch.setattr(sim_vs_real, "ALONE", 3)
     monkeypatch.setattr(sim_vs_real, "LEAST_ALONE_S", 0.02)  # no host is too slow for that
-    sim_vs_real.main(["--configurations=12", "--duration=0.4", f"--out={tmp_path}"])
+    quick = ["--duration=0.4", "--slices=1", f"--out={tmp_path}"]
+    sim_vs_real.main([*quick, "--configurations=12"])
+    sim_vs_real.main([*quick, "--configurations=12"])  # it is there
+    sim_vs_real.main([*quick, "--configurations=12,13", "--budget_s=0"])
     (row,) = saved(tmp_path)["rows"]
     assert row["requests"] > 0 and 0 <= row["real"] <= 1 and 0 <= row["simulated"] <= 1
-    assert row["points"] == pytest.approx(100 * (row["simulated"] - row["real"]), abs=1e-2)
+    assert row["points"] == pytest.approx(100 * (row["simulated"] - row["real"]), abs=1e-2) and row["again"] is None
 
 
 def test_configurations_are_twenty_that_differ():
