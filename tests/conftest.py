@@ -1,6 +1,8 @@
 """What all tests share: strict arithmetic, golden texts and the hypothesis profiles.
 
 pytest --update-golden                      rewrite tests/golden/; read the diff before committing it
+pytest --unchecked                          without the annotations checked
+pytest --xla own                            compile as XLA does unless told otherwise (default: cheaply, see below)
 pytest --hypothesis-profile quick           20 examples a property (default: 200, on a second interpreter: 25; the
                                             same ones in every run; soak: 2000, others in every run)
 """
@@ -20,10 +22,11 @@ os.environ["COALESCE_APART"] = "0"  # a process for each of them would take long
 os.environ["COALESCE_COMPILED"] = ""  # nor does what is compiled here find its way there, or back
 
 import jax
+import jaxlib
 import pytest
 from hypothesis import settings
 
-import tests.annotations  # noqa: F401 - pyproject.toml names it, and expects it to be there
+from tests.annotations import check_all
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -39,6 +42,25 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files instead of comparing")
+    parser.addoption("--unchecked", action="store_true", help="do not check annotations as the tests run")
+    parser.addoption("--xla", choices=("cheap", "own"), default="cheap", help="how XLA compiles: cheaply, or as usual")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--unchecked"):
+        check_all("coalesce")
+    if config.getoption("--xla") == "cheap":
+        compile_cheaply()
+
+
+def compile_cheaply() -> None:
+    """Compiling is most of what the tests take. XLA's passes over a program decide what is computed, and stay as they
+    are; what makes machine code of it does so in a hurry, in the processes that tests start too."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    if jaxlib.__version__.startswith("0.10."):  # 0.12 knows the first no more, and an unknown one ends the process
+        flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"  # a third of the time
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
