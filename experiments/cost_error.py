@@ -2,6 +2,7 @@
 
     python -m experiments.cost_error
     python -m experiments.cost_error --ops=40 --groups=1,8 --budget_s=240
+    python -m experiments.cost_error --again=experiments/results/h100/cost_error.json     predicts anew, on any machine
 
 Measures superkernels over heavy ops of coalesce.models, alone and in packs, and the copies between packs, each in the
 middle of a program (coalesce/measuring/in_program.py), and compares them with `Costs` of the device; then does the same
@@ -11,15 +12,17 @@ earlier figures, since on a machine that others use the fastest is the one that 
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, flags, logging
 
-from coalesce.costs import Costs, device_of
+from coalesce.costs import Costs, device_of, DEVICES
 from coalesce.measuring.in_program import in_program_us
 from coalesce.models import NAMES
 from experiments.cells import brief
@@ -41,8 +44,10 @@ flags.DEFINE_string("device_name", None, "how the results call the device")
 flags.DEFINE_string("note", "", "a remark for the results' header, such as that others use the machine too")
 flags.DEFINE_string("out", None, "folder of the results; experiments/results/<device> if not given")
 flags.DEFINE_bool("force", False, "forget earlier figures")
+flags.DEFINE_string("again", None, "a result to predict anew, for the device that it is of; nothing is measured")
 
 LEAST_US = 0.05  # what a clock can tell apart, over the runs of a case
+MEASURED = ("measured_us", "failed")  # what is in a row besides the case
 MOST_BYTES = 5e8  # of the weights of a case, where two runs need no more
 
 
@@ -75,6 +80,9 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"what is {argv[1]}?")
     start = time.perf_counter()
     logging.set_verbosity(logging.WARNING)  # JAX names every backend that it does not find
+    if FLAGS.again:
+        predict_again(Path(FLAGS.again))
+        return
     platform, kind = jax.default_backend(), jax.devices()[0].device_kind
     costs = Costs(device_of(platform, kind))
     command = " ".join(["python -m experiments.cost_error", *given_flags()])
@@ -92,6 +100,24 @@ def main(argv: Sequence[str]) -> None:
             print(f"{case.cls} {case.what} {case.kernel} x{case.groups}: {row}", file=sys.stderr, flush=True)
         rows.append(fastest(row, old))
         save_rows(path, head, rows)
+    write(path, head, rows)
+
+
+def predict_again(path: Path) -> None:
+    """With what was measured as it was."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    head = result["header"] | {"note": FLAGS.note or result["header"]["note"]}
+    rows = {name_of(row): row for row in result["rows"]}
+    costs = Costs(DEVICES[head["settings"]["entry"]])
+    found = [(case, rows.pop(name_of(case.row), None)) for case in cases(costs, costs.device.platform)]
+    anew = [case.row | {key: old[key] for key in MEASURED if key in old} for case, old in found if old]
+    if rows:
+        raise app.UsageError(f"{path} has what is not predicted with these flags, such as {next(iter(rows.values()))}")
+    save_rows(path, head, anew)
+    write(path, head, anew)
+
+
+def write(path: Path, head: Mapping[str, Any], rows: Sequence[Row]) -> None:
     recorded = [record.row for record in records()]
     text = report(head, rows, recorded)
     path.with_suffix(".md").write_text(text, encoding="utf-8")

@@ -1,12 +1,22 @@
 """How many requests are in time, by policy: against rate, burstiness, SLO, number of tenants and of programs.
 
     python -m experiments.slo_attainment                                   # simulated: exact, on any machine
-    python -m experiments.slo_attainment --real --models=resnet50          # on the device at hand, a subset
+    python -m experiments.slo_attainment --real                            # on the device at hand, a subset
 
 Simulated, all policies run the same arrivals on a virtual clock (experiments/simulated.py), in sweeps of one parameter
 after the other (experiments/slo_sweeps.py); a search finds for each the rate at which 99% of the requests meet the SLO.
 For real, the runtime serves tenants of one model or several under its own policy and, with coalescing off, under FIFO
-and EDF (experiments/slo_serve.py). Rows that the results have already are not made again.
+and EDF (experiments/slo_serve.py); on a GPU beside it PyTorch does, with a CUDA graph a tenant behind an EDF queue
+(experiments/slo_torch.py). Rows that the results have already are not made again.
+
+On a GPU, where minutes are dear, in this order; each goes on where it had to stop:
+
+    export JAX_COMPILATION_CACHE_DIR=.cache/jax JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+    GPU="--real --dtype=bfloat16 --lanes=1,2,4,8,16 --loads= --probe_s=3 --within=0.08 --budget_s=240"
+    python -m experiments.slo_attainment $GPU --models=resnet50 --policies=coalescing,edf,fifo
+    python -m experiments.slo_attainment $GPU --models=resnet50 --policies=torch_edf
+    python -m experiments.slo_attainment $GPU --models=resnet50,bert_base --policies=coalescing,edf,fifo
+    python -m experiments.slo_attainment $GPU --models=resnet50,bert_base --policies=torch_edf
 """
 
 from __future__ import annotations

@@ -1,57 +1,87 @@
-"""The part of slo_attainment that serves: tenants of one model or several, the runtime under one policy.
+"""The part of slo_attainment that serves: tenants of one model or several, the runtime under one policy after another.
 
-A thread of this process submits requests at the times that a Gamma process says, whatever became of those before; a
-request is in time if its result was there, for who waits for it, within the SLO from submit. What was refused is not.
 The SLO is a multiple of the time alone: of the tenant's jitted function, on the device; or of a request in the idle
 runtime, where the model is so small that the runtime's own time counts (the default on a CPU).
 """
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from random import Random
 from typing import Any
 
 import jax
 import numpy as np
 
-from coalesce.errors import DeadlineExceeded, QueueFull
 from coalesce.runtime.observer import Observer
 from coalesce.runtime.runtime import Runtime
-from coalesce.scheduler.bounds import best_rate, shared_rate
+from coalesce.scheduler.bounds import best_rate, shared_rate, Times
 from coalesce.scheduler.catalog import Catalog
-from coalesce.scheduler.commands import Command
-from coalesce.scheduler.events import CatalogChanged, Event
-from coalesce.scheduler.workloads import Arrival, arrive_apart
+from coalesce.scheduler.commands import Command, Reject
+from coalesce.scheduler.events import CatalogChanged, Event, Submitted
+from coalesce.scheduler.latency import FEW
+from experiments.cells import tenants_of
 from experiments.simulated import POLICIES
+from experiments.slo_probe import Counts
+from experiments.switching import Switching
 
-NAP_NS = 60_000  # a sleep that is shorter takes as long
+FIRST = "FIFO, one by one"  # the policy while tenants move in
+PATIENT_S = 60.0
+START_S = 900.0
+KNOWN = FEW + 1  # runs
 
 
 @dataclass(frozen=True)
 class Kind:
     """A model that tenants have, and how urgent they are."""
 
+    name: str
+    fields: dict[str, Any]
     model: Any  # of coalesce.models
     alone_ns: int
     slo_ns: int
 
 
+@dataclass(frozen=True)
+class Owned:
+    """A tenant."""
+
+    name: str
+    kind: Kind
+    params: Any
+    inputs: tuple[np.ndarray, ...]  # of its requests
+
+
+def owners(kinds: Sequence[Kind], count: int) -> list[Owned]:
+    """Tenants have one kind after the other."""
+    drawn = [tenants_of(kind.model, len(range(i, count, len(kinds))), batch=1) for i, kind in enumerate(kinds)]
+    found = []
+    for i in range(count):
+        made, at = drawn[i % len(kinds)], i // len(kinds)
+        inputs = tuple(np.asarray(x) for x in made.inputs[at])
+        found.append(Owned(f"t{i}", kinds[i % len(kinds)], made.params[at], inputs))
+    return found
+
+
 class Offered(Observer):
-    """The catalog, as the policy is told it."""
+    """The catalog, as the policy is told it, and how many requests it refused at submit, or dropped afterwards."""
 
     def __init__(self) -> None:
         self.catalog = Catalog()
+        self.refused = self.dropped = 0
 
     def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
         if isinstance(event, CatalogChanged):
             self.catalog = event.catalog
+        for command in commands:
+            if isinstance(command, Reject):
+                at_once = isinstance(event, Submitted) and event.requests[0].id <= command.request
+                self.refused += at_once
+                self.dropped += not at_once
 
     def times(self) -> list[dict[int, int]]:
         """How long each width of each family takes to its end, families in the order of their first tenants."""
@@ -66,45 +96,81 @@ class Offered(Observer):
         ]
 
 
-@dataclass(frozen=True)
 class Service:
-    """Tenants have one kind after the other."""
+    """The runtime, as a probe sees it. Whoever is its `policy` serves each probe anew, without a memory of the last."""
 
-    runtime: Runtime
-    offered: Offered
-    kinds: Sequence[Kind]
-    inputs: dict[str, tuple[np.ndarray, ...]]  # of each tenant a request
+    def __init__(
+        self,
+        runtime: Runtime,
+        switch: Switching,
+        offered: Offered,
+        owned: Sequence[Owned],
+        widths: Sequence[int],
+    ) -> None:
+        self.policy = FIRST
+        self.runtime, self.offered = runtime, offered
+        self.slo_ns: Mapping[str, int] = {own.name: own.kind.slo_ns for own in owned}
+        self._switch, self._owned, self._widths = switch, owned, [w for w in widths if w <= len(owned)]
+        self._inputs = {own.name: own.inputs for own in owned}
 
-    def slo_ns(self, tenant: str) -> int:
-        return self.kinds[list(self.inputs).index(tenant) % len(self.kinds)].slo_ns
+    def begin(self) -> None:
+        """A policy that knows how long executables take with requests in them, which the warm-up did not have."""
+        self.drain()
+        self._switch.change(POLICIES[self.policy])
+        for width in self._widths[:1] if is_single(self.policy) else self._widths:
+            for _ in range(KNOWN):
+                names = list(self._inputs)[:width]
+                for reply in [self.runtime.submit(name, *self._inputs[name], deadline=PATIENT_S) for name in names]:
+                    reply.result(PATIENT_S)
+
+    def submit(self, tenant: str) -> Any:
+        return self.runtime.submit(tenant, *self._inputs[tenant])
+
+    def drain(self) -> None:
+        if not self.runtime.drain(PATIENT_S):
+            raise RuntimeError(f"requests have not ended after {PATIENT_S:g} s: {self.runtime.health()}")
+
+    def counts(self) -> Counts:
+        stats = self.runtime.stats()
+        return Counts(stats.bundles, stats.lanes, stats.device_s, self.offered.refused, self.offered.dropped)
+
+    def bound(self, most: int | None = None) -> float:
+        """No scheduler serves more a second in time, with the executables that there are, or those of `most` lanes."""
+        kinds = list({own.kind.name: own.kind for own in self._owned}.values())
+        each = [widths_up_to(times, most) for times in self.offered.times()]
+        shares = Counter(own.kind.name for own in self._owned)
+        rates = [best_rate(times, kind.slo_ns) for times, kind in zip(each, kinds, strict=True)]
+        return shared_rate([shares[kind.name] / len(self._owned) for kind in kinds], rates)
+
+
+def is_single(policy: str) -> bool:
+    return policy.endswith("one by one")
+
+
+def widths_up_to(times: Times, most: int | None) -> Times:
+    return {width: ns for width, ns in times.items() if most is None or width <= most}
 
 
 @contextmanager
-def serving(policy: str, kinds: Sequence[Kind], tenants: int, widths: Sequence[int]) -> Iterator[Service]:
-    offered = Offered()
-    with Runtime(policy=POLICIES[policy](), widths=widths, observers=[offered]) as rt:
-        inputs = {}
-        for i in range(tenants):
-            kind = kinds[i % len(kinds)]
-            example = tuple(np.asarray(x) for x in kind.model.example(jax.random.key(1000 + i)))
-            params = kind.model.init(jax.random.key(i))
-            rt.add_tenant(f"t{i}", kind.model.apply, params, example=example, slo=kind.slo_ns / 1e9)
-            inputs[f"t{i}"] = example
-        rt.warm_up()
-        for name in inputs:  # once each, with time enough
-            rt.submit(name, *inputs[name], deadline=60.0).result()
-        yield Service(rt, offered, kinds, inputs)
+def serving(owned: Sequence[Owned], widths: Sequence[int], start_s: float = START_S) -> Iterator[Service]:
+    """With room for all tenants at once, so that no executable is made twice; they are waited for `start_s`."""
+    offered, policy = Offered(), Switching(POLICIES[FIRST])
+    capacity = max(Counter(own.kind.name for own in owned).values())
+    with Runtime(policy=policy, widths=widths, capacity=capacity, observers=[offered]) as rt:
+        for own in owned:
+            rt.add_tenant(own.name, own.kind.model.apply, own.params, example=own.inputs, slo=own.kind.slo_ns / 1e9)
+        rt.warm_up(start_s)
+        yield Service(rt, policy, offered, owned, widths)
 
 
-def time_alone_ns(model: Any, whose: str, widths: Sequence[int], rounds: int = 50) -> int:
+def time_alone_ns(name: str, model: Any, whose: str, rounds: int = 50) -> int:
     """The median, of a jitted program or of a request that is alone in the runtime."""
     if whose == "request":
-        minute = Kind(model, 0, 60_000_000_000)
-        with serving("FIFO, one by one", [minute], 1, widths[:1]) as service:
-            (name,) = service.inputs
-            return median_ns(lambda: service.runtime.submit(name, *service.inputs[name]).result(), rounds)
-    apply, params = jax.jit(model.apply), model.init(jax.random.key(0))
-    inputs = model.example(jax.random.key(1))
+        (only,) = owners([Kind(name, {}, model, 0, round(PATIENT_S * 1e9))], 1)
+        with serving([only], [1]) as service:
+            return median_ns(lambda: service.submit(only.name).result(), rounds)
+    made = tenants_of(model, 1, batch=1)
+    apply, params, inputs = jax.jit(model.apply), made.params[0], made.inputs[0]
     return median_ns(lambda: jax.block_until_ready(apply(params, *inputs)), rounds)
 
 
@@ -115,80 +181,3 @@ def median_ns(run: Callable[[], Any], rounds: int) -> int:
         run()
         times.append(time.monotonic_ns() - begun)
     return round(statistics.median(times[5:]))
-
-
-@dataclass
-class Tally:
-    """Of one probe."""
-
-    ends_ns: list[int]
-    failures: list[BaseException]
-
-    def watch(self, reply: Any, at: int) -> None:
-        def done(reply: Any) -> None:
-            error = reply.exception()
-            if error is None:
-                self.ends_ns[at] = time.monotonic_ns()
-            elif not isinstance(error, DeadlineExceeded | QueueFull):
-                self.failures.append(error)
-
-        reply.add_done_callback(done)
-
-
-def probe(service: Service, rate: float, cv: float, seconds: float, seed: int) -> dict[str, Any]:
-    """What becomes of requests at a rate.
-
-    Raises:
-      RuntimeError: a request failed for another reason than time.
-    """
-    names = list(service.inputs)
-    end_ns = round(seconds * 1e9)
-    arrivals = list(arrive_apart(Random(seed), cv, dict.fromkeys(names, rate / len(names)), end_ns))
-    tally = Tally([0] * len(arrivals), [])
-    before = service.runtime.stats()
-    gc.collect()
-    begun_ns, submitted_ns = submit_all(service, arrivals, tally)
-    service.runtime.drain(60.0)
-    if tally.failures:
-        raise RuntimeError(f"{len(tally.failures)} requests failed, the first with {tally.failures[0]!r}")
-    allowed_ns = {name: service.slo_ns(name) for name in names}
-    took = [(end - begun, a.tenant) for begun, end, a in zip(submitted_ns, tally.ends_ns, arrivals, strict=True) if end]
-    latencies = sorted(ns for ns, _ in took)
-    behind = sorted(at - begun_ns - a.time_ns for at, a in zip(submitted_ns, arrivals, strict=True))
-    in_time = sum(ns <= allowed_ns[tenant] for ns, tenant in took)
-    after = service.runtime.stats()
-    bundles = after.bundles - before.bundles
-    return {
-        "rate": rate,
-        "cv": cv,
-        "requests": len(arrivals),
-        "attainment": in_time / len(arrivals) if arrivals else 1.0,
-        "goodput": in_time / seconds,
-        "late": len(latencies) - in_time,
-        "latency_p50_us": latencies[len(latencies) // 2] / 1e3 if latencies else None,
-        "latency_p99_us": latencies[int(0.99 * len(latencies))] / 1e3 if latencies else None,
-        "behind_p99_us": behind[int(0.99 * len(behind))] / 1e3 if behind else 0.0,
-        "lanes_a_bundle": (after.lanes - before.lanes) / bundles if bundles else None,
-        "busy": (after.device_s - before.device_s) / seconds,
-    }
-
-
-def submit_all(service: Service, arrivals: Sequence[Arrival], tally: Tally) -> tuple[int, list[int]]:
-    """(when it began, when each was submitted)"""
-    submitted = []
-    begun_ns = time.monotonic_ns()
-    for at, arrival in enumerate(arrivals):
-        early_ns = begun_ns + arrival.time_ns - time.monotonic_ns()
-        if early_ns > NAP_NS:
-            time.sleep((early_ns - NAP_NS) / 1e9)
-        submitted.append(time.monotonic_ns())
-        tally.watch(service.runtime.submit(arrival.tenant, *service.inputs[arrival.tenant]), at)
-    return begun_ns, submitted
-
-
-def bound_of(service: Service) -> float:
-    """No scheduler serves more a second in time, with the executables that there are."""
-    kinds, each = service.kinds, service.offered.times()
-    shares = Counter(i % len(kinds) for i in range(len(service.inputs)))
-    rates = [best_rate(times, kind.slo_ns) for times, kind in zip(each, kinds, strict=True)]
-    return shared_rate([shares[i] / shares.total() for i in range(len(kinds))], rates)

@@ -1,28 +1,41 @@
-"""slo_attainment on the device at hand: its flags, its cells, its report."""
+"""slo_attainment on the device at hand: its flags, its cells, and who serves them.
+
+A cell is a policy, a CV and one of three things: the `search` for the rate at which 99% are in time, `overload`, a
+multiple of the rate that was found, and `load`, a rate in requests per time alone. All policies of the runtime share
+one runtime, with executables that are made once; torch_edf comes after it, where it runs. What is there is not measured
+again, and a search that ran out of --budget_s goes on from what it knew.
+"""
 
 from __future__ import annotations
 
-import itertools
+import os
 import statistics
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags, logging
 
 from coalesce.models import by_name
-from experiments.results import device_name, header, load_rows, Row, save_rows, table
-from experiments.settings import command, FLAGS, folder, named
-from experiments.simulated import chosen, highest, policies_in
-from experiments.slo_real import bound_of, Kind, probe, Service, serving, time_alone_ns
-from experiments.slo_report import style
-from experiments.slo_sweeps import LINE
+from experiments import slo_torch
+from experiments.peers_common import CannotRun
+from experiments.results import device_name, header, load_rows, Row, save_rows
+from experiments.settings import command, FLAGS, folder, named, tolerance
+from experiments.simulated import POLICIES
+from experiments.slo_probe import Bracket, LINE, OutOfTime, probe, search, Served
+from experiments.slo_real import is_single, Kind, owners, serving, START_S, time_alone_ns
+from experiments.slo_real_report import plot, report
 
 REAL = ("coalescing", "EDF, one by one", "FIFO, one by one")  # ours, and the same runtime without coalescing
-WITHIN = 0.05  # of the rate that is looked for
-TRIES = 2  # probes of a rate, of which the better one counts: a hiccup of the host is nobody's policy
+SHORT: dict[str, str] = dict(zip(("coalescing", "edf", "fifo"), REAL, strict=True))
+ALL = (*POLICIES, slo_torch.NAME)
+COMPILED = "/jax/core/compile/backend_compile_duration"  # what JAX calls it
+FIRST = 0.9  # of what seems possible: the rate that a search tries first
+SEED = 100  # of a probe's arrivals, and the next one's
 
 
 def define_flags() -> None:
@@ -32,17 +45,83 @@ def define_flags() -> None:
     flags.DEFINE_float("slo_scale", 5.0, "real: the SLO, in times alone")
     flags.DEFINE_enum("alone", None, ["program", "request"], "real: whose time alone; on a CPU a request's")
     flags.DEFINE_list("cvs", ["1", "4"], "real: coefficients of variation of each tenant's gaps")
+    flags.DEFINE_list("overloads", ["2"], "real: multiples of each policy's own rate")
     flags.DEFINE_list("loads", ["0.25", "0.5", "1", "2", "4", "8"], "real: rates, in requests per time alone")
     flags.DEFINE_float("probe_s", 5.0, "real: how long a rate is tried")
+    flags.DEFINE_integer("tries", 2, "real: of a rate; the best counts: a hiccup of the host is nobody's policy")
+    flags.DEFINE_float("within", 0.05, "real: how near a search comes to the rate, as a share of it")
     flags.DEFINE_list("lanes", ["1", "2", "4", "8", "16", "32"], "real: widths of executables")
+
+
+class Cell(NamedTuple):
+    policy: str
+    cv: float
+    kind: str  # search, overload or load
+    value: float = 0.0
+
+
+def cell_of(row: Row) -> Cell:
+    return Cell(row["policy"], row["cv"], row["kind"], row["value"])
+
+
+def cells(policies: Sequence[str]) -> list[Cell]:
+    """What matters most comes first."""
+    kinds = {"search": ["0"], "overload": FLAGS.overloads, "load": FLAGS.loads}
+    return [
+        Cell(name, float(cv), kind, float(value))
+        for kind, values in kinds.items()
+        for name in policies
+        for cv in FLAGS.cvs
+        for value in values
+    ]
+
+
+@dataclass
+class Sheet:
+    """The rows of a file, and how long there may be more of them."""
+
+    path: Path
+    head: Mapping[str, Any]
+    budget_s: float | None
+    begun_s: float = field(default_factory=time.monotonic)
+    rows: list[Row] = field(default_factory=list)
+    compiles_s: list[float] = field(default_factory=list)
+
+    def count(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == COMPILED:
+            self.compiles_s.append(duration_secs)
+
+    def missing(self, wanted: Sequence[Cell]) -> list[Cell]:
+        done = {cell_of(row) for row in self.rows if not row.get("unfinished")}
+        return [cell for cell in wanted if cell not in done]
+
+    def find(self, cell: Cell) -> Row | None:
+        return next((row for row in self.rows if cell_of(row) == cell), None)
+
+    def add(self, cell: Cell, row: Row) -> None:
+        whole = {**cell._asdict(), **row, "value": cell.value}
+        self.rows = [other for other in self.rows if cell_of(other) != cell] + [whole]
+        print(whole, file=sys.stderr, flush=True)
+        save_rows(self.path, self.head, self.rows)
+
+    @property
+    def left_s(self) -> float:
+        budget_s = float("inf") if self.budget_s is None else self.budget_s
+        return budget_s - (time.monotonic() - self.begun_s)
+
+    def check_time(self, needed_s: float = 0.0) -> None:
+        if self.left_s <= needed_s:
+            raise OutOfTime
 
 
 def serve_all() -> None:
     logging.set_verbosity(logging.WARNING)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs the device's memory too
+    policies, begun_s = named_policies(FLAGS.policies), time.monotonic()
     whose = FLAGS.alone or ("request" if jax.default_backend() == "cpu" else "program")
     widths = [int(width) for width in FLAGS.lanes]
     head = header(
-        command("slo_attainment"),
+        command("slo_attainment", "policies", "budget_s"),
         FLAGS.device_name or device_name(),
         FLAGS.note,
         models=FLAGS.models,
@@ -53,137 +132,114 @@ def serve_all() -> None:
         alone=whose,
         lanes=widths,
         probe_s=FLAGS.probe_s,
+        tries=FLAGS.tries,
+        within=FLAGS.within,
     )
     path = folder() / f"slo_attainment_{'_'.join(FLAGS.models)}_{FLAGS.dtype}.json"
-    rows = [] if FLAGS.force else load_rows(path, head)
-    kinds = kinds_of(rows, whose, widths)
-    alone_ns = statistics.mean(kind.alone_ns for kind in kinds)
-    loads = [0.0, *(float(load) for load in FLAGS.loads)]  # 0 for the search
-    for name in chosen(FLAGS.policies or REAL):
-        done = {(row["cv"], row["load"]) for row in rows if row["policy"] == name}
-        missing = [(float(cv), load) for cv in FLAGS.cvs for load in loads if (float(cv), load) not in done]
-        if not missing:
-            continue
-        with serving(name, kinds, FLAGS.tenants, widths) as service:
-            for cv, load in missing:
-                rate = load * 1e9 / alone_ns
-                own = probe(service, rate, cv, FLAGS.probe_s, 1) if load else search(service, cv, alone_ns)
-                times = {"alone_us": [k.alone_ns / 1e3 for k in kinds], "slo_us": [k.slo_ns / 1e3 for k in kinds]}
-                rows.append({"policy": name, "load": load, **own, **times, "bound": bound_of(service)})
-                print(rows[-1], file=sys.stderr, flush=True)
-                save_rows(path, head, rows)
-    text = report(head, rows)
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
-    print(plot(path.with_suffix(".png"), rows))
+    sheet = Sheet(path, head, FLAGS.budget_s, begun_s)
+    sheet.rows = [] if FLAGS.force else load_rows(path, head)
+    jax.monitoring.register_event_duration_secs_listener(sheet.count)
+    why = ""
+    try:
+        why = fill(sheet, policies, kinds_of(sheet.rows, whose), widths)
+    except (OutOfTime, TimeoutError):
+        print(f"the budget of {FLAGS.budget_s:g} s is spent; the same command goes on from here", file=sys.stderr)
+    if sheet.rows:
+        text = report(head, sheet.rows, why)
+        path.with_suffix(".md").write_text(text, encoding="utf-8")
+        print(text)
+        print(plot(path.with_suffix(".png"), sheet.rows))
 
 
-def kinds_of(rows: Sequence[Row], whose: str, widths: Sequence[int]) -> list[Kind]:
+def named_policies(given: Sequence[str] | None) -> list[str]:
+    wanted = {SHORT.get(name, name) for name in given or (*REAL, slo_torch.NAME)}
+    if unknown := wanted - set(ALL):
+        raise ValueError(f"there is no policy {sorted(unknown)[0]!r}; there are {', '.join((*SHORT, *ALL))}")
+    return [name for name in ALL if name in wanted]
+
+
+def kinds_of(rows: Sequence[Row], whose: str) -> list[Kind]:
     """Of the models; their times are measured now, unless there are rows that were measured with some."""
     kinds = []
     for i, name in enumerate(FLAGS.models):
-        own = [item for item in FLAGS.fields if item.partition(".")[0] == name]
         fields: dict[str, Any] = {}
-        for item in own:
-            fields |= named(item)[1]
+        for item in FLAGS.fields:
+            fields |= named(item)[1] if item.partition(".")[0] == name else {}
         model = by_name(name, dtype=FLAGS.dtype, param_dtype=FLAGS.dtype, **fields)
-        alone_ns = round(rows[0]["alone_us"][i] * 1e3) if rows else time_alone_ns(model, whose, widths)
-        kinds.append(Kind(model, alone_ns, round(FLAGS.slo_scale * alone_ns)))
+        alone_ns = round(rows[0]["alone_us"][i] * 1e3) if rows else time_alone_ns(name, model, whose)
+        kinds.append(Kind(name, fields, model, alone_ns, round(FLAGS.slo_scale * alone_ns)))
     return kinds
 
 
-def search(service: Service, cv: float, alone_ns: float) -> Row:
-    """The rate at which 99% of the requests are in time, and what the last good probe saw."""
-    best: Row = {"rate": 0.0, "cv": cv, "attainment": None}
-    seeds = itertools.count(100)
-
-    def good(rate: float) -> bool:
-        nonlocal best
-        for _ in range(TRIES):
-            row = probe(service, rate, cv, FLAGS.probe_s, next(seeds))
-            if row["attainment"] >= LINE:
-                best = max(best, row, key=lambda r: r["rate"])
-                return True
-        return False
-
-    low = high = 0.1 * 1e9 / alone_ns
-    while good(high):
-        low, high = high, 2 * high
-    if high > low:
-        highest(good, low, high, WITHIN)
-    return best
-
-
-def report(head: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    settings, first = head["settings"], rows[0]
-    whose = "a request alone in the runtime" if settings["alone"] == "request" else "the jitted program alone"
-    slos = [
-        f"{name}: {alone_us / 1e3:.3f} ms alone, SLO {slo_us / 1e3:.3f} ms"
-        for name, alone_us, slo_us in zip(settings["models"], first["alone_us"], first["slo_us"], strict=True)
-    ]
-    text = [
-        f"# Requests in time: {settings['tenants']} tenants of {', '.join(settings['models'])}, {settings['dtype']}",
-        f"{head['device']}, JAX {head['versions']['jax']}, {head['date']}. {head['note']}".rstrip(),
-        f"    {head['command']}",
-        f"The SLO is {settings['slo_scale']:g} times what {whose} takes, from submit to result, for who waits: "
-        f"{'; '.join(slos)}. Requests are submitted at the times of Gamma processes, one a tenant, by a thread of the "
-        f"same process. A rate is tried for {settings['probe_s']:g} s; the best of {TRIES} tries counts in a search.",
-        f"## The rate at which {100 * LINE:.0f}% of the requests are in time",
-        search_table([row for row in rows if not row["load"]]),
-    ]
-    for cv in sorted({row["cv"] for row in rows}):
-        own = [row for row in rows if row["load"] and row["cv"] == cv]
-        text += [f"## Share in time by rate, CV {cv:g}", rate_table(own)] * bool(own)
-    return "\n\n".join(text) + "\n"
-
-
-def search_table(rows: Sequence[Row]) -> str:
-    """Beside each rate how many times that of the same runtime with EDF, one by one."""
-    names, lines = policies_in(rows), []
-    for cv in sorted({row["cv"] for row in rows}):
-        own = {row["policy"]: row for row in rows if row["cv"] == cv}
-        edf = own.get(REAL[1], {}).get("rate")
-        cells = []
-        for name in names:
-            rate = own[name]["rate"] if name in own else None
-            times = f" ({rate / edf:.1f}x)" if rate and edf else ""
-            cells.append("" if rate is None else f"{rate:,.0f}{times}")
-        lines.append([f"{cv:g}", *cells, f"{max(row['bound'] for row in own.values()):,.0f}"])
-    return table(["CV", *names, "bound"], lines)
-
-
-def rate_table(rows: Sequence[Row]) -> str:
-    names, lines = policies_in(rows), []
-    for load in sorted({row["load"] for row in rows}):
-        own = {row["policy"]: row for row in rows if row["load"] == load}
-        cells = [shown(own[name]) if name in own else "" for name in names]
-        lines.append([f"{next(iter(own.values()))['rate']:,.0f}", *cells])
-    columns = [f"{name}: in time, p99 ms, lanes a bundle" for name in names]
-    return table(["requests a second", *columns], lines)
-
-
-def shown(row: Row) -> str:
-    p99 = f"{row['latency_p99_us'] / 1e3:.2f}" if row["latency_p99_us"] is not None else "-"
-    lanes = f"{row['lanes_a_bundle']:.1f}" if row["lanes_a_bundle"] is not None else "-"
-    return f"{100 * row['attainment']:.1f}%, {p99}, {lanes}"
-
-
-def plot(path: Path, rows: Sequence[Row]) -> str:
-    """Attainment by rate with the 99% line, a panel for each CV; returns what to print."""
+def fill(sheet: Sheet, policies: Sequence[str], kinds: Sequence[Kind], widths: Sequence[int]) -> str:
+    """Measures what is missing; returns why a policy does not run here, if one does not."""
+    ours, peer = (
+        sheet.missing(cells([name for name in policies if (name == slo_torch.NAME) == is_peer]))
+        for is_peer in (False, True)
+    )
+    if not ours and not peer:
+        return ""
+    sheet.check_time()
+    owned = owners(kinds, FLAGS.tenants)
+    times = {"alone_us": [k.alone_ns / 1e3 for k in kinds], "slo_us": [k.slo_ns / 1e3 for k in kinds]}
+    say(sheet, f"tenants are drawn; {times}")
+    if ours:
+        only_single = {cell.policy for cell in ours} <= set(REAL[1:])
+        with serving(owned, widths[:1] if only_single else widths, min(START_S, sheet.left_s)) as service:
+            say(sheet, f"{service.runtime.health().executables} executables are ready: {service.offered.times()} ns")
+            for cell in ours:
+                service.policy = cell.policy
+                most = widths[0] if is_single(cell.policy) else None
+                facts = {**times, "bound": service.bound()}
+                measure(sheet, cell, service, service.bound(most), facts)
+    if not peer:
+        return ""
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return "no plot: matplotlib is not installed (pip install 'coalesce-jax[plot]')"
-    cvs = sorted({row["cv"] for row in rows})
-    figure = Figure(figsize=(5.5 * len(cvs), 4), layout="constrained")
-    for axes, cv in zip(figure.subplots(1, len(cvs), squeeze=False)[0], cvs, strict=True):
-        for name in policies_in(rows):
-            own = [row for row in rows if row["load"] and (row["cv"], row["policy"]) == (cv, name)]
-            points = sorted((row["rate"], 100 * row["attainment"]) for row in own)
-            axes.plot([x for x, _ in points], [y for _, y in points], marker=".", label=name, **style(name))
-        axes.axhline(100 * LINE, color="grey", linewidth=0.8, linestyle=":")
-        axes.set(title=f"CV {cv:g}", xlabel="requests a second", ylabel="% in time", xscale="log", ylim=(0, 102))
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    return f"plot: {path}"
+        with slo_torch.queue_of(owned, FLAGS.precision, tolerance()) as (queued, chosen):
+            say(sheet, f"{slo_torch.NAME}: {chosen}")
+            facts = {**times, "depth": chosen.depth, "depths": chosen.a_second}
+            for cell in peer:
+                measure(sheet, cell, queued, max(chosen.a_second.values()), facts)
+    except CannotRun as e:
+        return str(e)
+    return ""
+
+
+def measure(sheet: Sheet, cell: Cell, served: Served, possible: float, facts: Row) -> None:
+    sheet.check_time(FLAGS.probe_s)
+    if cell.kind == "search":
+        look(sheet, cell, served, possible, facts)
+        return
+    rate = cell.value * 1e9 / (1e3 * statistics.mean(facts["alone_us"]))
+    if cell.kind == "overload":
+        found = sheet.find(Cell(cell.policy, cell.cv, "search"))
+        if found is None or found.get("unfinished") or not found["rate"]:
+            return
+        rate = cell.value * found["rate"]
+    sheet.add(cell, {**probe(served, rate, cell.cv, FLAGS.probe_s, SEED), **facts})
+
+
+def look(sheet: Sheet, cell: Cell, served: Served, possible: float, facts: Row) -> None:
+    """For the rate at which 99% of the requests are in time, from where an earlier run had to stop."""
+    found = Bracket(**(sheet.find(cell) or {}).get("bracket", {}))
+
+    def tried(rate: float) -> Row | None:
+        for i in range(FLAGS.tries):
+            sheet.check_time(FLAGS.probe_s)
+            row = probe(served, rate, cell.cv, FLAGS.probe_s, SEED + i, patient=False)
+            if row["attainment"] >= LINE:
+                return row
+        return None
+
+    try:
+        search(tried, FIRST * possible, FLAGS.within, found)
+    except OutOfTime:
+        sheet.add(cell, {"unfinished": True, "bracket": asdict(found), "rate": found.low, **facts})
+        raise
+    best = found.best or {"rate": 0.0, "pace": 1.0, "attainment": None}
+    sheet.add(cell, {**best, "rate": best["rate"] * min(1.0, best["pace"]), **facts})
+
+
+def say(sheet: Sheet, what: str) -> None:
+    compiled = f"{len(sheet.compiles_s)} programs compiled, {sum(sheet.compiles_s):.1f} s"
+    print(f"after {time.monotonic() - sheet.begun_s:.1f} s, {compiled}: {what}", file=sys.stderr, flush=True)

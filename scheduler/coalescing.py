@@ -129,7 +129,7 @@ class Coalescing:
         run = Prediction(bundle.id, bundle.executable, bundle.lanes, bundle.l50_ns, bundle.l99_ns, took_ns)
         tenants = dict.fromkeys(lane.request.tenant for _, lanes in bundle.parts for lane in lanes)
         self._out += self._watch.see(list(tenants), took_ns, bundle.clean_l99_ns, now_ns)
-        if self.latency.observe(run, frozenset(tenants)):
+        if self.latency.observe(run, self._watch.blamed):
             self._moved()
 
     def _moved(self) -> None:

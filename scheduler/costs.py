@@ -132,7 +132,7 @@ def together(options: Sequence[Option], lanes: int) -> int:
 def sustained(options: Sequence[Option], slo_ns: int) -> int:
     """The most efficient width that requests can wait for, while it runs with others, and then run in themselves."""
     can = [o for o in options if 2 * o.through_ns <= slo_ns]
-    return max(can, key=lambda o: o.width / o.mostly_ns, default=options[0]).width
+    return max(can, key=lambda o: o.width / max(1, o.mostly_ns), default=options[0]).width
 
 
 def place_costs(options: tuple[Option, ...], widest: int, rest: PlaceCosts, segment: int) -> PlaceCosts:
@@ -140,14 +140,16 @@ def place_costs(options: tuple[Option, ...], widest: int, rest: PlaceCosts, segm
     first, steady = options[0], options[at]
     lane_ns = -(-steady.l50_ns // steady.width)
     fixed_ns = max(0, first.l50_ns - lane_ns)
+    alone = Quantiles(first.l50_ns + rest.alone.l50_ns, first.l99_ns + rest.alone.l99_ns)
+    ahead_ns = steady.through_ns if segment else first.through_ns
     return PlaceCosts(
         options,
-        Quantiles(first.l50_ns + rest.alone.l50_ns, first.l99_ns + rest.alone.l99_ns),
+        alone,
         lane_ns + rest.lane_ns,
         rest.lane_ns,
         fixed_ns + rest.first_ns,
         fixed_ns,
         at,
         tuple(o.width for o in options[: at + 1]),
-        steady.through_ns if segment else first.through_ns,
+        max(ahead_ns, alone.l50_ns),  # a wider one may have turned out to take less
     )

@@ -56,12 +56,14 @@ class Runs:
         self.ascending: list[int] = []
         self.held: list[tuple[int, frozenset[str]]] = []
 
-    def add(self, time_ns: int, l99_ns: int, tenants: frozenset[str]) -> bool:
+    def add(self, time_ns: int, l99_ns: int, tenants: frozenset[str] | None) -> bool:
         """False where it is held back."""
         if time_ns <= SLOW * l99_ns:
             self.held.clear()
             self._count(time_ns)
             return True
+        if tenants is None:
+            return False
         self.held = [*self.held[-WINDOW:], (time_ns, tenants)]
         if len(self.held) < HELD or frozenset.intersection(*(who for _, who in self.held)):
             return False
@@ -135,8 +137,11 @@ class LatencyModel:
         self._off.clear()
         self._scale = 1.0
 
-    def observe(self, run: Prediction, tenants: frozenset[str]) -> bool:
-        """Learns from a run; True where predictions have moved, of this executable or, with the device, of others."""
+    def observe(self, run: Prediction, tenants: frozenset[str] | None) -> bool:
+        """Learns from a run; True where predictions have moved, of this executable or, with the device, of others.
+
+        `tenants` may be the reason if it was slow; where that is known, it is None.
+        """
         self.predictions.append(run)
         prior = self._warm_up.get(run.executable)
         if prior is None:  # it left the catalog while it ran
@@ -150,7 +155,7 @@ class LatencyModel:
             forgotten |= self._runs.pop(stale, None) is not None and self._published.pop(stale, None) is not None
         return forgotten
 
-    def _learn(self, run: Prediction, tenants: frozenset[str], prior: Executable) -> bool:
+    def _learn(self, run: Prediction, tenants: frozenset[str] | None, prior: Executable) -> bool:
         runs = self._runs.setdefault(run.executable, Runs())
         if not runs.add(run.actual_ns, self.of(run.executable).l99_ns, tenants):
             return False

@@ -1,16 +1,16 @@
 """Who makes bundles slow, and runs alone for it.
 
-    with everybody --- two slow bundles with it in WINDOW ---> suspected: apart with few others, to be seen
-    suspected ------- a clean run ---> with everybody          a slow run ---> fewer others, and alone: in quarantine
+    with everybody --- two slow bundles with it ---> suspected: apart with few others, to be seen
+    suspected ------- a clean run ---> with everybody          slow runs ---> fewer others, and alone
+                      alone, and guilty by the evidence ---> in quarantine
     in quarantine --- TERM over, and CLEAN clean runs in a row ---> on probation, with everybody
-    on probation ---- a slow bundle with it ---> in quarantine, for twice as long
+    on probation ---- a slow bundle with it ---> suspected, and in quarantine sooner, for twice as long
     on probation ---- a clean one when the term is over ---> nothing is held against it
 
-A run is slow when it takes SLOW times the l99 that was predicted. Suspected are only tenants that every slow bundle
-had in common, and that were in no clean one since. Innocents among them are back after one run of their own, and
-nobody is told of them: `Quarantine` and `Readmit` are for those that were slow alone.
-
-Slow runs in a row that no tenant was in all of say something of the device, and of nobody.
+What is a slow run, and whose fault slow runs may be, says `evidence`. Suspected are only tenants that two slow bundles
+had in common, and that were in no clean one since: apart they harm nobody, so that there is time to be sure. Innocents
+among them are back after one run of their own, or when the slow runs turn out to be nobody's fault. Nobody is told of
+them: `Quarantine` and `Readmit` are for those that are guilty.
 
 A tenant whose requests fail alone is treated as one that is slow: each time, bundles around it are run again.
 """
@@ -22,14 +22,15 @@ from collections.abc import Collection
 from enum import Enum
 
 from coalesce.scheduler.commands import Quarantine, Readmit
+from coalesce.scheduler.evidence import Evidence, WINDOW_NS
 from coalesce.scheduler.latency import SLOW
 
-WINDOW_NS = 1_000_000_000
 TERM_NS = 1_000_000_000
 LONGEST_TERMS = 64
 CLEAN = 3
 FAILURES = 3
 LOTS = 16  # into which suspects are dealt: so many runs show which of them it is
+NOBODY: frozenset[str] = frozenset()
 
 
 class State(Enum):
@@ -39,7 +40,7 @@ class State(Enum):
 
 
 class Standing:
-    __slots__ = ("state", "lot", "since_ns", "terms", "clean", "factor", "hoped_ns")
+    __slots__ = ("state", "lot", "since_ns", "terms", "clean", "slow", "factor", "hoped_ns")
 
     def __init__(self, state: State, lot: int, since_ns: int, terms: int = 1):
         self.state = state
@@ -47,6 +48,7 @@ class Standing:
         self.since_ns = since_ns
         self.terms = terms  # that its quarantine lasts: this one, or else the next
         self.clean = 0  # runs in a row
+        self.slow = 0  # runs alone
         self.factor = 4  # how much longer its runs take, in quarters
         self.hoped_ns = since_ns  # when it was last taken to be as quick as others
 
@@ -58,12 +60,13 @@ class Watch:
     """What is held against tenants; who is not in it shares bundles with everybody."""
 
     def __init__(self) -> None:
+        # Who may be the reason why the last run was slow; None where it runs apart, so that it teaches nothing.
+        self.blamed: frozenset[str] | None = NOBODY
         self._moved: list[str] = []  # tenants whose lot has changed, and whose lanes do not know
         self._standings: dict[str, Standing] = {}
-        self._strikes: deque[tuple[int, set[str]]] = deque()  # slow bundles: when, and who may have been the reason
+        self._evidence = Evidence()
         self._failures: deque[tuple[int, str]] = deque()
         self._lots = 0
-        self._row: frozenset[str] | None = None  # who was in all slow bundles since the last clean one
 
     def lot(self, tenant: str) -> int:
         standing = self._standings.get(tenant)
@@ -91,22 +94,40 @@ class Watch:
 
     def forget(self, tenant: str) -> None:
         self._standings.pop(tenant, None)
+        self._evidence.forget(tenant)
 
     def see(self, tenants: Collection[str], took_ns: int, l99_ns: int, now_ns: int) -> list[Quarantine | Readmit]:
         """Draws conclusions from a run; `l99_ns` is what it takes without anything held against its tenants."""
-        slow = took_ns > SLOW * l99_ns
-        if slow and self._is_of_device(tenants):
-            return []
+        slow, excess_ns = took_ns > SLOW * l99_ns, took_ns - l99_ns
+        who = frozenset(tenants)
+        self.blamed = who if slow else NOBODY
+        standing = self._standings.get(next(iter(tenants))) if len(tenants) == 1 else None
+        factor = -(-4 * took_ns // max(1, l99_ns))
+        if standing is not None and standing.state is State.QUARANTINED:
+            self.blamed = None
+            return self._see_apart(next(iter(tenants)), standing, slow, factor, now_ns)
         if not slow:
-            self._row = None
-        if len(tenants) == 1:
-            return self._see_alone(next(iter(tenants)), slow, -(-4 * took_ns // max(1, l99_ns)), now_ns)
-        return self._see_slow(tenants, now_ns) if slow else self._see_clean(tenants, now_ns)
-
-    def _is_of_device(self, tenants: Collection[str]) -> bool:
-        """Whether slow runs came in a row, and no tenant was in all of them."""
-        self._row = frozenset(tenants) if self._row is None else self._row.intersection(tenants)
-        return not self._row
+            self._evidence.clear(who, excess_ns)
+            self._forgive(tenants, now_ns)
+            return self._judge(now_ns)
+        is_suspect = standing is not None and standing.state is State.SUSPECTED
+        if not is_suspect and self._evidence.is_hidden(excess_ns):
+            self.blamed = NOBODY
+            self._evidence.hide(who)
+            return []
+        if not self._evidence.strike(who, excess_ns, now_ns, self._standings):
+            self.blamed = NOBODY
+            self._release()
+            return []
+        if standing is not None and is_suspect:
+            self.blamed = None
+            standing.slow += 1
+            standing.factor = factor if standing.slow > 1 else standing.factor
+            return []
+        known = [t for t in tenants if t in self._standings]
+        common = self._evidence.common(tenants)
+        self._deal(known or [t for t in tenants if t in common], now_ns, slow=int(len(tenants) == 1))
+        return []
 
     def fail(self, tenant: str, now_ns: int) -> list[Quarantine | Readmit]:
         """A request of it failed alone: FAILURES of them in a window count as being slow alone."""
@@ -116,66 +137,60 @@ class Watch:
         often = sum(who == tenant for _, who in self._failures) >= FAILURES
         return self._quarantine(tenant, now_ns) if often else []
 
-    def _see_alone(self, tenant: str, slow: bool, factor: int, now_ns: int) -> list[Quarantine | Readmit]:
-        standing = self._standings.get(tenant)
-        if standing is None or standing.state is State.PROBATION:
-            return self._see_slow((tenant,), now_ns) if slow else self._see_clean((tenant,), now_ns)
+    def _see_apart(
+        self, tenant: str, standing: Standing, slow: bool, factor: int, now_ns: int
+    ) -> list[Quarantine | Readmit]:
+        """A run in quarantine says nothing of anybody else."""
         if slow:
-            commands = self._quarantine(tenant, now_ns)
-            self._standings[tenant].factor = factor
-            return commands
-        if standing.state is State.SUSPECTED:
-            return self._see_clean((tenant,), now_ns)
+            standing.clean, standing.factor = 0, factor
+            return []
         standing.clean += 1
         if standing.clean < CLEAN or not standing.is_over(now_ns):
             return []
-        self._standings[tenant] = Standing(State.PROBATION, 0, now_ns, min(LONGEST_TERMS, 2 * standing.terms))
-        self._moved.append(tenant)
+        self._probe(tenant, standing, now_ns)
         return [Readmit(tenant)]
 
-    def _see_clean(self, tenants: Collection[str], now_ns: int) -> list[Quarantine | Readmit]:
-        for _, who in self._strikes:
-            who.difference_update(tenants)
-        if not self._standings:
-            return []
-        for tenant in tenants:
+    def _probe(self, tenant: str, known: Standing, now_ns: int) -> None:
+        self._standings[tenant] = Standing(State.PROBATION, 0, now_ns, min(LONGEST_TERMS, 2 * known.terms))
+        self._moved.append(tenant)
+
+    def _forgive(self, tenants: Collection[str], now_ns: int) -> None:
+        """They were in a clean run."""
+        for tenant in tenants if self._standings else ():
             standing = self._standings.get(tenant)
-            if standing is None or standing.state is State.QUARANTINED:
+            if standing is None:
                 continue
             if standing.state is State.SUSPECTED or standing.is_over(now_ns):
-                del self._standings[tenant]
-                if standing.lot:
-                    self._moved.append(tenant)
-        return []
+                self._unsuspect(tenant, standing, now_ns)
 
-    def _see_slow(self, tenants: Collection[str], now_ns: int) -> list[Quarantine | Readmit]:
-        on_probation = [t for t in tenants if t in self._standings and self._standings[t].state is State.PROBATION]
-        if len(on_probation) == 1:
-            return self._quarantine(on_probation[0], now_ns)
-        suspected = [t for t in tenants if t in self._standings]
-        if suspected:
-            self._deal(suspected, now_ns)
-            return []
-        while self._strikes and (now_ns - self._strikes[0][0] >= WINDOW_NS or not self._strikes[0][1]):
-            self._strikes.popleft()
-        common = set(tenants)
-        for _, who in self._strikes:
-            common = common & who or common
-        seen_before = any(common <= who for _, who in self._strikes)
-        self._strikes.append((now_ns, set(tenants)))
-        if not seen_before:
-            return []
-        if len(common) == 1:
-            return self._quarantine(common.pop(), now_ns)
-        self._deal([t for t in tenants if t in common], now_ns)
-        return []
+    def _release(self) -> None:
+        """What some were suspected of is nobody's fault."""
+        for tenant, standing in list(self._standings.items()):
+            if standing.state is State.SUSPECTED and not self._evidence.is_against(tenant):
+                self._unsuspect(tenant, standing, standing.since_ns)
 
-    def _deal(self, suspects: list[str], now_ns: int) -> None:
+    def _unsuspect(self, tenant: str, standing: Standing, now_ns: int) -> None:
+        """Who was on probation before it was suspected is so again."""
+        if standing.state is State.SUSPECTED and standing.terms > 1:
+            self._standings[tenant] = Standing(State.PROBATION, 0, now_ns, standing.terms)
+        else:
+            del self._standings[tenant]
+        if standing.lot:
+            self._moved.append(tenant)
+
+    def _judge(self, now_ns: int) -> list[Quarantine | Readmit]:
+        """Of those that were slow alone, after a clean run of others."""
+        accused = [(t, s) for t, s in self._standings.items() if s.state is State.SUSPECTED and s.slow]
+        guilty = [t for t, s in accused if self._evidence.convicts(t, int(s.terms > 1))]
+        return [command for tenant in guilty for command in self._quarantine(tenant, now_ns)]
+
+    def _deal(self, suspects: list[str], now_ns: int, slow: int) -> None:
         lots = [self.new_lot() for _ in range(min(LOTS, len(suspects)))]
         for i, tenant in enumerate(suspects):
             known = self._standings.get(tenant)
             terms = known.terms if known is not None else 1
-            self._standings[tenant] = Standing(State.SUSPECTED, lots[i % len(lots)], now_ns, terms)
+            dealt = self._standings[tenant] = Standing(State.SUSPECTED, lots[i % len(lots)], now_ns, terms)
+            dealt.slow = slow
             self._moved.append(tenant)
 
     def _quarantine(self, tenant: str, now_ns: int) -> list[Quarantine | Readmit]:
@@ -183,14 +198,9 @@ class Watch:
         if known is not None and known.state is State.QUARANTINED:
             known.clean = 0
             return []
-        terms = known.terms if known is not None else 1
+        terms, factor = (known.terms, known.factor) if known is not None else (1, 4)
         self._standings[tenant] = Standing(State.QUARANTINED, self.new_lot(), now_ns, terms)
+        self._standings[tenant].factor = factor
         self._moved.append(tenant)
-        self._clear_after(tenant)
+        self._evidence.settle(tenant)
         return [Quarantine(tenant)]
-
-    def _clear_after(self, guilty: str) -> None:
-        """What it was the reason for is held against nobody else."""
-        for strike in list(self._strikes):
-            if guilty in strike[1]:
-                self._strikes.remove(strike)

@@ -352,3 +352,8 @@ def test_cost_error_writes_its_files(tmp_path):
         ("batched_dot", 1), ("batched_dot", 2),
     ]  # fmt: skip
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".png"}
+    (tmp_path / "cost_error.md").unlink()
+    again = [f"--again={tmp_path / 'cost_error.json'}", "--note=Fitted."]
+    subprocess.run([*command, *again], check=True, cwd=Path(__file__).parent.parent)
+    assert json.loads((tmp_path / "cost_error.json").read_text())["rows"] == rows
+    assert "Fitted." in (tmp_path / "cost_error.md").read_text()

@@ -15,15 +15,17 @@ MS = 1_000_000
 
 
 def test_a_tenant_that_is_quarantined_between_two_segments_goes_on():
-    """Its lane reaches the next segment in the event that quarantines it, so that it is where it is to be moved."""
+    """Its lane reaches the next segment in the event that sets it apart, so that it is where it is to be moved."""
     policy = Coalescing()
     segments = tuple(Executable(s, (Entry(0, s, 1),), MS, MS) for s in range(2))
     policy.on_event(CatalogChanged(Catalog(segments, {0: 2}, {0: 8})), 0)
-    policy.on_event(TenantAdded(Tenant("slow", (0,), 10_000 * MS)), 0)
+    names = ("slow", "other")
+    for name in names:
+        policy.on_event(TenantAdded(Tenant(name, (0,), 10_000 * MS)), 0)
     now, seen, quarantined = 0, 0, False
     for number in range(40):
-        commands = policy.on_event(Submitted((Request(number, "slow", 0, now, now + 10_000 * MS),)), now)
-        for took_ms in {30: (1, 50), 31: (50, 1)}.get(number, (1, 1)):
+        commands = policy.on_event(Submitted((Request(number, names[number % 2], 0, now, now + 10_000 * MS),)), now)
+        for took_ms in {30: (1, 50), 32: (50, 50), 34: (50, 50)}.get(number, (1, 1)):
             (dispatch,) = [c for c in commands if isinstance(c, Dispatch)]
             assert dispatch.lanes == ((number,),)
             seen += 1

@@ -28,7 +28,7 @@ from coalesce.scheduler import catalog
 from coalesce.scheduler.catalog import Catalog, Entry
 from coalesce.serving.executable import compile_executable, Executable, Lanes
 from coalesce.serving.fit import Fit, Template
-from coalesce.serving.making import make_here
+from coalesce.serving.making import make_here, UNTIMED
 from coalesce.serving.schema import cut, Options, plan_schema, Schema
 from coalesce.serving.segments import Segments
 from coalesce.serving.store import free_bytes
@@ -84,11 +84,14 @@ class Device:
         return compile_executable(lanes, make=self.make)
 
     def make(self, jitted: Any, arguments: tuple[Any, ...], donated: tuple[int, ...]) -> Any:
-        """JAX's Compiled; made in a process of its own while others are served."""
+        """JAX's Compiled. While others are served it is made in a process of its own, or, on a GPU, without kernels
+        being timed there to choose among them."""
+        serving = time.monotonic() - self._launched_s < LATELY_S
         made = None
-        if self._apart is not None and time.monotonic() - self._launched_s < LATELY_S:
+        if self._apart is not None and serving:
             made = self._apart.compile(self.at, jitted, arguments, donated)
-        return made if made is not None else make_here(jitted, arguments, donated)
+        options = UNTIMED if serving and self.at.platform == "gpu" else None
+        return made if made is not None else make_here(jitted, arguments, donated, options)
 
     def _lanes(self, entry: Entry, capacity: int) -> Lanes:
         host, course = self._homes[entry.family]

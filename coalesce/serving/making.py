@@ -5,11 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 Make = Callable[[Any, tuple[Any, ...], tuple[int, ...]], Any]
 
 
-def make_here(jitted: Any, arguments: tuple[Any, ...], donated: tuple[int, ...] = ()) -> Any:
-    return jitted.lower(*arguments).compile()
+# XLA times kernels on the device to choose among them: whoever is served there meanwhile would wait for these.
+UNTIMED: Mapping[str, Any] = {"xla_gpu_autotune_level": 0}
+
+
+def make_here(
+    jitted: Any, arguments: tuple[Any, ...], donated: tuple[int, ...] = (), options: Mapping[str, Any] | None = None
+) -> Any:
+    return jitted.lower(*arguments).compile(compiler_options=dict(options) if options else None)

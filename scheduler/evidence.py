@@ -1,0 +1,142 @@
+"""What slow runs are evidence of: of a tenant that makes them slow, or of a host that hiccups.
+
+A run is slow when it takes SLOW times the l99 that was predicted. Where that is usual it says nothing of a bundle: the
+floor is what all but one in OFTEN of the device's runs exceed their l99 by, slow ones among them once they have turned
+out to be nobody's fault. A slow run that it hides is held against nobody and clears nobody. Who is suspected and runs
+alone is compared with others by how often it is slow, and there is no floor.
+
+    row         slow runs with no clean one between them: one hiccup may last for many runs, so they count once
+    strike      a slow run, and who may have been the reason: who was in it and in no clean run since
+
+A row that nobody was in all of is nobody's fault, and so is a strike of which nobody is left. Somebody is guilty after
+ROWS rows with no clean run of theirs, and only when so many of them would not have come by chance: the more of the runs
+of others are slow too, the more of them it takes. Where there are no runs of others there is nothing to compare with.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+WINDOW_NS = 1_000_000_000
+MEMORY = 256  # runs
+OFTEN = 8
+ROWS = 3
+DOUBT_BITS = 20.0  # one in a million
+PRIOR_ROWS, PRIOR_RUNS = 0.5, 64.0  # that were seen before any was
+
+
+class Strike(NamedTuple):
+    at_ns: int
+    row: int
+    excess_ns: int
+    who: set[str]
+
+
+class Spread:
+    """By how much runs exceeded what was predicted, the last MEMORY of those that were nobody's fault."""
+
+    def __init__(self) -> None:
+        self._last: deque[int] = deque()
+        self._ascending: list[int] = []
+
+    def add(self, excess_ns: int) -> None:
+        self._last.append(excess_ns)
+        insort(self._ascending, excess_ns)
+        if len(self._last) > MEMORY:
+            del self._ascending[bisect_left(self._ascending, self._last.popleft())]
+
+    @property
+    def floor_ns(self) -> int:
+        return self._ascending[-1 - len(self._ascending) // OFTEN] if self._ascending else 0
+
+
+class Evidence:
+    def __init__(self) -> None:
+        self._spread = Spread()
+        self._strikes: list[Strike] = []
+        self._seen: deque[tuple[int, frozenset[str]]] = deque(maxlen=MEMORY)  # runs: their row, 0 if clean; who
+        self._rows = 0
+        self._row: frozenset[str] | None = None  # who was in all of the row that goes on
+        self._row_number = 0
+
+    def is_hidden(self, excess_ns: int) -> bool:
+        """Whether a slow run exceeded its l99 by no more than runs do here."""
+        return excess_ns <= self._spread.floor_ns
+
+    def hide(self, who: frozenset[str]) -> None:
+        """A slow run that is hidden; it counts for how often runs are slow."""
+        self._rows += 1
+        self._seen.append((self._rows, who))
+
+    def clear(self, who: frozenset[str], excess_ns: int) -> None:
+        """A clean run of these."""
+        self._row = None
+        self._seen.append((0, who))
+        self._spread.add(max(0, excess_ns))
+        if self._strikes:
+            for strike in self._strikes:
+                strike.who.difference_update(who)
+            self._excuse([s for s in self._strikes if not s.who])
+
+    def strike(self, who: frozenset[str], excess_ns: int, now_ns: int, watched: Collection[str]) -> bool:
+        """A slow run of these; false if it is nobody's fault. What is said of who is `watched` is kept for longer."""
+        if self._row is None:
+            self._rows += 1
+            self._row, self._row_number = who, self._rows
+        elif self._row:
+            self._row &= who
+            if not self._row:
+                self._spread.add(excess_ns)
+                self._excuse([s for s in self._strikes if s.row == self._row_number])
+        has_others = any(not who & others for _, others in self._seen) or len(who) > 1
+        self._seen.append((self._row_number, who))
+        if not self._row or not has_others:
+            return False
+        kept = [s for s in self._strikes if now_ns - s.at_ns < WINDOW_NS or not s.who.isdisjoint(watched)]
+        self._strikes = [*kept[-MEMORY:], Strike(now_ns, self._row_number, excess_ns, set(who))]
+        return True
+
+    def _excuse(self, strikes: list[Strike]) -> None:
+        """They were nobody's; a row counts once."""
+        if not strikes:
+            return
+        gone = {id(strike) for strike in strikes}
+        self._strikes = [s for s in self._strikes if id(s) not in gone]
+        for row in {s.row for s in strikes}.difference(s.row for s in self._strikes):
+            self._spread.add(max(s.excess_ns for s in strikes if s.row == row))
+
+    def common(self, who: Iterable[str]) -> set[str]:
+        """Whom the last run, a slow one of these, has in common with slow ones before; nobody if it is the first."""
+        common = set(who)
+        for strike in self._strikes[:-1]:
+            common = common & strike.who or common
+        return common if any(common <= strike.who for strike in self._strikes[:-1]) else set()
+
+    def is_against(self, tenant: str) -> bool:
+        return any(tenant in strike.who for strike in self._strikes)
+
+    def convicts(self, tenant: str, record: int) -> bool:
+        """Whether it is guilty; `record` rows are known of it from before."""
+        own = {s.row for s in self._strikes if tenant in s.who}
+        rows = record + len(own)
+        if rows < ROWS:
+            return False
+        others = [row for row, who in self._seen if tenant not in who or row not in own]
+        slow = len({row for row in others if row})
+        return rows * math.log2((len(others) + PRIOR_RUNS) / (slow + PRIOR_ROWS)) >= DOUBT_BITS
+
+    def settle(self, guilty: str) -> None:
+        """What somebody was the reason for is held against nobody else, and says nothing of the device."""
+        self._strikes = [s for s in self._strikes if guilty not in s.who]
+        innocent = [(row, who) for row, who in self._seen if not row or guilty not in who]
+        self._seen = deque(innocent, MEMORY)
+
+    def forget(self, tenant: str) -> None:
+        """It has gone; another one may come under its name."""
+        for strike in self._strikes:
+            strike.who.discard(tenant)
+        self._strikes = [s for s in self._strikes if s.who]
