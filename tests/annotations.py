@@ -34,7 +34,7 @@ def check_all(package: str) -> None:
 
 def check_class(cls: type) -> type:
     if is_dataclass(cls) and "__init__" in vars(cls):
-        cls.__init__ = beartype(cls.__init__)
+        setattr(cls, "__init__", beartype(vars(cls)["__init__"]))  # noqa: B010, as type checkers forbid the other way
     return cls
 
 

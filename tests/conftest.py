@@ -10,6 +10,7 @@ pytest --hypothesis-profile quick           20 examples a property (default: 200
 import os
 import re
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 # Read when keras is first imported; its own folder, so that no user's keras.json changes a test.
@@ -22,7 +23,6 @@ os.environ["COALESCE_APART"] = "0"  # a process for each of them would take long
 os.environ["COALESCE_COMPILED"] = ""  # nor does what is compiled here find its way there, or back
 
 import jax
-import jaxlib
 import pytest
 from hypothesis import settings
 
@@ -58,7 +58,7 @@ def compile_cheaply() -> None:
     are; what makes machine code of it does so in a hurry, in the processes that tests start too."""
     jax.config.update("jax_disable_most_optimizations", True)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    if jaxlib.__version__.startswith("0.10."):  # 0.12 knows the first no more, and an unknown one ends the process
+    if metadata.version("jaxlib").startswith("0.10."):  # 0.12 knows the first no more, and an unknown one ends the process
         flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"  # a third of the time
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
