@@ -1,5 +1,7 @@
 """On an NVIDIA GPU: numerics, isolation and the compiled program. Skipped elsewhere; run with `pytest -m gpu`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
