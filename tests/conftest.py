@@ -49,7 +49,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--unchecked"):
         check_all("coalesce")
-    if config.getoption("--xla") == "cheap":
+    if config.getoption("--xla") == "cheap" and metadata.version("jaxlib").startswith("0.10."):
+        # Read when the first program is compiled. 0.12 does not know the first, and what is not known ends the process.
+        flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"  # a third of the time
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem != "test_equivalence")  # the longest first: workers end together
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu and jax.default_backend() != "gpu":
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    if config.getoption("--xla") == "cheap" and jax.default_backend() == "cpu":
         compile_cheaply()
 
 
@@ -58,17 +70,6 @@ def compile_cheaply() -> None:
     are; what makes machine code of it does so in a hurry, in the processes that tests start too."""
     jax.config.update("jax_disable_most_optimizations", True)
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    if metadata.version("jaxlib").startswith("0.10."):  # 0.12 knows the first no more, and an unknown one ends the process
-        flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"  # a third of the time
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem != "test_equivalence")  # the longest first: workers end together
-    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if on_gpu and jax.default_backend() != "gpu":
-        for item in on_gpu:
-            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture
