@@ -12,7 +12,7 @@ from itertools import product
 from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import FUSING, indexed_gemm, indexed_matvec, KERNELS
-from coalesce.kernels.indexed_gemm import power
+from coalesce.kernels.indexed_gemm import tile
 from coalesce.kernels.windows import windows_of
 
 Candidate = tuple[str, Blocks | None]  # (kernel, its blocks if it is tiled)
@@ -48,19 +48,19 @@ def strips(op: HeavyOp, width: int) -> Iterator[Blocks]:
     for n, k, warps, stages in product((1, 2, 4, 8, 16, 32, 64), (128, 256, 512, 1024, 2048), (1, 2, 4, 8), (1, 3)):
         each = n * k // (32 * warps)  # elements of a thread
         idle = -(-op.n // n) * width * op.batch < 2 * CORES and n > 1
-        if 8 <= each <= 64 and k <= power(op.k) and n <= power(op.n) and not idle and (stages == 1 or k < op.k):
+        if 8 <= each <= 64 and k <= tile(op.k) and n <= tile(op.n) and not idle and (stages == 1 or k < op.k):
             yield Blocks(1, n, k, warps, stages)
 
 
 def tiles(op: HeavyOp, width: int, rows: int) -> Iterator[Blocks]:
     height, columns, itemsize = rows * op.m, op.n, op.lhs.dtype.itemsize
     channels = windows_of(op).channels
-    depth = power(channels if channels >= 32 else op.k)  # what one step can take in
+    depth = tile(channels if channels >= 32 else op.k)  # what one step can take in
     sizes = product((16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (16, 32, 64, 128), (4, 8), (2, 3, 4))
     for m, n, k, warps, stages in sizes:
         area, steps = m * n, -(-op.k // k)
         count = -(-height // m) * -(-columns // n) * width * op.batch
-        wasteful = m > power(height) or n > power(columns) or k > max(32, depth)
+        wasteful = m > tile(height) or n > tile(columns) or k > max(32, depth)
         too_large = (
             (m + n) * k * itemsize * stages > SHARED_BYTES
             or k * itemsize > ROW_BYTES
