@@ -11,7 +11,7 @@ alone is compared with others by how often it is slow, and there is no floor.
 A row that nobody was in all of is nobody's fault, and so is a strike of which nobody is left. Somebody is guilty after
 ROWS rows with no clean run of theirs, and only when so many of them would not have come by chance: the more of the runs
 of others are slow too, the more of them it takes. Where a run of others was as slow it takes ROWS_ALIKE at least: what
-slows a host may keep step with who is asked in turn. Where there are no runs of others there is nothing to compare with.
+slows a host may keep step with who is asked in turn. Without runs of others nothing is there to compare with.
 """
 
 from __future__ import annotations

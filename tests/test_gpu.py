@@ -48,8 +48,9 @@ def fused_of(model, params, inputs, **options) -> coalesce.Fused:
 def own_result(apply, params, x):
     """A tenant's own, as its user gets it: autotuned, also where the process does without, for speed. Untuned, XLA's
     convolutions do not use TF32."""
-    options: Any = {"xla_gpu_autotune_level": 4}
-    return jax.jit(apply).lower(params, *x).compile(options)(params, *x)
+    autotuned: Any = {"xla_gpu_autotune_level": 4}
+    compiled = jax.jit(apply).lower(params, *x).compile(autotuned)
+    return compiled(params, *x)
 
 
 def distance(got, want) -> float:

@@ -20,9 +20,9 @@ from coalesce.scheduler.latency import LatencyModel
 from coalesce.scheduler.machine import quantiles, Takes
 from coalesce.scheduler.run import Run
 from coalesce.scheduler.workloads import Arrival
-from tests.simulated import capacity, catalog, checked, MS, quickly, SLO, steady, tenants  # noqa: F401
+from tests.simulated import capacity, catalog, checked, MS, SLO, steady, tenants
 
-pytestmark = [pytest.mark.once, pytest.mark.usefixtures("quickly")]
+pytestmark = pytest.mark.once
 
 NAMES = [f"t{i}" for i in range(8)]
 Slowed = Callable[[int, int], int]  # the number of a bundle, what it takes -> what it takes with the hiccup
