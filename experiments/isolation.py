@@ -5,7 +5,7 @@
         --duration=3 --budget_s=80
 
 The question of the paper's figure 5. Every tenant has one request under way at any time: when its result has come, it
-sends the next. Ways to serve them, of which the first two are one runtime under two policies, to which tenants come:
+sends the next. Ways to serve them, of which the first two are one runtime under two policies:
 
     coalescing       the runtime
     fifo             the same with coalescing off: one request at a time, in the order of arrival (time multiplexing)
@@ -86,23 +86,23 @@ def closed_loop(rt: Runtime, lives: Sequence[Live], duration_s: float) -> None:
 
 
 def in_runtime(cells: Sequence[Cell]) -> Generator[tuple[Cell, Mapping[str, list[int]]], None, None]:
-    """Latencies by tenant of each cell; tenants come as they are needed, and stay."""
+    """Latencies by tenant of each cell. All tenants are there from the beginning, so that nothing is compiled while
+    others are served, for which a GPU times no kernels; in a cell the first ones ask."""
     if not cells:
         return
-    seen, most, here = Seen(), max(cell.tenants for cell in cells), 0
+    seen, most = Seen(), max(cell.tenants for cell in cells)
     model = by_name(FLAGS.model, dtype=FLAGS.dtype, param_dtype=FLAGS.dtype, **fields())
     lives = tenants([Kind(FLAGS.model, model, most, PATIENT_S)])
     widths = [width for width in (1, 2, 4, 8, 16, 32) if width < 2 * most]
     switch = Switching(POLICIES[cells[0].method])
     with Runtime(policy=switch, widths=widths, capacity=most, observers=[seen]) as rt:
+        move_in(rt, lives)
         for cell in sorted(cells):
-            move_in(rt, lives[here : cell.tenants])
-            here = cell.tenants
             switch.change(POLICIES[cell.method])
-            closed_loop(rt, lives[:here], min(0.5, FLAGS.duration))
+            closed_loop(rt, lives[: cell.tenants], min(0.5, FLAGS.duration))
             rt.drain(PATIENT_S)
             seen.clear()
-            closed_loop(rt, lives[:here], FLAGS.duration)
+            closed_loop(rt, lives[: cell.tenants], FLAGS.duration)
             rt.drain(PATIENT_S)
             yield cell, seen.latencies_ns
 
