@@ -3,11 +3,17 @@
 Waiting pays where more lanes are expected within what is fixed in a run than there are now. It lasts no longer than
 that time, counted from the first lane's arrival: so it costs no more than the run that it may save. And it lasts only
 as long as the head is still in time in a run twice as wide, and everything that was promised stays feasible.
+
+How often requests come says little where callers wait for results before they ask again: many may come at once, and
+then nobody before the last of them has its own. So a lone lane waits only where company mostly came within such a time,
+whether it was waited for or not.
 """
 
 from __future__ import annotations
 
 from coalesce.scheduler.joining import Run
+
+GOOD_ODDS = 0.5
 
 
 def wait_until(run: Run, start_ns: int) -> int:
@@ -24,4 +30,8 @@ def wait_until(run: Run, start_ns: int) -> int:
         return 0
     deadline_ns, _, lane = queue.items[0]
     until_ns = min(lane.request.arrival_ns + fixed_ns, deadline_ns - queue.costs.through(2 * lanes))
+    if lanes == 1:
+        queue.hoped_ns = until_ns
+        if queue.luck < GOOD_ODDS:
+            return 0
     return until_ns if queue.level.demand.is_feasible(until_ns) else 0

@@ -53,6 +53,8 @@ class Queue:
         "serial",
         "gap_ns",
         "came_ns",
+        "hoped_ns",
+        "luck",
     )
 
     def __init__(self, place: Place, lot: int, level: Level, costs: PlaceCosts, slots: Slots, serial: int):
@@ -68,6 +70,8 @@ class Queue:
         self.serial = serial
         self.gap_ns = FAR  # between two arrivals, smoothed
         self.came_ns: int | None = None  # the last one
+        self.hoped_ns = 0  # until when company for a lone lane was worth waiting for; 0 if it is known whether it came
+        self.luck = 1.0  # how often it came, smoothed
 
     def ready(self) -> int:
         """How many of its lanes can run now. Those that run their first segment again have their slots."""
@@ -85,6 +89,9 @@ class Queue:
             gap_ns = now_ns - self.came_ns
             self.gap_ns = max(1, gap_ns if self.gap_ns == FAR else self.gap_ns + ((gap_ns - self.gap_ns) >> 3))
         self.came_ns = now_ns
+        if self.hoped_ns:
+            self.luck += ((now_ns <= self.hoped_ns) - self.luck) / 8
+            self.hoped_ns = 0
 
 
 class Level:
