@@ -18,11 +18,11 @@ import numpy as np
 
 from coalesce.errors import CoalesceError
 from coalesce.models import by_name, Model
-from coalesce.runtime.observer import Observer
+from coalesce.runtime.observer import Finished, Observer
 from coalesce.runtime.runtime import Runtime
 from coalesce.runtime.ticket import Ending, Ticket
 from coalesce.scheduler import workloads
-from coalesce.scheduler.catalog import Catalog, Entry
+from coalesce.scheduler.catalog import Catalog
 from coalesce.scheduler.commands import Command, Dispatch, Reason
 from coalesce.scheduler.events import CatalogChanged, Event, Submitted, TenantAdded
 from coalesce.scheduler.request import Request, Tenant
@@ -170,21 +170,13 @@ class Seen(Observer):
     def rejected(self, ticket: Ticket, reason: Reason, now_ns: int) -> None:
         self.outcomes[ticket.request.tenant][reason.name.lower()] += 1
 
-    def finished(
-        self,
-        dispatch: Dispatch,
-        form: Sequence[Entry],
-        entries: Sequence[Sequence[Ticket]],
-        start_ns: int,
-        end_ns: int,
-        error: Exception | None,
-    ) -> None:
+    def finished(self, bundle: Finished) -> None:
         self.bundles += 1
-        self.lanes += sum(map(len, entries))
-        self.room += sum(entry.width for entry in form)
-        self.busy_ns += end_ns - start_ns
-        begun_ns = self._dispatched_ns.pop(dispatch.bundle, start_ns)
-        self.ran.append(Ran(tuple(form), start_ns > begun_ns, end_ns - start_ns))
+        self.lanes += bundle.lanes
+        self.room += bundle.width
+        self.busy_ns += bundle.took_ns
+        begun_ns = self._dispatched_ns.pop(bundle.dispatch.bundle, bundle.start_ns)
+        self.ran.append(Ran(bundle.form, bundle.start_ns > begun_ns, bundle.took_ns))
 
     def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
         for ending in endings:
