@@ -39,12 +39,13 @@ pytest: $(VENV)/test.stamp  ## the suite on python3 alone
 
 pytest-newest:  ## the suite on the newest interpreter found, with the newest JAX
 	@if python=$$($(PYTHON) tools/newest_python.py --newer-than $(VENV)/bin/python 2>/dev/null); then \
-	    $(MAKE) --no-print-directory PYTHON=$$python $(NEWEST)/test.stamp && $(NEWEST)/bin/python $(PYTEST) --hypothesis-profile second \
+	    $(MAKE) --no-print-directory PYTHON=$$python $(NEWEST)/test.stamp && $(NEWEST)/bin/python $(PYTEST) --hypothesis-profile second --unchecked \
 	    -m "not slow and not soak and not once"; \
 	fi
 
-soak: $(VENV)/test.stamp  ## the property tests with many examples, and the slow tests
-	@$(VENV)/bin/python $(PYTEST) -m "slow or soak" --hypothesis-profile soak --timeout 0
+soak: $(VENV)/test.stamp  ## the suite compiled as XLA does by itself, then the slow tests and many examples a property
+	@$(VENV)/bin/python $(PYTEST) --xla own
+	@$(VENV)/bin/python $(PYTEST) --xla own -m "slow or soak" --hypothesis-profile soak --timeout 0
 
 clean:  ## remove what was built, the environments included
 	rm -rf $(VENV) $(NEWEST) .cache .hypothesis .pytest_cache .ruff_cache .import_linter_cache build dist *.egg-info

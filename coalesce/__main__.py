@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -74,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_tune(commands: Any) -> None:
     command = commands.add_parser(
         "tune",
         help="measure kernels for some programs",

@@ -1,10 +1,11 @@
 """Claim: as tenants are added, latency under Coalesce grows slower than under time multiplexing, and spreads less.
 
     python -m experiments.isolation
-    python -m experiments.isolation --model=resnet50 --fields= --dtype=bfloat16 --engine=torch
+    python -m experiments.isolation --model=resnet50 --fields= --dtype=bfloat16 --engine=torch --tenants=1,4,16 \
+        --duration=3 --budget_s=80
 
 The question of the paper's figure 5. Every tenant has one request under way at any time: when its result has come, it
-sends the next. Three ways to serve them, of which the first two are one runtime under two policies:
+sends the next. Ways to serve them, of which the first two are one runtime under two policies:
 
     coalescing       the runtime
     fifo             the same with coalescing off: one request at a time, in the order of arrival (time multiplexing)
@@ -12,6 +13,7 @@ sends the next. Three ways to serve them, of which the first two are one runtime
     processes_mps    the same side by side under NVIDIA's MPS; needs a GPU
 
 Latencies of the runtime are from submit to result; those of processes from dispatch to completion, in the process.
+Rows that the results have are not measured again, so that the same command goes on where --budget_s stopped it.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 from absl import flags
 
@@ -36,7 +39,8 @@ from experiments.live import Kind, Live, move_in, quantile_ms, Seen, tenants
 from experiments.peers_common import CannotRun
 from experiments.peers_processes import mps, mps_control, Workers
 from experiments.policies import POLICIES
-from experiments.results import device_name, header, Row, save_rows
+from experiments.results import device_name, header, load_rows, Row, save_rows
+from experiments.switching import Switching
 
 METHODS = ("coalescing", "fifo", "processes", "processes_mps")
 PATIENT_S = 60.0  # nobody is refused: latency is the question
@@ -51,6 +55,12 @@ flags.DEFINE_list("tenants", ["1", "2", "4", "8", "16"], "numbers of tenants", f
 flags.DEFINE_list("methods", list(METHODS), "which methods", flag_values=FLAGS)
 flags.DEFINE_integer("most_processes", 16, "processes are left out with more tenants", flag_values=FLAGS)
 flags.DEFINE_float("duration", 5.0, "seconds of each cell", lower_bound=0.05, flag_values=FLAGS)
+flags.DEFINE_float("budget_s", None, "no cell starts after so many seconds", flag_values=FLAGS)
+
+
+class Cell(NamedTuple):
+    tenants: int
+    method: str
 
 
 def fields() -> dict[str, Any]:
@@ -75,19 +85,26 @@ def closed_loop(rt: Runtime, lives: Sequence[Live], duration_s: float) -> None:
         left.acquire()
 
 
-def served(policy: str, count: int) -> Mapping[str, list[int]]:
-    seen = Seen()
+def in_runtime(cells: Sequence[Cell]) -> Generator[tuple[Cell, Mapping[str, list[int]]], None, None]:
+    """Latencies by tenant of each cell. All tenants are there from the beginning, so that nothing is compiled while
+    others are served, for which a GPU times no kernels; in a cell the first ones ask."""
+    if not cells:
+        return
+    seen, most = Seen(), max(cell.tenants for cell in cells)
     model = by_name(FLAGS.model, dtype=FLAGS.dtype, param_dtype=FLAGS.dtype, **fields())
-    lives = tenants([Kind(FLAGS.model, model, count, PATIENT_S)])
-    widths = [width for width in (1, 2, 4, 8, 16, 32) if width < 2 * count]
-    with Runtime(policy=POLICIES[policy](), widths=widths, observers=[seen]) as rt:
+    lives = tenants([Kind(FLAGS.model, model, most, PATIENT_S)])
+    widths = [width for width in (1, 2, 4, 8, 16, 32) if width < 2 * most]
+    switch = Switching(POLICIES[cells[0].method])
+    with Runtime(policy=switch, widths=widths, capacity=most, observers=[seen]) as rt:
         move_in(rt, lives)
-        closed_loop(rt, lives, min(0.5, FLAGS.duration))
-        rt.drain(PATIENT_S)
-        seen.clear()
-        closed_loop(rt, lives, FLAGS.duration)
-        rt.drain(PATIENT_S)
-    return seen.latencies_ns
+        for cell in sorted(cells):
+            switch.change(POLICIES[cell.method])
+            closed_loop(rt, lives[: cell.tenants], min(0.5, FLAGS.duration))
+            rt.drain(PATIENT_S)
+            seen.clear()
+            closed_loop(rt, lives[: cell.tenants], FLAGS.duration)
+            rt.drain(PATIENT_S)
+            yield cell, seen.latencies_ns
 
 
 def in_processes(count: int, under_mps: bool) -> Mapping[str, list[int]]:
@@ -115,16 +132,18 @@ def in_processes(count: int, under_mps: bool) -> Mapping[str, list[int]]:
     return {f"tenant{i}": [round(s * 1e9) for s in own] for i, own in enumerate(bursts)}
 
 
-def measure(method: str, count: int) -> Row:
-    print(f"{FLAGS.model}: {count} tenants, {method}", file=sys.stderr, flush=True)
-    row = {"tenants": count, "method": method, "failed": ""}
-    try:
-        if method in POLICIES:
-            latencies = served(method, count)
-        else:
-            latencies = in_processes(count, under_mps=method == "processes_mps")
-    except CannotRun as e:
-        return {**row, "failed": str(e)}
+def apart(cells: Sequence[Cell]) -> Iterator[tuple[Cell, Mapping[str, list[int]] | CannotRun]]:
+    for cell in cells:
+        try:
+            yield cell, in_processes(cell.tenants, under_mps=cell.method == "processes_mps")
+        except CannotRun as e:
+            yield cell, e
+
+
+def row_of(cell: Cell, latencies: Mapping[str, list[int]] | CannotRun) -> Row:
+    row = {**cell._asdict(), "failed": ""}
+    if isinstance(latencies, CannotRun):
+        return {**row, "failed": str(latencies)}
     every = [latency for own in latencies.values() for latency in own]
     medians = [quantile_ms(own, 0.5) for own in latencies.values()]
     tails = [quantile_ms(own, 0.99) for own in latencies.values()]
@@ -140,6 +159,7 @@ def measure(method: str, count: int) -> Row:
 
 
 def main(argv: Sequence[str]) -> None:
+    begun_s = time.monotonic()
     own_flags.parse("isolation", FLAGS, argv)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes need the device's memory too
     if unknown := set(FLAGS.methods) - set(METHODS):
@@ -149,14 +169,29 @@ def main(argv: Sequence[str]) -> None:
     head = header(
         own_flags.command("isolation", FLAGS), FLAGS.device_name or device_name(), FLAGS.note, **settings
     )
-    rows = [measure(method, int(count)) for count in FLAGS.tenants for method in FLAGS.methods]
     path = own_flags.folder(FLAGS) / f"isolation_{FLAGS.model}_{FLAGS.dtype}.json"
-    save_rows(path, head, rows)
+    rows = load_rows(path, head)
+    done = {Cell(row["tenants"], row["method"]) for row in rows}
+    wanted = [Cell(int(n), method) for n in FLAGS.tenants for method in FLAGS.methods]
+    missing = [cell for cell in wanted if cell not in done]
+    served = in_runtime([cell for cell in missing if cell.method in POLICIES])
+    for cell, latencies in chain(served, apart([cell for cell in missing if cell.method not in POLICIES])):
+        rows = sorted([*rows, row_of(cell, latencies)], key=order)
+        print(f"after {time.monotonic() - begun_s:.0f} s: {cell}", file=sys.stderr, flush=True)
+        save_rows(path, head, rows)
+        if FLAGS.budget_s is not None and time.monotonic() - begun_s > FLAGS.budget_s:
+            print("the budget is spent; the same command goes on from here", file=sys.stderr)
+            break
+    served.close()
     title = f"Latency of {FLAGS.model} as tenants are added"
     text = report(title, head, rows)
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
     print(plot(path.with_suffix(".png"), title, rows))
+
+
+def order(row: Row) -> tuple[int, int]:
+    return row["tenants"], METHODS.index(row["method"])
 
 
 if __name__ == "__main__":

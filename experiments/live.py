@@ -18,17 +18,18 @@ import numpy as np
 
 from coalesce.errors import CoalesceError
 from coalesce.models import by_name, Model
-from coalesce.runtime.observer import Observer
+from coalesce.runtime.observer import Finished, Observer
 from coalesce.runtime.runtime import Runtime
 from coalesce.runtime.ticket import Ending, Ticket
 from coalesce.scheduler import workloads
-from coalesce.scheduler.catalog import Catalog, Entry
+from coalesce.scheduler.catalog import Catalog
 from coalesce.scheduler.commands import Command, Dispatch, Reason
-from coalesce.scheduler.events import CatalogChanged, Completed, Event, Submitted, TenantAdded
+from coalesce.scheduler.events import CatalogChanged, Event, Submitted, TenantAdded
 from coalesce.scheduler.request import Request, Tenant
 from coalesce.scheduler.run import Decision
 from coalesce.scheduler.workloads import Arrival
 from experiments.cells import tenants_of
+from experiments.measured_machine import Ran
 
 SECOND = 1_000_000_000
 
@@ -143,19 +144,17 @@ class Seen(Observer):
         self.catalog = Catalog()
         self.tenants: dict[str, Tenant] = {}
         self.log: list[Decision] | None = [] if keep_log else None  # of everything, never cleared
+        self._dispatched_ns: dict[int, int] = {}
         self.clear()
 
     def clear(self) -> None:
         self.requests: list[Request] = []
         self.outcomes: dict[str, Counter[str]] = defaultdict(Counter)  # by tenant
         self.latencies_ns: dict[str, list[int]] = defaultdict(list)
-        self.runs_ns: dict[tuple[Entry, ...], list[int]] = defaultdict(list)
+        self.ran: list[Ran] = []
         self.lanes = self.room = self.bundles = self.busy_ns = 0
-        self.decide_ns: list[int] = []  # what the policy needs to be told something and answer
-        self.tell_ns: list[int] = []  # from the end of a bundle until the driver's thread knows
 
     def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
-        self.decide_ns.append(time.monotonic_ns() - now_ns)
         if self.log is not None:
             self.log.append(Decision(event, now_ns, commands))
         if isinstance(event, Submitted):
@@ -164,26 +163,20 @@ class Seen(Observer):
             self.catalog = event.catalog
         elif isinstance(event, TenantAdded):
             self.tenants[event.tenant.name] = event.tenant
-        elif isinstance(event, Completed):
-            self.tell_ns.append(now_ns - event.end_ns)
+        for command in commands:
+            if isinstance(command, Dispatch):
+                self._dispatched_ns[command.bundle] = now_ns
 
     def rejected(self, ticket: Ticket, reason: Reason, now_ns: int) -> None:
         self.outcomes[ticket.request.tenant][reason.name.lower()] += 1
 
-    def finished(
-        self,
-        dispatch: Dispatch,
-        form: Sequence[Entry],
-        entries: Sequence[Sequence[Ticket]],
-        start_ns: int,
-        end_ns: int,
-        error: Exception | None,
-    ) -> None:
+    def finished(self, bundle: Finished) -> None:
         self.bundles += 1
-        self.lanes += sum(map(len, entries))
-        self.room += sum(entry.width for entry in form)
-        self.busy_ns += end_ns - start_ns
-        self.runs_ns[tuple(form)].append(end_ns - start_ns)
+        self.lanes += bundle.lanes
+        self.room += bundle.width
+        self.busy_ns += bundle.took_ns
+        begun_ns = self._dispatched_ns.pop(bundle.dispatch.bundle, bundle.start_ns)
+        self.ran.append(Ran(bundle.form, bundle.start_ns > begun_ns, bundle.took_ns))
 
     def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
         for ending in endings:

@@ -2,6 +2,8 @@
 
     python -m experiments.loadgen --rate=400 --latency_ms=50
     python -m experiments.loadgen --rate=400 --latency_ms=50 --duration=600 --queries=270336   the sizes of a submission
+    python -m experiments.loadgen --tenants="resnet50.dtype='bfloat16';param_dtype='bfloat16':16" --latency_ms=15 \
+        --rate=2000 --duration=20
 
 LoadGen sends single samples as a Poisson process at the rate, for at least so long and so many, and says VALID if 99%
 of them are answered within the latency. Samples go round over the tenants. Every sample is answered, as LoadGen's rules
@@ -149,7 +151,8 @@ def main(argv: Sequence[str]) -> None:
     keep = {name: FLAGS[name].value for name in ("tenants", "duration", "queries")}
     head = header(own_flags.command("loadgen", FLAGS), FLAGS.device_name or device_name(), FLAGS.note, **keep)
     widths = [width for width in (1, 2, 4, 8, 16, 32) if width < 2 * len(lives)]
-    with Runtime(policy=POLICIES[FLAGS.policy](), widths=widths, observers=[seen]) as rt:
+    most = max(kind.count for kind in kinds)  # room for all, so that no executable is made twice
+    with Runtime(policy=POLICIES[FLAGS.policy](), widths=widths, capacity=most, observers=[seen]) as rt:
         move_in(rt, lives)
         seen.clear()
         served = Served(rt, lives)

@@ -1,15 +1,18 @@
 """What others notice of a newcomer: latency while families are added, against latency while nothing is.
 
     python -m experiments.newcomer                      writes experiments/results/<device>/newcomer.json and .md
+    python -m experiments.newcomer --model=resnet50 --dtype=bfloat16 --fields=classes=1000 --vary=classes --families=1 \
+        --turns=2 --widths=1,2,4
 
 Tenants of one family are asked at a steady rate, from a thread that sends each request when its time has come. In turns
 nothing else happens for a while, and new families are added, one after another, each with all of its executables; then
 they go again. Latency is from submit to the moment at which the result is handed out. Nothing that was compiled before
-is found again: each newcomer has other sizes, and nothing is kept on disk.
+is found again: each newcomer has another size, the field `vary` counted on, and the runtime keeps nothing on disk.
 """
 
 from __future__ import annotations
 
+import ast
 import itertools
 import sys
 import threading
@@ -20,7 +23,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from coalesce.models import by_name
+from coalesce.models import by_name, NAMES
 from coalesce.runtime.runtime import Runtime
 from experiments import own_flags
 from experiments.cells import tenants_of
@@ -32,8 +35,10 @@ SLO_S = 5.0
 FLAGS = flags.FlagValues()
 own_flags.define_common(FLAGS)
 flags.DEFINE_integer("tenants", 4, "that are asked", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_integer("width", 64, "of their layers", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_integer("layers", 8, "of their model, and of the newcomers'", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_enum("model", "mlp", NAMES, "of all tenants", flag_values=FLAGS)
+flags.DEFINE_list("fields", ["width=64", "layers=8"], "fields of the model to set", flag_values=FLAGS)
+flags.DEFINE_string("vary", "width", "the one of them that newcomers have larger", flag_values=FLAGS)
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and activations", flag_values=FLAGS)
 flags.DEFINE_float("rate", 400.0, "requests a second", lower_bound=1.0, flag_values=FLAGS)
 flags.DEFINE_integer("families", 4, "that are added in a turn", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("turns", 5, "of both kinds", lower_bound=1, flag_values=FLAGS)
@@ -72,9 +77,11 @@ class Clients:
         self._thread.join()
 
 
-def add(rt: Runtime, prefix: str, width: int, count: int) -> tuple[list[str], np.ndarray]:
-    """Tenants of one family."""
-    made = tenants_of(by_name("mlp", width=width, layers=FLAGS.layers), count, batch=1)
+def add(rt: Runtime, prefix: str, more: int, count: int) -> tuple[list[str], np.ndarray]:
+    """Tenants of one family, with the field that varies so much larger."""
+    fields = {name: ast.literal_eval(value) for name, value in (item.split("=", 1) for item in FLAGS.fields)}
+    fields[FLAGS.vary] += more
+    made = tenants_of(by_name(FLAGS.model, dtype=FLAGS.dtype, param_dtype=FLAGS.dtype, **fields), count, batch=1)
     names = [f"{prefix}{i}" for i in range(count)]
     x = np.asarray(made.inputs[0][0])
     for name, params in zip(names, made.params, strict=True):
@@ -86,9 +93,9 @@ def measure() -> Row:
     widths = tuple(map(int, FLAGS.widths))
     quiet: list[float] = []
     busy: list[float] = []
-    added_s, fresh = 0.0, itertools.count(FLAGS.width + 1)
+    added_s, fresh = 0.0, itertools.count(1)
     with Runtime(widths=widths, compiled=False) as rt:
-        names, x = add(rt, "served", FLAGS.width, FLAGS.tenants)
+        names, x = add(rt, "served", 0, FLAGS.tenants)
         rt.warm_up(600.0)
         with Clients(rt, names, x, FLAGS.rate) as clients:
             time.sleep(0.3)

@@ -1,20 +1,21 @@
 """Claim: the simulator says what the real runtime will do: attainment within 2 points, over 20 configurations.
 
     python -m experiments.sim_vs_real
-    python -m experiments.sim_vs_real --configurations=0,7 --duration=3
+    python -m experiments.sim_vs_real --configurations=0,7 --duration=3 --slices=2
 
-A configuration is served twice by the real runtime, with other arrivals each time. The first run measures how long
-each executable takes, and how long the driver needs to decide and to be told. The simulator gets these figures, the
-policy as the log of the real driver leaves it after the first run, and the arrivals of the second. Then both have the
-same requests at the same times, and the share of requests in time is compared.
+A configuration is served in slices, one to learn and one to compare in turns, with other arrivals in each. From a slice
+that is compared, and the two that are learnt from around it, the simulator gets: how long the host and each executable
+took in those two (experiments/measured_machine.py), the policy as the log of the real driver leaves it at the
+beginning, and the arrivals. Then both have the same requests at the same times, and the share of requests in time is
+compared. `--again` serves each compared slice a second time, which says how much two real runs differ.
 
 Configurations differ in tenants, rates, unevenness, SLOs and the number of segments, and are drawn from a seed. Load 1
-is what the runtime can do one request at a time; an SLO is so many times what a request takes alone.
+is what the runtime can do one request at a time; an SLO is so many times what a request takes alone. Those that the
+results have are not served again.
 """
 
 from __future__ import annotations
 
-import itertools
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,18 +29,17 @@ from absl import flags
 from coalesce.models import by_name
 from coalesce.runtime.runtime import Runtime
 from coalesce.scheduler import workloads
-from coalesce.scheduler.catalog import Executable
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.commands import Command, WakeAt
 from coalesce.scheduler.events import Completed, Event, Submitted
-from coalesce.scheduler.machine import Host, quantiles
 from coalesce.scheduler.request import Request
-from coalesce.scheduler.run import Decision, Outcome, Run
+from coalesce.scheduler.run import Decision, Run
 from coalesce.scheduler.simulator import simulate
 from coalesce.scheduler.workloads import Arrival
 from experiments import own_flags
 from experiments.live import Kind, Live, move_in, Seen, serve, tenants
-from experiments.results import device_name, header, Row, save_rows, table
+from experiments.measured_machine import host_of, MeasuredDevice, Ran
+from experiments.results import device_name, header, load_rows, Row, save_rows, table
 
 SECOND = 1_000_000_000
 LEAST_ALONE_S = 0.0  # rates and SLOs are made for a request that takes as long, if it is faster
@@ -52,7 +52,10 @@ FLAGS = flags.FlagValues()
 own_flags.define_common(FLAGS)
 flags.DEFINE_integer("count", 20, "how many configurations", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_list("configurations", None, "only these, by number", flag_values=FLAGS)
-flags.DEFINE_float("duration", 10.0, "seconds of each run", lower_bound=0.1, flag_values=FLAGS)
+flags.DEFINE_float("duration", 10.0, "seconds that are compared, and learnt from", lower_bound=0.1, flag_values=FLAGS)
+flags.DEFINE_integer("slices", 5, "into which they are cut", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_bool("again", False, "serve what is compared a second time", flag_values=FLAGS)
+flags.DEFINE_float("budget_s", None, "no configuration starts after so many seconds", flag_values=FLAGS)
 flags.DEFINE_integer("seed", 0, "of the configurations", flag_values=FLAGS)
 
 
@@ -97,17 +100,16 @@ def draw_configurations(count: int, seed: int) -> list[Configuration]:
     return found
 
 
-class Measured:
-    """What a run took. Times come again in their order, since slow moments of a machine last for more than one run."""
+class Slice(NamedTuple):
+    """What was served in a while."""
 
-    def __init__(self, seen: Seen) -> None:
-        self.host = Host(decide_ns=int(median(seen.decide_ns or [0])), tell_ns=int(median(seen.tell_ns or [0])))
-        self._runs_ns = {entries: itertools.cycle(tuple(runs)) for entries, runs in seen.runs_ns.items()}
-
-    def takes(self, executable: Executable, rng: Random) -> int:
-        """One that did not run takes what its warm-up said."""
-        known = self._runs_ns.get(executable.entries)
-        return next(known) if known is not None else quantiles(executable, rng)
+    seed: int
+    start_ns: int
+    log: Sequence[Decision]
+    requests: Sequence[Request]
+    in_time: int
+    ran: Sequence[Ran]
+    lanes: int
 
 
 class Later:
@@ -139,14 +141,6 @@ def again(requests: Iterable[Request], start_ns: int) -> list[Arrival]:
     return [Arrival(r.arrival_ns - start_ns, r.tenant, r.deadline_ns - r.arrival_ns, 0, r.family) for r in ordered]
 
 
-def attainment(run: Run, host: Host) -> float:
-    """As the real runtime counts: by when the device was done, not by when the driver knew."""
-    known = zip(run.requests, run.outcomes, run.ends_ns, strict=True)
-    done = (Outcome.OK, Outcome.LATE)
-    in_time = sum(how in done and end - host.tell_ns <= own.deadline_ns for own, how, end in known)
-    return in_time / len(run.requests)
-
-
 def runtime(own: Configuration, seen: Seen) -> Runtime:
     widths = [width for width in WIDTHS if width < 2 * own.tenants]
     return Runtime(widths=widths, segments=own.segments, observers=[seen])
@@ -155,21 +149,34 @@ def runtime(own: Configuration, seen: Seen) -> Runtime:
 def arrivals(own: Configuration, rate: float, lives: Sequence[Live], seed: int) -> Iterable[Arrival]:
     rng = Random(f"{own.number} {seed}")
     names = [live.name for live in lives]
-    times = workloads.gamma(rng, rate, own.cv)
-    return workloads.arrive(rng, times, names, round(FLAGS.duration * SECOND), workloads.zipf(len(names), own.zipf))
+    times, end_ns = workloads.gamma(rng, rate, own.cv), round(FLAGS.duration / FLAGS.slices * SECOND)
+    return workloads.arrive(rng, times, names, end_ns, workloads.zipf(len(names), own.zipf))
 
 
-def simulated(seen: Seen, start_ns: int, times: Measured, seed: int) -> Run:
-    """The second run, in the simulator."""
-    return simulate(
-        Later(seen.log or (), start_ns),
+def served(rt: Runtime, own: Configuration, rate: float, lives: Sequence[Live], seen: Seen, seed: int) -> Slice:
+    time.sleep(SETTLE_S)
+    seen.clear()
+    start_ns, first = time.monotonic_ns(), len(seen.log or ())
+    serve(rt, lives, arrivals(own, rate, lives, seed))
+    time.sleep(SETTLE_S)
+    in_time = sum(outcomes["ok"] for outcomes in seen.outcomes.values())
+    return Slice(seed, start_ns, (seen.log or [])[first:], seen.requests, in_time, seen.ran, seen.lanes)
+
+
+def simulated(seen: Seen, own: Slice, around: Sequence[Slice], seed: int) -> tuple[int, Run]:
+    """(how many would have been in time, the run), if everything took what it took in slices around."""
+    device = MeasuredDevice(ran for other in around for ran in other.ran)
+    run = simulate(
+        Later(seen.log or (), own.start_ns),
         seen.tenants.values(),
         seen.catalog,
-        again(seen.requests, start_ns),
-        takes=times.takes,
-        host=times.host,
+        again(own.requests, own.start_ns),
+        takes=device.takes,
+        host=host_of([other.log for other in around]),
         seed=seed,
+        watchers=[device.see],
     )
+    return device.in_time(run), run
 
 
 @cache
@@ -191,29 +198,36 @@ def compare(own: Configuration) -> Row:
     rate, slo_s = own.load / took_s, own.slo * took_s
     seen = Seen(keep_log=True)
     lives = tenants([Kind(own.model, by_name(own.model, **own.fields), own.tenants, slo_s)])
+    kinds = "learn compare again".split() if FLAGS.again else "learn compare".split()
+    slices: dict[str, list[Slice]] = {kind: [] for kind in kinds}
     with runtime(own, seen) as rt:
         move_in(rt, lives)
-        seen.clear()
-        serve(rt, lives, arrivals(own, rate, lives, 1))
-        learnt = Measured(seen)
-        seen.clear()
-        time.sleep(SETTLE_S)
-        start_ns = time.monotonic_ns()
-        serve(rt, lives, arrivals(own, rate, lives, 2))
-    run, hindsight = (simulated(seen, start_ns, which, own.number) for which in (learnt, Measured(seen)))
-    real, predicted = seen.attainment(), attainment(run, learnt.host)
+        for number in range(FLAGS.slices + 1):
+            for kind in kinds if number < FLAGS.slices else kinds[:1]:
+                slices[kind].append(served(rt, own, rate, lives, seen, 2 * number + (kind != "learn")))
+    learnt, compared = slices["learn"], slices["compare"]
+    around = [learnt[i : i + 2] for i in range(len(compared))]
+    runs = [simulated(seen, one, others, own.number) for one, others in zip(compared, around, strict=True)]
+    hindsight = [simulated(seen, one, [one], own.number) for one in compared]
+    requests, bundles = sum(len(one.requests) for one in compared), sum(len(one.ran) for one in compared)
+    real, predicted, known = (
+        sum(in_time) / max(1, requests)
+        for in_time in ([c.in_time for c in compared], [n for n, _ in runs], [n for n, _ in hindsight])
+    )
+    repeated = slices.get("again", [])
     return {
         **own._asdict(),
         "alone_ms": round(took_s * 1e3, 4),
         "slo_ms": round(slo_s * 1e3, 3),
         "rate": round(rate, 1),
-        "requests": len(seen.requests),
+        "requests": requests,
         "real": round(real, 5),
+        "again": round(sum(one.in_time for one in repeated) / max(1, requests), 5) if repeated else None,
         "simulated": round(predicted, 5),
         "points": round(100 * (predicted - real), 3),
-        "hindsight": round(attainment(hindsight, learnt.host), 5),
-        "real_lanes": round(seen.lanes / max(1, seen.bundles), 3),
-        "simulated_lanes": round(run.lanes / max(1, run.bundles), 3),
+        "hindsight": round(known, 5),
+        "real_lanes": round(sum(one.lanes for one in compared) / max(1, bundles), 3),
+        "simulated_lanes": round(sum(r.lanes for _, r in runs) / max(1, sum(r.bundles for _, r in runs)), 3),
         "failed": "",
     }
 
@@ -234,6 +248,7 @@ def report(head: Mapping[str, Any], rows: Sequence[Row]) -> str:
             f"{row['simulated']:.2%}",
             f"{row['points']:+.2f}",
             f"{100 * (row['hindsight'] - row['real']):+.2f}",
+            "" if row["again"] is None else f"{100 * (row['again'] - row['real']):+.2f}",
             f"{row['real_lanes']:.2f}",
             f"{row['simulated_lanes']:.2f}",
         ]
@@ -246,23 +261,30 @@ def report(head: Mapping[str, Any], rows: Sequence[Row]) -> str:
         f"    {head['command']}",
         f"Requests in time: {within} of {len(rows)} configurations within {POINTS:g} points. Load 1 is one request "
         "after the other; `lanes` are requests a bundle, real and simulated. `hindsight` are the points where the "
-        "simulator gets the second run's own times: what is left is not the machine's being slower than before.",
-        table([*columns, "points", "hindsight", "lanes", "lanes (sim)"], lines),
+        "simulator gets the compared slices' own times: what is left is not the machine's being slower than before. "
+        "`again` is what the real runtime differs from itself by, with the same arrivals once more.",
+        table([*columns, "points", "hindsight", "again", "lanes", "lanes (sim)"], lines),
     ]
     return "\n\n".join(text) + "\n"
 
 
 def main(argv: Sequence[str]) -> None:
+    begun_s = time.monotonic()
     own_flags.parse("sim_vs_real", FLAGS, argv)
-    settings = {"count": FLAGS.count, "duration_s": FLAGS.duration, "seed": FLAGS.seed, "widths": list(WIDTHS)}
+    settings = {"count": FLAGS.count, "duration_s": FLAGS.duration, "slices": FLAGS.slices, "again": FLAGS.again}
+    settings |= {"seed": FLAGS.seed, "widths": list(WIDTHS)}
     head = header(own_flags.command("sim_vs_real", FLAGS), FLAGS.device_name or device_name(), FLAGS.note, **settings)
     chosen = None if FLAGS.configurations is None else set(map(int, FLAGS.configurations))
     path = own_flags.folder(FLAGS) / "sim_vs_real.json"
-    rows: list[Row] = []
+    rows = load_rows(path, head)
     for own in draw_configurations(FLAGS.count, FLAGS.seed):
-        if chosen is None or own.number in chosen:
-            rows.append(compare(own))
-            save_rows(path, head, rows)
+        if own.number in {row["number"] for row in rows} or (chosen is not None and own.number not in chosen):
+            continue
+        if FLAGS.budget_s is not None and time.monotonic() - begun_s > FLAGS.budget_s:
+            print("the budget is spent; the same command goes on from here", file=sys.stderr)
+            break
+        rows = sorted([*rows, compare(own)], key=lambda row: row["number"])
+        save_rows(path, head, rows)
     text = report(head, rows)
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

@@ -10,7 +10,8 @@ alone is compared with others by how often it is slow, and there is no floor.
 
 A row that nobody was in all of is nobody's fault, and so is a strike of which nobody is left. Somebody is guilty after
 ROWS rows with no clean run of theirs, and only when so many of them would not have come by chance: the more of the runs
-of others are slow too, the more of them it takes. Where there are no runs of others there is nothing to compare with.
+of others are slow too, the more of them it takes. Where a run of others was as slow it takes ROWS_ALIKE at least: what
+slows a host may keep step with who is asked in turn. Without runs of others nothing is there to compare with.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ WINDOW_NS = 1_000_000_000
 MEMORY = 256  # runs
 OFTEN = 8
 ROWS = 3
+ROWS_ALIKE = 8
 DOUBT_BITS = 20.0  # one in a million
 PRIOR_ROWS, PRIOR_RUNS = 0.5, 64.0  # that were seen before any was
 
@@ -34,6 +36,12 @@ class Strike(NamedTuple):
     row: int
     excess_ns: int
     who: set[str]
+
+
+class Seen(NamedTuple):
+    row: int  # 0 if it was clean
+    excess_ns: int
+    who: frozenset[str]
 
 
 class Spread:
@@ -58,7 +66,7 @@ class Evidence:
     def __init__(self) -> None:
         self._spread = Spread()
         self._strikes: list[Strike] = []
-        self._seen: deque[tuple[int, frozenset[str]]] = deque(maxlen=MEMORY)  # runs: their row, 0 if clean; who
+        self._seen: deque[Seen] = deque(maxlen=MEMORY)
         self._rows = 0
         self._row: frozenset[str] | None = None  # who was in all of the row that goes on
         self._row_number = 0
@@ -67,15 +75,15 @@ class Evidence:
         """Whether a slow run exceeded its l99 by no more than runs do here."""
         return excess_ns <= self._spread.floor_ns
 
-    def hide(self, who: frozenset[str]) -> None:
+    def hide(self, who: frozenset[str], excess_ns: int) -> None:
         """A slow run that is hidden; it counts for how often runs are slow."""
         self._rows += 1
-        self._seen.append((self._rows, who))
+        self._seen.append(Seen(self._rows, excess_ns, who))
 
     def clear(self, who: frozenset[str], excess_ns: int) -> None:
         """A clean run of these."""
         self._row = None
-        self._seen.append((0, who))
+        self._seen.append(Seen(0, excess_ns, who))
         self._spread.add(max(0, excess_ns))
         if self._strikes:
             for strike in self._strikes:
@@ -92,8 +100,8 @@ class Evidence:
             if not self._row:
                 self._spread.add(excess_ns)
                 self._excuse([s for s in self._strikes if s.row == self._row_number])
-        has_others = any(not who & others for _, others in self._seen) or len(who) > 1
-        self._seen.append((self._row_number, who))
+        has_others = any(not who & run.who for run in self._seen) or len(who) > 1
+        self._seen.append(Seen(self._row_number, excess_ns, who))
         if not self._row or not has_others:
             return False
         kept = [s for s in self._strikes if now_ns - s.at_ns < WINDOW_NS or not s.who.isdisjoint(watched)]
@@ -121,18 +129,20 @@ class Evidence:
 
     def convicts(self, tenant: str, record: int) -> bool:
         """Whether it is guilty; `record` rows are known of it from before."""
-        own = {s.row for s in self._strikes if tenant in s.who}
+        own = {s.row: s.excess_ns for s in self._strikes if tenant in s.who}
         rows = record + len(own)
         if rows < ROWS:
             return False
-        others = [row for row, who in self._seen if tenant not in who or row not in own]
-        slow = len({row for row in others if row})
-        return rows * math.log2((len(others) + PRIOR_RUNS) / (slow + PRIOR_ROWS)) >= DOUBT_BITS
+        others = [run for run in self._seen if tenant not in run.who or run.row not in own]
+        slow = {run.row: run.excess_ns for run in others if run.row}
+        if rows < ROWS_ALIKE and any(ns >= min(own.values()) for ns in slow.values()):
+            return False
+        return rows * math.log2((len(others) + PRIOR_RUNS) / (len(slow) + PRIOR_ROWS)) >= DOUBT_BITS
 
     def settle(self, guilty: str) -> None:
         """What somebody was the reason for is held against nobody else, and says nothing of the device."""
         self._strikes = [s for s in self._strikes if guilty not in s.who]
-        innocent = [(row, who) for row, who in self._seen if not row or guilty not in who]
+        innocent = [run for run in self._seen if not run.row or guilty not in run.who]
         self._seen = deque(innocent, MEMORY)
 
     def forget(self, tenant: str) -> None:

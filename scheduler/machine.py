@@ -12,9 +12,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from coalesce.scheduler.catalog import Catalog, Entry, Executable
+from coalesce.scheduler.commands import Command
 
 WIDTHS = (1, 2, 4, 8, 16, 32)
 Z99 = 2.3263  # a normal variable is below it with a chance of 99%
@@ -74,11 +75,47 @@ def quantiles(executable: Executable, rng: Random) -> int:
     return int(l50_ns * math.exp(rng.gauss(0.0, 1.0) * math.log(l99_ns / l50_ns) / Z99))
 
 
+@runtime_checkable
+class HostTimes(Protocol):
+    """What the host takes, asked anew each time."""
+
+    def wake(self, ended: bool) -> int:
+        """Until the driver's thread is told what happens while it waits: that a bundle ended, or anything else."""
+        ...
+
+    def decide(self, commands: Sequence[Command]) -> int:
+        """How long it is busy with an event that it answers so: what arrives meanwhile is told afterwards."""
+        ...
+
+    def dispatch(self) -> int:
+        """Until the device can begin with what was dispatched to it."""
+        ...
+
+    def tell(self) -> int:
+        """From the end of a bundle until clients have results, and the policy is told."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Host:
-    decide_ns: int = 0  # the driver's thread is busy with an event so long: what arrives meanwhile is told afterwards
-    dispatch_ns: int = 0  # until the device can begin with what was dispatched to it
-    tell_ns: int = 0  # from the end of a bundle until clients have results, and the policy is told
+    """The same each time."""
+
+    decide_ns: int = 0
+    dispatch_ns: int = 0
+    tell_ns: int = 0
+    wake_ns: int = 0
+
+    def wake(self, ended: bool) -> int:
+        return self.wake_ns
+
+    def decide(self, commands: Sequence[Command]) -> int:
+        return self.decide_ns
+
+    def dispatch(self) -> int:
+        return self.dispatch_ns
+
+    def tell(self) -> int:
+        return self.tell_ns
 
 
 PROMPT = Host()

@@ -113,7 +113,7 @@ class Watch:
         is_suspect = standing is not None and standing.state is State.SUSPECTED
         if not is_suspect and self._evidence.is_hidden(excess_ns):
             self.blamed = NOBODY
-            self._evidence.hide(who)
+            self._evidence.hide(who, excess_ns)
             return []
         if not self._evidence.strike(who, excess_ns, now_ns, self._standings):
             self.blamed = NOBODY

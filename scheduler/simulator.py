@@ -27,7 +27,7 @@ from coalesce.scheduler.events import (
     Timer,
 )
 from coalesce.scheduler.faults import Faults
-from coalesce.scheduler.machine import Compiler, Host, PROMPT, quantiles, Takes
+from coalesce.scheduler.machine import Compiler, HostTimes, PROMPT, quantiles, Takes
 from coalesce.scheduler.policy import Policy
 from coalesce.scheduler.request import Request, Tenant
 from coalesce.scheduler.run import Decision, Outcome, Run, Watcher
@@ -51,7 +51,7 @@ def simulate(
     *,
     happenings: Iterable[tuple[int, Event]] = (),
     takes: Takes = quantiles,
-    host: Host = PROMPT,
+    host: HostTimes = PROMPT,
     faults: Faults | None = None,
     compiler: Compiler | None = None,
     until_ns: int = FAR,
@@ -85,7 +85,7 @@ class Simulation:
         policy: Policy,
         run: Run,
         takes: Takes,
-        host: Host,
+        host: HostTimes,
         faults: Faults | None,
         compiler: Compiler | None,
         seed: int,
@@ -106,6 +106,7 @@ class Simulation:
         self._wanted: set[tuple[Entry, ...]] = set()
         self._compiled_ns = 0
         self._device_ns = 0  # when it is done with what it has
+        self._told_ns = 0  # when the policy is told of the last bundle
         self._driver_ns = 0  # when it is done with what it was told
         self._wake_ns = FAR
 
@@ -124,7 +125,7 @@ class Simulation:
             time_ns = min(next_ns, arrival_ns)
             if time_ns >= until_ns:
                 return
-            now_ns = run.end_ns = max(time_ns, self._driver_ns)
+            now_ns = run.end_ns = self._told_at(time_ns, bool(heap) and heap[0][0] == time_ns)
             if arrival is not None and arrival_ns < next_ns:
                 together: list[Request] = []
                 upto_ns = min(now_ns, next_ns)
@@ -133,9 +134,13 @@ class Simulation:
                     arrival = next(coming, None)
                 self._tell(Submitted(tuple(together)), now_ns)
             elif heap and heap[0][0] <= self._wake_ns:
-                self._happen(heappop(heap)[2], now_ns)
+                self._happen(heappop(heap), now_ns)
             else:
                 self._tell(Timer(), now_ns)
+
+    def _told_at(self, time_ns: int, ended: bool) -> int:
+        """When the driver is told what happens, or ends, at a time: at once after what it is at, or it wakes up."""
+        return self._driver_ns if time_ns < self._driver_ns else time_ns + self._host.wake(ended)
 
     def _request(self, arrival: Arrival) -> Request:
         """It waits, for all that anybody knows."""
@@ -152,9 +157,10 @@ class Simulation:
         run.ends_ns.append(0)
         return request
 
-    def _happen(self, event: Event | Made, now_ns: int) -> None:
+    def _happen(self, happening: tuple[int, int, Event | Made], now_ns: int) -> None:
+        time_ns, _, event = happening
         if isinstance(event, Completed):
-            self._finish(event)
+            self._finish(event, time_ns)
         elif isinstance(event, Cancelled):
             if event.request < len(self._run.requests):
                 self._withdrawn.add(event.request)
@@ -167,10 +173,10 @@ class Simulation:
             event = self._offer(event)
         self._tell(event, now_ns)
 
-    def _finish(self, event: Completed) -> None:
+    def _finish(self, event: Completed, ended_ns: int) -> None:
         """Lanes that were at their last segment have ended."""
         dispatch = self._bundles.pop(event.bundle)
-        run, ended_ns = self._run, event.end_ns + self._host.tell_ns
+        run = self._run
         if event.failed:
             run.failures += 1
             return
@@ -187,7 +193,7 @@ class Simulation:
     def _tell(self, event: Event, now_ns: int) -> None:
         self._wake_ns = FAR
         commands = self._on_event(event, now_ns)
-        self._driver_ns = now_ns + self._host.decide_ns
+        self._driver_ns = now_ns + self._host.decide(commands)
         self._run.decisions += 1
         for watch in self._watchers:
             watch(event, now_ns, commands)
@@ -204,7 +210,7 @@ class Simulation:
 
     def _dispatch(self, command: Dispatch, now_ns: int) -> None:
         executable = self._executables[command.executable]
-        start_ns = max(self._device_ns, now_ns + self._host.dispatch_ns)
+        start_ns = max(self._device_ns, now_ns + self._host.dispatch())
         end_ns = start_ns + self._takes(executable, self._rng)
         failed = False
         if self._faults is not None:
@@ -217,7 +223,8 @@ class Simulation:
         run.mixed += len(command.lanes) > 1
         self._device_ns = end_ns
         self._bundles[command.bundle] = command
-        self.happen([(end_ns + self._host.tell_ns, Completed(command.bundle, start_ns, end_ns, failed))])
+        self._told_ns = max(self._told_ns, end_ns + self._host.tell())
+        self.happen([(self._told_ns, Completed(command.bundle, start_ns, end_ns, failed))])
 
     def _go_wrong(self, faults: Faults, command: Dispatch, start_ns: int, end_ns: int) -> tuple[int, bool]:
         """(when it ends, whether it fails)"""

@@ -17,7 +17,7 @@ RNG = np.random.default_rng(0)
 
 def array(*shape: int, dtype: Any = np.float32) -> jax.Array:
     """Other random numbers each time."""
-    return jnp.asarray(RNG.standard_normal(shape), dtype)
+    return jax.device_put(np.asarray(RNG.standard_normal(shape), dtype))  # jnp.asarray compiles a copy, for every shape
 
 
 def alone(tenant: Tenant) -> Any:

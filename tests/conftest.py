@@ -1,6 +1,8 @@
 """What all tests share: strict arithmetic, golden texts and the hypothesis profiles.
 
 pytest --update-golden                      rewrite tests/golden/; read the diff before committing it
+pytest --unchecked                          without the annotations checked
+pytest --xla own                            compile as XLA does unless told otherwise (default: cheaply, see below)
 pytest --hypothesis-profile quick           20 examples a property (default: 200, on a second interpreter: 25; the
                                             same ones in every run; soak: 2000, others in every run)
 """
@@ -8,6 +10,7 @@ pytest --hypothesis-profile quick           20 examples a property (default: 200
 import os
 import re
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 # Read when keras is first imported; its own folder, so that no user's keras.json changes a test.
@@ -23,7 +26,7 @@ import jax
 import pytest
 from hypothesis import settings
 
-import tests.annotations  # noqa: F401 - pyproject.toml names it, and expects it to be there
+from tests.annotations import check_all
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -39,14 +42,34 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files instead of comparing")
+    parser.addoption("--unchecked", action="store_true", help="do not check annotations as the tests run")
+    parser.addoption("--xla", choices=("cheap", "own"), default="cheap", help="how XLA compiles: cheaply, or as usual")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--unchecked"):
+        check_all("coalesce")
+    if config.getoption("--xla") == "cheap" and metadata.version("jaxlib").startswith("0.10."):
+        # Read when the first program is compiled. 0.12 does not know the first, and what is not known ends the process.
+        flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"  # a third of the time
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem != "test_equivalence")  # the longest first: workers end together
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and jax.default_backend() != "gpu":
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    if config.getoption("--xla") == "cheap" and jax.default_backend() == "cpu":
+        compile_cheaply()
+
+
+def compile_cheaply() -> None:
+    """Compiling is most of what the tests take. XLA's passes over a program decide what is computed, and stay as they
+    are; what makes machine code of it does so in a hurry, in the processes that tests start too."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tests.programs import Draw, kind_of
@@ -28,7 +27,7 @@ class Poison:
             return x
         values = np.array(x)
         values.reshape(-1)[slice(None if self.everywhere else 1)] = self.value
-        return jnp.asarray(values)
+        return jax.device_put(values)
 
     def in_inputs(self, tenants: Sequence[Tenant]) -> list[Tenant]:
         found = list(tenants)
@@ -52,7 +51,7 @@ class Poison:
             flags = [same(t, w) for w in t.params["ops"]]
             if any(flags):
                 hit.add(i)
-                poisoned = new if t.shared is None else jnp.asarray(np.asarray(new))  # declared: an array of its own
+                poisoned = new if t.shared is None else jax.device_put(np.array(new))  # declared: an array of its own
                 ops = [poisoned if flag else w for flag, w in zip(flags, t.params["ops"], strict=True)]
                 t = replace(t, params={**t.params, "ops": ops}, shared=None if t.shared is None else ops)
             found.append(t)

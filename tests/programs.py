@@ -23,7 +23,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 from jax.experimental.compilation_cache import compilation_cache
 
 Aval = jax.ShapeDtypeStruct
@@ -188,8 +187,7 @@ def fit(x: Any, like: Any) -> Any:
 @contextmanager
 def many_compiles(cache: Path) -> Iterator[None]:
     """Makes it bearable to compile hundreds of small programs: no LLVM optimisations, a folder of what XLA has compiled
-    already, and no check of annotations, which costs as much as the rest of `fuse`; all other tests have it. XLA's own
-    passes, which decide what is computed, stay on."""
+    already. XLA's own passes, which decide what is computed, stay on."""
     values = {
         "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(cache),
@@ -197,14 +195,11 @@ def many_compiles(cache: Path) -> Iterator[None]:
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
     before = {name: jax.config.values[name] for name in values}
-    checked = jaxtyping.config.jaxtyping_disable
     try:
         set_all(values)
-        jaxtyping.config.update("jaxtyping_disable", True)
         yield
     finally:
         set_all(before)
-        jaxtyping.config.update("jaxtyping_disable", checked)
 
 
 def set_all(values: Mapping[str, Any]) -> None:

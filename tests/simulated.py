@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from random import Random
 from typing import Any
-
-import pytest
-from jaxtyping import config
 
 from coalesce.scheduler.catalog import Catalog
 from coalesce.scheduler.coalescing import Coalescing
@@ -23,14 +20,6 @@ MS = 1_000_000
 LINE = Line(50_000, 1_000_000)  # 1 ms a run and 50 us a lane
 WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SLO = 25 * MS
-
-
-@pytest.fixture(autouse=True)
-def quickly() -> Iterator[None]:
-    """Without the annotations checked, which takes ten times as long: import it where requests come by the thousand."""
-    config.update("jaxtyping_disable", True)
-    yield
-    config.update("jaxtyping_disable", False)
 
 
 def tenants(count: int, families: int = 1, slo_ns: int = SLO, **terms: Any) -> list[Tenant]:

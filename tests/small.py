@@ -18,7 +18,7 @@ dot = partial(jnp.dot, precision="highest")
 
 
 def floats(seed: int, *shape: int) -> Any:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32) / 2
+    return jax.device_put(np.random.default_rng(seed).standard_normal(shape).astype(np.float32) / 2)
 
 
 def weights(n: int) -> list[dict[str, Any]]:

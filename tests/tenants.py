@@ -80,7 +80,7 @@ def draw_family(draw: Draw, model: Model, lanes: int, pool: Pool) -> list[Tenant
     for lane in range(lanes):
         ops = [column[lane] for column in columns]
         if declared:
-            ops = [jnp.asarray(np.asarray(w)) for w in ops]  # equal bytes, in arrays of their own
+            ops = [jax.device_put(np.array(w)) for w in ops]  # equal bytes, in arrays of their own
         params = {"ops": ops, "extra": array(Aval((2,), jnp.dtype(jnp.float32)), rng)}
         fn = model if draw.flag() else wrapped(model)
         inputs = model.pack([array(aval, rng) for aval in model.inputs])
@@ -102,7 +102,7 @@ def array(aval: Any, rng: np.random.Generator, scale: float = 1.0) -> Any:
             values = rng.random(aval.shape) < 0.5
         case _:
             values = rng.integers(0, 8, aval.shape)
-    return jnp.asarray(np.asarray(values, aval.dtype))
+    return jax.device_put(np.asarray(values, aval.dtype))  # jnp.asarray compiles a copy, for every shape
 
 
 def alone(tenant: Tenant) -> Any:
@@ -114,6 +114,6 @@ def in_float32(tenant: Tenant) -> Tenant:
     """The tenant with float32 in the place of every other float."""
 
     def wide(x: Any) -> Any:
-        return jnp.asarray(np.asarray(x, np.float32)) if kind_of(x) == "f" else x
+        return jax.device_put(np.asarray(x, np.float32)) if kind_of(x) == "f" else x
 
     return replace(tenant, params=jax.tree.map(wide, tenant.params), inputs=jax.tree.map(wide, tenant.inputs))

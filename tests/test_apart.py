@@ -1,4 +1,5 @@
-"""Compiling in a process of its own, and the garbage that is not looked through while somebody serves."""
+"""What newcomers cost others: compiling in a process of its own, the garbage that is not looked through, and how soon
+the interpreter is handed on."""
 
 import logging
 import subprocess
@@ -11,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from coalesce.errors import TraceError
 from coalesce.runtime.apart import Apart, WANTED
+from coalesce.runtime.gil import EAGER_S, handing_on
 from coalesce.runtime.runtime import Runtime
 
 SLO = 30.0
@@ -106,3 +109,40 @@ def test_what_was_there_before_is_not_looked_through_while_somebody_serves():
     """In a process of its own: in this one another test's runtime may be open."""
     subprocess.run([sys.executable, "-c", ALONE], check=True, timeout=120)
 
+
+
+def test_the_interpreter_is_handed_on_soon_while_a_tenant_is_traced_and_its_programs_are_made():
+    """On whatever thread, by several runtimes at once, also where it fails; and no longer than that."""
+    usual, seen = sys.getswitchinterval(), list[float]()
+    assert usual > 2 * EAGER_S
+
+    def look(params: Any, x: jax.Array) -> jax.Array:
+        seen.append(sys.getswitchinterval())
+        return net(params, x)
+
+    def raises(params: Any, x: jax.Array) -> jax.Array:
+        seen.append(sys.getswitchinterval())
+        raise ValueError("not a model")
+
+    with Runtime(widths=(1,), compiled=False) as one, Runtime(widths=(1,), compiled=False) as other:
+        one.add_tenant("a", look, params_of(0), example=(row(0),), slo=SLO)
+        ready = [rt.add_tenant("b", look, params_of(1), example=(row(0),), slo=SLO, wait=False) for rt in (one, other)]
+        for added in ready:
+            added.result(60)
+        with pytest.raises(TraceError):
+            one.add_tenant("c", raises, params_of(2), example=(row(0),), slo=SLO)
+        one.update_tenant("a", params_of(3))
+        for rt in (one, other):
+            rt.warm_up(60.0)
+            check(rt, "b", net, 1)
+        assert sys.getswitchinterval() == pytest.approx(usual)
+    assert len(seen) >= 2 and seen == pytest.approx([EAGER_S] * len(seen))
+
+
+def test_who_hands_on_last_brings_back_what_was_there():
+    usual = sys.getswitchinterval()
+    with handing_on():
+        with handing_on():
+            pass
+        assert sys.getswitchinterval() == pytest.approx(EAGER_S)
+    assert sys.getswitchinterval() == pytest.approx(usual)

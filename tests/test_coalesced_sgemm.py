@@ -39,6 +39,7 @@ def multiply(folder: Path, *arguments: str) -> dict[str, Any]:
     return json.loads((folder / "coalesced_sgemm.json").read_text()) | {"printed": run.stdout}
 
 
+@pytest.mark.once
 def test_it_writes_rows_and_goes_on_where_it_stopped(tmp_path):
     methods = f"--methods=jax_in_turn,torch_streams,batched_dot,{TILE},floor"
     before = multiply(tmp_path, methods, "--problems=2")["rows"]

@@ -342,6 +342,7 @@ def test_the_faster_of_two_runs_counts():
     assert fastest(failed, None) == failed
 
 
+@pytest.mark.once
 def test_cost_error_writes_its_files(tmp_path):
     """In a process of its own: the experiments define flags of one name."""
     few = ["--models=mlp", "--ops=1", "--groups=1,2", "--repeats=3", "--seconds=0.1"]

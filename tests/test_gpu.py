@@ -1,5 +1,7 @@
 """On an NVIDIA GPU: numerics, isolation and the compiled program. Skipped elsewhere; run with `pytest -m gpu`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +48,8 @@ def fused_of(model, params, inputs, **options) -> coalesce.Fused:
 def own_result(apply, params, x):
     """A tenant's own, as its user gets it: autotuned, also where the process does without, for speed. Untuned, XLA's
     convolutions do not use TF32."""
-    compiled = jax.jit(apply).lower(params, *x).compile({"xla_gpu_autotune_level": 4})
+    autotuned: Any = {"xla_gpu_autotune_level": 4}
+    compiled = jax.jit(apply).lower(params, *x).compile(autotuned)
     return compiled(params, *x)
 
 

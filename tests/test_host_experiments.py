@@ -22,7 +22,7 @@ def test_host_time_has_a_row_for_each_way_and_size(tmp_path, capsys):
 
 
 def test_newcomers_are_added_while_others_are_asked(tmp_path, capsys):
-    tiny = ["--width=8", "--layers=2", "--rate=50", "--families=1", "--turns=1", "--widths=1"]
+    tiny = ["--fields=width=8,layers=2", "--rate=50", "--families=1", "--turns=1", "--widths=1"]
     newcomer.main([*tiny, f"--out={tmp_path}"])
     (row,) = saved(tmp_path / "newcomer.json")["rows"]
     assert row["families"] == 1 and min(row["steady_requests"], row["adding_requests"]) > 0

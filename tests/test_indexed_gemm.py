@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import AbstractDevice, AbstractMesh
@@ -71,6 +72,19 @@ def test_slots_say_which_rows_of_the_bank_are_read(call, lhs, rhs):
     op, x, bank, slots = op_of(call, lhs, rhs), array(3, 1, *lhs), array(5, *rhs), jnp.asarray([4, 1, 4])
     bank = bank.at[jnp.asarray([0, 2, 3])].set(jnp.nan)
     assert_same(run(op, x, bank, slots), plain(call, x, bank[slots]))
+
+
+def test_what_pads_few_channels_reads_nothing():
+    """Seven taps of three channels lie as eight of four: an infinite pixel is in the windows that cover it, and in no
+    other."""
+    call, lhs, rhs = TILED["conv, taps with few channels"]
+    op, x, w = op_of(call, lhs, rhs), array(1, 1, *lhs), array(1, *rhs)
+    assert windows_of(op).k == indexed_gemm.layout(op).of(rhs)[1] == 7 * 8 * 4
+    x = x.at[0, 0, 0, 4, 5, 1].set(jnp.inf)
+    got, want = run(op, x, w), plain(call, x, w)
+    assert np.isfinite(want).any() and not np.isfinite(want).all()
+    np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want))
+    np.testing.assert_allclose(got[np.isfinite(want)], want[np.isfinite(want)], rtol=1e-5, atol=1e-5)
 
 
 def test_blocks_are_powers_of_two_that_fill_the_device():

@@ -34,13 +34,19 @@ def test_serve_demo_shows_every_tenant(capsys, tmp_path):
 
 
 def test_isolation_has_a_row_for_each_number_and_method(tmp_path, capsys):
-    isolation.main(["--fields=width=8,layers=2", "--tenants=2", "--duration=0.1", f"--out={tmp_path}",
-                    "--methods=coalescing,fifo,processes,processes_mps", "--most_processes=1"])  # fmt: skip
-    rows = {row["method"]: row for row in saved(tmp_path)["rows"]}
-    assert set(rows) == set(isolation.METHODS)
-    for method in ("coalescing", "fifo"):
-        assert rows[method]["requests"] >= 2 and 0 < rows[method]["p10_ms"] <= rows[method]["p99_ms"]
-    assert "left out above 1" in rows["processes"]["failed"] and rows["processes_mps"]["failed"]
+    tiny = ["--fields=width=8,layers=2", "--duration=0.1", f"--out={tmp_path}", "--most_processes=1"]
+    isolation.main([*tiny, "--tenants=1,2", "--methods=fifo", "--budget_s=0"])
+    first = saved(tmp_path)["rows"]
+    assert [(row["tenants"], row["method"]) for row in first] == [(1, "fifo")]
+    isolation.main([*tiny, "--tenants=1,2", "--methods=fifo,coalescing", "--budget_s=600"])
+    isolation.main([*tiny, "--tenants=2", "--methods=processes,processes_mps"])
+    rows = {(row["tenants"], row["method"]): row for row in saved(tmp_path)["rows"]}
+    assert list(rows) == [(1, "coalescing"), (1, "fifo"), *((2, method) for method in isolation.METHODS)]
+    assert rows[1, "fifo"] == first[0]
+    for (tenants, method), row in rows.items():
+        if method in ("coalescing", "fifo"):
+            assert row["requests"] >= tenants and 0 < row["p10_ms"] <= row["p99_ms"]
+    assert "left out above 1" in rows[2, "processes"]["failed"] and rows[2, "processes_mps"]["failed"]
     assert "| 2       | coalescing |" in capsys.readouterr().out
 
 
@@ -48,10 +54,13 @@ def test_the_simulator_gets_what_the_real_runtime_got(tmp_path, monkeypatch):
     monkeypatch.setattr(sim_vs_real, "MODELS", (("mlp", {"width": 8, "layers": 2}),))
     monkeypatch.setattr(sim_vs_real, "ALONE", 3)
     monkeypatch.setattr(sim_vs_real, "LEAST_ALONE_S", 0.02)  # no host is too slow for that
-    sim_vs_real.main(["--configurations=12", "--duration=0.4", f"--out={tmp_path}"])
+    quick = ["--duration=0.4", "--slices=1", f"--out={tmp_path}"]
+    sim_vs_real.main([*quick, "--configurations=12"])
+    sim_vs_real.main([*quick, "--configurations=12"])  # it is there
+    sim_vs_real.main([*quick, "--configurations=12,13", "--budget_s=0"])
     (row,) = saved(tmp_path)["rows"]
     assert row["requests"] > 0 and 0 <= row["real"] <= 1 and 0 <= row["simulated"] <= 1
-    assert row["points"] == pytest.approx(100 * (row["simulated"] - row["real"]), abs=1e-2)
+    assert row["points"] == pytest.approx(100 * (row["simulated"] - row["real"]), abs=1e-2) and row["again"] is None
 
 
 def test_configurations_are_twenty_that_differ():

@@ -52,6 +52,7 @@ def cell_of(name: str, count: int = 2, batch: int = 1) -> Cell:
     return Cell(model, SMALL[name], "float32", batch, None, tenants_of(model, count, batch), [{}], ExitStack())
 
 
+@pytest.mark.once
 def test_multiplexing_writes_pairs_and_goes_on_where_it_stopped(tmp_path):
     before = multiplex(tmp_path, "--methods=jax_in_turn,xla_concurrent,floor")["rows"]
     assert [(row["method"], row["kind"], row["pair"]) for row in before] == [

@@ -20,9 +20,9 @@ from coalesce.scheduler.latency import LatencyModel
 from coalesce.scheduler.machine import quantiles, Takes
 from coalesce.scheduler.run import Run
 from coalesce.scheduler.workloads import Arrival
-from tests.simulated import capacity, catalog, checked, MS, quickly, SLO, steady, tenants  # noqa: F401
+from tests.simulated import capacity, catalog, checked, MS, SLO, steady, tenants
 
-pytestmark = [pytest.mark.once, pytest.mark.usefixtures("quickly")]
+pytestmark = pytest.mark.once
 
 NAMES = [f"t{i}" for i in range(8)]
 Slowed = Callable[[int, int], int]  # the number of a bundle, what it takes -> what it takes with the hiccup
@@ -67,6 +67,11 @@ def some(end_ns: int) -> list[Arrival]:
 def few(end_ns: int) -> list[Arrival]:
     """Most run alone anyway."""
     return steady(300.0, end_ns, NAMES)
+
+
+def in_turn(end_ns: int) -> list[Arrival]:
+    """One after another, always in the same order."""
+    return [Arrival(at, NAMES[n % len(NAMES)]) for n, at in enumerate(range(0, end_ns, 5 * MS // 2))]
 
 
 LOADS = {"everybody": everybody, "some": some, "few": few}
@@ -117,6 +122,25 @@ def test_bundles_that_are_slow_now_and_then_are_nobodys_fault(load, segments, sh
 @pytest.mark.parametrize("more_ms", [2, 20])
 def test_a_host_that_is_late_now_and_then_is_nobodys_fault(more_ms):
     assert told(serve("everybody", now_and_then(0.1, 1, more_ms * MS), 1_000 * MS)) == []
+
+
+def in_step(turns: int, seed: int) -> Slowed:
+    """What slows the host comes once a round of tenants for so many rounds, and elsewhere now and then."""
+    rng = Random(seed)
+
+    def slowed(number: int, ns: int) -> int:
+        at = number % 240
+        return 5 * ns if (at % len(NAMES) == 3 and at < turns * len(NAMES)) or rng.random() < 0.02 else ns
+
+    return slowed
+
+
+@pytest.mark.parametrize("turns", [2, 3, 4, 5])
+def test_hiccups_that_keep_step_with_one_tenant_for_a_while_are_not_its_fault(turns):
+    """As on a machine with more to do than cores, whose scheduler gave a tenant's turn to somebody else each time."""
+    arrivals, takes = in_turn(4_000 * MS), hiccuping(in_step(turns, 1))
+    run = checked(tenants(8), catalog(), arrivals, takes=takes, keep_log=True, patience_ns=25 * MS)
+    assert told(run) == []
 
 
 HICCUPS = {

@@ -33,9 +33,8 @@ from coalesce.scheduler.request import Request, Tenant
 from coalesce.scheduler.run import Outcome, Run
 from coalesce.scheduler.simulator import simulate
 from coalesce.scheduler.workloads import Arrival, arrive, gamma
-from tests.simulated import MS, quickly
+from tests.simulated import MS
 
-__all__ = ["quickly"]
 pytestmark = pytest.mark.once
 
 

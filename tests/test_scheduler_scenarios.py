@@ -15,9 +15,7 @@ from coalesce.scheduler.faults import Faults, Raises, Slow, Stall
 from coalesce.scheduler.request import Tenant
 from coalesce.scheduler.run import Outcome, quantile, Run
 from coalesce.scheduler.workloads import Arrival, merge
-from tests.simulated import capacity, catalog, checked, MS, quickly, SLO, steady, tenants, WIDTHS
-
-__all__ = ["quickly"]
+from tests.simulated import capacity, catalog, checked, MS, SLO, steady, tenants, WIDTHS
 
 pytestmark = pytest.mark.once
 in_segments = pytest.mark.parametrize("segments", [1, 3])

@@ -7,9 +7,8 @@ import pytest
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.fleet import Need, place, simulate_fleet
 from coalesce.scheduler.request import Tenant
-from tests.simulated import capacity, catalog, quickly, steady, tenants
+from tests.simulated import capacity, catalog, steady, tenants
 
-__all__ = ["quickly"]
 pytestmark = pytest.mark.once
 MS = 1_000_000
 

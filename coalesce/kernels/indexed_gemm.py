@@ -25,8 +25,8 @@ from coalesce.kernels.epilogue import Epilogue, WHOLE
 from coalesce.kernels.mosaic_tile import tile_of
 from coalesce.kernels.tiles import by_columns, Operands, operands_of, Tiled
 from coalesce.kernels.triton import launch
-from coalesce.kernels.windows import Windows, windows_of
-from coalesce.layout import AS_IS, Layout
+from coalesce.kernels.windows import padded, power, Windows, windows_of
+from coalesce.layout import AS_IS, Layout, pad_to
 from coalesce.slab import Cut, Picked
 
 FLOATS = ("float32", "bfloat16", "float16")
@@ -47,9 +47,12 @@ def supports(op: HeavyOp) -> bool:
 
 
 def layout(op: HeavyOp) -> Layout:
-    """[window.., I, O] or [B.., K.., N..] -> [K, N], or [N, K] of 32 bits, or [B, K, N] with batch dimensions."""
-    shape = (op.k, op.n) if op.batch == 1 else (op.batch, op.k, op.n)
-    flat = AS_IS if op.rhs.shape == shape else AS_IS.reshape(shape)
+    """[window.., I, O] or [B.., K.., N..] -> [K, N], or [N, K] of 32 bits, or [B, K, N] with batch dimensions. Few
+    channels are padded, see coalesce.kernels.windows."""
+    k = windows_of(op).k
+    shape = (k, op.n) if op.batch == 1 else (op.batch, k, op.n)
+    flat = AS_IS if k == op.k else AS_IS.pad((*op.rhs.shape[:-3], *padded(op), op.n))
+    flat = flat if flat.of(op.rhs.shape) == shape else flat.reshape(shape)
     return flat.transpose((1, 0)) if by_columns(op) else flat
 
 
@@ -66,12 +69,12 @@ def run(
     The rows of `rhs` may be picked. It, and `operands` that are vectors [G,N], may be cuts of a slab and picked from
     cuts where the op has no batch dimensions. Blocks may be those of `mosaic_gemm`.
     """
-    tile = tile_of(op, blocks) if blocks and blocks.tma and mosaic_gemm.supports(op) else None
-    if tile and mosaic_gemm.reads(op, rhs):
+    fetched = tile_of(op, blocks) if blocks and blocks.tma and mosaic_gemm.supports(op) else None
+    if fetched and mosaic_gemm.reads(op, rhs):
         given = (lhs, rhs, tuple(operands))
         return lax.platform_dependent(
             *given,
-            cuda=lambda x, w, z: mosaic_gemm.run(tile, x, w, epilogue, z),
+            cuda=lambda x, w, z: mosaic_gemm.run(fetched, x, w, epilogue, z),
             default=lambda x, w, z: tiled(op, x, w, epilogue, z, None),
         )
     return tiled(op, lhs, rhs, epilogue, operands, blocks)
@@ -141,9 +144,11 @@ def product_of(
 ) -> Product:
     """What `run` runs, with the same arguments."""
     groups, per_group = lhs.shape[:2]
+    windows = windows_of(op)
     x = as_product.left(op, lhs) if op.kind == "dot" else lhs.reshape(groups, -1, op.lhs.shape[-1])
+    x = pad_to(x, (*x.shape[:-1], windows.channels))
     if blocks is None or blocks.tma:
-        blocks = blocks_for(per_group * op.m, op.n, windows_of(op), x.shape[0])
+        blocks = blocks_for(per_group * op.m, op.n, windows, x.shape[0])
     return Product(Tiled(op, per_group, blocks, epilogue), groups, x, by_problem(op, rhs, epilogue, operands))
 
 
@@ -175,13 +180,13 @@ def as_rows(op: HeavyOp, y: Any, kind: str) -> Any:
 
 def blocks_for(rows: int, columns: int, windows: Windows, problems: int) -> Blocks:
     """By rule, until tuned: tiles as large as the result, and no larger than leaves two for each of 132 cores."""
-    m, n = (min(128, power(size)) for size in (rows, columns))
+    m, n = (min(128, tile(size)) for size in (rows, columns))
     n = min(n, 64)
     while m > 32 and pl.cdiv(rows, m) * pl.cdiv(columns, n) * problems < 264:
         m //= 2
-    return Blocks(m, n, min(64, power(windows.channels if windows.channels >= 32 else windows.k)))
+    return Blocks(m, n, min(64, tile(windows.channels if windows.channels >= 32 else windows.k)))
 
 
-def power(size: int) -> int:
+def tile(size: int) -> int:
     """The next power of two, 16 at least."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(16, power(size))

@@ -100,5 +100,5 @@ def products(
 def blocks_for(op: HeavyOp) -> Blocks:
     """By rule, until tuned: whole rows of weights where they are short, and few of them, since a step's weights stay in
     registers."""
-    k = min(512, indexed_gemm.power(op.k))
-    return Blocks(1, min(8192 // k, indexed_gemm.power(op.n)), k, stages=2)
+    k = min(512, indexed_gemm.tile(op.k))
+    return Blocks(1, min(8192 // k, indexed_gemm.tile(op.n)), k, stages=2)

@@ -39,7 +39,7 @@ def supports(op: HeavyOp) -> bool:
     if len(dtypes) > 1 or not dtypes <= set(HALVES) or op.batch > 1 or op.empty:
         return False
     windows = windows_of(op)
-    if windows.channels % ROW or op.n % ROW:
+    if windows.k != op.k or windows.channels % ROW or op.n % ROW:
         return False
     steps = {*windows.strides, *windows.dilation}
     return op.kind == "dot" or (len(windows.taps) == 2 and steps == {1} and min(windows.before) >= 0)

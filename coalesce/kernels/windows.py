@@ -3,6 +3,10 @@
 A convolution is the product [rows, K] x [K, N]: a row for each output position of each image, and K = (tap, channel).
 The operand is [positions, channels], all images one after the other; a dot is the convolution with one tap, whose rows
 are its positions.
+
+Few channels, as of an image, leave a kernel nothing to load at once: 7 taps of 3 channels are 21 elements that begin
+anywhere. So they are padded to a power of two, and the taps of a window's row are counted to one: 8 taps of 4 channels,
+of which the last tap is never read.
 """
 
 from __future__ import annotations
@@ -13,6 +17,9 @@ from typing import Any
 
 from coalesce.heavy import HeavyOp
 from coalesce.kernels.triton import both, div, rem
+
+FEW = 8  # channels: 16 bytes of bfloat16, one load
+FEWEST = 4
 
 
 @dataclass(frozen=True)
@@ -25,11 +32,12 @@ class Windows:
     strides: tuple[int, ...]
     dilation: tuple[int, ...]
     before: tuple[int, ...]  # padding at the start; negative: what is left out there
-    channels: int
+    channels: int  # with those that pad them
+    in_a_row: int  # how far the taps of the last dimension count
 
     @property
     def tap_count(self) -> int:
-        return prod(self.taps)
+        return prod(self.taps[:-1]) * self.in_a_row
 
     @property
     def k(self) -> int:
@@ -54,9 +62,11 @@ class Windows:
         position, place = corners
         inside: Any = None
         steps: list[Any] = []
-        for d in reversed(range(len(self.taps))):
-            steps.insert(0, rem(tap, self.taps[d]) * self.dilation[d])
-            tap = div(tap, self.taps[d])
+        for d, count in reversed(list(enumerate((*self.taps[:-1], self.in_a_row)[: len(self.taps)]))):
+            step, tap = rem(tap, count), div(tap, count)
+            steps.insert(0, step * self.dilation[d])
+            if count > self.taps[d]:
+                inside = both(inside, step < self.taps[d])
         for d, step in enumerate(steps):
             x = place[d] + step
             if not self.within(d):
@@ -67,8 +77,9 @@ class Windows:
 
 def windows_of(op: HeavyOp) -> Windows:
     if op.kind == "dot":
-        return Windows((), (), (), (), (), (), op.k)
+        return Windows((), (), (), (), (), (), op.k, 1)
     p = op.params
+    in_a_row, channels = padded(op)
     return Windows(
         size=tuple(op.lhs.shape[1:-1]),
         out=tuple(op.out.shape[1:-1]),
@@ -76,5 +87,20 @@ def windows_of(op: HeavyOp) -> Windows:
         strides=tuple(p["window_strides"]),
         dilation=tuple(p["rhs_dilation"]),
         before=tuple(lo for lo, _ in p["padding"]),
-        channels=op.lhs.shape[-1],
+        channels=channels,
+        in_a_row=in_a_row,
     )
+
+
+def padded(op: HeavyOp) -> tuple[int, int]:
+    """How far a convolution's taps of a row and its channels are counted: as far as there are any, or to powers of two
+    where channels are few, unless that makes more than twice as much of them."""
+    taps, channels = op.rhs.shape[-3:-1]
+    counts = power(taps), power(max(channels, FEWEST))
+    worth = taps > 1 and channels < FEW and prod(counts) <= 2 * taps * channels
+    return counts if worth else (taps, channels)
+
+
+def power(size: int) -> int:
+    """The next power of two."""
+    return 1 << (size - 1).bit_length()

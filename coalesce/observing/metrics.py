@@ -26,9 +26,8 @@ except ImportError as e:
     raise ImportError("Prometheus metrics need prometheus-client: pip install 'coalesce-jax[metrics]'") from e
 
 from coalesce.runtime.health import Health
-from coalesce.runtime.observer import Observer
+from coalesce.runtime.observer import Finished, Observer
 from coalesce.runtime.ticket import Ending, Ticket
-from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.commands import Command, Dispatch, Quarantine, Readmit, Reason
 from coalesce.scheduler.events import CatalogChanged, Event, Submitted, TenantAdded, TenantRemoved
 
@@ -152,25 +151,17 @@ class Metrics(Observer, Collector):
         with self._lock:
             self._end(ticket, reason.name.lower())
 
-    def finished(
-        self,
-        dispatch: Dispatch,
-        form: Sequence[Entry],
-        entries: Sequence[Sequence[Ticket]],
-        start_ns: int,
-        end_ns: int,
-        error: Exception | None,
-    ) -> None:
-        width, lanes = sum(entry.width for entry in form), sum(map(len, entries))
-        took_s = (end_ns - start_ns) / 1e9
+    def finished(self, bundle: Finished) -> None:
+        width, lanes, expected_ns = bundle.width, bundle.lanes, bundle.dispatch.l50_ns
+        took_s = bundle.took_ns / 1e9
         each_s = took_s / width
-        of_tenant = Counter(ticket.request.tenant for tickets in entries for ticket in tickets)
+        of_tenant = bundle.lanes_of_tenants()
         with self._lock:
             self._device.bundles[width, lanes] += 1
-            self._device.failed += error is not None
+            self._device.failed += bundle.error is not None
             self._device.busy_s += took_s
-            if error is None and dispatch.l50_ns:
-                self._device.ratio.add((end_ns - start_ns) / dispatch.l50_ns)
+            if bundle.error is None and expected_ns:
+                self._device.ratio.add(bundle.took_ns / expected_ns)
             for name, count in of_tenant.items():
                 tenant = self._of(name)
                 tenant.in_flight -= count

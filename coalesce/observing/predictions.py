@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from coalesce.observing.aside import Aside
-from coalesce.runtime.ticket import Ticket
-from coalesce.scheduler.catalog import Entry, text_of
-from coalesce.scheduler.commands import Dispatch
+from coalesce.runtime.observer import Finished
+from coalesce.scheduler.catalog import text_of
 
 
 class Line(NamedTuple):
@@ -49,28 +48,20 @@ class Predictions(Aside):
         own._device = device
         return own
 
-    def finished(
-        self,
-        dispatch: Dispatch,
-        form: Sequence[Entry],
-        entries: Sequence[Sequence[Ticket]],
-        start_ns: int,
-        end_ns: int,
-        error: Exception | None,
-    ) -> None:
-        tenants = len({ticket.request.tenant for tickets in entries for ticket in tickets})
+    def finished(self, bundle: Finished) -> None:
+        dispatch = bundle.dispatch
         self.put(
             Line(
                 self._device,
                 dispatch.bundle,
-                text_of(form),
-                sum(entry.width for entry in form),
-                sum(map(len, entries)),
-                tenants,
+                text_of(bundle.form),
+                bundle.width,
+                bundle.lanes,
+                len(bundle.lanes_of_tenants()),
                 dispatch.l50_ns / 1e3,
                 dispatch.l99_ns / 1e3,
-                (end_ns - start_ns) / 1e3,
-                error is not None,
+                bundle.took_ns / 1e3,
+                bundle.error is not None,
                 dispatch.why,
             )
         )

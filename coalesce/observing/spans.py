@@ -34,9 +34,10 @@ except ImportError as e:
     raise ImportError("spans need OpenTelemetry: pip install 'coalesce-jax[spans]'") from e
 
 from coalesce.observing.aside import Aside
+from coalesce.runtime.observer import Finished, Recorded
 from coalesce.runtime.ticket import Ending, Ticket
-from coalesce.scheduler.catalog import Entry, text_of
-from coalesce.scheduler.commands import Dispatch, Reason
+from coalesce.scheduler.catalog import text_of
+from coalesce.scheduler.commands import Reason
 from coalesce.scheduler.request import Request
 
 KEPT = 4096  # bundles, for the requests in them that have not ended
@@ -49,11 +50,7 @@ class Sent(NamedTuple):
 
 class Ran(NamedTuple):
     device: int
-    dispatch: Dispatch
-    form: tuple[Entry, ...]
-    start_ns: int
-    end_ns: int
-    error: str
+    bundle: Recorded
 
 
 class Ended(NamedTuple):
@@ -92,17 +89,8 @@ class Spans(Aside):
     def sent(self, ticket: Ticket) -> None:
         self.put(Sent(ticket.request.id, contexts.get_current()))
 
-    def finished(
-        self,
-        dispatch: Dispatch,
-        form: Sequence[Entry],
-        entries: Sequence[Sequence[Ticket]],
-        start_ns: int,
-        end_ns: int,
-        error: Exception | None,
-    ) -> None:
-        text = f"{type(error).__name__}: {error}" if error is not None else ""
-        self.put(Ran(self._device, dispatch, tuple(form), start_ns, end_ns, text))
+    def finished(self, bundle: Finished) -> None:
+        self.put(Ran(self._device, bundle.record()))
 
     def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
         for ending in endings:
@@ -123,7 +111,7 @@ class Spans(Aside):
             if len(self._contexts) > 2 * self._most:  # of requests whose end was dropped
                 self._contexts.popitem(last=False)
         elif isinstance(item, Ran):
-            self._bundles[item.device, item.dispatch.bundle] = item
+            self._bundles[item.device, item.bundle.dispatch.bundle] = item
             if len(self._bundles) > KEPT:
                 self._bundles.popitem(last=False)
         else:
@@ -154,22 +142,22 @@ class Spans(Aside):
         span.end(self._epoch_ns + ended.end_ns)
 
     def _make_bundle(self, ran: Ran, inside: Context) -> None:
-        dispatch = ran.dispatch
+        bundle, dispatch = ran.bundle, ran.bundle.dispatch
         span = self._tracer.start_span(
             "coalesce.bundle",
             context=inside,
             attributes={
                 "coalesce.device": ran.device,
                 "coalesce.bundle": dispatch.bundle,
-                "coalesce.executable": text_of(ran.form),
-                "coalesce.lanes": sum(map(len, dispatch.lanes)),
-                "coalesce.width": sum(entry.width for entry in ran.form),
+                "coalesce.executable": text_of(bundle.form),
+                "coalesce.lanes": bundle.lanes,
+                "coalesce.width": bundle.width,
                 "coalesce.why": dispatch.why,
                 "coalesce.expected_ms": dispatch.l50_ns / 1e6,
                 "coalesce.expected_at_most_ms": dispatch.l99_ns / 1e6,
             },
-            start_time=self._epoch_ns + ran.start_ns,
+            start_time=self._epoch_ns + bundle.start_ns,
         )
-        if ran.error:
-            span.set_status(Status(StatusCode.ERROR, ran.error))
-        span.end(self._epoch_ns + ran.end_ns)
+        if bundle.error:
+            span.set_status(Status(StatusCode.ERROR, bundle.error))
+        span.end(self._epoch_ns + bundle.end_ns)

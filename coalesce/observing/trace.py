@@ -21,9 +21,9 @@ from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from coalesce.runtime.observer import Observer
+from coalesce.runtime.observer import Finished, Observer, Recorded
 from coalesce.runtime.ticket import Ending, Ticket
-from coalesce.scheduler.catalog import Entry, text_of
+from coalesce.scheduler.catalog import text_of
 from coalesce.scheduler.commands import Command, Dispatch, Reason
 from coalesce.scheduler.events import Event
 from coalesce.scheduler.request import Request
@@ -43,12 +43,8 @@ class Tick(NamedTuple):
 
 class Ran(NamedTuple):
     device: int
-    dispatch: Dispatch
-    form: tuple[Entry, ...]
-    requests: tuple[tuple[Request, ...], ...]
-    start_ns: int
-    end_ns: int
-    error: str
+    bundle: Recorded
+    requests: tuple[tuple[Request, ...], ...]  # of each entry
 
 
 class Ended(NamedTuple):
@@ -75,18 +71,9 @@ class Trace(Observer):
     def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
         self._seen.append(Tick(self._device, event, tuple(commands), now_ns, self._clock()))
 
-    def finished(
-        self,
-        dispatch: Dispatch,
-        form: Sequence[Entry],
-        entries: Sequence[Sequence[Ticket]],
-        start_ns: int,
-        end_ns: int,
-        error: Exception | None,
-    ) -> None:
-        requests = tuple(tuple(ticket.request for ticket in tickets) for tickets in entries)
-        text = f"{type(error).__name__}: {error}" if error is not None else ""
-        self._seen.append(Ran(self._device, dispatch, tuple(form), requests, start_ns, end_ns, text))
+    def finished(self, bundle: Finished) -> None:
+        requests = tuple(tuple(ticket.request for ticket in tickets) for tickets in bundle.entries)
+        self._seen.append(Ran(self._device, bundle.record(), requests))
 
     def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
         for ending in endings:
@@ -158,26 +145,26 @@ def tick(seen: Tick, tracks: Tracks) -> JsonEvent:
 
 
 def bundle(seen: Ran, tracks: Tracks) -> Iterator[JsonEvent]:
-    dispatch, lanes, process = seen.dispatch, sum(map(len, seen.requests)), DEVICE + EACH * seen.device
+    own, dispatch, process = seen.bundle, seen.bundle.dispatch, DEVICE + EACH * seen.device
     args = {
         "bundle": dispatch.bundle,
-        "executable": text_of(seen.form),
-        "lanes": lanes,
+        "executable": text_of(own.form),
+        "lanes": own.lanes,
         "expected_us": dispatch.l50_ns / 1e3,
         "expected_at_most_us": dispatch.l99_ns / 1e3,
         "why": dispatch.why,
-        "error": seen.error,
+        "error": own.error,
     }
-    yield span(f"bundle {dispatch.bundle}: {text_of(seen.form)}", process, 1, seen.start_ns, seen.end_ns, args)
+    yield span(f"bundle {dispatch.bundle}: {text_of(own.form)}", process, 1, own.start_ns, own.end_ns, args)
     first = 0
-    for entry, requests in zip(seen.form, seen.requests, strict=True):
+    for entry, requests in zip(own.form, seen.requests, strict=True):
         for lane, request in enumerate(requests, first):
             args = {
                 "request": request.id,
                 "bundle": dispatch.bundle,
-                "left_us": (request.deadline_ns - seen.end_ns) / 1e3,
+                "left_us": (request.deadline_ns - own.end_ns) / 1e3,
             }
-            yield span(request.tenant, process, 2 + lane, seen.start_ns, seen.end_ns, args)
+            yield span(request.tenant, process, 2 + lane, own.start_ns, own.end_ns, args)
         first += entry.width
     tracks.lanes[seen.device] = max(tracks.lanes.get(seen.device, 0), first)
 

@@ -7,15 +7,14 @@ lanes without a request cost is padding, borne in equal parts by the lanes that 
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from coalesce.runtime.observer import Observer
+from coalesce.runtime.observer import Finished, Observer
 from coalesce.runtime.ticket import Ending, Ticket
-from coalesce.scheduler.catalog import Entry
-from coalesce.scheduler.commands import Command, Dispatch, Quarantine, Readmit, Reason
+from coalesce.scheduler.commands import Command, Quarantine, Readmit, Reason
 from coalesce.scheduler.events import Event, Submitted
 
 RECENT = 1000  # latencies that the quantiles of a tenant are of
@@ -127,23 +126,15 @@ class Accounts(Observer):
             counts = self._of(ticket.request.tenant).rejected
             counts[reason] = counts.get(reason, 0) + 1
 
-    def finished(
-        self,
-        dispatch: Dispatch,
-        form: Sequence[Entry],
-        entries: Sequence[Sequence[Ticket]],
-        start_ns: int,
-        end_ns: int,
-        error: Exception | None,
-    ) -> None:
-        width, lanes = sum(entry.width for entry in form), sum(map(len, entries))
-        each = (end_ns - start_ns) / width
+    def finished(self, bundle: Finished) -> None:
+        width, lanes = bundle.width, bundle.lanes
+        each = bundle.took_ns / width
         padding = each * (width - lanes) / lanes
-        of_tenant = Counter(ticket.request.tenant for tickets in entries for ticket in tickets)
+        of_tenant = bundle.lanes_of_tenants()
         with self._lock:
             self._bundles += 1
             self._lanes += lanes
-            self._device_ns += end_ns - start_ns
+            self._device_ns += bundle.took_ns
             for tenant, count in of_tenant.items():
                 account = self._of(tenant)
                 account.device_ns += count * each

@@ -15,6 +15,7 @@ from typing import Any
 
 from coalesce.errors import CoalesceError
 from coalesce.runtime.device import Device
+from coalesce.runtime.gil import handing_on
 from coalesce.runtime.host import Course, courses_of, Host, pool_bytes, reserve
 from coalesce.runtime.site import Site
 from coalesce.scheduler.events import CatalogChanged, Event, TenantAdded
@@ -74,7 +75,7 @@ def took_us(device: Device, course: Course) -> list[float]:
 
 
 def cut(site: Site, host: Host) -> None:
-    with site.apart(host.schema.key), site.device.here():
+    with site.apart(host.schema.key), site.device.here(), handing_on():
         programs = shorter(site, host) if host.tenants else None
         if programs is None:
             return

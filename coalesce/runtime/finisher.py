@@ -15,7 +15,7 @@ from coalesce.runtime.book import Book
 from coalesce.runtime.endings import error_of
 from coalesce.runtime.inbox import Inbox
 from coalesce.runtime.machine import Launched, Machine, Spoilt
-from coalesce.runtime.observer import Observers
+from coalesce.runtime.observer import Finished, Observers
 from coalesce.runtime.ticket import Ending, tell, Ticket
 from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.commands import Dispatch, Reason
@@ -113,7 +113,7 @@ class Finisher:
         elif isinstance(error, DeviceError):
             self._driver.put(Lost(error))
         self._driver.put(Completed(dispatch.bundle, start_ns, end_ns, failed=error is not None))
-        self._observers.finished(dispatch, flight.form, entries, start_ns, end_ns, error)
+        self._observers.finished(Finished(dispatch, tuple(flight.form), entries, start_ns, end_ns, error))
         if error is None and not isinstance(flight.launched, Exception):
             self._fetch(flight.launched, entries, end_ns)
 

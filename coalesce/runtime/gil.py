@@ -1,8 +1,9 @@
 """How soon a thread that waits for the interpreter's lock gets it, while another one traces.
 
-Tracing and lowering hold the lock for milliseconds at a time, and whoever serves would wait for it: Python hands it on
-after 5 ms at the earliest. While programs are made, it does so after EAGER_S. That is a setting of the whole process,
-so what it was before is remembered here for all runtimes, and comes back with the last of them that makes something.
+Tracing, the passes and lowering keep the lock busy for tens of milliseconds a program, and who serves would wait for
+it at every step of a request: Python hands it on after 5 ms at the earliest. While a tenant is taken in and while
+programs are made, also on a user's thread, it does so after EAGER_S. That is a setting of the whole process, so what it
+was before is remembered here for all runtimes, and comes back with the last of them that makes something.
 """
 
 from __future__ import annotations

@@ -7,23 +7,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from coalesce.runtime.observer import Observer
+from coalesce.runtime.observer import Finished, Observer, Recorded
 from coalesce.runtime.ticket import Ending, Ticket
-from coalesce.scheduler.catalog import Entry, text_of
-from coalesce.scheduler.commands import Dispatch, Reason
+from coalesce.scheduler.catalog import text_of
+from coalesce.scheduler.commands import Reason
 from coalesce.scheduler.request import Request
 
 KEPT = 4096  # requests, and bundles
-
-
-class Bundle(NamedTuple):
-    """A bundle that left the device; times are of the runtime's clock, in nanoseconds."""
-
-    dispatch: Dispatch
-    form: tuple[Entry, ...]
-    start_ns: int
-    end_ns: int
-    error: str
 
 
 class Ended(NamedTuple):
@@ -35,22 +25,13 @@ class Ended(NamedTuple):
 
 class History(Observer):
     def __init__(self) -> None:
-        self._bundles: OrderedDict[int, Bundle] = OrderedDict()
+        self._bundles: OrderedDict[int, Recorded] = OrderedDict()
         self._requests: OrderedDict[int, Ended] = OrderedDict()
         self._lock = threading.Lock()
 
-    def finished(
-        self,
-        dispatch: Dispatch,
-        form: Sequence[Entry],
-        entries: Sequence[Sequence[Ticket]],
-        start_ns: int,
-        end_ns: int,
-        error: Exception | None,
-    ) -> None:
-        text = f"{type(error).__name__}: {error}" if error is not None else ""
+    def finished(self, bundle: Finished) -> None:
         with self._lock:
-            self._bundles[dispatch.bundle] = Bundle(dispatch, tuple(form), start_ns, end_ns, text)
+            self._bundles[bundle.dispatch.bundle] = bundle.record()
             trim(self._bundles)
 
     def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
@@ -66,7 +47,7 @@ class History(Observer):
             self._requests[ticket.request.id] = Ended(ticket.request, tuple(ticket.bundles), reason.value, now_ns)
             trim(self._requests)
 
-    def bundles(self) -> list[Bundle]:
+    def bundles(self) -> list[Recorded]:
         with self._lock:
             return list(self._bundles.values())
 
@@ -88,8 +69,7 @@ class History(Observer):
 
         lines = [f"request {own.id} of tenant {own.tenant!r}: deadline {ms(own.deadline_ns)} after submit"]
         for bundle in bundles:
-            dispatch = bundle.dispatch
-            lanes = sum(map(len, dispatch.lanes))
+            dispatch, lanes = bundle.dispatch, bundle.lanes
             took = (bundle.end_ns - bundle.start_ns) / 1e6
             lines.append(
                 f"  bundle {dispatch.bundle} ({text_of(bundle.form)}) with {lanes} "

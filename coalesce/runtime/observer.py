@@ -7,8 +7,9 @@ and never wait. One that raises is dropped, with its traceback in the log: the r
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from coalesce.runtime.ticket import Ending, Ticket
 from coalesce.scheduler.catalog import Entry
@@ -16,6 +17,54 @@ from coalesce.scheduler.commands import Command, Dispatch, Reason
 from coalesce.scheduler.events import Event
 
 LOG = logging.getLogger("coalesce.runtime")
+
+
+class Recorded(NamedTuple):
+    """What can be kept of a bundle without keeping what its requests brought."""
+
+    dispatch: Dispatch
+    form: tuple[Entry, ...]
+    start_ns: int
+    end_ns: int
+    error: str  # empty if it did not fail
+
+    @property
+    def lanes(self) -> int:
+        return sum(map(len, self.dispatch.lanes))
+
+    @property
+    def width(self) -> int:
+        return sum(entry.width for entry in self.form)
+
+
+class Finished(NamedTuple):
+    """A bundle that has left the device, or failed on it, and what it was on the way with."""
+
+    dispatch: Dispatch
+    form: tuple[Entry, ...]  # what its executable has room for
+    entries: Sequence[Sequence[Ticket]]  # the requests in each entry of it
+    start_ns: int
+    end_ns: int
+    error: Exception | None
+
+    @property
+    def took_ns(self) -> int:
+        return self.end_ns - self.start_ns
+
+    @property
+    def lanes(self) -> int:
+        return sum(map(len, self.entries))
+
+    @property
+    def width(self) -> int:
+        return sum(entry.width for entry in self.form)
+
+    def lanes_of_tenants(self) -> Counter[str]:
+        return Counter(ticket.request.tenant for tickets in self.entries for ticket in tickets)
+
+    def record(self) -> Recorded:
+        text = f"{type(self.error).__name__}: {self.error}" if self.error is not None else ""
+        return Recorded(self.dispatch, self.form, self.start_ns, self.end_ns, text)
 
 
 class Observer:
@@ -34,16 +83,8 @@ class Observer:
     def rejected(self, ticket: Ticket, reason: Reason, now_ns: int) -> None:
         """A request ended without a result."""
 
-    def finished(
-        self,
-        dispatch: Dispatch,
-        form: Sequence[Entry],
-        entries: Sequence[Sequence[Ticket]],
-        start_ns: int,
-        end_ns: int,
-        error: Exception | None,
-    ) -> None:
-        """A bundle left the device, or failed on it. `form` is what its executable has room for."""
+    def finished(self, bundle: Finished) -> None:
+        """A bundle left the device, or failed on it."""
 
     def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
         """Requests ended with results."""
@@ -74,16 +115,8 @@ class Observers(Observer):
     def rejected(self, ticket: Ticket, reason: Reason, now_ns: int) -> None:
         self._tell(self._observers, "rejected", ticket, reason, now_ns)
 
-    def finished(
-        self,
-        dispatch: Dispatch,
-        form: Sequence[Entry],
-        entries: Sequence[Sequence[Ticket]],
-        start_ns: int,
-        end_ns: int,
-        error: Exception | None,
-    ) -> None:
-        self._tell(self._observers, "finished", dispatch, form, entries, start_ns, end_ns, error)
+    def finished(self, bundle: Finished) -> None:
+        self._tell(self._observers, "finished", bundle)
 
     def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
         self._tell(self._observers, "ended", endings, now_ns)

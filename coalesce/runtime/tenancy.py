@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from coalesce.errors import InvalidInput
 from coalesce.passes.pipeline import normalise, Normalised
+from coalesce.runtime.gil import handing_on
 from coalesce.runtime.quarters import Resident
 from coalesce.runtime.station import Station
 from coalesce.runtime.verify import Alone, check_examples, Unlike
@@ -75,9 +76,10 @@ class Tenancy:
             self._names.add(wanted.name)
         resident = Resident(wanted.name, wanted.fn, wanted.shapes, wanted.terms)
         try:
-            if wanted.verify:
-                check_examples(wanted.name, wanted.shapes, wanted.params)
-            self._move_in(resident, wanted)
+            with handing_on():
+                if wanted.verify:
+                    check_examples(wanted.name, wanted.shapes, wanted.params)
+                self._move_in(resident, wanted)
         except BaseException:
             with self._lock:
                 self._names.discard(wanted.name)
@@ -87,7 +89,8 @@ class Tenancy:
         LOG.info("tenant %r is served: %s, slot %d of %d", wanted.name, resident.host, resident.slot, slots)
 
     def update(self, resident: Resident, params: Any, shared: Any) -> None:
-        fitted = self._fit(resident, params, shared)
+        with handing_on():
+            fitted = self._fit(resident, params, shared)
         if fitted.key != resident.host.schema.key:
             raise InvalidInput(
                 f"tenant {resident.name!r}: with these params it would be another program, or share other weights;"

@@ -12,7 +12,7 @@ from itertools import product
 from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import FUSING, indexed_gemm, indexed_matvec, KERNELS, mosaic_gemm
-from coalesce.kernels.indexed_gemm import power
+from coalesce.kernels.indexed_gemm import tile
 from coalesce.kernels.mosaic import SHARED_BYTES as SHARED
 from coalesce.kernels.mosaic_tile import Tile, tile_of
 from coalesce.kernels.windows import windows_of
@@ -51,19 +51,19 @@ def strips(op: HeavyOp, width: int) -> Iterator[Blocks]:
     for n, k, warps, stages in product((1, 2, 4, 8, 16, 32, 64), (128, 256, 512, 1024, 2048), (1, 2, 4, 8), (1, 3)):
         each = n * k // (32 * warps)  # elements of a thread
         idle = -(-op.n // n) * width * op.batch < 2 * CORES and n > 1
-        if 8 <= each <= 64 and k <= power(op.k) and n <= power(op.n) and not idle and (stages == 1 or k < op.k):
+        if 8 <= each <= 64 and k <= tile(op.k) and n <= tile(op.n) and not idle and (stages == 1 or k < op.k):
             yield Blocks(1, n, k, warps, stages)
 
 
 def tiles(op: HeavyOp, width: int, rows: int) -> Iterator[Blocks]:
     height, columns, itemsize = rows * op.m, op.n, op.lhs.dtype.itemsize
     channels = windows_of(op).channels
-    depth = power(channels if channels >= 32 else op.k)  # what one step can take in
+    depth = tile(channels if channels >= 32 else op.k)  # what one step can take in
     sizes = product((16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (16, 32, 64, 128), (4, 8), (2, 3, 4))
     for m, n, k, warps, stages in sizes:
         area, steps = m * n, -(-op.k // k)
         count = -(-height // m) * -(-columns // n) * width * op.batch
-        wasteful = m > power(height) or n > power(columns) or k > max(32, depth)
+        wasteful = m > tile(height) or n > tile(columns) or k > max(32, depth)
         too_large = (
             (m + n) * k * itemsize * stages > SHARED_BYTES
             or k * itemsize > ROW_BYTES
@@ -95,17 +95,17 @@ def tma_tiles(op: HeavyOp, lanes: int) -> Iterator[Blocks]:
         found: set[int] = set()
         for room in (3, 2, 1):
             staged = (tile_of(op, Blocks(m, n, k, w, stages, tma=True)) for stages in (12, 9, 6, 4, 3, 2, 1))
-            fitting = [tile for tile in staged if tile and tile.shared_bytes * room <= SHARED]
-            tile = next((tile for tile in fitting if tile.right_stages == tile.blocks.stages), None)
-            if tile and is_sensible_tile(tile, images) and tile.blocks.stages not in found:
-                found.add(tile.blocks.stages)
-                yield tile.blocks
+            fitting = [each for each in staged if each and each.shared_bytes * room <= SHARED]
+            most = next((each for each in fitting if each.right_stages == each.blocks.stages), None)
+            if most and is_sensible_tile(most, images) and most.blocks.stages not in found:
+                found.add(most.blocks.stages)
+                yield most.blocks
 
 
-def is_sensible_tile(tile: Tile, images: int) -> bool:
-    blocks = tile.blocks
-    programs = tile.count * (tile.op.n // blocks.n) * images
-    padded = tile.count * blocks.m / tile.op.m
-    deep = blocks.k > 64 and tile.steps < 4  # fewer waits for a loop that hardly has any
-    waits = blocks.stages == 1 and tile.steps * tile.taps[0] > 1  # nothing is fetched ahead
+def is_sensible_tile(one: Tile, images: int) -> bool:
+    blocks = one.blocks
+    programs = one.count * (one.op.n // blocks.n) * images
+    padded = one.count * blocks.m / one.op.m
+    deep = blocks.k > 64 and one.steps < 4  # fewer waits for a loop that hardly has any
+    waits = blocks.stages == 1 and one.steps * one.taps[0] > 1  # nothing is fetched ahead
     return padded <= 1.5 and programs >= CORES // 2 and not deep and not waits

@@ -1,0 +1,35 @@
+"""What tests/annotations.py has checked as the others run is checked: functions, methods and what dataclasses hold."""
+
+import random
+from typing import Any
+
+import pytest
+from beartype.roar import BeartypeCallHintViolation
+
+from coalesce.bank import places_by_tenant
+from coalesce.costs import Costs, device_of
+from coalesce.slab import Slab
+
+pytestmark = pytest.mark.once
+WRONG: Any = 3
+
+
+def test_a_call_that_breaks_an_annotation_is_an_error():
+    with pytest.raises(BeartypeCallHintViolation, match="places_by_tenant.* arrays=3 "):
+        places_by_tenant(WRONG)
+
+
+def test_so_is_one_of_a_method():
+    with pytest.raises(BeartypeCallHintViolation):
+        Costs(device_of("cpu")).unstack(str(WRONG))  # pyright: ignore[reportArgumentType]
+
+
+def test_so_is_a_dataclass_that_holds_something_else():
+    with pytest.raises(BeartypeCallHintViolation, match=r"Slab.__init__.* size='3' "):
+        Slab((0,), (0,), size=str(WRONG))  # pyright: ignore[reportArgumentType]
+
+
+def test_checking_draws_nothing_where_others_draw():
+    before = random.getstate()
+    assert places_by_tenant([]) == {} and Costs(device_of("cpu")).stack([4] * 100, 400) >= 0
+    assert random.getstate() == before

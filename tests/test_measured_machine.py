@@ -1,0 +1,60 @@
+"""What a runtime took, out of its log: from a run of the simulator, of which everything is known."""
+
+from random import Random
+
+import pytest
+
+from coalesce.scheduler.catalog import Executable
+from coalesce.scheduler.coalescing import Coalescing
+from coalesce.scheduler.machine import Host, Line, line_catalog
+from coalesce.scheduler.request import Tenant
+from coalesce.scheduler.run import Run
+from coalesce.scheduler.simulator import simulate
+from coalesce.scheduler.workloads import arrive_apart
+from experiments.measured_machine import host_of, MeasuredDevice, Ran
+
+pytestmark = pytest.mark.once
+
+US = 1_000
+HOST = Host(decide_ns=20 * US, wake_ns=80 * US)
+CATALOG = line_catalog({0: Line(100 * US, 900 * US)}, (1, 2, 4), spread=1.0)
+TENANTS = [Tenant(f"t{i}", (0,), 2_500 * US) for i in range(4)]
+
+
+def run(host: Host, **options: object) -> Run:
+    arrivals = arrive_apart(Random(3), 1.0, {tenant.name: 300.0 for tenant in TENANTS}, 400_000 * US)
+    return simulate(Coalescing(), TENANTS, CATALOG, arrivals, host=host, keep_log=True, **options)  # pyright: ignore
+
+
+def test_a_host_is_found_in_its_log():
+    found = host_of([run(HOST).log])
+    for ended in (False, True):
+        assert len(found.wakes_ns[ended]) > 20 and set(found.wakes_ns[ended]) == {HOST.wake_ns}
+    assert set(found.busy_ns[True]) | set(found.busy_ns[False]) == {HOST.decide_ns}
+
+
+def test_a_run_comes_out_again():
+    first = run(HOST)
+    times = {executable.entries: executable.l50_ns for executable in CATALOG.executables}
+    ran = [Ran(form, waited, ns) for form, ns in times.items() for waited in (False, True)]
+    device = MeasuredDevice(ran)
+    second = run(host_of([first.log]), takes=device.takes, watchers=[device.see])  # pyright: ignore
+    assert second.log == first.log and 20 < device.in_time(second) < len(second.requests)
+
+
+def test_a_bundle_that_waits_behind_another_takes_less():
+    (one, two, _) = (executable.entries for executable in CATALOG.executables)
+    device = MeasuredDevice([Ran(one, False, 50), Ran(one, True, 30), Ran(one, True, 20), Ran(two, False, 70)])
+    first, second = (replace_id(entries) for entries in (one, two))
+    assert [device.takes(first, Random(0)) for _ in range(4)] == [50, 30, 20, 30]
+    assert device.takes(second, Random(0)) == 70
+    assert device.takes(Executable(9, (), 11, 11), Random(0)) == 11
+
+
+def replace_id(entries: tuple) -> Executable:
+    return Executable(0, entries, 1, 1)
+
+
+def test_a_log_that_says_nothing_is_a_host_that_takes_no_time():
+    host = host_of([[]])
+    assert (host.wake(True), host.tell(), host.decide([]), host.dispatch()) == (0, 0, 0, 0)
