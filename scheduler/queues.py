@@ -12,7 +12,7 @@ bundle that failed.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 
 from coalesce.scheduler.commands import Reason
 from coalesce.scheduler.costs import Place, PlaceCosts
@@ -250,10 +250,19 @@ class Queues:
     def _add_level(self, priority: int) -> Level:
         """Everything that was promised above it counts in it."""
         level = self._levels[priority] = Level(priority)
-        self.levels = sorted(self._levels.values(), key=lambda level: -level.priority)
-        for at, upper in enumerate(self.levels):
-            upper.counted = tuple(below.demand for below in self.levels[at:])
+        self._order_levels()
         above = self.levels.index(level)
         if above:
             level.demand.take_over(self.levels[above - 1].demand)
         return level
+
+    def _order_levels(self) -> None:
+        self.levels = sorted(self._levels.values(), key=lambda level: -level.priority)
+        for at, upper in enumerate(self.levels):
+            upper.counted = tuple(below.demand for below in self.levels[at:])
+
+    def keep_levels(self, busy: Container[int]) -> None:
+        """Forgets the priorities that nobody has any more."""
+        self._levels = {priority: level for priority, level in self._levels.items() if priority in busy}
+        self._queues = {key: queue for key, queue in self._queues.items() if queue.level.priority in busy}
+        self._order_levels()

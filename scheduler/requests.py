@@ -23,6 +23,8 @@ from coalesce.scheduler.request import Request
 from coalesce.scheduler.shares import Account, Shares
 from coalesce.scheduler.tenancy import Tenancy
 
+LEVELS = 16  # priorities that are remembered, with how often each is asked for; those in use always are
+
 
 class Requests:
     def __init__(self, queues: Queues, tenancy: Tenancy, watch: Watch, shares: Shares, costs: Costs) -> None:
@@ -32,6 +34,7 @@ class Requests:
         self._shares, self._costs = shares, costs
         self._load = Load()
         self._lanes: dict[int, Lane] = {}
+        self._most_levels = LEVELS
 
     def __len__(self) -> int:
         return len(self._lanes)
@@ -156,5 +159,8 @@ class Requests:
         account = lane.account
         account.pending -= 1
         del self._lanes[lane.request.id]
+        if len(self._queues.levels) > self._most_levels:
+            self._queues.keep_levels({own.level.priority for own in self._lanes.values()})
+            self._most_levels = max(LEVELS, 2 * len(self._queues.levels))
         if account.leaving and self._tenancy.forget_if_done(account):
             self._watch.forget(account.tenant.name)

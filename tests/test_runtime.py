@@ -125,10 +125,19 @@ def test_an_input_of_none_of_the_shapes_names_them_all(served):
         served.submit("mlp5", row(0, 2))
 
 
-@pytest.mark.parametrize("deadline", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("deadline", [float("nan"), float("inf"), float("-inf")])
 def test_deadlines_that_are_none_are_refused(served, deadline):
     with pytest.raises(InvalidInput, match="deadline is"):
         served.submit("mlp0", row(0), deadline=deadline)
+
+
+@pytest.mark.parametrize("deadline", [0.0, -1e-9, -1.0])
+def test_a_deadline_that_has_passed_before_submit_is_exceeded(served, deadline):
+    """As with gRPC, where the caller's may have passed when the call arrives."""
+    with pytest.raises(DeadlineExceeded, match="before submit"):
+        served.submit("mlp0", row(0), deadline=deadline).result(10)
+    with pytest.raises(DeadlineExceeded, match="before submit"):
+        asyncio.run(served.infer("mlp0", row(0), deadline=deadline))
 
 
 def test_a_deadline_too_near_is_an_error_of_its_own(served):

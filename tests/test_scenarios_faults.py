@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -130,6 +131,29 @@ def test_a_compiler_that_stalls_keeps_no_newcomer_waiting_and_is_given_up(compil
         rt.warm_up(60.0)
         assert "not compiled after 2 s" in rt.health().failed["family 0 x2"]
         go.set()
+
+
+def test_what_was_on_order_when_the_runtime_was_closed_has_not_failed(compiler):
+    stalled, go = threading.Event(), threading.Event()
+
+    def before(entries: Any) -> None:
+        if entries[0].width == 2:
+            stalled.set()
+            go.wait(60)
+
+    compiler(before)
+    with Runtime(widths=(1, 2, 4)) as rt:
+        serve(rt, "a")
+        serve(rt, "b")
+        serve(rt, "c")
+        assert stalled.wait(30)
+        closing = threading.Thread(target=rt.close)
+        closing.start()
+        while rt.health().compiling:  # until what was on order is given up
+            time.sleep(0.01)
+        go.set()
+        closing.join()
+        assert rt.health().status == "closed" and not rt.health().failed
 
 
 def test_at_most_so_many_executables_are_kept_and_each_family_can_be_served():

@@ -135,6 +135,15 @@ def test_higher_priority_goes_first():
     assert run.attainment(["low"]) < 0.7
 
 
+def test_priorities_that_nobody_has_any_more_are_forgotten():
+    """Whoever takes the time for a priority, say."""
+    policy = Coalescing()
+    arrivals = [Arrival(2 * i * MS, f"t{i % 2}", priority=i // 2) for i in range(400)]
+    run = checked(tenants(2), catalog(), arrivals, policy)
+    assert run.attainment() == 1.0
+    assert len(policy._queues.levels) <= 17 and len(policy._queues._queues) <= 17
+
+
 # 8. Slow tenants
 
 

@@ -137,11 +137,12 @@ class Foundry:
                 raise TimeoutError(f"{pending} executables are not ready after {timeout} s")
 
     def counts(self) -> tuple[int, int, dict[str, str]]:
-        """(ready, on their way, what failed and why)."""
+        """(ready, on their way, what failed and why); what was given up was not tried."""
         with self._change:
-            done = {key: made for key, made in self._made.items() if made.done()}
-            failed = {text_of(key[0]): str(made.exception()) for key, made in done.items() if made.exception()}
-            return len(done) - len(failed), len(self._made) - len(done), failed
+            ended = {key: made.exception() for key, made in self._made.items() if made.done()}
+            failed = {key: error for key, error in ended.items() if error is not None}
+            tried = {text_of(key[0]): str(error) for key, error in failed.items() if error is not self._over}
+            return len(ended) - len(failed), len(self._made) - len(ended), tried
 
     # Compilers
 
