@@ -15,16 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from math import prod
+from math import lcm, prod
 
 import numpy as np
 
 from coalesce.bundle import Array, Bundle, items, JointStep, Pack, packs
-from coalesce.kernels import FUSING
+from coalesce.kernels import FUSING, mosaic_gemm
 from coalesce.slab import Slab
 
 SMALL_ROW = 64 * 1024  # bytes that may be read through a slice
 ALIGNED = 128  # bytes: what a load of a GPU's memory takes at once
+COARSEST = 64 * 1024  # elements that an array's start may be rounded to
 LONGEST_ROW = 2**31 - 1  # elements: places within a row are 32 bits wide
 LARGEST = 2**32  # bytes of a slab: beyond, kernels would address all of it with 64 bits
 
@@ -74,15 +75,28 @@ def longest(array: Array) -> int:
 def side_by_side(arrays: Sequence[Array], group: Sequence[int], longest: int) -> Iterator[Slab]:
     """Slabs of arrays of one dtype, each no longer than can be addressed; of one array where there is room for one."""
     step = max(1, ALIGNED // np.dtype(arrays[group[0]].dtype).itemsize)
+    rows = {i: arrays[i].shape[-1] for i in group if read_as_rows(arrays[i])}
+    coarse = lcm(step, *rows.values())
+    coarse = coarse if coarse <= COARSEST else step
     inside: list[int] = []
     starts: list[int] = []
     size = 0
     for i in group:
-        length = -(-prod(arrays[i].shape) // step) * step
-        if inside and size + length > longest:
-            yield Slab(tuple(inside), tuple(starts), size)
-            inside, starts, size = [], [], 0
+        start, length = up(size, coarse if i in rows else step), prod(arrays[i].shape)
+        if inside and up(start + length, coarse) > longest:
+            yield Slab(tuple(inside), tuple(starts), up(size, coarse))
+            inside, starts, start = [], [], 0
         inside.append(i)
-        starts.append(size)
-        size += length
-    yield Slab(tuple(inside), tuple(starts), size)
+        starts.append(start)
+        size = start + length
+    yield Slab(tuple(inside), tuple(starts), up(size, coarse))
+
+
+def read_as_rows(array: Array) -> bool:
+    """Whether a kernel may read a slab that holds it as [rows, .., N] by TMA: then it starts, and the slab ends, at a
+    multiple of N."""
+    return np.dtype(array.dtype).itemsize == 2 and len(array.shape) == 2 and array.shape[-1] % mosaic_gemm.ROW == 0
+
+
+def up(size: int, step: int) -> int:
+    return -(-size // step) * step

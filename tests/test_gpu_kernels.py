@@ -10,10 +10,12 @@ import pytest
 from jax import lax
 
 import coalesce
+from coalesce.blocks import Blocks
 from coalesce.bundle import packs
 from coalesce.heavy import heavy_op, HeavyOp
 from coalesce.kernels import horizontal, indexed_gemm, indexed_matvec
-from coalesce.slab import Picked
+from coalesce.kernels.mosaic_tile import tile_of
+from coalesce.slab import Cut, Picked
 from tests.heavy_cases import indexed
 from tests.hlo import moves_of_size
 from tests.test_gpu import distance, fused_of, setup, widened
@@ -23,6 +25,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated"),  # by JAX 0.11 and newer
     pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU"),
 ]
+
+
+def on_hopper() -> bool:
+    return str(getattr(jax.devices()[0], "compute_capability", "")) == "9.0"
 
 
 def op_of(call: Any, lhs: Any, rhs: Any) -> HeavyOp:
@@ -45,6 +51,36 @@ def test_convolutions(dtype, precision, limit, window, stride, channels):
     slots = jnp.asarray([6, 0, 3, 3, 5])
     op = op_of(conv, x[0, 0], bank[0])
     got = jax.jit(partial(indexed_gemm.run, op))(x, Picked(jax.vmap(indexed_gemm.layout(op))(bank), slots))
+    exact = jax.vmap(jax.vmap(partial(conv, precision="highest"), (0, None)))
+    want = exact(x.astype(jnp.float32), bank[slots].astype(jnp.float32))
+    assert distance(got, want) <= limit
+
+
+@pytest.mark.skipif(not on_hopper(), reason="needs wgmma and TMA")
+@pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 1e-2), ("float16", 2e-3)])
+@pytest.mark.parametrize(("window", "height", "width", "blocks"), [
+    (1, 28, 28, Blocks(64, 128, 64, 4, 6, tma=True)),
+    (1, 14, 14, Blocks(256, 64, 128, 16, 2, tma=True)),
+    (3, 14, 14, Blocks(64, 128, 64, 4, 6, tma=True)),
+    (3, 28, 28, Blocks(128, 64, 128, 8, 3, tma=True)),
+    (3, 57, 30, Blocks(64, 64, 64, 4, 4, tma=True)),
+    (5, 7, 7, Blocks(64, 64, 64, 4, 12, tma=True)),
+])  # fmt: skip
+def test_tiles_by_tma(dtype, limit, window, height, width, blocks):
+    """Two lanes on each row that is picked from a slab."""
+    conv = partial(
+        lax.conv_general_dilated, window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (5, 2, 1, height, width, 128), dtype)
+    bank = jax.random.normal(keys[1], (7, window, window, 128, 128), dtype)
+    slots = jnp.asarray([6, 0, 3, 3, 5])
+    op = op_of(conv, x[0, 0], bank[0])
+    assert tile_of(op, blocks)
+    rows = bank.reshape(7, -1)
+    slab = jnp.concatenate([jnp.full_like(rows, jnp.nan), rows, jnp.full_like(rows, jnp.nan)], 1)
+    rhs = Picked(Cut(slab, rows.shape[1], (op.k, op.n)), slots)
+    got = jax.jit(partial(indexed_gemm.run, op, blocks=blocks))(x, rhs)
     exact = jax.vmap(jax.vmap(partial(conv, precision="highest"), (0, None)))
     want = exact(x.astype(jnp.float32), bank[slots].astype(jnp.float32))
     assert distance(got, want) <= limit

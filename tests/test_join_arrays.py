@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 import coalesce
-from coalesce.bundle import arguments
+from coalesce.bundle import arguments, Array
+from coalesce.layout import AS_IS
 from coalesce.passes import join_arrays as passes
 from coalesce.passes.choose_kernels import choose_kernels
 from coalesce.passes.form_packs import form_packs
@@ -115,3 +116,12 @@ def test_a_call_has_few_arguments():
     fused = coalesce.fuse(programs, choose_kernel=indexed)
     assert len(fused.bundle.arrays) == 7
     assert [a.shape for a in fused.bank] == [(2, sum(-(-s // 32) * 32 for s in (8 * 24, 24, 24 * 40, 40, 320, 8, 8)))]
+
+
+def test_weights_of_16_bits_are_rows_of_their_slab():
+    """From a place in it, and to its end, that are multiples of their columns: TMA reads it as [rows, .., columns]."""
+    shapes = [(64, 192), (24,), (8, 40), (128, 128)]
+    arrays = [Array(((0, i),), shape, "bfloat16", (AS_IS,)) for i, shape in enumerate(shapes)]
+    (slab,) = passes.side_by_side(arrays, range(4), 1 << 30)
+    assert slab.starts == (0, 64 * 192, 64 * 192 + 64, 64 * 192 + 384)
+    assert slab.size == 64 * 192 + 384 + 43 * 384  # 43 rows of both 192 and 128 columns are the first to hold 128 x 128

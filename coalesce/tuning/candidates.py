@@ -11,8 +11,10 @@ from itertools import product
 
 from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
-from coalesce.kernels import FUSING, indexed_gemm, indexed_matvec, KERNELS
+from coalesce.kernels import FUSING, indexed_gemm, indexed_matvec, KERNELS, mosaic_gemm
 from coalesce.kernels.indexed_gemm import tile
+from coalesce.kernels.mosaic import SHARED_BYTES as SHARED
+from coalesce.kernels.mosaic_tile import Tile, tile_of
 from coalesce.kernels.windows import windows_of
 
 Candidate = tuple[str, Blocks | None]  # (kernel, its blocks if it is tiled)
@@ -32,7 +34,8 @@ def candidates(op: HeavyOp, width: int, rows: int, platform: str) -> list[Candid
     if platform == "cpu" or not indexed_gemm.supports(op):  # on a CPU it is interpreted
         return plain
     rowwise = [("indexed_matvec", blocks) for blocks in strips(op, width)] if indexed_matvec.supports(op) else []
-    return plain + rowwise + [("indexed_gemm", blocks) for blocks in tiles(op, width, rows)]
+    fetched = tma_tiles(op, width * rows) if mosaic_gemm.supports(op) else []
+    return plain + rowwise + [("indexed_gemm", blocks) for blocks in (*tiles(op, width, rows), *fetched)]
 
 
 def is_sensible(kernel: str, op: HeavyOp, width: int, platform: str) -> bool:
@@ -82,3 +85,27 @@ def tiles(op: HeavyOp, width: int, rows: int) -> Iterator[Blocks]:
         )
         if not (wasteful or too_large or too_small or badly_run):
             yield Blocks(m, n, k, warps, stages)
+
+
+def tma_tiles(op: HeavyOp, lanes: int) -> Iterator[Blocks]:
+    """Of mosaic_gemm, with as many stages as leave room on a core for three programs, two, or one."""
+    images = lanes * (op.lhs.shape[0] if op.kind == "conv" else 1)
+    warps = ((64, 4), (128, 8), (256, 8), (256, 16))
+    for (m, w), n, k in product(warps, (64, 128, 256), (64, 128)):
+        found: set[int] = set()
+        for room in (3, 2, 1):
+            staged = (tile_of(op, Blocks(m, n, k, w, stages, tma=True)) for stages in (12, 9, 6, 4, 3, 2, 1))
+            fitting = [each for each in staged if each and each.shared_bytes * room <= SHARED]
+            most = next((each for each in fitting if each.right_stages == each.blocks.stages), None)
+            if most and is_sensible_tile(most, images) and most.blocks.stages not in found:
+                found.add(most.blocks.stages)
+                yield most.blocks
+
+
+def is_sensible_tile(one: Tile, images: int) -> bool:
+    blocks = one.blocks
+    programs = one.count * (one.op.n // blocks.n) * images
+    padded = one.count * blocks.m / one.op.m
+    deep = blocks.k > 64 and one.steps < 4  # fewer waits for a loop that hardly has any
+    waits = blocks.stages == 1 and one.steps * one.taps[0] > 1  # nothing is fetched ahead
+    return padded <= 1.5 and programs >= CORES // 2 and not deep and not waits

@@ -1,0 +1,104 @@
+"""Pallas' Mosaic GPU backend, as far as the kernels use it: the one place that knows its versions. For a Hopper GPU.
+
+What a kernel computes with lies in shared memory in swizzled rows of ROW_BYTES. TMA writes images there row by row, and
+wgmma reads tiles of 8 rows; with rows of that width the bytes are the same, so that one memory has both views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+
+ROW_BYTES = 128
+SHARED_BYTES = 227 * 1024  # of a program on an H100
+GROUP = 64  # rows that a warpgroup multiplies at once
+
+
+@dataclass(frozen=True)
+class Images:
+    """[*before, tall, wide, ROW_BYTES / itemsize] in shared memory; `wide` is a multiple of 8.
+
+    Interpreted it is one array, and what copies it copies one row of an image at a time.
+    """
+
+    before: tuple[int, ...]
+    tall: int
+    wide: int
+    dtype: Any
+    interpreted: bool
+
+    def memory(self) -> Any:
+        plgpu = backend()
+        row = ROW_BYTES // self.dtype.itemsize
+        swizzle = plgpu.SwizzleTransform(ROW_BYTES)
+        tiles = (plgpu.TilingTransform((8, row)), swizzle)
+        rows = plgpu.SMEM((*self.before, self.tall * self.wide, row), self.dtype, transforms=tiles)
+        if self.interpreted:
+            return rows
+        lie = plgpu.SMEM((*self.before, self.tall, self.wide, row), self.dtype, transforms=(swizzle,))
+        return plgpu.RefUnion(lie, rows)
+
+    def rows(self, ref: Any, place: tuple[Any, ...], first: Any, count: int) -> Any:
+        """Rows as wgmma takes them: position i of an image row h is row h * wide + i."""
+        return (ref if self.interpreted else ref[1]).at[*place, pl.ds(first, count)]
+
+    def copies(self, ref: Any, place: tuple[Any, ...], count: int) -> list[tuple[Callable[[Any], Any], Any]]:
+        """(from a first row of an image the index of what is copied, where it lies) of each copy of `count` rows."""
+        if self.interpreted:
+            return [
+                (lambda first, i=i: first + i, ref.at[*place, pl.ds(i * self.wide, self.wide)]) for i in range(count)
+            ]
+        return [(lambda first: pl.ds(first, count), ref[0].at[*place, pl.ds(0, count)])]
+
+    def count(self, rows: int) -> int:
+        """How many copies that is."""
+        return rows if self.interpreted else 1
+
+
+def backend() -> Any:
+    from jax.experimental.pallas import mosaic_gpu  # here: a process that never meets a GPU kernel does not pay for it
+
+    return mosaic_gpu
+
+
+def load(ref: Any, layout: Any) -> Any:
+    plgpu = backend()
+    if jax.__version_info__ < (0, 11):
+        return plgpu.load(ref, (), layout=layout, optimized=False)
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def call(
+    kernel: Callable[..., None],
+    grid: Mapping[str, int],
+    groups: int,
+    out: jax.ShapeDtypeStruct,
+    args: Sequence[Any],
+    scratch: Mapping[str, Any],
+    *,
+    name: str,
+    interpreted: bool,
+) -> Any:
+    """One launch of `kernel(*args, out, **scratch)` by `groups` warpgroups, whose number is the axis "group"."""
+    plgpu = backend()
+    how: dict[str, Any] = {"interpret": plgpu.InterpretGPUParams()} if interpreted else {}
+    run = plgpu.kernel(
+        kernel,
+        out_type=out,
+        scratch_types=dict(scratch),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=groups,
+        thread_name="group",
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,  # a warpgroup writes what only its own threads have read
+        ),
+        **how,
+    )
+    return run(*args)

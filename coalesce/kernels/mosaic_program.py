@@ -1,0 +1,238 @@
+"""A program of mosaic_gemm: one warpgroup fetches blocks into places in shared memory, others multiply what is there.
+
+    fetch      wait until a place is free, copy into it         places in turns, several of them ahead
+    multiply   wait until it is there, multiply, free the place before it
+
+Clusters of programs that share what they fetch (multicast) were measured on an H100: none was faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from coalesce.kernels.epilogue import Epilogue, WHOLE
+from coalesce.kernels.mosaic import backend, Images, load
+from coalesce.kernels.mosaic_tile import Tile
+from coalesce.kernels.triton import div, rem
+
+# The axes of a launch, besides "group", the warpgroup.
+IMAGE, TILE, PART = "image", "tile", "part"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a launch reads an operand: rows of an array, each for some images, from a place in them on."""
+
+    start: int  # of weights counted in rows of K, of a vector in elements
+    images: int  # that share a row
+    picked: bool
+
+    def row(self, image: Any, slots: Sequence[Any]) -> Any:
+        row = div(image, self.images)
+        return slots[0][row] if self.picked else row
+
+
+@dataclass(frozen=True)
+class Program:
+    """`sources` are those of the weights and then of the epilogue's operands."""
+
+    tile: Tile
+    sources: tuple[Source, ...]
+    epilogue: Epilogue | None
+    dtype: Any  # of the result
+    interpreted: bool
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return self.epilogue.kinds if self.epilogue else ()
+
+    @property
+    def left(self) -> Images:
+        tile = self.tile
+        return Images(
+            (tile.left_stages, tile.deep), tile.halo, tile.wide, jnp.dtype(tile.op.lhs.dtype), self.interpreted
+        )
+
+    @property
+    def result(self) -> Images:
+        """Of the result, and before that of the operand that has its size."""
+        return Images((self.tile.parts,), self.tile.tall, self.tile.wide, self.dtype, self.interpreted)
+
+    def memory(self, vectors: Sequence[Any]) -> dict[str, Any]:
+        """What a program has for itself; `vectors` are the dtypes of the epilogue's columns."""
+        plgpu, tile = backend(), self.tile
+        k, n = tile.blocks.k, tile.blocks.n
+        tiles = (plgpu.TilingTransform((8, tile.row)), plgpu.SwizzleTransform(tile.row * self.dtype.itemsize))
+        ready = len(vectors) + self.kinds.count(WHOLE) * tile.parts * self.result.count(tile.tall)
+        return {
+            "lefts": self.left.memory(),
+            "rights": plgpu.SMEM((tile.right_stages, k, n), tile.op.lhs.dtype, transforms=tiles),
+            "outs": self.result.memory(),
+            "vectors": [plgpu.SMEM((n,), dtype) for dtype in vectors],
+            "left_there": plgpu.Barrier(
+                num_arrivals=tile.deep * self.left.count(tile.halo), num_barriers=tile.left_stages
+            ),
+            "right_there": plgpu.Barrier(num_arrivals=1, num_barriers=tile.right_stages),
+            "left_free": plgpu.Barrier(num_arrivals=tile.groups, num_barriers=tile.left_stages),
+            "right_free": plgpu.Barrier(num_arrivals=tile.groups, num_barriers=tile.right_stages),
+            "ready": plgpu.Barrier(num_arrivals=max(1, ready), num_barriers=1),
+            "done": plgpu.Barrier(num_arrivals=tile.groups, num_barriers=1),
+        }
+
+    def run(self, slots: Sequence[Any], x: Any, arrays: Sequence[Any], y: Any, memory: dict[str, Any]) -> None:
+        """Compute a tile. References: x [images, H, W, C]; arrays as `sources` say, whole ones [images, *out, N]."""
+        tile = self.tile
+        at = lax.axis_index(TILE)
+        place = Place(
+            lax.axis_index(IMAGE),
+            div(at, tile.across) * tile.tall,
+            rem(at, tile.across) * tile.wide,
+            lax.axis_index(PART) * tile.blocks.n,
+        )
+        group = lax.axis_index("group")
+        lax.cond(
+            group == tile.groups,
+            lambda: self.fetch(slots, x, arrays, place, memory),
+            lambda: self.compute(group, y, place, memory),
+        )
+
+    # ---- one warpgroup ---------------------------------------------------------------------------------------------
+
+    def fetch(self, slots: Sequence[Any], x: Any, arrays: Sequence[Any], place: Place, memory: dict[str, Any]) -> None:
+        plgpu, tile = backend(), self.tile
+        self.fetch_operands(slots, arrays[1:], place, memory)
+        (down, taps), chunks = tile.taps, tile.channels // tile.blocks.k
+        top, before = place.h, place.w
+        if not self.interpreted:  # there an index below 0 is read as 0: the operand has its border
+            top, before = place.h - tile.before[0], place.w - tile.before[1]
+        weights, row = arrays[0], self.sources[0].row(place.image, slots)
+
+        def step(i: Any, _: Any) -> None:
+            column, c = div(i, chunks), rem(i, chunks) * tile.blocks.k
+            stage = rem(i, tile.left_stages)
+            wait_if(i >= tile.left_stages, memory["left_free"], stage)
+            for d in range(tile.deep):
+                for rows, to in self.left.copies(memory["lefts"], (stage, d), tile.halo):
+                    channels = pl.ds(c + d * tile.row, tile.row)
+                    plgpu.copy_gmem_to_smem(
+                        x.at[place.image, rows(top), pl.ds(before + column, tile.wide), channels],
+                        to,
+                        memory["left_there"].at[stage],
+                    )
+            for tap in range(down):
+                j = i * down + tap
+                stage = rem(j, tile.right_stages)
+                wait_if(j >= tile.right_stages, memory["right_free"], stage)
+                k = self.sources[0].start + (tap * taps + column) * tile.channels + c
+                plgpu.copy_gmem_to_smem(
+                    weights.at[row, pl.ds(k, tile.blocks.k), pl.ds(place.n, tile.blocks.n)],
+                    memory["rights"].at[stage],
+                    memory["right_there"].at[stage],
+                )
+
+        lax.fori_loop(0, tile.steps, step, None)
+
+    def fetch_operands(self, slots: Sequence[Any], arrays: Sequence[Any], place: Place, memory: dict[str, Any]) -> None:
+        plgpu, tile = backend(), self.tile
+        ready, vectors = memory["ready"].at[0], iter(memory["vectors"])
+        for kind, source, array in zip(self.kinds, self.sources[1:], arrays, strict=True):
+            if kind != WHOLE:
+                span = pl.ds(source.start + place.n, tile.blocks.n)
+                plgpu.copy_gmem_to_smem(array.at[source.row(place.image, slots), span], next(vectors), ready)
+                continue
+            for part in range(tile.parts):
+                for rows, to in self.result.copies(memory["outs"], (part,), tile.tall):
+                    plgpu.copy_gmem_to_smem(self.there(array, rows, part, place), to, ready)
+
+    def there(self, array: Any, rows: Callable[[Any], Any], part: int, place: Place) -> Any:
+        """A part of the tile's columns in an array of the result's shape."""
+        row = self.tile.row
+        return array.at[place.image, rows(place.h), pl.ds(place.w, self.tile.wide), pl.ds(place.n + part * row, row)]
+
+    # ---- the others ------------------------------------------------------------------------------------------------
+
+    def compute(self, group: Any, y: Any, place: Place, memory: dict[str, Any]) -> None:
+        plgpu, tile = backend(), self.tile
+        rows = tile.blocks.m // tile.groups
+        first = group * rows
+        acc = plgpu.ACC((rows, tile.blocks.n), jnp.float32)
+        result = pl.run_scoped(lambda acc: self.multiply(acc, first, rows, memory), acc)
+        if self.kinds:
+            plgpu.barrier_wait(memory["ready"].at[0])
+        for part in range(tile.parts):
+            to = self.result.rows(memory["outs"], (part,), first, rows)
+            columns = slice(part * tile.row, (part + 1) * tile.row)
+            to[...] = self.finished(result[:, columns].astype(tile.op.out.dtype), columns, to, memory)
+        plgpu.commit_smem()
+        if tile.groups > 1:
+            plgpu.barrier_arrive(memory["done"].at[0])
+
+        @pl.when(group == 0)
+        def _() -> None:
+            if tile.groups > 1:
+                plgpu.barrier_wait(memory["done"].at[0])
+            for part in range(tile.parts):
+                for rows, lies in self.result.copies(memory["outs"], (part,), tile.tall):
+                    plgpu.copy_smem_to_gmem(lies, self.there(y, rows, part, place))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def multiply(self, acc: Any, first: Any, rows: int, memory: dict[str, Any]) -> Any:
+        """The sum of all products, for `rows` rows of the tile from the first one on."""
+        plgpu, tile = backend(), self.tile
+        down = tile.taps[0]
+
+        def step(i: Any, _: Any) -> None:
+            left = rem(i, tile.left_stages)
+            plgpu.barrier_wait(memory["left_there"].at[left])
+            for tap in range(down):
+                j = i * down + tap
+                right = rem(j, tile.right_stages)
+                plgpu.barrier_wait(memory["right_there"].at[right])
+                for d in range(tile.deep):
+                    a = self.left.rows(memory["lefts"], (left, d), first + tap * tile.wide, rows)
+                    plgpu.wgmma(acc, a, memory["rights"].at[right, pl.ds(d * tile.row, tile.row)])
+                plgpu.wgmma_wait(tile.deep)  # what came before these products is done
+
+                @pl.when(j > 0)
+                def _(i: Any = i, j: Any = j, tap: int = tap) -> None:
+                    plgpu.barrier_arrive(memory["right_free"].at[rem(j - 1, tile.right_stages)])
+                    if tap == 0:
+                        plgpu.barrier_arrive(memory["left_free"].at[rem(i - 1, tile.left_stages)])
+
+        lax.fori_loop(0, tile.steps, step, None)
+        return acc[...]
+
+    def finished(self, part: Any, columns: slice, place: Any, memory: dict[str, Any]) -> Any:
+        """A part of the tile's columns, after the epilogue."""
+        if self.epilogue is None:
+            return part
+        layout, vectors, given = backend().Layout.WGMMA, iter(memory["vectors"]), []
+        for kind in self.kinds:
+            if kind == WHOLE:
+                given.append(load(place, layout))
+                continue
+            vector = load(next(vectors).at[pl.ds(columns.start, self.tile.row)], layout.reduce(0))
+            given.append(lax.broadcast_in_dim(vector, part.shape, (1,)))
+        return self.epilogue.apply(part, *given)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tile begins."""
+
+    image: Any
+    h: Any
+    w: Any
+    n: Any
+
+
+def wait_if(needed: Any, barriers: Any, at: Any) -> None:
+    @pl.when(needed)
+    def _() -> None:
+        backend().barrier_wait(barriers.at[at])

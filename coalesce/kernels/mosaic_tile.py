@@ -1,0 +1,143 @@
+"""What a program of mosaic_gemm computes and fetches, from an op's sizes and a tuner's blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from jax.experimental import pallas as pl
+
+from coalesce.blocks import Blocks
+from coalesce.heavy import HeavyOp
+from coalesce.kernels.mosaic import GROUP, ROW_BYTES, SHARED_BYTES
+from coalesce.kernels.windows import Windows, windows_of
+
+WIDEST = 256  # positions that one copy can take in, along each dimension
+LEFT_STAGES = 3  # where each left block is multiplied by several right ones
+SUMS = 16 * 1024  # float32 sums of a warpgroup: half of its registers
+VECTORS = 3 * 1024  # bytes of shared memory for vectors of the epilogue
+BARRIERS = 1024
+
+
+@dataclass(frozen=True)
+class Tile:
+    """`tall` x `wide` positions of one image by blocks.n columns. A dot's rows are an image of height 1.
+
+    A left block is fetched for each column of taps, with the rows of positions that all taps of the column read; each
+    is multiplied by as many right blocks as the column has taps.
+    """
+
+    op: HeavyOp
+    blocks: Blocks
+    tall: int
+    wide: int
+
+    @cached_property
+    def windows(self) -> Windows:
+        return windows_of(self.op)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Of an image of the left operand."""
+        return two(self.windows.size, (1, self.op.m))
+
+    @property
+    def out(self) -> tuple[int, int]:
+        return two(self.windows.out, (1, self.op.m))
+
+    @property
+    def taps(self) -> tuple[int, int]:
+        return two(self.windows.taps, (1, 1))
+
+    @property
+    def before(self) -> tuple[int, int]:
+        return two(self.windows.before, (0, 0))
+
+    @property
+    def channels(self) -> int:
+        return self.windows.channels
+
+    @property
+    def row(self) -> int:
+        """Elements of a swizzled row."""
+        return ROW_BYTES // self.op.lhs.dtype.itemsize
+
+    @property
+    def deep(self) -> int:
+        """Rows' widths of channels that a block takes in."""
+        return self.blocks.k // self.row
+
+    @property
+    def groups(self) -> int:
+        """Warpgroups that multiply, one below the other."""
+        return self.blocks.warps // 4
+
+    @property
+    def across(self) -> int:
+        return pl.cdiv(self.out[1], self.wide)
+
+    @property
+    def count(self) -> int:
+        """Tiles of an image."""
+        return pl.cdiv(self.out[0], self.tall) * self.across
+
+    @property
+    def steps(self) -> int:
+        """Left blocks."""
+        return self.channels // self.blocks.k * self.taps[1]
+
+    @property
+    def halo(self) -> int:
+        """Rows of positions in a left block."""
+        return self.tall + self.taps[0] - 1
+
+    @cached_property
+    def right_stages(self) -> int:
+        """As many as the blocks say, or as there is work or room for; 0 if there is no room."""
+        most = min(self.blocks.stages, self.steps * self.taps[0])
+        return next((stages for stages in range(most, 0, -1) if self.bytes_with(stages) <= SHARED_BYTES), 0)
+
+    @property
+    def left_stages(self) -> int:
+        return self.left_beside(self.right_stages)
+
+    def left_beside(self, right: int) -> int:
+        return min(right if self.taps[0] == 1 else LEFT_STAGES, self.steps)
+
+    @property
+    def parts(self) -> int:
+        """Rows' widths of columns."""
+        return self.blocks.n // self.row
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.bytes_with(self.right_stages)
+
+    def bytes_with(self, stages: int) -> int:
+        left = self.left_beside(stages) * self.deep * self.halo * self.wide * ROW_BYTES
+        right = stages * self.blocks.k * self.blocks.n * self.op.lhs.dtype.itemsize
+        return left + right + self.blocks.m * self.parts * ROW_BYTES + VECTORS + BARRIERS
+
+    @property
+    def fits(self) -> bool:
+        blocks = self.blocks
+        whole = blocks.m % (GROUP * self.groups) == 0 and blocks.m * blocks.n <= SUMS * self.groups
+        divides = self.channels % blocks.k == 0 and self.op.n % blocks.n == 0
+        divides = divides and blocks.k % self.row == 0 and blocks.n % self.row == 0
+        largest = max(self.halo, self.wide, blocks.n) <= WIDEST
+        return whole and divides and largest and self.right_stages > 0
+
+
+def tile_of(op: HeavyOp, blocks: Blocks) -> Tile | None:
+    """The tile of blocks.m positions that covers an image with the fewest, and of these the widest; None if an op has
+    none of that size."""
+    if op.kind == "dot":
+        shapes = [(1, blocks.m)]
+    else:
+        shapes = [(blocks.m // wide, wide) for wide in (8, 16, 32, 64, 128, 256) if blocks.m % wide == 0]
+    tiles = [tile for shape in shapes if (tile := Tile(op, blocks, *shape)).fits]
+    return min(tiles, key=lambda tile: (tile.count, -tile.wide), default=None)
+
+
+def two(sizes: tuple[int, ...], of_a_dot: tuple[int, int]) -> tuple[int, int]:
+    return (sizes[0], sizes[1]) if sizes else of_a_dot

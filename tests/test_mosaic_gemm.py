@@ -1,0 +1,235 @@
+"""mosaic_gemm: tiles, what it reads and shares, interpreted; and lowering for a GPU."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from coalesce.blocks import Blocks
+from coalesce.heavy import heavy_op, HeavyOp
+from coalesce.kernels import indexed_gemm, mosaic_gemm
+from coalesce.kernels.epilogue import COLUMN, Epilogue, WHOLE
+from coalesce.kernels.mosaic_tile import tile_of
+from coalesce.slab import Cut, Picked
+from coalesce.tuning import Entry
+from coalesce.tuning.candidates import candidates
+from coalesce.tuning.entry import blocks_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # by JAX 0.11 and newer
+interprets = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="JAX 0.10 interprets no wgmma")
+
+
+def dot(m: int, k: int, n: int, dtype: Any = jnp.bfloat16) -> HeavyOp:
+    return op_of(lambda x, w: lax.dot(x, w, preferred_element_type=dtype), (m, k), (k, n), dtype)
+
+
+def conv(h: int, w: int, channels: int, n: int, **how: Any) -> HeavyOp:
+    how = {"padding": "SAME", "window_strides": (1, 1), "dimension_numbers": ("NHWC", "HWIO", "NHWC")} | how
+    taps = how.pop("taps", (3, 3))
+    call = partial(lax.conv_general_dilated, **how)
+    return op_of(call, (1, h, w, channels), (*taps, channels, n), jnp.bfloat16)
+
+
+def op_of(call: Any, lhs: Any, rhs: Any, dtype: Any) -> HeavyOp:
+    (eqn,) = jax.make_jaxpr(call)(jax.ShapeDtypeStruct(lhs, dtype), jax.ShapeDtypeStruct(rhs, dtype)).jaxpr.eqns
+    return heavy_op(eqn)
+
+
+def values(seed: int, *shape: int) -> jax.Array:
+    """Small whole numbers, so that any order of summation gives the same."""
+    return jnp.asarray(np.random.default_rng(seed).integers(-2, 3, shape), jnp.bfloat16)
+
+
+def plain(op: HeavyOp, x: Any, w: Any) -> Any:
+    """In float32, [G,R,*lhs] x [G,*rhs]."""
+    x, w = x.astype(jnp.float32), w.astype(jnp.float32)
+    if op.kind == "dot":
+        return jnp.einsum("grmk,gkn->grmn", x, w)
+    one = partial(
+        lax.conv_general_dilated,
+        window_strides=(1, 1),
+        padding=op.params["padding"],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return jax.vmap(jax.vmap(one, (0, None)))(x, w)
+
+
+def run(op: HeavyOp, blocks: Blocks, x: Any, w: Any, *more: Any) -> Any:
+    tile = tile_of(op, blocks)
+    assert tile
+    return mosaic_gemm.run(tile, x, w, *more, interpreted=True)
+
+
+def column(op: HeavyOp, problems: int, kind: str, dtype: Any = jnp.float32) -> Any:
+    shape = (problems, 1, *op.out.shape) if kind == WHOLE else (problems, 1, op.n)
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def normalise(y: Any, mean: Any, scale: Any, residual: Any) -> Any:
+    z = (y.astype(jnp.float32) - mean) * scale
+    return jnp.maximum(z.astype(y.dtype) + residual, 0)
+
+
+NORMALISE = Epilogue(normalise, (COLUMN, COLUMN, WHOLE), jnp.dtype(jnp.bfloat16))
+
+INTERPRETED = {
+    "rows beyond the last": (dot(70, 128, 64), Blocks(64, 64, 64, 4, 2, tma=True)),
+    "a window's rows shared": (conv(9, 10, 64, 64), Blocks(128, 64, 64, 8, 3, tma=True)),
+    "other windows": (conv(5, 9, 64, 64, taps=(2, 3), padding=((1, 2), (0, 1))), Blocks(64, 64, 64, 4, 3, tma=True)),
+}
+
+
+@interprets
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "blocks"), INTERPRETED.values(), ids=INTERPRETED)
+def test_tiles(op, blocks):
+    """Of two problems with two lanes each."""
+    x, w = values(0, 2, 2, *op.lhs.shape), values(1, 2, *op.rhs.shape)
+    got = run(op, blocks, x, w.reshape(2, op.k, op.n))
+    np.testing.assert_array_equal(np.asarray(got, np.float32), plain(op, x, w).astype(jnp.bfloat16))
+
+
+@interprets
+def test_epilogue_and_operands_in_slabs():
+    """Rows of slabs that nobody picks may hold anything."""
+    op, slots = conv(5, 6, 64, 64), jnp.asarray([3, 1])
+    x, residual = values(0, 2, 1, *op.lhs.shape), values(1, 2, 1, *op.out.shape)
+    weights, vectors = values(2, 4, 3 * op.k * op.n), values(3, 4, 3 * op.n).astype(jnp.float32)
+    unread = jnp.asarray([0, 2])
+    weights, vectors = weights.at[unread].set(jnp.nan), vectors.at[unread].set(jnp.nan)
+    rhs = Picked(Cut(weights, op.k * op.n, (op.k, op.n)), slots)
+    mean, scale = (Picked(Cut(vectors, i * op.n, (op.n,)), slots) for i in (1, 2))
+    got = run(op, Blocks(64, 64, 64, 4, 3, tma=True), x, rhs, NORMALISE, (mean, scale, residual))
+    y = plain(op, x, rhs.read().reshape(2, *op.rhs.shape)).astype(jnp.bfloat16)
+    want = normalise(y, mean.read()[:, None, None, None, None], scale.read()[:, None, None, None, None], residual)
+    np.testing.assert_array_equal(np.asarray(got, np.float32), want.astype(jnp.float32))
+
+
+def test_elsewhere_than_on_an_nvidia_gpu_it_is_indexed_gemm():
+    op, blocks = dot(20, 64, 64), Blocks(64, 64, 64, 4, 2, tma=True)
+    x, w = values(0, 2, 1, *op.lhs.shape), values(1, 2, *op.rhs.shape)
+    got = jax.jit(lambda x, w: indexed_gemm.run(op, x, w, blocks=blocks))(x, w)
+    np.testing.assert_array_equal(np.asarray(got, np.float32), plain(op, x, w).astype(jnp.bfloat16))
+
+
+def everything(y: Any, z: Any) -> Any:
+    """Every operation that is lowered, on a tile, in 32 bits where a GPU has no others."""
+    dtype, y = y.dtype, y.astype(z.dtype)
+    a = jax.nn.sigmoid(jnp.tanh(jnp.abs(y)) * jnp.exp(-z)) / jnp.square(z) - jnp.log(lax.rsqrt(y) + z)
+    b = jnp.where((y < z) & ~(y <= z) | (y > 1) & (y >= z) | (y == z) & (y != z), a, jnp.sign(y))
+    return jnp.minimum(jnp.maximum(a, b) + 1, 2).astype(dtype)
+
+
+EVERYTHING = Epilogue(everything, (COLUMN,), jnp.dtype(jnp.bfloat16))
+
+
+def lowered(op: HeavyOp, blocks: Blocks, epilogue: Epilogue, *given: Any) -> str:
+    """For a GPU on a machine without one."""
+    structs = [
+        jax.ShapeDtypeStruct((16, 1, *op.lhs.shape), op.lhs.dtype),
+        jax.ShapeDtypeStruct((24, 4 * op.k * op.n), op.rhs.dtype),
+        jax.ShapeDtypeStruct((16,), jnp.int32),
+        *given,
+    ]
+
+    def call(x: Any, slab: Any, slots: Any, *given: Any) -> Any:
+        rhs = Picked(Cut(slab, op.k * op.n, (op.k, op.n)), slots)
+        return indexed_gemm.run(op, x, rhs, epilogue, given, blocks)
+
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        return jax.jit(call).trace(*structs).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_it_is_one_kernel_of_a_gpu_program():
+    """Weights go to it as they lie in a slab, and every operation of an epilogue runs in it."""
+    op, blocks = conv(14, 14, 128, 256), Blocks(64, 128, 64, 4, 6, tma=True)
+    text = lowered(op, blocks, EVERYTHING, column(op, 16, COLUMN))
+    assert text.count("@mosaic_gpu") == 1 and "xla.gpu.triton" not in text
+    assert not {"stablehlo.gather", "stablehlo.pad", "stablehlo.slice", "stablehlo.maximum"} & set(text.split())
+
+
+OUTSIDE = {
+    "what it does not lower": Epilogue(lambda y, z: y + jnp.sin(z).astype(y.dtype), (COLUMN,), jnp.dtype(jnp.bfloat16)),
+    "a result of 32 bits": Epilogue(lambda y, z: y.astype(z.dtype) + z, (COLUMN,), jnp.dtype(jnp.float32)),
+}
+
+
+@pytest.mark.parametrize("epilogue", OUTSIDE.values(), ids=OUTSIDE)
+def test_what_it_cannot_run_xla_runs_after_it(epilogue):
+    op = dot(100, 64, 64)
+    given = column(op, 16, COLUMN)
+    text = lowered(op, Blocks(64, 64, 64, 4, 1, tma=True), epilogue, given)
+    assert text.count("@mosaic_gpu") == 1 and "stablehlo.add" in text
+
+
+SUPPORTED = {
+    "a dot": (dot(5, 64, 128), True),
+    "a convolution": (conv(5, 5, 64, 64), True),
+    "32 bits": (dot(5, 64, 128, jnp.float32), False),
+    "rows that TMA cannot swizzle": (dot(5, 96, 128), False),
+    "columns that it cannot": (dot(5, 64, 1000), False),
+    "strides": (conv(8, 8, 64, 64, window_strides=(2, 1)), False),
+    "dilation": (conv(8, 8, 64, 64, rhs_dilation=(2, 2)), False),
+    "a border left out": (conv(8, 8, 64, 64, padding=((-1, 1), (0, 0))), False),
+}
+
+
+@pytest.mark.parametrize(("op", "supported"), SUPPORTED.values(), ids=SUPPORTED)
+def test_what_it_supports(op, supported):
+    assert mosaic_gemm.supports(op) == supported
+
+
+def test_a_cut_is_read_in_place_if_it_and_its_slab_are_rows_of_columns():
+    op, slab = dot(5, 64, 128), jnp.zeros((2, 128 * 200), jnp.bfloat16)
+    for whole, start, size in ((True, 256, 128 * 200), (False, 64, 128 * 200), (False, 256, 128 * 200 - 64)):
+        cut = Cut(slab[:, :size], start, (64, 128))
+        assert mosaic_gemm.reads(op, cut) == mosaic_gemm.reads(op, Picked(cut, jnp.arange(2))) == whole
+
+
+def place(op: HeavyOp, *blocks: int) -> tuple[int, ...] | None:
+    tile = tile_of(op, Blocks(*blocks, tma=True))
+    return (tile.tall, tile.wide, tile.count, tile.left_stages, tile.right_stages) if tile else None
+
+
+def test_tiles_cover_an_image_with_few_and_wide_ones():
+    assert place(conv(28, 28, 128, 128), 128, 128, 64, 8, 6) == (4, 32, 7, 3, 6)
+    assert place(conv(14, 14, 256, 256), 64, 128, 64, 4, 6) == (4, 16, 4, 3, 6)
+    assert place(conv(56, 56, 64, 64), 64, 64, 64, 4, 4) == (8, 8, 49, 3, 4)
+    assert place(dot(196, 256, 1024), 64, 128, 64, 4, 6) == (1, 64, 4, 4, 4)  # no more stages than steps
+
+
+def test_tiles_fit():
+    op = dot(784, 1024, 256)
+    assert place(op, 128, 128, 64, 8, 12) == (1, 128, 7, 5, 5)  # no more stages than shared memory holds
+    assert place(op, 128, 128, 64, 4, 2) == (1, 128, 7, 2, 2)
+    assert place(op, 128, 256, 64, 4, 2) is None  # sums of 256 registers
+    assert place(op, 64, 128, 64, 8, 2) is None  # half of what a warpgroup multiplies
+    assert place(dot(784, 192, 256), 64, 128, 128, 4, 2) is None  # blocks that do not divide K
+    assert place(dot(784, 192, 192), 64, 128, 64, 4, 2) is None  # or N
+
+
+@pytest.mark.parametrize("op", [conv(14, 14, 256, 256), dot(49, 512, 2048)], ids=["conv", "dot"])
+def test_candidates_fit(op):
+    found = [blocks for _, blocks in candidates(op, 16, 1, "gpu") if blocks and blocks.tma]
+    assert len(found) > 4 and len(set(found)) == len(found)
+    assert all((tile := tile_of(op, blocks)) and tile.right_stages == blocks.stages for blocks in found)
+
+
+def test_blocks_are_read_as_they_are_written():
+    for blocks in (Blocks(64, 128, 64, 4, 6, tma=True), Blocks(64, 128, 64, 4, 6)):
+        assert blocks_of(str(blocks)) == blocks
+
+
+def test_a_launch_for_several_products_gets_blocks_without_tma():
+    entry = Entry("indexed_gemm", 2.0, Blocks(64, 128, 64, tma=True), {"indexed_gemm 64x64x64 w4 s3": 3.0})
+    assert entry.best("indexed_gemm") == (Blocks(64, 128, 64, tma=True), 2.0)
+    assert entry.best("indexed_gemm", tma=False) == (Blocks(64, 64, 64), 3.0)
+    assert Entry("indexed_gemm", 2.0, Blocks(64, 128, 64, tma=True)).best("indexed_gemm", tma=False) is None
