@@ -64,11 +64,11 @@ class Counted(Seen):
 
     def clear(self) -> None:
         super().clear()
-        self.ran: Counter[int] = Counter()  # by executable
+        self.dispatches: Counter[int] = Counter()  # by executable
 
     def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
         super().decided(event, now_ns, commands)
-        self.ran.update(c.executable for c in commands if isinstance(c, Dispatch))
+        self.dispatches.update(c.executable for c in commands if isinstance(c, Dispatch))
 
 
 def read_kind(text: str) -> Kind:
@@ -106,8 +106,8 @@ class Served:
             "requests_per_s": round(len(every) / took_s, 1),
             "p50_ms": round(quantile_ms(every, 0.5), 4),
             "p99_ms": round(quantile_ms(every, 0.99), 4),
-            "bundles": sum(seen.ran.values()),
-            "mixed_bundles": sum(count for number, count in seen.ran.items() if number in mixed),
+            "bundles": sum(seen.dispatches.values()),
+            "mixed_bundles": sum(count for number, count in seen.dispatches.items() if number in mixed),
             "mixed_executables": executables_of(seen.catalog),
         }
 
