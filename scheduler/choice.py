@@ -1,7 +1,8 @@
 """Which run is next: the window rule.
 
-As long as everything that was promised can be done, the queue whose head has the least latest start goes first, from
-its head, in the width that does most lanes a second and lets its head, and the head of the queue after it, be in time.
+As long as nothing that was promised is late in the outlook, its first run is next. Where more waits than it is laid
+for, and everything that was promised can be done, that is the queue whose head has the least latest start, from its
+head, in the width that does most lanes a second and lets its head, and the head of the queue after it, be in time.
 Otherwise that would collapse: the head that is nearly late forces ever smaller runs. Then the best run may start
 anywhere in a queue's lanes by deadline, and those in front of it are left for later, or to be late.
 """
@@ -14,6 +15,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from coalesce.scheduler.costs import Option
+from coalesce.scheduler.outlook import is_few, known, Outlook, Start
 from coalesce.scheduler.queues import Item, Level, Queue
 
 CANDIDATES = 4  # queues that are looked at where not everything can be done
@@ -37,11 +39,26 @@ class Window(NamedTuple):
         return self.queue.items[self.first][0] - self.option.through_ns
 
 
-def choose(level: Level, start_ns: int, cap_ns: int, worth: Callable[[Item], float]) -> Window | None:
-    if level.demand.is_feasible(start_ns):
+def choose(level: Level, start: Start, now_ns: int, cap_ns: int, worth: Callable[[Item], float]) -> Window | None:
+    start_ns = start.free_ns
+    if is_few(level):
+        ahead = known(level, start, now_ns)
+        if not ahead.late:
+            return foreseen(ahead) or earliest(level, start_ns, cap_ns)
+    elif level.demand.is_feasible(start_ns):
         return earliest(level, start_ns, cap_ns)
     found = [w for q in islice(servable(level), CANDIDATES) if (w := best_window(q, start_ns, cap_ns, worth))]
     return min(found, key=lambda w: (w.latest_ns, w.option.l99_ns / w.lanes), default=None)
+
+
+def foreseen(ahead: Outlook) -> Window | None:
+    """The first run of all that are to come, with the lanes that are there."""
+    if ahead.first is None or not ahead.first[0].ready():
+        return None
+    queue, hoped = ahead.first
+    lanes = min(hoped.width, queue.ready())
+    wide_enough = [o for o in queue.costs.options if o.width >= lanes]
+    return Window(queue, min(wide_enough, key=lambda o: o.mostly_ns), 0, lanes)
 
 
 def servable(level: Level) -> Iterator[Queue]:

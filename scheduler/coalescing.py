@@ -1,12 +1,12 @@
 """The policy: which lanes run together, when, and who is refused.
 
 What holds after every event. Whoever was admitted can be done by its deadline if runs take what they are predicted to
-take (`demand`), since everything that is dispatched leaves that so, or is what does most good once it is no longer so
-(`choice`). The device is not left idle while something waits, but for a while in which more lanes are expected, and
-only as long as everything stays feasible (`patience`). No run is longer than what the most urgent tenant can wait for
-(`tenancy`), nobody over its share takes what others may need of theirs (`shares`), and nobody's slow or failing lanes
-stay among those of others (`quarantine`). Every request ends once: with the bundle of its last segment, or by a
-`Reject` (`requests`).
+take (`outlook`, `demand`), since everything that is dispatched leaves that so, or is what does most good once it is no
+longer so (`choice`). The device is not left idle while something waits, but for a while in which more lanes are
+expected, and only as long as everything stays feasible (`patience`). No run is longer than what the most urgent tenant
+can wait for (`tenancy`), unless even the narrowest of its kind is. Nobody over its share takes what others may need of
+theirs (`shares`), and nobody's slow or failing lanes stay among those of others (`quarantine`). Every request ends
+once: with the bundle of its last segment, or by a `Reject` (`requests`).
 
     an event          what changed: requests, tenants, the catalog, what a bundle took
     drop the hopeless from the heads of the queues
@@ -37,6 +37,7 @@ from coalesce.scheduler.events import (
 from coalesce.scheduler.flight import Bundle, Flight
 from coalesce.scheduler.joining import join, meets, Part, Run
 from coalesce.scheduler.latency import LatencyModel, Prediction
+from coalesce.scheduler.outlook import Begun, Start
 from coalesce.scheduler.patience import wait_until
 from coalesce.scheduler.quarantine import Watch
 from coalesce.scheduler.queues import Item, Lane, Level, Queue, Queues
@@ -67,7 +68,6 @@ class Coalescing:
         self._wants = Wants()
         self._requests = Requests(self._queues, self._tenancy, self._watch, self._shares, self._costs)
         self._bundles = 0
-        self._cap_ns = FAR
         self._doubted_ns = -FAR
         self._handlers: dict[type, Callable[[Any, int], None]] = {
             Cancelled: lambda event, now_ns: self._requests.cancel(event.request),
@@ -82,13 +82,13 @@ class Coalescing:
     def on_event(self, event: Event, now_ns: int) -> Sequence[Command]:
         self._out = self._requests.out = list[Command]()
         if isinstance(event, Submitted):
-            start_ns = self._flight.free_at(now_ns)
-            self._submit(event, start_ns, now_ns)
+            start = self._start(now_ns)
+            self._submit(event, start, now_ns)
         else:
             self._handlers[type(event)](event, now_ns)
-            start_ns = self._flight.free_at(now_ns)
-        self._drop_hopeless(start_ns, now_ns)
-        self._wake(self._dispatch(start_ns, now_ns), now_ns)
+            start = self._start(now_ns)
+        self._drop_hopeless(start.free_ns, now_ns)
+        self._wake(self._dispatch(start, now_ns), now_ns)
         return self._out
 
     @property
@@ -98,8 +98,8 @@ class Coalescing:
 
     # What happened
 
-    def _submit(self, event: Submitted, start_ns: int, now_ns: int) -> None:
-        self._requests.submit(event.requests, start_ns, now_ns)
+    def _submit(self, event: Submitted, start: Start, now_ns: int) -> None:
+        self._requests.submit(event.requests, start, now_ns)
         if not self._requests and not self._flight and now_ns - self._doubted_ns >= DOUBT_NS:
             self._doubt(event.requests, now_ns)
 
@@ -158,7 +158,8 @@ class Coalescing:
     def _reckon(self, catalog: Catalog) -> None:
         """Who is the most urgent, and what runs cost, may have changed."""
         self._costs.change(catalog, self._tenancy.tightest_ns)
-        self._cap_ns = self._tenancy.cap(lambda family: self._costs.of((family, 0)).alone.l99_ns)
+        self._costs.cap_ns = self._tenancy.cap(lambda family: self._costs.of((family, 0)).alone.l99_ns)
+        self._costs.forget()
         self._queues.refresh()
 
     def _costs_of(self, place: Place, lot: int) -> PlaceCosts:
@@ -181,38 +182,53 @@ class Coalescing:
                 expired = lane.request.deadline_ns <= now_ns
                 self._requests.stop(lane, Reason.EXPIRED if expired else Reason.INFEASIBLE)
 
-    def _dispatch(self, start_ns: int, now_ns: int) -> int:
+    def _dispatch(self, start: Start, now_ns: int) -> int:
         """Dispatches what can go now; where waiting is better, until when."""
-        while len(self._flight) < self._depth and start_ns - now_ns <= self._lead_ns:
-            run = self._next_run(start_ns)
-            if run is None or self._is_awaited(run, start_ns):
+        while len(self._flight) < self._depth and start.free_ns - now_ns <= self._lead_ns:
+            run = self._next_run(start, now_ns)
+            if run is None or self._is_awaited(run, start.free_ns):
                 break
-            patient_ns = wait_until(run, start_ns) if not self._flight else 0
+            patient_ns = wait_until(run, start.free_ns) if not self._flight else 0
             if patient_ns > now_ns:
                 return patient_ns
             self._go(run, now_ns)
-            start_ns = self._flight.free_at(now_ns)
+            start = self._start(now_ns)
         return FAR
 
-    def _next_run(self, start_ns: int) -> Run | None:
+    def _next_run(self, start: Start, now_ns: int) -> Run | None:
         for level in self._queues.levels:
-            window = choose(level, start_ns, self._cap_ns, self._worth)
+            window = choose(level, start, now_ns, self._costs.cap_ns, self._worth)
             if window is not None:
-                return join(window, self._queues, self._costs, start_ns)
+                return join(window, self._queues, self._costs, start.free_ns)
         return None
 
+    def _start(self, now_ns: int) -> Start:
+        """When the device can begin with what waits; lanes that it has go on with their later segments first."""
+        slip_ns = 0.0
+        begun: list[Begun] = []
+        for bundle in self._flight:
+            slip_ns = max(slip_ns, float(bundle.l99_ns - bundle.l50_ns))
+            for (family, segment), lanes in bundle.parts:
+                if segment + 1 == self._costs.catalog.segments_of(family):
+                    continue
+                costs = self._costs.of((family, segment + 1))
+                if costs.options:
+                    begun.append(Begun(lanes[0].request.deadline_ns, costs.cover.first(len(lanes))))
+        return Start(self._flight.free_at(now_ns), tuple(begun), slip_ns)
+
     def _is_awaited(self, run: Run, start_ns: int) -> bool:
-        """Whether lanes on the device are more urgent than this run and would be torn apart after it, or are better run
-        together with it."""
+        """Whether lanes on the device are due before this run and would be late after it, or are better run together
+        with it."""
+        part = run.parts[0]
+        due_ns = part.queue.items[part.first][0]
+        end_ns = start_ns + due_ns - run.latest_ns
         for bundle in self._flight:
             for (family, segment), lanes in bundle.parts:
-                costs = self._costs.of((family, segment + 1))
-                if not costs.options:
-                    continue
-                latest_ns = lanes[0].request.deadline_ns - costs.through(len(lanes))
-                if latest_ns < min(run.latest_ns, start_ns + run.l50_ns):
+                ahead_ns = self._costs.of((family, segment + 1)).through(len(lanes))
+                own_ns = lanes[0].request.deadline_ns
+                if ahead_ns and own_ns <= due_ns and own_ns - ahead_ns < end_ns:
                     return True
-                if (family, segment + 1) == run.parts[0].queue.place and meets(run, len(lanes), start_ns):
+                if ahead_ns and (family, segment + 1) == part.queue.place and meets(run, len(lanes), start_ns):
                     return True
         return False
 
@@ -221,7 +237,7 @@ class Coalescing:
 
     def _go(self, run: Run, now_ns: int) -> None:
         head = run.parts[0].queue
-        self._out += self._wants.for_queue(head, self._cap_ns, now_ns)
+        self._out += self._wants.for_queue(head, self._costs.cap_ns, now_ns)
         if len(run.parts) == 1:
             self._want_both(run.parts[0], now_ns)
         parts = tuple((w.queue.place, self._take(w.queue, w.first, w.end, w.width)) for w in run.parts)

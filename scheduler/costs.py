@@ -11,22 +11,14 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from math import hypot
 
 from coalesce.scheduler.catalog import Catalog, Executable
+from coalesce.scheduler.cover import Cover, NOTHING, Option
 from coalesce.scheduler.latency import LatencyModel, Quantiles
 
 Place = tuple[int, int]  # family, segment
 FAR = 1 << 62
-
-
-class Option(NamedTuple):
-    width: int
-    executable: int
-    l50_ns: int
-    l99_ns: int
-    through_ns: int  # from here to the end of its lanes, if they stay together: the l99, and the l50 of what follows
-    mostly_ns: int  # the l50 of all of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +30,10 @@ class PlaceCosts:
     first_ns: int = 0
     fixed_ns: int = 0  # of it, in this segment
     steady: int = 0  # which option it is that can be run over and over
+    slo_ns: int = FAR  # the least of the family's
     widths: tuple[int, ...] = ()  # up to it
     ahead_ns: int = 0  # what a queue's head needs: alone, or, once it has begun, with those that it is with
+    cover: Cover = NOTHING
 
     def through(self, lanes: int) -> int:
         """Until so many lanes are done, if they stay together as far as it pays."""
@@ -59,6 +53,7 @@ class Costs:
     def __init__(self, latency: LatencyModel):
         self.catalog = Catalog()
         self.latency = latency
+        self.cap_ns = FAR  # no run of more than one lane is longer
         self._tightest_ns: Mapping[int, int] = {}
         self._mixed: dict[Place, list[Executable]] = {}
         self._known: dict[tuple[int, int], tuple[PlaceCosts, ...]] = {}
@@ -97,7 +92,8 @@ class Costs:
         costs = [UNSERVABLE] * (count + 1)
         for segment in reversed(range(count)):
             if options[segment]:
-                costs[segment] = place_costs(options[segment], widest, costs[segment + 1], segment)
+                slo_ns = self._tightest_ns.get(family, FAR)
+                costs[segment] = place_costs(options[segment], widest, costs[segment + 1], segment, slo_ns, self.cap_ns)
         return tuple(costs[:count])
 
     def _options(self, family: int, count: int, factor: int) -> list[tuple[Option, ...]]:
@@ -116,9 +112,11 @@ class Costs:
         width = executable.entries[0].width
         l50_ns, l99_ns = (ns * factor // 4 for ns in self.latency.of(executable.id))
         after_ns = together(rest, width)
-        half_slo_ns = self._tightest_ns.get(executable.entries[0].family, FAR) >> 1
-        sure_ns = min(l99_ns, max(l50_ns, half_slo_ns))  # where runs vary more than that, nobody can be sure
-        return Option(width, executable.id, l50_ns, l99_ns, sure_ns + after_ns, l50_ns + after_ns)
+        most_ns = self._tightest_ns.get(executable.entries[0].family, FAR) >> 2
+        own_ns = min(l99_ns - l50_ns, most_ns)  # where runs vary more than that, nobody can be sure
+        mostly_ns = l50_ns + after_ns
+        slip_ns = round(hypot(own_ns, slip_of(rest, width)))
+        return Option(width, executable.id, l50_ns, l99_ns, mostly_ns + slip_ns, mostly_ns, slip_ns)
 
 
 def together(options: Sequence[Option], lanes: int) -> int:
@@ -129,19 +127,26 @@ def together(options: Sequence[Option], lanes: int) -> int:
     return -(-lanes // options[-1].width) * options[-1].mostly_ns if options else 0
 
 
+def slip_of(options: Sequence[Option], lanes: int) -> int:
+    return next((o.slip_ns for o in options if o.width >= lanes), options[-1].slip_ns) if options else 0
+
+
 def sustained(options: Sequence[Option], slo_ns: int) -> int:
     """The most efficient width that requests can wait for, while it runs with others, and then run in themselves."""
     can = [o for o in options if 2 * o.through_ns <= slo_ns]
     return max(can, key=lambda o: o.width / max(1, o.mostly_ns), default=options[0]).width
 
 
-def place_costs(options: tuple[Option, ...], widest: int, rest: PlaceCosts, segment: int) -> PlaceCosts:
+def place_costs(
+    options: tuple[Option, ...], widest: int, rest: PlaceCosts, segment: int, slo_ns: int, cap_ns: int
+) -> PlaceCosts:
     at = max(0, sum(o.width <= widest for o in options) - 1)
     first, steady = options[0], options[at]
+    fastest = min(options, key=lambda o: o.l50_ns)  # a wider one may have turned out to take less
     lane_ns = -(-steady.l50_ns // steady.width)
     fixed_ns = max(0, first.l50_ns - lane_ns)
-    alone = Quantiles(first.l50_ns + rest.alone.l50_ns, first.l99_ns + rest.alone.l99_ns)
-    ahead_ns = steady.through_ns if segment else first.through_ns
+    alone = Quantiles(fastest.l50_ns + rest.alone.l50_ns, fastest.l99_ns + rest.alone.l99_ns)
+    ahead_ns = steady.through_ns if segment else fastest.through_ns
     return PlaceCosts(
         options,
         alone,
@@ -150,6 +155,13 @@ def place_costs(options: tuple[Option, ...], widest: int, rest: PlaceCosts, segm
         fixed_ns + rest.first_ns,
         fixed_ns,
         at,
+        slo_ns,
         tuple(o.width for o in options[: at + 1]),
         max(ahead_ns, alone.l50_ns),  # a wider one may have turned out to take less
+        Cover(capped(options, cap_ns)),
     )
+
+
+def capped(options: tuple[Option, ...], cap_ns: int) -> tuple[Option, ...]:
+    """Those that block nobody past rescue; all of them where even the narrowest does."""
+    return tuple(o for o in options if o.l99_ns <= cap_ns) or options

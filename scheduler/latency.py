@@ -5,7 +5,7 @@ executable, and knows nothing of the number of lanes.
 
     own runs          prediction
     fewer than FEW    the warm-up's, times how far the device is off its warm-up at all (median over the last runs)
-    FEW or more       median and largest of the last WINDOW runs
+    FEW or more       median and largest of the last WINDOW runs; while they are fewer, with the spread of the warm-up
 
 A run that takes more than SLOW times its l99 says something of its tenants (`quarantine`), not yet of its executable:
 it is held back, and counts only when HELD of them came in a row and no tenant was in all of them. A prediction that has
@@ -78,8 +78,13 @@ class Runs:
         if len(self.last) > WINDOW:
             del self.ascending[bisect_left(self.ascending, self.last.popleft())]
 
-    def quantiles(self) -> Quantiles:
-        return Quantiles(self.ascending[len(self.ascending) // 2], self.ascending[-1])
+    def quantiles(self, prior: Executable) -> Quantiles:
+        """As long as there are few, the slowest of them says little: then they spread as in the warm-up, or by half."""
+        l50_ns, l99_ns = self.ascending[len(self.ascending) // 2], self.ascending[-1]
+        if len(self.last) == WINDOW:
+            return Quantiles(l50_ns, l99_ns)
+        spread = min(1.5, prior.l99_ns / max(1, prior.l50_ns))
+        return Quantiles(l50_ns, max(l99_ns, int(l50_ns * spread)))
 
 
 class Fresh:
@@ -162,7 +167,7 @@ class LatencyModel:
         rescaled = self._rescale(run.actual_ns / max(1, prior.l50_ns))
         if len(runs.last) < FEW:
             return rescaled
-        new, old = runs.quantiles(), self.of(run.executable)
+        new, old = runs.quantiles(prior), self.of(run.executable)
         if all(abs(n - o) * 32 <= o for n, o in zip(new, old, strict=True)):
             return rescaled
         self._published[run.executable] = new

@@ -2,7 +2,8 @@
 
 Waiting pays where more lanes are expected within what is fixed in a run than there are now. It lasts no longer than
 that time, counted from the first lane's arrival: so it costs no more than the run that it may save. And it lasts only
-as long as the head is still in time in a run twice as wide, and everything that was promised stays feasible.
+as long as the head is still in time in a run twice as wide, and everything that was promised stays feasible. A run of
+several lanes that is full goes at once.
 
 How often requests come says little where callers wait for results before they ask again: many may come at once, and
 then nobody before the last of them has its own. So a lone lane waits only where company mostly came within such a time,
@@ -23,7 +24,7 @@ def wait_until(run: Run, start_ns: int) -> int:
     lanes = part.end - part.first
     if len(run.parts) > 1 or part.first or queue.lot or queue.place[1]:
         return 0
-    if lanes >= queue.costs.options[queue.costs.steady].width:
+    if lanes >= part.width > 1 or lanes >= queue.costs.options[queue.costs.steady].width:
         return 0
     fixed_ns = queue.costs.fixed_ns
     if lanes * queue.gap_ns >= fixed_ns:

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Container, Iterable
+from typing import Any
 
 from coalesce.scheduler.commands import Reason
 from coalesce.scheduler.costs import Place, PlaceCosts
 from coalesce.scheduler.demand import Demand, FAR
+from coalesce.scheduler.rate import FAIR, Rate, smoothed
 from coalesce.scheduler.request import Request
 from coalesce.scheduler.shares import Account
 from coalesce.scheduler.slots import Slots
@@ -25,7 +27,7 @@ Item = tuple[int, int, "Lane"]  # deadline, id: no two are equal, so that lanes 
 
 
 class Lane:
-    __slots__ = ("request", "account", "level", "bucket", "charge_ns", "queue", "ending", "begun", "again")
+    __slots__ = ("request", "account", "level", "bucket", "charge_ns", "queue", "ending", "begun", "again", "foreseen")
 
     def __init__(self, request: Request, account: Account, level: Level, bucket: int):
         self.request = request
@@ -36,6 +38,7 @@ class Lane:
         self.queue: Queue | None = None  # None on the device
         self.ending: Reason | None = None  # why it goes no further than the bundle that it is in
         self.begun = False
+        self.foreseen = False  # the outlook had a place for it
         self.again = False  # its last bundle failed, and who of it was the reason is not known yet
 
 
@@ -53,6 +56,8 @@ class Queue:
         "serial",
         "gap_ns",
         "came_ns",
+        "rate",
+        "others",
         "hoped_ns",
         "luck",
     )
@@ -70,6 +75,8 @@ class Queue:
         self.serial = serial
         self.gap_ns = FAR  # between two arrivals, smoothed
         self.came_ns: int | None = None  # the last one
+        self.rate = Rate()
+        self.others = Rate()  # of those whose tenants are not over their shares
         self.hoped_ns = 0  # until when company for a lone lane was worth waiting for; 0 if it is known whether it came
         self.luck = 1.0  # how often it came, smoothed
 
@@ -84,23 +91,27 @@ class Queue:
         """Whether it would be its head."""
         return not self.items or request.deadline_ns < self.items[0][0]
 
-    def note_arrival(self, now_ns: int) -> None:
+    def note_arrival(self, now_ns: int, excess: float) -> None:
+        """`excess`: how many times its share the tenant has had."""
         if self.came_ns is not None:
-            gap_ns = now_ns - self.came_ns
-            self.gap_ns = max(1, gap_ns if self.gap_ns == FAR else self.gap_ns + ((gap_ns - self.gap_ns) >> 3))
+            self.gap_ns = smoothed(self.gap_ns, now_ns - self.came_ns)
         self.came_ns = now_ns
+        self.rate.note(now_ns, self.costs.slo_ns, 1.0 if excess <= FAIR else FAIR / excess)
         if self.hoped_ns:
             self.luck += ((now_ns <= self.hoped_ns) - self.luck) / 8
             self.hoped_ns = 0
 
 
 class Level:
-    __slots__ = ("priority", "order", "starting", "demand", "counted")
+    __slots__ = ("priority", "order", "starting", "demand", "counted", "above", "outlook", "firsts")
 
     def __init__(self, priority: int):
         self.priority = priority
         self.order: list[tuple[int, int, Queue]] = []
         self.starting = 0  # queues in it whose lanes have not begun
+        self.firsts: list[Queue] = []  # those in which everybody's requests begin
+        self.above: tuple[Level, ...] = ()  # higher priorities, highest first
+        self.outlook: Any = None  # what is to come, as far as it is known: see `outlook`
         self.demand = Demand()  # of this priority and all higher ones
         self.counted: tuple[Demand, ...] = (self.demand,)  # those in which its lanes count: its own and all lower ones
 
@@ -136,6 +147,8 @@ class Queues:
             self._serial += 1
             costs = self._costs_of(place, lot)
             queue = self._queues[key] = Queue(place, lot, level, costs, self._slots, self._serial)
+            if place[1] == 0 and lot == 0:
+                level.firsts.append(queue)
         return queue
 
     def first(self, family: int, lot: int, priority: int) -> Queue:
@@ -154,8 +167,9 @@ class Queues:
         found = (self._queues.get((*queue.place, queue.lot, level.priority)) for level in self.levels)
         return [q for q in found if q is not None and q.level.priority < queue.level.priority]
 
-    def put(self, lane: Lane, queue: Queue) -> None:
-        """Puts it in at its deadline, and counts what it has ahead."""
+    def put(self, lane: Lane, queue: Queue, foreseen: bool = False) -> None:
+        """Puts it in at its deadline, and counts what it has ahead. `foreseen`: the outlook has it already."""
+        self._surprise(lane.level, foreseen)
         item = (lane.request.deadline_ns, lane.request.id, lane)
         items = queue.items
         lane.queue = queue
@@ -172,6 +186,7 @@ class Queues:
 
     def take(self, queue: Queue, first: int, end: int) -> list[Lane]:
         """Takes lanes out to be run; what they have ahead after it stays counted."""
+        self._surprise(queue.level)
         after_ns = queue.costs.lane_after_ns
         lanes = [item[2] for item in queue.items[first:end]]
         done: dict[int, int] = {}
@@ -199,6 +214,7 @@ class Queues:
         """Takes one out that goes no further."""
         queue = lane.queue
         assert queue is not None, f"request {lane.request.id} does not wait"
+        self._surprise(lane.level)
         lane.queue = None
         lane.level.release(lane.bucket, lane.charge_ns)
         lane.charge_ns = 0
@@ -216,6 +232,12 @@ class Queues:
         at = bisect_left(old.items, (lane.request.deadline_ns, lane.request.id))
         self._cut(old, at, at + 1)
         self.put(lane, queue)
+
+    def _surprise(self, level: Level, foreseen: bool = False) -> None:
+        """What is to come is not what it was, from this level downwards; `foreseen`: from the next one."""
+        for other in self.levels:
+            if other.priority < level.priority + (not foreseen):
+                other.outlook = None
 
     def _cut(self, queue: Queue, first: int, end: int) -> None:
         del queue.items[first:end]
@@ -247,12 +269,14 @@ class Queues:
 
     def refresh(self) -> None:
         """Costs have changed."""
+        self._order_levels()
         for queue in list(self._queues.values()):
             queue.costs = self._costs_of(queue.place, queue.lot)
             if queue.items:
                 self.rank(queue)
             elif not queue.costs.options:  # its family has gone, for all that is known
                 del self._queues[(*queue.place, queue.lot, queue.level.priority)]
+                queue.level.firsts = [other for other in queue.level.firsts if other is not queue]
 
     def _add_level(self, priority: int) -> Level:
         """Everything that was promised above it counts in it."""
@@ -267,6 +291,7 @@ class Queues:
         self.levels = sorted(self._levels.values(), key=lambda level: -level.priority)
         for at, upper in enumerate(self.levels):
             upper.counted = tuple(below.demand for below in self.levels[at:])
+            upper.above, upper.outlook = tuple(self.levels[:at]), None
 
     def keep_levels(self, busy: Container[int]) -> None:
         """Forgets the priorities that nobody has any more."""

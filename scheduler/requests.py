@@ -17,6 +17,7 @@ from coalesce.scheduler.commands import Command, Reason, Reject
 from coalesce.scheduler.costs import Costs, Place
 from coalesce.scheduler.flight import Bundle
 from coalesce.scheduler.load import Load
+from coalesce.scheduler.outlook import Start
 from coalesce.scheduler.quarantine import Watch
 from coalesce.scheduler.queues import Lane, Queues
 from coalesce.scheduler.request import Request
@@ -39,14 +40,14 @@ class Requests:
     def __len__(self) -> int:
         return len(self._lanes)
 
-    def submit(self, requests: Iterable[Request], free_ns: int, now_ns: int) -> None:
-        """`free_ns` is when the device can begin with them."""
+    def submit(self, requests: Iterable[Request], start: Start, now_ns: int) -> None:
+        """`start` is when the device can begin with them."""
         for request in requests:
-            reason = self._take_on(request, free_ns, now_ns)
+            reason = self._take_on(request, start, now_ns)
             if reason is not None:
                 self.out.append(Reject(request.id, reason))
 
-    def _take_on(self, request: Request, free_ns: int, now_ns: int) -> Reason | None:
+    def _take_on(self, request: Request, start: Start, now_ns: int) -> Reason | None:
         account = self._tenancy.get(request.tenant)
         if self.closed:
             return Reason.SHUTDOWN
@@ -56,15 +57,16 @@ class Requests:
             return Reason.TENANT_CLOSED
         lot = self._watch.lot(request.tenant)
         queue = self._queues.first(request.family, lot, account.tenant.priority + request.priority)
-        queue.note_arrival(now_ns)
-        lane = admit(request, account, queue, self._shares, self._load, free_ns, now_ns)
+        excess = self._shares.excess(account, now_ns)
+        queue.note_arrival(now_ns, excess)
+        lane = admit(request, account, queue, self._shares, self._load, start, excess, now_ns)
         if isinstance(lane, Reason):
             if lot:
                 self._queues.discard(queue)
                 self._watch.hope(request.tenant, now_ns)
             return lane
         self._lanes[request.id] = lane
-        self._queues.put(lane, queue)
+        self._queues.put(lane, queue, lane.foreseen)
         return None
 
     def cancel(self, request: int) -> None:

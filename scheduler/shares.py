@@ -1,19 +1,23 @@
 """Who has had how much of the device: so that whoever asks for more than its share cannot take it from others.
 
 A tenant's share is its weight among those that asked for anything lately. What it used is device time that it was
-admitted with, halved every EPOCH. Over its share, and once somebody else was refused lately, a tenant is admitted only
-where a quarter of the time up to its deadline stays free: that quarter is for those below theirs, whenever they come.
-Nothing is idle for it, since the device works on what waits, whoever sent it.
+admitted with, halved every EPOCH. Over its share, and while others are refused, a tenant is admitted only where those
+others keep the places that they will need (`hopes`). How far over its share that is depends on how many of them are
+refused, and on how much a tenant's use may differ by chance. Nothing is idle for it, since the device works on what
+waits, whoever sent it.
 """
 
 from __future__ import annotations
 
+from math import sqrt
+
 from coalesce.scheduler.request import Tenant
 
-FAR = 1 << 62
-SCARCE_NS = 1_000_000_000
 EPOCH = 27  # bits of a time that do not matter: 134 ms
-TOLERANCE = 1.08  # equal tenants differ by chance
+CLOSE = 1.08  # equal tenants differ by chance
+FADES = 0.8  # of what is known of refusals, every EPOCH
+MISS = 0.005  # share of refusals at which twice the share is too much
+CHANCE = 2  # standard deviations
 
 
 class Account:
@@ -36,10 +40,10 @@ class Shares:
         self._used_ns = 0  # by all tenants
         self._weights = 0.0  # of those that asked in this epoch
         self._weights_before = 0.0  # in the one before it
-        self._scarce_ns = -FAR  # when somebody was last refused who was not over its share
+        self._asked = self._missed = 0.0  # by those that are not over their shares; and of these, refused
 
-    def is_over(self, account: Account, now_ns: int) -> bool:
-        """Whether it has had more than its share; asking makes it one of those that share."""
+    def excess(self, account: Account, now_ns: int) -> float:
+        """What it has had, in times of its share; asking makes it one of those that share."""
         epoch = now_ns >> EPOCH
         if epoch != self._epoch:
             self._begin(epoch)
@@ -48,14 +52,18 @@ class Shares:
             account.epoch = epoch
             self._weights += account.tenant.weight
         weights = max(self._weights, self._weights_before)
-        return account.used_ns * weights > self._used_ns * account.tenant.weight * TOLERANCE
+        return account.used_ns * weights / (self._used_ns * account.tenant.weight) if self._used_ns else 0.0
 
-    def miss(self, now_ns: int) -> None:
-        """Somebody was refused who is not over its share."""
-        self._scarce_ns = now_ns
+    def note(self, missed: bool) -> None:
+        """Somebody asked who is not over its share, and was refused or not."""
+        self._asked += 1
+        self._missed += missed
 
-    def are_scarce(self, now_ns: int) -> bool:
-        return now_ns - self._scarce_ns < SCARCE_NS
+    def is_careful(self, account: Account, excess: float, lane_ns: int) -> bool:
+        """Whether it has had so much that it must leave places for others; `lane_ns` is what a request counts."""
+        if not self._missed or not account.used_ns:
+            return False
+        return excess > 1 + MISS * self._asked / self._missed + CHANCE * sqrt(lane_ns * excess / account.used_ns)
 
     def charge(self, account: Account, work_ns: int) -> None:
         account.used_ns += work_ns
@@ -68,7 +76,10 @@ class Shares:
         return 2 * account.tenant.weight if owed else account.tenant.weight
 
     def _begin(self, epoch: int) -> None:
-        self._used_ns >>= min(63, epoch - self._epoch)
+        passed = min(63, epoch - self._epoch)
+        self._used_ns >>= passed
+        self._asked *= FADES**passed
+        self._missed *= FADES**passed
         self._weights_before = self._weights if epoch == self._epoch + 1 else 0.0
         self._weights = 0.0
         self._epoch = epoch

@@ -1,0 +1,93 @@
+"""In which runs so many lanes of one place are done soonest, and what a run may be where there is less time.
+
+    widths 8 (3 ms) and 16 (4 ms): 20 lanes are done soonest by 16 and then 8, 24 as well, 25 by 16 and 16
+
+The widest run of them goes first. What is asked for again and again is worked out once, up to twice the widest.
+"""
+
+from __future__ import annotations
+
+from math import hypot
+from typing import NamedTuple
+
+FAR = 1 << 62
+
+
+class Option(NamedTuple):
+    width: int
+    executable: int
+    l50_ns: int
+    l99_ns: int
+    through_ns: int  # from here to the end of its lanes, if they stay together: the l99, and the l50 of what follows
+    mostly_ns: int  # the l50 of all of it
+    slip_ns: int  # the difference
+
+
+class Cover:
+    __slots__ = ("options", "widest", "_times", "_firsts", "_most")
+
+    def __init__(self, options: tuple[Option, ...]) -> None:
+        self.options = options
+        self.widest = options[-1].width if options else 1
+        self._times = [0]
+        self._firsts = list(options[:1])  # for no lanes, which nobody asks for
+        self._most = 2 * options[-1].width if options else 0
+
+    def first(self, lanes: int) -> Option:
+        """The run to begin with."""
+        lanes = min(lanes, self._most)
+        if lanes >= len(self._firsts):
+            self._extend(lanes)
+        return self._firsts[lanes]
+
+    def within(self, left_ns: int, slip_ns: float, lanes: int) -> Option:
+        """The one to begin with of those that are done in time; the narrowest where none is."""
+        best, best_ns = self.options[0], FAR
+        for option in self.options:
+            if option.mostly_ns + hypot(option.slip_ns, slip_ns) > left_ns:
+                break
+            ns = option.mostly_ns + self._time(lanes - option.width)
+            if ns <= best_ns:
+                best, best_ns = option, ns
+            if option.width >= lanes:
+                break
+        return best
+
+    def mostly_within(self, left_ns: int, lanes: int) -> Option:
+        """The same, if no run takes longer than it mostly does."""
+        best, best_ns = self.options[0], FAR
+        for option in self.options:
+            if option.mostly_ns > left_ns:
+                break
+            ns = option.mostly_ns + self._time(lanes - option.width)
+            if ns <= best_ns:
+                best, best_ns = option, ns
+            if option.width >= lanes:
+                break
+        return best
+
+    def _time(self, lanes: int) -> int:
+        """Of all runs."""
+        if lanes <= 0:
+            return 0
+        if lanes > self._most:
+            return self._time(self._most) * lanes // self._most
+        if lanes >= len(self._firsts):
+            self._extend(lanes)
+        return self._times[lanes]
+
+    def _extend(self, lanes: int) -> None:
+        times = self._times
+        for n in range(len(times), lanes + 1):
+            best, best_ns = self.options[0], FAR
+            for option in self.options:
+                ns = option.mostly_ns + (times[n - option.width] if n > option.width else 0)
+                if ns <= best_ns:
+                    best, best_ns = option, ns
+                if option.width >= n:
+                    break
+            times.append(best_ns)
+            self._firsts.append(best)
+
+
+NOTHING = Cover(())
