@@ -89,6 +89,7 @@ def plans(seeds: Sequence[int]) -> str:
     return "\n\n".join(str(fuse(case.found, case.options)) for case in found)
 
 
+@pytest.mark.once  # the hash seeds of one Python are enough
 def test_one_plan_whatever_the_process() -> None:
     """No order of the compiler depends on addresses or on the hash seed."""
     seeds = range(6)
@@ -101,6 +102,7 @@ def test_one_plan_whatever_the_process() -> None:
         assert ran.stdout == here + "\n"
 
 
+@pytest.mark.once  # the same seeds, and plans
 def test_all_that_is_new_occurs() -> None:
     """Packs of all forms, joint equations and loops: so that the properties above are about something."""
     counts: Counter[str] = Counter()
