@@ -1,7 +1,6 @@
 """The runtime with real programs on a real device: fused against each tenant alone, and what users do wrong."""
 
 import asyncio
-import gc
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +14,7 @@ import coalesce
 from coalesce.errors import DeadlineExceeded, InvalidInput, OutOfDeviceMemory, Shutdown, TenantClosed, TenantFailure
 from coalesce.runtime.host import Host
 from coalesce.runtime.runtime import Runtime
+from tests.memory import held_from_now
 
 SLO = 30.0  # generous: what is tested here is not time
 WIDTH = 12
@@ -300,14 +300,7 @@ def test_removed_tenants_free_their_place_and_their_name():
 
 @pytest.mark.parametrize("segments", [1, 3])
 def test_device_memory_returns_to_where_it_was(segments):
-    gc.collect()
-    others = jax.live_arrays()  # of other tests, and kept until the end of this one
-    known = set(map(id, others))
-
-    def held() -> int:
-        gc.collect()
-        return sum(x.nbytes for x in jax.live_arrays() if id(x) not in known)
-
+    held = held_from_now()
     with Runtime(widths=(1, 2), capacity=1, segments=segments) as rt:
         rt.add_tenant("stays", mlp, mlp_params(0), example=(row(0),), slo=SLO)
         before = None

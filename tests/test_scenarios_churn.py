@@ -1,6 +1,5 @@
 """Tenants that come and go under load: in any order, from many threads, a thousand of them (a fiftieth here)."""
 
-import gc
 import itertools
 import random
 import threading
@@ -8,7 +7,6 @@ from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import settings, strategies as st
@@ -18,6 +16,7 @@ from coalesce.errors import InvalidInput, TenantClosed
 from coalesce.runtime.runtime import Runtime
 from coalesce.runtime.ticket import Reply
 from tests.checked import Checked
+from tests.memory import held_from_now
 
 SLO = 60.0
 PICK = st.integers(0, 999)  # nothing is drawn inside a rule, since the runtime's threads may use `random` meanwhile
@@ -159,12 +158,7 @@ def test_sixteen_threads_add_remove_and_submit(watched: Runtime):
 @pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.soak)])
 def test_tenants_come_and_go_under_load_and_leave_nothing(watched: Runtime, count: int):
     """Nobody who stays misses a deadline, and the device holds what it held before."""
-
-    def held() -> int:
-        gc.collect()
-        return sum(x.nbytes for x in jax.live_arrays())
-
-    stop, answered = threading.Event(), list[bool]()
+    held, stop, answered = held_from_now(), threading.Event(), list[bool]()
 
     def client() -> None:
         while not stop.is_set():
