@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from math import hypot
 
 from coalesce.scheduler.catalog import Catalog, Executable
-from coalesce.scheduler.cover import Cover, NOTHING, Option
+from coalesce.scheduler.cover import Cover, FAR, NOTHING, Option
 from coalesce.scheduler.latency import LatencyModel, Quantiles
 
 Place = tuple[int, int]  # family, segment
-FAR = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +156,7 @@ def place_costs(
         at,
         slo_ns,
         tuple(o.width for o in options[: at + 1]),
-        max(ahead_ns, alone.l50_ns),  # a wider one may have turned out to take less
+        max(ahead_ns, alone.l50_ns),  # a head that is not hopeless has the time
         Cover(capped(options, cap_ns)),
     )
 

@@ -40,24 +40,13 @@ class Cover:
             self._extend(lanes)
         return self._firsts[lanes]
 
-    def within(self, left_ns: int, slip_ns: float, lanes: int) -> Option:
-        """The one to begin with of those that are done in time; the narrowest where none is."""
+    def within(self, left_ns: int, lanes: int, slip_ns: float | None = None) -> Option:
+        """The one to begin with of those that are done in time; the narrowest where none is. With `slip_ns`, by how
+        much they may begin later, they and that may take longer than they mostly do."""
         best, best_ns = self.options[0], FAR
         for option in self.options:
-            if option.mostly_ns + hypot(option.slip_ns, slip_ns) > left_ns:
-                break
-            ns = option.mostly_ns + self._time(lanes - option.width)
-            if ns <= best_ns:
-                best, best_ns = option, ns
-            if option.width >= lanes:
-                break
-        return best
-
-    def mostly_within(self, left_ns: int, lanes: int) -> Option:
-        """The same, if no run takes longer than it mostly does."""
-        best, best_ns = self.options[0], FAR
-        for option in self.options:
-            if option.mostly_ns > left_ns:
+            slips_ns = 0.0 if slip_ns is None else hypot(option.slip_ns, slip_ns)
+            if option.mostly_ns + slips_ns > left_ns:
                 break
             ns = option.mostly_ns + self._time(lanes - option.width)
             if ns <= best_ns:

@@ -257,8 +257,8 @@ def due_at(queue: Queue, new: Newcomer | None, at: int, number: int) -> int:
 def fitting(cover: Cover, whole: Option, waiting: int, left_ns: int, slip_ns: float) -> Option:
     """A narrower run: one that is in time whatever happens if that is about as efficient, or one that mostly is."""
     if whole.mostly_ns > left_ns:
-        return cover.mostly_within(left_ns, waiting)
-    sure = cover.within(left_ns, slip_ns, waiting)
+        return cover.within(left_ns, waiting)
+    sure = cover.within(left_ns, waiting, slip_ns)
     as_good = 10 * sure.mostly_ns * min(whole.width, waiting) <= 11 * whole.mostly_ns * min(sure.width, waiting)
     return sure if as_good else whole
 

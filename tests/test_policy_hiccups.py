@@ -164,35 +164,12 @@ def test_two_stragglers_are_found():
     assert {c.tenant for _, c in told(run)} == {"t0", "t1"}
 
 
-def test_where_one_tenant_is_alone_its_device_is_slow_and_that_is_learnt():
-    policy = Coalescing()
-    load = steady(300.0, 600 * MS, ["t0"])
-    run = checked(
-        tenants(1),
-        catalog(),
-        load,
-        policy,
-        faults=Faults(slow=(Slow(5.0, None, 100 * MS),)),
-        keep_log=True,
-        patience_ns=25 * MS,
-    )
-    assert told(run) == []
-    last = policy.latency.predictions[-1]
-    assert last.l50_ns == pytest.approx(last.actual_ns, rel=0.5)
-
-
-def test_a_device_that_is_slower_from_now_on_is_learnt_where_all_share_every_bundle():
-    arrivals = everybody(600 * MS)
-    policy = Coalescing()
-    run = checked(
-        tenants(8),
-        catalog(),
-        arrivals,
-        policy,
-        faults=Faults(slow=(Slow(2.6, None, 100 * MS),)),
-        keep_log=True,
-        patience_ns=25 * MS,
-    )
+@pytest.mark.parametrize(("count", "arrivals", "factor"), [
+    (1, steady(300.0, 600 * MS, ["t0"]), 5.0), (8, everybody(600 * MS), 2.6),
+], ids=["one tenant", "all share every bundle"])  # fmt: skip
+def test_where_nobody_can_be_told_from_the_device_it_is_slow_and_that_is_learnt(count, arrivals, factor):
+    policy, faults = Coalescing(), Faults(slow=(Slow(factor, None, 100 * MS),))
+    run = checked(tenants(count), catalog(), arrivals, policy, faults=faults, keep_log=True, patience_ns=25 * MS)
     assert told(run) == []
     last = policy.latency.predictions[-1]
     assert last.l50_ns == pytest.approx(last.actual_ns, rel=0.5)
