@@ -3,8 +3,8 @@
     grid (images, tiles of one, parts of the columns)
     a program: one tile, see coalesce.kernels.mosaic_tile and mosaic_program
 
-A left block is fetched once for all taps of a column of the window, and TMA finds its rows and fills in zeros beyond the
-borders. What that wins, and what it does not, is in docs/performance.md.
+A left block is fetched once for all taps of a column of the window, and TMA finds its rows and fills in zeros beyond
+the borders. What that wins, and what it does not, is in docs/performance.md.
 
 It is how `indexed_gemm`, whose weights it reads, runs an op on an NVIDIA GPU with blocks that say so.
 """
