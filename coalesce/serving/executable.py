@@ -78,7 +78,7 @@ class Executable:
         states.store(pools, after)
         return outputs
 
-    def fetch(self, outputs: list[list[jax.Array]]) -> list[list[np.ndarray] | None]:
+    def fetch(self, outputs: list[list[jax.Array]]) -> list[Any]:
         """Outputs as NumPy arrays, in one batch of transfers; None of a segment that is not the last."""
         wanted = [own if lanes.is_last else None for lanes, own in zip(self.lanes, outputs, strict=True)]
         arrays = [x for own in wanted if own is not None for x in own]
