@@ -18,16 +18,23 @@ from coalesce.runtime.machine import Spoilt
 from coalesce.runtime.ticket import State, Ticket
 from coalesce.serving.executable import Executable, Lanes
 from coalesce.serving.pool import Pool
-from coalesce.serving.staging import Lane
+from coalesce.serving.staging import Filled, Lane
 
 Pools = Sequence[Pool | None]
 
 
 class Bundle:
     def __init__(
-        self, device: Any, executable: Executable, pools: Pools, outputs: Any, entries: Sequence[Sequence[Ticket]]
+        self,
+        device: Any,
+        executable: Executable,
+        pools: Pools,
+        filled: Filled,
+        outputs: Any,
+        entries: Sequence[Sequence[Ticket]],
     ) -> None:
         self._device, self._executable, self._pools = device, executable, pools
+        self._filled: Filled | None = filled
         self._outputs, self._entries = outputs, entries
 
     def wait(self) -> None:
@@ -36,6 +43,9 @@ class Bundle:
         except Exception as e:
             suspect(self._pools)
             raise_understood(e, self._device)
+        filled, self._filled = self._filled, None  # so that no two calls get it, however often this one is waited for
+        if filled is not None:
+            self._executable.take_back(filled)
         for own, tickets in zip(self._executable.lanes, self._entries, strict=False):
             if own.is_last:
                 leave(tickets)

@@ -31,6 +31,7 @@ from coalesce.serving.fit import Fit, Template
 from coalesce.serving.making import make_here, UNTIMED
 from coalesce.serving.schema import cut, Options, plan_schema, Schema
 from coalesce.serving.segments import Segments
+from coalesce.serving.staging import Filled
 from coalesce.serving.store import free_bytes
 
 ANNOTATION = "coalesce bundle"  # what a dispatch is called in a trace of jax.profiler
@@ -188,15 +189,15 @@ class Device:
         blanks = [[blank_of(own, pool)] for own, pool in zip(loaded.executable.lanes, loaded.pools, strict=True)]
         return self._run(loaded, loaded.executable.stage(blanks), [])
 
-    def _run(self, loaded: Loaded, arguments: Any, entries: Sequence[Sequence[Ticket]]) -> Bundle:
+    def _run(self, loaded: Loaded, filled: Filled, entries: Sequence[Sequence[Ticket]]) -> Bundle:
         executable, pools = loaded.executable, loaded.pools
         restored(pools)
         try:
-            outputs = executable.run([home.host.store.bank for home in loaded.homes], pools, arguments)
+            outputs = executable.run([home.host.store.bank for home in loaded.homes], pools, filled)
         except Exception as e:
             suspect(pools)
             raise_understood(e, self.at)
-        return Bundle(self.at, executable, pools, outputs, entries)
+        return Bundle(self.at, executable, pools, filled, outputs, entries)
 
     def release(self, tickets: Sequence[Ticket]) -> None:
         leave(tickets)
