@@ -17,6 +17,7 @@ from coalesce.runtime import foundry
 from coalesce.runtime.bundle import Bundle
 from coalesce.runtime.device import Device
 from coalesce.runtime.runtime import Runtime
+from coalesce.serving.executable import Executable
 
 SLO = 30.0
 
@@ -284,6 +285,7 @@ def test_a_device_that_is_dead_is_told_from_a_tenant_that_raises(monkeypatch):
             raise RuntimeError("INTERNAL: as if")
 
         monkeypatch.setattr(jax, "block_until_ready", dead)
+        monkeypatch.setattr(Executable, "fetch", dead)  # which waits, where results are on the host anyway
         error = rt.submit("a", vector(1)).exception(60)
         assert isinstance(error, DeviceError) and "does not work any more" in str(error)
         assert rt.health().status == "failed"

@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from types import MappingProxyType
 
 from coalesce.runtime.observer import Finished, Observer
@@ -18,6 +19,7 @@ from coalesce.scheduler.commands import Command, Quarantine, Readmit, Reason
 from coalesce.scheduler.events import Event, Submitted
 
 RECENT = 1000  # latencies that the quantiles of a tenant are of
+APART = (Quarantine, Readmit)
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class Accounts(Observer):
                 for request in event.requests:
                     self._of(request.tenant).submitted += 1
         for command in commands:
-            if isinstance(command, Quarantine | Readmit):
+            if isinstance(command, APART):
                 with self._lock:
                     self._of(command.tenant).quarantined = isinstance(command, Quarantine)
 
@@ -130,15 +132,14 @@ class Accounts(Observer):
         width, lanes = bundle.width, bundle.lanes
         each = bundle.took_ns / width
         padding = each * (width - lanes) / lanes
-        of_tenant = bundle.lanes_of_tenants()
         with self._lock:
             self._bundles += 1
             self._lanes += lanes
             self._device_ns += bundle.took_ns
-            for tenant, count in of_tenant.items():
-                account = self._of(tenant)
-                account.device_ns += count * each
-                account.padding_ns += count * padding
+            for ticket in chain.from_iterable(bundle.entries):
+                account = self._of(ticket.request.tenant)
+                account.device_ns += each
+                account.padding_ns += padding
 
     def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
         with self._lock:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from coalesce.errors import ServingError
 from coalesce.runtime.observer import Observers
@@ -21,7 +21,7 @@ class Book:
         self._ended = threading.Condition()
         self._waiting = 0  # threads, for requests to end
 
-    def claim(self, tickets: Sequence[Ticket]) -> list[Ticket]:
+    def claim(self, tickets: Iterable[Ticket]) -> list[Ticket]:
         """Those that nobody has claimed yet: the caller ends them, and forgets them then."""
         with self._claiming:
             own = [ticket for ticket in tickets if not ticket.claimed]

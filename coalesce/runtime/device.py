@@ -20,7 +20,7 @@ from coalesce.bank import default_device
 from coalesce.compile import default_costs, default_tuned
 from coalesce.errors import OutOfDeviceMemory
 from coalesce.runtime.apart import Apart, is_wanted
-from coalesce.runtime.bundle import blank_of, Bundle, lane_of, leave, raise_understood, restored, suspect
+from coalesce.runtime.bundle import blank_of, Bundle, lanes_of, leave, raise_understood, restored, suspect
 from coalesce.runtime.host import Course, Host
 from coalesce.runtime.loaded import Home, Loaded
 from coalesce.runtime.ticket import Ticket
@@ -180,7 +180,7 @@ class Device:
         number = next(ticket.bundles[-1] for tickets in entries for ticket in tickets)
         with jax.profiler.TraceAnnotation(ANNOTATION, device=self.number, bundle=number):
             each = zip(entries, loaded.executable.lanes, loaded.pools, strict=True)
-            lanes = [[lane_of(t, own, pool) for t in tickets] for tickets, own, pool in each]
+            lanes = [lanes_of(*one) for one in each]
             return self._run(loaded, loaded.executable.stage(lanes), entries)
 
     def launch_blank(self, key: Key) -> Bundle:

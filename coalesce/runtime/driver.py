@@ -11,6 +11,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import chain
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -183,15 +184,18 @@ class Driver:
         wake_ns = self._wake_ns
         items = self.inbox.take(None if wake_ns is None else max(0, wake_ns - self._clock()) / 1e9)
         self._busy_since_ns = self._clock()
-        going = not any(isinstance(item, Stop) for item in items)
+        kinds = set(map(type, items))
         try:
-            self._handle([item for item in items if not isinstance(item, Stop)] or [Timer()])  # orders are waited for
+            if kinds == {Request}:
+                self._tell(Submitted(tuple(items)))
+            else:
+                self._handle(items or [Timer()])  # also after a Stop: orders are waited for
         except Exception:  # a bug of ours must not leave everybody waiting for ever
             if self.failure is None:  # else the requests that it was about have ended meanwhile
                 LOG.exception("the driver failed; every request that waits ends with DeviceError")
             self.lose("the runtime's driver failed; its log has the traceback. Restart the runtime")
         self._busy_since_ns = None
-        return going
+        return Stop not in kinds
 
     def _handle(self, items: Sequence[Any]) -> None:
         arrived: list[Request] = []
@@ -208,7 +212,7 @@ class Driver:
                     self._tell(event)
             elif isinstance(item, Lost):
                 self.lose(str(item.error))
-            else:
+            elif not isinstance(item, Stop):
                 self._tell(item)
         self._tell_arrived(arrived)
 
@@ -237,13 +241,13 @@ class Driver:
     # Commands
 
     def _dispatch(self, command: Dispatch, now_ns: int) -> None:
-        entries = [[self.book.tickets[i] for i in lanes] for lanes in command.lanes]
-        for tickets in entries:
-            for ticket in tickets:
-                if not ticket.bundles and isinstance(ticket.waiter, Reply):
-                    ticket.waiter.set_running_or_notify_cancel()
-                ticket.bundles.append(command.bundle)
-        self._flights.append((command.bundle, now_ns + self._hang_ns))
+        known, bundle = self.book.tickets, command.bundle
+        entries = [[known[i] for i in lanes] for lanes in command.lanes]
+        for ticket in chain.from_iterable(entries):
+            if not ticket.bundles and isinstance(ticket.waiter, Reply):
+                ticket.waiter.set_running_or_notify_cancel()
+            ticket.bundles.append(bundle)
+        self._flights.append((bundle, now_ns + self._hang_ns))
         try:
             launched = self._machine.launch(command.executable, entries)
         except Exception as e:

@@ -140,13 +140,15 @@ class Finisher:
     ) -> None:
         ended = [(tickets, own) for tickets, own in zip(entries, results, strict=True) if own is not None]
         results_of = {t: result for tickets, own in ended for t, result in zip(tickets, own, strict=True)}
-        claimed = self._book.claim(list(results_of))
-        endings = [Ending(t, results_of[t]) for t in claimed if not isinstance(results_of[t], Spoilt)]
+        claimed = self._book.claim(results_of)
+        endings = [Ending(t, results_of[t]) for t in claimed]
+        spoilt = [own for own in endings if isinstance(own.result, Spoilt)]
+        if spoilt:
+            endings = [own for own in endings if not isinstance(own.result, Spoilt)]
         self._observers.ended(endings, now_ns)
         tell(endings)
-        for ticket in claimed:
-            if isinstance(results_of[ticket], Spoilt):
-                self._spoil(ticket, results_of[ticket].error, now_ns)
+        for ending in spoilt:
+            self._spoil(ending.ticket, ending.result.error, now_ns)
         self._book.forget(claimed)
 
     def _spoil(self, ticket: Ticket, error: Exception, now_ns: int) -> None:

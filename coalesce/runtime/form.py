@@ -25,8 +25,10 @@ class Form:
         self._outputs = program.outputs
         self._wants = [(slot.aval.shape, slot.aval.dtype) for slot in self.inputs]
         self._keys = any(slot.key_impl is not None for slot in program.inputs)
-        self._is_flat = self._in_tree == jax.tree.structure((0,) * len(self.inputs))  # each input is one array
+        flat = jax.tree.structure((0,) * len(self.inputs))
+        self._is_flat = not self._keys and self._in_tree == flat  # each input is one array
         self._key_results = any(slot.key_impl is not None for slot in program.outputs)
+        self._is_bare = not self._key_results and self._out_tree == jax.tree.structure(0)  # one array, in no container
 
     def under(self, family: int) -> Form:
         """The same, whose family has another number."""
@@ -39,19 +41,20 @@ class Form:
 
     def takes(self, inputs: tuple[Any, ...]) -> list[np.ndarray] | None:
         """The inputs, flat, if they are plainly the NumPy arrays that the tenant was traced with; else None."""
-        if self._keys:
+        leaves = list(inputs) if self._is_flat else self._flattened(inputs)
+        wants = self._wants
+        if leaves is None or len(leaves) != len(wants):
             return None
-        leaves: list[Any] = list(inputs)
-        if not self._is_flat:
-            leaves, tree = jax.tree.flatten(inputs)
-            if tree != self._in_tree:
-                return None
-        elif len(leaves) != len(self._wants):
-            return None
-        for leaf, (shape, dtype) in zip(leaves, self._wants, strict=True):
-            if type(leaf) is not np.ndarray or leaf.shape != shape or leaf.dtype != dtype:
+        for i, leaf in enumerate(leaves):
+            if type(leaf) is not np.ndarray or (leaf.shape, leaf.dtype) != wants[i]:
                 return None
         return leaves
+
+    def _flattened(self, inputs: tuple[Any, ...]) -> list[Any] | None:
+        if self._keys:
+            return None
+        leaves, tree = jax.tree.flatten(inputs)
+        return leaves if tree == self._in_tree else None
 
     def accept(self, inputs: tuple[Any, ...]) -> list[np.ndarray]:
         """The inputs, flat, as NumPy arrays; raises InvalidInput, which names the argument."""
@@ -70,6 +73,8 @@ class Form:
 
     def result(self, values: Sequence[Any]) -> Any:
         """A lane's flat outputs in the tenant's own pytree."""
+        if self._is_bare:
+            return values[0]
         if self._key_results:
             values = [rewrapped(x, slot) for x, slot in zip(values, self._outputs, strict=True)]
         return self._out_tree.unflatten(values)

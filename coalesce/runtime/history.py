@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections import deque, OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from coalesce.runtime.observer import Finished, Observer, Recorded
 from coalesce.runtime.ticket import Ending, Ticket
@@ -18,34 +18,51 @@ KEPT = 4096  # requests, and bundles
 
 class Ended(NamedTuple):
     request: Request
-    bundles: tuple[int, ...]  # that it was a lane of
+    bundles: Sequence[int]  # that it was a lane of
     outcome: str
     end_ns: int
+
+
+class Together(NamedTuple):
+    """Requests that ended at once; what each came to is looked up when somebody asks."""
+
+    requests: Sequence[tuple[Request, Sequence[int]]]  # with the bundles that it was a lane of
+    reason: Reason | None  # None for results
+    end_ns: int
+
+    def each(self) -> Iterator[Ended]:
+        for request, bundles in self.requests:
+            in_time = "ok" if self.end_ns <= request.deadline_ns else "late"
+            outcome = in_time if self.reason is None else self.reason.value
+            yield Ended(request, bundles, outcome, self.end_ns)
 
 
 class History(Observer):
     def __init__(self) -> None:
         self._bundles: OrderedDict[int, Recorded] = OrderedDict()
-        self._requests: OrderedDict[int, Ended] = OrderedDict()
+        self._lots: deque[Together] = deque()
+        self._count = 0  # requests in them
         self._lock = threading.Lock()
 
     def finished(self, bundle: Finished) -> None:
         with self._lock:
             self._bundles[bundle.dispatch.bundle] = bundle.record()
-            trim(self._bundles)
+            if len(self._bundles) > KEPT:
+                self._bundles.popitem(last=False)
 
     def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
-        with self._lock:
-            for ending in endings:
-                ticket = ending.ticket
-                outcome = "ok" if now_ns <= ticket.request.deadline_ns else "late"
-                self._requests[ticket.request.id] = Ended(ticket.request, tuple(ticket.bundles), outcome, now_ns)
-            trim(self._requests)
+        self._keep(Together([(own.ticket.request, own.ticket.bundles) for own in endings], None, now_ns))
 
     def rejected(self, ticket: Ticket, reason: Reason, now_ns: int) -> None:
+        self._keep(Together([(ticket.request, ticket.bundles)], reason, now_ns))
+
+    def _keep(self, lot: Together) -> None:
+        """And of those before it as many as it takes."""
         with self._lock:
-            self._requests[ticket.request.id] = Ended(ticket.request, tuple(ticket.bundles), reason.value, now_ns)
-            trim(self._requests)
+            self._lots.append(lot)
+            self._count += len(lot.requests)
+            while self._count - len(self._lots[0].requests) >= KEPT:
+                self._count -= len(self._lots.popleft().requests)
 
     def bundles(self) -> list[Recorded]:
         with self._lock:
@@ -53,12 +70,13 @@ class History(Observer):
 
     def requests(self) -> list[Ended]:
         with self._lock:
-            return list(self._requests.values())
+            return [ended for lot in self._lots for ended in lot.each()][-KEPT:]
 
     def explain(self, request: int) -> str | None:
         """A line for each decision about a request that has ended, or None if it is not known (any more)."""
         with self._lock:
-            ended = self._requests.get(request)
+            found = (own for lot in reversed(self._lots) for own in lot.each() if own.request.id == request)
+            ended = next(found, None)
             if ended is None:
                 return None
             bundles = [self._bundles[b] for b in ended.bundles if b in self._bundles]
@@ -78,8 +96,3 @@ class History(Observer):
                 f"{dispatch.l99_ns / 1e6:.3f}{f'; failed, {bundle.error}' if bundle.error else ''}"
             )
         return "\n".join([*lines, f"  ended after {ms(ended.end_ns)}: {ended.outcome}"])
-
-
-def trim(kept: OrderedDict[Any, Any]) -> None:
-    while len(kept) > KEPT:
-        kept.popitem(last=False)

@@ -14,10 +14,8 @@ class Inbox:
     def take(self, timeout_s: float | None) -> list[Any]:
         """Everything that is there; waits for the first, at most so long if that is given."""
         get = self._items.get_nowait
-        items = []
         try:
-            items.append(self._items.get(timeout=timeout_s) if timeout_s is None or timeout_s > 0 else get())
-            while True:
-                items.append(get())
+            first = self._items.get(timeout=timeout_s) if timeout_s is None or timeout_s > 0 else get()
         except Empty:
-            return items
+            return []
+        return [first, *[get() for _ in range(self._items.qsize())]]  # nobody else takes any

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from coalesce.runtime.ticket import Ending, Ticket
@@ -91,41 +91,49 @@ class Observer:
 
 
 class Observers(Observer):
-    """Tells each of them."""
+    """Tells each of them what it listens to: requests pay for everybody who is told."""
 
     def __init__(self, observers: Sequence[Observer]) -> None:
-        self._observers = list(observers)
-        self._ask_who_is_told_of_sent()
+        self._set(observers)
 
     def add(self, observer: Observer) -> None:
-        self._observers = [*self._observers, observer]
-        self._ask_who_is_told_of_sent()
+        self._set([*self._observers, observer])
 
-    def _ask_who_is_told_of_sent(self) -> None:
-        """Callers pay for it with every request, so only those are told that listen."""
-        self._told_of_sent = [o for o in self._observers if type(o).sent is not Observer.sent]
+    def _set(self, observers: Sequence[Observer]) -> None:
+        self._observers = list(observers)
+        self._sent = listening(observers, "sent")
+        self._decided = listening(observers, "decided")
+        self._rejected = listening(observers, "rejected")
+        self._finished = listening(observers, "finished")
+        self._ended = listening(observers, "ended")
 
     def sent(self, ticket: Ticket) -> None:
-        if self._told_of_sent:
-            self._tell(self._told_of_sent, "sent", ticket)
+        if self._sent:
+            self._tell(self._sent, ticket)
 
     def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
-        self._tell(self._observers, "decided", event, now_ns, commands)
+        self._tell(self._decided, event, now_ns, commands)
 
     def rejected(self, ticket: Ticket, reason: Reason, now_ns: int) -> None:
-        self._tell(self._observers, "rejected", ticket, reason, now_ns)
+        self._tell(self._rejected, ticket, reason, now_ns)
 
     def finished(self, bundle: Finished) -> None:
-        self._tell(self._observers, "finished", bundle)
+        self._tell(self._finished, bundle)
 
     def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
-        self._tell(self._observers, "ended", endings, now_ns)
+        self._tell(self._ended, endings, now_ns)
 
-    def _tell(self, whom: Sequence[Observer], what: str, *args: Any) -> None:
-        for observer in whom:
+    def _tell(self, listeners: Sequence[Listener], *args: Any) -> None:
+        for observer, tell in listeners:
             try:
-                getattr(observer, what)(*args)
+                tell(*args)
             except Exception:
-                LOG.exception("%r raised in %s() and is not told anything any more", observer, what)
-                self._observers = [other for other in self._observers if other is not observer]
-                self._ask_who_is_told_of_sent()
+                LOG.exception("%r raised in %s() and is not told anything any more", observer, tell.__name__)
+                self._set([other for other in self._observers if other is not observer])
+
+
+Listener = tuple[Observer, Callable[..., None]]
+
+
+def listening(observers: Sequence[Observer], what: str) -> list[Listener]:
+    return [(o, getattr(o, what)) for o in observers if getattr(type(o), what) is not getattr(Observer, what)]

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from coalesce import jaxpr as J
 from coalesce.bundle import Bundle, Loop, packs
@@ -82,9 +83,14 @@ class Executable:
         """What was staged for a call that has ended, and did not fail; nobody reads it any more."""
         self.staging.take_back(filled)
 
-    def fetch(self, outputs: list[list[jax.Array]]) -> list[Any]:
+    def fetch(self, outputs: list[list[jax.Array]]) -> list[list[np.ndarray] | None]:
         """Outputs as NumPy arrays, in one batch of transfers; None of a segment that is not the last."""
-        return jax.device_get([own if lanes.is_last else None for lanes, own in zip(self.lanes, outputs, strict=True)])
+        wanted = [own if lanes.is_last else None for lanes, own in zip(self.lanes, outputs, strict=True)]
+        arrays = [x for own in wanted if own is not None for x in own]
+        if len(arrays) > 1:
+            for x in arrays:
+                x.copy_to_host_async()
+        return [None if own is None else [np.asarray(x) for x in own] for own in wanted]
 
 
 class Traced(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -26,12 +27,12 @@ class States:
     at: tuple[int, ...]
     slots: tuple[int, ...]
 
-    @property
+    @cached_property
     def kept(self) -> list[At]:
         """What is read, which is never what is written."""
         return [(e, r) for e, own in enumerate(self.segments) for r in own.reads[self.at[e]]]
 
-    @property
+    @cached_property
     def written(self) -> list[At]:
         return [(e, r) for e, own in enumerate(self.segments) for r in own.writes[self.at[e]]]
 
