@@ -104,10 +104,11 @@ def lane_of(ticket: Ticket, own: Lanes, pool: Pool) -> Lane:
     return Lane(state.weights, (), state.slot)
 
 
-def blank_of(own: Lanes, pool: Pool | None) -> Lane:
-    """A lane that reads slot 0 and zeros, and leaves nothing."""
+def blanks_of(own: Lanes, pool: Pool | None) -> list[Lane]:
+    """As many lanes as there is room for, so that they take as long as others; they read slot 0 and zeros, and leave
+    nothing."""
     inputs = () if own.segment else [np.zeros(x.shape, x.dtype) for x in own.program.inputs]
-    return Lane(0, inputs, pool.slots if pool is not None else 0)
+    return [Lane(0, inputs, pool.slots + i if pool is not None else 0) for i in range(own.width)]
 
 
 def leave(tickets: Iterable[Ticket]) -> None:
