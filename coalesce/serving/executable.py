@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import jax
@@ -77,13 +78,16 @@ class Executable:
         kept, written = (states.arrays(places, pools) for places in (states.kept, states.written))
         after, outputs = self.compiled(banks, kept, written, filled.arguments)
         states.store(pools, after)
+        if self.staging.packed:  # results follow the last kernel, instead of waiting until somebody asks for them
+            for x in chain.from_iterable(own for lanes, own in zip(self.lanes, outputs, strict=True) if lanes.is_last):
+                x.copy_to_host_async()
         return outputs
 
     def take_back(self, filled: Filled) -> None:
         """What was staged for a call that has ended, and did not fail; nobody reads it any more."""
         self.staging.take_back(filled)
 
-    def fetch(self, outputs: list[list[jax.Array]]) -> list[list[np.ndarray] | None]:
+    def fetch(self, outputs: list[list[jax.Array]]) -> list[Any]:
         """Outputs as NumPy arrays, in one batch of transfers; None of a segment that is not the last."""
         wanted = [own if lanes.is_last else None for lanes, own in zip(self.lanes, outputs, strict=True)]
         arrays = [x for own in wanted if own is not None for x in own]
