@@ -36,7 +36,7 @@ class Bundle:
         self._device, self._executable, self._pools = device, executable, pools
         self._filled: Filled | None = filled
         self._outputs, self._entries = outputs, entries
-        self._fetched: list[list[np.ndarray] | None] | None = None
+        self._fetched: list[Any] | None = None
 
     def wait(self) -> None:
         """On a CPU results lie where they were computed: who has them has waited."""
