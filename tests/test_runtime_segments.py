@@ -163,13 +163,13 @@ def test_registers_that_are_lost_before_a_launch_are_read_by_nobody(three):
     device, pool, losses = device_of(three), pool_of(three, "t0"), []
     launch, life = device.launch, pool.life
 
-    def lose_first(number: int, entries: Any) -> Any:
-        if not losses and device._loaded[number].executable.lanes[0].is_last:
-            losses.append(number)
+    def lose_first(executable: int, entries: Any) -> Any:
+        if not losses and device._loaded[executable].executable.lanes[0].is_last:
+            losses.append(executable)
             for register in pool.registers:
                 register.delete()
             pool.suspect = True
-        return launch(number, entries)
+        return launch(executable, entries)
 
     device.launch = lose_first
     try:
