@@ -80,6 +80,17 @@ def total(launches: Sequence[Launch]) -> float:
     return sum(launch.us for launch in launches)
 
 
+def gaps(launches: Sequence[Launch]) -> list[Line]:
+    """Where the device stands idle between launches, ordered by start: what it waits for, and how long each time."""
+    found: list[Line] = []
+    end = launches[0].start_us if launches else 0.0
+    for launch in launches:
+        if launch.start_us > end:
+            found.append(Line(launch.name, 1, launch.start_us - end))
+        end = max(end, launch.start_us + launch.us)
+    return found
+
+
 def span(launches: Sequence[Launch]) -> float:
     """Microseconds from the start of the first launch to the end of the last."""
     return max(launch.start_us + launch.us for launch in launches) - launches[0].start_us

@@ -76,25 +76,25 @@ def side_by_side(arrays: Sequence[Array], group: Sequence[int], longest: int) ->
     """Slabs of arrays of one dtype, each no longer than can be addressed; of one array where there is room for one."""
     step = max(1, ALIGNED // np.dtype(arrays[group[0]].dtype).itemsize)
     rows = {i: arrays[i].shape[-1] for i in group if read_as_rows(arrays[i])}
-    coarse = lcm(step, *rows.values())
-    coarse = coarse if coarse <= COARSEST else step
+    coarse, whole = lcm(step, *rows.values()), lcm(step, *(mosaic_gemm.TOGETHER * n for n in rows.values()))
+    coarse, whole = (coarse, whole) if whole <= COARSEST else (step, step)
     inside: list[int] = []
     starts: list[int] = []
     size = 0
     for i in group:
         start, length = up(size, coarse if i in rows else step), prod(arrays[i].shape)
-        if inside and up(start + length, coarse) > longest:
-            yield Slab(tuple(inside), tuple(starts), up(size, coarse))
+        if inside and up(start + length, whole) > longest:
+            yield Slab(tuple(inside), tuple(starts), up(size, whole))
             inside, starts, start = [], [], 0
         inside.append(i)
         starts.append(start)
         size = start + length
-    yield Slab(tuple(inside), tuple(starts), up(size, coarse))
+    yield Slab(tuple(inside), tuple(starts), up(size, whole))
 
 
 def read_as_rows(array: Array) -> bool:
-    """Whether a kernel may read a slab that holds it as [rows, .., N] by TMA: then it starts, and the slab ends, at a
-    multiple of N."""
+    """Whether a kernel may read a slab that holds it as [rows, .., N] by TMA: then it starts at a multiple of N, and
+    the slab ends at one of as many N as are fetched together."""
     return np.dtype(array.dtype).itemsize == 2 and len(array.shape) == 2 and array.shape[-1] % mosaic_gemm.ROW == 0
 
 

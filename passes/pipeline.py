@@ -16,12 +16,14 @@ from coalesce.passes.cse import cse
 from coalesce.passes.dce import dce
 from coalesce.passes.hoist_weights import hoist_weights
 from coalesce.passes.inline import inline
+from coalesce.passes.lift_from_steps import lift_from_steps
 from coalesce.program import check, Program
 
 ProgramPass = Callable[[Program], Program]
 
 PROGRAM_PASSES: tuple[ProgramPass, ...] = (
     inline,  # calls away: everything after compares flat programs
+    lift_from_steps,  # before dce, which takes what a scan no longer reads out of its operands
     dce,  # early, so that nobody canonicalises dead code
     canonicalize,  # one spelling per operation, so that equal work looks equal and 1x1 convs are dots
     hoist_weights,  # what the weights alone decide runs once a tenant

@@ -119,9 +119,10 @@ def test_a_call_has_few_arguments():
 
 
 def test_weights_of_16_bits_are_rows_of_their_slab():
-    """From a place in it, and to its end, that are multiples of their columns: TMA reads it as [rows, .., columns]."""
+    """From a place in it that is a multiple of their columns, to an end that is one of eight times these: TMA reads it
+    as [rows, .., columns], eight of which are a tile."""
     shapes = [(64, 192), (24,), (8, 40), (128, 128)]
     arrays = [Array(((0, i),), shape, "bfloat16", (AS_IS,)) for i, shape in enumerate(shapes)]
     (slab,) = passes.side_by_side(arrays, range(4), 1 << 30)
     assert slab.starts == (0, 64 * 192, 64 * 192 + 64, 64 * 192 + 384)
-    assert slab.size == 64 * 192 + 384 + 43 * 384  # 43 rows of both 192 and 128 columns are the first to hold 128 x 128
+    assert slab.size == 10 * 8 * 384  # the first multiple of 8 rows of both 192 and 128 columns that holds 128 x 128

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from experiments import profiler
-from experiments.profiler import Launch, Line, lines, rounds_of, span, split, total
+from experiments.profiler import gaps, Launch, Line, lines, rounds_of, span, split, total
 
 PAUSE_US = profiler.PAUSE_S * 1e6
 
@@ -25,6 +25,11 @@ def test_launches_of_a_trace():
     assert found == [Launch("a", 2.0, 0.5), Launch("b", 3.0, 0.5)]
     assert total(found) == 1.0 and span(found) == 1.5
     assert lines([*found, Launch("a", 9.0, 1.5)], 2) == [Line("a", 1.0, 1.0), Line("b", 0.5, 0.25)]
+
+
+def test_gaps_are_where_no_launch_runs():
+    launches = [Launch("a", 5.0, 4.0), Launch("b", 6.0, 1.0), Launch("c", 9.0, 1.0), Launch("d", 12.0, 1.0)]
+    assert gaps(launches) == [Line("d", 1, 2.0)] and gaps([]) == []
 
 
 def test_programs_are_parted_by_pauses():

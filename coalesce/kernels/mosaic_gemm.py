@@ -29,6 +29,7 @@ from coalesce.slab import Cut, Picked
 
 HALVES = ("bfloat16", "float16")
 ROW = 64  # their number in a swizzled row
+TOGETHER = 8  # rows of a swizzled tile, which what TMA reads has a whole number of
 # Of what an epilogue may have, what the backend lowers on a tile, in all versions that are supported.
 LOWERED = (TILEWISE - {"cos", "integer_pow", "log1p", "sin", "sqrt"}) | {"broadcast_in_dim", "jit", "pjit"}
 
@@ -46,9 +47,9 @@ def supports(op: HeavyOp) -> bool:
 
 
 def reads(op: HeavyOp, rhs: Any) -> bool:
-    """Whether it can read right operands where they lie: a cut, if it and its slab are whole rows of N."""
+    """Whether it can read right operands where they lie: a cut, if it is whole rows of N, and its slab whole tiles."""
     cut = rhs.array if isinstance(rhs, Picked) else rhs
-    return not isinstance(cut, Cut) or (cut.start % op.n == 0 and cut.slab.shape[1] % op.n == 0)
+    return not isinstance(cut, Cut) or (cut.start % op.n == 0 and cut.slab.shape[1] % (TOGETHER * op.n) == 0)
 
 
 def run(

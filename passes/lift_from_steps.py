@@ -1,0 +1,144 @@
+"""Products of what a scan reads step by step leave the scan, and run once for all of its steps.
+
+Before                                                After
+    %4:f32[8] = scan %0 %1 %2 %3 [length=5 ...]           %4:f32[5,1,8] = dot_general %3 %0
+      body(%5:f32[4,8], %6:f32[8,8],                      %5:f32[8] = scan %1 %2 %4 [length=5 ...]
+           %7:f32[1,8], %8:f32[1,4])                        body(%6:f32[8,8], %7:f32[1,8], %8:f32[1,8])
+        %9:f32[1,8] = dot_general %8 %5                       %9:f32[1,8] = dot_general %7 %6
+        %10:f32[1,8] = dot_general %7 %6                      %10:f32[1,8] = add %8 %9
+        %11:f32[1,8] = add %9 %10                             ...
+        ...
+
+A step of a recurrent network multiplies its input, which is there from the start, and its carry, which is not. The
+first product has a row a step: together they read their weights once instead of once a step. So a dot or a convolution
+moves if one operand stays the same in every step, the other does not depend on the carry, and the weight is larger than
+the result that is written and read instead. What its operand is computed from moves with it. Values of all steps are
+kept at once: no more than LARGEST bytes of a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr
+
+from coalesce import jaxpr as J
+from coalesce.heavy import is_heavy
+from coalesce.passes.lift_from_regions import rebuilt_scan
+from coalesce.program import Program
+
+LARGEST = 64 * 1024 * 1024  # bytes
+WRITTEN_AND_READ = 2
+
+
+def lift_from_steps(program: Program) -> Program:
+    main = without_products_of_steps(program.jaxpr)
+    return program if main is program.jaxpr else program.with_jaxpr(main)
+
+
+def without_products_of_steps(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
+    """The jaxpr with such products before its scans; the same object if there are none."""
+    splicer = J.Splicer()
+    env: dict[Any, J.Atom] = {}
+    changed = False
+    for old in jaxpr.jaxpr.eqns:
+        ins = [J.read(env, a) for a in old.invars]
+        inner = J.regions(old)
+        new_inner = [without_products_of_steps(region) for region in inner]  # inner scans first: it may leave both
+        same = all(a is b for a, b in zip([*ins, *inner], [*old.invars, *new_inner], strict=True))
+        eqn = old if same else J.respell(old, ins, old.outvars, new_inner or None)
+        found = products(J.as_scan(eqn)) if eqn.primitive.name == "scan" else None
+        changed |= eqn is not old or found is not None
+        if found is None:
+            splicer.eqns.append(eqn)
+            continue
+        results = rebuilt(J.as_scan(eqn), found, eqn, splicer)
+        env.update((v, r) for v, r in zip(old.outvars, results, strict=True) if not J.is_drop(v))
+    if not changed:
+        return jaxpr
+    return J.close(J.invars(jaxpr), splicer.eqns, [J.read(env, a) for a in J.outvars(jaxpr)])
+
+
+@dataclass(frozen=True)
+class Products:
+    """`before` computes `results` from the constants and the inputs of one step; `eqns` are those of the body that
+    stay, and read them."""
+
+    before: ClosedJaxpr
+    results: list[J.Var]
+    eqns: list[J.Eqn]
+
+
+def products(scan: J.Scan) -> Products | None:
+    """What of a scan's body may run ahead; None if nothing may."""
+    if scan.length < 2:
+        return None
+    args = J.invars(scan.body)
+    first_x = len(scan.consts) + len(scan.init)
+    fixed, steps = set(args[: len(scan.consts)]), set(args[first_x:])
+    eqns = scan.body.jaxpr.eqns
+    chosen: list[J.Eqn] = []
+    for eqn in eqns:
+        read = [a for a in eqn.invars if not isinstance(a, J.Literal)]
+        if eqn.effects or J.regions(eqn) or not all(a in fixed or a in steps for a in read):
+            continue
+        made = [v for v in eqn.outvars if not J.is_drop(v)]
+        if all(a in fixed for a in read):
+            fixed.update(made)
+            continue
+        steps.update(made)
+        if is_heavy(eqn) and pays(eqn, fixed, scan.length):
+            chosen.append(eqn)
+    if not chosen:
+        return None
+    taken = {id(eqn) for eqn in chosen}
+    results = [eqn.outvars[0] for eqn in chosen]
+    needed = behind(eqns, results)
+    before = J.close([*args[: len(scan.consts)], *args[first_x:]], needed, results, "steps")
+    return Products(before, results, [eqn for eqn in eqns if id(eqn) not in taken])
+
+
+def pays(eqn: J.Eqn, fixed: set[Any], length: int) -> bool:
+    """Whether one operand is the same in every step, and larger than what the product costs when it has moved."""
+    invariant = [J.nbytes(a.aval) for a in eqn.invars[:2] if a in fixed]
+    result = J.nbytes(eqn.outvars[0].aval)
+    return bool(invariant) and invariant[0] > WRITTEN_AND_READ * result and length * result <= LARGEST
+
+
+def behind(eqns: Sequence[J.Eqn], results: Sequence[J.Var]) -> list[J.Eqn]:
+    """The equations that the results are computed by, in order."""
+    wanted: set[Any] = set(results)
+    found: list[J.Eqn] = []
+    for eqn in reversed(eqns):
+        if wanted.intersection(eqn.outvars):
+            found.append(eqn)
+            wanted.update(a for a in eqn.invars if not isinstance(a, J.Literal))
+    return found[::-1]
+
+
+def rebuilt(scan: J.Scan, found: Products, eqn: J.Eqn, splicer: J.Splicer) -> list[J.Atom]:
+    """Emit the products of all steps, and the scan that reads them; returns its results."""
+    together = all_steps(found.before, len(scan.consts))
+    ahead = emit(together, [*scan.consts, *scan.xs], eqn, splicer)
+    body = J.close([*J.invars(scan.body), *found.results], found.eqns, J.outvars(scan.body))
+    call = rebuilt_scan(scan, body, len(scan.consts))
+    return emit(call, [*scan.consts, *scan.init, *scan.xs, *ahead], eqn, splicer)
+
+
+def all_steps(before: ClosedJaxpr, n_consts: int) -> Callable[..., Any]:
+    """What `before` computes of a step, of all steps: from its constants, and from inputs with a leading axis."""
+
+    def call(*args: Any) -> Any:
+        consts, xs = args[:n_consts], args[n_consts:]
+        return jax.vmap(lambda *x: J.evaluate(before, [*consts, *x]))(*xs)
+
+    return call
+
+
+def emit(call: Callable[..., Any], args: Sequence[J.Atom], eqn: J.Eqn, splicer: J.Splicer) -> list[J.Atom]:
+    with J.precision_as_traced():
+        staged, _ = J.stage(call, *(J.aval_struct(a.aval) for a in args))
+    return splicer.inline(staged, args, like=eqn)

@@ -1,0 +1,166 @@
+"""lift_from_steps: a product whose operand is there before a scan starts runs once for all steps; others stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import coalesce
+from coalesce.jaxpr import as_scan
+from coalesce.models.recurrent import gru, lstm
+from coalesce.passes import lift_from_steps as passes
+from coalesce.passes.dce import dce
+from coalesce.passes.inline import inline
+from coalesce.passes.lift_from_steps import lift_from_steps
+from tests.alone import array
+from tests.rewrites import checked
+from tests.small import check, counts
+
+WIDE, STEPS = 8, 5
+
+
+def names(eqns: Any) -> list[str]:
+    return [eqn.primitive.name for eqn in eqns]
+
+
+def lifted(fn: Any, params: Any, *inputs: Any) -> tuple[list[str], list[str]]:
+    """The products and convolutions before the scan, and those in its body."""
+    program = checked(lift_from_steps, dce(inline(coalesce.trace(fn, params, *inputs))))
+    eqns = program.jaxpr.jaxpr.eqns
+    heavy = {"dot_general", "conv_general_dilated"}
+    (scan,) = [as_scan(eqn) for eqn in eqns if eqn.primitive.name == "scan"]
+    return [n for n in names(eqns) if n in heavy], [n for n in names(scan.body.jaxpr.eqns) if n in heavy]
+
+
+def rnn(p: Any, xs: Any, reverse: bool = False) -> Any:
+    def step(h: Any, x: Any) -> Any:
+        h = jnp.tanh(x @ p["in"] + h @ p["again"])
+        return h, h
+
+    return lax.scan(step, jnp.zeros((1, WIDE)), xs, reverse=reverse)
+
+
+RNN = {"in": array(4, WIDE), "again": array(WIDE, WIDE)}
+XS = array(STEPS, 1, 4)
+
+
+def test_the_product_of_an_input(golden):
+    program = dce(inline(coalesce.trace(rnn, RNN, XS, name="a")))
+    golden(f"{program}\n\n# lift_from_steps, dce\n\n{dce(checked(lift_from_steps, program))}")
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_from_either_end(reverse):
+    assert lifted(lambda p, xs: rnn(p, xs, reverse), RNN, XS) == (["dot_general"], ["dot_general"])
+
+
+def test_what_an_input_is_computed_into_goes_along():
+    """Two layers on the input, a cast and an index of the step: none of it waits for the carry."""
+
+    def apply(p: Any, xs: Any) -> Any:
+        def step(h: Any, x: Any) -> Any:
+            i, x = x
+            y = jnp.maximum(x.astype(jnp.float32) @ p["first"] + i, 0) @ p["second"]
+            return h * 0.5 + y, y + h
+
+        return lax.scan(step, jnp.zeros((1, WIDE)), (jnp.arange(STEPS, dtype=jnp.float32), xs))
+
+    params = {"first": array(4, 16), "second": array(16, WIDE)}
+    assert lifted(apply, params, XS.astype(jnp.bfloat16)) == (["dot_general"] * 2, [])
+
+
+def test_a_convolution_of_frames():
+    def apply(p: Any, frames: Any) -> Any:
+        def step(h: Any, frame: Any) -> Any:
+            dims = ("NHWC", "HWIO", "NHWC")
+            return h + lax.conv_general_dilated(frame, p, (4, 4), "VALID", dimension_numbers=dims), None
+
+        return lax.scan(step, jnp.zeros((1, 2, 2, 3)), frames)[0]
+
+    assert lifted(apply, array(4, 4, 2, 3), array(3, 1, 8, 8, 2)) == (["conv_general_dilated"], [])
+
+
+def test_out_of_a_scan_in_a_scan():
+    """By the inner one first; what depends on the outer carry goes no further."""
+
+    def apply(p: Any, xs: Any) -> Any:
+        def outer(h: Any, x: Any) -> Any:
+            def inner(g: Any, row: Any) -> Any:
+                return g + row @ p["in"], None
+
+            g, _ = lax.scan(inner, h @ p["again"], jnp.stack([x, 2 * x, x + 1]))
+            return g, None
+
+        return lax.scan(outer, jnp.zeros((1, WIDE)), xs)[0]
+
+    params = {"in": array(16, WIDE), "again": array(WIDE, WIDE)}
+    assert lifted(apply, params, array(STEPS, 1, 16)) == (["dot_general"], ["dot_general"])
+
+
+def cumulated(p: Any, xs: Any) -> Any:
+    return lax.scan(lambda h, x: (h + (h[:, :4] + x) @ p["in"], None), jnp.zeros((1, WIDE)), xs)[0]
+
+
+def by_weights_of_the_step(p: Any, xs: Any) -> Any:
+    return lax.scan(lambda h, x: (h + x[0] @ x[1], None), jnp.zeros((1, WIDE)), (xs, jnp.stack([p["in"]] * STEPS)))[0]
+
+
+def many_rows(p: Any, xs: Any) -> Any:
+    rows = jnp.broadcast_to(xs, (STEPS, 64, 4))
+    return lax.scan(lambda h, x: (h + x @ p["in"], None), jnp.zeros((64, WIDE)), rows)[0]
+
+
+def of_one_step(p: Any, xs: Any) -> Any:
+    return lax.scan(lambda h, x: (h + x @ p["in"], None), jnp.zeros((1, WIDE)), xs[:1])[0]
+
+
+def in_a_while_loop(p: Any, xs: Any) -> Any:
+    def body(carry: Any) -> Any:
+        i, h = carry
+        return i + 1, h + xs[0] @ p["in"] + h @ p["again"]
+
+    return lax.while_loop(lambda carry: carry[0] < 3, body, (0, jnp.zeros((1, WIDE))))[1]
+
+
+STAYS = {
+    "it waits for the carry": cumulated,
+    "no operand stays": by_weights_of_the_step,
+    "its result is larger than its weight": many_rows,
+    "one step": of_one_step,
+    "nobody knows how many steps": in_a_while_loop,
+}
+
+
+@pytest.mark.parametrize("fn", STAYS.values(), ids=STAYS)
+def test_what_stays(fn):
+    program = dce(inline(coalesce.trace(fn, RNN, XS)))
+    assert lift_from_steps(program) is program
+
+
+def test_no_more_is_kept_at_once_than_a_bound(monkeypatch):
+    program = dce(inline(coalesce.trace(rnn, RNN, XS)))
+    kept = STEPS * WIDE * 4
+    monkeypatch.setattr(passes, "LARGEST", kept - 1)
+    assert lift_from_steps(program) is program
+    monkeypatch.setattr(passes, "LARGEST", kept)
+    assert lift_from_steps(program) is not program
+
+
+@pytest.mark.parametrize(("model", "before", "inside"), [(lstm, 1, 1), (gru, 3, 3)])
+def test_a_recurrent_network_multiplies_its_input_once(model, before, inside):
+    """The head's product comes after the scan."""
+    small = model(hidden=WIDE, features=WIDE, classes=3, steps=4)
+    params = small.init(jax.random.key(0), jnp.ones((1, 4, WIDE)))
+    assert lifted(small.apply, params, array(1, 4, WIDE)) == (
+        ["dot_general"] * (before + 1),
+        ["dot_general"] * inside,
+    )
+
+
+def test_tenants_share_it():
+    params = [{name: array(*w.shape) for name, w in RNN.items()} for _ in range(3)]
+    assert counts(check(rnn, params, [(array(STEPS, 1, 4),) for _ in range(3)])) == (6, 2, 0)
