@@ -158,6 +158,32 @@ def test_a_bundle_that_takes_its_registers_along_concerns_who_had_values_there(t
     assert pool.free == pool.slots
 
 
+def test_registers_that_are_lost_before_a_launch_are_read_by_nobody(three):
+    """The finisher may learn of it at any time, so also after the policy has decided."""
+    device, pool, losses = device_of(three), pool_of(three, "t0"), []
+    launch, life = device.launch, pool.life
+
+    def lose_first(executable: int, entries: Any) -> Any:
+        if not losses and device._loaded[executable].executable.lanes[0].is_last:
+            losses.append(executable)
+            for register in pool.registers:
+                register.delete()
+            pool.suspect = True
+        return launch(executable, entries)
+
+    device.launch = lose_first
+    try:
+        replies = [three.submit(f"t{i % 3}", row(i)) for i in range(12)]
+        errors = [reply.exception(60) for reply in replies]
+    finally:
+        del device.launch
+    assert losses and pool.life == life + 1 and any(errors)
+    for i, (reply, error) in enumerate(zip(replies, errors, strict=True)):
+        if error is None:
+            assert_right(reply.result(0), deep, weights(i % 3), row(i))
+        assert error is None or "was lost" in str(error)
+
+
 def test_weights_are_replaced_under_way_and_nobody_gets_some_of_each(three):
     stop, seen = threading.Event(), []
 

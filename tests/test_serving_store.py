@@ -10,6 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from coalesce.bundle import packs
 from coalesce.serving.executable import trace_executable
+from coalesce.serving.staging import Lane, zero
 from coalesce.serving.store import free_bytes, Preparer
 from tests.alone import array
 from tests.compare import assert_bitwise
@@ -102,9 +103,45 @@ def test_what_a_call_brings_may_lie_in_one_buffer():
         found = tenants(name, 2)
         serving = serve([fit_of(fn, p, x) for fn, p, x in found])
         executable = serving.executable(4, packed=True)
-        assert isinstance(executable.stage([[serving.lane(0, found[0][2])]]), np.ndarray)
+        assert isinstance(executable.stage([[serving.lane(0, found[0][2])]]).arguments, np.ndarray)
         for t, got in zip((1, 0, 1), serving.call(executable, [(t, found[t][2]) for t in (1, 0, 1)]), strict=True):
             assert_alone(got, found[t])
+
+
+def test_memory_of_calls_that_have_ended_is_filled_again():
+    """Whoever had it before leaves nothing in lanes that are not used; what has not ended keeps its own."""
+    found = tenants("mixed", 2)
+    serving = serve([fit_of(fn, p, x) for fn, p, x in found])
+    executable = serving.executable(4, packed=True)
+
+    def lanes(*own: int) -> list[Lane]:
+        return [serving.lane(t, found[t][2]) for t in own]
+
+    first, second = executable.stage([lanes(0, 1, 0)]), executable.stage([lanes(1)])
+    assert not np.shares_memory(first.arguments, second.arguments)
+    executable.take_back(first)
+    again = executable.stage([lanes(1)])
+    assert np.shares_memory(first.arguments, again.arguments)
+    assert not any(np.any(own[1:].view(np.uint8)) for own in again.given[0].inputs)
+    outputs = executable.fetch(executable.run([serving.store.bank], [None], again))[0]
+    assert_alone(results(serving.fits[1], [x[0] for x in outputs]), found[1])
+
+
+def test_arrays_of_the_host_belong_to_one_call_where_the_device_reads_them():
+    found = tenants("mlp", 1)
+    serving = serve([fit_of(fn, p, x) for fn, p, x in found])
+    executable = serving.executable(2, packed=False)
+    first = executable.stage([[serving.lane(0, found[0][2])]])
+    executable.take_back(first)
+    again = executable.stage([[serving.lane(0, found[0][2])]])
+    assert not np.shares_memory(first.given[0].inputs[0], again.given[0].inputs[0])
+
+
+def test_zeros_of_every_dtype():
+    for dtype in (jnp.bfloat16, jnp.float8_e4m3fn, np.bool_, np.int64, np.float32):
+        stack = np.ones((3, 2), dtype)
+        zero(stack[1:])
+        assert stack[0].all() and not stack[1:].any()
 
 
 def test_small_and_wide_dtypes_are_packed():

@@ -18,16 +18,23 @@ from coalesce.runtime.machine import Spoilt
 from coalesce.runtime.ticket import State, Ticket
 from coalesce.serving.executable import Executable, Lanes
 from coalesce.serving.pool import Pool
-from coalesce.serving.staging import Lane
+from coalesce.serving.staging import Filled, Lane
 
 Pools = Sequence[Pool | None]
 
 
 class Bundle:
     def __init__(
-        self, device: Any, executable: Executable, pools: Pools, outputs: Any, entries: Sequence[Sequence[Ticket]]
+        self,
+        device: Any,
+        executable: Executable,
+        pools: Pools,
+        filled: Filled,
+        outputs: Any,
+        entries: Sequence[Sequence[Ticket]],
     ) -> None:
         self._device, self._executable, self._pools = device, executable, pools
+        self._filled: Filled | None = filled
         self._outputs, self._entries = outputs, entries
         self._fetched: list[Any] | None = None
 
@@ -42,6 +49,9 @@ class Bundle:
         except Exception as e:
             suspect(self._pools)
             raise_understood(e, self._device)
+        filled, self._filled = self._filled, None  # so that no two calls get it, however often this one is waited for
+        if filled is not None:
+            self._executable.take_back(filled)
         for own, tickets in zip(self._executable.lanes, self._entries, strict=False):
             if own.is_last:
                 leave(tickets)
@@ -94,10 +104,11 @@ def lane_of(ticket: Ticket, own: Lanes, pool: Pool) -> Lane:
     return Lane(state.weights, (), state.slot)
 
 
-def blank_of(own: Lanes, pool: Pool | None) -> Lane:
-    """A lane that reads slot 0 and zeros, and leaves nothing."""
+def blanks_of(own: Lanes, pool: Pool | None) -> list[Lane]:
+    """As many lanes as there is room for, so that they take as long as others; they read slot 0 and zeros, and leave
+    nothing."""
     inputs = () if own.segment else [np.zeros(x.shape, x.dtype) for x in own.program.inputs]
-    return Lane(0, inputs, pool.slots if pool is not None else 0)
+    return [Lane(0, inputs, pool.slots + i if pool is not None else 0) for i in range(own.width)]
 
 
 def leave(tickets: Iterable[Ticket]) -> None:

@@ -20,7 +20,7 @@ from coalesce.bank import default_device
 from coalesce.compile import default_costs, default_tuned
 from coalesce.errors import OutOfDeviceMemory
 from coalesce.runtime.apart import Apart, is_wanted
-from coalesce.runtime.bundle import blank_of, Bundle, lanes_of, leave, raise_understood, restored, suspect
+from coalesce.runtime.bundle import blanks_of, Bundle, lanes_of, leave, raise_understood, restored, suspect
 from coalesce.runtime.host import Course, Host
 from coalesce.runtime.loaded import Home, Loaded
 from coalesce.runtime.ticket import Ticket
@@ -31,6 +31,7 @@ from coalesce.serving.fit import Fit, Template
 from coalesce.serving.making import make_here, UNTIMED
 from coalesce.serving.schema import cut, Options, plan_schema, Schema
 from coalesce.serving.segments import Segments
+from coalesce.serving.staging import Filled
 from coalesce.serving.store import free_bytes
 
 ANNOTATION = "coalesce bundle"  # what a dispatch is called in a trace of jax.profiler
@@ -178,6 +179,7 @@ class Device:
         loaded.used, self._launched_s = next(self._runs), time.monotonic()
         number = next(ticket.bundles[-1] for tickets in entries for ticket in tickets)
         with jax.profiler.TraceAnnotation(ANNOTATION, device=self.number, bundle=number):
+            restored(loaded.pools)  # before lanes are asked whose values are lost
             each = zip(entries, loaded.executable.lanes, loaded.pools, strict=True)
             lanes = [lanes_of(*one) for one in each]
             return self._run(loaded, loaded.executable.stage(lanes), entries)
@@ -185,18 +187,18 @@ class Device:
     def launch_blank(self, key: Key) -> Bundle:
         """A run for nothing."""
         loaded = self._loaded[self._numbers[key[0]]]
-        blanks = [[blank_of(own, pool)] for own, pool in zip(loaded.executable.lanes, loaded.pools, strict=True)]
+        restored(loaded.pools)
+        blanks = [blanks_of(own, pool) for own, pool in zip(loaded.executable.lanes, loaded.pools, strict=True)]
         return self._run(loaded, loaded.executable.stage(blanks), [])
 
-    def _run(self, loaded: Loaded, arguments: Any, entries: Sequence[Sequence[Ticket]]) -> Bundle:
+    def _run(self, loaded: Loaded, filled: Filled, entries: Sequence[Sequence[Ticket]]) -> Bundle:
         executable, pools = loaded.executable, loaded.pools
-        restored(pools)
         try:
-            outputs = executable.run([home.host.store.bank for home in loaded.homes], pools, arguments)
+            outputs = executable.run([home.host.store.bank for home in loaded.homes], pools, filled)
         except Exception as e:
             suspect(pools)
             raise_understood(e, self.at)
-        return Bundle(self.at, executable, pools, outputs, entries)
+        return Bundle(self.at, executable, pools, filled, outputs, entries)
 
     def release(self, tickets: Sequence[Ticket]) -> None:
         leave(tickets)

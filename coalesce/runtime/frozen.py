@@ -10,6 +10,8 @@ from __future__ import annotations
 import gc
 import threading
 
+FEW = 1000  # Python 3.12 begins with some hundred objects set aside
+
 
 class SetAside:
     def __init__(self) -> None:
@@ -20,7 +22,7 @@ class SetAside:
     def begin(self) -> None:
         with self._lock:
             self._holders += 1
-            if self._holders == 1 and not gc.get_freeze_count():
+            if self._holders == 1 and gc.get_freeze_count() < FEW:
                 self._ours = True
                 gc.freeze()
 

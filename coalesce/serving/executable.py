@@ -1,8 +1,9 @@
 """An executable: some lanes of one template, or of several, compiled to read their weights by slot.
 
-    arguments = executable.stage(entries)               the lanes of each entry -> arrays on the host
-    outputs = executable.run(banks, pools, arguments)   returns before the device is done
-    results = executable.fetch(outputs)                 waits
+    filled = executable.stage(entries)               the lanes of each entry -> arrays on the host
+    outputs = executable.run(banks, pools, filled)   returns before the device is done
+    results = executable.fetch(outputs)              waits
+    executable.take_back(filled)                     for another call
 
 Lane i of an entry is row i of its slots, inputs and outputs. Lanes beyond those that were given are padding; nothing
 that they compute reaches another. An entry may be one segment of a program: what it takes from the segments before it,
@@ -14,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +32,7 @@ from coalesce.serving.making import Make, make_here
 from coalesce.serving.pool import Pool
 from coalesce.serving.schema import plan_lanes, Schema, weight_of
 from coalesce.serving.segments import Segments
-from coalesce.serving.staging import can_pack, Lane, Staging
+from coalesce.serving.staging import can_pack, Filled, Lane, Staging
 from coalesce.serving.states import States
 from coalesce.slab import Cut, Picked
 
@@ -63,20 +65,27 @@ class Executable:
     states: States
     compiled: Any
 
-    def stage(self, entries: Sequence[Sequence[Lane]]) -> Any:
+    def stage(self, entries: Sequence[Sequence[Lane]]) -> Filled:
         """What `run` takes for some lanes of each entry."""
         return self.staging.fill(entries)
 
     def run(
-        self, banks: Sequence[Sequence[jax.Array]], pools: Sequence[Pool | None], arguments: Any
+        self, banks: Sequence[Sequence[jax.Array]], pools: Sequence[Pool | None], filled: Filled
     ) -> list[list[jax.Array]]:
         """The outputs [width, ...] of each entry, or something to wait for if it is not the last segment. `banks[e]` is
         the bank of its schema as it is now, `pools[e]` the pool of its program, if that is cut."""
         states = self.states
         kept, written = (states.arrays(places, pools) for places in (states.kept, states.written))
-        after, outputs = self.compiled(banks, kept, written, arguments)
+        after, outputs = self.compiled(banks, kept, written, filled.arguments)
         states.store(pools, after)
+        if self.staging.packed:  # results follow the last kernel, instead of waiting until somebody asks for them
+            for x in chain.from_iterable(own for lanes, own in zip(self.lanes, outputs, strict=True) if lanes.is_last):
+                x.copy_to_host_async()
         return outputs
+
+    def take_back(self, filled: Filled) -> None:
+        """What was staged for a call that has ended, and did not fail; nobody reads it any more."""
+        self.staging.take_back(filled)
 
     def fetch(self, outputs: list[list[jax.Array]]) -> list[Any]:
         """Outputs as NumPy arrays, in one batch of transfers; None of a segment that is not the last."""

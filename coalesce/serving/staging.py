@@ -1,16 +1,18 @@
 """The arguments of a call besides weights, as arrays on the host to be filled: each entry's slots and inputs, and where
 lanes between two segments keep their values.
 
-Where the device has memory of its own they lie in one buffer of 32-bit words, so that one transfer brings all of them;
-a CPU reads them where they are, without a copy. So they belong to one call, and nobody writes to them after it.
+Where the device has memory of its own they lie in one buffer of 32-bit words, so that one transfer brings all of them.
+When its call has ended another one gets it, since fresh memory costs as much as filling it. A CPU reads arrays where
+they are, without a copy: there they belong to one call, and nobody writes to them after it.
 
     words   slots of entry 0 | its states, if any | its inputs, one [width, ...] after another | slots of entry 1 | ...
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -20,6 +22,7 @@ import numpy as np
 from jax import lax
 
 WORD = np.dtype(np.uint32)
+SPARES = 2  # so many calls of one executable are under way at a time, mostly
 
 
 class Lane(NamedTuple):
@@ -36,6 +39,16 @@ class Given(NamedTuple):
     inputs: list[Any]
 
 
+class Filled:
+    """What one call brings: `arguments` for it, and where in them each entry's own lies."""
+
+    __slots__ = ("arguments", "given", "used")
+
+    def __init__(self, arguments: Any, given: list[Given], used: list[int]) -> None:
+        self.arguments, self.given = arguments, given
+        self.used = used  # lanes of each entry that may hold something else than zeros
+
+
 @dataclass(frozen=True, eq=False)
 class Staging:
     """`inputs[e]` are those of entry e with all lanes, [width, ...]; `pools[e]` is the size of its pool, or 0."""
@@ -44,6 +57,7 @@ class Staging:
     inputs: tuple[tuple[jax.ShapeDtypeStruct, ...], ...]
     pools: tuple[int, ...]
     packed: bool
+    _spare: deque[Filled] = field(default_factory=lambda: deque(maxlen=SPARES))  # of calls that have ended
 
     @cached_property
     def parts(self) -> list[list[jax.ShapeDtypeStruct]]:
@@ -68,11 +82,11 @@ class Staging:
             return self.parts
         return jax.ShapeDtypeStruct((sum(words(part) for own in self.parts for part in own),), WORD)
 
-    def buffers(self) -> tuple[Any, list[Given]]:
-        """(what a call takes, where in it each entry's own is to be written): new ones, of which nothing is written."""
+    def buffers(self) -> Filled:
+        """New ones, of which nothing is written."""
         if not self.packed:
             views = [[np.empty(part.shape, part.dtype) for part in own] for own in self.parts]
-            return views, self.given(views)
+            return Filled(views, self.given(views), list(self.widths))
         buffer, start = np.empty(self.structs.shape, WORD), 0
         views = []
         for own in self.parts:
@@ -81,23 +95,31 @@ class Staging:
                 place = buffer[start : start + words(part)]
                 views[-1].append(place.view(np.uint8)[: nbytes(part)].view(part.dtype).reshape(part.shape))
                 start += words(part)
-        return buffer, self.given(views)
+        return Filled(buffer, self.given(views), list(self.widths))
 
-    def fill(self, entries: Sequence[Sequence[Lane]]) -> Any:
+    def fill(self, entries: Sequence[Sequence[Lane]]) -> Filled:
         """The arguments for some lanes of each entry, at least one and in this order. What is left of its width repeats
         the slot of the first, with inputs of zeros, and has states behind the pool, all different."""
-        arguments, buffers = self.buffers()
-        for lanes, (slots, states, inputs), pool in zip(entries, buffers, self.pools, strict=True):
-            slots[: len(lanes)] = [lane.slot for lane in lanes]
-            slots[len(lanes) :] = lanes[0].slot
+        filled = self._spare.pop() if self._spare else self.buffers()
+        for e, (lanes, (slots, states, inputs), pool) in enumerate(zip(entries, filled.given, self.pools, strict=True)):
+            count, before = len(lanes), filled.used[e]
+            slots[:count] = [lane.slot for lane in lanes]
+            slots[count:] = lanes[0].slot
             if states is not None:
-                states[: len(lanes)] = [lane.state for lane in lanes]
-                states[len(lanes) :] = range(pool + len(lanes), pool + len(states))
+                states[:count] = [lane.state for lane in lanes]
+                states[count:] = range(pool + count, pool + len(states))
             for k, stack in enumerate(inputs):
                 for i, lane in enumerate(lanes):
                     stack[i] = lane.inputs[k]
-                stack[len(lanes) :] = 0
-        return arguments
+                if before > count:
+                    zero(stack[count:before])
+            filled.used[e] = count
+        return filled
+
+    def take_back(self, filled: Filled) -> None:
+        """Its call has ended, and did not fail; called on any thread."""
+        if self.packed:
+            self._spare.append(filled)
 
     def unpack(self, arguments: Any) -> list[Given]:
         """Inside the program."""
@@ -110,6 +132,11 @@ class Staging:
                 found[-1].append(from_words(arguments[start : start + words(part)], part))
                 start += words(part)
         return self.given(found)
+
+
+def zero(stack: np.ndarray) -> None:
+    """By its bytes: NumPy sets one element after the other of a type that is not its own, such as bfloat16."""
+    stack.reshape(-1).view(np.uint8)[:] = 0
 
 
 def nbytes(part: jax.ShapeDtypeStruct) -> int:
