@@ -207,8 +207,8 @@ class Coalescing:
         slip_ns = 0.0
         begun: list[Begun] = []
         for bundle in self._flight:
-            slip_ns = max(slip_ns, float(bundle.l99_ns - bundle.l50_ns))
             for (family, segment), lanes in bundle.parts:
+                slip_ns = max(slip_ns, float(self._costs.slip(family, bundle.l99_ns - bundle.l50_ns)))
                 if segment + 1 == self._costs.catalog.segments_of(family):
                     continue
                 costs = self._costs.of((family, segment + 1))
