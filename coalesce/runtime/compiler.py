@@ -3,8 +3,7 @@
     request   size, then pickled (program, donated arguments)
     answer    size, then pickled ("made", (executable, trees of arguments and results)), or ("failed", why)
 
-It ends with its input, so that it never outlives who started it. Started as `idle` it runs only while nobody else wants
-to, where the system has such a class: a niced process may keep its processor for milliseconds when somebody wakes up.
+It ends with its input, so that it never outlives who started it.
 """
 
 from __future__ import annotations
@@ -15,8 +14,11 @@ import struct
 import sys
 from typing import Any, IO
 
+import jax
+from jax import export
+from jax.experimental.serialize_executable import serialize
+
 LESS_URGENT = 10  # than who serves: the highest would get nothing where others leave nothing
-IDLE = "idle"
 SIZE = struct.Struct("<q")
 
 
@@ -37,10 +39,6 @@ def write(stream: IO[bytes], message: Any) -> None:
 
 
 def compiled(program: bytes, donated: tuple[int, ...]) -> Any:
-    import jax  # not before `main` has stepped back: to load it takes seconds
-    from jax import export
-    from jax.experimental.serialize_executable import serialize
-
     exported = export.deserialize(bytearray(program))
     structs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in exported.in_avals]
     arguments, _ = jax.tree.unflatten(exported.in_tree, structs)
@@ -57,8 +55,6 @@ def answer(program: bytes, donated: tuple[int, ...]) -> tuple[str, Any]:
 
 def main() -> None:
     os.nice(LESS_URGENT)
-    if IDLE in sys.argv:
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     given, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what anybody prints is no answer
     while (request := read(given)) is not None:
