@@ -102,7 +102,7 @@ class JointStep:
 @dataclass(frozen=True, eq=False)
 class Loop:
     """Control flow of a family, walked into. `varies` flags the carry (scan, while) or the results (cond) that differ
-    between lanes, `decides` whether the predicate or index does."""
+    between lanes, `decides` whether the predicate or index does. The steps of a scan that is `unrolled` are no loop."""
 
     family: int
     site: str
@@ -110,6 +110,7 @@ class Loop:
     bodies: tuple[Schedule, ...]
     varies: tuple[bool, ...]
     decides: bool = False
+    unrolled: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +121,7 @@ class JointLoop:
     parts: tuple[Loop, ...]
     body: Schedule
     stacked: tuple[tuple[int, ...], ...] = ()  # carries that stay one stack: for each, its position in every part
+    unrolled: bool = False
 
     @property
     def length(self) -> int:
