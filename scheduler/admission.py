@@ -17,76 +17,92 @@ from bisect import bisect_left
 
 from coalesce.scheduler.commands import Reason
 from coalesce.scheduler.demand import bucket_of
+from coalesce.scheduler.lanes import Queue
+from coalesce.scheduler.laying import Newcomer, Start
 from coalesce.scheduler.load import Load
-from coalesce.scheduler.outlook import close, is_closed, is_few, known, known_hoped, Newcomer, outlook, remember, Start
-from coalesce.scheduler.queues import Lane, Queue
+from coalesce.scheduler.outlook import (
+    close,
+    has_room,
+    hoped_with,
+    is_closed,
+    is_few,
+    keeps_room,
+    known,
+    known_hoped,
+    outlook,
+    outlook_with,
+    remember,
+)
 from coalesce.scheduler.request import Request
 from coalesce.scheduler.shares import Account, CLOSE, Shares
 
 
-def admit(
-    request: Request,
-    account: Account,
-    queue: Queue,
-    shares: Shares,
-    load: Load,
-    start: Start,
-    excess: float,
-    now_ns: int,
-) -> Lane | Reason:
-    """A lane, to be put into the queue; `start` is when the device can begin with it."""
-    left_ns = request.deadline_ns - now_ns
-    if left_ns <= 0:
-        return Reason.EXPIRED
-    if account.waiting >= account.tenant.quota:
-        return Reason.QUEUE_FULL
-    lane = Lane(request, account, queue.level, bucket_of(request.deadline_ns, now_ns))
-    costs = queue.costs
-    if costs.options:  # else it waits for one that the driver makes
-        load.ask(costs.lane_ns, now_ns)
+class Admission:
+    def __init__(self, shares: Shares) -> None:
+        self.foreseen = False  # whether the outlook has who was taken on last
+        self._shares = shares
+        self._load = Load()
+
+    def admit(
+        self, request: Request, account: Account, queue: Queue, excess: float, start: Start, now_ns: int
+    ) -> Reason | None:
+        """Why it is refused; `start` is when the device can begin with it, `excess` what its tenant has had."""
+        self.foreseen = False
+        deadline_ns, costs = request.deadline_ns, queue.costs
+        if deadline_ns <= now_ns:
+            return Reason.EXPIRED
+        if account.waiting >= account.tenant.quota:
+            return Reason.QUEUE_FULL
+        if not costs.options:  # it waits for one that the driver makes
+            return None
+        self._load.ask(costs.lane_ns, now_ns)
         over = excess > CLOSE
-        careful = over and shares.is_careful(account, excess, costs.lane_ns)
-        if not over:
-            queue.others.note(now_ns, costs.slo_ns)
-        work_ns = costs.lane_ns + (costs.first_ns if queue.leads(request) else 0)
-        if is_few(queue.level):
-            fits = fits_outlook(lane, queue, start, over, careful, now_ns)
+        if over:
+            careful = self._shares.is_careful(account, excess, costs.lane_ns)
         else:
-            kept_ns = kept(left_ns, queue, careful) if over else 0
-            crowded = load.is_over(now_ns)
-            fits = fits_demand(request, lane.bucket, queue, kept_ns, work_ns + kept_ns, crowded, start.free_ns)
+            careful = False
+            queue.others.note(now_ns, costs.slo_ns)
+        items = queue.items
+        leads = not items or deadline_ns < items[0][0]
+        work_ns = costs.lane_ns + costs.first_ns if leads else costs.lane_ns
+        if is_few(queue.level):
+            fits = self._fits_outlook(request, queue, start, over, careful, now_ns)
+        else:
+            kept_ns = kept(deadline_ns - now_ns, queue, careful) if over else 0
+            fits = fits_demand(request, queue, kept_ns, work_ns + kept_ns, self._load, start.free_ns, now_ns)
         if not over:
-            shares.note(missed=not fits)
+            self._shares.note(missed=not fits)
         if not fits:
             return Reason.INFEASIBLE
-        shares.charge(account, work_ns)
-    account.waiting += 1
-    account.pending += 1
-    return lane
+        self._shares.charge(account, work_ns)
+        return None
 
-
-def fits_outlook(lane: Lane, queue: Queue, start: Start, over: bool, careful: bool, now_ns: int) -> bool:
-    request, level = lane.request, queue.level
-    kept_ns = kept(request.deadline_ns - now_ns, queue, False) if over else 0
-    at = bisect_left(queue.items, (request.deadline_ns, request.id))
-    new = Newcomer(queue, request.deadline_ns - kept_ns, at)
-    if not careful and known(level, start, now_ns).has_room(new):
-        lane.foreseen = True
+    def _fits_outlook(
+        self, request: Request, queue: Queue, start: Start, over: bool, careful: bool, now_ns: int
+    ) -> bool:
+        level, items, due_ns = queue.level, queue.items, request.deadline_ns
+        kept_ns = kept(due_ns - now_ns, queue, False) if over else 0
+        is_last = not items or items[-1] < (due_ns, request.id)
+        if is_last and not careful and has_room(queue, due_ns - kept_ns, start, now_ns):
+            self.foreseen = True
+            return True
+        new = Newcomer(queue, due_ns - kept_ns, len(items) if is_last else bisect_left(items, (due_ns, request.id)))
+        if is_closed(level, start, new):
+            return False
+        after = outlook_with(level, start, now_ns, new)
+        if not after.is_good(queue) and not known(level, start, now_ns).bears(queue, after):
+            return close(level, start, new, after.tardy_ns - known(level, start, now_ns).tardy_ns)
+        hoped = None if careful or self._load.is_over(now_ns) else hoped_with(level, start, new)
+        if hoped is None:
+            hoped = outlook(level, start, now_ns, new, hope=True)
+            if not hoped.is_good(queue) and not known_hoped(level, start, now_ns).bears(queue, hoped):
+                return close(level, start, new, hoped.tardy_ns - known_hoped(level, start, now_ns).tardy_ns)
+        if careful and not keeps_room(hoped, level, now_ns):
+            return False
+        if not kept_ns:
+            remember(level, start, after, hoped)
+            self.foreseen = True
         return True
-    if is_closed(level, start, new):
-        return False
-    after = outlook(level, start, now_ns, new)
-    if not after.is_good(queue) and not known(level, start, now_ns).bears(queue, after):
-        return close(level, start, new, after.tardy_ns - known(level, start, now_ns).tardy_ns)
-    hoped = outlook(level, start, now_ns, new, hope=True)
-    if not hoped.is_good(queue) and not known_hoped(level, start, now_ns).bears(queue, hoped):
-        return close(level, start, new, hoped.tardy_ns - known_hoped(level, start, now_ns).tardy_ns)
-    if careful and not hoped.keeps_room(level, now_ns):
-        return False
-    if not kept_ns:
-        remember(level, start, after, hoped)
-        lane.foreseen = True
-    return True
 
 
 def kept(left_ns: int, queue: Queue, scarce: bool) -> int:
@@ -97,9 +113,9 @@ def kept(left_ns: int, queue: Queue, scarce: bool) -> int:
 
 
 def fits_demand(
-    request: Request, bucket: int, queue: Queue, kept_ns: int, work_ns: int, crowded: bool, free_ns: int
+    request: Request, queue: Queue, kept_ns: int, work_ns: int, load: Load, free_ns: int, now_ns: int
 ) -> bool:
-    costs, demand, items = queue.costs, queue.level.demand, queue.items
+    costs, demand, items, bucket = queue.costs, queue.level.demand, queue.items, bucket_of(request.deadline_ns, now_ns)
     others = queue.level.starting - bool(items)  # that run before its own, with half of their lanes due after it
     lanes, come_ns, left_ns = len(items) + 1, free_ns - request.arrival_ns, bucket - free_ns - kept_ns
     while True:
@@ -112,7 +128,7 @@ def fits_demand(
     ahead = bisect_left(items, (request.deadline_ns,))
     own_ns = costs.through(ahead + 1)
     steady_ns = costs.options[costs.steady].through_ns
-    spare_ns = steady_ns * (1 + others) if crowded else steady_ns >> 3
+    spare_ns = steady_ns * (1 + others) if load.is_over(now_ns) else steady_ns >> 3
     widest = costs.widths[-1]
     counted_ns = min(ahead, widest - 1) * costs.lane_ns  # of its own run, in what is due before it
     if 0 < ahead < widest:

@@ -15,8 +15,9 @@ from itertools import islice
 from typing import NamedTuple
 
 from coalesce.scheduler.costs import Option
-from coalesce.scheduler.outlook import is_few, known, Outlook, Start
-from coalesce.scheduler.queues import Item, Level, Queue
+from coalesce.scheduler.lanes import Item, Level, Queue
+from coalesce.scheduler.laying import Outlook, Start
+from coalesce.scheduler.outlook import is_few, known
 
 MARKEDLY = 8  # a run that is faster by one part in so many is: less may be chance
 CANDIDATES = 4  # queues that are looked at where not everything can be done
@@ -54,9 +55,10 @@ def choose(level: Level, start: Start, now_ns: int, cap_ns: int, worth: Callable
 
 def foreseen(ahead: Outlook) -> Window | None:
     """The first run of all that are to come, with the lanes that are there."""
-    if ahead.first is None or not ahead.first[0].ready():
+    first = ahead.first
+    if first is None or not first[0].ready():
         return None
-    queue, hoped = ahead.first
+    queue, hoped = first
     lanes = min(hoped.width, queue.ready())
     option, *wider = (o for o in queue.costs.options if o.width >= lanes)
     for other in wider:

@@ -16,7 +16,7 @@ once: with the bundle of its last segment, or by a `Reject` (`requests`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from coalesce.scheduler.catalog import Catalog
@@ -36,11 +36,12 @@ from coalesce.scheduler.events import (
 )
 from coalesce.scheduler.flight import Bundle, Flight
 from coalesce.scheduler.joining import join, meets, Part, Run
+from coalesce.scheduler.lanes import Item, Lane, Level, Queue
 from coalesce.scheduler.latency import LatencyModel, Prediction
-from coalesce.scheduler.outlook import Begun, Start
+from coalesce.scheduler.laying import Begun, Start
 from coalesce.scheduler.patience import wait_until
 from coalesce.scheduler.quarantine import Watch
-from coalesce.scheduler.queues import Item, Lane, Level, Queue, Queues
+from coalesce.scheduler.queues import Queues
 from coalesce.scheduler.request import Request
 from coalesce.scheduler.requests import Requests
 from coalesce.scheduler.shares import Shares
@@ -68,6 +69,7 @@ class Coalescing:
         self._wants = Wants()
         self._requests = Requests(self._queues, self._tenancy, self._watch, self._shares, self._costs)
         self._bundles = 0
+        self._started: Start | None = None  # what it was last, where nothing of the flight or of costs has changed
         self._doubted_ns = -FAR
         self._handlers: dict[type, Callable[[Any, int], None]] = {
             Cancelled: lambda event, now_ns: self._requests.cancel(event.request),
@@ -80,16 +82,21 @@ class Coalescing:
         }
 
     def on_event(self, event: Event, now_ns: int) -> Sequence[Command]:
-        self._out = self._requests.out = list[Command]()
+        out: list[Command] = []
+        self._out = self._requests.out = out
         if isinstance(event, Submitted):
             start = self._start(now_ns)
-            self._submit(event, start, now_ns)
+            self._requests.submit(event.requests, start, now_ns)
+            if not self._flight.bundles and not self._requests and now_ns - self._doubted_ns >= DOUBT_NS:
+                self._doubt(event.requests, now_ns)
         else:
             self._handlers[type(event)](event, now_ns)
             start = self._start(now_ns)
-        self._drop_hopeless(start.free_ns, now_ns)
-        self._wake(self._dispatch(start, now_ns), now_ns)
-        return self._out
+        if self._queues.hopeless_ns <= start.free_ns:
+            self._drop_hopeless(start.free_ns, now_ns)
+        free = len(self._flight.bundles) < self._depth and start.free_ns - now_ns <= self._lead_ns
+        self._wake(self._dispatch(start, now_ns) if free else FAR, now_ns)
+        return out
 
     @property
     def waiting(self) -> int:
@@ -97,11 +104,6 @@ class Coalescing:
         return len(self._requests)
 
     # What happened
-
-    def _submit(self, event: Submitted, start: Start, now_ns: int) -> None:
-        self._requests.submit(event.requests, start, now_ns)
-        if not self._requests and not self._flight and now_ns - self._doubted_ns >= DOUBT_NS:
-            self._doubt(event.requests, now_ns)
 
     def _doubt(self, requests: Sequence[Request], now_ns: int) -> None:
         """A prediction that rules out what an idle device was said to do when it was warmed up would never be put
@@ -119,6 +121,7 @@ class Coalescing:
 
     def _complete(self, event: Completed, now_ns: int) -> None:
         bundle = self._flight.complete(event)
+        self._started = None
         if not event.failed:
             self._learn(bundle, event, now_ns)
         self._requests.complete(bundle, event.failed, now_ns)
@@ -134,6 +137,7 @@ class Coalescing:
 
     def _moved(self) -> None:
         """Predictions have."""
+        self._started = None
         self._costs.forget()
         self._queues.refresh()
 
@@ -160,6 +164,7 @@ class Coalescing:
         self._costs.change(catalog, self._tenancy.tightest_ns)
         self._costs.cap_ns = self._tenancy.cap(lambda family: self._costs.of((family, 0)).alone.l99_ns)
         self._costs.forget()
+        self._started = None
         self._queues.refresh()
 
     def _costs_of(self, place: Place, lot: int) -> PlaceCosts:
@@ -175,20 +180,18 @@ class Coalescing:
     def _drop_hopeless(self, start_ns: int, now_ns: int) -> None:
         """Ends the heads that would be late even if they ran next, and ran no longer than they mostly do."""
         for level in self._queues.levels:
-            while level.order and level.order[0][0] < start_ns:
-                lane = first_hopeless(level, start_ns)
-                if lane is None:
-                    break
+            while (lane := first_hopeless(level, start_ns)) is not None:
                 expired = lane.request.deadline_ns <= now_ns
                 self._requests.stop(lane, Reason.EXPIRED if expired else Reason.INFEASIBLE)
 
     def _dispatch(self, start: Start, now_ns: int) -> int:
         """Dispatches what can go now; where waiting is better, until when."""
-        while len(self._flight) < self._depth and start.free_ns - now_ns <= self._lead_ns:
+        flying = self._flight.bundles
+        while len(flying) < self._depth and start.free_ns - now_ns <= self._lead_ns:
             run = self._next_run(start, now_ns)
             if run is None or self._is_awaited(run, start.free_ns):
                 break
-            patient_ns = wait_until(run, start.free_ns) if not self._flight else 0
+            patient_ns = wait_until(run, start.free_ns) if not flying else 0
             if patient_ns > now_ns:
                 return patient_ns
             self._go(run, now_ns)
@@ -204,17 +207,23 @@ class Coalescing:
 
     def _start(self, now_ns: int) -> Start:
         """When the device can begin with what waits; lanes that it has go on with their later segments first."""
+        free_ns, known = self._flight.free_at(now_ns), self._started
+        if known is not None:
+            if known.free_ns != free_ns:
+                known = self._started = Start(free_ns, known.begun, known.slip_ns)
+            return known
         slip_ns = 0.0
         begun: list[Begun] = []
-        for bundle in self._flight:
-            slip_ns = max(slip_ns, float(bundle.l99_ns - bundle.l50_ns))
+        for bundle in self._flight.bundles:
             for (family, segment), lanes in bundle.parts:
+                slip_ns = max(slip_ns, float(self._costs.slip(family, bundle.l99_ns - bundle.l50_ns)))
                 if segment + 1 == self._costs.catalog.segments_of(family):
                     continue
                 costs = self._costs.of((family, segment + 1))
                 if costs.options:
                     begun.append(Begun(lanes[0].request.deadline_ns, costs.cover.first(len(lanes))))
-        return Start(self._flight.free_at(now_ns), tuple(begun), slip_ns)
+        self._started = Start(free_ns, tuple(begun), slip_ns)
+        return self._started
 
     def _is_awaited(self, run: Run, start_ns: int) -> bool:
         """Whether lanes on the device are due before this run and would be late after it, or are better run together
@@ -222,7 +231,7 @@ class Coalescing:
         part = run.parts[0]
         due_ns = part.queue.items[part.first][0]
         end_ns = start_ns + due_ns - run.latest_ns
-        for bundle in self._flight:
+        for bundle in self._flight.bundles:
             for (family, segment), lanes in bundle.parts:
                 ahead_ns = self._costs.of((family, segment + 1)).through(len(lanes))
                 own_ns = lanes[0].request.deadline_ns
@@ -246,6 +255,7 @@ class Coalescing:
         lanes = tuple(tuple(lane.request.id for lane in lanes) for _, lanes in parts)
         self._out.append(Dispatch(bundle.id, run.executable, lanes, run.l50_ns, run.l99_ns, run.why))
         self._flight.add(bundle, now_ns)
+        self._started = None
         self._bundles += 1
 
     def _want_both(self, part: Part, now_ns: int) -> None:
@@ -263,29 +273,23 @@ class Coalescing:
         return lanes
 
     def _wake(self, patient_ns: int, now_ns: int) -> None:
-        time_ns = patient_ns
-        for level in self._queues.levels:
-            for rank_ns, _, queue in level.order:
-                if rank_ns >= time_ns:
-                    break
-                hopeless_ns = queue.items[0][0] - queue.costs.alone.l50_ns + 1
-                if hopeless_ns < time_ns:
-                    time_ns = hopeless_ns
-        if time_ns < FAR and 0 < len(self._flight) < self._depth:
+        time_ns = self._queues.hopeless_ns
+        if patient_ns < time_ns:
+            time_ns = patient_ns
+        if time_ns == FAR:
+            return
+        if 0 < len(self._flight.bundles) < self._depth:
             soon_ns = self._flight.free_at(now_ns) - self._lead_ns
-            time_ns = min(time_ns, soon_ns) if soon_ns > now_ns else time_ns
-        if time_ns < FAR:
-            self._out.append(WakeAt(max(time_ns, now_ns + 1)))
+            if now_ns < soon_ns < time_ns:
+                time_ns = soon_ns
+        self._out.append(WakeAt(time_ns if time_ns > now_ns else now_ns + 1))
 
 
 def first_hopeless(level: Level, start_ns: int) -> Lane | None:
-    return next(hopeless(level, start_ns), None)
-
-
-def hopeless(level: Level, start_ns: int) -> Iterator[Lane]:
     for rank_ns, _, queue in level.order:
         if rank_ns >= start_ns:
-            return
+            return None
         deadline_ns, _, lane = queue.items[0]
         if start_ns + queue.costs.alone.l50_ns > deadline_ns:
-            yield lane
+            return lane
+    return None

@@ -83,6 +83,11 @@ class Costs:
             known = self._known[family, factor] = self._work_out(family, factor)
         return known[segment] if segment < len(known) else UNSERVABLE  # no such segment: the family has gone
 
+    def slip(self, family: int, ns: int) -> int:
+        """By how much a run may take longer, if it is so much with a chance of 1%: where runs vary more than by a
+        quarter of the SLO nobody can be sure, and who is refused for it is late with a chance of 100%."""
+        return min(ns, self._tightest_ns.get(family, FAR) >> 2)
+
     def _work_out(self, family: int, factor: int) -> tuple[PlaceCosts, ...]:
         """Of all segments."""
         count = self.catalog.segments_of(family)
@@ -111,8 +116,7 @@ class Costs:
         width = executable.entries[0].width
         l50_ns, l99_ns = (ns * factor // 4 for ns in self.latency.of(executable.id))
         after_ns = together(rest, width)
-        most_ns = self._tightest_ns.get(executable.entries[0].family, FAR) >> 2
-        own_ns = min(l99_ns - l50_ns, most_ns)  # where runs vary more than that, nobody can be sure
+        own_ns = self.slip(executable.entries[0].family, l99_ns - l50_ns)
         mostly_ns = l50_ns + after_ns
         slip_ns = round(hypot(own_ns, slip_of(rest, width)))
         return Option(width, executable.id, l50_ns, l99_ns, mostly_ns + slip_ns, mostly_ns, slip_ns)

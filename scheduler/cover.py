@@ -24,7 +24,7 @@ class Option(NamedTuple):
 
 
 class Cover:
-    __slots__ = ("options", "widest", "_times", "_firsts", "_most")
+    __slots__ = ("options", "widest", "_times", "_firsts", "_most", "_untils")
 
     def __init__(self, options: tuple[Option, ...]) -> None:
         self.options = options
@@ -32,6 +32,7 @@ class Cover:
         self._times = [0]
         self._firsts = list(options[:1])  # for no lanes, which nobody asks for
         self._most = 2 * options[-1].width if options else 0
+        self._untils: dict[int, int] = {}
 
     def first(self, lanes: int) -> Option:
         """The run to begin with."""
@@ -39,6 +40,19 @@ class Cover:
         if lanes >= len(self._firsts):
             self._extend(lanes)
         return self._firsts[lanes]
+
+    def until(self, lanes: int) -> int:
+        """Up to how many lanes this stays so."""
+        if lanes >= self._most:
+            return FAR
+        known = self._untils.get(lanes)
+        if known is None:
+            option, upto = self.first(lanes), lanes
+            while upto < self._most and self.first(upto + 1) is option:
+                upto += 1
+            known = FAR if upto == self._most else upto
+            self._untils.update(dict.fromkeys(range(lanes, upto + 1), known))
+        return known
 
     def within(self, left_ns: int, lanes: int, slip_ns: float | None = None) -> Option:
         """The one to begin with of those that are done in time; the narrowest where none is. With `slip_ns`, by how

@@ -8,7 +8,7 @@ from typing import Generic, NamedTuple, Protocol, runtime_checkable, TypeVar
 
 from coalesce.scheduler.costs import Place
 from coalesce.scheduler.events import Completed
-from coalesce.scheduler.queues import Lane
+from coalesce.scheduler.lanes import Lane
 
 
 class Bundle(NamedTuple):
@@ -37,32 +37,35 @@ B = TypeVar("B", bound=Timed)
 
 class Flight(Generic[B]):
     def __init__(self) -> None:
-        self._bundles: deque[B] = deque()
+        self.bundles: deque[B] = deque()
         self._began_ns = 0  # the first of them, as far as known
-        self._l50_ns = 0  # of all of them
+        self._first_ns = -1  # when that one mostly ends
+        self._behind_ns = 0  # what those behind it mostly take
 
     def __len__(self) -> int:
-        return len(self._bundles)
+        return len(self.bundles)
 
     def __iter__(self) -> Iterator[B]:
-        return iter(self._bundles)
+        return iter(self.bundles)
 
     def add(self, bundle: B, now_ns: int) -> None:
-        if not self._bundles:
+        if not self.bundles:
             self._began_ns = max(self._began_ns, now_ns)
-        self._bundles.append(bundle)
-        self._l50_ns += bundle.l50_ns
+            self._first_ns = self._began_ns + bundle.l50_ns
+        else:
+            self._behind_ns += bundle.l50_ns
+        self.bundles.append(bundle)
 
     def complete(self, event: Completed) -> B:
-        bundle = self._bundles.popleft()
+        bundle = self.bundles.popleft()
         assert bundle.id == event.bundle, f"bundle {event.bundle} completed before {bundle.id}"
-        self._began_ns = event.end_ns
-        self._l50_ns -= bundle.l50_ns
+        self._began_ns, self._first_ns = event.end_ns, -1
+        if self.bundles:
+            next_ns = self.bundles[0].l50_ns
+            self._first_ns = self._began_ns + next_ns
+            self._behind_ns -= next_ns
         return bundle
 
     def free_at(self, now_ns: int) -> int:
         """When a bundle that is dispatched now begins, if nothing takes longer than it mostly does."""
-        if not self._bundles:
-            return now_ns
-        first_ns = self._bundles[0].l50_ns
-        return max(now_ns, self._began_ns + first_ns) + self._l50_ns - first_ns
+        return (self._first_ns if now_ns < self._first_ns else now_ns) + self._behind_ns

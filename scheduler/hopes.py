@@ -5,42 +5,56 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from coalesce.scheduler.cover import Option
-from coalesce.scheduler.queues import Queue
+from coalesce.scheduler.cover import FAR, Option
+from coalesce.scheduler.lanes import Queue
 
 MORE = 1.25  # times of what is expected: by chance it may be more
 OTHERS = 2  # the same, of those who are owed something
 
 
-class Hope(NamedTuple):
-    option: Option
-    lanes: int  # that will have come for it, or for a run before it
+class Pace(NamedTuple):
+    """How requests of a queue come."""
+
+    per_ns: float
+    most: int  # lanes that a run is hoped to have
 
 
-def hoped(queue: Queue, option: Option, waiting: int, until_ns: int, taken: int, kinds: int) -> Hope:
+def pace_of(queue: Queue, kinds: int) -> Pace:
+    """`kinds` is how many queues there are that runs of other lanes come from."""
+    per_ns = queue.rate.per_ns
+    return Pace(per_ns, most_lanes(queue, per_ns) if kinds == 1 else FAR)
+
+
+def hoped(
+    options: Sequence[Option], option: Option, waiting: int, until_ns: int, taken: int, pace: Pace
+) -> tuple[Option, int]:
     """A run, or a wider one that does more lanes a second if all come until then that are expected.
 
-    Of these, `taken` have a place already. `kinds` is how many queues there are that runs of other lanes come from.
+    Of these, `taken` have a place already; with them that have one then.
     """
-    lanes = waiting + max(0, int(until_ns * queue.rate.per_ns * MORE) - taken)
-    if kinds == 1:
-        lanes = max(waiting, min(lanes, most_lanes(queue)))
-    best, best_ns = option, option.mostly_ns / min(option.width, lanes)
-    for wider in queue.costs.cover.options:
-        if wider.width > option.width:
-            lane_ns = wider.mostly_ns / min(wider.width, lanes)
+    per_ns, most = pace
+    coming = int(until_ns * per_ns * MORE) - taken
+    lanes = waiting
+    if coming > 0:
+        lanes = max(waiting, min(waiting + coming, most))
+    width = option.width
+    best, best_ns = option, option.mostly_ns / (width if width < lanes else lanes)
+    for wider in options:
+        if wider.width > width:
+            lane_ns = wider.mostly_ns / (wider.width if wider.width < lanes else lanes)
             if lane_ns <= best_ns:
                 best, best_ns = wider, lane_ns
-    return Hope(best, taken + max(0, min(best.width, lanes) - waiting))
+    placed = min(best.width, lanes) - waiting
+    return best, taken + placed if placed > 0 else taken
 
 
-def most_lanes(queue: Queue) -> int:
+def most_lanes(queue: Queue, per_ns: float) -> int:
     """The width in which most is served, if runs of one queue follow one another.
 
     Whoever comes while a run is on the device can be in the next one if both are over in time: all of them, if a run
     takes less than half of the SLO, and else those that come when no more of the SLO is gone than a run leaves.
     """
-    slo_ns, per_ns = queue.costs.slo_ns, queue.rate.per_ns
+    slo_ns = queue.costs.slo_ns
     found, best = 1, 0.0
     for option in queue.costs.options:
         run_ns = option.through_ns
@@ -50,10 +64,10 @@ def most_lanes(queue: Queue) -> int:
     return found
 
 
-def have_room(queue: Queue, runs: Sequence[tuple[int, Option, int, bool]], done_ns: float, now_ns: int) -> bool:
+def have_room(queue: Queue, runs: Sequence[tuple[int, Option, int]], done_ns: float, now_ns: int) -> bool:
     """Whether runs of a queue have places for all who are owed something and come before one more run could be begun
-    for them: at `done_ns`, and then still in time."""
-    _, option, start_ns, _ = runs[-1]
+    for them: at `done_ns`, and then still in time. A run is what waits for it, itself and when it starts."""
+    _, option, start_ns = runs[-1]
     room = sum(run[1].width for run in runs) - runs[0][0]
     again_ns = done_ns + option.through_ns - queue.costs.slo_ns
     return room >= (min(start_ns, again_ns) - now_ns) * queue.others.per_ns * OTHERS
@@ -64,5 +78,6 @@ def has_time(queue: Queue, done_ns: float, now_ns: int, kinds: int) -> bool:
     costs = queue.costs
     if not costs.options:
         return True
-    option = hoped(queue, costs.cover.first(1), 1, int(done_ns) - now_ns, 0, kinds).option
+    pace = pace_of(queue, kinds)
+    option, _ = hoped(costs.cover.options, costs.cover.first(1), 1, int(done_ns) - now_ns, 0, pace)
     return done_ns + option.through_ns <= now_ns + costs.slo_ns

@@ -11,7 +11,8 @@ from typing import NamedTuple
 from coalesce.scheduler.catalog import Executable
 from coalesce.scheduler.choice import best_head, Window
 from coalesce.scheduler.costs import Costs, FAR
-from coalesce.scheduler.queues import Queue, Queues
+from coalesce.scheduler.lanes import Queue
+from coalesce.scheduler.queues import Queues
 
 
 class Part(NamedTuple):

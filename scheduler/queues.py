@@ -1,130 +1,14 @@
-"""What waits, where, and in which order.
-
-    Lane      a request on its way through the segments of its family
-    Queue     lanes that may share a bundle, by deadline: of one place, one lot and one priority
-    Level     the queues of one priority, by the latest start of their heads, and what was promised from it upwards
-    Queues    all of them
-
-The lot is 0 for everybody, and another number for those that run apart: tenants in quarantine, and what is left of a
-bundle that failed.
-"""
+"""All that waits, in its queues (`lanes`): put in, taken out to be run, dropped, moved, and in order."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Container, Iterable
-from typing import Any
 
-from coalesce.scheduler.commands import Reason
 from coalesce.scheduler.costs import Place, PlaceCosts
-from coalesce.scheduler.demand import Demand, FAR
-from coalesce.scheduler.rate import FAIR, Rate, smoothed
-from coalesce.scheduler.request import Request
-from coalesce.scheduler.shares import Account
+from coalesce.scheduler.demand import FAR
+from coalesce.scheduler.lanes import Lane, Level, Queue
 from coalesce.scheduler.slots import Slots
-
-Item = tuple[int, int, "Lane"]  # deadline, id: no two are equal, so that lanes are never compared
-
-
-class Lane:
-    __slots__ = ("request", "account", "level", "bucket", "charge_ns", "queue", "ending", "begun", "again", "foreseen")
-
-    def __init__(self, request: Request, account: Account, level: Level, bucket: int):
-        self.request = request
-        self.account = account
-        self.level = level
-        self.bucket = bucket  # of its deadline
-        self.charge_ns = 0  # what the demand test counts for it, until it is done
-        self.queue: Queue | None = None  # None on the device
-        self.ending: Reason | None = None  # why it goes no further than the bundle that it is in
-        self.begun = False
-        self.foreseen = False  # the outlook had a place for it
-        self.again = False  # its last bundle failed, and who of it was the reason is not known yet
-
-
-class Queue:
-    __slots__ = (
-        "place",
-        "lot",
-        "level",
-        "costs",
-        "slots",
-        "items",
-        "rank",
-        "head_bucket",
-        "head_ns",
-        "serial",
-        "gap_ns",
-        "came_ns",
-        "rate",
-        "others",
-        "hoped_ns",
-        "luck",
-    )
-
-    def __init__(self, place: Place, lot: int, level: Level, costs: PlaceCosts, slots: Slots, serial: int):
-        self.place = place
-        self.lot = lot
-        self.level = level
-        self.costs = costs
-        self.slots = slots
-        self.items: list[Item] = []
-        self.rank: tuple[int, int, Queue] | None = None  # in its level: latest start, serial
-        self.head_bucket = 0
-        self.head_ns = 0  # counted there for the first of a run
-        self.serial = serial
-        self.gap_ns = FAR  # between two arrivals, smoothed
-        self.came_ns: int | None = None  # the last one
-        self.rate = Rate()
-        self.others = Rate()  # of those whose tenants are not over their shares
-        self.hoped_ns = 0  # until when company for a lone lane was worth waiting for; 0 if it is known whether it came
-        self.luck = 1.0  # how often it came, smoothed
-
-    def ready(self) -> int:
-        """How many of its lanes can run now. Those that run their first segment again have their slots."""
-        waiting = len(self.items)
-        if not waiting or self.place[1] or self.items[0][2].again:
-            return waiting
-        return min(waiting, self.slots.room(self.place[0]))
-
-    def leads(self, request: Request) -> bool:
-        """Whether it would be its head."""
-        return not self.items or request.deadline_ns < self.items[0][0]
-
-    def note_arrival(self, now_ns: int, excess: float) -> None:
-        """`excess`: how many times its share the tenant has had."""
-        if self.came_ns is not None:
-            self.gap_ns = smoothed(self.gap_ns, now_ns - self.came_ns)
-        self.came_ns = now_ns
-        self.rate.note(now_ns, self.costs.slo_ns, 1.0 if excess <= FAIR else FAIR / excess)
-        if self.hoped_ns:
-            self.luck += ((now_ns <= self.hoped_ns) - self.luck) / 8
-            self.hoped_ns = 0
-
-
-class Level:
-    __slots__ = ("priority", "order", "starting", "demand", "counted", "above", "outlook", "firsts")
-
-    def __init__(self, priority: int):
-        self.priority = priority
-        self.order: list[tuple[int, int, Queue]] = []
-        self.starting = 0  # queues in it whose lanes have not begun
-        self.firsts: list[Queue] = []  # those in which everybody's requests begin
-        self.above: tuple[Level, ...] = ()  # higher priorities, highest first
-        self.outlook: Any = None  # what is to come, as far as it is known: see `outlook`
-        self.demand = Demand()  # of this priority and all higher ones
-        self.counted: tuple[Demand, ...] = (self.demand,)  # those in which its lanes count: its own and all lower ones
-
-    def promise(self, bucket: int, work_ns: int) -> None:
-        if len(self.counted) == 1:
-            self.demand.add(bucket, work_ns)
-            return
-        for demand in self.counted:
-            demand.add(bucket, work_ns)
-
-    def release(self, bucket: int, work_ns: int) -> None:
-        for demand in self.counted:
-            demand.remove(bucket, work_ns)
 
 
 class Queues:
@@ -135,6 +19,14 @@ class Queues:
         self._levels: dict[int, Level] = {}
         self._queues: dict[tuple[int, int, int, int], Queue] = {}  # family, segment, lot, priority
         self._serial = 0
+        self._hopeless_ns: int | None = None  # as it was worked out last, with the heads and costs as they are
+
+    @property
+    def hopeless_ns(self) -> int:
+        """From when on a head would be late even if it ran alone, as long as runs mostly take; FAR without heads."""
+        if self._hopeless_ns is None:
+            self._hopeless_ns = min((level.hopeless_ns() for level in self.levels), default=FAR)
+        return self._hopeless_ns
 
     def level(self, priority: int) -> Level:
         known = self._levels.get(priority)
@@ -169,14 +61,17 @@ class Queues:
 
     def put(self, lane: Lane, queue: Queue, foreseen: bool = False) -> None:
         """Puts it in at its deadline, and counts what it has ahead. `foreseen`: the outlook has it already."""
-        self._surprise(lane.level, foreseen)
+        if not foreseen or len(self.levels) > 1:
+            self._surprise(lane.level, foreseen)
+        lane.level.spare -= 1
         item = (lane.request.deadline_ns, lane.request.id, lane)
         items = queue.items
         lane.queue = queue
         change = queue.costs.lane_ns - lane.charge_ns
         if change:
             lane.charge_ns = queue.costs.lane_ns
-            lane.level.promise(lane.bucket, change)
+            for demand in lane.level.counted:
+                demand.add(lane.bucket, change)
         if items and item > items[-1]:
             items.append(item)
             return
@@ -190,6 +85,7 @@ class Queues:
         after_ns = queue.costs.lane_after_ns
         lanes = [item[2] for item in queue.items[first:end]]
         done: dict[int, int] = {}
+        begin = 0
         for lane in lanes:
             lane.queue = None
             done[lane.bucket] = done.get(lane.bucket, 0) + lane.charge_ns - after_ns
@@ -197,7 +93,8 @@ class Queues:
             if not lane.begun:
                 lane.begun = True
                 lane.account.waiting -= 1
-                self._slots.take(lane.request.family)
+                begin += 1
+        self._slots.take(queue.place[0], begin)
         for bucket, work_ns in done.items():
             queue.level.release(bucket, work_ns)
         self._cut(queue, first, end)
@@ -237,7 +134,7 @@ class Queues:
         """What is to come is not what it was, from this level downwards; `foreseen`: from the next one."""
         for other in self.levels:
             if other.priority < level.priority + (not foreseen):
-                other.outlook = None
+                other.outlook, other.spare = None, 0
 
     def _cut(self, queue: Queue, first: int, end: int) -> None:
         del queue.items[first:end]
@@ -247,6 +144,7 @@ class Queues:
     def rank(self, queue: Queue) -> None:
         """Finds its place in its level anew: its head or its costs have changed."""
         level = queue.level
+        self._hopeless_ns = None
         if queue.rank is not None:
             del level.order[bisect_left(level.order, queue.rank)]
             level.starting -= queue.place[1] == 0
@@ -291,7 +189,7 @@ class Queues:
         self.levels = sorted(self._levels.values(), key=lambda level: -level.priority)
         for at, upper in enumerate(self.levels):
             upper.counted = tuple(below.demand for below in self.levels[at:])
-            upper.above, upper.outlook = tuple(self.levels[:at]), None
+            upper.above, upper.outlook, upper.spare = tuple(self.levels[:at]), None, 0
 
     def keep_levels(self, busy: Container[int]) -> None:
         """Forgets the priorities that nobody has any more."""

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from coalesce.scheduler.admission import admit
+from coalesce.scheduler.admission import Admission
 from coalesce.scheduler.commands import Command, Reason, Reject
 from coalesce.scheduler.costs import Costs, Place
+from coalesce.scheduler.demand import bucket_of
 from coalesce.scheduler.flight import Bundle
-from coalesce.scheduler.load import Load
-from coalesce.scheduler.outlook import Start
+from coalesce.scheduler.lanes import Lane
+from coalesce.scheduler.laying import Start
 from coalesce.scheduler.quarantine import Watch
-from coalesce.scheduler.queues import Lane, Queues
+from coalesce.scheduler.queues import Queues
 from coalesce.scheduler.request import Request
 from coalesce.scheduler.shares import Account, Shares
 from coalesce.scheduler.tenancy import Tenancy
@@ -33,7 +34,7 @@ class Requests:
         self.closed = False
         self._queues, self._tenancy, self._watch = queues, tenancy, watch
         self._shares, self._costs = shares, costs
-        self._load = Load()
+        self._admission = Admission(shares)
         self._lanes: dict[int, Lane] = {}
         self._most_levels = LEVELS
 
@@ -43,9 +44,9 @@ class Requests:
     def submit(self, requests: Iterable[Request], start: Start, now_ns: int) -> None:
         """`start` is when the device can begin with them."""
         for request in requests:
-            reason = self._take_on(request, start, now_ns)
-            if reason is not None:
-                self.out.append(Reject(request.id, reason))
+            refused = self._take_on(request, start, now_ns)
+            if refused is not None:
+                self.out.append(Reject(request.id, refused))
 
     def _take_on(self, request: Request, start: Start, now_ns: int) -> Reason | None:
         account = self._tenancy.get(request.tenant)
@@ -59,14 +60,16 @@ class Requests:
         queue = self._queues.first(request.family, lot, account.tenant.priority + request.priority)
         excess = self._shares.excess(account, now_ns)
         queue.note_arrival(now_ns, excess)
-        lane = admit(request, account, queue, self._shares, self._load, start, excess, now_ns)
-        if isinstance(lane, Reason):
+        refused = self._admission.admit(request, account, queue, excess, start, now_ns)
+        if refused is not None:
             if lot:
                 self._queues.discard(queue)
                 self._watch.hope(request.tenant, now_ns)
-            return lane
-        self._lanes[request.id] = lane
-        self._queues.put(lane, queue, lane.foreseen)
+            return refused
+        account.waiting += 1
+        account.pending += 1
+        lane = self._lanes[request.id] = Lane(request, account, queue.level, bucket_of(request.deadline_ns, now_ns))
+        self._queues.put(lane, queue, self._admission.foreseen)
         return None
 
     def cancel(self, request: int) -> None:
@@ -100,10 +103,12 @@ class Requests:
     def _advance(self, place: Place, lanes: list[Lane]) -> None:
         family, segment = place
         last = segment + 1 == self._costs.catalog.segments_of(family)
-        for lane in lanes:
-            if last:
+        if last:
+            for lane in lanes:
                 self._end(lane)
-            elif lane.ending is not None:
+            return
+        for lane in lanes:
+            if lane.ending is not None:
                 self._reject(lane, lane.ending)
             else:
                 lane.again = False
@@ -157,11 +162,11 @@ class Requests:
         self._end(lane)
 
     def _end(self, lane: Lane) -> None:
-        self._queues.forget(lane)
-        account = lane.account
+        queues, account = self._queues, lane.account
+        queues.forget(lane)
         account.pending -= 1
         del self._lanes[lane.request.id]
-        if len(self._queues.levels) > self._most_levels:
+        if len(queues.levels) > self._most_levels:
             self._queues.keep_levels({own.level.priority for own in self._lanes.values()})
             self._most_levels = max(LEVELS, 2 * len(self._queues.levels))
         if account.leaving and self._tenancy.forget_if_done(account):

@@ -3,7 +3,8 @@
 A tenant's share is its weight among those that asked for anything lately. What it used is device time that it was
 admitted with, halved every EPOCH. Over its share, and while others are refused, a tenant is admitted only where those
 others keep the places that they will need (`hopes`). How far over its share that is depends on how many of them are
-refused, and on how much a tenant's use may differ by chance. Nothing is idle for it, since the device works on what
+refused, and on how much a tenant's use may differ by chance: the more the more unevenly tenants ask, or those whose
+requests come in bursts would be refused for nothing. Nothing is idle for it, since the device works on what
 waits, whoever sent it.
 """
 
@@ -14,6 +15,8 @@ from math import sqrt
 from coalesce.scheduler.request import Tenant
 
 EPOCH = 27  # bits of a time that do not matter: 134 ms
+WINDOW = 25  # the same, of those in which bursts show: 34 ms
+UNEVEN, SEEN = 4.0, 16.0  # how unevenly tenants ask until that is known, as of so many requests
 CLOSE = 1.08  # equal tenants differ by chance
 FADES = 0.8  # of what is known of refusals, every EPOCH
 MISS = 0.005  # share of refusals at which twice the share is too much
@@ -23,7 +26,7 @@ CHANCE = 2  # standard deviations
 class Account:
     """A tenant, and what it holds."""
 
-    __slots__ = ("tenant", "leaving", "waiting", "pending", "used_ns", "epoch")
+    __slots__ = ("tenant", "leaving", "waiting", "pending", "used_ns", "epoch", "window", "asked", "asked_before")
 
     def __init__(self, tenant: Tenant):
         self.tenant = tenant
@@ -32,6 +35,9 @@ class Account:
         self.pending = 0  # requests that have not ended
         self.used_ns = 0
         self.epoch = -2  # in which it was last seen
+        self.window = -1  # in which it last asked
+        self.asked = 0  # for so much
+        self.asked_before: int | None = None  # in the one before it
 
 
 class Shares:
@@ -41,6 +47,7 @@ class Shares:
         self._weights = 0.0  # of those that asked in this epoch
         self._weights_before = 0.0  # in the one before it
         self._asked = self._missed = 0.0  # by those that are not over their shares; and of these, refused
+        self._varied = self._compared = 0.0  # see `_compare`
 
     def excess(self, account: Account, now_ns: int) -> float:
         """What it has had, in times of its share; asking makes it one of those that share."""
@@ -51,6 +58,10 @@ class Shares:
             account.used_ns >>= min(63, epoch - account.epoch)
             account.epoch = epoch
             self._weights += account.tenant.weight
+        window = now_ns >> WINDOW
+        if account.window != window:
+            self._compare(account, window)
+        account.asked += 1
         weights = max(self._weights, self._weights_before)
         return account.used_ns * weights / (self._used_ns * account.tenant.weight) if self._used_ns else 0.0
 
@@ -63,7 +74,9 @@ class Shares:
         """Whether it has had so much that it must leave places for others; `lane_ns` is what a request counts."""
         if not self._missed or not account.used_ns:
             return False
-        return excess > 1 + MISS * self._asked / self._missed + CHANCE * sqrt(lane_ns * excess / account.used_ns)
+        uneven = max(1.0, (self._varied + UNEVEN * SEEN) / (self._compared + SEEN))
+        chance = CHANCE * sqrt(uneven * lane_ns * excess / account.used_ns)
+        return excess > 1 + MISS * self._asked / self._missed + chance
 
     def charge(self, account: Account, work_ns: int) -> None:
         account.used_ns += work_ns
@@ -75,9 +88,21 @@ class Shares:
         owed = account.used_ns * weights < self._used_ns * account.tenant.weight
         return 2 * account.tenant.weight if owed else account.tenant.weight
 
+    def _compare(self, account: Account, window: int) -> None:
+        """By how much it asked more or less than before: squared that is what it asked in both together, if requests
+        come one by one, and so many times as much if they come in bursts of so many."""
+        asked, before = account.asked, account.asked_before
+        if before is not None:
+            self._varied += (asked - before) ** 2
+            self._compared += asked + before
+        account.asked_before = (asked if window == account.window + 1 else 0) if account.window >= 0 else None
+        account.window, account.asked = window, 0
+
     def _begin(self, epoch: int) -> None:
         passed = min(63, epoch - self._epoch)
         self._used_ns >>= passed
+        self._varied *= FADES**passed
+        self._compared *= FADES**passed
         self._asked *= FADES**passed
         self._missed *= FADES**passed
         self._weights_before = self._weights if epoch == self._epoch + 1 else 0.0

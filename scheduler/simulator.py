@@ -125,7 +125,8 @@ class Simulation:
             time_ns = min(next_ns, arrival_ns)
             if time_ns >= until_ns:
                 return
-            now_ns = run.end_ns = self._told_at(time_ns, bool(heap) and heap[0][0] == time_ns)
+            prompt = self._host is PROMPT
+            now_ns = run.end_ns = time_ns if prompt else self._told_at(time_ns, bool(heap) and heap[0][0] == time_ns)
             if arrival is not None and arrival_ns < next_ns:
                 together: list[Request] = []
                 upto_ns = min(now_ns, next_ns)
@@ -193,7 +194,8 @@ class Simulation:
     def _tell(self, event: Event, now_ns: int) -> None:
         self._wake_ns = FAR
         commands = self._on_event(event, now_ns)
-        self._driver_ns = now_ns + self._host.decide(commands)
+        if self._host is not PROMPT:
+            self._driver_ns = now_ns + self._host.decide(commands)
         self._run.decisions += 1
         for watch in self._watchers:
             watch(event, now_ns, commands)

@@ -23,8 +23,8 @@ class Slots:
         limit = self._limits.get(family)
         return UNLIMITED if limit is None else max(0, limit - self._held.get(family, 0))
 
-    def take(self, family: int) -> None:
-        self._held[family] = self._held.get(family, 0) + 1
+    def take(self, family: int, lanes: int = 1) -> None:
+        self._held[family] = self._held.get(family, 0) + lanes
 
     def release(self, family: int) -> None:
         self._held[family] -= 1

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.commands import Want
-from coalesce.scheduler.queues import Queue
+from coalesce.scheduler.lanes import Queue
 
 AGAIN_NS = 1_000_000_000
 REMEMBERED = 1024

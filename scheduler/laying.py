@@ -1,0 +1,207 @@
+"""Lays the runs of an outlook, one after the other.
+
+At every turn it is the queue's whose head is due first. A turn is kept with what it was laid upon, so that one more
+request is laid from the first turn that it changes: mostly it comes last, and most of what was laid stays.
+"""
+
+from __future__ import annotations
+
+from heapq import heapify, heappop, heapreplace
+from math import hypot
+from typing import NamedTuple
+
+from coalesce.scheduler.costs import FAR
+from coalesce.scheduler.cover import Cover, Option
+from coalesce.scheduler.hopes import hoped, Pace, pace_of
+from coalesce.scheduler.lanes import Level, Queue
+
+
+class Begun(NamedTuple):
+    """Lanes on the device that have more segments ahead, in a run of these together."""
+
+    due_ns: int
+    option: Option
+
+
+class Start(NamedTuple):
+    """When the device begins with what waits."""
+
+    free_ns: int  # it is done with what it has
+    begun: tuple[Begun, ...] = ()
+    slip_ns: float = 0.0  # by how much it may be later
+
+
+class Newcomer(NamedTuple):
+    """A request that may come to a queue."""
+
+    queue: Queue
+    due_ns: int
+    at: int  # behind so many of its queue
+
+
+# when its head is due, serial, the queue or None for lanes that have begun, how many of the queue are served before it
+# and how many are not, the run, whether it is no narrower than with more time, whether there is little; and before it:
+# when it starts, by how much that may be later, and how tardy that is
+Turn = tuple[int, int, Queue | None, int, int, Option, bool, bool, int, float, float]
+
+# when its head is due, serial, the queue, its lanes that are served, all of them, where the newcomer is in them or FAR,
+# the run to begin with, lanes that are hoped for in the runs so far, how fast they come
+Waiting = tuple[int, int, Queue | None, int, int, int, Option, int, Pace | None]
+
+
+class Outlook:
+    __slots__ = ("turns", "late", "tardy_ns", "hurried", "end_ns", "slip_ns")
+
+    def __init__(self, begin_ns: int, slip_ns: float) -> None:
+        self.turns: list[Turn] = []
+        self.late = 0  # lanes for which even the narrowest run is too long: they are in no turn
+        self.tardy_ns = 0.0
+        self.hurried: set[int] = set()  # queues, by serial
+        self.end_ns = begin_ns
+        self.slip_ns = slip_ns  # by how much that may be later
+
+    @property
+    def first(self) -> tuple[Queue, Option] | None:
+        """The next run of lanes that wait."""
+        return next(((turn[2], turn[5]) for turn in self.turns if turn[2] is not None), None)
+
+    def bears(self, queue: Queue, other: Outlook) -> bool:
+        """Whether one more of a queue makes nothing worse, with whom it is as in `other`."""
+        return other.tardy_ns <= self.tardy_ns and queue.serial not in other.hurried
+
+    def is_good(self, queue: Queue) -> bool:
+        """Whether nothing is bad in it, whatever it was without one more of a queue."""
+        return not self.tardy_ns and queue.serial not in self.hurried
+
+
+def laid(
+    level: Level, begin_ns: int, slip_ns: float, begun: tuple[Begun, ...], new: Newcomer | None, now_ns: int, hope: bool
+) -> Outlook:
+    """The outlook of one level."""
+    found = Outlook(begin_ns, slip_ns)
+    heap: list[Waiting] = [(own.due_ns, -i, None, 0, 0, FAR, own.option, 0, None) for i, own in enumerate(begun)]
+    kinds = len(level.firsts) if hope else 0
+    newcomer = new.queue if new is not None else None
+    for _, _, queue in level.order:
+        if queue.costs.options:
+            heap.append(waiting_in(queue, 0, new if queue is newcomer else None, kinds))
+    if newcomer is not None and not newcomer.items:
+        heap.append(waiting_in(newcomer, 0, new, kinds))
+    lay(found, heap, new, now_ns, hope)
+    return found
+
+
+def with_one_more(sure: Outlook, new: Newcomer, now_ns: int) -> Outlook:
+    """An outlook in which nobody is late or hurried, with a newcomer."""
+    turns = sure.turns
+    at, served = first_changed(turns, new)
+    found = Outlook(sure.end_ns, sure.slip_ns)
+    found.tardy_ns = sure.tardy_ns
+    found.turns = turns[:at]
+    heap: list[Waiting] = []
+    if at < len(turns):
+        *_, found.end_ns, found.slip_ns, found.tardy_ns = turns[at]
+        seen = {new.queue.serial}
+        for due_ns, serial, queue, before, _, option, *_ in turns[at:]:
+            if queue is None:
+                heap.append((due_ns, serial, None, 0, 0, FAR, option, 0, None))
+            elif serial not in seen:
+                seen.add(serial)
+                heap.append(waiting_in(queue, before, None, 0))
+    if served <= len(new.queue.items):
+        heap.append(waiting_in(new.queue, served, new, 0))
+    lay(found, heap, new, now_ns, False)
+    return found
+
+
+def first_changed(turns: list[Turn], new: Newcomer) -> tuple[int, int]:
+    """The first turn that is another one with a newcomer, and how many of its queue are served before it. Some may have
+    come to that queue since the turns were laid."""
+    queue, due_ns, at = new
+    count, served = len(queue.items) + 1, 0
+    first = queue.costs.cover.first
+    for i, (turn_due_ns, serial, own, _, _, option, _, is_pressed, *_) in enumerate(turns):
+        if own is queue:
+            if served >= at or is_pressed or first(count - served) is not option:
+                return i, served
+            served = min(served + option.width, count)
+        elif served == at and (due_ns, queue.serial) < (turn_due_ns, serial):
+            return i, served
+    return len(turns), served
+
+
+def waiting_in(queue: Queue, served: int, new: Newcomer | None, kinds: int) -> Waiting:
+    """What of a queue is to be laid yet, with a newcomer if it is its queue. `kinds`, of queues that runs of other
+    lanes come from, is given where others are hoped for."""
+    costs, items = queue.costs, queue.items
+    count, at = len(items), FAR
+    if new is not None:
+        count, at = count + 1, new.at
+    due_ns = items[served][0] if served < at else due_at(queue, new, at, served)
+    pace = pace_of(queue, kinds) if kinds and not queue.place[1] and not queue.lot else None
+    return due_ns, queue.serial, queue, served, count, at, costs.cover.first(count - served), 0, pace
+
+
+def due_at(queue: Queue, new: Newcomer | None, at: int, number: int) -> int:
+    """When one is due, counted with the newcomer and no sooner than it."""
+    assert new is not None, f"lane {number} of {len(queue.items)}, and no newcomer at {at}"
+    return new.due_ns if number == at else queue.items[number - 1][0]
+
+
+def lay(found: Outlook, heap: list[Waiting], new: Newcomer | None, now_ns: int, hope: bool) -> None:
+    """All that waits."""
+    time_ns, slip_ns, tardy_ns, turns = found.end_ns, found.slip_ns, found.tardy_ns, found.turns
+    heapify(heap)
+    while heap:
+        due_ns, serial, queue, served, count, at, whole, taken, pace = heap[0]
+        if queue is None:
+            turns.append((due_ns, serial, None, 0, 0, whole, True, False, time_ns, slip_ns, tardy_ns))
+            time_ns += whole.mostly_ns
+            slip_ns = hypot(slip_ns, whole.slip_ns)
+            heappop(heap)
+            continue
+        waiting, option, later_ns = count - served, whole, hypot(whole.slip_ns, slip_ns)
+        end_ns = time_ns + whole.mostly_ns
+        is_pressed = end_ns + later_ns > due_ns and not queue.place[1]  # lanes that have begun stay together
+        if is_pressed:
+            option = fitting(queue.costs.cover, whole, waiting, due_ns - time_ns, slip_ns)
+        is_given_up = is_pressed and time_ns + option.mostly_ns > due_ns
+        if pace is not None and not is_given_up:
+            option, taken = hoped(queue.costs.cover.options, option, waiting, time_ns - now_ns, taken, pace)
+        if option is not whole:
+            end_ns, later_ns = time_ns + option.mostly_ns, hypot(option.slip_ns, slip_ns)
+        if end_ns + later_ns > due_ns:
+            tardy_after_ns = tardy_ns + (end_ns + later_ns - due_ns)
+        else:
+            tardy_after_ns = tardy_ns
+        if end_ns > due_ns or (option is not whole and not hope and is_inefficient(option, whole, waiting)):
+            found.hurried.add(serial)
+        if is_given_up:
+            found.late += 1
+            served += 1
+        else:
+            upon = time_ns, slip_ns, tardy_ns
+            turns.append((due_ns, serial, queue, served, waiting, option, option is whole, is_pressed, *upon))
+            time_ns, slip_ns = end_ns, later_ns
+            served += option.width
+        tardy_ns = tardy_after_ns
+        if served >= count:
+            heappop(heap)
+            continue
+        whole = queue.costs.cover.first(count - served)
+        due_ns = queue.items[served][0] if served < at else due_at(queue, new, at, served)
+        heapreplace(heap, (due_ns, serial, queue, served, count, at, whole, taken, pace))
+    found.end_ns, found.slip_ns, found.tardy_ns = time_ns, slip_ns, tardy_ns
+
+
+def fitting(cover: Cover, whole: Option, waiting: int, left_ns: int, slip_ns: float) -> Option:
+    """A narrower run: one that is in time whatever happens if that is about as efficient, or one that mostly is."""
+    if whole.mostly_ns > left_ns:
+        return cover.within(left_ns, waiting)
+    sure = cover.within(left_ns, waiting, slip_ns)
+    as_good = 10 * sure.mostly_ns * min(whole.width, waiting) <= 11 * whole.mostly_ns * min(sure.width, waiting)
+    return sure if as_good else whole
+
+
+def is_inefficient(option: Option, whole: Option, waiting: int) -> bool:
+    return 4 * option.mostly_ns * min(whole.width, waiting) > 5 * whole.mostly_ns * option.width
