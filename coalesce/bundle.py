@@ -8,9 +8,8 @@
     Array       one stacked array of weights: row r is one tenant's prepared weight, in the layout its readers want
     Bundle      families, schedule and arrays: everything that lowering needs, and nothing about values
 
-A schedule is a topological order: whatever an item reads is bound by an item before it, or is an argument. Packs that
-share a launch stand side by side, and none reads what another computes. Each variable belongs to one family, so
-(family, variable) names a value in every scope.
+A schedule is a topological order: whatever an item reads is bound by an item before it, or is an argument. Packs of one
+launch stand side by side, and none reads what another computes. (family, variable) names a value in every scope.
 """
 
 from __future__ import annotations
