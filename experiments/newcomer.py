@@ -8,6 +8,7 @@ Tenants of one family are asked at a steady rate, from a thread that sends each 
 nothing else happens for a while, and new families are added, one after another, each with all of its executables; then
 they go again. Latency is from submit to the moment at which the result is handed out. Nothing that was compiled before
 is found again: each newcomer has another size, the field `vary` counted on, and the runtime keeps nothing on disk.
+Newcomers' weights and examples are made before anything is measured: users have them, and here JAX compiles for them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from coalesce.models import by_name, NAMES
 from coalesce.runtime.runtime import Runtime
 from experiments import own_flags
 from experiments.cells import tenants_of
+from experiments.methods import Tenants
 from experiments.results import device_name, header, Row, save_rows, table
 
 TIMES = 2.0  # that the p99 may rise by
@@ -77,12 +79,15 @@ class Clients:
         self._thread.join()
 
 
-def add(rt: Runtime, prefix: str, more: int, count: int) -> tuple[list[str], np.ndarray]:
+def family(more: int, count: int) -> Tenants:
     """Tenants of one family, with the field that varies so much larger."""
     fields = {name: ast.literal_eval(value) for name, value in (item.split("=", 1) for item in FLAGS.fields)}
     fields[FLAGS.vary] += more
-    made = tenants_of(by_name(FLAGS.model, dtype=FLAGS.dtype, param_dtype=FLAGS.dtype, **fields), count, batch=1)
-    names = [f"{prefix}{i}" for i in range(count)]
+    return tenants_of(by_name(FLAGS.model, dtype=FLAGS.dtype, param_dtype=FLAGS.dtype, **fields), count, batch=1)
+
+
+def add(rt: Runtime, prefix: str, made: Tenants) -> tuple[list[str], np.ndarray]:
+    names = [f"{prefix}{i}" for i in range(len(made.params))]
     x = np.asarray(made.inputs[0][0])
     for name, params in zip(names, made.params, strict=True):
         rt.add_tenant(name, made.apply, params, example=(x,), slo=SLO_S)
@@ -93,15 +98,16 @@ def measure() -> Row:
     widths = tuple(map(int, FLAGS.widths))
     quiet: list[float] = []
     busy: list[float] = []
-    added_s, fresh = 0.0, itertools.count(1)
+    added_s = 0.0
+    fresh = iter([family(more, 2) for more in range(1, FLAGS.turns * FLAGS.families + 1)])
     with Runtime(widths=widths, compiled=False) as rt:
-        names, x = add(rt, "served", 0, FLAGS.tenants)
+        names, x = add(rt, "served", family(0, FLAGS.tenants))
         rt.warm_up(600.0)
         with Clients(rt, names, x, FLAGS.rate) as clients:
             time.sleep(0.3)
             for turn in range(FLAGS.turns):
                 clients.into, begin = busy, time.perf_counter()
-                newcomers = [add(rt, f"new{turn}.{k}.", next(fresh), 2)[0] for k in range(FLAGS.families)]
+                newcomers = [add(rt, f"new{turn}.{k}.", next(fresh))[0] for k in range(FLAGS.families)]
                 rt.warm_up(600.0)
                 took = time.perf_counter() - begin
                 added_s += took

@@ -2,6 +2,8 @@
 the interpreter is handed on."""
 
 import logging
+import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 from coalesce.errors import TraceError
+from coalesce.runtime import apart
 from coalesce.runtime.apart import Apart, WANTED
 from coalesce.runtime.gil import EAGER_S, handing_on
 from coalesce.runtime.runtime import Runtime
@@ -53,13 +56,13 @@ def check(rt: Runtime, name: str, fn: Any, seed: int) -> None:
 def test_while_others_are_served_it_is_compiled_elsewhere(wanted, caplog):
     """Also what is cut into segments, whose registers are donated. A compiler that dies is done without."""
     with caplog.at_level(logging.INFO, "coalesce.runtime"), Runtime(widths=(1, 2), segments=2, compiled=False) as rt:
-        apart = rt._process.apart
+        own = rt._process.apart
         rt.add_tenant("first", net, params_of(0), example=(row(0),), slo=SLO)
-        assert apart._process is None  # nobody was served meanwhile
+        assert own._process is None  # nobody was served meanwhile
         check(rt, "first", net, 0)
         rt.add_tenant("second", net, params_of(1), example=(row(0),), slo=SLO)
         rt.warm_up(120.0)
-        process = apart._process
+        process = own._process
         assert process is not None and process.poll() is None
         assert not any("compiled where it is served" in r.getMessage() for r in caplog.records)
         check(rt, "first", net, 0)
@@ -74,34 +77,54 @@ def test_while_others_are_served_it_is_compiled_elsewhere(wanted, caplog):
     assert process.poll() is not None
 
 
-def test_it_is_the_same_executable_bit_by_bit():
+def test_it_makes_the_same_executable_bit_by_bit_also_where_others_leave_it_no_time(monkeypatch, caplog):
+    """It takes what others leave; where they leave nothing, another one takes a little."""
     jitted, x = jax.jit(net), row(1)
     structs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (params_of(0), x))
-    apart = Apart()
-    try:
-        made = apart.compile(jax.devices()[0], jitted, structs, ())
-        assert made is not None
+    own = Apart()
+
+    def check_made() -> subprocess.Popen[bytes]:
+        made = own.compile(jax.devices()[0], jitted, structs, ())
+        assert made is not None and own._process is not None
         np.testing.assert_array_equal(made(params_of(0), x), jitted(params_of(0), x))
+        return own._process
+
+    try:
+        first = check_made()
+        assert not own._is_idle or os.sched_getscheduler(first.pid) == os.SCHED_IDLE
+        monkeypatch.setattr(apart, "STARVED_S", 0.001)
+        monkeypatch.setattr(apart, "processor_s", lambda pid: 0.0)
+        own._is_idle = True
+        with caplog.at_level(logging.INFO, "coalesce.runtime"):
+            assert check_made() is not first and first.poll() is not None
+        assert [r.getMessage()[:37] for r in caplog.records] == ["others leave the compiler no time: it"]
     finally:
-        apart.close()
-    assert apart.compile(jax.devices()[0], jitted, structs, ()) is None
+        own.close()
+    assert own.compile(jax.devices()[0], jitted, structs, ()) is None
+
+
+def test_what_a_process_had_of_the_processor_is_known():
+    assert 0 < apart.processor_s(os.getpid()) < math.inf and apart.processor_s(-1) == math.inf
 
 
 ALONE = """
 import gc
 from coalesce import Runtime
 
-pythons = gc.get_freeze_count()
+pythons, usual = gc.get_freeze_count(), gc.get_threshold()
 assert pythons < 1000 < len(gc.get_objects())
 with Runtime(widths=(1,)):
     assert gc.get_freeze_count() > 1000
+    assert gc.get_threshold() == (5000, *usual[1:])
     with Runtime(widths=(1,)):
         pass
-    assert gc.get_freeze_count() > 1000
+    assert gc.get_freeze_count() > 1000 and gc.get_threshold()[0] == 5000
+assert gc.get_threshold() == usual
 assert gc.get_freeze_count() <= pythons
 gc.freeze()
+gc.set_threshold(6000, 5, 5)
 with Runtime(widths=(1,)):
-    pass
+    assert gc.get_threshold() == (6000, 5, 5)
 assert gc.get_freeze_count() > 1000, "the process's own"
 """
 
@@ -109,7 +132,6 @@ assert gc.get_freeze_count() > 1000, "the process's own"
 def test_what_was_there_before_is_not_looked_through_while_somebody_serves():
     """In a process of its own: in this one another test's runtime may be open."""
     subprocess.run([sys.executable, "-c", ALONE], check=True, timeout=120)
-
 
 
 def test_the_interpreter_is_handed_on_soon_while_a_tenant_is_traced_and_its_programs_are_made():

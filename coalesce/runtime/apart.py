@@ -2,17 +2,21 @@
 
 XLA's compiler for CPUs works on the threads that programs run on, and at their priority: whoever is asked for anything
 meanwhile would wait for it. The other process gets the traced program and gives the executable back. It is started when
-it is first needed, takes the time that others leave, and ends with this one. Where it cannot be used, what it was asked
-for is compiled here: a program that calls back into Python belongs to its process, and some platforms have no other.
+it is first needed, takes the time that others leave, and ends with this one; where they leave none, another is started
+that takes a little. Where it cannot be used, what it was asked for is compiled here: a program that calls back into
+Python belongs to its process, and some platforms have no other.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
+import select
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,9 +24,11 @@ from jax import export
 from jax.experimental.serialize_executable import deserialize_and_load
 
 from coalesce.errors import Shutdown
-from coalesce.runtime.compiler import read, write
+from coalesce.runtime.compiler import IDLE, read, write
 
 PATIENCE_S = 10.0
+STARVED_S = 5.0  # that it gets less than SHARE of a processor for
+SHARE = 0.2
 WANTED = "COALESCE_APART"  # an environment variable: 0 for never
 
 LOG = logging.getLogger("coalesce.runtime")
@@ -35,6 +41,7 @@ class Apart:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._is_useless = self._is_closed = False
+        self._is_idle = hasattr(os, "SCHED_IDLE")  # it takes only what others leave
 
     def compile(self, device: Any, jitted: Any, arguments: tuple[Any, ...], donated: tuple[int, ...]) -> Any:
         """`jitted.lower(*arguments).compile()`, or None if it cannot be made there."""
@@ -73,32 +80,68 @@ class Apart:
             return None
 
     def _ask(self, request: Any) -> tuple[str, Any]:
-        if self._process is None:
-            self._process = started()
-        process = self._process
-        if self._is_closed:
-            process.kill()
-        assert process.stdin is not None and process.stdout is not None, "the compiler has no pipes"
-        write(process.stdin, request)
+        process = self._sent(request)
+        if self._is_idle and is_starved(process):
+            LOG.info("others leave the compiler no time: it is started anew, to take some")
+            self._is_idle = False
+            end(process)
+            self._process = None
+            process = self._sent(request)
+        assert process.stdout is not None, "the compiler has no pipes"
         answer = read(process.stdout)
         if answer is None:
             raise EOFError(f"it ended with {process.poll()}")
         return answer
+
+    def _sent(self, request: Any) -> subprocess.Popen[bytes]:
+        """To whom."""
+        if self._process is None:
+            self._process = started(self._is_idle)
+        process = self._process
+        if self._is_closed:
+            process.kill()
+        assert process.stdin is not None, "the compiler has no pipes"
+        write(process.stdin, request)
+        return process
 
     def close(self) -> None:
         """What it is at work on is lost."""
         self._is_closed = self._is_useless = True
         process = self._process
         if process is not None:
-            process.kill()
-            process.communicate()
+            end(process)
 
 
-def started() -> subprocess.Popen[bytes]:
+def end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.communicate()
+
+
+def is_starved(process: subprocess.Popen[bytes]) -> bool:
+    """Waits until it answers, or ends; True if that will take too long, since it gets next to no time."""
+    assert process.stdout is not None, "the compiler has no pipes"
+    used_s = processor_s(process.pid)
+    while not select.select([process.stdout], [], [], STARVED_S)[0]:
+        before_s, used_s = used_s, processor_s(process.pid)
+        if used_s - before_s < SHARE * STARVED_S:
+            return True
+    return False
+
+
+def processor_s(pid: int) -> float:
+    """What all its threads have had so far; endless where nobody says."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, after_name[11:13])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):
+        return math.inf
+
+
+def started(idle: bool) -> subprocess.Popen[bytes]:
     own = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": str(int(jax.config.jax_enable_x64))}  # pyright: ignore
     own["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     return subprocess.Popen(
-        [sys.executable, "-m", "coalesce.runtime.compiler"],
+        [sys.executable, "-m", "coalesce.runtime.compiler", *([IDLE] if idle else [])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=os.environ | own,

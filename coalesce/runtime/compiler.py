@@ -3,7 +3,8 @@
     request   size, then pickled (program, donated arguments)
     answer    size, then pickled ("made", (executable, trees of arguments and results)), or ("failed", why)
 
-It ends with its input, so that it never outlives who started it.
+It ends with its input, so that it never outlives who started it. Started as `idle` it runs only while nobody else wants
+to, where the system has such a class: a niced process may keep its processor for milliseconds when somebody wakes up.
 """
 
 from __future__ import annotations
@@ -14,11 +15,8 @@ import struct
 import sys
 from typing import Any, IO
 
-import jax
-from jax import export
-from jax.experimental.serialize_executable import serialize
-
 LESS_URGENT = 10  # than who serves: the highest would get nothing where others leave nothing
+IDLE = "idle"
 SIZE = struct.Struct("<q")
 
 
@@ -39,6 +37,10 @@ def write(stream: IO[bytes], message: Any) -> None:
 
 
 def compiled(program: bytes, donated: tuple[int, ...]) -> Any:
+    import jax  # not before `main` has stepped back: to load it takes seconds
+    from jax import export
+    from jax.experimental.serialize_executable import serialize
+
     exported = export.deserialize(bytearray(program))
     structs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in exported.in_avals]
     arguments, _ = jax.tree.unflatten(exported.in_tree, structs)
@@ -55,6 +57,8 @@ def answer(program: bytes, donated: tuple[int, ...]) -> tuple[str, Any]:
 
 def main() -> None:
     os.nice(LESS_URGENT)
+    if IDLE in sys.argv:
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     given, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what anybody prints is no answer
     while (request := read(given)) is not None:

@@ -1,8 +1,13 @@
-"""What Python's collector of garbage looks through while somebody serves: not all that was there before.
+"""What Python's collector of garbage looks through while somebody serves, and how often: not all that was there before,
+and not whenever a few bundles of requests are under way.
 
 A full collection holds the interpreter's lock for 100 ms and more where JAX and its programs are loaded, and programs
 that are traced bring one about. What is there when the first runtime starts is set aside (`gc.freeze`) until the last
 one is closed; if the process has set something aside by itself, nothing is changed.
+
+A request is some twenty objects until it ends, so that the usual threshold of 700 has the young ones looked through for
+every few bundles. Until the last runtime is closed it is RARELY, unless the process has asked for as much by itself, or
+for none: what a runtime makes is freed when nobody has it any more, without the collector.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ from __future__ import annotations
 import gc
 import threading
 
+RARELY = 5000  # new objects
 FEW = 1000  # Python 3.12 begins with some hundred objects set aside
 
 
@@ -18,18 +24,30 @@ class SetAside:
         self._lock = threading.Lock()
         self._holders = 0
         self._ours = False
+        self._usual: tuple[int, int, int] | None = None  # thresholds, if we have changed them
 
     def begin(self) -> None:
         with self._lock:
             self._holders += 1
-            if self._holders == 1 and gc.get_freeze_count() < FEW:
+            if self._holders > 1:
+                return
+            thresholds = gc.get_threshold()
+            if 0 < thresholds[0] < RARELY:
+                self._usual = thresholds
+                gc.set_threshold(RARELY, *thresholds[1:])
+            if gc.get_freeze_count() < FEW:
                 self._ours = True
                 gc.freeze()
 
     def end(self) -> None:
         with self._lock:
             self._holders -= 1
-            if not self._holders and self._ours:
+            if self._holders:
+                return
+            if self._usual is not None and gc.get_threshold() == (RARELY, *self._usual[1:]):
+                gc.set_threshold(*self._usual)
+            self._usual = None
+            if self._ours:
                 self._ours = False
                 gc.unfreeze()
 
