@@ -116,6 +116,7 @@ def compile_executable(lanes: Sequence[Lanes], packed: bool | None = None, make:
     traced = trace_executable(lanes, packed)
     with J.precision_as_traced():
         made = make(traced.jitted, traced.arguments, (WRITTEN,))
+    traced.staging.make_ready()
     return Executable(tuple(lanes), traced.bundle, traced.staging, traced.states, made)
 
 
