@@ -8,9 +8,8 @@
     Array       one stacked array of weights: row r is one tenant's prepared weight, in the layout its readers want
     Bundle      families, schedule and arrays: everything that lowering needs, and nothing about values
 
-A schedule is a topological order: whatever an item reads is bound by an item before it, or is an argument. Packs that
-share a launch stand side by side, and none reads what another computes. Each variable belongs to one family, so
-(family, variable) names a value in every scope.
+A schedule is a topological order: whatever an item reads is bound by an item before it, or is an argument. Packs of one
+launch stand side by side, and none reads what another computes. (family, variable) names a value in every scope.
 """
 
 from __future__ import annotations
@@ -102,7 +101,7 @@ class JointStep:
 @dataclass(frozen=True, eq=False)
 class Loop:
     """Control flow of a family, walked into. `varies` flags the carry (scan, while) or the results (cond) that differ
-    between lanes, `decides` whether the predicate or index does."""
+    between lanes, `decides` whether the predicate or index does. The steps of a scan that is `unrolled` are no loop."""
 
     family: int
     site: str
@@ -110,6 +109,7 @@ class Loop:
     bodies: tuple[Schedule, ...]
     varies: tuple[bool, ...]
     decides: bool = False
+    unrolled: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +120,7 @@ class JointLoop:
     parts: tuple[Loop, ...]
     body: Schedule
     stacked: tuple[tuple[int, ...], ...] = ()  # carries that stay one stack: for each, its position in every part
+    unrolled: bool = False
 
     @property
     def length(self) -> int:

@@ -132,7 +132,7 @@ def schedule_lines(bundle: Bundle, schedule: Schedule, names: dict[int, Names], 
                 yield f"{indent}together"
                 yield from (f"{indent}  f{p.family}: {equation(p.eqn, names[p.family])}" for p in parts)
             case JointLoop(parts, body):
-                yield f"{indent}together, {item.length} steps"
+                yield f"{indent}together, {item.length} steps{', unrolled' * item.unrolled}"
                 for part in parts:
                     region = J.as_scan(part.eqn).body
                     yield f"{indent}  f{part.family}: {equation(part.eqn, names[part.family])}"
@@ -142,7 +142,7 @@ def schedule_lines(bundle: Bundle, schedule: Schedule, names: dict[int, Names], 
                     outs = ", ".join(map(names[part.family], J.outvars(J.as_scan(part.eqn).body)))
                     yield f"{indent}      -> f{part.family}: {outs}"
             case Loop(family, _, eqn, bodies):
-                yield f"{indent}f{family}: {equation(eqn, names[family])}"
+                yield f"{indent}f{family}: {equation(eqn, names[family])}{', unrolled' * item.unrolled}"
                 for body, region in zip(bodies, J.regions(eqn), strict=True):
                     yield f"{indent}  ({', '.join(map(names[family].typed, J.invars(region)))})"
                     yield from schedule_lines(bundle, body, names, indent + "    ")

@@ -189,13 +189,14 @@ class Column:
         if isinstance(item, JointLoop):
             region = J.as_scan(eqn).body
             inside = [self.arguments("body", region), self.scheduled(region, item.body, f"{site}.body.")]
-            return el("li", self.line(eqn, site, [company(item.parts, self.index, site)]), *inside)
+            facts = [company(item.parts, self.index, site), *["unrolled"] * item.unrolled]
+            return el("li", self.line(eqn, site, facts), *inside)
         if isinstance(item, Loop):
             inner: list[Html] = []
             for label, body, region in zip(J.region_labels(eqn), item.bodies, J.regions(eqn), strict=True):
                 prefix = f"{site}.{label.replace(' ', '')}."  # as form_packs numbers the sites of a region
                 inner += [self.arguments(label, region), self.scheduled(region, body, prefix)]
-            return el("li", self.line(eqn, site), *inner)
+            return el("li", self.line(eqn, site, ["unrolled"] * item.unrolled), *inner)
         line = self.line(eqn, site, [f"lane by lane: {item.each}"] * bool(item.each), "each" * bool(item.each))
         return el("li", line, *self.inside(eqn, item, iter(item.alone)))
 

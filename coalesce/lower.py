@@ -167,8 +167,8 @@ class Walk:
                     self.together(item, env)
                 case Loop(family, _, eqn):
                     self.bind(env, family, eqn, lower_loop(self, item, env))
-                case JointLoop(parts, body, together):
-                    for part, outs in zip(parts, lower_scans(self, parts, body, together, env), strict=True):
+                case JointLoop(parts):
+                    for part, outs in zip(parts, lower_scans(self, item, env), strict=True):
                         self.bind(env, part.family, part.eqn, outs)
 
     def bind(self, env: Env, family: int, eqn: J.Eqn, outs: Sequence[LaneValue]) -> None:

@@ -78,7 +78,8 @@ def scan(walk: Walk, loop: Loop, env: Env) -> list[LaneValue]:
     with J.context_of(loop.eqn):
         shared = [x.value for x in xs if isinstance(x, Shared)]
         start = (jnp.zeros((), jnp.int32), init)
-        (_, carry), ys = lax.scan(step, start, shared, parts.length, parts.reverse, parts.unroll)
+        unroll = loop.unrolled or parts.unroll
+        (_, carry), ys = lax.scan(step, start, shared, parts.length, parts.reverse, unroll)
     ys = [jnp.moveaxis(y, 1, 0) if flag else y for y, flag in zip(ys, y_flags, strict=True)]
     return from_flags(carry, flags) + from_flags(ys, y_flags)
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Loop, Schedule
+from coalesce.bundle import JointLoop, Loop
 from coalesce.lanes import Env, InPacks, join, Joint, LaneValue, plain, Shared, Stacked
 from coalesce.lower_control import (
     as_flagged,
@@ -30,10 +30,9 @@ from coalesce.lower_control import (
 from coalesce.unify import largest
 
 
-def lower_scans(
-    walk: Walk, parts: Sequence[Loop], body: Schedule, together: Sequence[Sequence[int]], env: Env
-) -> list[list[LaneValue]]:
-    """The results of several scans that run as one; `together` as in `JointLoop.stacked`."""
+def lower_scans(walk: Walk, joint: JointLoop, env: Env) -> list[list[LaneValue]]:
+    """The results of several scans that run as one."""
+    parts, body, together = joint.parts, joint.body, joint.stacked
     scans = [ScanPart(walk, loop, {row[p] for row in together}, env) for p, loop in enumerate(parts)]
     length, lanes = max(s.scan.length for s in scans), tuple(s.lanes for s in scans)
     bodies = [s.scan.body for s in scans]
@@ -73,7 +72,7 @@ def lower_scans(
         return (i + 1, new_stacks, new_values), ys
 
     first = scans[0].scan
-    unroll = first.unroll if all(s.scan.unroll == first.unroll for s in scans) else 1
+    unroll = joint.unrolled or (first.unroll if all(s.scan.unroll == first.unroll for s in scans) else 1)
     with J.context_of(parts[0].eqn):
         start = (jnp.zeros((), jnp.int32), stacks, [s.init for s in scans])
         (_, stacks, values), ys = lax.scan(step, start, None, length, first.reverse, unroll)

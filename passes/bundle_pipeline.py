@@ -23,6 +23,7 @@ from coalesce.passes.keep_layouts import Held, keep_layouts
 from coalesce.passes.pack import pack
 from coalesce.passes.plan_layouts import plan_layouts
 from coalesce.passes.share_launches import share_launches
+from coalesce.passes.unroll_loops import unroll_loops
 from coalesce.tuning import Tuned, UNTUNED
 from coalesce.weigh import can_launch, no_launch
 
@@ -53,6 +54,7 @@ def bundle_passes(
         partial(align, costs=costs, policy=policy, waste_bound=waste_bound, may_launch=may_launch),
         pack,  # one order for all families, in which they do
     )
+    loops = (partial(unroll_loops, costs=costs),)  # which are none: once it is known what runs in one
     kernels = (partial(choose_kernels, platform=platform, choice=choice, tuned=tuned),)  # what runs each pack
     # packs that run better in one kernel than each in its own
     sharing = {"policy": policy, "within_program": within_program, "may_launch": may_launch}
@@ -63,8 +65,8 @@ def bundle_passes(
         partial(join_arrays, platform=platform),  # which of these arrays are one argument
     )
     if policy == "never":
-        return first + kernels + last
-    return first + across + kernels + (share if launches else ()) + last
+        return first + loops + kernels + last
+    return first + across + loops + kernels + (share if launches else ()) + last
 
 
 def serving_passes(
@@ -79,6 +81,7 @@ def serving_passes(
     """For programs whose lanes read a growing bank by slot: a weight has one layout, and shares an array with none."""
     return (
         partial(form_packs, pack_unbounded_loops=pack_unbounded_loops),
+        partial(unroll_loops, costs=costs),
         partial(keep_layouts, held=held, platform=platform, costs=costs, choice=choice, tuned=tuned),
         # of several families: what reads the bank in place runs side by side, as it is
         partial(share_launches, costs=costs, tuned=tuned),

@@ -12,6 +12,7 @@ from coalesce.bundle import Aligned
 from coalesce.bundle_check import check_bundle
 from coalesce.clusters import clusters_text
 from coalesce.explain import aligned_text, bundle_text, place_text
+from coalesce.passes import unroll_loops
 from coalesce.passes.align import align
 from coalesce.passes.cluster import cluster
 from coalesce.passes.form_packs import form_packs
@@ -85,7 +86,13 @@ def test_two_mlps_of_other_widths(golden):
     golden(shown(aligned(layers(2, 4, 8, 3), layers(2, 4, 6, 3))))
 
 
-def test_scans_of_unequal_length(golden):
+@pytest.fixture
+def loops_stay(monkeypatch):
+    """Loops that are not unrolled: so one of two saves iterations."""
+    monkeypatch.setattr(unroll_loops, "MOST", 0)
+
+
+def test_scans_of_unequal_length(golden, loops_stay):
     """Each of five steps saves a kernel, and three of eight iterations are saved; two of the shorter one are wasted."""
     golden(shown(aligned(rnn(3), rnn(5, 5), costs=Fixed(loop_us=20.0))))
 
@@ -253,7 +260,7 @@ def test_a_gain_within_the_margin():
 
 
 @pytest.mark.parametrize(("wait", "won"), [(0.6, 1.5), (0.7, 0.0)])
-def test_steps_that_wait_for_each_other(wait, won):
+def test_steps_that_wait_for_each_other(wait, won, loops_stay):
     """Each of three steps wins 10.5, stacked carry and all, and an iteration of 2; of its 20 us it waits 12 or 14."""
     bundle = aligned(rnn(3), rnn(3, 5), costs=Fixed(stack_us=5.0, wait=wait))
     assert bundle.predicted_us == pytest.approx(won)
@@ -279,7 +286,7 @@ def test_dependent_across_a_pack():
 NO_KERNEL = "no op of another family can share a kernel with it: its lanes share all operands, or waste too much"
 
 
-def test_lanes_that_share_all_operands():
+def test_lanes_that_share_all_operands(loops_stay):
     """Powers of a weight that lanes share are computed once for all of them: there is nothing to stack."""
 
     def powers(w, x):

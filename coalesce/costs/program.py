@@ -15,7 +15,7 @@ TRIPS = 8
 
 
 def equations_us(eqns: Iterable[J.Eqn], costs: Costs, lanes: int = 1) -> float:
-    return sum(equation_us(eqn, costs, lanes) for eqn in eqns)
+    return sum((equation_us(eqn, costs, lanes) for eqn in eqns), 0.0)
 
 
 def equation_us(eqn: J.Eqn, costs: Costs, lanes: int = 1) -> float:
