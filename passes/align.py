@@ -107,8 +107,13 @@ class Weights:
         step_us = [sum(self.costs.op(p.op, *problems(p, families)) for p in packs(loop.bodies[0])) for loop in loops]
         wasted = sum((max(lengths) - length) * us for length, us in zip(lengths, step_us, strict=True))
         waited = max(lengths) * self.costs.loop_wait * sum(step_us)
-        saved = 0.0 if all(unrolls([loop], self.bundle, self.costs) for loop in loops) else self.costs.loop
+        saved = 0.0 if self.are_unrolled(loops) else self.costs.loop
         return max(lengths) * won - wasted - waited + (sum(lengths) - max(lengths)) * saved
+
+
+    def are_unrolled(self, loops: Sequence[Loop]) -> bool:
+        """Whether scans are no loops anyway, so that running as one saves no iterations."""
+        return all(unrolls([loop], self.bundle, self.costs) for loop in loops)
 
 
 def neighbourhood_of(bundle: Bundle, waste_bound: float) -> dict[Place, int]:
@@ -186,6 +191,8 @@ class Solver:
             found = self.bodies(nodes)
             if policy == "always":
                 return found.value if found.aligned else None
+            if not found.aligned and self.weights.are_unrolled(self.items(nodes)):
+                return None  # nothing would be won, and steps that wait for nobody's would wait for each other
             return self.weights.steps_us(self.items(nodes), found.predicted_us)
 
         def bonus(nodes: Nodes) -> float:

@@ -12,8 +12,9 @@ Before                                                After
 A step of a recurrent network multiplies its input, which is there from the start, and its carry, which is not. The
 first product has a row a step: together they read their weights once instead of once a step. So a dot or a convolution
 moves if one operand stays the same in every step, the other does not depend on the carry, and the weight is larger than
-the result that is written and read instead. What its operand is computed from moves with it. Values of all steps are
-kept at once: no more than LARGEST bytes of a product.
+the result that is written and read instead. What its operand is computed from moves with it, unless it may not run for
+several steps at once, as it may not for several lanes: random bits would be others. Values of all steps are kept at
+once, no more than LARGEST bytes of a product.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from jax.extend.core import ClosedJaxpr
 
 from coalesce import jaxpr as J
 from coalesce.heavy import is_heavy
+from coalesce.passes.lane_rules import why_not_batched
 from coalesce.passes.lift_from_regions import rebuilt_scan
 from coalesce.program import Program
 
@@ -83,7 +85,9 @@ def products(scan: J.Scan) -> Products | None:
     chosen: list[J.Eqn] = []
     for eqn in eqns:
         read = [a for a in eqn.invars if not isinstance(a, J.Literal)]
-        if eqn.effects or J.regions(eqn) or not all(a in fixed or a in steps for a in read):
+        if J.regions(eqn) or not all(a in fixed or a in steps for a in read):
+            continue
+        if why_not_batched(eqn, [not isinstance(a, J.Literal) and a in steps for a in eqn.invars]):
             continue
         made = [v for v in eqn.outvars if not J.is_drop(v)]
         if all(a in fixed for a in read):

@@ -31,7 +31,6 @@ class Completed(NamedTuple):
     start_ns: int  # when the device began it
     end_ns: int
     failed: bool = False  # no lane has a result: some lane raised, and which one is not known
-    host_ns: int = 0  # from the decision until it was launched: what the host took to gather what its lanes brought
 
 
 class TenantAdded(NamedTuple):

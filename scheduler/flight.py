@@ -35,16 +35,8 @@ class Timed(Protocol):
 B = TypeVar("B", bound=Timed)
 
 
-LAUNCHES = 16
-
-
 class Flight(Generic[B]):
-    """A bundle is decided on `lead_ns` before the device is free for it: it is launched by then, if that takes what it
-    took the last times (of which one in four may have been slower), with some time left."""
-
-    def __init__(self, left_ns: int) -> None:
-        self.lead_ns = self._left_ns = left_ns
-        self._launches: deque[int] = deque(maxlen=LAUNCHES)
+    def __init__(self) -> None:
         self.bundles: deque[B] = deque()
         self._began_ns = 0  # the first of them, as far as known
         self._first_ns = -1  # when that one mostly ends
@@ -72,8 +64,6 @@ class Flight(Generic[B]):
             next_ns = self.bundles[0].l50_ns
             self._first_ns = self._began_ns + next_ns
             self._behind_ns -= next_ns
-        self._launches.append(event.host_ns)
-        self.lead_ns = self._left_ns + sorted(self._launches)[3 * len(self._launches) // 4]
         return bundle
 
     def free_at(self, now_ns: int) -> int:

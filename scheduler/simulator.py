@@ -212,8 +212,7 @@ class Simulation:
 
     def _dispatch(self, command: Dispatch, now_ns: int) -> None:
         executable = self._executables[command.executable]
-        host_ns = self._host.dispatch()
-        start_ns = max(self._device_ns, now_ns + host_ns)
+        start_ns = max(self._device_ns, now_ns + self._host.dispatch())
         end_ns = start_ns + self._takes(executable, self._rng)
         failed = False
         if self._faults is not None:
@@ -227,7 +226,7 @@ class Simulation:
         self._device_ns = end_ns
         self._bundles[command.bundle] = command
         self._told_ns = max(self._told_ns, end_ns + self._host.tell())
-        self.happen([(self._told_ns, Completed(command.bundle, start_ns, end_ns, failed, host_ns))])
+        self.happen([(self._told_ns, Completed(command.bundle, start_ns, end_ns, failed))])
 
     def _go_wrong(self, faults: Faults, command: Dispatch, start_ns: int, end_ns: int) -> tuple[int, bool]:
         """(when it ends, whether it fails)"""

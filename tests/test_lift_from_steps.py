@@ -150,6 +150,22 @@ def test_no_more_is_kept_at_once_than_a_bound(monkeypatch):
     assert lift_from_steps(program) is not program
 
 
+@pytest.mark.parametrize(("impl", "moves"), [("threefry2x32", True), ("rbg", False)])
+def test_noise_is_that_of_each_step(impl, moves):
+    """The bits of some generators depend on how many keys they are drawn for at once."""
+
+    def noisy(p: Any, keys: Any) -> Any:
+        def step(h: Any, key: Any) -> Any:
+            return h + jax.random.normal(key, (1, 4)) @ p["in"], h
+
+        return lax.scan(step, jnp.zeros((1, WIDE)), keys)
+
+    keys = jax.random.split(jax.random.key(3, impl=impl), STEPS)
+    program = dce(inline(coalesce.trace(noisy, RNN, keys)))
+    assert (lift_from_steps(program) is not program) == moves
+    check(noisy, [RNN, {name: 2 * w for name, w in RNN.items()}], [(keys,), (keys,)])
+
+
 @pytest.mark.parametrize(("model", "before", "inside"), [(lstm, 1, 1), (gru, 3, 3)])
 def test_a_recurrent_network_multiplies_its_input_once(model, before, inside):
     """The head's product comes after the scan."""

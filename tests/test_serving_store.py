@@ -117,7 +117,9 @@ def test_memory_of_calls_that_have_ended_is_filled_again():
     def lanes(*own: int) -> list[Lane]:
         return [serving.lane(t, found[t][2]) for t in own]
 
+    assert len(executable.staging._spare) == 2, "what the first calls need is there before them"
     first, second = executable.stage([lanes(0, 1, 0)]), executable.stage([lanes(1)])
+    assert not executable.staging._spare
     assert not np.shares_memory(first.arguments, second.arguments)
     executable.take_back(first)
     again = executable.stage([lanes(1)])

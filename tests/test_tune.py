@@ -12,12 +12,18 @@ from coalesce.__main__ import main
 from coalesce.blocks import Blocks
 from coalesce.bundle import packs
 from coalesce.compile import default_device
+from coalesce.errors import TuningError
 from coalesce.html import html_page
 from coalesce.kernels import indexed_gemm, KERNELS
-from coalesce.measuring import case as cases_module, measure as measure_module, tune as tune_module
+from coalesce.measuring import (
+    case as cases_module,
+    measure as measure_module,
+    profile as profile_module,
+    tune as tune_module,
+)
 from coalesce.measuring.case import cases
 from coalesce.measuring.measure import bank_count, entry_of, measure
-from coalesce.measuring.profile import between_marks, Launch, MARK
+from coalesce.measuring.profile import between_marks, kernels_us, Launch, MARK
 from coalesce.measuring.tune import tune
 from coalesce.tuning import Database, Entry, load, packaged
 from tests.alone import array
@@ -140,6 +146,43 @@ def test_kernels_between_marks_belong_to_one_run():
     assert between_marks([Launch(name, float(i), us) for i, (name, us) in enumerate(names)]) == [3.0, 0.0, 4.0]
 
 
+def test_making_the_operands_does_not_count(monkeypatch):
+    """Each of five runs of two programs gets operands of its own, made before it and apart from it."""
+    events, made = [], []
+
+    class Traced:
+        def __enter__(self):
+            events.clear()
+            return events
+
+        def __exit__(self, *_):
+            pass
+
+    def launched(name, us):
+        events.append(Launch(name, float(len(events)), us))
+
+    def operands():
+        launched("copy", 100.0)
+        made.append(len(made))
+        return made[-1]
+
+    def program(us):
+        def run(turn, given):
+            assert given == made[-1]
+            launched("kernel", us + turn)
+            return turn
+
+        return run
+
+    monkeypatch.setattr(profile_module, "traced", Traced)
+    monkeypatch.setattr(profile_module, "marker", lambda: lambda: launched(MARK, 9.0))
+    assert kernels_us([program(10.0), program(20.0)], operands) == [14.0, 25.0]  # of turns 0 to 8 and 1 to 9
+    assert len(made) == 2 + 10
+    monkeypatch.setattr(profile_module, "marker", lambda: lambda: None)
+    with pytest.raises(TuningError, match="0 marks for 10 runs, two for each"):
+        kernels_us([program(10.0), program(20.0)], operands)
+
+
 def test_weights_come_from_memory():
     def banks(*shape):
         return bank_count(jax.ShapeDtypeStruct(shape, np.dtype(jnp.bfloat16)))
@@ -165,9 +208,9 @@ def test_on_a_gpu_each_run_reads_another_bank_and_xla_compiles_alone(monkeypatch
         compiled.append((kernel, bool(held)))
         return None if kernel == "separate" else compiled_or_none(case, kernel, blocks)
 
-    def kernels_us(programs):
+    def kernels_us(programs, operands):
         assert held
-        results.extend([program(turn) for program in programs for turn in (0, 1)])
+        results.extend([program(turn, operands()) for program in programs for turn in (0, 1)])
         return [float(i) for i in range(len(programs))]
 
     compiled_or_none = measure_module.compiled_or_none

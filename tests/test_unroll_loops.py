@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -98,16 +97,18 @@ def test_scans_that_run_as_one_are_unrolled_together(reverse):
     assert loops(fused) == [True] and scans(fused) == [(5, 5)]
 
 
-def test_what_runs_as_one_wins_no_iterations_then():
-    """Two loops that are none save no iteration by being one; if each of their steps were dear, they would."""
+@pytest.mark.parametrize(("most", "together"), [(passes.MOST, False), (0, True)])
+def test_scans_that_share_no_superkernel_stay_apart_unless_they_are_loops(monkeypatch, most, together):
+    """Then one of two saves the other's iterations."""
+    monkeypatch.setattr(passes, "MOST", most)
     programs = []
     for name, model in (("lstm", lstm), ("gru", gru)):
         small = model(hidden=64, features=64, classes=3)
         shapes = jax.eval_shape(small.init, jax.random.key(0), small.example(jax.random.key(0))[0])
         programs.append(coalesce.trace(small.apply, shapes, *small.example(jax.random.key(0)), name=name))
-    dear = Costs(replace(H100, loop_us=1000.0))
-    cheap = coalesce.fuse(programs, costs=GPU, platform="gpu").report.predicted_gain_us
-    assert coalesce.fuse(programs, costs=dear, platform="gpu").report.predicted_gain_us == pytest.approx(cheap)
+    fused = coalesce.fuse(programs, costs=GPU, platform="gpu")
+    assert [group.form for group in fused.bundle.aligned if group.form == "scan"] == ["scan"] * together
+    assert loops(fused) == [not together] * (2 - together)
 
 
 def test_it_is_done_once():

@@ -1,7 +1,8 @@
 """Microseconds of kernels on a GPU, from the profiler's trace: what the device does, without dispatch.
 
 Several programs are measured in one trace, since starting one takes long. A kernel of ours with a name of its own runs
-between them, so that what lies between two of these is one program's, whatever XLA calls its kernels.
+between them, so that what lies between two of these is one program's, whatever XLA calls its kernels. What a program
+reads is made anew before each run: in a network another kernel has just left it, and some of it in a cache.
 """
 
 from __future__ import annotations
@@ -53,19 +54,29 @@ def launches(data: Any) -> Iterator[Launch]:
                 yield from (Launch(event.name, event.start_ns / 1e3, event.duration_ns / 1e3) for event in line.events)
 
 
-def kernels_us(programs: Sequence[Callable[[int], Any]], rounds: int = 5) -> list[float]:
-    """The median, for each program, of what the kernels of a run take together; programs get the number of the run."""
+def kernels_us(
+    programs: Sequence[Callable[[int, Any], Any]], operands: Callable[[], Any], rounds: int = 5
+) -> list[float]:
+    """The median, for each program, of what the kernels of a run take together.
+
+    Args:
+      programs: each gets the number of the run, and what `operands` has just made.
+      operands: the work of making them does not count.
+    """
     mark = marker()
     for program in programs:
-        jax.block_until_ready(program(0))
+        jax.block_until_ready(program(0, operands()))
+    runs = rounds * len(programs)
     with traced() as found:
-        for i in range(rounds * len(programs)):
-            jax.block_until_ready(programs[i % len(programs)](i))
+        for i in range(runs):
+            made = jax.block_until_ready(operands())
+            jax.block_until_ready(mark())
+            jax.block_until_ready(programs[i % len(programs)](i, made))
             jax.block_until_ready(mark())
     times = between_marks(found)
-    if len(times) != rounds * len(programs):
-        raise TuningError(f"the profiler's trace has {len(times)} marks for {rounds * len(programs)} runs; try again")
-    return [median(times[i :: len(programs)]) for i in range(len(programs))]
+    if len(times) != 2 * runs:
+        raise TuningError(f"the profiler's trace has {len(times)} marks for {runs} runs, two for each; try again")
+    return [median(times[1::2][i :: len(programs)]) for i in range(len(programs))]
 
 
 def between_marks(found: Sequence[Launch]) -> list[float]:

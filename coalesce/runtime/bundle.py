@@ -45,6 +45,7 @@ class Bundle:
             if at_once:
                 self._fetched = self._executable.fetch(self._outputs)
             else:
+                self._executable.send_back(self._outputs)  # here, since the driver has more to do than who waits
                 jax.block_until_ready(self._outputs)
         except Exception as e:
             suspect(self._pools)

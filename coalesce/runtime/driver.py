@@ -252,8 +252,7 @@ class Driver:
             launched = self._machine.launch(command.executable, entries)
         except Exception as e:
             launched = e
-        host_ns = self._clock() - now_ns
-        self._finisher.inbox.put(Flight(command, self._forms[command.executable], entries, launched, now_ns, host_ns))
+        self._finisher.inbox.put(Flight(command, self._forms[command.executable], entries, launched, now_ns))
 
     def _reject(self, command: Reject, now_ns: int) -> None:
         ticket = self.book.tickets.get(command.request)

@@ -29,8 +29,7 @@ class Flight(NamedTuple):
     form: Sequence[Entry]  # of its executable
     entries: Sequence[Sequence[Ticket]]
     launched: Launched | Exception  # the error, if it could not even be dispatched
-    launched_ns: int  # when that was decided
-    host_ns: int  # until then, from there on
+    launched_ns: int
 
 
 class Probe(NamedTuple):
@@ -113,7 +112,7 @@ class Finisher:
             self._driver.put(Exhausted(dispatch.executable, error))
         elif isinstance(error, DeviceError):
             self._driver.put(Lost(error))
-        self._driver.put(Completed(dispatch.bundle, start_ns, end_ns, error is not None, flight.host_ns))
+        self._driver.put(Completed(dispatch.bundle, start_ns, end_ns, failed=error is not None))
         self._observers.finished(Finished(dispatch, tuple(flight.form), entries, start_ns, end_ns, error))
         if error is None and not isinstance(flight.launched, Exception):
             self._fetch(flight.launched, entries, end_ns)

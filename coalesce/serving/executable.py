@@ -78,10 +78,13 @@ class Executable:
         kept, written = (states.arrays(places, pools) for places in (states.kept, states.written))
         after, outputs = self.compiled(banks, kept, written, filled.arguments)
         states.store(pools, after)
-        if self.staging.packed:  # results follow the last kernel, instead of waiting until somebody asks for them
+        return outputs
+
+    def send_back(self, outputs: list[list[jax.Array]]) -> None:
+        """So that results follow the last kernel to the host, instead of waiting until somebody asks for them."""
+        if self.staging.packed:
             for x in chain.from_iterable(own for lanes, own in zip(self.lanes, outputs, strict=True) if lanes.is_last):
                 x.copy_to_host_async()
-        return outputs
 
     def take_back(self, filled: Filled) -> None:
         """What was staged for a call that has ended, and did not fail; nobody reads it any more."""
@@ -116,6 +119,7 @@ def compile_executable(lanes: Sequence[Lanes], packed: bool | None = None, make:
     traced = trace_executable(lanes, packed)
     with J.precision_as_traced():
         made = make(traced.jitted, traced.arguments, (WRITTEN,))
+    traced.staging.make_ready()
     return Executable(tuple(lanes), traced.bundle, traced.staging, traced.states, made)
 
 

@@ -97,6 +97,14 @@ class Staging:
                 start += words(part)
         return Filled(buffer, self.given(views), list(self.widths))
 
+    def make_ready(self) -> None:
+        """Memory for the first calls, which were slower if they had to ask for it."""
+        for _ in range(SPARES if self.packed else 0):
+            filled = self.buffers()
+            filled.arguments[:] = 0
+            filled.used = [0] * len(self.widths)
+            self.take_back(filled)
+
     def fill(self, entries: Sequence[Sequence[Lane]]) -> Filled:
         """The arguments for some lanes of each entry, at least one and in this order. What is left of its width repeats
         the slot of the first, with inputs of zeros, and has states behind the pool, all different."""

@@ -89,8 +89,8 @@ class Desk:
         self._menu = Menu(latency)
         self._waiting = Waiting(self._menu, rank, apart)
         self._requests = Requests(self._waiting, self._menu)
-        self._flight = Flight[Bundle](lead_ns)
-        self._wants, self._depth = wants, depth
+        self._flight = Flight[Bundle]()
+        self._wants, self._depth, self._lead_ns = wants, depth, lead_ns
         self._asked: dict[Entry, int] = {}
         self._bundles = 0
 
@@ -136,7 +136,7 @@ class Desk:
         """Dispatches what the policy chooses; returns until when it waits."""
         while len(self._flight) < self._depth:
             start_ns = self._flight.free_at(now_ns)
-            chosen = self._ask(choose, start_ns) if start_ns - now_ns <= self._flight.lead_ns else Wait(FAR)
+            chosen = self._ask(choose, start_ns) if start_ns - now_ns <= self._lead_ns else Wait(FAR)
             if isinstance(chosen, Run):
                 self._go(chosen, now_ns)
             elif isinstance(chosen, Drop):
@@ -200,7 +200,7 @@ class Desk:
 
     def _wake(self, patient_ns: int, now_ns: int) -> None:
         time_ns = min(patient_ns, self._waiting.latest_ns() + 1)
-        ahead_ns = self._flight.free_at(now_ns) - self._flight.lead_ns
+        ahead_ns = self._flight.free_at(now_ns) - self._lead_ns
         if time_ns < FAR and len(self._flight) < self._depth and ahead_ns > now_ns:
             time_ns = min(time_ns, ahead_ns)
         if time_ns < FAR:
