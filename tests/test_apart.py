@@ -6,7 +6,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from coalesce.errors import TraceError
-from coalesce.runtime import apart
+from coalesce.runtime import apart, gil
 from coalesce.runtime.apart import Apart, WANTED
-from coalesce.runtime.gil import EAGER_S, handing_on
+from coalesce.runtime.gil import EAGER_S, GIVEN_S, giving_way, handing_on, LATELY_S, NAP_S
 from coalesce.runtime.runtime import Runtime
 
 SLO = 30.0
@@ -169,3 +169,65 @@ def test_who_hands_on_last_brings_back_what_was_there():
             pass
         assert sys.getswitchinterval() == pytest.approx(EAGER_S)
     assert sys.getswitchinterval() == pytest.approx(usual)
+
+
+class Clock:
+    """In place of the module `time`; `at` says what happens after so many naps."""
+
+    def __init__(self, at: dict[int, Callable[[], None]]) -> None:
+        self.now_s, self.naps, self.at = 0.0, 0, at
+
+    def perf_counter(self) -> float:
+        return self.now_s
+
+    def sleep(self, s: float) -> None:
+        self.now_s += s
+        self.naps += 1
+        self.at.get(self.naps, lambda: None)()
+
+
+def test_who_traces_sleeps_while_somebody_serves_but_no_more_than_half_of_the_time(monkeypatch):
+    at_work = set[object]()
+    clock = Clock({3: at_work.clear})
+    monkeypatch.setattr(gil, "time", clock)
+    give_way = giving_way(at_work)
+    give_way()
+    assert clock.naps == 0  # nobody serves
+    at_work.add("driver")
+    give_way()
+    assert clock.naps == 3 and not at_work  # until that is done
+    at_work.add("driver")
+    give_way()
+    most = clock.naps - 3
+    assert clock.now_s == pytest.approx(3 * NAP_S + GIVEN_S, abs=NAP_S)
+    give_way()
+    assert clock.naps == 3 + most  # its turn
+    clock.now_s += GIVEN_S
+    give_way()
+    assert clock.naps == pytest.approx(3 + 2 * most, abs=1)
+
+
+def test_whoever_makes_something_gives_way_where_requests_were_served_lately(monkeypatch):
+    profilers = list[Any]()
+
+    def look(params: Any, x: jax.Array) -> jax.Array:
+        profilers.append(sys.getprofile())
+        return net(params, x)
+
+    monkeypatch.setattr(handing_on, "_served_s", -LATELY_S)
+    with Runtime(widths=(1,), compiled=False) as rt:
+        rt.add_tenant("a", look, params_of(0), example=(row(0),), slo=SLO)
+        assert profilers and not any(profilers)
+        check(rt, "a", net, 0)
+        profilers.clear()
+        rt.add_tenant("b", lambda p, x: look(p, x) + 1, params_of(1), example=(row(0),), slo=SLO)
+        assert profilers and all(profilers) and sys.getprofile() is None
+        profilers.clear()
+        sys.setprofile(own := lambda *_: None)
+        try:
+            rt.add_tenant("c", lambda p, x: look(p, x) + 2, params_of(2), example=(row(0),), slo=SLO)
+            assert set(profilers) == {own} and sys.getprofile() is own  # a profiler of the user's
+        finally:
+            sys.setprofile(None)
+        check(rt, "b", lambda p, x: net(p, x) + 1, 1)
+    assert not handing_on._at_work

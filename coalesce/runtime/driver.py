@@ -19,6 +19,7 @@ from coalesce.errors import DeviceError, ServingError, Shutdown
 from coalesce.runtime.book import Book
 from coalesce.runtime.endings import error_of
 from coalesce.runtime.finisher import Exhausted, Finisher, Flight, Lost, Probe, Probing
+from coalesce.runtime.gil import handing_on
 from coalesce.runtime.inbox import Inbox
 from coalesce.runtime.machine import Machine
 from coalesce.runtime.observer import Observers
@@ -184,6 +185,7 @@ class Driver:
         wake_ns = self._wake_ns
         items = self.inbox.take(None if wake_ns is None else max(0, wake_ns - self._clock()) / 1e9)
         self._busy_since_ns = self._clock()
+        handing_on.begin(self)
         kinds = set(map(type, items))
         try:
             if kinds == {Request}:
@@ -195,6 +197,7 @@ class Driver:
                 LOG.exception("the driver failed; every request that waits ends with DeviceError")
             self.lose("the runtime's driver failed; its log has the traceback. Restart the runtime")
         self._busy_since_ns = None
+        handing_on.end(self)
         return Stop not in kinds
 
     def _handle(self, items: Sequence[Any]) -> None:

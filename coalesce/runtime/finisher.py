@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from coalesce.errors import DeviceError, OutOfDeviceMemory
 from coalesce.runtime.book import Book
 from coalesce.runtime.endings import error_of
+from coalesce.runtime.gil import handing_on
 from coalesce.runtime.inbox import Inbox
 from coalesce.runtime.machine import Launched, Machine, Spoilt
 from coalesce.runtime.observer import Finished, Observers
@@ -86,7 +87,10 @@ class Finisher:
             if isinstance(flight, Probing):
                 self._time(flight)
             else:
-                self._finish(flight)
+                try:
+                    self._finish(flight)
+                finally:
+                    handing_on.end(self)
         return True
 
     def _time(self, probing: Probing) -> None:
@@ -101,6 +105,8 @@ class Finisher:
 
     def _finish(self, flight: Flight) -> None:
         error = self._wait(flight)
+        handing_on.begin(self)
+        handing_on.note_served()
         end_ns = self._clock()
         start_ns = min(max(self._free_ns, flight.launched_ns), end_ns)
         self._free_ns = end_ns

@@ -1,19 +1,29 @@
-"""How soon a thread that waits for the interpreter's lock gets it, while another one traces.
+"""How soon threads that serve get the interpreter's lock, and keep it, while another one traces.
 
 Tracing, the passes and lowering keep the lock busy for tens of milliseconds a program, and who serves would wait for
 it at every step of a request: Python hands it on after 5 ms at the earliest. While a tenant is taken in and while
 programs are made, also on a user's thread, it does so after EAGER_S. That is a setting of the whole process, so what it
 was before is remembered here for all runtimes, and comes back with the last of them that makes something.
+
+Who traces would have the lock back as soon, over and over, while a driver decides: so it gives way. It looks at every
+call of a function (`sys.setprofile`, which is a thread's own) whether somebody serves right now, and sleeps until that
+is done: up to GIVEN_S, and then it works for as long before it does so again. Where nobody was served lately, and on a
+thread that has a profiler already, it does not.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 EAGER_S = 2e-5
+GIVEN_S = 2e-3
+NAP_S = 2e-4  # who wakes up takes the lock for a moment
+LATELY_S = 10.0
 
 
 class Eagerness:
@@ -21,21 +31,54 @@ class Eagerness:
         self._lock = threading.Lock()
         self._holders = 0
         self._usual_s = 0.0
+        self._at_work: set[object] = set()  # who serves right now
+        self._served_s = -LATELY_S
+
+    def begin(self, who: object) -> None:
+        """This one has something to do for requests, or for the policy."""
+        self._at_work.add(who)
+
+    def end(self, who: object) -> None:
+        self._at_work.discard(who)
+
+    def note_served(self) -> None:
+        """Requests are."""
+        self._served_s = time.monotonic()
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
+        gives_way = time.monotonic() - self._served_s < LATELY_S and sys.getprofile() is None
         with self._lock:
             if not self._holders:
                 self._usual_s = sys.getswitchinterval()
                 sys.setswitchinterval(min(self._usual_s, EAGER_S))
             self._holders += 1
+        if gives_way:
+            sys.setprofile(giving_way(self._at_work))
         try:
             yield
         finally:
+            if gives_way:
+                sys.setprofile(None)
             with self._lock:
                 self._holders -= 1
                 if not self._holders:
                     sys.setswitchinterval(self._usual_s)
+
+
+def giving_way(at_work: Collection[object]) -> Callable[..., Any]:
+    """What a thread does at every call of a function."""
+    not_before_s = 0.0
+
+    def give_way(*_: Any) -> None:
+        nonlocal not_before_s
+        if not at_work or (now_s := time.perf_counter()) < not_before_s:
+            return
+        while at_work and time.perf_counter() < now_s + GIVEN_S:
+            time.sleep(NAP_S)
+        not_before_s = time.perf_counter() + GIVEN_S if at_work else 0.0
+
+    return give_way
 
 
 handing_on = Eagerness()  # one for the process, as the setting is
