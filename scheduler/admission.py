@@ -65,7 +65,7 @@ class Admission:
         items = queue.items
         leads = not items or deadline_ns < items[0][0]
         work_ns = costs.lane_ns + costs.first_ns if leads else costs.lane_ns
-        if is_few(queue.level):
+        if queue.level.spare > 0 or is_few(queue.level):
             fits = self._fits_outlook(request, queue, start, over, careful, now_ns)
         else:
             kept_ns = kept(deadline_ns - now_ns, queue, careful) if over else 0

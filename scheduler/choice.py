@@ -1,6 +1,7 @@
 """Which run is next: the window rule.
 
-As long as nothing that was promised is late in the outlook, its first run is next. Where more waits than it is laid
+As long as nothing that was promised is late in the outlook, its first run is next, or, where nobody else waits and more
+lanes are to come, a narrower one that is full. Where more waits than it is laid
 for, and everything that was promised can be done, that is the queue whose head has the least latest start, from its
 head, in the width that does most lanes a second and lets its head, and the head of the queue after it, be in time.
 Otherwise that would collapse: the head that is nearly late forces ever smaller runs. Then the best run may start
@@ -58,13 +59,31 @@ def foreseen(ahead: Outlook) -> Window | None:
     first = ahead.first
     if first is None or not first[0].ready():
         return None
-    queue, hoped = first
+    queue, hoped, start_ns = first
     lanes = min(hoped.width, queue.ready())
     option, *wider = (o for o in queue.costs.options if o.width >= lanes)
     for other in wider:
         if MARKEDLY * other.mostly_ns < (MARKEDLY - 1) * option.mostly_ns:
             option = other
-    return Window(queue, option, 0, lanes)
+    return full(queue, option, lanes, start_ns) or Window(queue, option, 0, lanes)
+
+
+def full(queue: Queue, option: Option, lanes: int, start_ns: int) -> Window | None:
+    """A narrower run that does more lanes a second, where nobody else waits: who is left over is in time with those
+    that come meanwhile, in the run that they need anyway."""
+    if queue.place[1] or queue.lot or len(queue.level.order) > 1:
+        return None
+    best, lane_ns = None, option.mostly_ns / lanes
+    for narrower in queue.costs.cover.options:
+        width = narrower.width
+        if width >= lanes:
+            break
+        coming = int(narrower.mostly_ns * queue.rate.per_ns)
+        after_ns = queue.costs.cover.first(lanes - width + coming).through_ns
+        in_time = start_ns + narrower.through_ns + after_ns <= queue.items[width][0]
+        if coming and in_time and narrower.mostly_ns / width < lane_ns:
+            best, lane_ns = Window(queue, narrower, 0, width), narrower.mostly_ns / width
+    return best
 
 
 def servable(level: Level) -> Iterator[Queue]:

@@ -133,13 +133,13 @@ class Coalescing:
         tenants = dict.fromkeys(lane.request.tenant for _, lanes in bundle.parts for lane in lanes)
         self._out += self._watch.see(list(tenants), took_ns, bundle.clean_l99_ns, now_ns)
         if self.latency.observe(run, self._watch.blamed):
-            self._moved()
+            self._moved(None if self.latency.others_moved else frozenset(place[0] for place, _ in bundle.parts))
 
-    def _moved(self) -> None:
-        """Predictions have."""
+    def _moved(self, families: frozenset[int] | None = None) -> None:
+        """Predictions have, of all families or of some."""
         self._started = None
-        self._costs.forget()
-        self._queues.refresh()
+        self._costs.forget(families)
+        self._queues.refresh(families)
 
     def _add_tenant(self, event: TenantAdded, now_ns: int) -> None:
         if self._tenancy.add(event.tenant):

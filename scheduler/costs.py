@@ -9,7 +9,7 @@ that the deadlines of its family allow over and over (`lane_ns`), and for the fi
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import hypot
 
@@ -72,9 +72,13 @@ class Costs:
         """What runs this place together with others."""
         return self._mixed.get(place, ())
 
-    def forget(self) -> None:
-        """Latencies have moved."""
-        self._known.clear()
+    def forget(self, families: Collection[int] | None = None) -> None:
+        """Latencies have moved, of all families or of some."""
+        if families is None:
+            self._known.clear()
+            return
+        for key in [key for key in self._known if key[0] in families]:
+            del self._known[key]
 
     def of(self, place: Place, factor: int = 4) -> PlaceCosts:
         family, segment = place

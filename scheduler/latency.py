@@ -115,6 +115,7 @@ class LatencyModel:
         self._off: deque[float] = deque(maxlen=WINDOW)  # actual / warm-up of the last runs of all executables
         self._scale = 1.0
         self._fresh = Fresh()
+        self.others_moved = False  # whether the last run has moved predictions of others than its own executable
 
     def change(self, catalog: Catalog) -> None:
         """Takes another catalog; what is known of executables in both stays known."""
@@ -151,8 +152,8 @@ class LatencyModel:
         prior = self._warm_up.get(run.executable)
         if prior is None:  # it left the catalog while it ran
             return False
-        forgotten = self._forget_stale(run.executable)
-        return self._learn(run, tenants, prior) or forgotten
+        self.others_moved = self._forget_stale(run.executable)
+        return self._learn(run, tenants, prior) or self.others_moved
 
     def _forget_stale(self, executable: int) -> bool:
         forgotten = False
@@ -165,6 +166,7 @@ class LatencyModel:
         if not runs.add(run.actual_ns, self.of(run.executable).l99_ns, tenants):
             return False
         rescaled = self._rescale(run.actual_ns / max(1, prior.l50_ns))
+        self.others_moved |= rescaled
         if len(runs.last) < FEW:
             return rescaled
         new, old = runs.quantiles(prior), self.of(run.executable)

@@ -61,9 +61,9 @@ class Outlook:
         self.slip_ns = slip_ns  # by how much that may be later
 
     @property
-    def first(self) -> tuple[Queue, Option] | None:
-        """The next run of lanes that wait."""
-        return next(((turn[2], turn[5]) for turn in self.turns if turn[2] is not None), None)
+    def first(self) -> tuple[Queue, Option, int] | None:
+        """The next run of lanes that wait, and when it starts."""
+        return next(((turn[2], turn[5], turn[8]) for turn in self.turns if turn[2] is not None), None)
 
     def bears(self, queue: Queue, other: Outlook) -> bool:
         """Whether one more of a queue makes nothing worse, with whom it is as in `other`."""

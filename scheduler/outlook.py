@@ -45,7 +45,7 @@ class Known:
 
 def is_few(level: Level) -> bool:
     """Whether what waits is run in few enough runs to lay them at every turn."""
-    if level.spare > 0:
+    if level.spare > 0:  # known since it was last asked
         return True
     runs = 0
     for own in (*level.above, level):

@@ -165,10 +165,12 @@ class Queues:
         if queue.lot and not queue.items:
             self._queues.pop((*queue.place, queue.lot, queue.level.priority), None)
 
-    def refresh(self) -> None:
-        """Costs have changed."""
+    def refresh(self, families: Container[int] | None = None) -> None:
+        """Costs have changed, of all families or of some; of lots they may at any time."""
         self._order_levels()
         for queue in list(self._queues.values()):
+            if families is not None and queue.place[0] not in families and not queue.lot:
+                continue
             queue.costs = self._costs_of(queue.place, queue.lot)
             if queue.items:
                 self.rank(queue)

@@ -161,7 +161,7 @@ def test_a_straggler_is_found_on_a_host_that_hiccups(load, hiccups):
 
 def test_two_stragglers_are_found():
     run = serve(
-        "some", bursts([0]), 1_500 * MS, faults=Faults(slow=tuple(Slow(5.0, t, 300 * MS) for t in ("t0", "t1")))
+        "some", bursts([0]), 2_500 * MS, faults=Faults(slow=tuple(Slow(5.0, t, 300 * MS) for t in ("t0", "t1")))
     )
     assert {c.tenant for _, c in told(run)} == {"t0", "t1"}
 
