@@ -58,7 +58,8 @@ def rt() -> Iterator[Runtime]:
     with Runtime(widths=(1, 4), reproducible=True, observers=[checked], compiled=False) as rt:
         for i, name in enumerate(NAMES):
             kind = kind_of(name)
-            rt.add_tenant(name, FUNCTIONS[kind], params_of(kind, i), example=(row(0), np.int32(0)), slo=SLO)
+            example = (row(0), np.int32(0))
+            rt.add_tenant(name, FUNCTIONS[kind], params_of(kind, i), example=example, slo=SLO, quota=FULL)
         yield rt
     assert checked.violations() == []
 
