@@ -1,0 +1,88 @@
+"""What is laid for a newcomer is what would be laid anew; which run is next; and who is over its share by a burst."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from coalesce.scheduler import admission
+from coalesce.scheduler.commands import Dispatch
+from coalesce.scheduler.lanes import Level
+from coalesce.scheduler.laying import Newcomer, Outlook, Start
+from coalesce.scheduler.machine import Line, line_catalog
+from coalesce.scheduler.outlook import outlook, outlook_with
+from coalesce.scheduler.request import Tenant
+from coalesce.scheduler.shares import Account, Shares
+from coalesce.scheduler.workloads import Arrival, arrive, gamma
+from tests.simulated import checked, MS
+
+pytestmark = pytest.mark.once
+
+WINDOW_NS = 1 << 25  # of those in which bursts show
+
+
+def said(ahead: Outlook) -> tuple[object, ...]:
+    runs = [(due_ns, serial, option, start_ns) for due_ns, serial, _, _, _, option, _, _, start_ns, *_ in ahead.turns]
+    return ahead.late, ahead.tardy_ns, ahead.hurried, ahead.end_ns, ahead.slip_ns, runs
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_newcomer_is_laid_as_if_all_were_laid_anew(seed, monkeypatch):
+    asked = kept = 0
+
+    def both_ways(level: Level, start: Start, now_ns: int, new: Newcomer) -> Outlook:
+        nonlocal asked, kept
+        found, anew = outlook_with(level, start, now_ns, new), outlook(level, start, now_ns, new)
+        assert said(found) == said(anew)
+        asked += 1
+        kept += len(found.turns) > 1
+        return found
+
+    monkeypatch.setattr(admission, "outlook_with", both_ways)
+    rng = Random(seed)
+    families, segments = 1 + seed % 3, 1 + 2 * (seed > 3)
+    lines = {f: Line(rng.randint(30, 90) * 1000, rng.randint(300, 1500) * 1000) for f in range(families)}
+    who = [
+        Tenant(f"t{i}", (i % families,), lines[i % families].time(1) * rng.choice((3, 6, 12)), rng.choice((0, 0, 1)))
+        for i in range(9)
+    ]
+    times = gamma(rng, rng.choice((2_000.0, 5_000.0)), rng.choice((1.0, 3.0)))
+    arrivals = list(arrive(rng, times, [tenant.name for tenant in who], 150 * MS))
+    checked(who, line_catalog(lines, segments=segments, spread=1.1), arrivals)
+    assert asked > 20 and kept > 5
+
+
+@pytest.mark.parametrize(("slo_ms", "widths"), [(6, [0, 3]), (20, [0, 4])])
+def test_a_full_run_goes_first_where_the_rest_can_go_with_who_comes(slo_ms, widths):
+    """One runs, nine wait for it. A run of eight does more lanes a second, and is next if one more comes meanwhile at
+    the rate of ten in two SLOs; else a run of sixteen does all of them soonest."""
+    arrivals = [Arrival(at, "t") for at in (0, *range(100_000, 550_000, 50_000))]
+    what = line_catalog({0: Line(85_000, 900_000)}, (1, 2, 4, 8, 16))
+    run = checked([Tenant("t", (0,), slo_ms * MS)], what, arrivals, keep_log=True)
+    made = [c.executable for _, _, commands in run.log for c in commands if isinstance(c, Dispatch)]
+    assert made[:2] == widths
+    assert run.attainment() == 1.0
+
+
+def careful_after(bursts: int) -> bool:
+    """Ten tenants ask for as much, in so many requests at once; then one has had twice as much as the others."""
+    shares, who = Shares(), [Account(Tenant(f"t{i}", (0,), MS)) for i in range(10)]
+    rng = Random(1)
+    for window in range(200):
+        for account in who:
+            for _ in range(bursts * (rng.random() < 4 / bursts)):
+                shares.excess(account, window * WINDOW_NS)
+                shares.charge(account, 1_000)
+    now_ns = 200 * WINDOW_NS
+    for _ in range(100):
+        shares.note(missed=True)
+    for account in who:
+        shares.charge(account, 30_000 - account.used_ns)
+    shares.charge(who[0], 30_000)
+    return shares.is_careful(who[0], shares.excess(who[0], now_ns), 1_000)
+
+
+def test_who_asks_in_bursts_may_have_had_more_by_chance():
+    assert careful_after(bursts=4)
+    assert not careful_after(bursts=40)
