@@ -156,9 +156,11 @@ def test_floor_of_an_mlp():
 
 
 def test_floor_reads_the_weights_of_a_loop_once():
-    lstm = heavy_work(by_name("lstm", layers=1, features=6, hidden=8, steps=4, classes=5), 1)
-    inputs, hidden = sorted((work for work in lstm if work.times == 4), key=lambda work: work.op.k)
-    assert inputs.nbytes == 4 * (6 * 32 + 4 * (6 + 32)) and hidden.flops == 4 * 2 * 8 * 32
+    """The product of the inputs of all steps is one, before the loop."""
+    inputs, hidden, head = heavy_work(by_name("lstm", layers=1, features=6, hidden=8, steps=4, classes=5), 1)
+    assert (inputs.times, inputs.op.m, inputs.op.k) == (1, 4, 6) and head.op.n == 5
+    assert inputs.nbytes == 4 * (6 * 32 + 4 * (6 + 32))
+    assert hidden.times == 4 and hidden.nbytes == 4 * (8 * 32 + 4 * (8 + 32)) and hidden.flops == 4 * 2 * 8 * 32
 
 
 def test_ratios_are_those_of_a_pair():
