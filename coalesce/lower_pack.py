@@ -142,7 +142,7 @@ def as_vectors(array: Any, n: int) -> Any:
 def right_of(value: LaneValue, layout: Layout) -> Any:
     """A right operand that is no weight, as [G, ...] in the kernel's layout."""
     value = plain(value)
-    x = value.value[None] if isinstance(value, Shared) else value.value
+    x = jnp.asarray(value.value)[None] if isinstance(value, Shared) else value.value  # a literal is a number
     return jax.vmap(layout)(x)
 
 

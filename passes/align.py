@@ -107,13 +107,17 @@ class Weights:
         step_us = [sum(self.costs.op(p.op, *problems(p, families)) for p in packs(loop.bodies[0])) for loop in loops]
         wasted = sum((max(lengths) - length) * us for length, us in zip(lengths, step_us, strict=True))
         waited = max(lengths) * self.costs.loop_wait * sum(step_us)
-        saved = 0.0 if self.are_unrolled(loops) else self.costs.loop
-        return max(lengths) * won - wasted - waited + (sum(lengths) - max(lengths)) * saved
+        return max(lengths) * won - wasted - waited + self.iterations(loops) * self.costs.loop
 
+    def iterations(self, loops: Sequence[Loop]) -> int:
+        """How many iterations scans save by running as one. What is unrolled has none, alone or together; together
+        they may be too long for it."""
 
-    def are_unrolled(self, loops: Sequence[Loop]) -> bool:
-        """Whether scans are no loops anyway, so that running as one saves no iterations."""
-        return all(unrolls([loop], self.bundle, self.costs) for loop in loops)
+        def of(parts: Sequence[Loop]) -> int:
+            longest = max(J.as_scan(part.eqn).length for part in parts)
+            return 0 if unrolls(parts, self.bundle, self.costs) else longest
+
+        return sum(of([loop]) for loop in loops) - of(loops)
 
 
 def neighbourhood_of(bundle: Bundle, waste_bound: float) -> dict[Place, int]:
@@ -191,7 +195,7 @@ class Solver:
             found = self.bodies(nodes)
             if policy == "always":
                 return found.value if found.aligned else None
-            if not found.aligned and self.weights.are_unrolled(self.items(nodes)):
+            if not found.aligned and self.weights.iterations(self.items(nodes)) <= 0:
                 return None  # nothing would be won, and steps that wait for nobody's would wait for each other
             return self.weights.steps_us(self.items(nodes), found.predicted_us)
 

@@ -12,9 +12,10 @@ Before                                                After
 A step of a recurrent network multiplies its input, which is there from the start, and its carry, which is not. The
 first product has a row a step: together they read their weights once instead of once a step. So a dot or a convolution
 moves if one operand stays the same in every step, the other does not depend on the carry, and the weight is larger than
-the result that is written and read instead. What its operand is computed from moves with it, unless it may not run for
-several steps at once, as it may not for several lanes: random bits would be others. Values of all steps are kept at
-once, no more than LARGEST bytes of a product.
+the result that is written and read instead. What its operand is computed from moves with it, and is handed to the scan
+where the scan reads it too. It may be no heavy op that would not move by itself, nor what may not run for several steps
+at once, as it may not for several lanes: random bits would be others. A value of all steps is kept at once, so it has
+at most LARGEST bytes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from coalesce.passes.lane_rules import why_not_batched
 from coalesce.passes.lift_from_regions import rebuilt_scan
 from coalesce.program import Program
 
-LARGEST = 64 * 1024 * 1024  # bytes
+LARGEST = 16 * 1024 * 1024  # bytes, of a lane
 WRITTEN_AND_READ = 2
 
 
@@ -82,34 +83,39 @@ def products(scan: J.Scan) -> Products | None:
     first_x = len(scan.consts) + len(scan.init)
     fixed, steps = set(args[: len(scan.consts)]), set(args[first_x:])
     eqns = scan.body.jaxpr.eqns
-    chosen: list[J.Eqn] = []
+    chosen: list[J.Var] = []
     for eqn in eqns:
         read = [a for a in eqn.invars if not isinstance(a, J.Literal)]
-        if J.regions(eqn) or not all(a in fixed or a in steps for a in read):
-            continue
-        if why_not_batched(eqn, [not isinstance(a, J.Literal) and a in steps for a in eqn.invars]):
+        if J.regions(eqn) or not all(a in fixed or a in steps for a in read) or not may_run_at_once(eqn, steps):
             continue
         made = [v for v in eqn.outvars if not J.is_drop(v)]
         if all(a in fixed for a in read):
             fixed.update(made)
-            continue
-        steps.update(made)
-        if is_heavy(eqn) and pays(eqn, fixed, scan.length):
-            chosen.append(eqn)
+        elif scan.length * sum(J.nbytes(v.aval) for v in made) <= LARGEST and (not is_heavy(eqn) or pays(eqn, fixed)):
+            steps.update(made)
+            chosen += made if is_heavy(eqn) else []
     if not chosen:
         return None
-    taken = {id(eqn) for eqn in chosen}
-    results = [eqn.outvars[0] for eqn in chosen]
-    needed = behind(eqns, results)
+    needed = behind(eqns, chosen)
+    moved = {id(eqn) for eqn in needed if not all(v in fixed for v in eqn.outvars)}
+    stay = [eqn for eqn in eqns if id(eqn) not in moved]
+    read = {a for a in [*(a for e in stay for a in e.invars), *J.outvars(scan.body)] if not isinstance(a, J.Literal)}
+    results = [v for eqn in needed if id(eqn) in moved for v in eqn.outvars if v in read]
     before = J.close([*args[: len(scan.consts)], *args[first_x:]], needed, results, "steps")
-    return Products(before, results, [eqn for eqn in eqns if id(eqn) not in taken])
+    return Products(before, results, stay)
 
 
-def pays(eqn: J.Eqn, fixed: set[Any], length: int) -> bool:
+def may_run_at_once(eqn: J.Eqn, steps: set[Any]) -> bool:
+    """Whether an equation gives every step its own result when it runs for all of them. A function's own rule for
+    that, of `custom_vmap`, is the user's."""
+    flags = [not isinstance(a, J.Literal) and a in steps for a in eqn.invars]
+    return not why_not_batched(eqn, flags) and "custom_vmap_call" not in J.primitives(eqn)
+
+
+def pays(eqn: J.Eqn, fixed: set[Any]) -> bool:
     """Whether one operand is the same in every step, and larger than what the product costs when it has moved."""
-    invariant = [J.nbytes(a.aval) for a in eqn.invars[:2] if a in fixed]
-    result = J.nbytes(eqn.outvars[0].aval)
-    return bool(invariant) and invariant[0] > WRITTEN_AND_READ * result and length * result <= LARGEST
+    weights = [a for a in eqn.invars[:2] if not isinstance(a, J.Literal) and a in fixed]
+    return bool(weights) and J.nbytes(weights[0].aval) > WRITTEN_AND_READ * J.nbytes(eqn.outvars[0].aval)
 
 
 def behind(eqns: Sequence[J.Eqn], results: Sequence[J.Var]) -> list[J.Eqn]:
@@ -125,11 +131,13 @@ def behind(eqns: Sequence[J.Eqn], results: Sequence[J.Var]) -> list[J.Eqn]:
 
 def rebuilt(scan: J.Scan, found: Products, eqn: J.Eqn, splicer: J.Splicer) -> list[J.Atom]:
     """Emit the products of all steps, and the scan that reads them; returns its results."""
-    together = all_steps(found.before, len(scan.consts))
-    ahead = emit(together, [*scan.consts, *scan.xs], eqn, splicer)
+    given = [*scan.consts, *scan.xs]
+    start = len(splicer.eqns)
+    ahead = splicer.inline(staged(all_steps(found.before, len(scan.consts)), given), given)
+    splicer.eqns[start:] = [from_source(made, found.before, eqn) for made in splicer.eqns[start:]]
     body = J.close([*J.invars(scan.body), *found.results], found.eqns, J.outvars(scan.body))
-    call = rebuilt_scan(scan, body, len(scan.consts))
-    return emit(call, [*scan.consts, *scan.init, *scan.xs, *ahead], eqn, splicer)
+    operands = [*scan.consts, *scan.init, *scan.xs, *ahead]
+    return splicer.inline(staged(rebuilt_scan(scan, body, len(scan.consts)), operands), operands, like=eqn)
 
 
 def all_steps(before: ClosedJaxpr, n_consts: int) -> Callable[..., Any]:
@@ -142,7 +150,13 @@ def all_steps(before: ClosedJaxpr, n_consts: int) -> Callable[..., Any]:
     return call
 
 
-def emit(call: Callable[..., Any], args: Sequence[J.Atom], eqn: J.Eqn, splicer: J.Splicer) -> list[J.Atom]:
+def from_source(made: J.Eqn, before: ClosedJaxpr, scan: J.Eqn) -> J.Eqn:
+    """What an axis for the steps took besides comes from where the scan does."""
+    own = any(made.source_info.traceback is eqn.source_info.traceback for eqn in before.jaxpr.eqns)
+    return made if own else made.replace(source_info=scan.source_info)
+
+
+def staged(call: Callable[..., Any], args: Sequence[J.Atom]) -> ClosedJaxpr:
+    """Each equation in the context, and from the source line, that it was traced in."""
     with J.precision_as_traced():
-        staged, _ = J.stage(call, *(J.aval_struct(a.aval) for a in args))
-    return splicer.inline(staged, args, like=eqn)
+        return J.stage(call, *(J.aval_struct(a.aval) for a in args))[0]

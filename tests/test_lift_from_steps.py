@@ -141,6 +141,77 @@ def test_what_stays(fn):
     assert lift_from_steps(program) is program
 
 
+def sorted_wide(p: Any, xs: Any) -> Any:
+    def step(h: Any, x: Any) -> Any:
+        wide = jnp.sort(jnp.concatenate([x] * 64, 0), 0)
+        return h + wide[:1] @ p["in"], None
+
+    return lax.scan(step, jnp.zeros((1, WIDE)), xs)[0]
+
+
+def test_nor_of_what_a_product_is_computed_from(monkeypatch):
+    program = dce(inline(coalesce.trace(sorted_wide, RNN, XS)))
+    assert lift_from_steps(program) is not program
+    monkeypatch.setattr(passes, "LARGEST", 64 * STEPS * 4 * 4 - 1)
+    assert lift_from_steps(program) is program
+
+
+def test_nothing_is_computed_twice():
+    """The step reads the sorted input too; it gets it from outside."""
+
+    def apply(p: Any, xs: Any) -> Any:
+        def step(h: Any, x: Any) -> Any:
+            x = jnp.sort(x, 1)
+            return h + x @ p["in"], x + h[:, :4]
+
+        return lax.scan(step, jnp.zeros((1, WIDE)), xs)
+
+    program = checked(lift_from_steps, dce(inline(coalesce.trace(apply, RNN, XS))))
+    inside = [as_scan(eqn).body for eqn in program.jaxpr.jaxpr.eqns if eqn.primitive.name == "scan"]
+    assert "sort" in names(program.jaxpr.jaxpr.eqns) and "sort" not in names(inside[0].jaxpr.eqns)
+
+
+def test_a_product_does_not_take_another_along_that_stays():
+    """The first has many rows, and stays in the scan; so does what is computed from it."""
+
+    def apply(p: Any, xs: Any) -> Any:
+        def step(h: Any, x: Any) -> Any:
+            rows = jnp.broadcast_to(x, (64, 4)) @ p["in"]
+            return h + jnp.max(rows, 0, keepdims=True) @ p["again"], None
+
+        return lax.scan(step, jnp.zeros((1, WIDE)), xs)[0]
+
+    program = dce(inline(coalesce.trace(apply, RNN, XS)))
+    assert lift_from_steps(program) is program
+
+
+def test_what_moves_keeps_its_context():
+    """Which bits a key gives depends on an option of the place where they are drawn."""
+
+    def noisy(p: Any, keys: Any) -> Any:
+        def step(h: Any, key: Any) -> Any:
+            with jax.threefry_partitionable(False):
+                noise = jax.random.normal(key, (1, 4))
+            return h + noise @ p["in"], h
+
+        return lax.scan(step, jnp.zeros((1, WIDE)), keys)
+
+    keys = [(jax.random.split(jax.random.key(i), STEPS),) for i in range(2)]
+    program = dce(inline(coalesce.trace(noisy, RNN, *keys[0])))
+    assert lift_from_steps(program) is not program
+    check(noisy, [RNN, RNN], keys)
+
+
+def test_a_number_is_no_weight():
+    def apply(p: Any, xs: Any) -> Any:
+        def step(h: Any, x: Any) -> Any:
+            return h + lax.dot_general(x, 2.0, (((), ()), ((), ()))) + lax.dot_general(3.0, x, (((), ()), ((), ()))), h
+
+        return lax.scan(step, 0.0, xs)
+
+    check(apply, [{}, {}], [(jnp.arange(5.0),), (jnp.ones(5),)])
+
+
 def test_no_more_is_kept_at_once_than_a_bound(monkeypatch):
     program = dce(inline(coalesce.trace(rnn, RNN, XS)))
     kept = STEPS * WIDE * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import coalesce
 from coalesce.bundle import items, JointLoop, Loop
 from coalesce.costs import Costs
 from coalesce.costs.devices import CPU, H100
+from coalesce.jaxpr import as_scan
 from coalesce.models.recurrent import gru, lstm
 from coalesce.passes import unroll_loops as passes
 from coalesce.passes.unroll_loops import unroll_loops
@@ -75,6 +77,38 @@ def test_no_more_is_compiled_than_a_bound(monkeypatch):
     assert loops(check(nested, weights(2), sequences(2), costs=GPU)) == [True, True]
     monkeypatch.setattr(passes, "MOST", 14)
     assert loops(check(nested, weights(2), sequences(2), costs=GPU)) == [False, True]
+
+
+def test_values_that_a_step_hands_on_count_too(monkeypatch):
+    """A body without an equation still is one copy a step."""
+
+    def swapped(p: Any, x: Any) -> Any:
+        return lax.scan(lambda c, _: ((c[1], c[0]), None), (x, x @ p["w"]), None, length=9)[0]
+
+    assert loops(check(swapped, weights(2), vectors(2), costs=GPU)) == [True]
+    monkeypatch.setattr(passes, "MOST", 2 * 9 - 1)
+    assert loops(check(swapped, weights(2), vectors(2), costs=GPU)) == [False]
+
+
+def test_scans_stay_apart_that_are_too_long_to_unroll_together(monkeypatch):
+    """Each by itself is no loop; as one they would be, and lose more by it than their superkernel wins."""
+
+    def steps(p: Any, xs: Any) -> Any:
+        return lax.scan(lambda h, x: (jnp.tanh(dot(h, p["w"]) + x), None), jnp.ones(D), xs)[0]
+
+    def other(p: Any, xs: Any) -> Any:
+        return lax.scan(lambda h, x: (jnp.sin(dot(h, p["w"]) + x), None), jnp.ones(D), xs)[0]
+
+    programs = [
+        coalesce.trace(fn, {"w": floats(seed, D, D)}, floats(9, 30, D), name=fn.__name__)
+        for seed, fn in enumerate((steps, other))
+    ]
+    both = 2 * passes.size(as_scan(next(e for e in programs[0].jaxpr.jaxpr.eqns if e.primitive.name == "scan"))) * 30
+    dear = Costs(replace(H100, loop_us=100.0))
+    for most, apart in ((both, False), (both - 1, True)):
+        monkeypatch.setattr(passes, "MOST", most)
+        fused = coalesce.fuse(programs, costs=dear, platform="gpu")
+        assert loops(fused) == ([True, True] if apart else [True])
 
 
 def test_a_loop_whose_end_is_not_known_stays():

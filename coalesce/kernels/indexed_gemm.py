@@ -77,7 +77,7 @@ def run(
             cuda=lambda x, w, z: mosaic_gemm.run(fetched, x, w, epilogue, z),
             default=lambda x, w, z: tiled(op, x, w, epilogue, z, None),
         )
-    return tiled(op, lhs, rhs, epilogue, operands, blocks)
+    return tiled(op, lhs, rhs, epilogue, operands, None if blocks and blocks.tma else blocks)
 
 
 def tiled(

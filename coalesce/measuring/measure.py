@@ -69,7 +69,7 @@ def compiled_or_none(case: Case, *candidate: Any) -> Any:
 
 
 def on_gpu(case: Case, compiled: Mapping[Candidate, Any]) -> list[float]:
-    given = [*map(array, case.reads), array(case.lhs)]  # the left operand is the last to be written
+    given = [*map(array, case.reads), array(case.lhs)]
     written = jax.jit(lambda given: [jnp.copy(x) for x in given])
     layouts = {case.rhs(kernel) for kernel, _ in compiled}
     banks = {struct: [array(struct) for _ in range(bank_count(struct))] for struct in layouts}
