@@ -202,6 +202,25 @@ def test_what_moves_keeps_its_context():
     check(noisy, [RNN, RNN], keys)
 
 
+def test_a_users_own_rule_for_many_is_not_asked():
+    """What it says of several values at once need not be what each of them gives."""
+
+    @jax.custom_batching.custom_vmap
+    def twice(x: Any) -> Any:
+        return 2 * x
+
+    @twice.def_vmap
+    def rule(size: int, batched: Any, x: Any) -> Any:
+        return 3 * x, True
+
+    def apply(p: Any, xs: Any) -> Any:
+        return lax.scan(lambda h, x: (h + twice(x) @ p["in"], None), jnp.zeros((1, WIDE)), xs)[0]
+
+    program = dce(inline(coalesce.trace(apply, RNN, XS)))
+    assert lift_from_steps(program) is program
+    check(apply, [RNN], [(XS,)])
+
+
 def test_a_number_is_no_weight():
     def apply(p: Any, xs: Any) -> Any:
         def step(h: Any, x: Any) -> Any:
