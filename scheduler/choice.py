@@ -1,9 +1,9 @@
 """Which run is next: the window rule.
 
 As long as nothing that was promised is late in the outlook, its first run is next, or, where nobody else waits and more
-lanes are to come, a narrower one that is full. Where more waits than it is laid
-for, and everything that was promised can be done, that is the queue whose head has the least latest start, from its
-head, in the width that does most lanes a second and lets its head, and the head of the queue after it, be in time.
+lanes are to come, a narrower one that is full. Where more waits than it is laid for, and everything that was promised
+can be done, that is the queue whose head has the least latest start, from its head, in the width that does most lanes a
+second and lets its head, and the head of the queue after it, be in time.
 Otherwise that would collapse: the head that is nearly late forces ever smaller runs. Then the best run may start
 anywhere in a queue's lanes by deadline, and those in front of it are left for later, or to be late.
 """

@@ -108,7 +108,10 @@ class Staging:
     def fill(self, entries: Sequence[Sequence[Lane]]) -> Filled:
         """The arguments for some lanes of each entry, at least one and in this order. What is left of its width repeats
         the slot of the first, with inputs of zeros, and has states behind the pool, all different."""
-        filled = self._spare.pop() if self._spare else self.buffers()
+        try:
+            filled = self._spare.pop()
+        except IndexError:  # asked for instead of looked for: another thread may warm this executable up meanwhile
+            filled = self.buffers()
         for e, (lanes, (slots, states, inputs), pool) in enumerate(zip(entries, filled.given, self.pools, strict=True)):
             count, before = len(lanes), filled.used[e]
             slots[:count] = [lane.slot for lane in lanes]
