@@ -50,15 +50,18 @@ from coalesce.scheduler.tenancy import Tenancy
 from coalesce.scheduler.wants import Wants
 
 DOUBT_NS = 100_000_000
+HOST_RUNS = 8  # that what the host takes is an average of
 NEXT = 4  # queues that are looked at for one that could go together with a run
 
 
 class Coalescing:
     def __init__(self, *, depth: int = 2, lead_ns: int = 200_000):
-        """`depth` bundles are on the device or behind it, the next one from `lead_ns` before the last one ends."""
+        """`depth` bundles are on the device or behind it, the next one from `lead_ns` before the last one ends, and as
+        much earlier as the host takes to bring it there."""
         self.latency = LatencyModel()
         self._depth = depth
-        self._lead_ns = lead_ns
+        self._least_lead_ns = self._lead_ns = lead_ns
+        self._host_ns = 0  # what it takes mostly
         self._costs = Costs(self.latency)
         self._slots = Slots()
         self._queues = Queues(self._costs_of, self._slots)
@@ -122,10 +125,16 @@ class Coalescing:
     def _complete(self, event: Completed, now_ns: int) -> None:
         bundle = self._flight.complete(event)
         self._started = None
+        self._learn_host(event)
         if not event.failed:
             self._learn(bundle, event, now_ns)
         self._requests.complete(bundle, event.failed, now_ns)
         self._requests.move(self._watch.take_moved())
+
+    def _learn_host(self, event: Completed) -> None:
+        if event.host_ns:
+            self._host_ns += (event.host_ns - self._host_ns) // HOST_RUNS if self._host_ns else event.host_ns
+            self._lead_ns = self._least_lead_ns + self._host_ns
 
     def _learn(self, bundle: Bundle, event: Completed, now_ns: int) -> None:
         took_ns = event.end_ns - event.start_ns
