@@ -25,6 +25,7 @@ from coalesce.scheduler.commands import Command, Reject
 from coalesce.scheduler.events import CatalogChanged, Event, Submitted
 from coalesce.scheduler.latency import FEW
 from experiments.cells import tenants_of
+from experiments.live import settle
 from experiments.simulated import POLICIES
 from experiments.slo_probe import Counts
 from experiments.switching import Switching
@@ -152,14 +153,24 @@ def widths_up_to(times: Times, most: int | None) -> Times:
 
 
 @contextmanager
-def serving(owned: Sequence[Owned], widths: Sequence[int], start_s: float = START_S) -> Iterator[Service]:
-    """With room for all tenants at once, so that no executable is made twice; they are waited for `start_s`."""
-    offered, policy = Offered(), Switching(POLICIES[FIRST])
+def serving(
+    owned: Sequence[Owned],
+    widths: Sequence[int],
+    start_s: float = START_S,
+    segments: int | None = None,
+    mixed: bool = True,
+) -> Iterator[Service]:
+    """With room for all tenants at once, so that no executable is made twice; they are waited for `start_s`. Unless
+    `mixed` no executables of several families are made."""
+    offered, policy = Offered(), Switching(POLICIES[FIRST], mixed)
     capacity = max(Counter(own.kind.name for own in owned).values())
-    with Runtime(policy=policy, widths=widths, capacity=capacity, observers=[offered]) as rt:
+    options = {"widths": widths, "capacity": capacity, "segments": segments}
+    with Runtime(policy=policy, observers=[offered], **options) as rt:
         for own in owned:
             rt.add_tenant(own.name, own.kind.model.apply, own.params, example=own.inputs, slo=own.kind.slo_ns / 1e9)
         rt.warm_up(start_s)
+        if segments is None and len({own.kind.name for own in owned}) > 1:  # some may be cut for others
+            settle(rt, lambda: offered.catalog, most_s=start_s)
         yield Service(rt, policy, offered, owned, widths)
 
 
