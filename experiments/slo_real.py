@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import jax
@@ -118,11 +119,14 @@ class Service:
         """A policy that knows how long executables take with requests in them, which the warm-up did not have."""
         self.drain()
         self._switch.change(POLICIES[self.policy])
-        for width in self._widths[:1] if is_single(self.policy) else self._widths:
-            for _ in range(KNOWN):
-                names = list(self._inputs)[:width]
-                for reply in [self.runtime.submit(name, *self._inputs[name], deadline=PATIENT_S) for name in names]:
-                    reply.result(PATIENT_S)
+        widths = self._widths[:1] if is_single(self.policy) else self._widths
+        alike: dict[str, list[str]] = {}
+        for own in self._owned:
+            alike.setdefault(own.kind.name, []).append(own.name)
+        for width, names, _ in product(widths, alike.values(), range(KNOWN)):
+            together = names[:width]
+            for reply in [self.runtime.submit(name, *self._inputs[name], deadline=PATIENT_S) for name in together]:
+                reply.result(PATIENT_S)
 
     def submit(self, tenant: str) -> Any:
         return self.runtime.submit(tenant, *self._inputs[tenant])
