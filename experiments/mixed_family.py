@@ -158,18 +158,16 @@ def main(argv: Sequence[str]) -> None:
     head = header(own_flags.command("mixed_family", FLAGS), FLAGS.device_name or device_name(), FLAGS.note, **settings)
     kinds = [read_kind(text) for text in FLAGS.kinds]
     served = [Served(method, kinds) for method in FLAGS.methods]
-    rows = []
+    path, rows = own_flags.folder(FLAGS) / "mixed_family.json", list[Row]()
     for number in range(FLAGS.repeats):
         for own in served:
             print(f"{own.method}, run {number + 1} of {FLAGS.repeats}", file=sys.stderr, flush=True)
             rows.append(own.run(number))
+            save_rows(path, head, rows)
+            path.with_suffix(".md").write_text(report(head, rows), encoding="utf-8")
     for own in served:
         own.rt.close()
-    path = own_flags.folder(FLAGS) / "mixed_family.json"
-    save_rows(path, head, rows)
-    text = report(head, rows)
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    print(report(head, rows))
 
 
 if __name__ == "__main__":
