@@ -1,8 +1,8 @@
 """Serves so many requests, and prints by how many bytes the process grew after the first tenth of them.
 
-python -m tests.endless 20000              on the machine without JAX
-python -m tests.endless 20000 leak         the same, with an observer that keeps the inputs of every request
-python -m tests.endless 1000000 jax        the runtime with a small model
+    python -m tests.endless 20000              on the machine without JAX
+    python -m tests.endless 20000 leak         the same, with an observer that keeps the inputs of every request
+    python -m tests.endless 1000000 jax        the runtime with a small model
 """
 
 from __future__ import annotations
