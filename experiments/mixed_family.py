@@ -27,12 +27,13 @@ from coalesce.models import by_name
 from coalesce.runtime.runtime import Runtime
 from coalesce.scheduler.catalog import Catalog, Entry, text_of
 from coalesce.scheduler.coalescing import Coalescing
-from coalesce.scheduler.commands import Command, Dispatch, Want
+from coalesce.scheduler.commands import Command, Dispatch
 from coalesce.scheduler.events import Event
 from experiments import own_flags
 from experiments.isolation import closed_loop
 from experiments.live import Kind, Live, move_in, quantile_ms, Seen, tenants
 from experiments.results import device_name, header, Row, save_rows, table
+from experiments.switching import Switching
 
 METHODS = ("apart", "mixed")
 PATIENT_S = 60.0  # nobody is refused
@@ -46,17 +47,6 @@ flags.DEFINE_list("widths", ["1", "2", "4"], "of executables", flag_values=FLAGS
 flags.DEFINE_list("methods", list(METHODS), "which methods", flag_values=FLAGS)
 flags.DEFINE_float("duration", 10.0, "seconds of each run", lower_bound=0.05, flag_values=FLAGS)
 flags.DEFINE_integer("repeats", 5, "runs of each method, in turns", flag_values=FLAGS)
-
-
-class Apart(Coalescing):
-    """Asks for executables of one family alone."""
-
-    def on_event(self, event: Event, now_ns: int) -> Sequence[Command]:
-        commands = super().on_event(event, now_ns)
-        return [c for c in commands if not (isinstance(c, Want) and len(c.entries) > 1)]
-
-
-POLICIES = {"apart": Apart, "mixed": Coalescing}
 
 
 class Counted(Seen):
@@ -84,7 +74,8 @@ class Served:
     def __init__(self, method: str, kinds: Sequence[Kind]) -> None:
         self.method, self.seen = method, Counted()
         self.lives: list[Live] = tenants(kinds)
-        self.rt = Runtime(policy=POLICIES[method](), widths=tuple(map(int, FLAGS.widths)), observers=[self.seen])
+        policy = Switching(Coalescing, mixed=method == "mixed")
+        self.rt = Runtime(policy=policy, widths=tuple(map(int, FLAGS.widths)), observers=[self.seen])
         move_in(self.rt, self.lives)
         for _ in range(6):  # whoever waits for whom is seen, and what is wanted for them is made
             closed_loop(self.rt, self.lives, min(1.0, FLAGS.duration))

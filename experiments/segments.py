@@ -31,7 +31,7 @@ from coalesce.scheduler import workloads
 from coalesce.scheduler.workloads import Arrival
 from experiments import own_flags
 from experiments.cells import tenants_of
-from experiments.live import Kind, Live, move_in, quantile_ms, SECOND, Seen, serve
+from experiments.live import Kind, Live, move_in, quantile_ms, SECOND, Seen, serve, settle
 from experiments.results import device_name, header, Row, save_rows, table
 
 METHODS = {"whole": 1, "three": 3, "cut": None}
@@ -104,7 +104,7 @@ def measure(method: str, short: Kind, long: Kind, rates: dict[str, float]) -> li
     with Runtime(widths=tuple(map(int, FLAGS.widths)), segments=METHODS[method], observers=[seen]) as rt:
         move_in(rt, lives)
         if METHODS[method] is None:
-            settle(rt, seen)
+            settle(rt, lambda: seen.catalog)
         segments = {e.entries[0].family: 1 for e in seen.catalog.executables} | dict(seen.catalog.segments or {})
         for repeat in range(FLAGS.repeats):
             print(f"{method}, run {repeat + 1} of {FLAGS.repeats}", file=sys.stderr, flush=True)
@@ -123,16 +123,6 @@ def measure(method: str, short: Kind, long: Kind, rates: dict[str, float]) -> li
                     "segments": segments[seen.tenants[own[0].name].families[0]],
                 }))  # fmt: skip
     return found
-
-
-def settle(rt: Runtime, seen: Seen, quiet_s: float = 3.0, most_s: float = 300.0) -> None:
-    """Until no program is being cut any more: what was offered has not changed for a while."""
-    end_s, since_s, known = time.monotonic() + most_s, time.monotonic(), seen.catalog
-    while time.monotonic() < min(end_s, since_s + quiet_s):
-        time.sleep(0.1)
-        rt.warm_up(most_s)
-        if seen.catalog is not known:
-            since_s, known = time.monotonic(), seen.catalog
 
 
 def row_of(seen: Seen, names: Sequence[str], took_s: float, which: dict[str, Any]) -> Row:

@@ -22,6 +22,10 @@ class Launched(Protocol):
         """Until the device is done; raises what went wrong there."""
         ...
 
+    def is_at_hand(self) -> bool:
+        """Whether `wait` and `results` return at once, and run no code of a tenant."""
+        ...
+
     def results(self) -> Sequence[Sequence[Any] | None]:
         """For each entry the result of each of its lanes, or a `Spoilt`; None for a segment that is not the last."""
         ...
