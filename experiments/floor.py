@@ -110,7 +110,8 @@ def floor_row(model: Model, tenants: int, batch: int, ceilings: Ceilings) -> Row
     """Of a round of so many tenants, each with weights and a request of its own."""
     work = heavy_work(model, batch)
     us = round(tenants * sum(one.us(ceilings) for one in work), 4)
-    times = dict.fromkeys(("round_us_median", "round_us_p10", "round_us_p90", "latency_p99_us"), us)
+    names = ("round_us_median", "round_us_p10", "round_us_p90", "latency_p99_us", "sustained_us_median")
+    times = dict.fromkeys(names, us)
     total = {"bytes": sum(one.nbytes for one in work), "flops": sum(one.flops for one in work)}
     facts = {"gbs": ceilings.gbs, "tflops": ceilings.tflops, "heavy_ops": len(work), **total}
     how = f"{ceilings.gbs:,.0f} GB/s, {ceilings.tflops:,.1f} TFLOP/s"

@@ -5,7 +5,8 @@
 Sixteen tenants of one family send a request each, over and over, several rounds ahead of the results. Their model adds
 a weight to its input, so that nearly all that is spent is the runtime's: taking a request on, deciding, staging,
 dispatching, and handing out the result. Host time is CPU time of the whole process, all threads together, a request;
-`wall` is the time of a measurement over its requests. Through `infer` all coroutines share one event loop. Staging is
+the rest of what Python's threads take is JAX's, which may spin while it waits for a device. `wall` is the time of a
+measurement over its requests. Through `infer` all coroutines share one event loop. Staging is
 timed by itself: the bytes of 16 inputs, copied into what a call takes, with everything that this costs.
 """
 
@@ -13,9 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
@@ -93,18 +95,25 @@ WAYS: dict[str, Callable[[Runtime, Sequence[np.ndarray], int], None]] = {"submit
 
 def served(rt: Runtime, way: str, size: int, requests: int) -> Row:
     before = rt.stats()
-    cpu, wall = time.process_time(), time.perf_counter()
+    cpu, python, wall = time.process_time(), python_s(), time.perf_counter()
     WAYS[way](rt, inputs_of(size), -(-requests // LANES))
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    cpu, python, wall = time.process_time() - cpu, python_s() - python, time.perf_counter() - wall
     after = rt.stats()
     lanes = after.lanes - before.lanes
     return {
         "way": way,
         "bytes": size,
         "host_us": 1e6 * cpu / lanes,
+        "python_us": 1e6 * python / lanes,
         "wall_us": 1e6 * wall / lanes,
         "lanes": lanes / (after.bundles - before.bundles),
     }
+
+
+def python_s() -> float:
+    """Processor time of Python's threads that are there."""
+    threads = [thread.ident for thread in threading.enumerate() if thread.ident is not None]
+    return sum(time.clock_gettime(time.pthread_getcpuclockid(ident)) for ident in threads)
 
 
 def staged(size: int) -> Row:
@@ -122,21 +131,21 @@ def staged(size: int) -> Row:
     return {"way": "staging", "bytes": size, "gbs": size * LANES * runs / took / 1e9}
 
 
-def measured(sizes: Sequence[int], stages: Sequence[int], requests: int, repeats: int) -> list[Row]:
-    """In turns, so that a busy machine is unfair to none."""
+def measured(sizes: Sequence[int], stages: Sequence[int], requests: int, repeats: int) -> Iterator[list[Row]]:
+    """In turns, so that a busy machine is unfair to none; what is known after each."""
     runtimes = {size: runtime_of(size) for size in sizes}
     try:
         for size, rt in runtimes.items():
             for way in WAYS:
                 served(rt, way, size, requests // 10)
-        turns = [
-            [served(rt, way, size, requests) for size, rt in runtimes.items() for way in WAYS] + [*map(staged, stages)]
-            for _ in range(repeats)
-        ]
+        turns: list[list[Row]] = []
+        for _ in range(repeats):
+            through = [served(rt, way, size, requests) for size, rt in runtimes.items() for way in WAYS]
+            turns.append([*through, *map(staged, stages)])
+            yield [merged(rows) for rows in zip(*turns, strict=True)]
     finally:
         for rt in runtimes.values():
             rt.close()
-    return [merged(rows) for rows in zip(*turns, strict=True)]
 
 
 def merged(rows: Sequence[Row]) -> Row:
@@ -150,24 +159,25 @@ def merged(rows: Sequence[Row]) -> Row:
 def text_of(rows: Sequence[Row]) -> str:
     def line(row: Row) -> list[str]:
         if row["way"] == "staging":
-            return ["staging", f"{row['bytes']:,}", "", "", "", f"{row['gbs']:.2f}", f"> {STAGED_GBS:g} GB/s"]
+            return ["staging", f"{row['bytes']:,}", "", "", "", "", f"{row['gbs']:.2f}", f"> {STAGED_GBS:g} GB/s"]
         target = f"< {TARGETS_US[row['way']]:g} us" if row["bytes"] <= 4096 else ""
-        spent = [f"{row['host_us']:.1f}", f"{row['wall_us']:.1f}", f"{row['lanes']:.1f}"]
+        spent = [f"{row[name]:.1f}" for name in ("host_us", "python_us", "wall_us", "lanes")]
         return [row["way"], f"{row['bytes']:,}", *spent, "", target]
 
-    columns = ["", "bytes of an input", "host time, us", "wall, us", "lanes a bundle", "GB/s", "target"]
-    return table(columns, [line(row) for row in rows])
+    spent = ["host time, us", "of Python's threads", "wall, us", "lanes a bundle"]
+    return table(["", "bytes of an input", *spent, "GB/s", "target"], [line(row) for row in rows])
 
 
 def main(argv: Sequence[str]) -> None:
     own_flags.parse("host_time", FLAGS, argv)
-    rows = measured([int(b) for b in FLAGS.bytes], [int(b) for b in FLAGS.staged], FLAGS.requests, FLAGS.repeats)
     head = header(own_flags.command("host_time", FLAGS), FLAGS.device_name or device_name(), FLAGS.note, lanes=LANES)
     path = own_flags.folder(FLAGS) / "host_time.json"
-    save_rows(path, head, rows)
-    text = text_of(rows)
-    path.with_suffix(".md").write_text(f"{text}\n", encoding="utf-8")
-    print(text)
+    sizes, stages = ([int(b) for b in given] for given in (FLAGS.bytes, FLAGS.staged))
+    for rows in measured(sizes, stages, FLAGS.requests, FLAGS.repeats):
+        save_rows(path, head, rows)
+        text = text_of(rows)
+        path.with_suffix(".md").write_text(f"{text}\n", encoding="utf-8")
+        print(f"{text}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -170,6 +170,7 @@ def main(argv: Sequence[str]) -> None:
         own_flags.command("isolation", FLAGS), FLAGS.device_name or device_name(), FLAGS.note, **settings
     )
     path = own_flags.folder(FLAGS) / f"isolation_{FLAGS.model}_{FLAGS.dtype}.json"
+    title = f"Latency of {FLAGS.model} as tenants are added"
     rows = load_rows(path, head)
     done = {Cell(row["tenants"], row["method"]) for row in rows}
     wanted = [Cell(int(n), method) for n in FLAGS.tenants for method in FLAGS.methods]
@@ -179,14 +180,12 @@ def main(argv: Sequence[str]) -> None:
         rows = sorted([*rows, row_of(cell, latencies)], key=order)
         print(f"after {time.monotonic() - begun_s:.0f} s: {cell}", file=sys.stderr, flush=True)
         save_rows(path, head, rows)
+        path.with_suffix(".md").write_text(report(title, head, rows), encoding="utf-8")
         if FLAGS.budget_s is not None and time.monotonic() - begun_s > FLAGS.budget_s:
             print("the budget is spent; the same command goes on from here", file=sys.stderr)
             break
     served.close()
-    title = f"Latency of {FLAGS.model} as tenants are added"
-    text = report(title, head, rows)
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    print(report(title, head, rows))
     print(plot(path.with_suffix(".png"), title, rows))
 
 

@@ -10,7 +10,7 @@ import ast
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from random import Random
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from coalesce.runtime.ticket import Ending, Ticket
 from coalesce.scheduler import workloads
 from coalesce.scheduler.catalog import Catalog
 from coalesce.scheduler.commands import Command, Dispatch, Reason
-from coalesce.scheduler.events import CatalogChanged, Event, Submitted, TenantAdded
+from coalesce.scheduler.events import CatalogChanged, Event, Submitted, TenantAdded, TenantRemoved
 from coalesce.scheduler.request import Request, Tenant
 from coalesce.scheduler.run import Decision
 from coalesce.scheduler.workloads import Arrival
@@ -79,6 +79,16 @@ def move_in(rt: Runtime, lives: Iterable[Live], timeout_s: float = 600.0) -> Non
     for live in lives:
         rt.add_tenant(live.name, live.kind.model.apply, live.params, example=live.inputs, slo=live.kind.slo_s)
     rt.warm_up(timeout_s)
+
+
+def settle(rt: Runtime, offered: Callable[[], Catalog], quiet_s: float = 3.0, most_s: float = 300.0) -> None:
+    """Until no program is being cut any more: what is offered has not changed for a while."""
+    end_s, since_s, known = time.monotonic() + most_s, time.monotonic(), offered()
+    while time.monotonic() < min(end_s, since_s + quiet_s):
+        time.sleep(0.1)
+        rt.warm_up(most_s)
+        if offered() is not known:
+            since_s, known = time.monotonic(), offered()
 
 
 def times_of(process: str, rng: Random, rate: float, cv: float) -> Iterable[int]:
@@ -163,6 +173,8 @@ class Seen(Observer):
             self.catalog = event.catalog
         elif isinstance(event, TenantAdded):
             self.tenants[event.tenant.name] = event.tenant
+        elif isinstance(event, TenantRemoved):
+            self.tenants.pop(event.name, None)
         for command in commands:
             if isinstance(command, Dispatch):
                 self._dispatched_ns[command.bundle] = now_ns

@@ -49,6 +49,7 @@ class Candidate:
     run: Round
     split: Callable[[Any], list[Any]] = list  # a round's result -> outputs, tenant by tenant
     facts: dict[str, Any] = field(default_factory=dict)  # what else the results say about it
+    issue: Round | None = None  # a round that is not waited for, where `run` waits by itself
 
 
 OWN_CHOICE: Mapping[str, Choice] = {"": choose}

@@ -1,7 +1,7 @@
 """Claim: small programs of different families that wait for each other are served faster by one executable of both.
 
     python -m experiments.mixed_family
-    python -m experiments.mixed_family --kinds=mlp.width=16:4,lstm:2
+    python -m experiments.mixed_family "--kinds=mlp.width=16:4,mlp.width=32;layers=16:4"
 
 Tenants of different families, each with one request under way at any time. Served by the runtime twice:
 
@@ -15,6 +15,7 @@ The rows say how many bundles ran in such executables, and what these take again
 from __future__ import annotations
 
 import ast
+import logging
 import sys
 import time
 from collections import Counter
@@ -27,36 +28,30 @@ from coalesce.models import by_name
 from coalesce.runtime.runtime import Runtime
 from coalesce.scheduler.catalog import Catalog, Entry, text_of
 from coalesce.scheduler.coalescing import Coalescing
-from coalesce.scheduler.commands import Command, Dispatch, Want
+from coalesce.scheduler.commands import Command, Dispatch
 from coalesce.scheduler.events import Event
 from experiments import own_flags
 from experiments.isolation import closed_loop
 from experiments.live import Kind, Live, move_in, quantile_ms, Seen, tenants
 from experiments.results import device_name, header, Row, save_rows, table
+from experiments.switching import Switching
 
 METHODS = ("apart", "mixed")
+ENDING = ": it is done without"
 PATIENT_S = 60.0  # nobody is refused
 
 FLAGS = flags.FlagValues()
 own_flags.define_common(FLAGS)
 flags.DEFINE_list(
-    "kinds", ["mlp.width=16:4", "mlp.width=32;layers=16:4"], "MODEL[.FIELD=VALUE]:COUNT", flag_values=FLAGS
+    "kinds",
+    [f"mlp.width={width};layers=4:1" for width in (16, 24, 32, 40)],
+    "MODEL[.FIELD=VALUE;...]:COUNT",
+    flag_values=FLAGS,
 )
 flags.DEFINE_list("widths", ["1", "2", "4"], "of executables", flag_values=FLAGS)
 flags.DEFINE_list("methods", list(METHODS), "which methods", flag_values=FLAGS)
 flags.DEFINE_float("duration", 10.0, "seconds of each run", lower_bound=0.05, flag_values=FLAGS)
 flags.DEFINE_integer("repeats", 5, "runs of each method, in turns", flag_values=FLAGS)
-
-
-class Apart(Coalescing):
-    """Asks for executables of one family alone."""
-
-    def on_event(self, event: Event, now_ns: int) -> Sequence[Command]:
-        commands = super().on_event(event, now_ns)
-        return [c for c in commands if not (isinstance(c, Want) and len(c.entries) > 1)]
-
-
-POLICIES = {"apart": Apart, "mixed": Coalescing}
 
 
 class Counted(Seen):
@@ -78,13 +73,27 @@ def read_kind(text: str) -> Kind:
     return Kind(what, by_name(model, **fields), int(count), PATIENT_S)
 
 
+class DoneWithout(logging.Handler):
+    """What the runtime says of executables that take no less than their families one after another."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message.endswith(ENDING):
+            self.said.append(message.removesuffix(ENDING))
+
+
 class Served:
     """A runtime under one method, with its tenants, for as many runs as are wanted."""
 
     def __init__(self, method: str, kinds: Sequence[Kind]) -> None:
         self.method, self.seen = method, Counted()
         self.lives: list[Live] = tenants(kinds)
-        self.rt = Runtime(policy=POLICIES[method](), widths=tuple(map(int, FLAGS.widths)), observers=[self.seen])
+        policy = Switching(Coalescing, mixed=method == "mixed")
+        self.rt = Runtime(policy=policy, widths=tuple(map(int, FLAGS.widths)), observers=[self.seen])
         move_in(self.rt, self.lives)
         for _ in range(6):  # whoever waits for whom is seen, and what is wanted for them is made
             closed_loop(self.rt, self.lives, min(1.0, FLAGS.duration))
@@ -129,7 +138,7 @@ def executables_of(catalog: Catalog) -> list[dict[str, Any]]:
     ]
 
 
-def report(head: dict[str, Any], rows: Sequence[Row]) -> str:
+def report(head: dict[str, Any], rows: Sequence[Row], without: Sequence[str] = ()) -> str:
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
         own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["requests_per_s"])
@@ -156,6 +165,8 @@ def report(head: dict[str, Any], rows: Sequence[Row]) -> str:
             [[e["entries"], f"{e['us']:.0f}", f"{e['apart_us']:.0f}"] for e in offered] or [["none", "", ""]],
         ),
     ]
+    if without:
+        text += ["Made, measured and not offered:", "\n".join(f"- {what}" for what in without)]
     return "\n\n".join(text) + "\n"
 
 
@@ -166,19 +177,21 @@ def main(argv: Sequence[str]) -> None:
     settings = {"kinds": FLAGS.kinds, "duration_s": FLAGS.duration, "repeats": FLAGS.repeats}
     head = header(own_flags.command("mixed_family", FLAGS), FLAGS.device_name or device_name(), FLAGS.note, **settings)
     kinds = [read_kind(text) for text in FLAGS.kinds]
+    log, without = logging.getLogger("coalesce.runtime"), DoneWithout()
+    log.addHandler(without)
+    log.setLevel(logging.INFO)
     served = [Served(method, kinds) for method in FLAGS.methods]
-    rows = []
+    path, rows = own_flags.folder(FLAGS) / "mixed_family.json", list[Row]()
     for number in range(FLAGS.repeats):
         for own in served:
             print(f"{own.method}, run {number + 1} of {FLAGS.repeats}", file=sys.stderr, flush=True)
             rows.append(own.run(number))
+            save_rows(path, head, rows)
+            path.with_suffix(".md").write_text(report(head, rows, without.said), encoding="utf-8")
     for own in served:
         own.rt.close()
-    path = own_flags.folder(FLAGS) / "mixed_family.json"
-    save_rows(path, head, rows)
-    text = report(head, rows)
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    log.removeHandler(without)
+    print(report(head, rows, without.said))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
     python -m experiments.multiplexing --models=resnet50 --dtypes=bfloat16 --tenants=16
     python -m experiments.multiplexing --models=mlp --fields=mlp.width=64 --tenants=4 --methods=jax_in_turn,floor
 
-Times one round of n tenants, with distinct weights and distinct inputs. Each peer alternates with Coalesce in a pair of
-their own, each in its best configuration; its outputs are compared with those of JAX one tenant after the other. Rows
-are written when their pair ends, and a second run measures only the pairs that are not there yet. What cannot run has a
-row that says why; --retry_failed tries those again.
+Times one round of n tenants, with distinct weights and distinct inputs: from its first call until all results are
+there, and (`sustained`) where ten are issued one after the other. Each peer alternates with Coalesce in a pair of their
+own, each in its best configuration; its outputs are compared with those of JAX one tenant after the other. Rows are
+written when their pair ends, and a second run measures only the pairs that are not there yet. What cannot run has a row
+that says why; --retry_failed tries those again.
 
     time       jax_in_turn, torch_in_turn, processes (sliced by the driver)
     space      torch_streams, processes_mps, xla_concurrent

@@ -8,9 +8,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from experiments.pairs import IN_A_ROW
 from experiments.results import Row, table
 
 OURS = "coalesced"
+SUSTAINED = (
+    f"Sustained: microseconds a round where {IN_A_ROW} are issued one after the other and the last one is waited for, "
+    "by processes as many as a burst has; each in the configuration above."
+)
 PEERS = ("time", "space", "user")
 
 
@@ -27,6 +32,8 @@ def report(head: Mapping[str, Any], rows: Sequence[Row]) -> str:
     for model, dtype, batch in cells:
         own = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
         text += [f"## {model}, {dtype}, batch {batch}", round_table(own)]
+        if any("sustained_us_median" in row for row in own):
+            text += [SUSTAINED, round_table(own, "sustained_us_median")]
         text += ["\n".join(reasons(own))] * any(row["failed"] for row in own)
         text += [detail_table(own)]
     return "\n\n".join(text) + "\n"
@@ -35,13 +42,14 @@ def report(head: Mapping[str, Any], rows: Sequence[Row]) -> str:
 class Times:
     """Medians of one model and dtype: `of(n, method)`, and `faster(n, method)` within its pair."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.worked = [row for row in rows if not row["failed"]]
+    def __init__(self, rows: Sequence[Row], key: str = "round_us_median") -> None:
+        self.key = key
+        self.worked = [row for row in rows if not row["failed"] and key in row]
         self.kinds = {row["method"]: row["kind"] for row in rows}
         self.counts = sorted({row["tenants"] for row in rows})
 
     def of(self, count: int, method: str) -> float | None:
-        found = [r["round_us_median"] for r in self.worked if (r["tenants"], r["method"]) == (count, method)]
+        found = [r[self.key] for r in self.worked if (r["tenants"], r["method"]) == (count, method)]
         return median(found) if found else None
 
     def faster(self, count: int, method: str) -> float | None:
@@ -49,7 +57,7 @@ class Times:
         pair = {r["method"]: r for r in self.worked if (r["tenants"], r["pair"]) == (count, method)}
         if method not in pair or OURS not in pair:
             return None
-        return pair[method]["round_us_median"] / pair[OURS]["round_us_median"]
+        return pair[method][self.key] / pair[OURS][self.key]
 
     def best(self, count: int, kind: str) -> str | None:
         """The fastest method of a kind."""
@@ -57,9 +65,9 @@ class Times:
         return min(times, key=lambda m: times[m]) if times else None
 
 
-def round_table(rows: Sequence[Row]) -> str:
+def round_table(rows: Sequence[Row], key: str = "round_us_median") -> str:
     """A line for each method, a column for each number of tenants; then what follows from them."""
-    times = Times(rows)
+    times = Times(rows, key)
 
     def cell(count: int, method: str) -> str:
         if (us := times.of(count, method)) is None:

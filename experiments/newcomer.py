@@ -18,7 +18,7 @@ import itertools
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,7 +94,8 @@ def add(rt: Runtime, prefix: str, made: Tenants) -> tuple[list[str], np.ndarray]
     return names, x
 
 
-def measure() -> Row:
+def measure() -> Iterator[Row]:
+    """What is known after each turn."""
     widths = tuple(map(int, FLAGS.widths))
     quiet: list[float] = []
     busy: list[float] = []
@@ -118,11 +119,16 @@ def measure() -> Row:
                 clients.into = quiet
                 time.sleep(took)
                 clients.into = []
-            failed = dict(rt.health().failed)
-    assert not failed, f"executables failed: {failed}"
+                time.sleep(0.1)  # the last ones come in
+                failed = dict(rt.health().failed)
+                assert not failed, f"executables failed: {failed}"
+                yield row_of(list(quiet), list(busy), (turn + 1) * FLAGS.families, added_s)
+
+
+def row_of(quiet: Sequence[float], busy: Sequence[float], families: int, added_s: float) -> Row:
     return {
-        "families": FLAGS.turns * FLAGS.families,
-        "family_s": round(added_s / (FLAGS.turns * FLAGS.families), 3),
+        "families": families,
+        "family_s": round(added_s / families, 3),
         **{f"steady_{name}": value for name, value in quantiles(quiet).items()},
         **{f"adding_{name}": value for name, value in quantiles(busy).items()},
         "p99_ratio": round(quantiles(busy)["p99_ms"] / quantiles(quiet)["p99_ms"], 2),
@@ -148,13 +154,13 @@ def text_of(row: Row) -> str:
 
 def main(argv: Sequence[str]) -> None:
     own_flags.parse("newcomer", FLAGS, argv)
-    row = measure()
     head = header(own_flags.command("newcomer", FLAGS), FLAGS.device_name or device_name(), FLAGS.note)
     path = own_flags.folder(FLAGS) / "newcomer.json"
-    save_rows(path, head, [row])
-    text = text_of(row)
-    path.with_suffix(".md").write_text(f"{text}\n", encoding="utf-8")
-    print(text)
+    for row in measure():
+        save_rows(path, head, [row])
+        text = text_of(row)
+        path.with_suffix(".md").write_text(f"{text}\n", encoding="utf-8")
+        print(f"{text}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from experiments.peers_common import Burst, CannotRun, Cell, Configurations, Pee
 from experiments.results import Row
 
 CHOOSING = 20  # most repeats of a configuration while the best one is looked for
+IN_A_ROW = 10  # rounds under way at once, at most
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,20 @@ def each_round(timing: Timing, rounds: int) -> Timing:
     return replace(timing, **values) if rounds > 1 else timing
 
 
+def in_a_row(burst: Burst) -> Burst:
+    """Rounds that are issued while those before them are under way, as many at once; processes do so by themselves."""
+    if burst.rounds > 1:
+        return burst
+    issue, last = burst.candidate.issue or burst.candidate.run, burst.candidate.run
+
+    def run() -> Any:
+        for _ in range(IN_A_ROW - 1):
+            issue()
+        return last()
+
+    return Burst(replace(burst.candidate, run=run), IN_A_ROW)
+
+
 def measure_pair(
     cell: Cell, name: str, peer: Peer, ours: Best, want: Sequence[np.ndarray], limits: Limits
 ) -> list[Row]:
@@ -132,21 +147,24 @@ def measure_pair(
         theirs.burst.latencies.clear()  # those of choosing
         try:
             timings = timed(bursts, limits.repeats, limits.seconds)
+            latencies = {key: list(burst.latencies) for key, burst in bursts.items()}
+            rows = {key: in_a_row(burst) for key, burst in bursts.items()}
+            sustained = timed(rows, max(3, limits.repeats // IN_A_ROW), limits.seconds)
         except Exception as e:  # out of memory, say, or a process that died
             return [{"method": name, "kind": peer.kind, "failed": f"while timing: {reason(e)}", "tried": theirs.tried}]
     kinds = {"coalesced": "coalesced", name: peer.kind}
     return [
-        {"method": key, "kind": kinds[key], **row_of(best, timings.get(key))}
+        {"method": key, "kind": kinds[key], **row_of(best, timings.get(key), sustained.get(key), latencies.get(key))}
         for key, best in sorted(contenders.items(), key=lambda item: item[0] == "coalesced")
     ]
 
 
-def row_of(best: Best, timing: Timing | None) -> Row:
-    if best.burst is None or timing is None:
+def row_of(best: Best, timing: Timing | None, sustained: Timing | None, latencies: Sequence[float] | None) -> Row:
+    if best.burst is None or timing is None or sustained is None:
         return {"failed": best.failed, "tried": best.tried}
-    latencies = best.burst.latencies
     p99 = round(float(np.percentile(latencies, 99)) * 1e6, 1) if latencies else timing.p99
     return {
+        "sustained_us_median": sustained.median,
         "round_us_median": timing.median,
         "round_us_p10": timing.p10,
         "round_us_p90": timing.p90,

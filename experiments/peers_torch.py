@@ -190,10 +190,13 @@ def candidate(how: str, rounds: Sequence[Round]) -> Candidate:
     """Calls that make up a round; it waits for the device at its end, as JAX's timing does for JAX's arrays."""
     import torch  # pyright: ignore[reportMissingImports]
 
-    def run() -> list[Any]:
+    def issue() -> list[Any]:
         with torch.no_grad():
-            outputs = [one for call in rounds for one in call()]
+            return [one for call in rounds for one in call()]
+
+    def run() -> list[Any]:
+        outputs = issue()
         torch.cuda.synchronize()
         return outputs
 
-    return Candidate(how, run, lambda outputs: [x.float().cpu().numpy() for x in outputs])
+    return Candidate(how, run, lambda outputs: [x.float().cpu().numpy() for x in outputs], issue=issue)

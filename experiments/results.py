@@ -40,6 +40,7 @@ def header(command: str, device: str, note: str = "", **settings: Any) -> dict[s
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": device,
         "note": note,
+        **({"xla_flags": flags} if (flags := os.environ.get("XLA_FLAGS")) else {}),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "settings": settings,
     }

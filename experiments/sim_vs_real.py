@@ -2,6 +2,7 @@
 
     python -m experiments.sim_vs_real
     python -m experiments.sim_vs_real --configurations=0,7 --duration=3 --slices=2
+    python -m experiments.sim_vs_real --duration=2 --slices=2 --most_segments=2 --budget_s=230    # on a GPU
 
 A configuration is served in slices, one to learn and one to compare in turns, with other arrivals in each. From a slice
 that is compared, and the two that are learnt from around it, the simulator gets: how long the host and each executable
@@ -10,41 +11,48 @@ beginning, and the arrivals. Then both have the same requests at the same times,
 compared. `--again` serves each compared slice a second time, which says how much two real runs differ.
 
 Configurations differ in tenants, rates, unevenness, SLOs and the number of segments, and are drawn from a seed. Load 1
-is what the runtime can do one request at a time; an SLO is so many times what a request takes alone. Those that the
-results have are not served again.
+is what the runtime can do one request at a time; an SLO is so many times what a request takes alone. Those of one model
+in as many segments share a runtime, so that nothing is compiled twice: each has tenants of its own there and a policy
+without a memory. Those that the results have are not served again.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import groupby
 from random import Random
 from statistics import median
 from typing import Any, NamedTuple
 
+import jax
 from absl import flags
 
 from coalesce.models import by_name
 from coalesce.runtime.runtime import Runtime
 from coalesce.scheduler import workloads
 from coalesce.scheduler.coalescing import Coalescing
-from coalesce.scheduler.commands import Command, WakeAt
-from coalesce.scheduler.events import Completed, Event, Submitted
+from coalesce.scheduler.commands import Command, Dispatch, WakeAt
+from coalesce.scheduler.events import CatalogChanged, Completed, Event, Submitted, TenantAdded
 from coalesce.scheduler.request import Request
 from coalesce.scheduler.run import Decision, Run
 from coalesce.scheduler.simulator import simulate
 from coalesce.scheduler.workloads import Arrival
 from experiments import own_flags
+from experiments.configurations import Configuration, draw_configurations, MODELS, place_of
 from experiments.live import Kind, Live, move_in, Seen, serve, tenants
 from experiments.measured_machine import host_of, MeasuredDevice, Ran
-from experiments.results import device_name, header, load_rows, Row, save_rows, table
+from experiments.results import device_name, header, load_rows, Row, save_rows
+from experiments.sim_vs_real_report import report
+from experiments.switching import Switching
 
 SECOND = 1_000_000_000
 LEAST_ALONE_S = 0.0  # rates and SLOs are made for a request that takes as long, if it is faster
-POINTS = 2.0  # of attainment, that the two may differ by
 WIDTHS = (1, 2, 4, 8, 16)
+MOST = 16  # tenants of a configuration
+STAYS_S = 60.0  # the SLO of a tenant that asks for nothing, so that its family stays while others come and go
 ALONE = 200  # requests
 SETTLE_S = 0.2  # until the driver knows of the last bundle, whose results are out already
 
@@ -55,49 +63,9 @@ flags.DEFINE_list("configurations", None, "only these, by number", flag_values=F
 flags.DEFINE_float("duration", 10.0, "seconds that are compared, and learnt from", lower_bound=0.1, flag_values=FLAGS)
 flags.DEFINE_integer("slices", 5, "into which they are cut", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_bool("again", False, "serve what is compared a second time", flag_values=FLAGS)
+flags.DEFINE_integer("most_segments", 3, "more than that are drawn as that", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_float("budget_s", None, "no configuration starts after so many seconds", flag_values=FLAGS)
 flags.DEFINE_integer("seed", 0, "of the configurations", flag_values=FLAGS)
-
-
-class Configuration(NamedTuple):
-    number: int
-    model: str
-    fields: dict[str, Any]
-    tenants: int
-    load: float  # 1 is what the device can do one request at a time
-    cv: float
-    slo: float  # in times that a request takes alone
-    zipf: float
-    segments: int
-
-
-MODELS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("mlp", {"width": 384, "layers": 24}),
-    ("mlp", {"width": 512, "layers": 24}),
-    ("gru", {"steps": 25, "hidden": 512, "features": 512, "classes": 10}),
-)
-
-
-def draw_configurations(count: int, seed: int) -> list[Configuration]:
-    """Every number of tenants meets every kind of load; the rest is drawn."""
-    rng = Random(seed)
-    found = []
-    for number in range(count):
-        model, fields = MODELS[number % len(MODELS)]
-        found.append(
-            Configuration(
-                number,
-                model,
-                fields,
-                tenants=(2, 4, 8, 16)[number % 4],
-                load=(0.3, 0.6, 0.9, 1.2, 1.6)[number % 5],
-                cv=rng.choice((0.5, 1.0, 2.0, 4.0)),
-                slo=rng.choice((5.0, 10.0, 20.0, 40.0)),
-                zipf=rng.choice((0.0, 1.0)),
-                segments=rng.choice((1, 1, 2, 3)),
-            )
-        )
-    return found
 
 
 class Slice(NamedTuple):
@@ -113,13 +81,16 @@ class Slice(NamedTuple):
 
 
 class Later:
-    """A policy that was told a log, and goes on after it on another clock, which starts at 0."""
+    """A policy that was told a log, and goes on after it on another clock, which starts at 0; whose bundles are
+    counted on from others' in the log, and by itself from 0."""
 
-    def __init__(self, log: Iterable[Decision], start_ns: int) -> None:
+    def __init__(self, log: Sequence[Decision], start_ns: int) -> None:
         self._policy, self._start_ns = Coalescing(), start_ns
+        before = next((c.bundle for _, _, commands in log for c in commands if isinstance(c, Dispatch)), 0)
         for event, now_ns, _ in log:
             if now_ns < start_ns:
-                self._policy.on_event(event, now_ns)
+                own = event._replace(bundle=event.bundle - before) if isinstance(event, Completed) else event
+                self._policy.on_event(own, now_ns)
 
     def on_event(self, event: Event, now_ns: int) -> Sequence[Command]:
         commands = self._policy.on_event(self._moved(event), self._start_ns + now_ns)
@@ -139,11 +110,6 @@ def again(requests: Iterable[Request], start_ns: int) -> list[Arrival]:
     """Requests that the real runtime got, as arrivals after `start_ns`."""
     ordered = sorted(requests, key=lambda request: request.arrival_ns)
     return [Arrival(r.arrival_ns - start_ns, r.tenant, r.deadline_ns - r.arrival_ns, 0, r.family) for r in ordered]
-
-
-def runtime(own: Configuration, seen: Seen) -> Runtime:
-    widths = [width for width in WIDTHS if width < 2 * own.tenants]
-    return Runtime(widths=widths, segments=own.segments, observers=[seen])
 
 
 def arrivals(own: Configuration, rate: float, lives: Sequence[Live], seed: int) -> Iterable[Arrival]:
@@ -179,36 +145,67 @@ def simulated(seen: Seen, own: Slice, around: Sequence[Slice], seed: int) -> tup
     return device.in_time(run), run
 
 
+class Hall:
+    """A runtime in which configurations of one model, in as many segments, are served one after another."""
+
+    def __init__(self, own: Configuration) -> None:
+        self.seen, self._switch = Seen(keep_log=True), Switching(Coalescing)
+        self._drawn = drawn(own.model, tuple(own.fields.items()))
+        self.rt = Runtime(
+            policy=self._switch, widths=WIDTHS, capacity=MOST + 1, segments=own.segments, observers=[self.seen]
+        )
+        move_in(self.rt, [renamed(self._drawn[-1], "stays", STAYS_S)])
+
+    def enter(self, own: Configuration, slo_s: float) -> list[Live]:
+        """Its tenants, served by a policy that knows nothing of others before."""
+        lives = [renamed(live, live.name, slo_s) for live in self._drawn[: own.tenants]]
+        move_in(self.rt, lives)
+        told = [CatalogChanged(self.seen.catalog), *map(TenantAdded, self.seen.tenants.values())]
+        self.seen.log = [Decision(event, time.monotonic_ns(), ()) for event in told]
+        self._switch.change(Coalescing)
+        return lives
+
+    def leave(self, lives: Sequence[Live]) -> None:
+        for live in lives:
+            self.rt.remove_tenant(live.name)
+
+
 @cache
-def alone_s(number: int) -> float:
+def drawn(model: str, fields: tuple[tuple[str, Any], ...]) -> list[Live]:
+    return tenants([Kind(model, by_name(model, **dict(fields)), MOST + 1, STAYS_S)])
+
+
+def renamed(live: Live, name: str, slo_s: float) -> Live:
+    return live._replace(name=name, kind=live.kind._replace(slo_s=slo_s))
+
+
+@cache
+def alone_s(model: str, fields: tuple[tuple[str, Any], ...]) -> float:
     """What a request of a model takes from submit to result, with nobody else there."""
-    seen, (model, fields) = Seen(), MODELS[number]
-    lives = tenants([Kind(model, by_name(model, **fields), 1, 60.0)])
-    with Runtime(widths=[1], segments=1, observers=[seen]) as rt:
-        move_in(rt, lives)
+    seen, live = Seen(), drawn(model, fields)[0]
+    with Runtime(widths=[1], capacity=MOST + 1, segments=1, observers=[seen]) as rt:
+        move_in(rt, [live])
         seen.clear()
         for _ in range(ALONE):
-            rt.submit(lives[0].name, *lives[0].inputs).result(60)
-    return median(seen.latencies_ns[lives[0].name]) / SECOND
+            rt.submit(live.name, *live.inputs).result(60)
+    return median(seen.latencies_ns[live.name]) / SECOND
 
 
-def compare(own: Configuration) -> Row:
+def compare(own: Configuration, hall: Hall) -> Row:
     print(f"configuration {own.number}: {own}", file=sys.stderr, flush=True)
-    took_s = max(LEAST_ALONE_S, alone_s(own.number % len(MODELS)))
+    took_s = max(LEAST_ALONE_S, alone_s(own.model, tuple(own.fields.items())))
     rate, slo_s = own.load / took_s, own.slo * took_s
-    seen = Seen(keep_log=True)
-    lives = tenants([Kind(own.model, by_name(own.model, **own.fields), own.tenants, slo_s)])
     kinds = "learn compare again".split() if FLAGS.again else "learn compare".split()
     slices: dict[str, list[Slice]] = {kind: [] for kind in kinds}
-    with runtime(own, seen) as rt:
-        move_in(rt, lives)
-        for number in range(FLAGS.slices + 1):
-            for kind in kinds if number < FLAGS.slices else kinds[:1]:
-                slices[kind].append(served(rt, own, rate, lives, seen, 2 * number + (kind != "learn")))
+    seen, lives = hall.seen, hall.enter(own, slo_s)
+    for number in range(FLAGS.slices + 1):
+        for kind in kinds if number < FLAGS.slices else kinds[:1]:
+            slices[kind].append(served(hall.rt, own, rate, lives, seen, 2 * number + (kind != "learn")))
     learnt, compared = slices["learn"], slices["compare"]
     around = [learnt[i : i + 2] for i in range(len(compared))]
     runs = [simulated(seen, one, others, own.number) for one, others in zip(compared, around, strict=True)]
     hindsight = [simulated(seen, one, [one], own.number) for one in compared]
+    hall.leave(lives)
     requests, bundles = sum(len(one.requests) for one in compared), sum(len(one.ran) for one in compared)
     real, predicted, known = (
         sum(in_time) / max(1, requests)
@@ -232,62 +229,41 @@ def compare(own: Configuration) -> Row:
     }
 
 
-def report(head: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    within = sum(abs(row["points"]) <= POINTS for row in rows)
-    lines = [
-        [
-            str(row["number"]),
-            ", ".join([row["model"], *(f"{k}={v}" for k, v in row["fields"].items() if k in ("width", "hidden"))]),
-            str(row["tenants"]),
-            str(row["segments"]),
-            f"{row['load']:g}",
-            f"{row['cv']:g}",
-            f"{row['slo_ms']:.1f}",
-            f"{row['requests']:,}",
-            f"{row['real']:.2%}",
-            f"{row['simulated']:.2%}",
-            f"{row['points']:+.2f}",
-            f"{100 * (row['hindsight'] - row['real']):+.2f}",
-            "" if row["again"] is None else f"{100 * (row['again'] - row['real']):+.2f}",
-            f"{row['real_lanes']:.2f}",
-            f"{row['simulated_lanes']:.2f}",
-        ]
-        for row in rows
-    ]
-    columns = ["", "model", "tenants", "segments", "load", "CV", "SLO ms", "requests", "real", "simulated"]
-    text = [
-        "# The simulator against the real runtime",
-        f"{head['device']}, JAX {head['versions']['jax']}, {head['date']}. {head['note']}".rstrip(),
-        f"    {head['command']}",
-        f"Requests in time: {within} of {len(rows)} configurations within {POINTS:g} points. Load 1 is one request "
-        "after the other; `lanes` are requests a bundle, real and simulated. `hindsight` are the points where the "
-        "simulator gets the compared slices' own times: what is left is not the machine's being slower than before. "
-        "`again` is what the real runtime differs from itself by, with the same arrivals once more.",
-        table([*columns, "points", "hindsight", "again", "lanes", "lanes (sim)"], lines),
-    ]
-    return "\n\n".join(text) + "\n"
+def is_spent(begun_s: float) -> bool:
+    return FLAGS.budget_s is not None and time.monotonic() - begun_s > FLAGS.budget_s
 
 
 def main(argv: Sequence[str]) -> None:
     begun_s = time.monotonic()
     own_flags.parse("sim_vs_real", FLAGS, argv)
     settings = {"count": FLAGS.count, "duration_s": FLAGS.duration, "slices": FLAGS.slices, "again": FLAGS.again}
-    settings |= {"seed": FLAGS.seed, "widths": list(WIDTHS)}
+    settings |= {"seed": FLAGS.seed, "widths": list(WIDTHS), "most_segments": FLAGS.most_segments}
     head = header(own_flags.command("sim_vs_real", FLAGS), FLAGS.device_name or device_name(), FLAGS.note, **settings)
     chosen = None if FLAGS.configurations is None else set(map(int, FLAGS.configurations))
     path = own_flags.folder(FLAGS) / "sim_vs_real.json"
     rows = load_rows(path, head)
-    for own in draw_configurations(FLAGS.count, FLAGS.seed):
-        if own.number in {row["number"] for row in rows} or (chosen is not None and own.number not in chosen):
-            continue
-        if FLAGS.budget_s is not None and time.monotonic() - begun_s > FLAGS.budget_s:
-            print("the budget is spent; the same command goes on from here", file=sys.stderr)
+    models = MODELS["cpu" if jax.default_backend() == "cpu" else "gpu"]
+    missing = [
+        own
+        for own in draw_configurations(models, FLAGS.count, FLAGS.seed, FLAGS.most_segments)
+        if own.number not in {row["number"] for row in rows} and (chosen is None or own.number in chosen)
+    ]
+    for _, alike in groupby(sorted(missing, key=place_of), key=lambda own: place_of(own)[:2]):
+        if is_spent(begun_s):
             break
-        rows = sorted([*rows, compare(own)], key=lambda row: row["number"])
-        save_rows(path, head, rows)
-    text = report(head, rows)
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+        first, *others = alike
+        print(f"after {time.monotonic() - begun_s:.0f} s: {first.model}, {first.segments} segments", file=sys.stderr)
+        alone_s(first.model, tuple(first.fields.items()))
+        hall = Hall(first)
+        with hall.rt:
+            for own in (first, *others):
+                if not is_spent(begun_s):
+                    rows = sorted([*rows, compare(own, hall)], key=lambda row: row["number"])
+                    save_rows(path, head, rows)
+                    path.with_suffix(".md").write_text(report(head, rows), encoding="utf-8")
+    if is_spent(begun_s):
+        print("the budget is spent; the same command goes on from here", file=sys.stderr)
+    print(report(head, rows))
 
 
 if __name__ == "__main__":

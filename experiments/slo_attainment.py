@@ -15,8 +15,9 @@ On a GPU, where minutes are dear, in this order; each goes on where it had to st
     GPU="--real --dtype=bfloat16 --lanes=1,2,4,8,16 --loads= --probe_s=3 --within=0.08 --budget_s=240"
     python -m experiments.slo_attainment $GPU --models=resnet50 --policies=coalescing,edf,fifo
     python -m experiments.slo_attainment $GPU --models=resnet50 --policies=torch_edf
-    python -m experiments.slo_attainment $GPU --models=resnet50,bert_base --policies=coalescing,edf,fifo
-    python -m experiments.slo_attainment $GPU --models=resnet50,bert_base --policies=torch_edf
+    MIX="--models=resnet18,resnet50,mobilenetv2,bert_small --lanes=1,2,4 --cvs=1 --segments=1 --nomixed"
+    python -m experiments.slo_attainment $GPU $MIX --policies=coalescing,edf,fifo
+    python -m experiments.slo_attainment $GPU $MIX --policies=torch_edf
 """
 
 from __future__ import annotations

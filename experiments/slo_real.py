@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from coalesce.scheduler.commands import Command, Reject
 from coalesce.scheduler.events import CatalogChanged, Event, Submitted
 from coalesce.scheduler.latency import FEW
 from experiments.cells import tenants_of
+from experiments.live import settle
 from experiments.simulated import POLICIES
 from experiments.slo_probe import Counts
 from experiments.switching import Switching
@@ -117,11 +119,14 @@ class Service:
         """A policy that knows how long executables take with requests in them, which the warm-up did not have."""
         self.drain()
         self._switch.change(POLICIES[self.policy])
-        for width in self._widths[:1] if is_single(self.policy) else self._widths:
-            for _ in range(KNOWN):
-                names = list(self._inputs)[:width]
-                for reply in [self.runtime.submit(name, *self._inputs[name], deadline=PATIENT_S) for name in names]:
-                    reply.result(PATIENT_S)
+        widths = self._widths[:1] if is_single(self.policy) else self._widths
+        alike: dict[str, list[str]] = {}
+        for own in self._owned:
+            alike.setdefault(own.kind.name, []).append(own.name)
+        for width, names, _ in product(widths, alike.values(), range(KNOWN)):
+            together = names[:width]
+            for reply in [self.runtime.submit(name, *self._inputs[name], deadline=PATIENT_S) for name in together]:
+                reply.result(PATIENT_S)
 
     def submit(self, tenant: str) -> Any:
         return self.runtime.submit(tenant, *self._inputs[tenant])
@@ -152,14 +157,24 @@ def widths_up_to(times: Times, most: int | None) -> Times:
 
 
 @contextmanager
-def serving(owned: Sequence[Owned], widths: Sequence[int], start_s: float = START_S) -> Iterator[Service]:
-    """With room for all tenants at once, so that no executable is made twice; they are waited for `start_s`."""
-    offered, policy = Offered(), Switching(POLICIES[FIRST])
+def serving(
+    owned: Sequence[Owned],
+    widths: Sequence[int],
+    start_s: float = START_S,
+    segments: int | None = None,
+    mixed: bool = True,
+) -> Iterator[Service]:
+    """With room for all tenants at once, so that no executable is made twice; they are waited for `start_s`. Unless
+    `mixed` no executables of several families are made."""
+    offered, policy = Offered(), Switching(POLICIES[FIRST], mixed)
     capacity = max(Counter(own.kind.name for own in owned).values())
-    with Runtime(policy=policy, widths=widths, capacity=capacity, observers=[offered]) as rt:
+    options = {"widths": widths, "capacity": capacity, "segments": segments}
+    with Runtime(policy=policy, observers=[offered], **options) as rt:
         for own in owned:
             rt.add_tenant(own.name, own.kind.model.apply, own.params, example=own.inputs, slo=own.kind.slo_ns / 1e9)
         rt.warm_up(start_s)
+        if segments is None and len({own.kind.name for own in owned}) > 1:  # some may be cut for others
+            settle(rt, lambda: offered.catalog, most_s=start_s)
         yield Service(rt, policy, offered, owned, widths)
 
 

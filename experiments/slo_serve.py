@@ -50,6 +50,8 @@ def define_flags() -> None:
     flags.DEFINE_float("probe_s", 5.0, "real: how long a rate is tried")
     flags.DEFINE_integer("tries", 2, "real: of a rate; the best counts: a hiccup of the host is nobody's policy")
     flags.DEFINE_float("within", 0.05, "real: how near a search comes to the rate, as a share of it")
+    flags.DEFINE_integer("segments", None, "real: that programs are cut into; as cost and SLOs ask for if not given")
+    flags.DEFINE_bool("mixed", True, "real: make executables of several families while others are served")
     flags.DEFINE_list("lanes", ["1", "2", "4", "8", "16", "32"], "real: widths of executables")
 
 
@@ -134,6 +136,8 @@ def serve_all() -> None:
         probe_s=FLAGS.probe_s,
         tries=FLAGS.tries,
         within=FLAGS.within,
+        **({} if FLAGS.segments is None else {"segments": FLAGS.segments}),
+        **({} if FLAGS.mixed else {"mixed": False}),
     )
     path = folder() / f"slo_attainment_{'_'.join(FLAGS.models)}_{FLAGS.dtype}.json"
     sheet = Sheet(path, head, FLAGS.budget_s, begun_s)
@@ -185,7 +189,8 @@ def fill(sheet: Sheet, policies: Sequence[str], kinds: Sequence[Kind], widths: S
     say(sheet, f"tenants are drawn; {times}")
     if ours:
         only_single = {cell.policy for cell in ours} <= set(REAL[1:])
-        with serving(owned, widths[:1] if only_single else widths, min(START_S, sheet.left_s)) as service:
+        chosen = widths[:1] if only_single else widths
+        with serving(owned, chosen, min(START_S, sheet.left_s), FLAGS.segments, FLAGS.mixed) as service:
             say(sheet, f"{service.runtime.health().executables} executables are ready: {service.offered.times()} ns")
             for cell in ours:
                 service.policy = cell.policy

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from coalesce.scheduler.catalog import Catalog
-from coalesce.scheduler.commands import Command, Dispatch
+from coalesce.scheduler.commands import Command, Dispatch, Want
 from coalesce.scheduler.events import CatalogChanged, Completed, Event, Submitted, TenantAdded, TenantRemoved
 from coalesce.scheduler.policy import Policy
 from coalesce.scheduler.request import Tenant
@@ -14,11 +14,12 @@ from coalesce.scheduler.request import Tenant
 class Switching:
     """A policy that is another one after each `change`, which is told what there is and nothing of the past.
 
-    Bundles are counted on, so that no two have one number.
+    Bundles are counted on, so that no two have one number. Unless `mixed`, nobody hears that a policy wants an
+    executable of several families.
     """
 
-    def __init__(self, make: Callable[[], Policy]) -> None:
-        self._policy = make()
+    def __init__(self, make: Callable[[], Policy], mixed: bool = True) -> None:
+        self._policy, self._mixed = make(), mixed
         self._next: Callable[[], Policy] | None = None
         self._catalog = Catalog()
         self._tenants: dict[str, Tenant] = {}
@@ -36,7 +37,8 @@ class Switching:
         if isinstance(event, Completed):
             self._under_way -= 1
             event = event._replace(bundle=event.bundle - self._before)
-        return [self._counted(command) for command in self._policy.on_event(event, now_ns)]
+        commands = self._policy.on_event(event, now_ns)
+        return [self._counted(command) for command in commands if self._mixed or not wants_several(command)]
 
     def _begin(self, make: Callable[[], Policy], now_ns: int) -> None:
         assert not self._under_way, f"{self._under_way} bundles of the policy before are on the device"
@@ -59,3 +61,7 @@ class Switching:
         self._bundles += 1
         self._under_way += 1
         return command._replace(bundle=command.bundle + self._before)
+
+
+def wants_several(command: Command) -> bool:
+    return isinstance(command, Want) and len(command.entries) > 1

@@ -1,7 +1,7 @@
 """Products of what a scan reads step by step leave the scan, and run once for all of its steps.
 
 Before                                                After
-    %4:f32[8] = scan %0 %1 %2 %3 [length=5 ...]           %4:f32[5,1,8] = dot_general %3 %0
+    %4:f32[8] = scan %0 %1 %2 %3 [length=5 ...]           %4:f32[5,1,8] = dot_general %3 %0 [precision=HIGHEST]
       body(%5:f32[4,8], %6:f32[8,8],                      %5:f32[8] = scan %1 %2 %4 [length=5 ...]
            %7:f32[1,8], %8:f32[1,4])                        body(%6:f32[8,8], %7:f32[1,8], %8:f32[1,8])
         %9:f32[1,8] = dot_general %8 %5                       %9:f32[1,8] = dot_general %7 %6
@@ -16,6 +16,9 @@ the result that is written and read instead. What its operand is computed from m
 where the scan reads it too. It may be no heavy op that would not move by itself, nor what may not run for several steps
 at once, as it may not for several lanes: random bits would be others. A value of all steps is kept at once, so it has
 at most LARGEST bytes.
+
+XLA multiplies and adds one row of float32 as it is, on every device; a product of many rows it may round to TF32 first,
+where nobody asked for a precision. What had one row a step then asks for it, so that its results stay those of a step.
 """
 
 from __future__ import annotations
@@ -25,16 +28,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax import lax
 from jax.extend.core import ClosedJaxpr
 
 from coalesce import jaxpr as J
-from coalesce.heavy import is_heavy
+from coalesce.heavy import heavy_op, is_heavy
 from coalesce.passes.lane_rules import why_not_batched
 from coalesce.passes.lift_from_regions import rebuilt_scan
 from coalesce.program import Program
 
 LARGEST = 16 * 1024 * 1024  # bytes, of a lane
 WRITTEN_AND_READ = 2
+HIGHEST = (lax.Precision.HIGHEST, lax.Precision.HIGHEST)
+NOT_SAID = (None, (lax.Precision.DEFAULT, lax.Precision.DEFAULT))
 
 
 def lift_from_steps(program: Program) -> Program:
@@ -101,7 +107,7 @@ def products(scan: J.Scan) -> Products | None:
     stay = [eqn for eqn in eqns if id(eqn) not in moved]
     read = {a for a in [*(a for e in stay for a in e.invars), *J.outvars(scan.body)] if not isinstance(a, J.Literal)}
     results = [v for eqn in needed if id(eqn) in moved for v in eqn.outvars if v in read]
-    before = J.close([*args[: len(scan.consts)], *args[first_x:]], needed, results, "steps")
+    before = J.close([*args[: len(scan.consts)], *args[first_x:]], list(map(as_precise, needed)), results, "steps")
     return Products(before, results, stay)
 
 
@@ -116,6 +122,16 @@ def pays(eqn: J.Eqn, fixed: set[Any]) -> bool:
     """Whether one operand is the same in every step, and larger than what the product costs when it has moved."""
     weights = [a for a in eqn.invars[:2] if not isinstance(a, J.Literal) and a in fixed]
     return bool(weights) and J.nbytes(weights[0].aval) > WRITTEN_AND_READ * J.nbytes(eqn.outvars[0].aval)
+
+
+def as_precise(eqn: J.Eqn) -> J.Eqn:
+    """The equation for all steps: a product of one row of float32 keeps what it has by itself."""
+    if eqn.primitive.name != "dot_general" or eqn.params["precision"] not in NOT_SAID:
+        return eqn
+    op = heavy_op(eqn)
+    if 1 not in (op.m, op.n) or {str(op.lhs.dtype), str(op.rhs.dtype)} != {"float32"}:
+        return eqn
+    return eqn.replace(params=eqn.params | {"precision": HIGHEST})
 
 
 def behind(eqns: Sequence[J.Eqn], results: Sequence[J.Var]) -> list[J.Eqn]:

@@ -2,7 +2,8 @@
 
 It is refused where it could not be done in time beside everything that was promised, where what was promised could not
 be done beside it, where it would make runs narrow that are better wide (`outlook`), and where its tenant has its share
-already and others need the place.
+already and others need the place. Before an idle device where nobody waits there are no others: whoever is in time as
+runs mostly go is taken on.
 
 As long as few queues wait, the runs that are to come are laid to see that. Beyond that the demand test answers, with
 what its own run will take: that of the company that it can expect, what waits with it, and what will come. Whoever is
@@ -38,10 +39,10 @@ from coalesce.scheduler.shares import Account, CLOSE, Shares
 
 
 class Admission:
-    def __init__(self, shares: Shares) -> None:
+    def __init__(self, shares: Shares, load: Load) -> None:
         self.foreseen = False  # whether the outlook has who was taken on last
         self._shares = shares
-        self._load = Load()
+        self._load = load
 
     def admit(
         self, request: Request, account: Account, queue: Queue, excess: float, start: Start, now_ns: int
@@ -81,6 +82,8 @@ class Admission:
         self, request: Request, queue: Queue, start: Start, over: bool, careful: bool, now_ns: int
     ) -> bool:
         level, items, due_ns = queue.level, queue.items, request.deadline_ns
+        if start.is_idle and not queue.lot and not any(own.order for own in (level, *level.above)):
+            return now_ns + queue.costs.alone.l50_ns <= due_ns
         kept_ns = kept(due_ns - now_ns, queue, False) if over else 0
         is_last = not items or items[-1] < (due_ns, request.id)
         if is_last and not careful and has_room(queue, due_ns - kept_ns, start, now_ns):

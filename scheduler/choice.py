@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import NamedTuple
 
-from coalesce.scheduler.costs import Option
+from coalesce.scheduler.costs import is_short, MARKEDLY, Option
 from coalesce.scheduler.lanes import Item, Level, Queue
 from coalesce.scheduler.laying import Outlook, Start
 from coalesce.scheduler.outlook import is_few, known
 
-MARKEDLY = 8  # a run that is faster by one part in so many is: less may be chance
 CANDIDATES = 4  # queues that are looked at where not everything can be done
 
 
@@ -109,7 +108,7 @@ def heads(queue: Queue, start_ns: int, cap_ns: int) -> list[Window]:
     left_ns = queue.items[0][0] - start_ns
     found: list[Window] = []
     for option in queue.costs.options:
-        if found and (option.through_ns > left_ns or option.l99_ns > cap_ns):
+        if found and (option.through_ns > left_ns or not is_short(option, cap_ns)):
             break
         found.append(Window(queue, option, 0, min(option.width, waiting)))
         if option.width >= waiting:
@@ -140,7 +139,7 @@ def best_window(queue: Queue, start_ns: int, cap_ns: int, worth: Callable[[Item]
     best, best_rate = None, 0.0
     ready = queue.ready()
     for at, option in enumerate(queue.costs.options):
-        if at and option.l99_ns > cap_ns:
+        if at and not is_short(option, cap_ns):
             break
         first = bisect_left(queue.items, (start_ns + option.through_ns,))
         window = Window(queue, option, first, min(first + min(option.width, ready), len(queue.items)))

@@ -23,6 +23,7 @@ from coalesce.scheduler.catalog import Catalog
 from coalesce.scheduler.choice import choose
 from coalesce.scheduler.commands import Command, Dispatch, Reason, WakeAt
 from coalesce.scheduler.costs import Costs, FAR, Place, PlaceCosts
+from coalesce.scheduler.doubt import Doubt
 from coalesce.scheduler.events import (
     Cancelled,
     CatalogChanged,
@@ -34,11 +35,12 @@ from coalesce.scheduler.events import (
     TenantRemoved,
     Timer,
 )
-from coalesce.scheduler.flight import Bundle, Flight
+from coalesce.scheduler.flight import Bundle, Flight, Lead
 from coalesce.scheduler.joining import join, meets, Part, Run
 from coalesce.scheduler.lanes import Item, Lane, Level, Queue
 from coalesce.scheduler.latency import LatencyModel, Prediction
 from coalesce.scheduler.laying import Begun, Start
+from coalesce.scheduler.load import Load
 from coalesce.scheduler.patience import wait_until
 from coalesce.scheduler.quarantine import Watch
 from coalesce.scheduler.queues import Queues
@@ -49,16 +51,16 @@ from coalesce.scheduler.slots import Slots
 from coalesce.scheduler.tenancy import Tenancy
 from coalesce.scheduler.wants import Wants
 
-DOUBT_NS = 100_000_000
 NEXT = 4  # queues that are looked at for one that could go together with a run
 
 
 class Coalescing:
     def __init__(self, *, depth: int = 2, lead_ns: int = 200_000):
-        """`depth` bundles are on the device or behind it, the next one from `lead_ns` before the last one ends."""
+        """`depth` bundles are on the device or behind it, the next one from `lead_ns` before the last one ends, and as
+        much earlier as the host takes to bring it there."""
         self.latency = LatencyModel()
         self._depth = depth
-        self._lead_ns = lead_ns
+        self._lead = Lead(lead_ns)
         self._costs = Costs(self.latency)
         self._slots = Slots()
         self._queues = Queues(self._costs_of, self._slots)
@@ -67,10 +69,11 @@ class Coalescing:
         self._shares = Shares()
         self._watch = Watch()
         self._wants = Wants()
-        self._requests = Requests(self._queues, self._tenancy, self._watch, self._shares, self._costs)
+        self._load = Load()
+        self._requests = Requests(self._queues, self._tenancy, self._watch, self._shares, self._costs, self._load)
         self._bundles = 0
         self._started: Start | None = None  # what it was last, where nothing of the flight or of costs has changed
-        self._doubted_ns = -FAR
+        self._doubt = Doubt()
         self._handlers: dict[type, Callable[[Any, int], None]] = {
             Cancelled: lambda event, now_ns: self._requests.cancel(event.request),
             Completed: self._complete,
@@ -85,16 +88,16 @@ class Coalescing:
         out: list[Command] = []
         self._out = self._requests.out = out
         if isinstance(event, Submitted):
+            if not self._flight.bundles and not self._requests:
+                self._doubt_predictions(event.requests, now_ns)
             start = self._start(now_ns)
             self._requests.submit(event.requests, start, now_ns)
-            if not self._flight.bundles and not self._requests and now_ns - self._doubted_ns >= DOUBT_NS:
-                self._doubt(event.requests, now_ns)
         else:
             self._handlers[type(event)](event, now_ns)
             start = self._start(now_ns)
         if self._queues.hopeless_ns <= start.free_ns:
             self._drop_hopeless(start.free_ns, now_ns)
-        free = len(self._flight.bundles) < self._depth and start.free_ns - now_ns <= self._lead_ns
+        free = len(self._flight.bundles) < self._depth and start.free_ns - now_ns <= self._lead.ns
         self._wake(self._dispatch(start, now_ns) if free else FAR, now_ns)
         return out
 
@@ -105,23 +108,20 @@ class Coalescing:
 
     # What happened
 
-    def _doubt(self, requests: Sequence[Request], now_ns: int) -> None:
-        """A prediction that rules out what an idle device was said to do when it was warmed up would never be put
-        right, since nothing runs."""
+    def _doubt_predictions(self, requests: Sequence[Request], now_ns: int) -> None:
+        """Of what comes to an idle device, if they rule it out."""
         for request in requests:
-            left_ns = request.deadline_ns - now_ns
-            places = [(request.family, s) for s in range(self._costs.catalog.segments_of(request.family))]
-            alone = [self._costs.of(place).options[:1] for place in places]
-            warm_up_ns = sum(self.latency.warm_up_of(o.executable).l99_ns for options in alone for o in options)
-            if all(alone) and warm_up_ns <= left_ns < self._costs.of(places[0]).ahead_ns:
-                self._doubted_ns = now_ns
-                self.latency.doubt()
-                self._moved()
+            left_ns, costs = request.deadline_ns - now_ns, self._costs.of((request.family, 0))
+            if 0 < left_ns < costs.alone.l50_ns and self._doubt.is_due(costs.alone.l50_ns, now_ns):
+                places = [(request.family, s) for s in range(self._costs.catalog.segments_of(request.family))]
+                self.latency.hope([self._costs.of(place).options[0].executable for place in places], left_ns)
+                self._moved(frozenset([request.family]))
                 return
 
     def _complete(self, event: Completed, now_ns: int) -> None:
         bundle = self._flight.complete(event)
         self._started = None
+        self._lead.learn(event.host_ns)
         if not event.failed:
             self._learn(bundle, event, now_ns)
         self._requests.complete(bundle, event.failed, now_ns)
@@ -157,6 +157,7 @@ class Coalescing:
     def _change_catalog(self, event: CatalogChanged, now_ns: int) -> None:
         self.latency.change(event.catalog)
         self._slots.change(event.catalog.slots)
+        self._doubt.rest(now_ns)
         self._reckon(event.catalog)
 
     def _reckon(self, catalog: Catalog) -> None:
@@ -187,7 +188,7 @@ class Coalescing:
     def _dispatch(self, start: Start, now_ns: int) -> int:
         """Dispatches what can go now; where waiting is better, until when."""
         flying = self._flight.bundles
-        while len(flying) < self._depth and start.free_ns - now_ns <= self._lead_ns:
+        while len(flying) < self._depth and start.free_ns - now_ns <= self._lead.ns:
             run = self._next_run(start, now_ns)
             if run is None or self._is_awaited(run, start.free_ns):
                 break
@@ -208,9 +209,10 @@ class Coalescing:
     def _start(self, now_ns: int) -> Start:
         """When the device can begin with what waits; lanes that it has go on with their later segments first."""
         free_ns, known = self._flight.free_at(now_ns), self._started
+        is_calm = not self._load.is_over(now_ns)
         if known is not None:
-            if known.free_ns != free_ns:
-                known = self._started = Start(free_ns, known.begun, known.slip_ns)
+            if known.free_ns != free_ns or known.is_calm != is_calm:
+                known = self._started = known._replace(free_ns=free_ns, is_calm=is_calm)
             return known
         slip_ns = 0.0
         begun: list[Begun] = []
@@ -222,7 +224,7 @@ class Coalescing:
                 costs = self._costs.of((family, segment + 1))
                 if costs.options:
                     begun.append(Begun(lanes[0].request.deadline_ns, costs.cover.first(len(lanes))))
-        self._started = Start(free_ns, tuple(begun), slip_ns)
+        self._started = Start(free_ns, tuple(begun), slip_ns, is_calm, not self._flight.bundles)
         return self._started
 
     def _is_awaited(self, run: Run, start_ns: int) -> bool:
@@ -250,7 +252,7 @@ class Coalescing:
         if len(run.parts) == 1:
             self._want_both(run.parts[0], now_ns)
         parts = tuple((w.queue.place, self._take(w.queue, w.first, w.end, w.width)) for w in run.parts)
-        clean_ns = self.latency.of(run.executable).l99_ns
+        clean_ns = self.latency.learnt(run.executable).l99_ns
         bundle = Bundle(self._bundles, run.executable, parts, run.l50_ns, run.l99_ns, clean_ns)
         lanes = tuple(tuple(lane.request.id for lane in lanes) for _, lanes in parts)
         self._out.append(Dispatch(bundle.id, run.executable, lanes, run.l50_ns, run.l99_ns, run.why))
@@ -279,7 +281,7 @@ class Coalescing:
         if time_ns == FAR:
             return
         if 0 < len(self._flight.bundles) < self._depth:
-            soon_ns = self._flight.free_at(now_ns) - self._lead_ns
+            soon_ns = self._flight.free_at(now_ns) - self._lead.ns
             if now_ns < soon_ns < time_ns:
                 time_ns = soon_ns
         self._out.append(WakeAt(time_ns if time_ns > now_ns else now_ns + 1))

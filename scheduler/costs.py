@@ -11,13 +11,16 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import hypot
 
 from coalesce.scheduler.catalog import Catalog, Executable
 from coalesce.scheduler.cover import Cover, FAR, NOTHING, Option
-from coalesce.scheduler.latency import LatencyModel, Quantiles
+from coalesce.scheduler.latency import LatencyModel
+from coalesce.scheduler.times import Quantiles
 
 Place = tuple[int, int]  # family, segment
+MARKEDLY = 8  # a run that is faster by one part in so many is: less may be chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +155,8 @@ def place_costs(
     fastest = min(options, key=lambda o: o.l50_ns)  # a wider one may have turned out to take less
     lane_ns = -(-steady.l50_ns // steady.width)
     fixed_ns = max(0, first.l50_ns - lane_ns)
-    alone = Quantiles(fastest.l50_ns + rest.alone.l50_ns, fastest.l99_ns + rest.alone.l99_ns)
+    slip_ns = min(fastest.l99_ns - fastest.l50_ns, slo_ns >> 2)
+    alone = Quantiles(fastest.l50_ns + rest.alone.l50_ns, fastest.l50_ns + slip_ns + rest.alone.l99_ns)
     ahead_ns = steady.through_ns if segment else fastest.through_ns
     return PlaceCosts(
         options,
@@ -165,10 +169,22 @@ def place_costs(
         slo_ns,
         tuple(o.width for o in options[: at + 1]),
         max(ahead_ns, alone.l50_ns),  # a head that is not hopeless has the time
-        Cover(capped(options, cap_ns)),
+        Cover(quick(capped(options, cap_ns))),
     )
 
 
 def capped(options: tuple[Option, ...], cap_ns: int) -> tuple[Option, ...]:
     """Those that block nobody past rescue; all of them where even the narrowest does."""
-    return tuple(o for o in options if o.l99_ns <= cap_ns) or options
+    return tuple(o for o in options if is_short(o, cap_ns)) or options
+
+
+def is_short(option: Option, cap_ns: int) -> bool:
+    """With what may go wrong, but for what is no plan's fault: one run that took very long would rule it out for good,
+    since it never ran again."""
+    return option.l50_ns + min(option.l99_ns - option.l50_ns, cap_ns >> 2) <= cap_ns
+
+
+def quick(options: tuple[Option, ...]) -> tuple[Option, ...]:
+    """Without those than which a wider one takes markedly less time."""
+    least_ns = [*accumulate((o.mostly_ns for o in reversed(options)), min)][::-1]
+    return tuple(o for o, ns in zip(options, least_ns, strict=True) if MARKEDLY * ns >= (MARKEDLY - 1) * o.mostly_ns)

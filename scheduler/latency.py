@@ -5,29 +5,30 @@ executable, and knows nothing of the number of lanes.
 
     own runs          prediction
     fewer than FEW    the warm-up's, times how far the device is off its warm-up at all (median over the last runs)
-    FEW or more       median and largest of the last WINDOW runs; while they are fewer, with the spread of the warm-up
+    FEW or more       that of the last ones (`times`)
 
-A run that takes more than SLOW times its l99 says something of its tenants (`quarantine`), not yet of its executable:
-it is held back, and counts only when HELD of them came in a row and no tenant was in all of them. A prediction that has
-moved by less than 1/32 stays as it is, so that what is derived from it can stay too. An executable that has not run
-while STALE others did is predicted from its warm-up again: what looked slow once would never be tried otherwise.
+A prediction that has moved by less than 1/32 stays as it is, so that what is derived from it can stay too. An
+executable that has not run while STALE others did is predicted from its warm-up again: what looked slow once would
+never be tried otherwise.
+
+Where predictions rule everything out (`doubt`), an executable is hoped to take what it took when it was warmed up, for
+as long as its runs keep within the time that there was. One that does not ends it; after OFTEN that do what was learnt
+before is forgotten, and of other executables what is as far off.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
 from coalesce.scheduler.catalog import Catalog, Executable
+from coalesce.scheduler.times import Quantiles, Runs, SLOW, spread_of, WINDOW
 
 FEW = 6
-WINDOW = 24
-SLOW = 2
-HELD = 4
 STALE = 256
+OFTEN = 3
 
 
 class Prediction(NamedTuple):
@@ -41,50 +42,12 @@ class Prediction(NamedTuple):
     actual_ns: int
 
 
-class Quantiles(NamedTuple):
-    l50_ns: int
-    l99_ns: int
+class Hope(NamedTuple):
+    """That an executable is quicker than it was."""
 
-
-class Runs:
-    """The last runs of one executable, in their order and in order of their times."""
-
-    __slots__ = ("last", "ascending", "held")
-
-    def __init__(self) -> None:
-        self.last: deque[int] = deque()
-        self.ascending: list[int] = []
-        self.held: list[tuple[int, frozenset[str]]] = []
-
-    def add(self, time_ns: int, l99_ns: int, tenants: frozenset[str] | None) -> bool:
-        """False where it is held back."""
-        if time_ns <= SLOW * l99_ns:
-            self.held.clear()
-            self._count(time_ns)
-            return True
-        if tenants is None:
-            return False
-        self.held = [*self.held[-WINDOW:], (time_ns, tenants)]
-        if len(self.held) < HELD or frozenset.intersection(*(who for _, who in self.held)):
-            return False
-        for held_ns, _ in self.held:
-            self._count(held_ns)
-        self.held.clear()
-        return True
-
-    def _count(self, time_ns: int) -> None:
-        self.last.append(time_ns)
-        insort(self.ascending, time_ns)
-        if len(self.last) > WINDOW:
-            del self.ascending[bisect_left(self.ascending, self.last.popleft())]
-
-    def quantiles(self, prior: Executable) -> Quantiles:
-        """As long as there are few, the slowest of them says little: then they spread as in the warm-up, or by half."""
-        l50_ns, l99_ns = self.ascending[len(self.ascending) // 2], self.ascending[-1]
-        if len(self.last) == WINDOW:
-            return Quantiles(l50_ns, l99_ns)
-        spread = min(1.5, prior.l99_ns / max(1, prior.l50_ns))
-        return Quantiles(l50_ns, max(l99_ns, int(l50_ns * spread)))
+    instead_of: Quantiles
+    within_ns: int  # no run of it is to take longer
+    fulfilled: int  # by so many runs
 
 
 class Fresh:
@@ -114,6 +77,7 @@ class LatencyModel:
         self._published: dict[int, Quantiles] = {}
         self._off: deque[float] = deque(maxlen=WINDOW)  # actual / warm-up of the last runs of all executables
         self._scale = 1.0
+        self._hopes: dict[int, Hope] = {}
         self._fresh = Fresh()
         self.others_moved = False  # whether the last run has moved predictions of others than its own executable
 
@@ -123,25 +87,31 @@ class LatencyModel:
         self._warm_up = catalog.by_id
         self._runs = {id: runs for id, runs in self._runs.items() if id in kept}
         self._published = {id: q for id, q in self._published.items() if id in kept}
+        self._hopes = {id: hope for id, hope in self._hopes.items() if id in kept}
 
     def of(self, executable: int) -> Quantiles:
         known = self._published.get(executable)
         if known is None:
             prior = self._warm_up[executable]
-            known = Quantiles(int(prior.l50_ns * self._scale), int(prior.l99_ns * self._scale))
+            l50_ns = int(prior.l50_ns * self._scale)
+            known = Quantiles(l50_ns, int(l50_ns * spread_of(prior)))
             self._published[executable] = known
         return known
 
-    def warm_up_of(self, executable: int) -> Quantiles:
-        known = self._warm_up[executable]
-        return Quantiles(known.l50_ns, known.l99_ns)
+    def learnt(self, executable: int) -> Quantiles:
+        """What it would be without hope."""
+        hope = self._hopes.get(executable)
+        return hope.instead_of if hope is not None else self.of(executable)
 
-    def doubt(self) -> None:
-        """Predicts from warm-ups again, until runs say otherwise again."""
-        self._runs.clear()
-        self._published.clear()
-        self._off.clear()
-        self._scale = 1.0
+    def hope(self, executables: Sequence[int], within_ns: int) -> None:
+        """Predicts that runs of these, one after another, take so long or less, until one takes longer."""
+        warm_ups = [self._warm_up[executable] for executable in executables]
+        whole_ns = max(1, sum(prior.l50_ns for prior in warm_ups))
+        for prior in warm_ups:
+            own_ns = within_ns * prior.l50_ns // whole_ns
+            l50_ns = min(prior.l50_ns, self.learnt(prior.id).l50_ns, own_ns // 2)
+            self._hopes[prior.id] = Hope(self.learnt(prior.id), own_ns, 0)
+            self._published[prior.id] = Quantiles(l50_ns, int(l50_ns * spread_of(prior)))
 
     def observe(self, run: Prediction, tenants: frozenset[str] | None) -> bool:
         """Learns from a run; True where predictions have moved, of this executable or, with the device, of others.
@@ -153,11 +123,37 @@ class LatencyModel:
         if prior is None:  # it left the catalog while it ran
             return False
         self.others_moved = self._forget_stale(run.executable)
-        return self._learn(run, tenants, prior) or self.others_moved
+        hope = self._hopes.pop(run.executable, None)
+        if hope is None:
+            return self._learn(run, tenants, prior) or self.others_moved
+        if run.actual_ns > hope.within_ns:
+            self._published[run.executable] = hope.instead_of
+            self._learn(run, tenants, prior)
+            return True
+        return self._fulfil(hope, run, prior) or self.others_moved
+
+    def _fulfil(self, hope: Hope, run: Prediction, prior: Executable) -> bool:
+        """It came true again: often enough, and what was learnt before is of another time."""
+        runs = self._runs.setdefault(run.executable, Runs())
+        runs.count(run.actual_ns)
+        if hope.fulfilled + 1 < OFTEN:
+            self._hopes[run.executable] = hope._replace(fulfilled=hope.fulfilled + 1)
+            return False
+        runs.keep(OFTEN)
+        self._published[run.executable] = new = runs.quantiles(prior)
+        self._off.clear()
+        self._scale = new.l50_ns / max(1, prior.l50_ns)
+        for id, known in list(self._published.items()):
+            if known.l50_ns > SLOW * self._scale * self._warm_up[id].l50_ns:
+                self._runs.pop(id, None)
+                del self._published[id]
+        self.others_moved = True
+        return True
 
     def _forget_stale(self, executable: int) -> bool:
         forgotten = False
         for stale in self._fresh.note(executable):
+            self._hopes.pop(stale, None)
             forgotten |= self._runs.pop(stale, None) is not None and self._published.pop(stale, None) is not None
         return forgotten
 
@@ -183,5 +179,5 @@ class LatencyModel:
             return False
         self._scale = scale
         learnt = {id for id, runs in self._runs.items() if len(runs.last) >= FEW}
-        self._published = {id: q for id, q in self._published.items() if id in learnt}
+        self._published = {id: q for id, q in self._published.items() if id in learnt or id in self._hopes}
         return True

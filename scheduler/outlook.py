@@ -5,7 +5,9 @@
 Runs are laid one after the other, the queue whose head is due first at every turn, in the runs that do its lanes
 soonest (`laying`, `cover`). A run whose head would be late becomes narrower; it is *hurried* if that makes it
 inefficient. Runs take as long as they mostly do. By how much they may take longer adds up as errors do, and by how much
-heads would then be late makes an outlook *tardy*. The next run that is dispatched is the first one here.
+heads would then be late makes an outlook *tardy*: once in a hundred times where more is asked of the device than it can
+do, and once in ten where it is not, and who is refused for what might go wrong could have been served. The next run
+that is dispatched is the first one here.
 
 A second outlook lays every run as wide as it is hoped to become until its turn (`hopes`).
 
@@ -87,10 +89,9 @@ def remember(level: Level, start: Start, sure: Outlook, hoped: Outlook) -> None:
 
 def outlook(level: Level, start: Start, now_ns: int, new: Newcomer | None = None, hope: bool = False) -> Outlook:
     """All of this level, after all of those above it."""
-    time_ns, begun = start.free_ns, start.begun
     for above in level.above:
-        time_ns, begun = laid(above, time_ns, start.slip_ns, begun, None, now_ns, hope).end_ns, ()
-    return laid(level, time_ns, start.slip_ns, begun, new, now_ns, hope)
+        start = start._replace(free_ns=laid(above, start, None, now_ns, hope).end_ns, begun=())
+    return laid(level, start, new, now_ns, hope)
 
 
 def outlook_with(level: Level, start: Start, now_ns: int, new: Newcomer) -> Outlook:

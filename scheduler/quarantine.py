@@ -23,7 +23,7 @@ from enum import Enum
 
 from coalesce.scheduler.commands import Quarantine, Readmit
 from coalesce.scheduler.evidence import Evidence, WINDOW_NS
-from coalesce.scheduler.latency import SLOW
+from coalesce.scheduler.times import SLOW
 
 TERM_NS = 1_000_000_000
 LONGEST_TERMS = 64

@@ -19,6 +19,7 @@ from coalesce.scheduler.demand import bucket_of
 from coalesce.scheduler.flight import Bundle
 from coalesce.scheduler.lanes import Lane
 from coalesce.scheduler.laying import Start
+from coalesce.scheduler.load import Load
 from coalesce.scheduler.quarantine import Watch
 from coalesce.scheduler.queues import Queues
 from coalesce.scheduler.request import Request
@@ -29,12 +30,14 @@ LEVELS = 16  # priorities that are remembered, with how often each is asked for;
 
 
 class Requests:
-    def __init__(self, queues: Queues, tenancy: Tenancy, watch: Watch, shares: Shares, costs: Costs) -> None:
+    def __init__(
+        self, queues: Queues, tenancy: Tenancy, watch: Watch, shares: Shares, costs: Costs, load: Load
+    ) -> None:
         self.out: list[Command] = []
         self.closed = False
         self._queues, self._tenancy, self._watch = queues, tenancy, watch
         self._shares, self._costs = shares, costs
-        self._admission = Admission(shares)
+        self._admission = Admission(shares, load)
         self._lanes: dict[int, Lane] = {}
         self._most_levels = LEVELS
 

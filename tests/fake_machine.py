@@ -41,6 +41,9 @@ class FakeLaunched:
                 if self.machine.raises(ticket.inputs[0]):
                     raise ValueError(f"cannot compute {ticket.inputs[0]!r}")
 
+    def is_at_hand(self) -> bool:
+        return self.machine.is_quick
+
     def results(self) -> list[list[Any]]:
         return [[("result", ticket.inputs[0]) for ticket in tickets] for tickets in self.entries]
 
@@ -48,14 +51,18 @@ class FakeLaunched:
 class FakeMachine:
     """`launches` has the inputs of the lanes of each bundle; `go` can be cleared to hold bundles on the device."""
 
+    is_slow_to_launch = False
+
     def __init__(
         self,
         takes_s: float = 0.0005,
         raises: Callable[[Any], bool] = lambda value: False,
         most_lanes: int = 1000,  # that there is memory for
         dies_of: Any = None,
+        is_quick: bool = False,  # bundles are done when their launch returns
     ) -> None:
         self.takes_s, self.raises, self.most_lanes, self.dies_of = takes_s, raises, most_lanes, dies_of
+        self.is_quick = is_quick
         self.launches: list[list[Any]] = []
         self.released: list[int] = []
         self.go = threading.Event()
@@ -122,7 +129,7 @@ class Served:
         allowed_ns = self.slo_ns if deadline_s is None else round(deadline_s * 1e9)
         with self.sending:
             number, now_ns = next(self.ids), time.monotonic_ns()
-            reply = Reply(number, self.driver.withdraw)
+            reply = Reply(number, self.driver)
             request = Request(number, tenant, 0, now_ns, now_ns + allowed_ns)
             self.driver.send(Ticket(request, None, None, [value], reply))
         return reply

@@ -351,10 +351,10 @@ def test_a_prediction_that_rules_everybody_out_does_not_end_service_for_good():
 
 def test_times_to_the_end_of_a_program_count_its_later_segments():
     menu = Menu(LatencyModel())
-    wide = tuple(Executable(i, (Entry(0, 0, w),), w * MS, 2 * w * MS) for i, w in enumerate((1, 4)))
+    wide = tuple(Executable(i, (Entry(0, 0, w),), 2 * w * MS, 3 * w * MS) for i, w in enumerate((1, 4)))
     narrow = (Executable(9, (Entry(0, 1, 2),), 10 * MS, 11 * MS),)
     menu.change(Catalog(wide + narrow, {0: 2}))
-    assert [o.through for o in menu.of((0, 0))] == [(11 * MS, 13 * MS), (24 * MS, 30 * MS)]
+    assert [o.through for o in menu.of((0, 0))] == [(12 * MS, 14 * MS), (28 * MS, 34 * MS)]
     assert menu.of((1, 0)) == ()
     menu.change(Catalog(wide, {0: 2}))
     assert menu.of((0, 0)) == ()

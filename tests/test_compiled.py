@@ -44,6 +44,23 @@ def test_the_reader_of_hlo_sees_a_move():
     assert any(i.opcode == "parameter" for i in instructions(text))
 
 
+GEMM_FUSION = """\
+%{name} (parameter_0: f32[25,64], parameter_1: f32[64,64], parameter_2: f32[64,64]) -> f32[25,128] {{
+  %parameter_0 = f32[25,64]{{1,0}} parameter(0)
+  %parameter_1 = f32[64,64]{{1,0}} parameter(1)
+  %parameter_2 = f32[64,64]{{1,0}} parameter(2)
+  %concatenate.2 = f32[64,128]{{1,0}} concatenate(%parameter_1, %parameter_2), dimensions={{1}}
+  ROOT %dot.81 = f32[25,128]{{1,0}} dot(%parameter_0, %concatenate.2), lhs_contracting_dims={{1}}
+}}
+"""
+
+
+@pytest.mark.parametrize(("name", "moves"), [("gemm_fusion_dot.79_computation", 0), ("main.1", 1)])
+def test_a_product_on_a_gpu_reads_tiles_where_they_lie(name, moves):
+    """XLA joins products of one operand; within a GEMM fusion that writes no joined weights, elsewhere it does."""
+    assert len(moves_of_size(GEMM_FUSION.format(name=name), 64 * 64)) == moves
+
+
 def test_weights_are_arguments_one_array_a_weight_of_a_family():
     one, many = fuse_of("mlp", 2), fuse_of("mlp", 8)
     assert len(one.bundle.arrays) == len(many.bundle.arrays)

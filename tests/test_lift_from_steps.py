@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.lax import Precision
 
 import coalesce
 from coalesce.jaxpr import as_scan
@@ -56,6 +57,29 @@ def test_the_product_of_an_input(golden):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_from_either_end(reverse):
     assert lifted(lambda p, xs: rnn(p, xs, reverse), RNN, XS) == (["dot_general"], ["dot_general"])
+
+
+@pytest.mark.parametrize(("rows", "dtype", "asked", "got"), [
+    (1, "float32", None, Precision.HIGHEST),
+    (1, "float32", "default", Precision.HIGHEST),
+    (1, "float32", "high", Precision.HIGH),
+    (2, "float32", None, None),
+    (1, "bfloat16", None, None),
+])  # fmt: skip
+def test_one_row_stays_as_precise_as_it_is_alone(rows, dtype, asked, got):
+    """On a GPU XLA uses TF32 for products of many rows, and not for those of one."""
+    params = {"in": array(16, WIDE).astype(dtype), "again": array(WIDE, WIDE).astype(dtype)}
+
+    def fn(p: Any, xs: Any) -> Any:
+        def step(h: Any, x: Any) -> Any:
+            h = jnp.tanh(jnp.dot(x, p["in"], precision=asked) + h @ p["again"])
+            return h, h
+
+        return lax.scan(step, jnp.zeros((rows, WIDE), dtype), xs)
+
+    program = lift_from_steps(dce(inline(coalesce.trace(fn, params, array(STEPS, rows, 16).astype(dtype)))))
+    (ahead,) = [eqn for eqn in program.jaxpr.jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    assert ahead.params["precision"] == (got and (got, got))
 
 
 def test_what_an_input_is_computed_into_goes_along():

@@ -10,11 +10,11 @@ from absl import flags
 
 from coalesce.scheduler.catalog import Catalog, Entry, Executable
 from coalesce.scheduler.coalescing import Coalescing
-from coalesce.scheduler.commands import WakeAt
+from coalesce.scheduler.commands import Dispatch, WakeAt
 from coalesce.scheduler.events import CatalogChanged, Completed, Event, Submitted, TenantAdded
 from coalesce.scheduler.request import Request, Tenant
 from coalesce.scheduler.run import Decision
-from experiments import isolation, live, own_flags, serve_demo, sim_vs_real
+from experiments import configurations, isolation, live, own_flags, serve_demo, sim_vs_real
 
 TINY = "mlp.width=8;layers=2"
 
@@ -51,7 +51,8 @@ def test_isolation_has_a_row_for_each_number_and_method(tmp_path, capsys):
 
 
 def test_the_simulator_gets_what_the_real_runtime_got(tmp_path, monkeypatch):
-    monkeypatch.setattr(sim_vs_real, "MODELS", (("mlp", {"width": 8, "layers": 2}),))
+    monkeypatch.setitem(configurations.MODELS, "cpu", (("mlp", {"width": 8, "layers": 2}),))
+    monkeypatch.setattr(sim_vs_real, "WIDTHS", (1, 2))
     monkeypatch.setattr(sim_vs_real, "ALONE", 3)
     monkeypatch.setattr(sim_vs_real, "LEAST_ALONE_S", 0.02)  # no host is too slow for that
     quick = ["--duration=0.4", "--slices=1", f"--out={tmp_path}"]
@@ -63,10 +64,14 @@ def test_the_simulator_gets_what_the_real_runtime_got(tmp_path, monkeypatch):
     assert row["points"] == pytest.approx(100 * (row["simulated"] - row["real"]), abs=1e-2) and row["again"] is None
 
 
-def test_configurations_are_twenty_that_differ():
-    drawn = sim_vs_real.draw_configurations(20, 0)
+@pytest.mark.parametrize("models", configurations.MODELS.values(), ids=configurations.MODELS)
+def test_configurations_are_twenty_that_differ(models):
+    drawn = configurations.draw_configurations(models, 20, 0, 3)
     assert len({str(own[1:]) for own in drawn}) == 20
-    assert drawn == sim_vs_real.draw_configurations(20, 0) != sim_vs_real.draw_configurations(20, 1)
+    assert drawn == configurations.draw_configurations(models, 20, 0, 3)
+    assert drawn != configurations.draw_configurations(models, 20, 1, 3)
+    fewer = configurations.draw_configurations(models, 20, 0, 2)
+    assert fewer == [own._replace(segments=min(own.segments, 2)) for own in drawn] != drawn
 
 
 def test_arrivals_of_a_run_are_those_of_the_next():
@@ -76,7 +81,8 @@ def test_arrivals_of_a_run_are_those_of_the_next():
     assert (second.time_ns, second.tenant, second.allowed_ns, second.family) == (300, "b", 100, 3)
 
 
-def test_a_policy_goes_on_after_a_log_as_if_it_were_one():
+@pytest.mark.parametrize("before", [0, 7])  # bundles of others
+def test_a_policy_goes_on_after_a_log_as_if_it_were_one(before):
     catalog = Catalog(tuple(Executable(i, (Entry(0, 0, 2**i),), 100, 200) for i in range(2)))
     tenant = Tenant("a", (0,), 10_000)
 
@@ -87,7 +93,14 @@ def test_a_policy_goes_on_after_a_log_as_if_it_were_one():
                                      (Completed(0, 10, 110), 120), (arrived(1, 500), 500)]  # fmt: skip
     whole = Coalescing()
     answers = [tuple(whole.on_event(event, now_ns)) for event, now_ns in told]
-    log = [Decision(event, now_ns, answer) for (event, now_ns), answer in zip(told, answers, strict=True)]
+    log = [
+        Decision(
+            event._replace(bundle=event.bundle + before) if isinstance(event, Completed) else event,
+            now_ns,
+            [c._replace(bundle=c.bundle + before) if isinstance(c, Dispatch) else c for c in answer],
+        )
+        for (event, now_ns), answer in zip(told, answers, strict=True)
+    ]
     later = sim_vs_real.Later(log, 500)
     moved = [c._replace(time_ns=c.time_ns - 500) if isinstance(c, WakeAt) else c for c in answers[-1]]
     assert list(later.on_event(arrived(1, 0), 0)) == moved and moved

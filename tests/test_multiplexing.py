@@ -65,6 +65,7 @@ def test_multiplexing_writes_pairs_and_goes_on_where_it_stopped(tmp_path):
     for row in before[:2]:
         assert (row["model"], row["dtype"], row["tenants"], row["batch"]) == ("mlp", "float32", 2, 1)
         assert 0 < row["round_us_p10"] <= row["round_us_median"] <= row["round_us_p90"] <= row["latency_p99_us"]
+        assert row["sustained_us_median"] > 0
         assert row["error"] <= 1e-5 and not row["failed"] and row["tried"]
 
     result = multiplex(tmp_path, "--methods=jax_in_turn,processes,floor")
@@ -73,7 +74,7 @@ def test_multiplexing_writes_pairs_and_goes_on_where_it_stopped(tmp_path):
     processes, ours = rows["processes", "processes"], rows["coalesced", "processes"]
     assert processes["error"] <= 1e-5 and not ours["failed"] and "JAX executables" in processes["how"]
     assert [bool(tried.get("failed")) for tried in processes["tried"]] == [False, True]  # PyTorch needs a GPU
-    assert "| processes (time) " in result["printed"]
+    assert result["printed"].count("| processes (time) ") == 2 and "Sustained: " in result["printed"]
     assert {path.name for path in tmp_path.iterdir()} == {
         *("multiplexing.json", "multiplexing.md", "multiplexing_mlp_float32.png")
     }
@@ -137,6 +138,20 @@ def test_a_burst_is_several_rounds():
     assert theirs["latency_p99_us"] == 250_000 and theirs["how"] == "ten at once" and ended == ["processes"]
     assert (coalesced["method"], coalesced["kind"]) == ("coalesced", "coalesced")
     assert pairs.each_round(Timing(40.0, 20.0, 60.0, 80.0, 7), 10) == Timing(4.0, 2.0, 6.0, 8.0, 7)
+
+
+def test_rounds_in_a_row_are_waited_for_once():
+    calls: list[str] = []
+
+    def waits() -> str:
+        calls.append("run")
+        return "last"
+
+    burst = Burst(Candidate("torch's", waits, issue=lambda: calls.append("issue")), 1)
+    row = pairs.in_a_row(burst)
+    assert row.candidate.run() == "last" and row.rounds == 10
+    assert calls == ["issue"] * 9 + ["run"]
+    assert pairs.in_a_row(row) is row
 
 
 def test_one_tenant_serves_all_requests_as_its_batch():

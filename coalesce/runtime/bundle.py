@@ -36,13 +36,13 @@ class Bundle:
         self._device, self._executable, self._pools = device, executable, pools
         self._filled: Filled | None = filled
         self._outputs, self._entries = outputs, entries
+        self._at_once = device.platform == "cpu" and all(own.is_last for own in executable.lanes)
         self._fetched: list[Any] | None = None
 
     def wait(self) -> None:
         """On a CPU results lie where they were computed: who has them has waited."""
-        at_once = self._device.platform == "cpu" and all(own.is_last for own in self._executable.lanes)
         try:
-            if at_once:
+            if self._at_once:
                 self._fetched = self._executable.fetch(self._outputs)
             else:
                 self._executable.send_back(self._outputs)  # here, since the driver has more to do than who waits
@@ -56,6 +56,12 @@ class Bundle:
         for own, tickets in zip(self._executable.lanes, self._entries, strict=False):
             if own.is_last:
                 leave(tickets)
+
+    def is_at_hand(self) -> bool:
+        """On a CPU small programs run where they are called."""
+        if not self._at_once or not all(ticket.form.is_plain for own in self._entries for ticket in own):
+            return False
+        return all(own[-1].is_ready() for own in self._outputs if own)
 
     def results(self) -> list[list[Any] | None]:
         """Copies: what one tenant holds keeps no other's results alive, and shows none."""

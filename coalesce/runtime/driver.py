@@ -2,29 +2,29 @@
 
 Nothing else calls the policy or touches the machine. What others want done there (a tenant's weights written, an
 executable added) comes through the inbox as an `Order` and is done between dispatches. The device works on while this
-thread decides: bundles are dispatched without waiting for them, and the `Finisher` waits.
+thread decides: bundles are dispatched without waiting for them (`Launcher`), and the `Finisher` waits.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import chain
+from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from coalesce.errors import DeviceError, ServingError, Shutdown
 from coalesce.runtime.book import Book
 from coalesce.runtime.endings import error_of
-from coalesce.runtime.finisher import Exhausted, Finisher, Flight, Lost, Probe, Probing
+from coalesce.runtime.finisher import Callback, Exhausted, Finisher, Lost, Probe, Probing
 from coalesce.runtime.gil import handing_on
 from coalesce.runtime.inbox import Inbox
+from coalesce.runtime.launcher import Launcher, Leaving
 from coalesce.runtime.machine import Machine
 from coalesce.runtime.observer import Observers
 from coalesce.runtime.orders import Order, Orders
-from coalesce.runtime.ticket import Ending, Reply, tell, Ticket
+from coalesce.runtime.ticket import Ending, tell, Ticket
 from coalesce.runtime.watchdog import Watchdog
 from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.commands import Dispatch, Quarantine, Readmit, Reason, Reject, WakeAt, Want
@@ -76,9 +76,9 @@ class Driver:
         self._finisher = Finisher(self.inbox, machine, observers, clock, self.book)
         self._watchdog = Watchdog(self._overdue, self.lose, hang_s)
         self._hang_ns = int(hang_s * 1e9)
+        self._launcher = Launcher(machine, self._finisher, clock, self._hang_ns)
         self._busy_since_ns: int | None = None  # with what it took from the inbox
         self._forms: dict[int, Sequence[Entry]] = {}  # of the executables that are offered
-        self._flights: deque[tuple[int, int]] = deque()  # (bundle, when it is overdue)
         self._wake_ns: int | None = None
         self._orders = Orders()
         self._losing = threading.Lock()
@@ -94,6 +94,7 @@ class Driver:
 
     def start(self) -> None:
         self._finisher.start()
+        self._launcher.start()
         self._watchdog.start()
         self._thread.start()
 
@@ -101,6 +102,8 @@ class Driver:
         """Ends the threads, after everything that was put into the inbox; a device that is lost is not waited for."""
         self.inbox.put(Stop())
         self._join(self._thread)
+        self._launcher.stop()
+        self._join(self._launcher.thread)
         self._finisher.stop()
         self._join(self._finisher.thread)
         self._watchdog.stop()
@@ -118,7 +121,7 @@ class Driver:
 
     @property
     def threads(self) -> tuple[threading.Thread, ...]:
-        return self._thread, self._finisher.thread, self._watchdog.thread
+        return self._thread, self._launcher.thread, self._finisher.thread, self._watchdog.thread
 
     @property
     def _last_error(self) -> ServingError:
@@ -135,6 +138,13 @@ class Driver:
     def withdraw(self, request: int) -> None:
         """Nobody waits for a request any more."""
         self.inbox.put(Cancelled(request))
+
+    def call_back(self, callback: Callable[[Any], Any], reply: Future[Any]) -> None:
+        """Whoever comes to wait for a result while it is handed out is not called on the thread that decides."""
+        if self._launcher.hands_out and threading.get_ident() == self._thread.ident:
+            self._finisher.inbox.put(Callback(callback, reply))
+        else:
+            callback(reply)
 
     def carry_out(self, do: Callable[[], Sequence[Event]]) -> None:
         """Have something done on this thread and the policy told what follows; called on any other, which waits."""
@@ -179,10 +189,11 @@ class Driver:
     def _loop(self) -> None:
         while self._work():
             continue
+        self._launcher.hand_out(self._launcher.take_landed())
 
     def _work(self) -> bool:
         """Whether there is more to come; nothing of what was done is held while this thread waits."""
-        wake_ns = self._wake_ns
+        wake_ns, landed = self._wake_ns, self._launcher.take_landed()
         items = self.inbox.take(None if wake_ns is None else max(0, wake_ns - self._clock()) / 1e9)
         self._busy_since_ns = self._clock()
         handing_on.begin(self)
@@ -196,6 +207,7 @@ class Driver:
             if self.failure is None:  # else the requests that it was about have ended meanwhile
                 LOG.exception("the driver failed; every request that waits ends with DeviceError")
             self.lose("the runtime's driver failed; its log has the traceback. Restart the runtime")
+        self._launcher.hand_out(landed)
         self._busy_since_ns = None
         handing_on.end(self)
         return Stop not in kinds
@@ -207,11 +219,10 @@ class Driver:
                 arrived.append(item)
                 continue
             self._tell_arrived(arrived)
-            if isinstance(item, Order):
-                for event in item.do():
-                    self._tell(event)
-            elif isinstance(item, Exhausted):
-                for event in self._maker.exhausted(item.executable, item.error):
+            if isinstance(item, Order | Exhausted):
+                self._launcher.settle()
+                is_order = isinstance(item, Order)
+                for event in item.do() if is_order else self._maker.exhausted(*item):
                     self._tell(event)
             elif isinstance(item, Lost):
                 self.lose(str(item.error))
@@ -234,7 +245,7 @@ class Driver:
             self.book.end_all(self.failure, Reason.DEVICE)
             return
         if isinstance(event, Completed):
-            self._flights.popleft()
+            self._launcher.note_completed()
         self._wake_ns = None
         commands = self._policy.on_event(event, now_ns)
         self._observers.decided(event, now_ns, commands)
@@ -244,18 +255,8 @@ class Driver:
     # Commands
 
     def _dispatch(self, command: Dispatch, now_ns: int) -> None:
-        known, bundle = self.book.tickets, command.bundle
-        entries = [[known[i] for i in lanes] for lanes in command.lanes]
-        for ticket in chain.from_iterable(entries):
-            if not ticket.bundles and isinstance(ticket.waiter, Reply):
-                ticket.waiter.set_running_or_notify_cancel()
-            ticket.bundles.append(bundle)
-        self._flights.append((bundle, now_ns + self._hang_ns))
-        try:
-            launched = self._machine.launch(command.executable, entries)
-        except Exception as e:
-            launched = e
-        self._finisher.inbox.put(Flight(command, self._forms[command.executable], entries, launched, now_ns))
+        entries = [[self.book.tickets[i] for i in lanes] for lanes in command.lanes]
+        self._launcher.launch(Leaving(command, self._forms[command.executable], entries, now_ns))
 
     def _reject(self, command: Reject, now_ns: int) -> None:
         ticket = self.book.tickets.get(command.request)
@@ -290,10 +291,9 @@ class Driver:
         self.book.end_all(self.failure, Reason.DEVICE)
 
     def _overdue(self) -> str | None:
-        """What hangs, if something does; called on the watchdog's thread, which sees the flights as they change."""
-        now_ns, (flight, *_) = self._clock(), [*list(self._flights), None]
-        since_ns, limit = self._busy_since_ns, f"{self._hang_ns / 1e9:g} s"
-        if flight is not None and now_ns > flight[1]:
+        """What hangs, if something does; called on the watchdog's thread."""
+        now_ns, since_ns, limit = self._clock(), self._busy_since_ns, f"{self._hang_ns / 1e9:g} s"
+        if self._launcher.is_overdue(now_ns):
             return f"a bundle is on the device for {limit}; it hangs. Restart the process"
         if since_ns is not None and now_ns - since_ns > self._hang_ns:
             return f"the device has kept the runtime's driver waiting for {limit}; it hangs. Restart the process"

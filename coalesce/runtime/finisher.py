@@ -1,12 +1,15 @@
 """The thread that waits for bundles, in the order of their dispatch, and hands out what they computed.
 
-The driver learns that a bundle is done before anybody is told its result: the device gets its next work first.
+The driver learns that a bundle is done before anybody is told its result: the device gets its next work first. What is
+done when its launch returns it hands out itself, by the same steps (`Launcher`).
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -22,6 +25,8 @@ from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.commands import Dispatch, Reason
 from coalesce.scheduler.events import Completed
 
+LOG = logging.getLogger("coalesce.runtime")
+
 
 class Flight(NamedTuple):
     """A bundle on its way."""
@@ -29,8 +34,9 @@ class Flight(NamedTuple):
     dispatch: Dispatch
     form: Sequence[Entry]  # of its executable
     entries: Sequence[Sequence[Ticket]]
-    launched: Launched | Exception  # the error, if it could not even be dispatched
-    launched_ns: int
+    decided_ns: int
+    launched: Launched | Exception  # the error, if it could not even be launched
+    host_ns: int  # what it took to stage and to launch it, beside the driver
 
 
 class Probe(NamedTuple):
@@ -44,6 +50,13 @@ class Probing(NamedTuple):
     probe: Probe
     launched: Launched
     launched_ns: int
+
+
+class Callback(NamedTuple):
+    """A user's, to be called on this thread."""
+
+    call: Callable[[Any], Any]
+    reply: Future[Any]
 
 
 class Exhausted(NamedTuple):
@@ -86,6 +99,8 @@ class Finisher:
                 return False
             if isinstance(flight, Probing):
                 self._time(flight)
+            elif isinstance(flight, Callback):
+                self._call(flight)
             else:
                 try:
                     self._finish(flight)
@@ -103,12 +118,30 @@ class Finisher:
         probing.probe.done(end_ns - max(self._free_ns, probing.launched_ns))
         self._free_ns = end_ns
 
+    def _call(self, callback: Callback) -> None:
+        try:
+            callback.call(callback.reply)
+        except Exception:
+            LOG.exception("a callback of a request raised")
+
     def _finish(self, flight: Flight) -> None:
         error = self._wait(flight)
         handing_on.begin(self)
+        end_ns = self._complete(flight, error)
+        if error is None:
+            self.hand_out(flight, end_ns)
+
+    def land(self, flight: Flight) -> int | None:
+        """Of a bundle that is done: the driver is told. When it was, or None if it has no results; called on the
+        driver's thread while nothing is in flight."""
+        error = self._wait(flight)
+        end_ns = self._complete(flight, error)
+        return end_ns if error is None else None
+
+    def _complete(self, flight: Flight, error: Exception | None) -> int:
         handing_on.note_served()
         end_ns = self._clock()
-        start_ns = min(max(self._free_ns, flight.launched_ns), end_ns)
+        start_ns = min(max(self._free_ns, flight.decided_ns), end_ns)
         self._free_ns = end_ns
         dispatch, entries = flight.dispatch, flight.entries
         if error is not None:
@@ -118,18 +151,19 @@ class Finisher:
             self._driver.put(Exhausted(dispatch.executable, error))
         elif isinstance(error, DeviceError):
             self._driver.put(Lost(error))
-        self._driver.put(Completed(dispatch.bundle, start_ns, end_ns, failed=error is not None))
+        self._driver.put(Completed(dispatch.bundle, start_ns, end_ns, error is not None, flight.host_ns))
         self._observers.finished(Finished(dispatch, tuple(flight.form), entries, start_ns, end_ns, error))
-        if error is None and not isinstance(flight.launched, Exception):
-            self._fetch(flight.launched, entries, end_ns)
+        return end_ns
 
-    def _fetch(self, launched: Launched, entries: Sequence[Sequence[Ticket]], now_ns: int) -> None:
+    def hand_out(self, flight: Flight, end_ns: int) -> None:
+        """The results of a bundle that has not failed."""
+        assert not isinstance(flight.launched, Exception), "a bundle that failed has no results"
         try:
-            results = launched.results()
+            results = flight.launched.results()
         except Exception as e:  # it has run, so that it does not run again
             self._driver.put(Lost(DeviceError(f"results do not come back from the device: {e}. Restart the process")))
         else:
-            self._hand_out(results, entries, now_ns)
+            self._hand_out(results, flight.entries, end_ns)
 
     def _wait(self, flight: Flight) -> Exception | None:
         """What the bundle raised, if it did."""
@@ -145,9 +179,11 @@ class Finisher:
         self, results: Sequence[Sequence[Any] | None], entries: Sequence[Sequence[Ticket]], now_ns: int
     ) -> None:
         ended = [(tickets, own) for tickets, own in zip(entries, results, strict=True) if own is not None]
-        results_of = {t: result for tickets, own in ended for t, result in zip(tickets, own, strict=True)}
-        claimed = self._book.claim(results_of)
-        endings = [Ending(t, results_of[t]) for t in claimed]
+        endings = [Ending(*both) for tickets, own in ended for both in zip(tickets, own, strict=True)]
+        claimed = self._book.claim([ending.ticket for ending in endings])
+        if len(claimed) < len(endings):
+            own = set(claimed)
+            endings = [ending for ending in endings if ending.ticket in own]
         spoilt = [own for own in endings if isinstance(own.result, Spoilt)]
         if spoilt:
             endings = [own for own in endings if not isinstance(own.result, Spoilt)]

@@ -29,6 +29,7 @@ class Form:
         self._is_flat = not self._keys and self._in_tree == flat  # each input is one array
         self._key_results = any(slot.key_impl is not None for slot in program.outputs)
         self._is_bare = not self._key_results and self._out_tree == jax.tree.structure(0)  # one array, in no container
+        self.is_plain = not self._key_results and is_built_in(self._out_tree)  # made by no code of the tenant's
 
     def under(self, family: int) -> Form:
         """The same, whose family has another number."""
@@ -78,6 +79,12 @@ class Form:
         if self._key_results:
             values = [rewrapped(x, slot) for x, slot in zip(values, self._outputs, strict=True)]
         return self._out_tree.unflatten(values)
+
+
+def is_built_in(tree: Any) -> bool:
+    """Whether a pytree is of Python's own containers."""
+    node = tree.node_data()
+    return node is None or (node[0] in (tuple, list, dict, type(None)) and all(map(is_built_in, tree.children())))
 
 
 def match(tenant: str, forms: Sequence[Form], inputs: tuple[Any, ...]) -> tuple[Form, list[np.ndarray]]:

@@ -22,6 +22,10 @@ class Launched(Protocol):
         """Until the device is done; raises what went wrong there."""
         ...
 
+    def is_at_hand(self) -> bool:
+        """Whether `wait` and `results` return at once, and run no code of a tenant."""
+        ...
+
     def results(self) -> Sequence[Sequence[Any] | None]:
         """For each entry the result of each of its lanes, or a `Spoilt`; None for a segment that is not the last."""
         ...
@@ -29,7 +33,12 @@ class Launched(Protocol):
 
 @runtime_checkable
 class Machine(Protocol):
-    """Called on the driver's thread alone."""
+    """Called by one thread at a time: the driver's, or the launcher's while the driver leaves the machine alone."""
+
+    @property
+    def is_slow_to_launch(self) -> bool:
+        """Whether it is worth a thread of its own."""
+        ...
 
     def launch(self, executable: int, entries: Sequence[Sequence[Ticket]]) -> Launched:
         """Dispatch a bundle: for each entry of the executable, its lanes."""

@@ -196,7 +196,7 @@ class Runtime:
           TenantClosed, Shutdown: the tenant went, or the runtime was closed, before it ran.
         """
         resident = self._resident(name)
-        reply = Reply(-1, resident.driver.withdraw)
+        reply = Reply(-1, resident.driver)
         reply.request = self._send(resident, inputs, deadline, priority, reply, None)
         return reply
 

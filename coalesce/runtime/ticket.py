@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from coalesce.scheduler.request import Request
 from coalesce.serving.pool import Pool
@@ -46,19 +47,37 @@ class Ticket:
         self.claimed = False  # by the one thread that ends it
 
 
+@runtime_checkable
+class Server(Protocol):
+    """Who serves a request, as its `Reply` sees it."""
+
+    def withdraw(self, request: int) -> None:
+        """Nobody waits for it any more."""
+        ...
+
+    def call_back(self, callback: Callable[[Any], Any], reply: Future[Any]) -> None:
+        """The request has ended: call it, on a thread that may wait."""
+        ...
+
+
 class Reply(Future[Any]):
     """What `Runtime.submit` returns. `cancel()` works until a bundle with the request is on its way to the device."""
 
-    def __init__(self, request: int, withdraw: Callable[[int], None]) -> None:
+    def __init__(self, request: int, server: Server) -> None:
         super().__init__()
         self.request = request  # its id, for Runtime.explain
-        self._withdraw = withdraw
+        self.is_called_back = False  # somebody's code runs when it ends
+        self._server = server
 
     def cancel(self) -> bool:
         if not super().cancel():
             return False
-        self._withdraw(self.request)
+        self._server.withdraw(self.request)
         return True
+
+    def add_done_callback(self, fn: Callable[[Any], Any]) -> None:
+        self.is_called_back = True
+        super().add_done_callback(partial(self._server.call_back, fn))
 
 
 class Ending(NamedTuple):

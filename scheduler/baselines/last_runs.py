@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from statistics import median_high
 
 from coalesce.scheduler.catalog import Catalog, Executable
-from coalesce.scheduler.latency import Fresh, Prediction, Quantiles
+from coalesce.scheduler.latency import Fresh, Prediction
+from coalesce.scheduler.times import Quantiles
 
 LAST = 10
 

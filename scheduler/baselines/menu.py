@@ -7,7 +7,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from coalesce.scheduler.catalog import Catalog
 from coalesce.scheduler.costs import Place
-from coalesce.scheduler.latency import Prediction, Quantiles
+from coalesce.scheduler.latency import Prediction
+from coalesce.scheduler.times import Quantiles
 
 
 @runtime_checkable

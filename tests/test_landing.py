@@ -1,0 +1,140 @@
+"""Bundles that are done when their launch returns: the driver hands out what they computed, and calls nobody back."""
+
+import itertools
+import threading
+from collections.abc import Sequence
+from concurrent.futures import wait
+
+import pytest
+
+from coalesce.errors import DeviceError, TenantFailure
+from coalesce.runtime.observer import Observer
+from coalesce.runtime.orders import Order
+from coalesce.runtime.ticket import Reply, Ticket
+from coalesce.scheduler.events import Event
+from tests.fake_machine import FakeLaunched, FakeMachine, Served
+
+pytestmark = pytest.mark.once
+
+
+class Where(Observer):
+    """The threads on which results were handed out."""
+
+    def __init__(self) -> None:
+        self.threads: list[str] = []
+
+    def ended(self, *_: object) -> None:
+        self.threads.append(threading.current_thread().name)
+
+
+class Sometimes(FakeMachine):
+    """Every third bundle is done when its launch returns."""
+
+    def __init__(self) -> None:
+        super().__init__(takes_s=2e-5)
+        self.count = itertools.count()
+
+    def launch(self, executable: int, entries: Sequence[Sequence[Ticket]]) -> FakeLaunched:
+        launched = super().launch(executable, entries)
+        quick = next(self.count) % 3 == 0
+        launched.is_at_hand = lambda: quick
+        return launched
+
+
+def held(served: Served, count: int) -> tuple[threading.Event, list[Reply]]:
+    """Requests that the driver does not see before the event is set."""
+    go = threading.Event()
+
+    def hold() -> Sequence[Event]:
+        go.wait()
+        return ()
+
+    served.driver.inbox.put(Order(hold))
+    return go, [served.submit(f"t{i % 4}", i) for i in range(count)]
+
+
+def test_the_driver_hands_out_what_is_done_at_once():
+    where = Where()
+    with Served(FakeMachine(takes_s=2e-5, is_quick=True), observers=[where]) as served:
+        go, replies = held(served, 200)
+        go.set()
+        assert [reply.result(10) for reply in replies] == [("result", i) for i in range(200)]
+        assert served.driver.book.wait_empty(5.0)
+    assert set(where.threads) == {"coalesce-driver"}
+    assert served.accounts.stats().bundles == len(served.machine.launches)
+
+
+def test_bundles_complete_in_their_order_whoever_waits_for_them():
+    where = Where()
+    with Served(Sometimes(), observers=[where]) as served:
+        for _ in range(5):
+            go, replies = held(served, 100)
+            go.set()
+            assert [reply.result(10) for reply in replies] == [("result", i) for i in range(100)]
+    assert set(where.threads) == {"coalesce-driver", "coalesce-finisher"}
+
+
+def test_callbacks_are_not_called_on_the_driver_and_keep_nobody_waiting():
+    called: list[str] = []
+    begun, over = threading.Event(), threading.Event()
+
+    def callback(_: object) -> None:
+        called.append(threading.current_thread().name)
+        begun.set()
+        over.wait(10)
+
+    with Served(FakeMachine(takes_s=2e-5, is_quick=True)) as served:
+        go, (reply,) = held(served, 1)
+        reply.add_done_callback(callback)
+        go.set()
+        assert begun.wait(10)
+        assert served.submit("t1", 2).result(10) == ("result", 2)
+        over.set()
+        assert served.driver.book.wait_empty(5.0)
+    assert called == ["coalesce-finisher"]
+
+
+def test_nor_are_those_that_come_while_the_bundle_runs(caplog):
+    called: list[str] = []
+    machine = FakeMachine(takes_s=2e-5, is_quick=True)
+
+    def results(launched: FakeLaunched) -> list[list[object]]:
+        reply = launched.entries[0][0].waiter
+        assert isinstance(reply, Reply)
+        reply.add_done_callback(lambda own: called.append(threading.current_thread().name))
+        reply.add_done_callback(lambda own: 1 / 0)
+        return FakeLaunched.results(launched)
+
+    def launch(executable: int, entries: Sequence[Sequence[Ticket]]) -> FakeLaunched:
+        launched = FakeMachine.launch(machine, executable, entries)
+        launched.results = lambda: results(launched)
+        return launched
+
+    machine.launch = launch
+    with Served(machine) as served:
+        go, replies = held(served, 9)
+        go.set()
+        assert [reply.result(10) for reply in replies] == [("result", i) for i in range(9)]
+    assert called and set(called) == {"coalesce-finisher"}
+    assert any("a callback of a request" in record.getMessage() for record in caplog.records)
+
+
+def test_what_fails_at_once_fails_alone():
+    machine = FakeMachine(takes_s=2e-5, is_quick=True, raises=lambda value: value == 5)
+    with Served(machine, tenants=8) as served:
+        go, replies = held(served, 16)
+        go.set()
+        wait(replies, 10)
+        assert isinstance(replies[5].exception(0), TenantFailure)
+        assert [reply.result(0) for i, reply in enumerate(replies) if i != 5] == [
+            ("result", i) for i in range(16) if i != 5
+        ]
+
+
+def test_a_device_that_dies_at_once_ends_everything():
+    with Served(FakeMachine(takes_s=2e-5, is_quick=True, dies_of=1)) as served:
+        go, replies = held(served, 32)
+        go.set()
+        wait(replies, 10)
+        assert isinstance(replies[1].exception(0), DeviceError)
+        assert served.driver.book.wait_empty(10.0)
