@@ -1,7 +1,7 @@
 """Claim: small programs of different families that wait for each other are served faster by one executable of both.
 
     python -m experiments.mixed_family
-    python -m experiments.mixed_family --kinds=mlp.width=16:4,lstm:2
+    python -m experiments.mixed_family "--kinds=mlp.width=16:4,mlp.width=32;layers=16:4"
 
 Tenants of different families, each with one request under way at any time. Served by the runtime twice:
 
@@ -15,6 +15,7 @@ The rows say how many bundles ran in such executables, and what these take again
 from __future__ import annotations
 
 import ast
+import logging
 import sys
 import time
 from collections import Counter
@@ -36,12 +37,16 @@ from experiments.results import device_name, header, Row, save_rows, table
 from experiments.switching import Switching
 
 METHODS = ("apart", "mixed")
+ENDING = ": it is done without"
 PATIENT_S = 60.0  # nobody is refused
 
 FLAGS = flags.FlagValues()
 own_flags.define_common(FLAGS)
 flags.DEFINE_list(
-    "kinds", ["mlp.width=16:4", "mlp.width=32;layers=16:4"], "MODEL[.FIELD=VALUE]:COUNT", flag_values=FLAGS
+    "kinds",
+    [f"mlp.width={width};layers=4:1" for width in (16, 24, 32, 40)],
+    "MODEL[.FIELD=VALUE;...]:COUNT",
+    flag_values=FLAGS,
 )
 flags.DEFINE_list("widths", ["1", "2", "4"], "of executables", flag_values=FLAGS)
 flags.DEFINE_list("methods", list(METHODS), "which methods", flag_values=FLAGS)
@@ -66,6 +71,19 @@ def read_kind(text: str) -> Kind:
     model, _, own = what.partition(".")
     fields = {name: ast.literal_eval(value) for name, value in (pair.split("=", 1) for pair in own.split(";") if pair)}
     return Kind(what, by_name(model, **fields), int(count), PATIENT_S)
+
+
+class DoneWithout(logging.Handler):
+    """What the runtime says of executables that take no less than their families one after another."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message.endswith(ENDING):
+            self.said.append(message.removesuffix(ENDING))
 
 
 class Served:
@@ -120,7 +138,7 @@ def executables_of(catalog: Catalog) -> list[dict[str, Any]]:
     ]
 
 
-def report(head: dict[str, Any], rows: Sequence[Row]) -> str:
+def report(head: dict[str, Any], rows: Sequence[Row], without: Sequence[str] = ()) -> str:
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
         own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["requests_per_s"])
@@ -147,6 +165,8 @@ def report(head: dict[str, Any], rows: Sequence[Row]) -> str:
             [[e["entries"], f"{e['us']:.0f}", f"{e['apart_us']:.0f}"] for e in offered] or [["none", "", ""]],
         ),
     ]
+    if without:
+        text += ["Made, measured and not offered:", "\n".join(f"- {what}" for what in without)]
     return "\n\n".join(text) + "\n"
 
 
@@ -157,19 +177,21 @@ def main(argv: Sequence[str]) -> None:
     settings = {"kinds": FLAGS.kinds, "duration_s": FLAGS.duration, "repeats": FLAGS.repeats}
     head = header(own_flags.command("mixed_family", FLAGS), FLAGS.device_name or device_name(), FLAGS.note, **settings)
     kinds = [read_kind(text) for text in FLAGS.kinds]
+    log, without = logging.getLogger("coalesce.runtime"), DoneWithout()
+    log.addHandler(without)
+    log.setLevel(logging.INFO)
     served = [Served(method, kinds) for method in FLAGS.methods]
-    rows = []
+    path, rows = own_flags.folder(FLAGS) / "mixed_family.json", list[Row]()
     for number in range(FLAGS.repeats):
         for own in served:
             print(f"{own.method}, run {number + 1} of {FLAGS.repeats}", file=sys.stderr, flush=True)
             rows.append(own.run(number))
+            save_rows(path, head, rows)
+            path.with_suffix(".md").write_text(report(head, rows, without.said), encoding="utf-8")
     for own in served:
         own.rt.close()
-    path = own_flags.folder(FLAGS) / "mixed_family.json"
-    save_rows(path, head, rows)
-    text = report(head, rows)
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    log.removeHandler(without)
+    print(report(head, rows, without.said))
 
 
 if __name__ == "__main__":

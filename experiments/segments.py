@@ -2,10 +2,13 @@
 
     python -m experiments.segments
     python -m experiments.segments --long_ms=20 --short_ms=2 --methods=whole,cut
+    python -m experiments.segments --model=bert_base --dtype=bfloat16 --fields=vocabulary=1000 --rows=256 --widths=1,2 \
+        --duration=10 --repeats=2                                                                 # on a GPU
+    python -m experiments.segments --model=gru --longer=steps --fields=hidden=512,features=16     # one long loop
 
-Tenants of a long program and of a short one, multi-layer perceptrons with as many layers as take `--long_ms` and
-`--short_ms` alone on this device, ask at random times. The SLO of the short ones is less than the long program takes.
-Served three ways, with the same arrivals:
+Tenants of a long program and of a short one, of one model with as many layers, or steps of a loop, as take `--long_ms`
+and `--short_ms` alone on this device, ask at random times. The SLO of the short ones is less than the long program
+takes. Served three ways, with the same arrivals:
 
     whole     Runtime(segments=1)
     three     Runtime(segments=3)
@@ -14,9 +17,11 @@ Served three ways, with the same arrivals:
 
 from __future__ import annotations
 
+import ast
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import takewhile
 from random import Random
 from typing import Any
@@ -25,7 +30,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from coalesce.models import by_name
+from coalesce.models import by_name, Model, NAMES
 from coalesce.runtime.runtime import Runtime
 from coalesce.scheduler import workloads
 from coalesce.scheduler.workloads import Arrival
@@ -35,6 +40,7 @@ from experiments.live import Kind, Live, move_in, quantile_ms, SECOND, Seen, ser
 from experiments.results import device_name, header, Row, save_rows, table
 
 METHODS = {"whole": 1, "three": 3, "cut": None}
+MEASURED = (4, 8)  # layers, from which follows what others take
 
 FLAGS = flags.FlagValues()
 own_flags.define_common(FLAGS)
@@ -47,19 +53,27 @@ flags.DEFINE_float("short_slo_ms", 14.0, "the same of the short program", flag_v
 flags.DEFINE_float("long_load", 0.3, "what the long program asks for of the device's time", flag_values=FLAGS)
 flags.DEFINE_float("short_load", 0.2, "and the short one", flag_values=FLAGS)
 flags.DEFINE_integer("tenants", 3, "of each program", flag_values=FLAGS)
-flags.DEFINE_integer("width", 512, "of the perceptrons", flag_values=FLAGS)
+flags.DEFINE_enum("model", "mlp", NAMES, "of all tenants", flag_values=FLAGS)
+flags.DEFINE_string("longer", "layers", "the field of which the long program has more", flag_values=FLAGS)
+flags.DEFINE_list("fields", ["width=512"], "fields of the model to set", flag_values=FLAGS)
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and activations", flag_values=FLAGS)
 flags.DEFINE_integer("rows", 128, "of a request", flag_values=FLAGS)
 flags.DEFINE_float("duration", 30.0, "seconds of each run", lower_bound=0.05, flag_values=FLAGS)
 flags.DEFINE_integer("seed", 0, "of the arrivals", flag_values=FLAGS)
 flags.DEFINE_integer("repeats", 3, "runs of each method, with arrivals of their own", flag_values=FLAGS)
 
 
+def model_of(layers: int) -> Model:
+    fields = {name: ast.literal_eval(value) for name, value in (item.split("=", 1) for item in FLAGS.fields if item)}
+    return by_name(FLAGS.model, dtype=FLAGS.dtype, param_dtype=FLAGS.dtype, **{FLAGS.longer: layers}, **fields)
+
+
+@cache
 def alone_ms(layers: int) -> float:
     """The program of one tenant, by itself."""
-    model = by_name("mlp", layers=layers, width=FLAGS.width)
-    made = tenants_of(model, 1, batch=FLAGS.rows)
+    made = tenants_of(model_of(layers), 1, batch=FLAGS.rows)
     (params,), (inputs,) = made.params, made.inputs
-    run = jax.jit(model.apply)
+    run = jax.jit(made.apply)
     times = []
     for _ in range(20):
         begin = time.perf_counter()
@@ -70,14 +84,14 @@ def alone_ms(layers: int) -> float:
 
 def layers_for(target_ms: float) -> int:
     """So many that the program takes about so long."""
-    layers = 8
-    for _ in range(3):
-        layers = max(1, round(layers * target_ms / alone_ms(layers)))
-    return layers
+    few, more = MEASURED
+    each_ms = max(1e-3, (alone_ms(more) - alone_ms(few)) / (more - few))
+    layers = max(1, round(few + (target_ms - alone_ms(few)) / each_ms))
+    return max(1, round(layers * target_ms / alone_ms(layers)))
 
 
 def kind_of(text: str, layers: int, slo_ms: float) -> Kind:
-    return Kind(text, by_name("mlp", layers=layers, width=FLAGS.width), FLAGS.tenants, slo_ms / 1e3)
+    return Kind(text, model_of(layers), FLAGS.tenants, slo_ms / 1e3)
 
 
 def lives_of(kind: Kind) -> list[Live]:
@@ -96,9 +110,9 @@ def arrivals(lives: Sequence[Live], rate: float, seed: str) -> list[Arrival]:
     return [Arrival(time_ns, rng.choice(lives).name) for time_ns in times]
 
 
-def measure(method: str, short: Kind, long: Kind, rates: dict[str, float]) -> list[Row]:
+def measure(method: str, short: Kind, long: Kind, rates: dict[str, float]) -> Iterator[Row]:
     """Of each run and each kind a row."""
-    seen, found = Seen(), list[Row]()
+    seen = Seen()
     kinds = {kind.text: lives_of(kind) for kind in (short, long)}
     lives = [live for own in kinds.values() for live in own]
     with Runtime(widths=tuple(map(int, FLAGS.widths)), segments=METHODS[method], observers=[seen]) as rt:
@@ -118,11 +132,9 @@ def measure(method: str, short: Kind, long: Kind, rates: dict[str, float]) -> li
             serve(rt, lives, sorted(asked))
             took = time.monotonic() - begin
             for text, own in kinds.items():
-                found.append(row_of(seen, [live.name for live in own], took, {
-                    "method": method, "run": repeat, "program": text,
-                    "segments": segments[seen.tenants[own[0].name].families[0]],
-                }))  # fmt: skip
-    return found
+                cuts = segments[seen.tenants[own[0].name].families[0]]
+                which = {"method": method, "run": repeat, "program": text, "segments": cuts}
+                yield row_of(seen, [live.name for live in own], took, which)
 
 
 def row_of(seen: Seen, names: Sequence[str], took_s: float, which: dict[str, Any]) -> Row:
@@ -143,16 +155,15 @@ def row_of(seen: Seen, names: Sequence[str], took_s: float, which: dict[str, Any
 def report(head: dict[str, Any], rows: Sequence[Row]) -> str:
     columns = ["method", "program", "segments", "requests", "attainment", "p50 ms", "p99 ms", "bundles", "device busy"]
     lines = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        for program in dict.fromkeys(row["program"] for row in rows):
-            own = [row for row in rows if (row["method"], row["program"]) == (method, program)]
-            asked = sum(row["asked"] for row in own)
-            share = sum(row["attainment"] * row["asked"] for row in own) / asked if asked else 1.0
-            middle = sorted(own, key=lambda row: row["attainment"])[len(own) // 2]
-            lines.append([
-                method, program, str(own[0]["segments"]), f"{asked:,}", f"{share:.1%}", f"{middle['p50_ms']:.2f}",
-                f"{middle['p99_ms']:.2f}", f"{middle['bundles']:,}", f"{middle['device_busy']:.0%}",
-            ])  # fmt: skip
+    for method, program in dict.fromkeys((row["method"], row["program"]) for row in rows):
+        own = [row for row in rows if (row["method"], row["program"]) == (method, program)]
+        asked = sum(row["asked"] for row in own)
+        share = sum(row["attainment"] * row["asked"] for row in own) / asked if asked else 1.0
+        middle = sorted(own, key=lambda row: row["attainment"])[len(own) // 2]
+        lines.append([
+            method, program, str(own[0]["segments"]), f"{asked:,}", f"{share:.1%}", f"{middle['p50_ms']:.2f}",
+            f"{middle['p99_ms']:.2f}", f"{middle['bundles']:,}", f"{middle['device_busy']:.0%}",
+        ])  # fmt: skip
     settings = head["settings"]
     text = [
         "# Tenants of a long program beside tenants of a short one, cut and whole",
@@ -177,18 +188,21 @@ def main(argv: Sequence[str]) -> None:
     long = kind_of("long", layers["long"], FLAGS.long_slo_ms)
     rates = {"short": FLAGS.short_load / took_ms["short"] * 1e3, "long": FLAGS.long_load / took_ms["long"] * 1e3}
     settings = {
-        "width": FLAGS.width, "rows": FLAGS.rows, "layers": layers, "tenants": FLAGS.tenants, "seed": FLAGS.seed,
+        "model": FLAGS.model, "longer": FLAGS.longer, "fields": FLAGS.fields, "dtype": FLAGS.dtype,
+        "rows": FLAGS.rows, "layers": layers, "tenants": FLAGS.tenants, "seed": FLAGS.seed,
         "long_alone_ms": round(took_ms["long"], 3), "short_alone_ms": round(took_ms["short"], 3),
         "long_slo_ms": FLAGS.long_slo_ms, "short_slo_ms": FLAGS.short_slo_ms, "duration_s": FLAGS.duration,
         "rates": {text: round(rate, 2) for text, rate in rates.items()}, "repeats": FLAGS.repeats,
     }  # fmt: skip
     head = header(own_flags.command("segments", FLAGS), FLAGS.device_name or device_name(), FLAGS.note, **settings)
-    rows = [row for method in FLAGS.methods for row in measure(method, short, long, rates)]
-    path = own_flags.folder(FLAGS) / "segments.json"
-    save_rows(path, head, rows)
-    text = report(head, rows)
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    print(settings, file=sys.stderr, flush=True)
+    path, rows = own_flags.folder(FLAGS) / "segments.json", list[Row]()
+    for method in FLAGS.methods:
+        for row in measure(method, short, long, rates):
+            rows.append(row)
+            save_rows(path, head, rows)
+            path.with_suffix(".md").write_text(report(head, rows), encoding="utf-8")
+    print(report(head, rows))
 
 
 if __name__ == "__main__":

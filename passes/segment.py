@@ -13,10 +13,11 @@ Before                                            After, with segments=2
 
 What is live at a cut waits in registers, each for one value of every lane under way. Values that are never live at the
 same time share a register, but no segment writes one that it reads, so that it can be run again. Cuts lie where live
-sets are small and times balanced (`passes/cuts.py`). What depends on weights and literals alone is not kept: each
-segment that reads it computes it. A program with a callback on the host is not cut, since a segment that raises would
-take the registers of other lanes with it. Relies on: `hoist_weights` has left nothing of weight alone that is dear.
-Gives: run one after the other, the segments compute what the program does.
+sets are small and times balanced (`passes/cuts.py`), also between steps of a scan (`passes/split_scans.py`). What
+depends on weights and literals alone is not kept: each segment that reads it computes it. A program with a callback on
+the host is not cut, since a segment that raises would take the registers of other lanes with it. Relies on:
+`hoist_weights` has left nothing of weight alone that is dear. Gives: run one after the other, the segments compute what
+the program does.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from jax.extend.core import ClosedJaxpr
 from coalesce import jaxpr as J
 from coalesce.behaviour import CALLBACKS
 from coalesce.costs import Costs
-from coalesce.costs.program import equation_us
+from coalesce.costs.program import equation_us, equations_us
 from coalesce.heavy import HEAVY
 from coalesce.passes.cuts import choose_cuts, Demand, Point
+from coalesce.passes.split_scans import split_scans
 from coalesce.text import body_lines, Names
 
 
@@ -72,12 +74,25 @@ def segment(
     longer than `patience_us`, and only where the cuts cost little beside the program; one, if that is None too. The
     program is taken to be `slower` than predicted, so many times."""
     reason = why_whole(program)
+    if reason:
+        return Segmented((Segment(program, tuple(range(n_weights)), (), ()),), (), reason)
     demand = Demand(segments, patience_us, slower)
-    chosen = None if reason else choose_cuts(*points_of(program, n_weights, costs), costs, demand)
-    if chosen is None or not chosen.cuts:
+    parts = with_places(program, n_weights, costs, demand)
+    chosen = choose_cuts(*points_of(parts, n_weights, costs), costs, demand)
+    if not chosen.cuts:
         whole = Segment(program, tuple(range(n_weights)), (), ())
-        return Segmented((whole,), (), *((reason, ()) if chosen is None else (chosen.why, chosen.times_us)))
-    return Builder(program, n_weights, chosen.cuts).built(chosen.why, chosen.times_us)
+        return Segmented((whole,), (), chosen.why, chosen.times_us)
+    return Builder(parts, n_weights, chosen.cuts).built(chosen.why, chosen.times_us)
+
+
+def with_places(program: ClosedJaxpr, n_weights: int, costs: Costs, demand: Demand) -> ClosedJaxpr:
+    """The program with scans that can be cut, where one takes longer than a segment is to take."""
+    if demand.segments is not None:
+        total_us = equations_us(program.jaxpr.eqns, costs)
+        return split_scans(program, n_weights, costs=costs, longest_us=total_us / demand.segments, most=demand.segments)
+    if demand.patience_us is None:
+        return program
+    return split_scans(program, n_weights, costs=costs, longest_us=demand.patience_us / demand.slower)
 
 
 def why_whole(program: ClosedJaxpr) -> str:

@@ -15,7 +15,7 @@ def saved(folder: Path) -> list[dict]:
 def test_segments_has_a_row_for_each_method_and_program(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(segments, "layers_for", lambda target_ms: 6 if target_ms > 10 else 2)
     monkeypatch.setattr(segments, "alone_ms", lambda layers: 5.0 * layers)
-    arguments = ["--width=8", "--rows=2", "--duration=0.5", "--repeats=1", "--widths=1", f"--out={tmp_path}"]
+    arguments = ["--fields=width=8", "--rows=2", "--duration=0.5", "--repeats=1", "--widths=1", f"--out={tmp_path}"]
     segments.main([*arguments, "--methods=whole,three", "--tenants=2", "--short_slo_ms=2000", "--long_slo_ms=2000"])
     rows = {(row["method"], row["program"]): row for row in saved(tmp_path)}
     assert [own["segments"] for own in rows.values()] == [1, 1, 3, 3]

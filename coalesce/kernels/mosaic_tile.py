@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
 from coalesce.kernels.mosaic import GROUP, ROW_BYTES, SHARED_BYTES
+from coalesce.kernels.tiles import by_columns
 from coalesce.kernels.windows import Windows, windows_of
 
 WIDEST = 256  # positions that one copy can take in, along each dimension
@@ -61,6 +62,16 @@ class Tile:
     def row(self) -> int:
         """Elements of a swizzled row."""
         return ROW_BYTES // self.op.lhs.dtype.itemsize
+
+    @property
+    def by_columns(self) -> bool:
+        """Whether weights lie as [N, K], rather than [K, N]."""
+        return by_columns(self.op)
+
+    @property
+    def length(self) -> int:
+        """Elements of a row of weights."""
+        return self.op.k if self.by_columns else self.op.n
 
     @property
     def deep(self) -> int:

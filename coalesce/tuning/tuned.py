@@ -39,15 +39,15 @@ class Tuned:
         known = entry is not None and entry.kernel in KERNELS and KERNELS[entry.kernel].supports(op)
         return entry.kernel if entry and known else None
 
-    def blocks(self, op: HeavyOp, width: int, rows: int, kernel: str, tma: bool = True) -> Blocks | None:
-        """The blocks that were fastest for a kernel, whether or not it was the fastest itself; `tma` as in `Entry`."""
+    def blocks(self, op: HeavyOp, width: int, rows: int, kernel: str) -> Blocks | None:
+        """The blocks that were fastest for a kernel, whether or not it was the fastest itself."""
         entry = self.nearest(op, width, rows)
-        best = entry.best(kernel, tma) if entry else None
+        best = entry.best(kernel) if entry else None
         return best[0] if best else None
 
-    def us(self, op: HeavyOp, width: int, rows: int, kernel: str, tma: bool = True) -> float | None:
+    def us(self, op: HeavyOp, width: int, rows: int, kernel: str) -> float | None:
         entry = self.of(op, rows, self.own).get(width)
-        best = entry.best(kernel, tma) if entry else None
+        best = entry.best(kernel) if entry else None
         return best[1] if best else None
 
     def nearest(self, op: HeavyOp, width: int, rows: int) -> Entry | None:
