@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from coalesce.blocks import Blocks
+from coalesce.bundle import packs
 from coalesce.costs import Costs, devices
 from coalesce.heavy import heavy_op, HeavyOp
 from coalesce.kernels import choose, mosaic_gemm
@@ -24,6 +25,9 @@ from coalesce.passes.keep_layouts import kernel_for
 from coalesce.slab import Cut, Picked
 from coalesce.tuning import packaged, tuned_on
 from coalesce.tuning.candidates import candidates
+from tests.alone import alone, check_fused, Tenant
+from tests.compare import assert_same
+from tests.serving import BY_SLOT, fit_of, serve
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # by JAX 0.11 and newer
 interprets = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="JAX 0.10 interprets no wgmma")
@@ -244,6 +248,40 @@ def test_candidates_fit(op):
     found = [blocks for kernel, blocks in candidates(op, 16, 1, "gpu", True) if blocks and kernel == "mosaic_gemm"]
     assert len(found) > 4 and len(set(found)) == len(found)
     assert all((tile := tile_of(op, blocks)) and tile.right_stages == blocks.stages for blocks in found)
+
+
+def by_tma(op: HeavyOp, groups: int, platform: str) -> str:
+    return "mosaic_gemm" if mosaic_gemm.supports(op) else choose(op, groups, platform)
+
+
+def tower(params: Any, x: Any) -> Any:
+    for w, b in params:
+        x = jnp.maximum(x @ w + b[None], 0)
+    return x
+
+
+def towers(count: int) -> list[Tenant]:
+    """Biases between the weights, so that a weight would not begin where TMA may read it if nobody saw to it."""
+    random, sizes = np.random.default_rng(0), (64, 96, 160, 32)
+
+    def array(*shape: int) -> jax.Array:
+        return jnp.asarray(random.normal(size=shape) / 8, jnp.float32)
+
+    params = [[(array(*size), array(size[1])) for size in zip(sizes, sizes[1:], strict=False)] for _ in range(count)]
+    return [(tower, own, (array(3, sizes[0]),)) for own in params]
+
+
+def test_programs_lay_weights_where_it_can_read_them():
+    """Of a fixed set of tenants, and of those whose weights are read by slot."""
+    tenants = towers(3)
+    fused = check_fused(tenants, choose_kernel=by_tma)
+    assert {pack.kernel for pack in packs(fused.bundle.schedule)} == {"mosaic_gemm"} and fused.bundle.slabs
+    served = serve([fit_of(fn, p, x) for fn, p, x in tenants], options=replace(BY_SLOT, choice=by_tma))
+    executable = served.executable(2)
+    assert {pack.kernel for pack in packs(executable.bundle.schedule)} == {"mosaic_gemm"}
+    for lanes in ([2, 0], [1, 2]):
+        for tenant, got in zip(lanes, served.call(executable, [(t, tenants[t][2]) for t in lanes]), strict=True):
+            assert_same(got, alone(tenants[tenant]))
 
 
 class Gpu(NamedTuple):

@@ -25,7 +25,7 @@ from coalesce.heavy import HeavyOp
 from coalesce.kernels import indexed_gemm
 from coalesce.kernels.epilogue import Epilogue, TILEWISE, WHOLE
 from coalesce.kernels.mosaic import call, ROW_BYTES, TOGETHER
-from coalesce.kernels.mosaic_program import IMAGE, PART, Program, Source, TILE, Where
+from coalesce.kernels.mosaic_program import IMAGE, PART, Program, Source, TILE
 from coalesce.kernels.mosaic_tile import Tile, tile_of, VECTORS
 from coalesce.kernels.tiles import operands_of
 from coalesce.kernels.windows import windows_of
@@ -119,10 +119,10 @@ def fetched(
         whole = granule((op.k, tile.length), op.rhs.dtype)
         assert begin[0] % whole == 0 == weights.shape[1] % whole, f"a slab that TMA cannot read: {begin[0]}"
         weights, begin[0] = weights.reshape(weights.shape[0], -1, tile.length), begin[0] // tile.length
-    starts = () if given.starts == (None,) * len(values) else (jnp.asarray(begin, jnp.int32),)
+    starts = () if set(given.starts) == {None} else (jnp.asarray(begin, jnp.int32),)
     sources = [
-        Source(images // rows_of(y), picked, i if starts else None)
-        for i, (y, picked) in enumerate(zip(values, given.picked, strict=True))
+        Source(images // rows_of(y), picked, None if start is None else i)
+        for i, (y, picked, start) in enumerate(zip(values, given.picked, given.starts, strict=True))
     ]
     program = Program(tile, tuple(sources), epilogue, work, jnp.dtype(out.dtype), interpreted)
     y = launched(program, given.slots, starts, x, (weights, *others))
@@ -139,9 +139,9 @@ def launched(program: Program, slots: Sequence[Any], starts: Sequence[Any], x: A
 
     def kernel(*refs: Any, **memory: Any) -> None:
         rest = iter(refs)
-        where = Where(next(rest) if slots else None, next(rest) if starts else None)
+        picks, places = (next(rest) if given else None for given in (slots, starts))
         x, *arrays, y = rest
-        program.run(where, x, arrays, y, memory)
+        program.run(picks, places, x, arrays, y, memory)
 
     grid = {IMAGE: images, TILE: tile.count, PART: op.n // tile.blocks.n}
     vectors = [y.dtype for y, kind in zip(arrays[1:], program.kinds, strict=True) if kind != WHOLE]

@@ -38,20 +38,10 @@ class Source:
     picked: bool
     start: int | None  # its number among the starts that the launch is given; None: 0
 
-    def row(self, image: Any, where: Where) -> Any:
+    def find(self, image: Any, slots: Any, starts: Any) -> tuple[Any, Any]:
+        """(row, start) for an image; references, which are None where they are not read."""
         row = div(image, self.images)
-        return where.slots[row] if self.picked else row
-
-    def after(self, place: Any, where: Where) -> Any:
-        return place if self.start is None else where.starts[self.start] + place
-
-
-@dataclass(frozen=True)
-class Where:
-    """References to what says where a launch reads: slots that are picked, and starts. None: it needs none."""
-
-    slots: Any
-    starts: Any
+        return slots[row] if self.picked else row, 0 if self.start is None else starts[self.start]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +109,9 @@ class Program:
             "done": plgpu.Barrier(num_arrivals=tile.groups, num_barriers=1),
         }
 
-    def run(self, where: Where, x: Any, arrays: Sequence[Any], y: Any, memory: dict[str, Any]) -> None:
-        """Compute a tile. References: x [images, H, W, C]; arrays as `sources` say, whole ones [images, *out, N]."""
+    def run(self, slots: Any, starts: Any, x: Any, arrays: Sequence[Any], y: Any, memory: dict[str, Any]) -> None:
+        """Compute a tile. References: slots and starts, None if no source needs them; x [images, H, W, C]; arrays as
+        `sources` say, whole ones [images, *out, N]."""
         tile = self.tile
         at = lax.axis_index(TILE)
         place = Place(
@@ -132,20 +123,23 @@ class Program:
         group = lax.axis_index("group")
         lax.cond(
             group == tile.groups,
-            lambda: self.fetch(where, x, arrays, place, memory),
+            lambda: self.fetch(self.found(place, slots, starts), x, arrays, place, memory),
             lambda: self.compute(group, y, place, memory),
         )
 
     # ---- one warpgroup ---------------------------------------------------------------------------------------------
 
-    def fetch(self, where: Where, x: Any, arrays: Sequence[Any], place: Place, memory: dict[str, Any]) -> None:
+    def found(self, place: Place, slots: Any, starts: Any) -> list[tuple[Any, Any]]:
+        """Of each source. They are read one behind the other, so that one waits once for all of them."""
+        return [source.find(place.image, slots, starts) for source in self.sources]
+
+    def fetch(self, found: Sequence[Any], x: Any, arrays: Sequence[Any], place: Place, memory: dict[str, Any]) -> None:
         plgpu, tile = backend(), self.tile
-        self.fetch_operands(where, arrays[1:], place, memory)
         (down, taps), chunks = tile.taps, tile.channels // tile.blocks.k
         top, before = place.h, place.w
         if not self.interpreted:  # there an index below 0 is read as 0: the operand has its border
             top, before = place.h - tile.before[0], place.w - tile.before[1]
-        row, start = self.sources[0].row(place.image, where), self.sources[0].after(0, where)
+        row, start = found[0]
 
         def step(i: Any, _: Any) -> None:
             column, c = div(i, chunks), rem(i, chunks) * tile.blocks.k
@@ -167,15 +161,17 @@ class Program:
                 for part, to in self.right.copies(memory["rights"], stage, row, start, k, place.n):
                     plgpu.copy_gmem_to_smem(arrays[0].at[part], to, memory["right_there"].at[stage])
 
-        lax.fori_loop(0, tile.steps, step, None)
+        step(jnp.int32(0), None)  # before what is needed last
+        self.fetch_operands(found[1:], arrays[1:], place, memory)
+        lax.fori_loop(1, tile.steps, step, None)
 
-    def fetch_operands(self, where: Where, arrays: Sequence[Any], place: Place, memory: dict[str, Any]) -> None:
+    def fetch_operands(self, found: Sequence[Any], arrays: Sequence[Any], place: Place, memory: dict[str, Any]) -> None:
         plgpu, tile = backend(), self.tile
         ready, vectors = memory["ready"].at[0], iter(memory["vectors"])
-        for kind, source, array in zip(self.kinds, self.sources[1:], arrays, strict=True):
+        for kind, (row, start), array in zip(self.kinds, found, arrays, strict=True):
             if kind != WHOLE:
-                span = pl.ds(source.after(place.n, where), tile.blocks.n)
-                plgpu.copy_gmem_to_smem(array.at[source.row(place.image, where), span], next(vectors), ready)
+                span = pl.ds(start + place.n, tile.blocks.n)
+                plgpu.copy_gmem_to_smem(array.at[row, span], next(vectors), ready)
                 continue
             for part in range(tile.parts):
                 for rows, to in self.result.copies(memory["outs"], (part,), tile.tall):
