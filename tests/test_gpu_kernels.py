@@ -73,8 +73,9 @@ def test_convolutions(dtype, precision, limit, window, stride, channels):
 def test_tiles_by_tma(dtype, limit, window, stride, height, width, blocks):
     """Two lanes on each row that is picked from a slab, in which weights begin where a tile may."""
     conv = partial(
-        lax.conv_general_dilated, window_strides=(stride,) * 2, padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+        lax.conv_general_dilated, window_strides=(stride, stride), padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(keys[0], (5, 2, 1, height, width, 128), dtype)
     bank = jax.random.normal(keys[1], (7, window, window, 128, 128), dtype)
