@@ -22,7 +22,7 @@ the program does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ from coalesce.costs import Costs
 from coalesce.costs.program import equation_us, equations_us
 from coalesce.heavy import HEAVY
 from coalesce.passes.cuts import choose_cuts, Demand, Point
+from coalesce.passes.live import lifetimes, live_before
 from coalesce.passes.split_scans import split_scans
 from coalesce.text import body_lines, Names
 
@@ -113,7 +114,7 @@ def kept_apart(program: ClosedJaxpr, n_weights: int) -> tuple[list[J.Eqn], list[
     free: list[J.Eqn] = []
     for eqn in program.jaxpr.eqns:
         cheap = J.primitives(eqn).isdisjoint({*HEAVY, *J.REGIONS})
-        if cheap and all(isinstance(a, J.Literal) or a in known for a in eqn.invars):
+        if cheap and not eqn.effects and all(isinstance(a, J.Literal) or a in known for a in eqn.invars):
             known.update(eqn.outvars)
             free.append(eqn)
         else:
@@ -124,36 +125,34 @@ def kept_apart(program: ClosedJaxpr, n_weights: int) -> tuple[list[J.Eqn], list[
 def points_of(program: ClosedJaxpr, n_weights: int, costs: Costs) -> tuple[list[float], list[Point]]:
     """(microseconds of each equation to be cut, what is live before each but the first)."""
     main, _ = kept_apart(program, n_weights)
-    lives = Lifetimes(program, n_weights, main)
-    came: list[list[Any]] = [[] for _ in range(len(main) + 1)]
-    went: list[list[Any]] = [[] for _ in range(len(main) + 2)]
-    for var, (born, last) in lives.of.items():
-        if born < last:
-            came[born + 1].append(var)
-            went[last + 1].append(var)
-    live: dict[Any, None] = {}
-    points = []
-    for at in range(len(main)):
-        for var in went[at]:
-            live.pop(var, None)
-        live.update(dict.fromkeys(came[at]))
-        if at and live and not any(J.is_key(v.aval) for v in live):
-            points.append(Point(at, sum(J.nbytes(v.aval) for v in live)))
+    live = live_before(spans_of(program, n_weights, main), len(main))
+    points = [
+        Point(at, sum(J.nbytes(v.aval) for v in values))
+        for at, values in enumerate(live)
+        if at and values and not any(J.is_key(v.aval) for v in values)
+    ]
     return [equation_us(eqn, costs) for eqn in main], points
 
 
-class Lifetimes:
-    """Of each value that may be live at a cut, between which equations: `of[var] = (born, last)`, the positions of
-    those that bind it and read it last; -1 for an input, and the end for a result."""
+def spans_of(program: ClosedJaxpr, n_weights: int, main: Sequence[J.Eqn]) -> dict[Any, tuple[int, int]]:
+    """Between which equations each value lives that may be live at a cut."""
+    reads = [variables(eqn.invars) for eqn in main]
+    binds = [[v for v in eqn.outvars if not J.is_drop(v)] for eqn in main]
+    return lifetimes(J.invars(program)[n_weights:], reads, binds, variables(J.outvars(program)))
 
-    def __init__(self, program: ClosedJaxpr, n_weights: int, main: Sequence[J.Eqn]) -> None:
-        born = {v: -1 for v in J.invars(program)[n_weights:]}
-        born.update((v, i) for i, eqn in enumerate(main) for v in eqn.outvars if not J.is_drop(v))
-        last: dict[Any, int] = {}
-        for i, eqn in enumerate(main):
-            last.update((a, i) for a in eqn.invars if not isinstance(a, J.Literal))
-        last.update((a, len(main)) for a in J.outvars(program) if not isinstance(a, J.Literal))
-        self.of: dict[Any, tuple[int, int]] = {v: (at, last[v]) for v, at in born.items() if v in last}
+
+def variables(atoms: Iterable[Any]) -> list[Any]:
+    return [a for a in atoms if not isinstance(a, J.Literal)]
+
+
+def taken(free: Sequence[J.Eqn], needed: set[Any]) -> list[J.Eqn]:
+    """Those of the equations that make what is needed, in order; adds what they read to it."""
+    found: list[J.Eqn] = []
+    for eqn in reversed(free):
+        if not needed.isdisjoint(eqn.outvars):
+            found.append(eqn)
+            needed.update(variables(eqn.invars))
+    return found[::-1]
 
 
 class Builder:
@@ -165,7 +164,7 @@ class Builder:
         self.inputs = J.invars(program)[n_weights:]
         self.main, self.free = kept_apart(program, n_weights)
         self.bounds = [0, *cuts, len(self.main)]
-        lives = Lifetimes(program, n_weights, self.main).of
+        lives = spans_of(program, n_weights, self.main)
         self.spans = {v: (self.segment_of(born), self.segment_of(last)) for v, (born, last) in lives.items()}
         self.register, self.structs = registers(self.spans)
 
@@ -181,15 +180,11 @@ class Builder:
         own = self.main[self.bounds[s] : self.bounds[s + 1]]
         is_last = s == len(self.bounds) - 2
         outs = J.outvars(self.program) if is_last else [v for v, (a, b) in self.spans.items() if a == s < b]
-        needed = {a for a in [*outs, *(a for eqn in own for a in eqn.invars)] if not isinstance(a, J.Literal)}
-        free: list[J.Eqn] = []
-        for eqn in reversed(self.free):
-            if not needed.isdisjoint(eqn.outvars):
-                free.append(eqn)
-                needed.update(a for a in eqn.invars if not isinstance(a, J.Literal))
+        needed = {*variables(outs), *(a for eqn in own for a in variables(eqn.invars))}
+        free = taken(self.free, needed)
         weights = [v for v in self.weights if v in needed]
         ins = [v for v in self.register if v in needed and self.spans[v][0] < s] if s else self.inputs
-        jaxpr = J.close([*weights, *ins], [*free[::-1], *own], outs, f"segment {s}")
+        jaxpr = J.close([*weights, *ins], [*free, *own], outs, f"segment {s}")
         return Segment(
             jaxpr,
             tuple(self.weights[v] for v in weights),

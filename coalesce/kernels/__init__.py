@@ -93,7 +93,8 @@ def choose(op: HeavyOp, groups: int, platform: str) -> str:
     - Grouped and depthwise convolutions: one grouped convolution on a GPU; on a CPU one by one.
     - Other convolutions: slices and a batched dot on a GPU (faster than cuDNN at batch 1 even for one problem), and for
       few rows on a CPU; else one by one there, as Eigen's convolution beats a patch matrix that leaves the cache.
-    - indexed_gemm, indexed_matvec and mosaic_gemm only where they were tuned and won, or where a caller asks for them.
+    - indexed_gemm, indexed_matvec and mosaic_gemm only where they were tuned and won, where a model of tiles speaks of
+      the op (coalesce/tuning/estimate.py), or where a caller asks for them.
     """
     cpu = platform == "cpu"
     if op.kind == "dot":
