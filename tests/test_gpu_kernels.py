@@ -59,20 +59,23 @@ def test_convolutions(dtype, precision, limit, window, stride, channels):
 
 @pytest.mark.skipif(not on_hopper(), reason="needs wgmma and TMA")
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-3), ("bfloat16", 1e-2), ("float16", 2e-3)])
-@pytest.mark.parametrize(("window", "height", "width", "blocks"), [
-    (1, 28, 28, None),
-    (1, 28, 28, Blocks(64, 128, 64, 4, 6)),
-    (1, 14, 14, Blocks(256, 64, 128, 16, 2)),
-    (3, 14, 14, Blocks(64, 128, 64, 4, 6)),
-    (3, 28, 28, Blocks(128, 64, 128, 8, 3)),
-    (3, 57, 30, Blocks(64, 64, 64, 4, 4)),
-    (5, 7, 7, Blocks(64, 64, 64, 4, 12)),
+@pytest.mark.parametrize(("window", "stride", "height", "width", "blocks"), [
+    (1, 1, 28, 28, None),
+    (1, 1, 28, 28, Blocks(64, 128, 64, 4, 6)),
+    (1, 1, 14, 14, Blocks(256, 64, 128, 16, 2)),
+    (3, 1, 14, 14, Blocks(64, 128, 64, 4, 6)),
+    (3, 1, 28, 28, Blocks(128, 64, 128, 8, 3)),
+    (3, 1, 57, 30, Blocks(64, 64, 64, 4, 4)),
+    (5, 1, 7, 7, Blocks(64, 64, 64, 4, 12)),
+    (3, 2, 28, 28, Blocks(64, 128, 64, 4, 6)),
+    (5, 3, 15, 21, Blocks(64, 64, 64, 4, 4)),
 ])  # fmt: skip
-def test_tiles_by_tma(dtype, limit, window, height, width, blocks):
+def test_tiles_by_tma(dtype, limit, window, stride, height, width, blocks):
     """Two lanes on each row that is picked from a slab, in which weights begin where a tile may."""
     conv = partial(
-        lax.conv_general_dilated, window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+        lax.conv_general_dilated, window_strides=(stride, stride), padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(keys[0], (5, 2, 1, height, width, 128), dtype)
     bank = jax.random.normal(keys[1], (7, window, window, 128, 128), dtype)

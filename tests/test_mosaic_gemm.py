@@ -65,7 +65,7 @@ def plain(op: HeavyOp, x: Any, w: Any) -> Any:
         return jnp.einsum("grmk,gkn->grmn", x, w)
     one = partial(
         lax.conv_general_dilated,
-        window_strides=(1, 1),
+        window_strides=op.params["window_strides"],
         padding=op.params["padding"],
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
@@ -97,6 +97,11 @@ INTERPRETED = {
     "a window's rows shared": (conv(9, 10, 64, 64), Blocks(128, 64, 64, 8, 3)),
     "32 bits": (dot(70, 64, 96, jnp.float32), Blocks(64, 32, 64, 4, 2)),
     "a window in 32 bits": (conv(9, 10, 64, 64, jnp.float32), Blocks(128, 64, 32, 8, 3)),
+    "strides": (conv(10, 12, 64, 64, window_strides=(2, 2)), Blocks(64, 64, 64, 4, 3)),
+    "strides and other windows": (
+        conv(6, 12, 64, 64, jnp.float32, taps=(4, 2), padding=((3, 1), (1, 0)), window_strides=(2, 3)),
+        Blocks(64, 64, 32, 4, 3),
+    ),
     "other windows": (conv(5, 9, 64, 64, taps=(2, 3), padding=((1, 2), (0, 1))), Blocks(64, 64, 64, 4, 3)),
 }
 
@@ -201,7 +206,8 @@ SUPPORTED = {
     "32 bits that count": (op_of(partial(lax.dot, precision="highest"), (5, 96), (96, 160), jnp.float32), False),
     "rows that TMA cannot swizzle": (dot(5, 96, 128), False),
     "columns that it cannot": (dot(5, 64, 1000), False),
-    "strides": (conv(8, 8, 64, 64, window_strides=(2, 1)), False),
+    "strides": (conv(8, 9, 64, 64, window_strides=(2, 1)), True),
+    "strides that do not divide the image": (conv(8, 9, 64, 64, window_strides=(2, 2)), False),
     "dilation": (conv(8, 8, 64, 64, rhs_dilation=(2, 2)), False),
     "a border left out": (conv(8, 8, 64, 64, padding=((-1, 1), (0, 0))), False),
 }

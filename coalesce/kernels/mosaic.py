@@ -49,13 +49,17 @@ class Images:
         """Rows as wgmma takes them: position i of an image row h is row h * wide + i."""
         return (ref if self.interpreted else ref[1]).at[*place, pl.ds(first, count)]
 
-    def copies(self, ref: Any, place: tuple[Any, ...], count: int) -> list[tuple[Callable[[Any], Any], Any]]:
-        """(from a first row of an image the index of what is copied, where it lies) of each copy of `count` rows."""
-        if self.interpreted:
-            return [
-                (lambda first, i=i: first + i, ref.at[*place, pl.ds(i * self.wide, self.wide)]) for i in range(count)
-            ]
-        return [(lambda first: pl.ds(first, count), ref[0].at[*place, pl.ds(0, count)])]
+    def copies(
+        self, ref: Any, place: tuple[Any, ...], count: int, begin: int = 0
+    ) -> list[tuple[Callable[[Any], Any], Any]]:
+        """(from a first row of an image the index of what is copied, where it lies) of each copy of `count` rows, which
+        lie from the row `begin` on."""
+        if not self.interpreted:
+            return [(lambda first: pl.ds(first, count), ref[0].at[*place, pl.ds(begin, count)])]
+        return [
+            (lambda first, i=i: first + i, ref.at[*place, pl.ds((begin + i) * self.wide, self.wide)])
+            for i in range(count)
+        ]
 
     def count(self, rows: int) -> int:
         """How many copies that is."""

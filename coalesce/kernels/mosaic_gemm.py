@@ -1,4 +1,4 @@
-"""Dots and convolutions of stride 1 as one Mosaic GPU kernel: wgmma on what TMA has fetched, on an H100.
+"""Dots and convolutions as one Mosaic GPU kernel: wgmma on what TMA has fetched, on an H100.
 
     grid (images, tiles of one, parts of the columns)
     a program: one tile, see coalesce.kernels.mosaic_tile and mosaic_program
@@ -49,8 +49,9 @@ def supports(op: HeavyOp) -> bool:
     windows = windows_of(op)
     if windows.k != op.k or windows.channels % row or op.n % row:
         return False
-    steps = {*windows.strides, *windows.dilation}
-    if op.kind == "conv" and (len(windows.taps) != 2 or steps != {1} or min(windows.before) < 0):
+    if op.kind == "conv" and (len(windows.taps) != 2 or set(windows.dilation) != {1} or min(windows.before) < 0):
+        return False
+    if any(size % stride for size, stride in zip(windows.size, windows.strides, strict=True)):
         return False
     return by_rule(op) is not None
 
@@ -135,7 +136,10 @@ def launched(program: Program, slots: Sequence[Any], starts: Sequence[Any], x: A
     op = tile.op
     out = jax.ShapeDtypeStruct((images, *tile.out, op.n), program.dtype)
     if program.interpreted:
-        x = jnp.pad(x, ((0, 0), *((n, 0) for n in tile.before), (0, 0)))
+        border = [(n * stride, 0) for n, stride in zip(tile.outside, tile.strides, strict=True)]
+        x = jnp.pad(x, ((0, 0), *border, (0, 0)))
+    (h, w), (down, across) = x.shape[1:3], tile.strides
+    x = x.reshape(images, h // down, down, w // across, across, tile.channels)
 
     def kernel(*refs: Any, **memory: Any) -> None:
         rest = iter(refs)

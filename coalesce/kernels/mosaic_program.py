@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import jax.numpy as jnp
@@ -100,7 +101,8 @@ class Program:
             "outs": self.result.memory(),
             "vectors": [plgpu.SMEM((tile.blocks.n,), dtype) for dtype in vectors],
             "left_there": plgpu.Barrier(
-                num_arrivals=tile.deep * self.left.count(tile.halo), num_barriers=tile.left_stages
+                num_arrivals=tile.deep * sum(self.left.count(band.count) for band in tile.bands),
+                num_barriers=tile.left_stages,
             ),
             "right_there": plgpu.Barrier(num_arrivals=self.right.count, num_barriers=tile.right_stages),
             "left_free": plgpu.Barrier(num_arrivals=tile.groups, num_barriers=tile.left_stages),
@@ -110,7 +112,7 @@ class Program:
         }
 
     def run(self, slots: Any, starts: Any, x: Any, arrays: Sequence[Any], y: Any, memory: dict[str, Any]) -> None:
-        """Compute a tile. References: slots and starts, None if no source needs them; x [images, H, W, C]; arrays as
+        """Compute a tile. References: slots and starts, None if no source needs them; x [images, *phases, C]; arrays as
         `sources` say, whole ones [images, *out, N]."""
         tile = self.tile
         at = lax.axis_index(TILE)
@@ -136,23 +138,23 @@ class Program:
     def fetch(self, found: Sequence[Any], x: Any, arrays: Sequence[Any], place: Place, memory: dict[str, Any]) -> None:
         plgpu, tile = backend(), self.tile
         (down, taps), chunks = tile.taps, tile.channels // tile.blocks.k
-        top, before = place.h, place.w
-        if not self.interpreted:  # there an index below 0 is read as 0: the operand has its border
-            top, before = place.h - tile.before[0], place.w - tile.before[1]
+        # Interpreted, an index below 0 is read as 0: there the operand has its border.
+        above, before = (0, tile.outside[1]) if not self.interpreted else (tile.outside[0], 0)
+        across = tile.strides[1]
         row, start = found[0]
 
         def step(i: Any, _: Any) -> None:
             column, c = div(i, chunks), rem(i, chunks) * tile.blocks.k
             stage = rem(i, tile.left_stages)
             wait_if(i >= tile.left_stages, memory["left_free"], stage)
-            for d in range(tile.deep):
-                for rows, to in self.left.copies(memory["lefts"], (stage, d), tile.halo):
+            w = column + tile.outside[1] * across - tile.before[1]
+            columns = pl.ds(place.w + div(w, across) - before, tile.wide)
+            for d, band in product(range(tile.deep), tile.bands):
+                for rows, to in self.left.copies(memory["lefts"], (stage, d), band.count, band.begin):
+                    h = rows(place.h + band.first + above)
                     channels = pl.ds(c + d * tile.row, tile.row)
-                    plgpu.copy_gmem_to_smem(
-                        x.at[place.image, rows(top), pl.ds(before + column, tile.wide), channels],
-                        to,
-                        memory["left_there"].at[stage],
-                    )
+                    part = x.at[place.image, h, band.phase, columns, rem(w, across), channels]
+                    plgpu.copy_gmem_to_smem(part, to, memory["left_there"].at[stage])
             for tap in range(down):
                 j = i * down + tap
                 stage = rem(j, tile.right_stages)
@@ -222,7 +224,7 @@ class Program:
                 right = rem(j, tile.right_stages)
                 plgpu.barrier_wait(memory["right_there"].at[right])
                 for d in range(tile.deep):
-                    a = self.left.rows(memory["lefts"], (left, d), first + tap * tile.wide, rows)
+                    a = self.left.rows(memory["lefts"], (left, d), first + tile.below(tap) * tile.wide, rows)
                     plgpu.wgmma(acc, a, self.right.part(memory["rights"], right, d))
                 plgpu.wgmma_wait(tile.deep)  # what came before these products is done
 
