@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,21 @@ def test_no_dimension_makes_an_op_cheaper(name, m, n, k, axis, more, dtype):
 
 @given(devices, st.sampled_from([7, 14, 28]), st.sampled_from([16, 64, 256]), st.integers(1, 20), st.integers(1, 4))
 def test_no_lane_makes_a_convolution_cheaper(name, pixels, channels, groups, rows):
-    costs, op = Costs(DEVICES[name]), conv(pixels, channels, channels, 3)
-    for kernel in ("conv_slices", "conv_grouped", "separate"):
+    costs = Costs(DEVICES[name])
+    plain, depthwise = (conv(pixels, channels, channels, 3, groups=each) for each in (1, channels))
+    for kernel, op in [*product(("conv_slices", "conv_grouped", "separate"), [plain]), ("conv_taps", depthwise)]:
         us = costs.op(op, groups, rows, kernel) * (1 - 1e-9)
         assert us <= costs.op(op, groups + 1, rows, kernel)
         assert us <= costs.op(op, groups, rows + 1, kernel)
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_a_depthwise_convolution_is_a_loop_over_its_operands(name):
+    """It is predicted to take no less than its traffic, and to win over the library's, whose channels are moved."""
+    costs, op = Costs(DEVICES[name]), conv(28, 192, 192, 3, groups=192)
+    us = costs.op(op, 8, kernel="conv_taps")
+    assert us >= 8 * (2 * 28 * 28 * 192) * 4 / (DEVICES[name].memory_gbs * 1e3)
+    assert us < costs.op(op, 8, kernel="conv_grouped")
 
 
 @given(st.sampled_from(GPUS), sizes, sizes, sizes, st.integers(2, 32), dtypes)
