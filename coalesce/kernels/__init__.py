@@ -77,7 +77,7 @@ CPU_PATCH_BYTES = 256 * 1024
 CPU_FEW_ROWS = 49
 # On a GPU they win everywhere measured; this only keeps the patches of all lanes from crowding out the weights.
 GPU_PATCH_BYTES = 8 * 1024**3
-# More taps of a depthwise window make a loop that takes XLA seconds to compile: 11x11 took it 2.5.
+# More taps of a depthwise window make a loop that XLA compiles for seconds on a GPU: 11x11 for about three.
 MOST_TAPS = 128
 
 
@@ -86,8 +86,8 @@ def choose(op: HeavyOp, groups: int, platform: str) -> str:
 
     - Dots: batched_dot; with one row on a GPU batched_matvec (5 to 25% less kernel time on an H200, for one LSTM to 32,
       and it alone leaves the weights of a loop where they are; on a CPU it is up to twice as slow).
-    - Depthwise convolutions: a sum over the window's taps, on a CPU too, where the library's are plain loops (3 to 100
-      times as fast as one by one, for the layers of a MobileNetV2 at 96 and 224 pixels and 1 to 8 lanes).
+    - Depthwise convolutions: a sum over the window's taps, on a CPU too, where the library's are plain loops (5 to 80
+      times as fast as one by one for most layers of a MobileNetV2 at 96 and 224 pixels, 1 to 8 lanes; slower for none).
     - Other grouped convolutions: one grouped convolution on a GPU; on a CPU one by one.
     - Other convolutions: slices and a batched dot on a GPU (faster than cuDNN at batch 1 even for one problem), and for
       few rows on a CPU; else one by one there, as Eigen's convolution beats a patch matrix that leaves the cache.

@@ -8,7 +8,7 @@ channels side by side. Nothing is multiplied by padding, so an infinite weight l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -66,41 +66,50 @@ def keeps_places(op: HeavyOp) -> bool:
 
 
 def shifts(op: HeavyOp, x: Any, dtype: Any) -> Callable[[Tap], Any]:
-    """(tap) -> its operands, where each tap shifts all positions of an image by the same number."""
+    """(tap) -> its operands, where a tap is a shift of an image's positions, laid on one axis.
+
+    At a border it finds what lies next to it there, of the same image, or padding: `reads` says where.
+    """
     size = op.lhs.shape[1:-1]
-    pitch = [prod(size[axis + 1 :]) for axis in range(len(size))]
 
     def shift(tap: Tap) -> int:
-        p = op.params
-        steps = zip(tap, p["rhs_dilation"], p["padding"], pitch, strict=True)
-        return sum((t * d - lo) * each for t, d, (lo, _), each in steps)
+        steps = zip(tap, op.params["rhs_dilation"], op.params["padding"], strict=True)
+        return sum((t * d - lo) * prod(size[axis + 1 :]) for axis, (t, d, (lo, _)) in enumerate(steps))
 
-    most = [shift(tap) for tap in np.ndindex(*op.rhs.shape[:-2])]
-    lo, hi = max(0, -min(most)), max(0, max(most))
+    every = [shift(tap) for tap in np.ndindex(*op.rhs.shape[:-2])]
+    before, after = max(0, -min(every)), max(0, max(every))
     flat = x.reshape(*x.shape[:2], prod(size), x.shape[-1])
-    flat = made(lax.pad(flat, flat.dtype.type(0), [(0, 0, 0), (0, 0, 0), (lo, hi, 0), (0, 0, 0)])).astype(dtype)
-    return lambda tap: lax.slice_in_dim(flat, lo + shift(tap), lo + shift(tap) + prod(size), 1, 2).reshape(x.shape)
-
-
-def slices(op: HeavyOp, x: Any, dtype: Any) -> Callable[[Tap], Any]:
-    """(tap) -> its operands, by a slice along each axis."""
-    p = op.params
-    padding = [(lo, hi, 0) for lo, hi in p["padding"]]
-    if any(pad != (0, 0, 0) for pad in padding):
-        x = lax.pad(x, x.dtype.type(0), [(0, 0, 0)] * 2 + padding + [(0, 0, 0)])
-    x = made(x).astype(dtype)
+    flat = padded(flat, [(before, after)]).astype(dtype)
 
     def read(tap: Tap) -> Any:
-        y = x
-        for axis, (step, stride) in enumerate(zip(tap, p["window_strides"], strict=True)):
-            start = step * p["rhs_dilation"][axis]
-            y = lax.slice_in_dim(y, start, start + (op.out.shape[axis + 1] - 1) * stride + 1, stride, axis + 2)
-        return y
+        start = before + shift(tap)
+        return lax.slice_in_dim(flat, start, start + prod(size), 1, 2).reshape(x.shape)
 
     return read
 
 
-def made(x: Any) -> Any:
+def slices(op: HeavyOp, x: Any, dtype: Any) -> Callable[[Tap], Any]:
+    """(tap) -> its operands, by a strided slice along each axis."""
+    x = padded(x, op.params["padding"]).astype(dtype)
+
+    def read(tap: Tap) -> Any:
+        part = x
+        for axis, (step, stride) in enumerate(zip(tap, op.params["window_strides"], strict=True)):
+            start = step * op.params["rhs_dilation"][axis]
+            part = lax.slice_in_dim(part, start, start + (op.out.shape[axis + 1] - 1) * stride + 1, stride, axis + 2)
+        return part
+
+    return read
+
+
+def padded(x: Any, padding: Sequence[tuple[int, int]]) -> Any:
+    """[G,N,positions..,C] with padding around its positions, as an array that exists: what makes `x` pads it too.
+
+    Without the barrier XLA makes it anew for each tap, or asks at each tap whether it is padding. Loads are then one
+    element wide, with branches between them (compiled for an H100).
+    """
+    if any(pad != (0, 0) for pad in padding):
+        x = lax.pad(x, x.dtype.type(0), [(0, 0, 0), (0, 0, 0), *((lo, hi, 0) for lo, hi in padding), (0, 0, 0)])
     return lax.optimization_barrier(x)
 
 
