@@ -7,17 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Blocks:
-    """The tile of a program, [m, n] of the result in steps of k. Powers of two, of 16 at least for tensor cores.
-
-    With `tma` it is a tile of `mosaic_gemm`.
-    """
+    """The tile of a program, [m, n] of the result in steps of k. Powers of two, of 16 at least for tensor cores."""
 
     m: int
     n: int
     k: int
     warps: int = 4
     stages: int = 3
-    tma: bool = False
 
     def __str__(self) -> str:
-        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages}{' tma' if self.tma else ''}"
+        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages}"

@@ -165,14 +165,14 @@ class Bundle:
     families: tuple[Family, ...]
     schedule: Schedule = ()
     arrays: tuple[Array, ...] = ()
-    stored: Mapping[tuple[int, int], int] = field(
-        default_factory=dict
-    )  # (family, weight) -> the array other readers read
+    stored: Mapping[tuple[int, int], int] = field(default_factory=dict)  # (family, weight) -> other readers' array
     slabs: tuple[Slab, ...] = ()  # which arrays are one argument, set by join_arrays
     aligned: tuple[Aligned, ...] = ()  # what `align` chose to issue together
     clusters: tuple[Cluster, ...] = ()  # packs that are near enough in shape to share a superkernel, by place
     predicted_us: float = 0.0  # what `aligned` wins, by the cost model
     records: Mapping[Place, Record] = field(default_factory=dict)  # why each heavy op is where it is
+    starts: tuple[int, ...] = (0,)  # where in the schedule each executable begins, set by cut_executables
+    why_starts: str = ""  # there are so many
 
 
 def arguments(bundle: Bundle) -> list[Slab]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from coalesce import jaxpr as J
 from coalesce.bundle import Bundle, equations, Item, JointLoop, Loop, Pack, packs, Schedule, units
@@ -18,6 +19,9 @@ def check_bundle(bundle: Bundle) -> None:
     numbers = sorted(pack.index for pack in packs(bundle.schedule))
     if numbers != list(range(len(numbers))):
         raise IRError(f"packs are numbered {numbers}")
+    ends = {0, *accumulate(len(unit) for unit in units(bundle.schedule))}
+    if bundle.starts[0] or list(bundle.starts) != sorted({*bundle.starts} & ends - {len(bundle.schedule) or -1}):
+        raise IRError(f"executables begin at {bundle.starts}, of a schedule of {len(bundle.schedule)} items")
 
 
 def check_schedule(schedule: Schedule, scopes: Sequence[tuple[int, list[J.Var], object]]) -> None:

@@ -15,6 +15,7 @@ from coalesce import jaxpr as J
 from coalesce.bank import bank_structs, build_bank, default_device, on_device
 from coalesce.bundle import Bundle
 from coalesce.call import Caller
+from coalesce.chain import compile_parts
 from coalesce.clusters import WASTE_BOUND
 from coalesce.costs import Costs, device_of
 from coalesce.errors import PlanError, TraceError
@@ -41,6 +42,7 @@ def fuse(
     choose_kernel: Callable[..., str] = choose,
     launches: bool = False,
     tuned: Database | str | Path | bool | None = None,
+    executables: int | None = None,
     platform: str | None = None,
     strict: bool = False,
 ) -> Fused:
@@ -65,6 +67,8 @@ def fuse(
         or of its kin (an H100 takes an H200's):
         None: what Coalesce brings along, under the entries of the user's own database; False: none; or a database or
         its file. A `choose_kernel` goes before them, and its kernels get the blocks that were tuned for them.
+      executables: in how many the program is compiled, as far as there are places to cut it, each launched while those
+        before it run. None: as many as are predicted to win; on a CPU one.
       platform: what kernels are chosen for; the default backend's unless given.
       strict: run JAX's own type check after every pass (for tests and for writing passes; slow).
 
@@ -80,6 +84,8 @@ def fuse(
     check_names(programs)
     if policy not in POLICIES:
         raise PlanError(f"policy is {policy!r}; expected one of {', '.join(map(repr, POLICIES))}")
+    if executables is not None and executables < 1:
+        raise PlanError(f"executables is {executables}; a program is compiled in one or more, or None for what wins")
     if not 0 <= waste_bound < 1:
         raise PlanError(f"waste_bound is {waste_bound}; it is a share of the work and lies in [0, 1)")
     check_usable(programs)
@@ -104,6 +110,7 @@ def fuse(
         tuned=measured,
         within_program=within_program,
         pack_unbounded_loops=pack_unbounded_loops,
+        executables=executables,
     )
     histories = tuple(memo[id(p.jaxpr)] for p in programs)
     bank = None if any(p.abstract for p in programs) else build_bank(steps[-1].bundle, normalised)
@@ -245,22 +252,23 @@ class Fused:
         return bundle_text(self.bundle)
 
     def lower(self) -> Any:
-        """JAX's Lowered for the default device."""
+        """JAX's Lowered for the default device, of the program in one executable."""
         with J.precision_as_traced():
             return jax.jit(self._function).lower(*self._structs())
 
     def compile(self, compiler_options: dict[str, Any] | None = None) -> Any:
-        """Compile ahead of time, for later calls too; returns JAX's Compiled."""
+        """Compile ahead of time, for later calls too; returns JAX's Compiled, or a `Chain` of several."""
         if self._compiled is None or compiler_options is not None:
-            self._compiled = self.lower().compile(compiler_options=compiler_options)
+            parts = len(self.bundle.starts)
+            self._compiled = compile_parts(self._function, self._structs(), parts, compiler_options)
         return self._compiled
 
     def cost_analysis(self) -> Any:
-        """XLA's cost analysis of the compiled program."""
+        """XLA's cost analysis of the compiled program; a list, if it is several executables."""
         return self.compile().cost_analysis()
 
     def memory_analysis(self) -> Any:
-        """XLA's memory analysis of the compiled program."""
+        """XLA's memory analysis of the compiled program; a list, if it is several executables."""
         return self.compile().memory_analysis()
 
     def as_text(self) -> str:

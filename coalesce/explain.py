@@ -51,6 +51,8 @@ def lines(programs: Sequence[Program], histories: Sequence[Normalised], steps: S
                 yield clusters_text(step.bundle.clusters)
             case "align":
                 yield from (aligned_text(group) for group in step.bundle.aligned)
+            case "cut_executables":
+                yield step.bundle.why_starts
             case _:
                 yield bundle_text(step.bundle)
     yield "\n# families"
@@ -105,7 +107,11 @@ def bundle_text(bundle: Bundle) -> str:
     for f, family in enumerate(bundle.families):
         header = next(iter(program_lines(f"family {f} x{family.width}", family.jaxpr, family.n_weights, names[f])))
         out.append(header)
-    out += schedule_lines(bundle, bundle.schedule, names, "  ")
+    ends = [*bundle.starts[1:], len(bundle.schedule)]
+    for part, (start, end) in enumerate(zip(bundle.starts, ends, strict=True)):
+        several = len(ends) > 1
+        out += [f"  executable {part}"] if several else []
+        out += schedule_lines(bundle, bundle.schedule[start:end], names, "    " if several else "  ")
     for f, family in enumerate(bundle.families):
         out.append(f"  -> family {f}: {', '.join(map(names[f], J.outvars(family.jaxpr)))}")
     for i, array in enumerate(bundle.arrays):

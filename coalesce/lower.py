@@ -103,7 +103,7 @@ def evaluated(
             if (f, w) in bundle.stored:
                 env[f, var] = Banked(arrays[bundle.stored[f, w]], family.rows[w])
         env.update(((f, var), value) for var, value in zip(family.inputs, given, strict=True))
-    walk.run(bundle.schedule, env)
+    walk.run_parts(env)
     return [
         [plain(walk.read(env, f, atom)) for atom in J.outvars(family.jaxpr)] for f, family in enumerate(bundle.families)
     ]
@@ -116,6 +116,11 @@ def arrays_in(bundle: Bundle, bank: Sequence[Any]) -> list[Any]:
         for array, start in zip(slab.arrays, slab.starts, strict=True):
             found[array] = argument if len(slab.arrays) == 1 else Cut(argument, start, bundle.arrays[array].shape)
     return [found[i] for i in range(len(bundle.arrays))]
+
+
+def part_name(part: int) -> str:
+    """The scope of what an executable runs."""
+    return f"executable{part}"
 
 
 # Kernels that run one op as its equation does.
@@ -152,6 +157,16 @@ class Walk:
 
     def read(self, env: Env, family: int, atom: J.Atom) -> LaneValue:
         return Shared(J.literal_value(atom)) if isinstance(atom, J.Literal) else env[family, atom]
+
+    def run_parts(self, env: Env) -> None:
+        """The bundle's schedule. What each of several executables runs is marked as its own, by a named scope."""
+        starts = self.bundle.starts
+        if len(starts) == 1:
+            self.run(self.bundle.schedule, env)
+            return
+        for part, (start, end) in enumerate(zip(starts, [*starts[1:], len(self.bundle.schedule)], strict=True)):
+            with jax.named_scope(part_name(part)):
+                self.run(self.bundle.schedule[start:end], env)
 
     def run(self, schedule: Schedule, env: Env) -> None:
         """Bind what every item of the schedule computes."""

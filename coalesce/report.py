@@ -39,14 +39,17 @@ class Report:
     ops_across: int  # heavy ops in those, over all tenants
     loops_across: int  # scans of two or more families that run as one
     predicted_gain_us: float  # what running across families wins a round, as predicted; 0 if nothing does
+    executables: int  # that the program is compiled in
+    why_executables: str  # so many
     tenants: tuple[TenantReport, ...]
 
     def __str__(self) -> str:
         across = f", {self.superkernels_across} across families" if self.superkernels_across else ""
+        several = f", in {self.executables} executables" if self.executables > 1 else ""
         return (
             f"{counted(self.programs, 'program')} in {counted(self.families, 'family', 'families')}: "
             f"{counted(self.heavy_ops, 'heavy op')} -> {counted(self.superkernels, 'superkernel')}{across}, "
-            f"{self.alone} alone, {self.padding_waste:.1%} padding"
+            f"{self.alone} alone, {self.padding_waste:.1%} padding{several}"
         )
 
 
@@ -109,5 +112,7 @@ def report_of(bundle: Bundle) -> Report:
         ops_across=sum(pack.width for unit in across for pack in unit),
         loops_across=sum(isinstance(item, JointLoop) for item in items(bundle.schedule)),
         predicted_gain_us=bundle.predicted_us,
+        executables=len(bundle.starts),
+        why_executables=bundle.why_starts,
         tenants=tuple(tenants[i] for i in range(len(bundle.tenants))),
     )

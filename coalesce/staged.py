@@ -19,6 +19,7 @@ from coalesce import jaxpr as J
 from coalesce.bank import bank_structs, on_device
 from coalesce.bundle import Bundle
 from coalesce.call import Caller
+from coalesce.chain import compile_parts
 from coalesce.errors import InvalidInput
 from coalesce.lower import lower_stacked
 
@@ -98,11 +99,10 @@ class Staged:
         return self._caller.unflatten([x for tenant in values for x in tenant])
 
     def compile(self, compiler_options: dict[str, Any] | None = None) -> Any:
-        """Compile ahead of time, for later calls too; returns JAX's Compiled."""
+        """Compile ahead of time, for later calls too; returns JAX's Compiled, or a `Chain` of several."""
         if self._compiled is None or compiler_options is not None:
-            with J.precision_as_traced():
-                lowered = jax.jit(self._function).lower(bank_structs(self._bundle), self._structs)
-            self._compiled = lowered.compile(compiler_options=compiler_options)
+            structs, parts = (bank_structs(self._bundle), self._structs), len(self._bundle.starts)
+            self._compiled = compile_parts(self._function, structs, parts, compiler_options)
         return self._compiled
 
     @cached_property

@@ -4,10 +4,11 @@
     python -m experiments.segments --long_ms=20 --short_ms=2 --methods=whole,cut
     python -m experiments.segments --model=bert_base --dtype=bfloat16 --fields=vocabulary=1000 --rows=256 --widths=1,2 \
         --duration=10 --repeats=2                                                                 # on a GPU
+    python -m experiments.segments --model=gru --longer=steps --fields=hidden=512,features=16     # one long loop
 
-Tenants of a long program and of a short one, of one model with as many layers as take `--long_ms` and `--short_ms`
-alone on this device, ask at random times. The SLO of the short ones is less than the long program takes. Served three
-ways, with the same arrivals:
+Tenants of a long program and of a short one, of one model with as many layers, or steps of a loop, as take `--long_ms`
+and `--short_ms` alone on this device, ask at random times. The SLO of the short ones is less than the long program
+takes. Served three ways, with the same arrivals:
 
     whole     Runtime(segments=1)
     three     Runtime(segments=3)
@@ -52,7 +53,8 @@ flags.DEFINE_float("short_slo_ms", 14.0, "the same of the short program", flag_v
 flags.DEFINE_float("long_load", 0.3, "what the long program asks for of the device's time", flag_values=FLAGS)
 flags.DEFINE_float("short_load", 0.2, "and the short one", flag_values=FLAGS)
 flags.DEFINE_integer("tenants", 3, "of each program", flag_values=FLAGS)
-flags.DEFINE_enum("model", "mlp", NAMES, "of all tenants, one that has layers", flag_values=FLAGS)
+flags.DEFINE_enum("model", "mlp", NAMES, "of all tenants", flag_values=FLAGS)
+flags.DEFINE_string("longer", "layers", "the field of which the long program has more", flag_values=FLAGS)
 flags.DEFINE_list("fields", ["width=512"], "fields of the model to set", flag_values=FLAGS)
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and activations", flag_values=FLAGS)
 flags.DEFINE_integer("rows", 128, "of a request", flag_values=FLAGS)
@@ -63,7 +65,7 @@ flags.DEFINE_integer("repeats", 3, "runs of each method, with arrivals of their 
 
 def model_of(layers: int) -> Model:
     fields = {name: ast.literal_eval(value) for name, value in (item.split("=", 1) for item in FLAGS.fields if item)}
-    return by_name(FLAGS.model, layers=layers, dtype=FLAGS.dtype, param_dtype=FLAGS.dtype, **fields)
+    return by_name(FLAGS.model, dtype=FLAGS.dtype, param_dtype=FLAGS.dtype, **{FLAGS.longer: layers}, **fields)
 
 
 @cache
@@ -186,7 +188,7 @@ def main(argv: Sequence[str]) -> None:
     long = kind_of("long", layers["long"], FLAGS.long_slo_ms)
     rates = {"short": FLAGS.short_load / took_ms["short"] * 1e3, "long": FLAGS.long_load / took_ms["long"] * 1e3}
     settings = {
-        "model": FLAGS.model, "fields": FLAGS.fields, "dtype": FLAGS.dtype,
+        "model": FLAGS.model, "longer": FLAGS.longer, "fields": FLAGS.fields, "dtype": FLAGS.dtype,
         "rows": FLAGS.rows, "layers": layers, "tenants": FLAGS.tenants, "seed": FLAGS.seed,
         "long_alone_ms": round(took_ms["long"], 3), "short_alone_ms": round(took_ms["short"], 3),
         "long_slo_ms": FLAGS.long_slo_ms, "short_slo_ms": FLAGS.short_slo_ms, "duration_s": FLAGS.duration,

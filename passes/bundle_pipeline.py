@@ -16,6 +16,7 @@ from coalesce.kernels import choose
 from coalesce.passes.align import align
 from coalesce.passes.choose_kernels import Choice, choose_kernels
 from coalesce.passes.cluster import cluster
+from coalesce.passes.cut_executables import cut_executables
 from coalesce.passes.form_packs import form_packs
 from coalesce.passes.fuse_epilogues import fuse_epilogues
 from coalesce.passes.join_arrays import join_arrays
@@ -43,6 +44,7 @@ def bundle_passes(
     tuned: Tuned = UNTUNED,
     within_program: bool = False,
     pack_unbounded_loops: bool = False,
+    executables: int | None = None,
 ) -> tuple[BundlePass, ...]:
     # families as wide lanes: every equation in order, a pack for each heavy op of a family
     first = (partial(form_packs, within_program=within_program, pack_unbounded_loops=pack_unbounded_loops),)
@@ -63,6 +65,8 @@ def bundle_passes(
         fuse_epilogues,  # what these do to their results: after the kernels, not all of which can
         plan_layouts,  # where the weights lie: after the kernels, which say how they read them
         partial(join_arrays, platform=platform),  # which of these arrays are one argument
+        # where a program is launched in parts: once nothing moves any more
+        partial(cut_executables, platform=platform, costs=costs, executables=executables),
     )
     if policy == "never":
         return first + loops + kernels + last

@@ -13,7 +13,7 @@ planned. A program for a CPU keeps its arguments, which cost little there, unles
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import lcm, prod
 
@@ -73,29 +73,38 @@ def longest(array: Array) -> int:
 
 
 def side_by_side(arrays: Sequence[Array], group: Sequence[int], longest: int) -> Iterator[Slab]:
-    """Slabs of arrays of one dtype, each no longer than can be addressed; of one array where there is room for one."""
+    """Slabs of arrays of one dtype, each no longer than can be addressed; of one array where there is room for one.
+
+    What TMA may read starts at a multiple of its granule, and its slab ends at one. Arrays whose granule has too little
+    in common with those of the others are a slab of their own.
+    """
     step = max(1, ALIGNED // np.dtype(arrays[group[0]].dtype).itemsize)
-    rows = {i: arrays[i].shape[-1] for i in group if read_as_rows(arrays[i])}
-    coarse, whole = lcm(step, *rows.values()), lcm(step, *(mosaic_gemm.TOGETHER * n for n in rows.values()))
-    coarse, whole = (coarse, whole) if whole <= COARSEST else (step, step)
-    inside: list[int] = []
-    starts: list[int] = []
-    size = 0
-    for i in group:
-        start, length = up(size, coarse if i in rows else step), prod(arrays[i].shape)
-        if inside and up(start + length, whole) > longest:
-            yield Slab(tuple(inside), tuple(starts), up(size, whole))
-            inside, starts, start = [], [], 0
-        inside.append(i)
-        starts.append(start)
-        size = start + length
-    yield Slab(tuple(inside), tuple(starts), up(size, whole))
+    granules = {i: lcm(step, mosaic_gemm.granule(arrays[i].shape, arrays[i].dtype)) for i in group}
+    for whole, members in by_granule(granules, step):
+        inside: list[int] = []
+        starts: list[int] = []
+        size = 0
+        for i in members:
+            start, length = up(size, granules[i]), prod(arrays[i].shape)
+            if inside and up(start + length, whole) > longest:
+                yield Slab(tuple(inside), tuple(starts), up(size, whole))
+                inside, starts, start = [], [], 0
+            inside.append(i)
+            starts.append(start)
+            size = start + length
+        yield Slab(tuple(inside), tuple(starts), up(size, whole))
 
 
-def read_as_rows(array: Array) -> bool:
-    """Whether a kernel may read a slab that holds it as [rows, .., N] by TMA: then it starts at a multiple of N, and
-    the slab ends at one of as many N as are fetched together."""
-    return np.dtype(array.dtype).itemsize == 2 and len(array.shape) == 2 and array.shape[-1] % mosaic_gemm.ROW == 0
+def by_granule(granules: Mapping[int, int], step: int) -> Iterator[tuple[int, list[int]]]:
+    """(a multiple of their granules, arrays) for each slab: no larger than COARSEST, unless it is one granule."""
+    found: list[int] = [step]
+    for granule in sorted(set(granules.values()) - {step}):
+        at = next((at for at, whole in enumerate(found) if lcm(whole, granule) <= COARSEST), len(found))
+        found[at : at + 1] = [lcm(granule, *found[at : at + 1])]
+    of = {granule: next(whole for whole in found if whole % granule == 0) for granule in granules.values()}
+    for whole in found:
+        if members := [i for i, granule in granules.items() if of[granule] == whole]:
+            yield whole, members
 
 
 def up(size: int, step: int) -> int:

@@ -18,7 +18,7 @@ from coalesce.bundle import Bundle, Item, JointStep, map_schedule, Pack, problem
 from coalesce.costs import Costs
 from coalesce.errors import PlanError
 from coalesce.heavy import HeavyOp
-from coalesce.kernels import choose, FUSING, KERNELS
+from coalesce.kernels import choose, FUSING, KERNELS, ON_HOPPER
 from coalesce.layout import Layout
 from coalesce.tuning import Tuned, UNTUNED
 from coalesce.weigh import nbytes
@@ -70,7 +70,7 @@ def kernel_for(
     """The kernel whose time, with that of a gather of so many bytes if it needs one, is predicted to be least: of the
     rule's own and those that read in place, or if the rule's does not read what is held, of all that do. A choice that
     the caller made stands wherever it can."""
-    able = [name for name, kernel in KERNELS.items() if kernel.supports(op)]
+    able = [name for name in KERNELS if KERNELS[name].supports(op) and (name == rule or name not in ON_HOPPER)]
     fitting = [name for name in able if KERNELS[name].layout(op) in layouts] or able
     if rule in fitting:
         fitting = [rule, *(name for name in fitting if name in FUSING and name != rule)] if by_rule else [rule]

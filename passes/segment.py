@@ -13,15 +13,16 @@ Before                                            After, with segments=2
 
 What is live at a cut waits in registers, each for one value of every lane under way. Values that are never live at the
 same time share a register, but no segment writes one that it reads, so that it can be run again. Cuts lie where live
-sets are small and times balanced (`passes/cuts.py`). What depends on weights and literals alone is not kept: each
-segment that reads it computes it. A program with a callback on the host is not cut, since a segment that raises would
-take the registers of other lanes with it. Relies on: `hoist_weights` has left nothing of weight alone that is dear.
-Gives: run one after the other, the segments compute what the program does.
+sets are small and times balanced (`passes/cuts.py`), also between steps of a scan (`passes/split_scans.py`). What
+depends on weights and literals alone is not kept: each segment that reads it computes it. A program with a callback on
+the host is not cut, since a segment that raises would take the registers of other lanes with it. Relies on:
+`hoist_weights` has left nothing of weight alone that is dear. Gives: run one after the other, the segments compute what
+the program does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +32,11 @@ from jax.extend.core import ClosedJaxpr
 from coalesce import jaxpr as J
 from coalesce.behaviour import CALLBACKS
 from coalesce.costs import Costs
-from coalesce.costs.program import equation_us
+from coalesce.costs.program import equation_us, equations_us
 from coalesce.heavy import HEAVY
 from coalesce.passes.cuts import choose_cuts, Demand, Point
+from coalesce.passes.live import lifetimes, live_before
+from coalesce.passes.split_scans import split_scans
 from coalesce.text import body_lines, Names
 
 
@@ -72,12 +75,25 @@ def segment(
     longer than `patience_us`, and only where the cuts cost little beside the program; one, if that is None too. The
     program is taken to be `slower` than predicted, so many times."""
     reason = why_whole(program)
+    if reason:
+        return Segmented((Segment(program, tuple(range(n_weights)), (), ()),), (), reason)
     demand = Demand(segments, patience_us, slower)
-    chosen = None if reason else choose_cuts(*points_of(program, n_weights, costs), costs, demand)
-    if chosen is None or not chosen.cuts:
+    parts = with_places(program, n_weights, costs, demand)
+    chosen = choose_cuts(*points_of(parts, n_weights, costs), costs, demand)
+    if not chosen.cuts:
         whole = Segment(program, tuple(range(n_weights)), (), ())
-        return Segmented((whole,), (), *((reason, ()) if chosen is None else (chosen.why, chosen.times_us)))
-    return Builder(program, n_weights, chosen.cuts).built(chosen.why, chosen.times_us)
+        return Segmented((whole,), (), chosen.why, chosen.times_us)
+    return Builder(parts, n_weights, chosen.cuts).built(chosen.why, chosen.times_us)
+
+
+def with_places(program: ClosedJaxpr, n_weights: int, costs: Costs, demand: Demand) -> ClosedJaxpr:
+    """The program with scans that can be cut, where one takes longer than a segment is to take."""
+    if demand.segments is not None:
+        total_us = equations_us(program.jaxpr.eqns, costs)
+        return split_scans(program, n_weights, costs=costs, longest_us=total_us / demand.segments, most=demand.segments)
+    if demand.patience_us is None:
+        return program
+    return split_scans(program, n_weights, costs=costs, longest_us=demand.patience_us / demand.slower)
 
 
 def why_whole(program: ClosedJaxpr) -> str:
@@ -98,7 +114,7 @@ def kept_apart(program: ClosedJaxpr, n_weights: int) -> tuple[list[J.Eqn], list[
     free: list[J.Eqn] = []
     for eqn in program.jaxpr.eqns:
         cheap = J.primitives(eqn).isdisjoint({*HEAVY, *J.REGIONS})
-        if cheap and all(isinstance(a, J.Literal) or a in known for a in eqn.invars):
+        if cheap and not eqn.effects and all(isinstance(a, J.Literal) or a in known for a in eqn.invars):
             known.update(eqn.outvars)
             free.append(eqn)
         else:
@@ -109,36 +125,34 @@ def kept_apart(program: ClosedJaxpr, n_weights: int) -> tuple[list[J.Eqn], list[
 def points_of(program: ClosedJaxpr, n_weights: int, costs: Costs) -> tuple[list[float], list[Point]]:
     """(microseconds of each equation to be cut, what is live before each but the first)."""
     main, _ = kept_apart(program, n_weights)
-    lives = Lifetimes(program, n_weights, main)
-    came: list[list[Any]] = [[] for _ in range(len(main) + 1)]
-    went: list[list[Any]] = [[] for _ in range(len(main) + 2)]
-    for var, (born, last) in lives.of.items():
-        if born < last:
-            came[born + 1].append(var)
-            went[last + 1].append(var)
-    live: dict[Any, None] = {}
-    points = []
-    for at in range(len(main)):
-        for var in went[at]:
-            live.pop(var, None)
-        live.update(dict.fromkeys(came[at]))
-        if at and live and not any(J.is_key(v.aval) for v in live):
-            points.append(Point(at, sum(J.nbytes(v.aval) for v in live)))
+    live = live_before(spans_of(program, n_weights, main), len(main))
+    points = [
+        Point(at, sum(J.nbytes(v.aval) for v in values))
+        for at, values in enumerate(live)
+        if at and values and not any(J.is_key(v.aval) for v in values)
+    ]
     return [equation_us(eqn, costs) for eqn in main], points
 
 
-class Lifetimes:
-    """Of each value that may be live at a cut, between which equations: `of[var] = (born, last)`, the positions of
-    those that bind it and read it last; -1 for an input, and the end for a result."""
+def spans_of(program: ClosedJaxpr, n_weights: int, main: Sequence[J.Eqn]) -> dict[Any, tuple[int, int]]:
+    """Between which equations each value lives that may be live at a cut."""
+    reads = [variables(eqn.invars) for eqn in main]
+    binds = [[v for v in eqn.outvars if not J.is_drop(v)] for eqn in main]
+    return lifetimes(J.invars(program)[n_weights:], reads, binds, variables(J.outvars(program)))
 
-    def __init__(self, program: ClosedJaxpr, n_weights: int, main: Sequence[J.Eqn]) -> None:
-        born = {v: -1 for v in J.invars(program)[n_weights:]}
-        born.update((v, i) for i, eqn in enumerate(main) for v in eqn.outvars if not J.is_drop(v))
-        last: dict[Any, int] = {}
-        for i, eqn in enumerate(main):
-            last.update((a, i) for a in eqn.invars if not isinstance(a, J.Literal))
-        last.update((a, len(main)) for a in J.outvars(program) if not isinstance(a, J.Literal))
-        self.of: dict[Any, tuple[int, int]] = {v: (at, last[v]) for v, at in born.items() if v in last}
+
+def variables(atoms: Iterable[Any]) -> list[Any]:
+    return [a for a in atoms if not isinstance(a, J.Literal)]
+
+
+def taken(free: Sequence[J.Eqn], needed: set[Any]) -> list[J.Eqn]:
+    """Those of the equations that make what is needed, in order; adds what they read to it."""
+    found: list[J.Eqn] = []
+    for eqn in reversed(free):
+        if not needed.isdisjoint(eqn.outvars):
+            found.append(eqn)
+            needed.update(variables(eqn.invars))
+    return found[::-1]
 
 
 class Builder:
@@ -150,7 +164,7 @@ class Builder:
         self.inputs = J.invars(program)[n_weights:]
         self.main, self.free = kept_apart(program, n_weights)
         self.bounds = [0, *cuts, len(self.main)]
-        lives = Lifetimes(program, n_weights, self.main).of
+        lives = spans_of(program, n_weights, self.main)
         self.spans = {v: (self.segment_of(born), self.segment_of(last)) for v, (born, last) in lives.items()}
         self.register, self.structs = registers(self.spans)
 
@@ -166,15 +180,11 @@ class Builder:
         own = self.main[self.bounds[s] : self.bounds[s + 1]]
         is_last = s == len(self.bounds) - 2
         outs = J.outvars(self.program) if is_last else [v for v, (a, b) in self.spans.items() if a == s < b]
-        needed = {a for a in [*outs, *(a for eqn in own for a in eqn.invars)] if not isinstance(a, J.Literal)}
-        free: list[J.Eqn] = []
-        for eqn in reversed(self.free):
-            if not needed.isdisjoint(eqn.outvars):
-                free.append(eqn)
-                needed.update(a for a in eqn.invars if not isinstance(a, J.Literal))
+        needed = {*variables(outs), *(a for eqn in own for a in variables(eqn.invars))}
+        free = taken(self.free, needed)
         weights = [v for v in self.weights if v in needed]
         ins = [v for v in self.register if v in needed and self.spans[v][0] < s] if s else self.inputs
-        jaxpr = J.close([*weights, *ins], [*free[::-1], *own], outs, f"segment {s}")
+        jaxpr = J.close([*weights, *ins], [*free, *own], outs, f"segment {s}")
         return Segment(
             jaxpr,
             tuple(self.weights[v] for v in weights),

@@ -109,7 +109,7 @@ class Sharing:
         return times.gain_us - self.costs.margin * times.apart_us
 
     def launched(self, pack: Pack, launch: int) -> Pack:
-        blocks = self.tuned.blocks(pack.op, *problems(pack, self.bundle.families), KERNEL, tma=False)
+        blocks = self.tuned.blocks(pack.op, *problems(pack, self.bundle.families), KERNEL)
         return replace(pack, kernel=KERNEL, blocks=blocks, launch=launch)
 
     def times(self, chosen: Sequence[Pack]) -> Launched:

@@ -89,7 +89,8 @@ class Admission:
         if is_last and not careful and has_room(queue, due_ns - kept_ns, start, now_ns):
             self.foreseen = True
             return True
-        new = Newcomer(queue, due_ns - kept_ns, len(items) if is_last else bisect_left(items, (due_ns, request.id)))
+        at = len(items) if is_last else bisect_left(items, (due_ns, request.id))
+        new = Newcomer(queue, due_ns - kept_ns, at, not careful)
         if is_closed(level, start, new):
             return False
         after = outlook_with(level, start, now_ns, new)

@@ -35,7 +35,7 @@ from coalesce.scheduler.events import (
     TenantRemoved,
     Timer,
 )
-from coalesce.scheduler.flight import Bundle, Flight
+from coalesce.scheduler.flight import Bundle, Flight, Lead
 from coalesce.scheduler.joining import join, meets, Part, Run
 from coalesce.scheduler.lanes import Item, Lane, Level, Queue
 from coalesce.scheduler.latency import LatencyModel, Prediction
@@ -56,10 +56,11 @@ NEXT = 4  # queues that are looked at for one that could go together with a run
 
 class Coalescing:
     def __init__(self, *, depth: int = 2, lead_ns: int = 200_000):
-        """`depth` bundles are on the device or behind it, the next one from `lead_ns` before the last one ends."""
+        """`depth` bundles are on the device or behind it, the next one from `lead_ns` before the last one ends, and as
+        much earlier as the host takes to bring it there."""
         self.latency = LatencyModel()
         self._depth = depth
-        self._lead_ns = lead_ns
+        self._lead = Lead(lead_ns)
         self._costs = Costs(self.latency)
         self._slots = Slots()
         self._queues = Queues(self._costs_of, self._slots)
@@ -96,7 +97,7 @@ class Coalescing:
             start = self._start(now_ns)
         if self._queues.hopeless_ns <= start.free_ns:
             self._drop_hopeless(start.free_ns, now_ns)
-        free = len(self._flight.bundles) < self._depth and start.free_ns - now_ns <= self._lead_ns
+        free = len(self._flight.bundles) < self._depth and start.free_ns - now_ns <= self._lead.ns
         self._wake(self._dispatch(start, now_ns) if free else FAR, now_ns)
         return out
 
@@ -120,6 +121,7 @@ class Coalescing:
     def _complete(self, event: Completed, now_ns: int) -> None:
         bundle = self._flight.complete(event)
         self._started = None
+        self._lead.learn(event.host_ns)
         if not event.failed:
             self._learn(bundle, event, now_ns)
         self._requests.complete(bundle, event.failed, now_ns)
@@ -186,7 +188,7 @@ class Coalescing:
     def _dispatch(self, start: Start, now_ns: int) -> int:
         """Dispatches what can go now; where waiting is better, until when."""
         flying = self._flight.bundles
-        while len(flying) < self._depth and start.free_ns - now_ns <= self._lead_ns:
+        while len(flying) < self._depth and start.free_ns - now_ns <= self._lead.ns:
             run = self._next_run(start, now_ns)
             if run is None or self._is_awaited(run, start.free_ns):
                 break
@@ -279,7 +281,7 @@ class Coalescing:
         if time_ns == FAR:
             return
         if 0 < len(self._flight.bundles) < self._depth:
-            soon_ns = self._flight.free_at(now_ns) - self._lead_ns
+            soon_ns = self._flight.free_at(now_ns) - self._lead.ns
             if now_ns < soon_ns < time_ns:
                 time_ns = soon_ns
         self._out.append(WakeAt(time_ns if time_ns > now_ns else now_ns + 1))

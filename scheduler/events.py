@@ -31,6 +31,7 @@ class Completed(NamedTuple):
     start_ns: int  # when the device began it
     end_ns: int
     failed: bool = False  # no lane has a result: some lane raised, and which one is not known
+    host_ns: int = 0  # what the host took to bring it to the device, where that is not done at once
 
 
 class TenantAdded(NamedTuple):

@@ -10,6 +10,8 @@ from coalesce.scheduler.costs import Place
 from coalesce.scheduler.events import Completed
 from coalesce.scheduler.lanes import Lane
 
+RUNS = 8  # that what the host takes is an average of
+
 
 class Bundle(NamedTuple):
     id: int
@@ -69,3 +71,17 @@ class Flight(Generic[B]):
     def free_at(self, now_ns: int) -> int:
         """When a bundle that is dispatched now begins, if nothing takes longer than it mostly does."""
         return (self._first_ns if now_ns < self._first_ns else now_ns) + self._behind_ns
+
+
+class Lead:
+    """How long before the device is free its next bundle is decided: as long as the host takes to bring it there, and
+    `least_ns` more."""
+
+    def __init__(self, least_ns: int) -> None:
+        self.ns = self._least_ns = least_ns
+        self._host_ns = 0
+
+    def learn(self, host_ns: int) -> None:
+        if host_ns:
+            self._host_ns += (host_ns - self._host_ns) // RUNS if self._host_ns else host_ns
+            self.ns = self._least_ns + self._host_ns

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import hypot
 from typing import NamedTuple
 
+from coalesce.scheduler.costs import MARKEDLY
 from coalesce.scheduler.cover import FAR, Option
 from coalesce.scheduler.lanes import Queue
 
@@ -25,8 +27,28 @@ def pace_of(queue: Queue, kinds: int) -> Pace:
     return Pace(per_ns, most_lanes(queue, per_ns) if kinds == 1 else FAR)
 
 
+class Limit(NamedTuple):
+    """Of a run whose head was promised to be in time."""
+
+    left_ns: int  # until it is due
+    slip_ns: float  # by how much the run may begin later
+    risk: float  # how much of what may go wrong counts
+
+    def allows(self, option: Option) -> bool:
+        return option.mostly_ns + self.risk * hypot(option.slip_ns, self.slip_ns) <= self.left_ns
+
+
+NONE = Limit(FAR, 0.0, 0.0)
+
+
 def hoped(
-    options: Sequence[Option], option: Option, waiting: int, until_ns: int, taken: int, pace: Pace
+    options: Sequence[Option],
+    option: Option,
+    waiting: int,
+    until_ns: int,
+    taken: int,
+    pace: Pace,
+    limit: Limit = NONE,
 ) -> tuple[Option, int]:
     """A run, or a wider one that does more lanes a second if all come until then that are expected.
 
@@ -42,7 +64,7 @@ def hoped(
     for wider in options:
         if wider.width > width:
             lane_ns = wider.mostly_ns / (wider.width if wider.width < lanes else lanes)
-            if lane_ns <= best_ns:
+            if lane_ns <= best_ns and limit.allows(wider):
                 best, best_ns = wider, lane_ns
     placed = min(best.width, lanes) - waiting
     return best, taken + placed if placed > 0 else taken
@@ -52,14 +74,15 @@ def most_lanes(queue: Queue, per_ns: float) -> int:
     """The width in which most is served, if runs of one queue follow one another.
 
     Whoever comes while a run is on the device can be in the next one if both are over in time: all of them, if a run
-    takes less than half of the SLO, and else those that come when no more of the SLO is gone than a run leaves.
+    takes less than half of the SLO, and else those that come when no more of the SLO is gone than a run leaves. Such a
+    run has to serve markedly more: who is refused for when it comes is refused whatever its share.
     """
     slo_ns = queue.costs.slo_ns
     found, best = 1, 0.0
     for option in queue.costs.options:
         run_ns = option.through_ns
         served = min(option.width, min(run_ns, slo_ns - run_ns) * per_ns) / run_ns
-        if served >= best:
+        if served >= best if 2 * run_ns <= slo_ns else (MARKEDLY - 1) * served > MARKEDLY * best:
             found, best = option.width, served
     return found
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from coalesce.scheduler.costs import FAR
 from coalesce.scheduler.cover import Cover, Option
-from coalesce.scheduler.hopes import hoped, Pace, pace_of
+from coalesce.scheduler.hopes import hoped, Limit, NONE, Pace, pace_of
 from coalesce.scheduler.lanes import Level, Queue
 
 CALM = 0.55  # of what may go wrong once in a hundred times: once in ten
@@ -41,6 +41,7 @@ class Newcomer(NamedTuple):
     queue: Queue
     due_ns: int
     at: int  # behind so many of its queue
+    is_owed: bool = True  # it has not had more than its share, of what others are refused
 
 
 # when its head is due, serial, the queue or None for lanes that have begun, how many of the queue are served before it
@@ -121,7 +122,7 @@ def with_one_more(sure: Outlook, new: Newcomer, now_ns: int) -> Outlook:
 def first_changed(turns: list[Turn], new: Newcomer) -> tuple[int, int]:
     """The first turn that is another one with a newcomer, and how many of its queue are served before it. Some may have
     come to that queue since the turns were laid."""
-    queue, due_ns, at = new
+    queue, due_ns, at, _ = new
     count, served = len(queue.items) + 1, 0
     first = queue.costs.cover.first
     for i, (turn_due_ns, serial, own, _, _, option, _, is_pressed, *_) in enumerate(turns):
@@ -156,6 +157,7 @@ def lay(found: Outlook, heap: list[Waiting], new: Newcomer | None, now_ns: int, 
     """All that waits."""
     time_ns, slip_ns, tardy_ns, turns = found.end_ns, found.slip_ns, found.tardy_ns, found.turns
     risk = CALM if found.is_calm else 1.0
+    all_hope = new is not None and not new.is_owed
     heapify(heap)
     while heap:
         due_ns, serial, queue, served, count, at, whole, taken, pace = heap[0]
@@ -172,7 +174,8 @@ def lay(found: Outlook, heap: list[Waiting], new: Newcomer | None, now_ns: int, 
             option = fitting(queue.costs.cover, whole, waiting, due_ns - time_ns, slip_ns)
         is_given_up = is_pressed and time_ns + option.mostly_ns > due_ns
         if pace is not None and not is_given_up:
-            option, taken = hoped(queue.costs.cover.options, option, waiting, time_ns - now_ns, taken, pace)
+            limit = NONE if all_hope or served == at else Limit(due_ns - time_ns, slip_ns, risk)
+            option, taken = hoped(queue.costs.cover.options, option, waiting, time_ns - now_ns, taken, pace, limit)
         if option is not whole:
             end_ns, later_ns = time_ns + option.mostly_ns, hypot(option.slip_ns, slip_ns)
         tardy_after_ns, latest_ns = tardy_ns, end_ns + risk * later_ns

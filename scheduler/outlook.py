@@ -9,7 +9,8 @@ heads would then be late makes an outlook *tardy*: once in a hundred times where
 do, and once in ten where it is not, and who is refused for what might go wrong could have been served. The next run
 that is dispatched is the first one here.
 
-A second outlook lays every run as wide as it is hoped to become until its turn (`hopes`).
+A second outlook lays every run as wide as it is hoped to become until its turn (`hopes`), as far as heads that were
+promised something can wait for it: whoever comes behind one that cannot makes nothing narrower than it is.
 
 A request is taken on where neither becomes more tardy with it, and its own queue is not hurried. So it may come to a
 run that is there anyway, which costs nothing; and it may begin one of its own where that has time to become as wide as
@@ -144,7 +145,7 @@ def room(sure: Outlook, queue: Queue) -> tuple[int, int, bool]:
 
 def hoped_with(level: Level, start: Start, new: Newcomer) -> Outlook | None:
     """As it was laid last, if one more was hoped for in it: it takes one of the places that were kept."""
-    queue, due_ns, at = new
+    queue, due_ns, at, _ = new
     hoped = remembered(level, start).hoped
     if hoped is None or hoped.late or queue.serial in hoped.hurried or at < len(queue.items):
         return None

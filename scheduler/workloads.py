@@ -46,7 +46,9 @@ def poisson(rng: Random, rate: float, start_ns: int = 0) -> Iterator[int]:
         yield int(time_ns)
 
 
-def gamma(rng: Random, rate: float, cv: float, start_ns: int = 0) -> Iterator[int]:
+def gamma(rng: Random, rate: float, cv: float, start_ns: int = 0, *, amid: bool = False) -> Iterator[int]:
+    """Begins with a gap, or `amid` one, as at any moment of a process that has gone on for long: else many of them that
+    begin at once begin with a burst in common, if they are uneven."""
     if cv == 0:
         time_ns = start_ns + rng.random() * SECOND / rate
         while True:
@@ -54,6 +56,9 @@ def gamma(rng: Random, rate: float, cv: float, start_ns: int = 0) -> Iterator[in
             time_ns += SECOND / rate
     shape = 1 / (cv * cv)
     time_ns = float(start_ns)
+    if amid and cv != 1:  # a gap is met as often as it is long; of Poisson what is left of it is like a whole one
+        time_ns += rng.random() * rng.gammavariate(shape + 1, SECOND / (rate * shape))
+        yield int(time_ns)
     while True:
         time_ns += rng.gammavariate(shape, SECOND / (rate * shape))
         yield int(time_ns)
@@ -100,9 +105,9 @@ def arrive(
 
 
 def arrive_apart(rng: Random, cv: float, rates: dict[str, float], end_ns: int) -> Iterator[Arrival]:
-    """Every tenant from a Gamma process of its own, at its rate."""
-    each = [arrive(rng, gamma(Random(rng.getrandbits(64)), rate, cv), [name], end_ns) for name, rate in rates.items()]
-    return merge(*each)
+    """Every tenant from a Gamma process of its own, at its rate, that has gone on for long."""
+    times = {name: gamma(Random(rng.getrandbits(64)), rate, cv, amid=True) for name, rate in rates.items()}
+    return merge(*(arrive(rng, own, [name], end_ns) for name, own in times.items()))
 
 
 def bursts(

@@ -51,6 +51,8 @@ class FakeLaunched:
 class FakeMachine:
     """`launches` has the inputs of the lanes of each bundle; `go` can be cleared to hold bundles on the device."""
 
+    is_slow_to_launch = False
+
     def __init__(
         self,
         takes_s: float = 0.0005,

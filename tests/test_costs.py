@@ -84,13 +84,14 @@ def test_no_lane_makes_a_convolution_cheaper(name, pixels, channels, groups, row
         assert us <= costs.op(op, groups, rows + 1, kernel)
 
 
-@pytest.mark.parametrize("name", GPUS)
-def test_a_depthwise_convolution_is_a_loop_over_its_operands(name):
-    """It is predicted to take no less than its traffic, and to win over the library's, whose channels are moved."""
-    costs, op = Costs(DEVICES[name]), conv(28, 192, 192, 3, groups=192)
-    us = costs.op(op, 8, kernel="conv_taps")
-    assert us >= 8 * (2 * 28 * 28 * 192) * 4 / (DEVICES[name].memory_gbs * 1e3)
-    assert us < costs.op(op, 8, kernel="conv_grouped")
+@pytest.mark.parametrize("name", list(DEVICES))
+def test_a_depthwise_convolution_reads_and_writes_once(name):
+    """No library wins over it by the model where both were looked at, on an H100 and a CPU."""
+    device, op = DEVICES[name], conv(28, 192, 192, 3, groups=192)
+    costs, traffic = Costs(device), 8 * (2 * 28 * 28 * 192) * 4 / (max(device.memory_gbs, device.cache_gbs) * 1e3)
+    assert device.launch_us + traffic <= costs.op(op, 8, kernel="conv_taps") <= costs.op(op, 16, kernel="conv_taps")
+    if device in (H100, CPU):
+        assert costs.op(op, 8, kernel="conv_taps") < min(costs.op(op, 8, kernel=k) for k in ("conv_grouped", "separate"))
 
 
 @given(st.sampled_from(GPUS), sizes, sizes, sizes, st.integers(2, 32), dtypes)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, wait
 
 import pytest
@@ -20,11 +21,18 @@ from coalesce.errors import (
 )
 from coalesce.runtime.observer import Observer
 from coalesce.runtime.orders import Order
+from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler.commands import Reason
 from coalesce.scheduler.events import Closed, Event, TenantRemoved
-from tests.fake_machine import FakeMachine, Served
+from tests.fake_machine import FakeLaunched, FakeMachine, Served
 
 pytestmark = pytest.mark.once
+
+
+@pytest.fixture(autouse=True, params=["driver", "launcher"])
+def launches_on(request, monkeypatch):
+    """Which thread launches."""
+    monkeypatch.setattr(FakeMachine, "is_slow_to_launch", request.param == "launcher")
 
 
 def test_results_go_to_whom_they_belong():
@@ -276,7 +284,12 @@ def test_many_threads_submit_and_each_request_ends_once():
 def test_a_device_that_keeps_the_driver_waiting_ends_everything_and_the_end_is_not_kept_waiting():
     machine = FakeMachine()
     stuck = threading.Event()
-    machine.launch = lambda executable, entries: stuck.wait()  # type: ignore[method-assign]
+
+    def launch(executable: int, entries: Sequence[Sequence[Ticket]]) -> FakeLaunched:
+        stuck.wait()
+        return FakeMachine.launch(machine, executable, entries)
+
+    machine.launch = launch
     served = Served(machine, hang_s=0.2)
     replies = [served.submit("t0", i) for i in range(4)]
     wait(replies, 10)

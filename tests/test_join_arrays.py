@@ -118,11 +118,24 @@ def test_a_call_has_few_arguments():
     assert [a.shape for a in fused.bank] == [(2, sum(-(-s // 32) * 32 for s in (8 * 24, 24, 24 * 40, 40, 320, 8, 8)))]
 
 
-def test_weights_of_16_bits_are_rows_of_their_slab():
-    """From a place in it that is a multiple of their columns, to an end that is one of eight times these: TMA reads it
-    as [rows, .., columns], eight of which are a tile."""
-    shapes = [(64, 192), (24,), (8, 40), (128, 128)]
-    arrays = [Array(((0, i),), shape, "bfloat16", (AS_IS,)) for i, shape in enumerate(shapes)]
-    (slab,) = passes.side_by_side(arrays, range(4), 1 << 30)
-    assert slab.starts == (0, 64 * 192, 64 * 192 + 64, 64 * 192 + 384)
+def slabs(dtype, shapes):
+    arrays = [Array(((0, i),), shape, dtype, (AS_IS,)) for i, shape in enumerate(shapes)]
+    return list(passes.side_by_side(arrays, range(len(shapes)), 1 << 30))
+
+
+def test_weights_are_rows_of_their_slab():
+    """TMA reads it as [rows, .., columns], of 16 bits in tiles of eight: from a multiple of such a tile on, to one that
+    all of the slab's weights have in common."""
+    (slab,) = slabs("bfloat16", [(64, 192), (24,), (8, 40), (128, 128)])
+    assert slab.starts == (0, 64 * 192, 64 * 192 + 64, 13 * 1024)
     assert slab.size == 10 * 8 * 384  # the first multiple of 8 rows of both 192 and 128 columns that holds 128 x 128
+    (slab,) = slabs("float32", [(64, 192), (24,), (8, 40), (128, 128)])
+    assert slab.starts == (0, 64 * 192, 64 * 192 + 32, 64 * 192 + 384)
+    assert slab.size == 76 * 384
+
+
+def test_an_odd_width_has_a_slab_of_its_own():
+    """Else the slab would end at a multiple of what it has in common with all the others, or TMA could read none."""
+    common, odd = slabs("bfloat16", [(64, 192), (64, 30464), (128, 128), (24,), (32, 30464)])
+    assert common.arrays == (0, 2, 3) and odd.arrays == (1, 4)
+    assert odd.starts == (0, 64 * 30464) and odd.size == 96 * 30464

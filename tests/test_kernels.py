@@ -22,7 +22,7 @@ def cheap_compiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-PALLAS = {"indexed_gemm", "indexed_matvec"}  # interpreted on a CPU, which takes its time
+PALLAS = {"indexed_gemm", "indexed_matvec", "mosaic_gemm"}  # interpreted on a CPU, which takes its time
 seeds, poisons = st.integers(0, 99), st.sampled_from([np.nan, np.inf])
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +14,20 @@ from jax import lax
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from coalesce.blocks import Blocks
+from coalesce.bundle import packs
+from coalesce.costs import Costs, devices
 from coalesce.heavy import heavy_op, HeavyOp
-from coalesce.kernels import indexed_gemm, mosaic_gemm
+from coalesce.kernels import choose, mosaic_gemm
 from coalesce.kernels.epilogue import COLUMN, Epilogue, WHOLE
+from coalesce.kernels.mosaic import on_hopper
 from coalesce.kernels.mosaic_tile import tile_of
+from coalesce.passes.keep_layouts import kernel_for
 from coalesce.slab import Cut, Picked
-from coalesce.tuning import Entry
+from coalesce.tuning import packaged, tuned_on
 from coalesce.tuning.candidates import candidates
-from coalesce.tuning.entry import blocks_of
+from tests.alone import alone, check_fused, Tenant
+from tests.compare import assert_same
+from tests.serving import BY_SLOT, fit_of, serve
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # by JAX 0.11 and newer
 interprets = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="JAX 0.10 interprets no wgmma")
@@ -30,11 +37,11 @@ def dot(m: int, k: int, n: int, dtype: Any = jnp.bfloat16) -> HeavyOp:
     return op_of(lambda x, w: lax.dot(x, w, preferred_element_type=dtype), (m, k), (k, n), dtype)
 
 
-def conv(h: int, w: int, channels: int, n: int, **how: Any) -> HeavyOp:
+def conv(h: int, w: int, channels: int, n: int, dtype: Any = jnp.bfloat16, **how: Any) -> HeavyOp:
     how = {"padding": "SAME", "window_strides": (1, 1), "dimension_numbers": ("NHWC", "HWIO", "NHWC")} | how
     taps = how.pop("taps", (3, 3))
     call = partial(lax.conv_general_dilated, **how)
-    return op_of(call, (1, h, w, channels), (*taps, channels, n), jnp.bfloat16)
+    return op_of(call, (1, h, w, channels), (*taps, channels, n), dtype)
 
 
 def op_of(call: Any, lhs: Any, rhs: Any, dtype: Any) -> HeavyOp:
@@ -42,9 +49,13 @@ def op_of(call: Any, lhs: Any, rhs: Any, dtype: Any) -> HeavyOp:
     return heavy_op(eqn)
 
 
-def values(seed: int, *shape: int) -> jax.Array:
+def values(seed: int, *shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
     """Small whole numbers, so that any order of summation gives the same."""
-    return jnp.asarray(np.random.default_rng(seed).integers(-2, 3, shape), jnp.bfloat16)
+    return jnp.asarray(np.random.default_rng(seed).integers(-2, 3, shape), dtype)
+
+
+def laid_out(op: HeavyOp, w: Any) -> Any:
+    return jax.vmap(mosaic_gemm.layout(op))(w)
 
 
 def plain(op: HeavyOp, x: Any, w: Any) -> Any:
@@ -54,7 +65,7 @@ def plain(op: HeavyOp, x: Any, w: Any) -> Any:
         return jnp.einsum("grmk,gkn->grmn", x, w)
     one = partial(
         lax.conv_general_dilated,
-        window_strides=(1, 1),
+        window_strides=op.params["window_strides"],
         padding=op.params["padding"],
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
@@ -64,7 +75,7 @@ def plain(op: HeavyOp, x: Any, w: Any) -> Any:
 def run(op: HeavyOp, blocks: Blocks, x: Any, w: Any, *more: Any) -> Any:
     tile = tile_of(op, blocks)
     assert tile
-    return mosaic_gemm.run(tile, x, w, *more, interpreted=True)
+    return mosaic_gemm.fetched(tile, x, w, *more, interpreted=True)
 
 
 def column(op: HeavyOp, problems: int, kind: str, dtype: Any = jnp.float32) -> Any:
@@ -77,12 +88,21 @@ def normalise(y: Any, mean: Any, scale: Any, residual: Any) -> Any:
     return jnp.maximum(z.astype(y.dtype) + residual, 0)
 
 
-NORMALISE = Epilogue(normalise, (COLUMN, COLUMN, WHOLE), jnp.dtype(jnp.bfloat16))
+def normalised(dtype: Any) -> Epilogue:
+    return Epilogue(normalise, (COLUMN, COLUMN, WHOLE), jnp.dtype(dtype))
+
 
 INTERPRETED = {
-    "rows beyond the last": (dot(70, 128, 64), Blocks(64, 64, 64, 4, 2, tma=True)),
-    "a window's rows shared": (conv(9, 10, 64, 64), Blocks(128, 64, 64, 8, 3, tma=True)),
-    "other windows": (conv(5, 9, 64, 64, taps=(2, 3), padding=((1, 2), (0, 1))), Blocks(64, 64, 64, 4, 3, tma=True)),
+    "rows beyond the last": (dot(70, 128, 64), Blocks(64, 64, 64, 4, 2)),
+    "a window's rows shared": (conv(9, 10, 64, 64), Blocks(128, 64, 64, 8, 3)),
+    "32 bits": (dot(70, 64, 96, jnp.float32), Blocks(64, 32, 64, 4, 2)),
+    "a window in 32 bits": (conv(9, 10, 64, 64, jnp.float32), Blocks(128, 64, 32, 8, 3)),
+    "strides": (conv(10, 12, 64, 64, window_strides=(2, 2)), Blocks(64, 64, 64, 4, 3)),
+    "strides and other windows": (
+        conv(6, 12, 64, 64, jnp.float32, taps=(4, 2), padding=((3, 1), (1, 0)), window_strides=(2, 3)),
+        Blocks(64, 64, 32, 4, 3),
+    ),
+    "other windows": (conv(5, 9, 64, 64, taps=(2, 3), padding=((1, 2), (0, 1))), Blocks(64, 64, 64, 4, 3)),
 }
 
 
@@ -91,31 +111,35 @@ INTERPRETED = {
 @pytest.mark.parametrize(("op", "blocks"), INTERPRETED.values(), ids=INTERPRETED)
 def test_tiles(op, blocks):
     """Of two problems with two lanes each."""
-    x, w = values(0, 2, 2, *op.lhs.shape), values(1, 2, *op.rhs.shape)
-    got = run(op, blocks, x, w.reshape(2, op.k, op.n))
-    np.testing.assert_array_equal(np.asarray(got, np.float32), plain(op, x, w).astype(jnp.bfloat16))
+    x, w = (values(i, 2, *shape, dtype=op.lhs.dtype) for i, shape in enumerate([(2, *op.lhs.shape), op.rhs.shape]))
+    got = run(op, blocks, x, laid_out(op, w))
+    np.testing.assert_array_equal(np.asarray(got, np.float32), plain(op, x, w).astype(op.out.dtype))
 
 
 @interprets
-def test_epilogue_and_operands_in_slabs():
+@pytest.mark.parametrize(("dtype", "k"), [(jnp.bfloat16, 64), (jnp.float32, 32)], ids=["16 bits", "32 bits"])
+def test_epilogue_and_operands_in_slabs(dtype, k):
     """Rows of slabs that nobody picks may hold anything."""
-    op, slots = conv(5, 6, 64, 64), jnp.asarray([3, 1])
-    x, residual = values(0, 2, 1, *op.lhs.shape), values(1, 2, 1, *op.out.shape)
-    weights, vectors = values(2, 4, 3 * op.k * op.n), values(3, 4, 3 * op.n).astype(jnp.float32)
+    op, slots = conv(5, 6, 64, 64, dtype), jnp.asarray([3, 1])
+    x, residual = values(0, 2, 1, *op.lhs.shape, dtype=dtype), values(1, 2, 1, *op.out.shape, dtype=dtype)
+    weights = laid_out(op, values(2, 4, *op.rhs.shape, dtype=dtype))
+    shape, start = weights.shape[1:], mosaic_gemm.granule(weights.shape[1:], dtype)
+    slab = jnp.pad(weights.reshape(4, -1), ((0, 0), (start, 2 * start)), constant_values=jnp.nan)
+    vectors = values(3, 4, 3 * op.n).astype(jnp.float32)
     unread = jnp.asarray([0, 2])
-    weights, vectors = weights.at[unread].set(jnp.nan), vectors.at[unread].set(jnp.nan)
-    rhs = Picked(Cut(weights, op.k * op.n, (op.k, op.n)), slots)
+    slab, vectors = slab.at[unread].set(jnp.nan), vectors.at[unread].set(jnp.nan)
+    rhs = Picked(Cut(slab, start, shape), slots)
     mean, scale = (Picked(Cut(vectors, i * op.n, (op.n,)), slots) for i in (1, 2))
-    got = run(op, Blocks(64, 64, 64, 4, 3, tma=True), x, rhs, NORMALISE, (mean, scale, residual))
-    y = plain(op, x, rhs.read().reshape(2, *op.rhs.shape)).astype(jnp.bfloat16)
+    got = run(op, Blocks(64, 64, k, 4, 3), x, rhs, normalised(dtype), (mean, scale, residual))
+    y = plain(op, x, values(2, 4, *op.rhs.shape)[slots]).astype(dtype)
     want = normalise(y, mean.read()[:, None, None, None, None], scale.read()[:, None, None, None, None], residual)
     np.testing.assert_array_equal(np.asarray(got, np.float32), want.astype(jnp.float32))
 
 
 def test_elsewhere_than_on_an_nvidia_gpu_it_is_indexed_gemm():
-    op, blocks = dot(20, 64, 64), Blocks(64, 64, 64, 4, 2, tma=True)
+    op, blocks = dot(20, 64, 64), Blocks(64, 64, 64, 4, 2)
     x, w = values(0, 2, 1, *op.lhs.shape), values(1, 2, *op.rhs.shape)
-    got = jax.jit(lambda x, w: indexed_gemm.run(op, x, w, blocks=blocks))(x, w)
+    got = jax.jit(lambda x, w: mosaic_gemm.run(op, x, w, blocks=blocks))(x, w)
     np.testing.assert_array_equal(np.asarray(got, np.float32), plain(op, x, w).astype(jnp.bfloat16))
 
 
@@ -130,8 +154,8 @@ def everything(y: Any, z: Any) -> Any:
 EVERYTHING = Epilogue(everything, (COLUMN,), jnp.dtype(jnp.bfloat16))
 
 
-def lowered(op: HeavyOp, blocks: Blocks, epilogue: Epilogue, *given: Any) -> str:
-    """For a GPU on a machine without one."""
+def lowered(op: HeavyOp, blocks: Blocks | None, epilogue: Epilogue, *given: Any) -> str:
+    """Of two layers of a network for a GPU, on a machine without one."""
     structs = [
         jax.ShapeDtypeStruct((16, 1, *op.lhs.shape), op.lhs.dtype),
         jax.ShapeDtypeStruct((24, 4 * op.k * op.n), op.rhs.dtype),
@@ -140,19 +164,24 @@ def lowered(op: HeavyOp, blocks: Blocks, epilogue: Epilogue, *given: Any) -> str
     ]
 
     def call(x: Any, slab: Any, slots: Any, *given: Any) -> Any:
-        rhs = Picked(Cut(slab, op.k * op.n, (op.k, op.n)), slots)
-        return indexed_gemm.run(op, x, rhs, epilogue, given, blocks)
+        shape = mosaic_gemm.layout(op).of(op.rhs.shape)
+        layers = [Picked(Cut(slab, start * op.k * op.n, shape), slots) for start in (1, 2)]
+        own = [Epilogue(lambda *z: epilogue.apply(*z), epilogue.kinds, epilogue.dtype) for _ in layers]  # noqa: PLW0108
+        return [mosaic_gemm.run(op, x, w, e, given, blocks) for w, e in zip(layers, own, strict=True)]
 
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
         return jax.jit(call).trace(*structs).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def test_it_is_one_kernel_of_a_gpu_program():
-    """Weights go to it as they lie in a slab, and every operation of an epilogue runs in it."""
-    op, blocks = conv(14, 14, 128, 256), Blocks(64, 128, 64, 4, 6, tma=True)
-    text = lowered(op, blocks, EVERYTHING, column(op, 16, COLUMN))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_it_is_one_kernel_of_a_gpu_program(dtype):
+    """Weights go to it as they lie in a slab, and every operation of an epilogue runs in it. Layers that are alike but
+    for their weights' place are calls of one function with one kernel, which is compiled once."""
+    op, blocks = conv(14, 14, 128, 256, jnp.dtype(dtype)), None if dtype == "float32" else Blocks(64, 128, 64, 4, 6)
+    text = lowered(op, blocks, replace(EVERYTHING, dtype=jnp.dtype(dtype)), column(op, 16, COLUMN))
     assert text.count("@mosaic_gpu") == 1 and "xla.gpu.triton" not in text
+    assert text.count("call @launched") == 2
     assert not {"stablehlo.gather", "stablehlo.pad", "stablehlo.slice", "stablehlo.maximum"} & set(text.split())
 
 
@@ -166,17 +195,19 @@ OUTSIDE = {
 def test_what_it_cannot_run_xla_runs_after_it(epilogue):
     op = dot(100, 64, 64)
     given = column(op, 16, COLUMN)
-    text = lowered(op, Blocks(64, 64, 64, 4, 1, tma=True), epilogue, given)
+    text = lowered(op, Blocks(64, 64, 64, 4, 1), epilogue, given)
     assert text.count("@mosaic_gpu") == 1 and "stablehlo.add" in text
 
 
 SUPPORTED = {
     "a dot": (dot(5, 64, 128), True),
     "a convolution": (conv(5, 5, 64, 64), True),
-    "32 bits": (dot(5, 64, 128, jnp.float32), False),
+    "32 bits": (dot(5, 96, 160, jnp.float32), True),
+    "32 bits that count": (op_of(partial(lax.dot, precision="highest"), (5, 96), (96, 160), jnp.float32), False),
     "rows that TMA cannot swizzle": (dot(5, 96, 128), False),
     "columns that it cannot": (dot(5, 64, 1000), False),
-    "strides": (conv(8, 8, 64, 64, window_strides=(2, 1)), False),
+    "strides": (conv(8, 9, 64, 64, window_strides=(2, 1)), True),
+    "strides that do not divide the image": (conv(8, 9, 64, 64, window_strides=(2, 2)), False),
     "dilation": (conv(8, 8, 64, 64, rhs_dilation=(2, 2)), False),
     "a border left out": (conv(8, 8, 64, 64, padding=((-1, 1), (0, 0))), False),
 }
@@ -187,16 +218,17 @@ def test_what_it_supports(op, supported):
     assert mosaic_gemm.supports(op) == supported
 
 
-def test_a_cut_is_read_in_place_if_it_is_rows_of_columns_and_its_slab_whole_tiles():
+def test_a_cut_that_is_no_whole_tiles_is_refused():
+    """Who lays weights out sees to it: TMA would read zeros where a tile begins elsewhere."""
     op, slab = dot(5, 64, 128), jnp.zeros((2, 128 * 200), jnp.bfloat16)
-    sizes = ((True, 256, 128 * 200), (False, 64, 128 * 200), (False, 256, 128 * 200 - 64), (False, 256, 128 * 199))
-    for whole, start, size in sizes:
-        cut = Cut(slab[:, :size], start, (64, 128))
-        assert mosaic_gemm.reads(op, cut) == mosaic_gemm.reads(op, Picked(cut, jnp.arange(2))) == whole
+    x = jnp.zeros((2, 1, 5, 64), jnp.bfloat16)
+    for start, size in ((128, 128 * 200), (1024, 128 * 199)):
+        with pytest.raises(AssertionError, match="a slab that TMA cannot read"):
+            run(op, Blocks(64, 64, 64, 4, 2), x, Cut(slab[:, :size], start, (64, 128)))
 
 
 def place(op: HeavyOp, *blocks: int) -> tuple[int, ...] | None:
-    tile = tile_of(op, Blocks(*blocks, tma=True))
+    tile = tile_of(op, Blocks(*blocks))
     return (tile.tall, tile.wide, tile.count, tile.left_stages, tile.right_stages) if tile else None
 
 
@@ -219,18 +251,62 @@ def test_tiles_fit():
 
 @pytest.mark.parametrize("op", [conv(14, 14, 256, 256), dot(49, 512, 2048)], ids=["conv", "dot"])
 def test_candidates_fit(op):
-    found = [blocks for _, blocks in candidates(op, 16, 1, "gpu") if blocks and blocks.tma]
+    found = [blocks for kernel, blocks in candidates(op, 16, 1, "gpu", True) if blocks and kernel == "mosaic_gemm"]
     assert len(found) > 4 and len(set(found)) == len(found)
     assert all((tile := tile_of(op, blocks)) and tile.right_stages == blocks.stages for blocks in found)
 
 
-def test_blocks_are_read_as_they_are_written():
-    for blocks in (Blocks(64, 128, 64, 4, 6, tma=True), Blocks(64, 128, 64, 4, 6)):
-        assert blocks_of(str(blocks)) == blocks
+def by_tma(op: HeavyOp, groups: int, platform: str) -> str:
+    return "mosaic_gemm" if mosaic_gemm.supports(op) else choose(op, groups, platform)
 
 
-def test_a_launch_for_several_products_gets_blocks_without_tma():
-    entry = Entry("indexed_gemm", 2.0, Blocks(64, 128, 64, tma=True), {"indexed_gemm 64x64x64 w4 s3": 3.0})
-    assert entry.best("indexed_gemm") == (Blocks(64, 128, 64, tma=True), 2.0)
-    assert entry.best("indexed_gemm", tma=False) == (Blocks(64, 64, 64), 3.0)
-    assert Entry("indexed_gemm", 2.0, Blocks(64, 128, 64, tma=True)).best("indexed_gemm", tma=False) is None
+def tower(params: Any, x: Any) -> Any:
+    for w, b in params:
+        x = jnp.maximum(x @ w + b[None], 0)
+    return x
+
+
+def towers(count: int) -> list[Tenant]:
+    """Biases between the weights, so that a weight would not begin where TMA may read it if nobody saw to it."""
+    random, sizes = np.random.default_rng(0), (64, 96, 160, 32)
+
+    def array(*shape: int) -> jax.Array:
+        return jnp.asarray(random.normal(size=shape) / 8, jnp.float32)
+
+    params = [[(array(*size), array(size[1])) for size in zip(sizes, sizes[1:], strict=False)] for _ in range(count)]
+    return [(tower, own, (array(3, sizes[0]),)) for own in params]
+
+
+def test_programs_lay_weights_where_it_can_read_them():
+    """Of a fixed set of tenants, and of those whose weights are read by slot."""
+    tenants = towers(3)
+    fused = check_fused(tenants, choose_kernel=by_tma)
+    assert {pack.kernel for pack in packs(fused.bundle.schedule)} == {"mosaic_gemm"} and fused.bundle.slabs
+    served = serve([fit_of(fn, p, x) for fn, p, x in tenants], options=replace(BY_SLOT, choice=by_tma))
+    executable = served.executable(2)
+    assert {pack.kernel for pack in packs(executable.bundle.schedule)} == {"mosaic_gemm"}
+    for lanes in ([2, 0], [1, 2]):
+        for tenant, got in zip(lanes, served.call(executable, [(t, tenants[t][2]) for t in lanes]), strict=True):
+            assert_same(got, alone(tenants[tenant]))
+
+
+class Gpu(NamedTuple):
+    device_kind: str
+    compute_capability: str
+
+
+def test_only_a_hopper_gpu_is_given_it():
+    """Others have no such instructions: neither what is measured there, nor a rule, nor what comes along names it."""
+    assert on_hopper(Gpu("NVIDIA H200", "9.0"))
+    ops = [conv(14, 14, 256, 256), dot(196, 1024, 256), dot(196, 1024, 256, jnp.float32)]
+    costs = Costs(devices.H100)
+    for device in (Gpu("NVIDIA A100-SXM4-80GB", "8.0"), Gpu("NVIDIA B200", "10.0"), jax.devices()[0]):
+        assert not on_hopper(device)
+        tuned = tuned_on(device.device_kind, packaged())
+        for op in ops:
+            assert mosaic_gemm.supports(op)
+            tried = candidates(op, 16, 1, "gpu", on_hopper(device))
+            assert "mosaic_gemm" not in {kernel for kernel, _ in tried}
+            rule = tuned.kernel(op, 16, 1) or choose(op, 16, "gpu")
+            held = [mosaic_gemm.layout(op)]
+            assert "mosaic_gemm" not in (rule, kernel_for(op, 16, 1, rule, held, 1 << 30, costs, by_rule=True))

@@ -130,7 +130,7 @@ def test_every_bundle_pass_is_recorded():
     steps = bundle_pipeline.plan(bundle, platform="cpu", costs=default_costs("cpu", UNTUNED))
     assert [step.name for step in steps] == [
         "form_packs", "cluster", "align", "pack", "unroll_loops", "choose_kernels", "fuse_epilogues", "plan_layouts",
-        "join_arrays",
+        "join_arrays", "cut_executables",
     ]  # fmt: skip
     never = bundle_pipeline.plan(bundle, platform="cpu", costs=default_costs("cpu", UNTUNED), policy="never")
     assert [step.name for step in never] == [
@@ -140,4 +140,5 @@ def test_every_bundle_pass_is_recorded():
         "fuse_epilogues",
         "plan_layouts",
         "join_arrays",
+        "cut_executables",
     ]

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from coalesce.errors import InvalidInput, StateLost, TenantFailure
 from coalesce.runtime.device import Device
@@ -38,6 +39,11 @@ def steep(params: Any, x: jax.Array) -> jax.Array:
 
 def deep_and_one(params: Any, x: jax.Array) -> jax.Array:
     return deep(params, x) + 1
+
+
+def looped(params: Any, x: jax.Array) -> jax.Array:
+    """One equation."""
+    return lax.scan(lambda h, _: (jnp.tanh(h @ params[0]), None), x, None, length=8)[0]
 
 
 def weights(seed: int, layers: int = 3, width: int = WIDTH) -> list[jax.Array]:
@@ -237,9 +243,11 @@ def test_what_the_most_urgent_tenant_cannot_wait_for_is_cut():
         rt.add_tenant("as hopeless", steep, weights(3), example=(row(0),), slo=1e-6)
         assert len(asked) <= 3  # what cannot be cut for the first is not tried for the second
         rt.add_tenant("cut", deep_and_one, long[1], example=(rows,), slo=SLO)
-        (course,) = rt._tenancy.residents["cut"].host.courses
-        assert len(course.segments) > 1 and "segments of" in course.segments.why
-        assert_right(rt.submit("cut", rows).result(60), deep_and_one, long[1], rows)
+        rt.add_tenant("loop", looped, long[0], example=(rows,), slo=SLO)
+        for name, fn, own in (("cut", deep_and_one, long[1]), ("loop", looped, long[0])):
+            (course,) = rt._tenancy.residents[name].host.courses
+            assert len(course.segments) > 1 and "segments of" in course.segments.why
+            assert_right(rt.submit(name, rows).result(60), fn, own, rows)
 
 
 def test_a_program_is_cut_while_it_is_served_for_a_tenant_who_cannot_wait_for_it():

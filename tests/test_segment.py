@@ -21,6 +21,7 @@ from coalesce.passes.cse import merge
 from coalesce.passes.cuts import choose_cuts, Demand, Point
 from coalesce.passes.pipeline import normalise
 from coalesce.passes.segment import segment, Segmented
+from coalesce.passes.split_scans import split_scans
 from coalesce.structure import canonical
 from tests.alone import array
 from tests.programs import Draw
@@ -40,12 +41,15 @@ def cut(fn: Callable[..., Any], params: Any, *inputs: Any, segments: int) -> Seg
     """Checked: the parts are the whole, and are cut no other way once they are joined again."""
     jaxpr, n = normal(fn, params, *inputs)
     found = segment(jaxpr, n, costs=COSTS, segments=segments)
-    check(found, jaxpr, n)
+    check(found, jaxpr, n, segments)
     return found
 
 
-def check(found: Segmented, jaxpr: ClosedJaxpr, n: int) -> None:
+def check(found: Segmented, jaxpr: ClosedJaxpr, n: int, segments: int) -> None:
     whole = joined(found, jaxpr, n)
+    if len(found.segments) > 1:
+        longest_us = equations_us(jaxpr.jaxpr.eqns, COSTS) / segments
+        jaxpr = split_scans(jaxpr, n, costs=COSTS, longest_us=longest_us, most=segments)
     assert canonical(whole, n).key == canonical(merge(jaxpr), n).key
     for own in found.segments:
         J.verify(own.jaxpr)
@@ -101,7 +105,30 @@ def test_what_depends_on_no_request_is_computed_where_it_is_read(golden):
     golden(cut(apply, {"w": W[:2], "gain": array(8)}, X, segments=2))
 
 
-def test_a_scan_is_a_whole_by_itself(golden):
+def test_a_scan_is_cut_between_its_steps(golden):
+    def apply(p, xs):
+        h, _ = lax.scan(lambda h, x: (jnp.tanh(h @ p[0] + x), None), jnp.zeros((2, 8)), xs)
+        return h @ p[1]
+
+    golden(cut(apply, W[:2], array(24, 2, 8), segments=2))
+
+
+def test_a_scan_is_cut_for_whoever_cannot_wait_and_else_is_whole():
+    def apply(p, xs):
+        return lax.scan(lambda h, x: (jnp.tanh(h @ p + x), None), jnp.zeros((2, 512)), xs)[0]
+
+    jaxpr, n = normal(apply, array(512, 512), array(400, 2, 512))
+    total_us = equations_us(jaxpr.jaxpr.eqns, COSTS)
+    for slower in (1.0, 3.0):
+        patience_us = slower * total_us / 3
+        found = segment(jaxpr, n, costs=COSTS, patience_us=patience_us, slower=slower)
+        assert len(found.segments) > 2 and max(found.predicted_us) <= patience_us
+    for patience_us in (None, 2 * total_us):
+        (whole,) = segment(jaxpr, n, costs=COSTS, patience_us=patience_us).segments
+        assert whole.jaxpr is jaxpr
+
+
+def test_a_scan_over_weights_is_a_whole_by_itself(golden):
     def apply(p, x):
         x = x @ p[0]
         x, _ = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, jnp.stack(p[1:3]))
@@ -149,7 +176,7 @@ def test_segments_of_random_programs_are_the_program(seed: int, ops: int, segmen
     model = draw_model(draw, ops, jnp.float32)
     (tenant, *_) = draw_family(draw, model, 1, {})
     jaxpr, n = normal(tenant.fn, tenant.params, *tenant.inputs)
-    check(segment(jaxpr, n, costs=COSTS, segments=segments), jaxpr, n)
+    check(segment(jaxpr, n, costs=COSTS, segments=segments), jaxpr, n, segments)
 
 
 def test_times_are_balanced():

@@ -73,7 +73,7 @@ def tagger_tenant() -> Tenant:
 
 
 @pytest.mark.parametrize(
-    "name, segments", [("mlp", 3), ("convnet", 4), ("tagger", 3), ("transformer", 3), ("mixed", 3)]
+    "name, segments", [("mlp", 3), ("convnet", 4), ("tagger", 3), ("lstm", 3), ("transformer", 3), ("mixed", 3)]
 )
 def test_lanes_are_as_their_tenants_alone(name, segments):
     options = BY_SLOT if name == "convnet" else CPU

@@ -10,6 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from coalesce.bundle import packs
 from coalesce.serving.executable import trace_executable
+from coalesce.serving.page_locked import page_locked
 from coalesce.serving.staging import Lane, zero
 from coalesce.serving.store import free_bytes, Preparer
 from tests.alone import array
@@ -103,13 +104,16 @@ def test_what_a_call_brings_may_lie_in_one_buffer():
         found = tenants(name, 2)
         serving = serve([fit_of(fn, p, x) for fn, p, x in found])
         executable = serving.executable(4, packed=True)
-        assert isinstance(executable.stage([[serving.lane(0, found[0][2])]]).arguments, np.ndarray)
+        assert executable.stage([[serving.lane(0, found[0][2])]]).arguments.ndim == 1
         for t, got in zip((1, 0, 1), serving.call(executable, [(t, found[t][2]) for t in (1, 0, 1)]), strict=True):
             assert_alone(got, found[t])
 
 
-def test_memory_of_calls_that_have_ended_is_filled_again():
+@pytest.mark.parametrize("locked", [True, False])
+def test_memory_of_calls_that_have_ended_is_filled_again(locked, monkeypatch):
     """Whoever had it before leaves nothing in lanes that are not used; what has not ended keeps its own."""
+    if locked:
+        monkeypatch.setattr("coalesce.serving.page_locked.LITTLE", 0)
     found = tenants("mixed", 2)
     serving = serve([fit_of(fn, p, x) for fn, p, x in found])
     executable = serving.executable(4, packed=True)
@@ -119,14 +123,31 @@ def test_memory_of_calls_that_have_ended_is_filled_again():
 
     assert len(executable.staging._spare) == 2, "what the first calls need is there before them"
     first, second = executable.stage([lanes(0, 1, 0)]), executable.stage([lanes(1)])
-    assert not executable.staging._spare
-    assert not np.shares_memory(first.arguments, second.arguments)
+    assert not executable.staging._spare and (first.locked is not None) == locked
+    assert not np.shares_memory(first.given[0].slots, second.given[0].slots)
+    third = executable.stage([lanes(1)])
     executable.take_back(first)
+    assert third.locked is None, "there is more of it, but not of the kind that was made ready"
     again = executable.stage([lanes(1)])
-    assert np.shares_memory(first.arguments, again.arguments)
+    assert np.shares_memory(first.given[0].slots, again.given[0].slots)
     assert not any(np.any(own[1:].view(np.uint8)) for own in again.given[0].inputs)
     outputs = executable.fetch(executable.run([serving.store.bank], [None], again))[0]
     assert_alone(results(serving.fits[1], [x[0] for x in outputs]), found[1])
+    for own in (third, second, again, *(executable.stage([lanes(0)]) for _ in range(3))):
+        executable.take_back(own)
+    assert len(executable.staging._spare) == (3 if locked else 2), "what was made ready, and one more at most"
+
+
+def test_what_is_written_into_page_locked_memory_is_what_the_device_gets():
+    assert page_locked(1000, np.dtype(np.uint32)) is None, "little is sent sooner with the call"
+    locked = page_locked(100_000, np.dtype(np.uint32))
+    assert locked is not None and not locked.view.any()
+    sent = []
+    for i in range(3):
+        locked.view[:] = np.arange(100_000) + i
+        sent.append(jax.block_until_ready(locked.sent()))
+    for i, x in enumerate(sent):
+        assert_bitwise(np.asarray(x), (np.arange(100_000) + i).astype(np.uint32))
 
 
 def test_arrays_of_the_host_belong_to_one_call_where_the_device_reads_them():

@@ -100,3 +100,12 @@ def test_recorded_times_are_read_and_scaled(tmp_path: Path):
     path.write_text("when,what\n1,2\n")
     with pytest.raises(ValueError, match="must be called TIMESTAMP"):
         workloads.read_csv(path)
+
+
+@pytest.mark.parametrize("cv", [0.5, 2.0, 4.0])
+def test_processes_that_have_gone_on_for_long_have_their_rate_from_the_start(cv):
+    """Begun with a gap, 2,000 uneven ones at 10 a second would have up to ten times as many arrivals in the first 10 ms
+    as in any 10 ms later."""
+    rates = {f"t{i}": 10.0 for i in range(2_000)}
+    count = Counter(a.time_ns * 20 // SECOND for a in workloads.arrive_apart(Random(8), cv, rates, SECOND // 2))
+    assert [count[i] for i in range(10)] == pytest.approx([1_000] * 10, rel=0.2 + 0.1 * cv)

@@ -98,7 +98,8 @@ def test_where_nothing_can_be_written(tmp_path):
 def test_the_nearest_width_within_a_factor_of_four():
     other = replace(ENTRY, kernel="batched_dot", us=1.0, blocks=None)
     tuned = Tuned(database(16).over(database(2, entry=other)), GPU)
-    found = {width: tuned.kernel(DOT, width, 1) for width in (1, 2, 5, 6, 16, 64, 65)}
+    nearest = {width: tuned.nearest(DOT, width, 1) for width in (1, 2, 5, 6, 16, 64, 65)}
+    found = {width: entry and entry.kernel for width, entry in nearest.items()}
     assert found == {
         1: "batched_dot",
         2: "batched_dot",
@@ -132,13 +133,13 @@ def test_an_h100_takes_the_kernels_of_an_h200_and_not_its_times():
 def test_only_the_same_op_lanes_device_and_version():
     tuned = Tuned(database(16), GPU)
     assert tuned.kernel(DOT, 16, 1) == "indexed_gemm"
-    assert tuned.kernel(IMAGE, 16, 1) is None
-    assert tuned.kernel(op_of(lax.dot, (49, 512), (512, 2048)), 16, 1) is None
-    assert tuned.kernel(op_of(partial(lax.dot, precision="highest"), (49, 512), (512, 2048)), 16, 1) is None
-    assert tuned.kernel(DOT, 16, 2) is None
+    assert tuned.nearest(IMAGE, 16, 1) is None
+    assert tuned.nearest(op_of(lax.dot, (49, 512), (512, 2048)), 16, 1) is None
+    assert tuned.nearest(op_of(partial(lax.dot, precision="highest"), (49, 512), (512, 2048)), 16, 1) is None
+    assert tuned.nearest(DOT, 16, 2) is None
     assert Tuned(database(16), "NVIDIA A100").kernel(DOT, 16, 1) is None
     older = Database({replace(key_of(DOT, 16, 1, GPU), version=VERSION - 1): ENTRY})
-    assert Tuned(older, GPU).kernel(DOT, 16, 1) is None
+    assert Tuned(older, GPU).nearest(DOT, 16, 1) is None
 
 
 def test_blocks_are_the_best_of_the_kernel_that_is_asked_about():

@@ -45,6 +45,9 @@ class Device:
     overlap: float  # how much of the shorter of arithmetic and traffic hides behind the longer
     launch_us: float  # one more kernel in a program, before it has done any work
     call_us: float  # one more call of a program: what the device waits for it, if nothing else is queued
+    dispatch_us: float  # one more call of a program, from the host, until it is back, without what it launches
+    graph_us: float  # of the host: one more kernel of a CUDA graph, none of which runs before all are launched
+    single_us: float  # of the host: one more kernel outside of graphs, which runs as soon as it is launched
     loop_us: float  # one more iteration of a loop, besides its body
     loop_wait: float  # how much longer, as a share, steps take that wait for another loop's
     conv_us: float  # one more convolution of the vendor's library, besides its product
@@ -84,6 +87,10 @@ H100 = Device(
     overlap=1.0,
     launch_us=1.7,  # measured: 384 small kernels in one program took 850 us, their work and all
     call_us=41.0,  # measured: calls with two arguments, one after the other without waiting
+    # Measured of a call of 62 kernels: 183 us, of which the launch of their graph takes 97, and 520 without graphs.
+    dispatch_us=86.0,
+    graph_us=1.56,
+    single_us=7.0,
     # Measured: 8 LSTMs of 25 steps, unrolled or not. Loops are no part of CUDA graphs: each iteration launches its own.
     loop_us=4.2,
     loop_wait=0.0,  # kernels run one after the other, whatever loop they belong to
@@ -133,6 +140,9 @@ CPU = Device(
     overlap=0.5,  # operands are repacked before the product, from memory that the product then finds in a cache
     launch_us=0.5,
     call_us=100.0,  # an estimate: 30 were measured for a call itself, the rest is threads that hand it on
+    dispatch_us=30.0,  # measured, of a call of few arguments
+    graph_us=0.0,  # no graphs: a kernel runs as soon as there is a thread for it
+    single_us=0.0,  # the host is the device
     loop_us=0.0,  # about 0.5, which two loops that run at once on two threads win as well
     # An LSTM and a GRU of 64 to 768 in one loop, with nothing packed in it, took 1.10 to 1.14 times as long, and up to
     # 1.6 times once the weights of both outgrew the cache that those of one fit.

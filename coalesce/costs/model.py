@@ -38,16 +38,16 @@ class Costs:
             return known
         return self.launch if op.empty else BY_KERNEL[kernel](self.machine, op, groups, rows)
 
-    def known(self, op: HeavyOp, groups: int, rows: int, kernel: str, tma: bool = True) -> float | None:
-        """What was measured of it; `tma` as in `Entry`."""
+    def known(self, op: HeavyOp, groups: int, rows: int, kernel: str) -> float | None:
+        """What was measured of it."""
         if self.measured and (us := self.measured.get((op.key, kernel, groups, rows))) is not None:
             return us
-        alone = self.tuned.us(op, groups, rows, kernel, tma)
+        alone = self.tuned.us(op, groups, rows, kernel)
         return None if alone is None else self.launch + alone
 
     def together(self, parts: Sequence[tuple[HeavyOp, int, int]]) -> float:
         """One launch of the horizontal kernel for (op, groups, rows) of any shapes."""
-        return horizontal(self.machine, parts, [self.known(*part, "indexed_gemm", tma=False) for part in parts])
+        return horizontal(self.machine, parts, [self.known(*part, "indexed_gemm") for part in parts])
 
     def patches(self, op: HeavyOp, groups: int, rows: int = 1) -> float:
         """The patches of a convolution, where they are not part of `op`'s kernel."""

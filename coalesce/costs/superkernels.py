@@ -140,4 +140,5 @@ BY_KERNEL: Mapping[str, Callable[[Machine, HeavyOp, int, int], float]] = {
     "separate": separate,
     "indexed_gemm": indexed_gemm,
     "indexed_matvec": indexed_gemm,
+    "mosaic_gemm": indexed_gemm,
 }

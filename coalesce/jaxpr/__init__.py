@@ -55,6 +55,7 @@ from coalesce.jaxpr.read import (
     nbytes as nbytes,
     outvars as outvars,
     primitives as primitives,
+    scopes as scopes,
     shape as shape,
     short as short,
     source as source,

@@ -107,6 +107,11 @@ def source(eqn: Eqn) -> str:
     return "" if text.startswith("<unknown") else text
 
 
+def scopes(eqn: Eqn) -> list[str]:
+    """The names of the scopes and transformations that an equation was traced under, the outermost first."""
+    return [item.name for item in eqn.source_info.name_stack.stack]
+
+
 def subjaxprs(eqn: Eqn) -> Iterator[ClosedJaxpr]:
     """The jaxprs that an equation holds, whatever the primitive."""
     for value in eqn.params.values():

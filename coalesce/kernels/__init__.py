@@ -28,6 +28,7 @@ from coalesce.kernels import (
     conv_taps,
     indexed_gemm,
     indexed_matvec,
+    mosaic_gemm,
     separate,
 )
 from coalesce.kernels.epilogue import Epilogue
@@ -63,9 +64,17 @@ KERNELS: Mapping[str, Kernel] = {
     "separate": separate,
     "indexed_gemm": indexed_gemm,
     "indexed_matvec": indexed_matvec,
+    "mosaic_gemm": mosaic_gemm,
 }
 
-FUSING: Mapping[str, FusingKernel] = {"indexed_gemm": indexed_gemm, "indexed_matvec": indexed_matvec}
+FUSING: Mapping[str, FusingKernel] = {
+    "indexed_gemm": indexed_gemm,
+    "indexed_matvec": indexed_matvec,
+    "mosaic_gemm": mosaic_gemm,
+}
+
+# What runs on some GPUs alone: only where it was measured, or a caller asks for it.
+ON_HOPPER = ("mosaic_gemm",)
 
 # Measurements of other versions are not used: raise it when a kernel's time changes, whatever the reason.
 VERSION = 1
@@ -91,7 +100,8 @@ def choose(op: HeavyOp, groups: int, platform: str) -> str:
     - Other grouped convolutions: one grouped convolution on a GPU; on a CPU one by one.
     - Other convolutions: slices and a batched dot on a GPU (faster than cuDNN at batch 1 even for one problem), and for
       few rows on a CPU; else one by one there, as Eigen's convolution beats a patch matrix that leaves the cache.
-    - indexed_gemm and indexed_matvec only where they were tuned and won, or where a caller asks for them.
+    - indexed_gemm, indexed_matvec and mosaic_gemm only where they were tuned and won, where a model of tiles speaks of
+      the op (coalesce/tuning/estimate.py), or where a caller asks for them.
     """
     cpu = platform == "cpu"
     if op.kind == "dot":

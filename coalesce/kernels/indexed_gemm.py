@@ -20,9 +20,8 @@ from jax.experimental import pallas as pl
 
 from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
-from coalesce.kernels import as_product, mosaic_gemm
+from coalesce.kernels import as_product
 from coalesce.kernels.epilogue import Epilogue, WHOLE
-from coalesce.kernels.mosaic_tile import tile_of
 from coalesce.kernels.tiles import by_columns, Operands, operands_of, Tiled
 from coalesce.kernels.triton import launch
 from coalesce.kernels.windows import padded, power, Windows, windows_of
@@ -67,23 +66,8 @@ def run(
     """lhs [G,R,*lhs] x rhs [G,*layout] -> [G,R,*out].
 
     The rows of `rhs` may be picked. It, and `operands` that are vectors [G,N], may be cuts of a slab and picked from
-    cuts where the op has no batch dimensions. Blocks may be those of `mosaic_gemm`.
+    cuts where the op has no batch dimensions.
     """
-    fetched = tile_of(op, blocks) if blocks and blocks.tma and mosaic_gemm.supports(op) else None
-    if fetched and mosaic_gemm.reads(op, rhs):
-        given = (lhs, rhs, tuple(operands))
-        return lax.platform_dependent(
-            *given,
-            cuda=lambda x, w, z: mosaic_gemm.run(fetched, x, w, epilogue, z),
-            default=lambda x, w, z: tiled(op, x, w, epilogue, z, None),
-        )
-    return tiled(op, lhs, rhs, epilogue, operands, None if blocks and blocks.tma else blocks)
-
-
-def tiled(
-    op: HeavyOp, lhs: Any, rhs: Any, epilogue: Epilogue | None, operands: Sequence[Any], blocks: Blocks | None
-) -> Any:
-    """`run` by Triton."""
     product = product_of(op, lhs, rhs, epilogue, operands, blocks)
 
     def kernel(*refs: Any) -> None:
@@ -147,7 +131,7 @@ def product_of(
     windows = windows_of(op)
     x = as_product.left(op, lhs) if op.kind == "dot" else lhs.reshape(groups, -1, op.lhs.shape[-1])
     x = pad_to(x, (*x.shape[:-1], windows.channels))
-    if blocks is None or blocks.tma:
+    if blocks is None:
         blocks = blocks_for(per_group * op.m, op.n, windows, x.shape[0])
     return Product(Tiled(op, per_group, blocks, epilogue), groups, x, by_problem(op, rhs, epilogue, operands))
 

@@ -16,6 +16,9 @@ from jax.experimental import pallas as pl
 ROW_BYTES = 128
 SHARED_BYTES = 227 * 1024  # of a program on an H100
 GROUP = 64  # rows that a warpgroup multiplies at once
+TOGETHER = 8  # rows of a tile
+
+Index = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Images:
         plgpu = backend()
         row = ROW_BYTES // self.dtype.itemsize
         swizzle = plgpu.SwizzleTransform(ROW_BYTES)
-        tiles = (plgpu.TilingTransform((8, row)), swizzle)
+        tiles = (plgpu.TilingTransform((TOGETHER, row)), swizzle)
         rows = plgpu.SMEM((*self.before, self.tall * self.wide, row), self.dtype, transforms=tiles)
         if self.interpreted:
             return rows
@@ -46,23 +49,99 @@ class Images:
         """Rows as wgmma takes them: position i of an image row h is row h * wide + i."""
         return (ref if self.interpreted else ref[1]).at[*place, pl.ds(first, count)]
 
-    def copies(self, ref: Any, place: tuple[Any, ...], count: int) -> list[tuple[Callable[[Any], Any], Any]]:
-        """(from a first row of an image the index of what is copied, where it lies) of each copy of `count` rows."""
-        if self.interpreted:
-            return [
-                (lambda first, i=i: first + i, ref.at[*place, pl.ds(i * self.wide, self.wide)]) for i in range(count)
-            ]
-        return [(lambda first: pl.ds(first, count), ref[0].at[*place, pl.ds(0, count)])]
+    def copies(
+        self, ref: Any, place: tuple[Any, ...], count: int, begin: int = 0
+    ) -> list[tuple[Callable[[Any], Any], Any]]:
+        """(from a first row of an image the index of what is copied, where it lies) of each copy of `count` rows, which
+        lie from the row `begin` on."""
+        if not self.interpreted:
+            return [(lambda first: pl.ds(first, count), ref[0].at[*place, pl.ds(begin, count)])]
+        return [
+            (lambda first, i=i: first + i, ref.at[*place, pl.ds((begin + i) * self.wide, self.wide)])
+            for i in range(count)
+        ]
 
     def count(self, rows: int) -> int:
         """How many copies that is."""
         return rows if self.interpreted else 1
 
 
+@dataclass(frozen=True)
+class Rows:
+    """[stages, k, n] of right operands in shared memory, from [K, N]: for 16 bits, which are multiplied either way.
+
+    It is written in tiles of 8 rows: a row of the array that is a multiple of 8 is where a copy may begin.
+    """
+
+    stages: int
+    k: int
+    n: int
+    dtype: Any
+    interpreted: bool
+
+    @property
+    def row(self) -> int:
+        return ROW_BYTES // self.dtype.itemsize
+
+    def memory(self) -> Any:
+        plgpu = backend()
+        tiles = (plgpu.TilingTransform((TOGETHER, self.row)), plgpu.SwizzleTransform(ROW_BYTES))
+        return plgpu.SMEM((self.stages, self.k, self.n), self.dtype, transforms=tiles)
+
+    def copies(self, ref: Any, stage: Any, row: Any, start: Any, k: Any, n: Any) -> list[tuple[Index, Any]]:
+        """(what is copied from [rows, .., N], where K begins at `start`, where it lies) of each copy."""
+        return [((row, pl.ds(start + k, self.k), pl.ds(n, self.n)), ref.at[stage])]
+
+    @property
+    def count(self) -> int:
+        """How many copies that is."""
+        return 1
+
+    def part(self, ref: Any, stage: Any, d: int) -> Any:
+        """The d-th row's width of K, [row, n], as wgmma takes it."""
+        return ref.at[stage, pl.ds(d * self.row, self.row)]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The same from [N, K]: what wgmma demands of 32 bits. A copy may begin anywhere."""
+
+    stages: int
+    k: int
+    n: int
+    dtype: Any
+    interpreted: bool
+
+    @property
+    def images(self) -> Images:
+        return Images((self.stages, self.count), 1, self.n, self.dtype, self.interpreted)
+
+    def memory(self) -> Any:
+        return self.images.memory()
+
+    def copies(self, ref: Any, stage: Any, row: Any, start: Any, k: Any, n: Any) -> list[tuple[Index, Any]]:
+        """(what is copied from [rows, .., K], where N begins at `start`, where it lies) of each copy."""
+        wide = self.k // self.count
+        each = [(d, one) for d in range(self.count) for one in self.images.copies(ref, (stage, d), 1)]
+        return [((at(row), pl.ds(start + n, self.n), pl.ds(k + d * wide, wide)), to) for d, (at, to) in each]
+
+    @property
+    def count(self) -> int:
+        return self.k * self.dtype.itemsize // ROW_BYTES
+
+    def part(self, ref: Any, stage: Any, d: int) -> Any:
+        return self.images.rows(ref, (stage, d), 0, self.n).transpose((1, 0))
+
+
 def backend() -> Any:
     from jax.experimental.pallas import mosaic_gpu  # here: a process that never meets a GPU kernel does not pay for it
 
     return mosaic_gpu
+
+
+def on_hopper(device: Any) -> bool:
+    """Whether it is a GPU with what the kernels use: there are older and newer ones without."""
+    return str(getattr(device, "compute_capability", "")) == "9.0"
 
 
 def load(ref: Any, layout: Any) -> Any:

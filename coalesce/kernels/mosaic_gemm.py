@@ -1,4 +1,4 @@
-"""Dots and convolutions of stride 1 in 16 bits as one Mosaic GPU kernel: wgmma on what TMA has fetched, on an H100.
+"""Dots and convolutions as one Mosaic GPU kernel: wgmma on what TMA has fetched, on an H100.
 
     grid (images, tiles of one, parts of the columns)
     a program: one tile, see coalesce.kernels.mosaic_tile and mosaic_program
@@ -6,53 +6,96 @@
 A left block is fetched once for all taps of a column of the window, and TMA finds its rows and fills in zeros beyond
 the borders. What that wins, and what it does not, is in docs/performance.md.
 
-It is how `indexed_gemm`, whose weights it reads, runs an op on an NVIDIA GPU with blocks that say so.
+It reads the weights of `indexed_gemm`, which runs the op on any other device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from coalesce import jaxpr as J
+from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
+from coalesce.kernels import indexed_gemm
 from coalesce.kernels.epilogue import Epilogue, TILEWISE, WHOLE
-from coalesce.kernels.mosaic import call
+from coalesce.kernels.mosaic import call, ROW_BYTES, TOGETHER
 from coalesce.kernels.mosaic_program import IMAGE, PART, Program, Source, TILE
-from coalesce.kernels.mosaic_tile import Tile, VECTORS
+from coalesce.kernels.mosaic_tile import Tile, tile_of, VECTORS
 from coalesce.kernels.tiles import operands_of
 from coalesce.kernels.windows import windows_of
+from coalesce.layout import Layout
 from coalesce.slab import Cut, Picked
+from coalesce.structure import canonical
 
-HALVES = ("bfloat16", "float16")
-ROW = 64  # their number in a swizzled row
-TOGETHER = 8  # rows of a swizzled tile, which what TMA reads has a whole number of
+FLOATS = ("float32", "bfloat16", "float16")
 # Of what an epilogue may have, what the backend lowers on a tile, in all versions that are supported.
 LOWERED = (TILEWISE - {"cos", "integer_pow", "log1p", "sin", "sqrt"}) | {"broadcast_in_dim", "jit", "pjit"}
 
 
 def supports(op: HeavyOp) -> bool:
-    """Of what indexed_gemm supports."""
     dtypes = {str(x.dtype) for x in (op.lhs, op.rhs, op.out)}
-    if len(dtypes) > 1 or not dtypes <= set(HALVES) or op.batch > 1 or op.empty:
+    if len(dtypes) > 1 or op.batch > 1 or not indexed_gemm.supports(op):
+        return False
+    row = ROW_BYTES // op.lhs.dtype.itemsize
+    precision = op.precision[0] if isinstance(op.precision, tuple) else op.precision
+    if op.lhs.dtype.itemsize == 4 and precision == lax.Precision.HIGHEST:  # wgmma takes no more than TF32
         return False
     windows = windows_of(op)
-    if windows.k != op.k or windows.channels % ROW or op.n % ROW:
+    if windows.k != op.k or windows.channels % row or op.n % row:
         return False
-    steps = {*windows.strides, *windows.dilation}
-    return op.kind == "dot" or (len(windows.taps) == 2 and steps == {1} and min(windows.before) >= 0)
+    if op.kind == "conv" and (len(windows.taps) != 2 or set(windows.dilation) != {1} or min(windows.before) < 0):
+        return False
+    if any(size % stride for size, stride in zip(windows.size, windows.strides, strict=True)):
+        return False
+    return by_rule(op) is not None
 
 
-def reads(op: HeavyOp, rhs: Any) -> bool:
-    """Whether it can read right operands where they lie: a cut, if it is whole rows of N, and its slab whole tiles."""
-    cut = rhs.array if isinstance(rhs, Picked) else rhs
-    return not isinstance(cut, Cut) or (cut.start % op.n == 0 and cut.slab.shape[1] % (TOGETHER * op.n) == 0)
+def layout(op: HeavyOp) -> Layout:
+    return indexed_gemm.layout(op)
+
+
+def granule(shape: Sequence[int], dtype: Any) -> int:
+    """What an array in a slab starts at a multiple of, and the slab ends at one, so that the kernel may read it there:
+    the rows that are copied together. 1 if the kernel cannot."""
+    itemsize = jnp.dtype(dtype).itemsize
+    if str(jnp.dtype(dtype)) not in FLOATS or len(shape) != 2 or shape[1] * itemsize % ROW_BYTES:
+        return 1
+    return shape[1] if itemsize == 4 else TOGETHER * shape[1]
 
 
 def run(
+    op: HeavyOp,
+    lhs: Any,
+    rhs: Any,
+    epilogue: Epilogue | None = None,
+    operands: Sequence[Any] = (),
+    blocks: Blocks | None = None,
+) -> Any:
+    """As `indexed_gemm.run`."""
+    tile = (tile_of(op, blocks) if blocks else None) or by_rule(op)
+    assert tile, f"an op that has no tile: {op}"
+    return lax.platform_dependent(
+        lhs,
+        rhs,
+        tuple(operands),
+        cuda=lambda x, w, given: fetched(tile, x, w, epilogue, given),
+        default=lambda x, w, given: indexed_gemm.run(op, x, w, epilogue=epilogue, operands=given),
+    )
+
+
+def by_rule(op: HeavyOp) -> Tile | None:
+    """Until tuned: the widest that fits."""
+    tiles = (tile_of(op, Blocks(64, n, ROW_BYTES // op.lhs.dtype.itemsize, 4, 6)) for n in (128, 64, 32))
+    return next((tile for tile in tiles if tile), None)
+
+
+def fetched(
     tile: Tile,
     lhs: Any,
     rhs: Any,
@@ -60,10 +103,11 @@ def run(
     operands: Sequence[Any] = (),
     interpreted: bool = False,
 ) -> Any:
-    """lhs [G,R,*lhs] x rhs [G,K,N] -> [G,R,*out], as `indexed_gemm.run` for the tile's op and blocks."""
+    """`run` in tiles such as this one, by TMA."""
     op, (groups, lanes) = tile.op, lhs.shape[:2]
-    if epilogue and not takes(epilogue, operands, tile):
-        return outside(op, run(tile, lhs, rhs, interpreted=interpreted), epilogue, operands)
+    work = on_tiles(epilogue, operands, tile) if epilogue else None
+    if epilogue and work is None:
+        return outside(op, fetched(tile, lhs, rhs, interpreted=interpreted), epilogue, operands)
     x = lhs.reshape(-1, *tile.size, tile.channels)
     images = len(x)
     kinds = epilogue.kinds if epilogue else ()
@@ -71,41 +115,70 @@ def run(
     values = [rhs, *(as_images(y, out.shape, kind) for y, kind in zip(operands, kinds, strict=True))]
     given = operands_of(values)
     weights, *others = given.arrays
-    first = given.starts[0]
-    if first is not None:
-        weights = weights.reshape(weights.shape[0], -1, op.n)
-    places = zip(given.starts, values, given.picked, strict=True)
-    sources = [Source(start or 0, images // rows_of(y), picked) for start, y, picked in places]
-    sources[0] = Source((first or 0) // op.n, images // groups, given.picked[0])
-    program = Program(tile, tuple(sources), epilogue, jnp.dtype(out.dtype), interpreted)
-    if interpreted:
-        x = jnp.pad(x, ((0, 0), *((n, 0) for n in tile.before), (0, 0)))
-    args = (*given.slots, x, weights, *others)
-    cut = len(given.slots)
-
-    def kernel(*refs: Any, **memory: Any) -> None:
-        program.run(refs[:cut], refs[cut], refs[cut + 1 : -1], refs[-1], memory)
-
-    grid = {IMAGE: images, TILE: tile.count, PART: op.n // tile.blocks.n}
-    vectors = [y.dtype for y, kind in zip(others, kinds, strict=True) if kind != WHOLE]
-    name = f"{op.kind}_{images}x{op.m}x{op.n}x{op.k}"
-    y = call(kernel, grid, tile.groups + 1, out, args, program.memory(vectors), name=name, interpreted=interpreted)
+    begin = [start or 0 for start in given.starts]
+    if given.starts[0] is not None:
+        whole = granule((op.k, tile.length), op.rhs.dtype)
+        assert begin[0] % whole == 0 == weights.shape[1] % whole, f"a slab that TMA cannot read: {begin[0]}"
+        weights, begin[0] = weights.reshape(weights.shape[0], -1, tile.length), begin[0] // tile.length
+    starts = () if set(given.starts) == {None} else (jnp.asarray(begin, jnp.int32),)
+    sources = [
+        Source(images // rows_of(y), picked, None if start is None else i)
+        for i, (y, picked, start) in enumerate(zip(values, given.picked, given.starts, strict=True))
+    ]
+    program = Program(tile, tuple(sources), epilogue, work, jnp.dtype(out.dtype), interpreted)
+    y = launched(program, given.slots, starts, x, (weights, *others))
     return y.reshape(groups, lanes, *op.out.shape)
 
 
-def takes(epilogue: Epilogue, operands: Sequence[Any], tile: Tile) -> bool:
-    """Whether the kernel can run it: with a result of 16 bits, and one operand of its shape at most."""
+@partial(jax.jit, static_argnums=0)  # programs that are equal are one: compiling one takes a second
+def launched(program: Program, slots: Sequence[Any], starts: Sequence[Any], x: Any, arrays: Sequence[Any]) -> Any:
+    tile, images = program.tile, len(x)
+    op = tile.op
+    out = jax.ShapeDtypeStruct((images, *tile.out, op.n), program.dtype)
+    if program.interpreted:
+        border = [(n * stride, 0) for n, stride in zip(tile.outside, tile.strides, strict=True)]
+        x = jnp.pad(x, ((0, 0), *border, (0, 0)))
+    (h, w), (down, across) = x.shape[1:3], tile.strides
+    x = x.reshape(images, h // down, down, w // across, across, tile.channels)
+
+    def kernel(*refs: Any, **memory: Any) -> None:
+        rest = iter(refs)
+        picks, places = (next(rest) if given else None for given in (slots, starts))
+        x, *arrays, y = rest
+        program.run(picks, places, x, arrays, y, memory)
+
+    grid = {IMAGE: images, TILE: tile.count, PART: op.n // tile.blocks.n}
+    vectors = [y.dtype for y, kind in zip(arrays[1:], program.kinds, strict=True) if kind != WHOLE]
+    return call(
+        kernel,
+        grid,
+        tile.groups + 1,
+        out,
+        (*slots, *starts, x, *arrays),
+        program.memory(vectors),
+        name=f"{op.kind}_{images}x{op.m}x{op.n}x{op.k}",
+        interpreted=program.interpreted,
+    )
+
+
+def on_tiles(epilogue: Epilogue, operands: Sequence[Any], tile: Tile) -> Hashable | None:
+    """What it computes, equal for equal work; None if the kernel cannot run it: then it has a result of another width
+    than the op's, or several operands of its shape, or vectors or operations for which there is no room or no code."""
     dtypes = [dtype_of(y) for y in operands]
     wholes = [dtype for dtype, kind in zip(dtypes, epilogue.kinds, strict=True) if kind == WHOLE]
     vectors = [dtype for dtype, kind in zip(dtypes, epilogue.kinds, strict=True) if kind != WHOLE]
     if sum(dtype.itemsize for dtype in vectors) * tile.blocks.n > VECTORS:
-        return False
-    if str(epilogue.dtype) not in HALVES or any(dtype != epilogue.dtype for dtype in wholes) or len(wholes) > 1:
-        return False
-    if not {str(dtype) for dtype in dtypes} <= {*HALVES, "float32"}:
-        return False
-    structs = [jax.ShapeDtypeStruct((64, ROW), dtype) for dtype in (tile.op.out.dtype, *dtypes)]
-    return {eqn.primitive.name for eqn in J.walk(jax.make_jaxpr(epilogue.apply)(*structs))} <= LOWERED
+        return None
+    if not {str(dtype) for dtype in (epilogue.dtype, *dtypes)} <= set(FLOATS):
+        return None
+    same_width = jnp.dtype(epilogue.dtype).itemsize == tile.op.out.dtype.itemsize
+    if not same_width or any(dtype != epilogue.dtype for dtype in wholes) or len(wholes) > 1:
+        return None
+    structs = [jax.ShapeDtypeStruct((64, tile.row), dtype) for dtype in (tile.op.out.dtype, *dtypes)]
+    jaxpr = jax.make_jaxpr(epilogue.apply)(*structs)
+    if jaxpr.consts or not {eqn.primitive.name for eqn in J.walk(jaxpr)} <= LOWERED:
+        return None
+    return canonical(jaxpr, positional=True).key
 
 
 def dtype_of(y: Any) -> Any:

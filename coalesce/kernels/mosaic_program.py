@@ -8,8 +8,10 @@ Clusters of programs that share what they fetch (multicast) were measured on an 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from coalesce.kernels.epilogue import Epilogue, WHOLE
-from coalesce.kernels.mosaic import backend, Images, load
+from coalesce.kernels.mosaic import backend, Columns, Images, load, Rows
 from coalesce.kernels.mosaic_tile import Tile
 from coalesce.kernels.triton import div, rem
 
@@ -27,26 +29,45 @@ IMAGE, TILE, PART = "image", "tile", "part"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a launch reads an operand: rows of an array, each for some images, from a place in them on."""
+    """Where a launch reads an operand: rows of an array, each for some images, from a place in them on.
 
-    start: int  # of weights counted in rows of K, of a vector in elements
+    The place is data, so that layers of one shape are one kernel: of weights it is counted in rows, of vectors in
+    elements.
+    """
+
     images: int  # that share a row
     picked: bool
+    start: int | None  # its number among the starts that the launch is given; None: 0
 
-    def row(self, image: Any, slots: Sequence[Any]) -> Any:
+    def find(self, image: Any, slots: Any, starts: Any) -> tuple[Any, Any]:
+        """(row, start) for an image; references, which are None where they are not read."""
         row = div(image, self.images)
-        return slots[0][row] if self.picked else row
+        return slots[row] if self.picked else row, 0 if self.start is None else starts[self.start]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
-    """`sources` are those of the weights and then of the epilogue's operands."""
+    """`sources` are those of the weights and then of the epilogue's operands. Equal ones compute the same."""
 
     tile: Tile
     sources: tuple[Source, ...]
     epilogue: Epilogue | None
+    work: Hashable  # what the epilogue computes
     dtype: Any  # of the result
     interpreted: bool
+
+    @cached_property
+    def key(self) -> Hashable:
+        tile = self.tile
+        op = (tile.op.key, tile.op.context, str(tile.op.out.dtype))
+        how = (self.sources, self.kinds, self.work, str(self.dtype), self.interpreted)
+        return (op, tile.blocks, tile.tall, tile.wide, how)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Program) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -60,6 +81,12 @@ class Program:
         )
 
     @property
+    def right(self) -> Columns | Rows:
+        tile, dtype = self.tile, jnp.dtype(self.tile.op.rhs.dtype)
+        k, n = tile.blocks.k, tile.blocks.n
+        return (Columns if tile.by_columns else Rows)(tile.right_stages, k, n, dtype, self.interpreted)
+
+    @property
     def result(self) -> Images:
         """Of the result, and before that of the operand that has its size."""
         return Images((self.tile.parts,), self.tile.tall, self.tile.wide, self.dtype, self.interpreted)
@@ -67,26 +94,26 @@ class Program:
     def memory(self, vectors: Sequence[Any]) -> dict[str, Any]:
         """What a program has for itself; `vectors` are the dtypes of the epilogue's columns."""
         plgpu, tile = backend(), self.tile
-        k, n = tile.blocks.k, tile.blocks.n
-        tiles = (plgpu.TilingTransform((8, tile.row)), plgpu.SwizzleTransform(tile.row * self.dtype.itemsize))
         ready = len(vectors) + self.kinds.count(WHOLE) * tile.parts * self.result.count(tile.tall)
         return {
             "lefts": self.left.memory(),
-            "rights": plgpu.SMEM((tile.right_stages, k, n), tile.op.lhs.dtype, transforms=tiles),
+            "rights": self.right.memory(),
             "outs": self.result.memory(),
-            "vectors": [plgpu.SMEM((n,), dtype) for dtype in vectors],
+            "vectors": [plgpu.SMEM((tile.blocks.n,), dtype) for dtype in vectors],
             "left_there": plgpu.Barrier(
-                num_arrivals=tile.deep * self.left.count(tile.halo), num_barriers=tile.left_stages
+                num_arrivals=tile.deep * sum(self.left.count(band.count) for band in tile.bands),
+                num_barriers=tile.left_stages,
             ),
-            "right_there": plgpu.Barrier(num_arrivals=1, num_barriers=tile.right_stages),
+            "right_there": plgpu.Barrier(num_arrivals=self.right.count, num_barriers=tile.right_stages),
             "left_free": plgpu.Barrier(num_arrivals=tile.groups, num_barriers=tile.left_stages),
             "right_free": plgpu.Barrier(num_arrivals=tile.groups, num_barriers=tile.right_stages),
             "ready": plgpu.Barrier(num_arrivals=max(1, ready), num_barriers=1),
             "done": plgpu.Barrier(num_arrivals=tile.groups, num_barriers=1),
         }
 
-    def run(self, slots: Sequence[Any], x: Any, arrays: Sequence[Any], y: Any, memory: dict[str, Any]) -> None:
-        """Compute a tile. References: x [images, H, W, C]; arrays as `sources` say, whole ones [images, *out, N]."""
+    def run(self, slots: Any, starts: Any, x: Any, arrays: Sequence[Any], y: Any, memory: dict[str, Any]) -> None:
+        """Compute a tile. References: slots and starts, None if no source needs them; x [images, *phases, C]; arrays as
+        `sources` say, whole ones [images, *out, N]."""
         tile = self.tile
         at = lax.axis_index(TILE)
         place = Place(
@@ -98,53 +125,55 @@ class Program:
         group = lax.axis_index("group")
         lax.cond(
             group == tile.groups,
-            lambda: self.fetch(slots, x, arrays, place, memory),
+            lambda: self.fetch(self.found(place, slots, starts), x, arrays, place, memory),
             lambda: self.compute(group, y, place, memory),
         )
 
     # ---- one warpgroup ---------------------------------------------------------------------------------------------
 
-    def fetch(self, slots: Sequence[Any], x: Any, arrays: Sequence[Any], place: Place, memory: dict[str, Any]) -> None:
+    def found(self, place: Place, slots: Any, starts: Any) -> list[tuple[Any, Any]]:
+        """Of each source. They are read one behind the other, so that one waits once for all of them."""
+        return [source.find(place.image, slots, starts) for source in self.sources]
+
+    def fetch(self, found: Sequence[Any], x: Any, arrays: Sequence[Any], place: Place, memory: dict[str, Any]) -> None:
         plgpu, tile = backend(), self.tile
-        self.fetch_operands(slots, arrays[1:], place, memory)
         (down, taps), chunks = tile.taps, tile.channels // tile.blocks.k
-        top, before = place.h, place.w
-        if not self.interpreted:  # there an index below 0 is read as 0: the operand has its border
-            top, before = place.h - tile.before[0], place.w - tile.before[1]
-        weights, row = arrays[0], self.sources[0].row(place.image, slots)
+        # Interpreted, an index below 0 is read as 0: there the operand has its border.
+        above, before = (0, tile.outside[1]) if not self.interpreted else (tile.outside[0], 0)
+        across = tile.strides[1]
+        row, start = found[0]
 
         def step(i: Any, _: Any) -> None:
             column, c = div(i, chunks), rem(i, chunks) * tile.blocks.k
             stage = rem(i, tile.left_stages)
             wait_if(i >= tile.left_stages, memory["left_free"], stage)
-            for d in range(tile.deep):
-                for rows, to in self.left.copies(memory["lefts"], (stage, d), tile.halo):
+            w = column + tile.outside[1] * across - tile.before[1]
+            columns = pl.ds(place.w + div(w, across) - before, tile.wide)
+            for d, band in product(range(tile.deep), tile.bands):
+                for rows, to in self.left.copies(memory["lefts"], (stage, d), band.count, band.begin):
+                    h = rows(place.h + band.first + above)
                     channels = pl.ds(c + d * tile.row, tile.row)
-                    plgpu.copy_gmem_to_smem(
-                        x.at[place.image, rows(top), pl.ds(before + column, tile.wide), channels],
-                        to,
-                        memory["left_there"].at[stage],
-                    )
+                    part = x.at[place.image, h, band.phase, columns, rem(w, across), channels]
+                    plgpu.copy_gmem_to_smem(part, to, memory["left_there"].at[stage])
             for tap in range(down):
                 j = i * down + tap
                 stage = rem(j, tile.right_stages)
                 wait_if(j >= tile.right_stages, memory["right_free"], stage)
-                k = self.sources[0].start + (tap * taps + column) * tile.channels + c
-                plgpu.copy_gmem_to_smem(
-                    weights.at[row, pl.ds(k, tile.blocks.k), pl.ds(place.n, tile.blocks.n)],
-                    memory["rights"].at[stage],
-                    memory["right_there"].at[stage],
-                )
+                k = (tap * taps + column) * tile.channels + c
+                for part, to in self.right.copies(memory["rights"], stage, row, start, k, place.n):
+                    plgpu.copy_gmem_to_smem(arrays[0].at[part], to, memory["right_there"].at[stage])
 
-        lax.fori_loop(0, tile.steps, step, None)
+        step(jnp.int32(0), None)  # before what is needed last
+        self.fetch_operands(found[1:], arrays[1:], place, memory)
+        lax.fori_loop(1, tile.steps, step, None)
 
-    def fetch_operands(self, slots: Sequence[Any], arrays: Sequence[Any], place: Place, memory: dict[str, Any]) -> None:
+    def fetch_operands(self, found: Sequence[Any], arrays: Sequence[Any], place: Place, memory: dict[str, Any]) -> None:
         plgpu, tile = backend(), self.tile
         ready, vectors = memory["ready"].at[0], iter(memory["vectors"])
-        for kind, source, array in zip(self.kinds, self.sources[1:], arrays, strict=True):
+        for kind, (row, start), array in zip(self.kinds, found, arrays, strict=True):
             if kind != WHOLE:
-                span = pl.ds(source.start + place.n, tile.blocks.n)
-                plgpu.copy_gmem_to_smem(array.at[source.row(place.image, slots), span], next(vectors), ready)
+                span = pl.ds(start + place.n, tile.blocks.n)
+                plgpu.copy_gmem_to_smem(array.at[row, span], next(vectors), ready)
                 continue
             for part in range(tile.parts):
                 for rows, to in self.result.copies(memory["outs"], (part,), tile.tall):
@@ -195,8 +224,8 @@ class Program:
                 right = rem(j, tile.right_stages)
                 plgpu.barrier_wait(memory["right_there"].at[right])
                 for d in range(tile.deep):
-                    a = self.left.rows(memory["lefts"], (left, d), first + tap * tile.wide, rows)
-                    plgpu.wgmma(acc, a, memory["rights"].at[right, pl.ds(d * tile.row, tile.row)])
+                    a = self.left.rows(memory["lefts"], (left, d), first + tile.below(tap) * tile.wide, rows)
+                    plgpu.wgmma(acc, a, self.right.part(memory["rights"], right, d))
                 plgpu.wgmma_wait(tile.deep)  # what came before these products is done
 
                 @pl.when(j > 0)

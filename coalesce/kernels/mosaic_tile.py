@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from jax.experimental import pallas as pl
 
 from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
 from coalesce.kernels.mosaic import GROUP, ROW_BYTES, SHARED_BYTES
+from coalesce.kernels.tiles import by_columns
 from coalesce.kernels.windows import Windows, windows_of
 
 WIDEST = 256  # positions that one copy can take in, along each dimension
@@ -19,12 +21,23 @@ VECTORS = 3 * 1024  # bytes of shared memory for vectors of the epilogue
 BARRIERS = 1024
 
 
+class Band(NamedTuple):
+    """Rows of an image that a tile needs for some taps of a column: every stride-th one, and with those that any of
+    the taps adds. For a row h of the result the first of these taps reads the row (h + first) * stride + phase."""
+
+    phase: int
+    first: int
+    begin: int  # where in the left block
+    count: int
+
+
 @dataclass(frozen=True)
 class Tile:
     """`tall` x `wide` positions of one image by blocks.n columns. A dot's rows are an image of height 1.
 
     A left block is fetched for each column of taps, with the rows of positions that all taps of the column read; each
-    is multiplied by as many right blocks as the column has taps.
+    is multiplied by as many right blocks as the column has taps. With strides an image is read as [H / stride, stride,
+    W / stride, stride, C], so that neighbours of a tile are neighbours there too.
     """
 
     op: HeavyOp
@@ -54,6 +67,15 @@ class Tile:
         return two(self.windows.before, (0, 0))
 
     @property
+    def strides(self) -> tuple[int, int]:
+        return two(self.windows.strides, (1, 1))
+
+    @property
+    def outside(self) -> tuple[int, int]:
+        """How far the first windows reach beyond the image, in strides."""
+        return -(-self.before[0] // self.strides[0]), -(-self.before[1] // self.strides[1])
+
+    @property
     def channels(self) -> int:
         return self.windows.channels
 
@@ -61,6 +83,16 @@ class Tile:
     def row(self) -> int:
         """Elements of a swizzled row."""
         return ROW_BYTES // self.op.lhs.dtype.itemsize
+
+    @property
+    def by_columns(self) -> bool:
+        """Whether weights lie as [N, K], rather than [K, N]."""
+        return by_columns(self.op)
+
+    @property
+    def length(self) -> int:
+        """Elements of a row of weights."""
+        return self.op.k if self.by_columns else self.op.n
 
     @property
     def deep(self) -> int:
@@ -86,10 +118,28 @@ class Tile:
         """Left blocks."""
         return self.channels // self.blocks.k * self.taps[1]
 
+    @cached_property
+    def bands(self) -> tuple[Band, ...]:
+        """A left block, one below the other."""
+        found: dict[int, list[int]] = {}
+        for tap in range(self.taps[0]):
+            first, phase = divmod(tap - self.before[0], self.strides[0])
+            found.setdefault(phase, []).append(first)
+        bands: list[Band] = []
+        for phase, firsts in found.items():
+            begin = bands[-1].begin + bands[-1].count if bands else 0
+            bands.append(Band(phase, firsts[0], begin, self.tall + firsts[-1] - firsts[0]))
+        return tuple(bands)
+
+    def below(self, tap: int) -> int:
+        """How many rows of a left block lie above what the tap of a column reads."""
+        first, phase = divmod(tap - self.before[0], self.strides[0])
+        return next(band.begin + first - band.first for band in self.bands if band.phase == phase)
+
     @property
     def halo(self) -> int:
         """Rows of positions in a left block."""
-        return self.tall + self.taps[0] - 1
+        return sum(band.count for band in self.bands)
 
     @cached_property
     def right_stages(self) -> int:
@@ -124,7 +174,7 @@ class Tile:
         whole = blocks.m % (GROUP * self.groups) == 0 and blocks.m * blocks.n <= SUMS * self.groups
         divides = self.channels % blocks.k == 0 and self.op.n % blocks.n == 0
         divides = divides and blocks.k % self.row == 0 and blocks.n % self.row == 0
-        largest = max(self.halo, self.wide, blocks.n) <= WIDEST
+        largest = max(*(band.count for band in self.bands), self.wide, blocks.n) <= WIDEST
         return whole and divides and largest and self.right_stages > 0
 
 

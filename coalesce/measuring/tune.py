@@ -20,6 +20,7 @@ import jax
 
 from coalesce.bank import default_device
 from coalesce.errors import TuningError
+from coalesce.kernels.mosaic import on_hopper
 from coalesce.measuring.case import Case, cases
 from coalesce.measuring.measure import entry_of, measure, Times
 from coalesce.program import Program
@@ -94,7 +95,8 @@ def candidate_times(source: Source, i: int, lock: Any = None) -> Times | str:
     """What the candidates of a case took, or why they could not be measured."""
     case = cases_of(source)[i]
     try:
-        return measure(case, candidates(case.op, case.key.width, case.key.rows, jax.default_backend()), lock)
+        tried = candidates(case.op, case.key.width, case.key.rows, jax.default_backend(), on_hopper(default_device()))
+        return measure(case, tried, lock)
     except (jax.errors.JaxRuntimeError, TuningError) as e:  # such as: operands that memory does not hold
         return f"not measured: {str(e).splitlines()[0]}"
 

@@ -1,7 +1,8 @@
 """The machine that serves: banks, pools of what lies between segments, and executables that read them, on one JAX
 device.
 
-What compiles runs on any thread; everything else changes what the next bundle reads, and runs on the driver's.
+What compiles runs on any thread; everything else changes what the next bundle reads, and runs on the driver's, but for
+`launch` on a device that is slow to launch (`Launcher`).
 """
 
 from __future__ import annotations
@@ -140,6 +141,11 @@ class Device:
                 f"{what} needs {needed:,} bytes on the device, and {max(0, free):,} are free; remove tenants, or raise "
                 "Runtime(memory_limit=)"
             )
+
+    @property
+    def is_slow_to_launch(self) -> bool:
+        """What requests bring is copied twice on its way to a device with memory of its own."""
+        return self.at.platform != "cpu"
 
     @property
     def held_bytes(self) -> int:

@@ -20,7 +20,7 @@ from coalesce.runtime.endings import error_of
 from coalesce.runtime.finisher import Callback, Exhausted, Finisher, Lost, Probe, Probing
 from coalesce.runtime.gil import handing_on
 from coalesce.runtime.inbox import Inbox
-from coalesce.runtime.launcher import Launcher
+from coalesce.runtime.launcher import Launcher, Leaving
 from coalesce.runtime.machine import Machine
 from coalesce.runtime.observer import Observers
 from coalesce.runtime.orders import Order, Orders
@@ -76,7 +76,7 @@ class Driver:
         self._finisher = Finisher(self.inbox, machine, observers, clock, self.book)
         self._watchdog = Watchdog(self._overdue, self.lose, hang_s)
         self._hang_ns = int(hang_s * 1e9)
-        self._launcher = Launcher(machine, self._finisher, self._hang_ns)
+        self._launcher = Launcher(machine, self._finisher, clock, self._hang_ns)
         self._busy_since_ns: int | None = None  # with what it took from the inbox
         self._forms: dict[int, Sequence[Entry]] = {}  # of the executables that are offered
         self._wake_ns: int | None = None
@@ -94,6 +94,7 @@ class Driver:
 
     def start(self) -> None:
         self._finisher.start()
+        self._launcher.start()
         self._watchdog.start()
         self._thread.start()
 
@@ -101,6 +102,8 @@ class Driver:
         """Ends the threads, after everything that was put into the inbox; a device that is lost is not waited for."""
         self.inbox.put(Stop())
         self._join(self._thread)
+        self._launcher.stop()
+        self._join(self._launcher.thread)
         self._finisher.stop()
         self._join(self._finisher.thread)
         self._watchdog.stop()
@@ -118,7 +121,7 @@ class Driver:
 
     @property
     def threads(self) -> tuple[threading.Thread, ...]:
-        return self._thread, self._finisher.thread, self._watchdog.thread
+        return self._thread, self._launcher.thread, self._finisher.thread, self._watchdog.thread
 
     @property
     def _last_error(self) -> ServingError:
@@ -216,11 +219,10 @@ class Driver:
                 arrived.append(item)
                 continue
             self._tell_arrived(arrived)
-            if isinstance(item, Order):
-                for event in item.do():
-                    self._tell(event)
-            elif isinstance(item, Exhausted):
-                for event in self._maker.exhausted(item.executable, item.error):
+            if isinstance(item, Order | Exhausted):
+                self._launcher.settle()
+                is_order = isinstance(item, Order)
+                for event in item.do() if is_order else self._maker.exhausted(*item):
                     self._tell(event)
             elif isinstance(item, Lost):
                 self.lose(str(item.error))
@@ -253,9 +255,8 @@ class Driver:
     # Commands
 
     def _dispatch(self, command: Dispatch, now_ns: int) -> None:
-        known = self.book.tickets
-        entries = [[known[i] for i in lanes] for lanes in command.lanes]
-        self._launcher.launch(command, self._forms[command.executable], entries, now_ns)
+        entries = [[self.book.tickets[i] for i in lanes] for lanes in command.lanes]
+        self._launcher.launch(Leaving(command, self._forms[command.executable], entries, now_ns))
 
     def _reject(self, command: Reject, now_ns: int) -> None:
         ticket = self.book.tickets.get(command.request)

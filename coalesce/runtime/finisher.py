@@ -34,8 +34,9 @@ class Flight(NamedTuple):
     dispatch: Dispatch
     form: Sequence[Entry]  # of its executable
     entries: Sequence[Sequence[Ticket]]
-    launched: Launched | Exception  # the error, if it could not even be dispatched
-    launched_ns: int
+    decided_ns: int
+    launched: Launched | Exception  # the error, if it could not even be launched
+    host_ns: int  # what it took to stage and to launch it, beside the driver
 
 
 class Probe(NamedTuple):
@@ -140,7 +141,7 @@ class Finisher:
     def _complete(self, flight: Flight, error: Exception | None) -> int:
         handing_on.note_served()
         end_ns = self._clock()
-        start_ns = min(max(self._free_ns, flight.launched_ns), end_ns)
+        start_ns = min(max(self._free_ns, flight.decided_ns), end_ns)
         self._free_ns = end_ns
         dispatch, entries = flight.dispatch, flight.entries
         if error is not None:
@@ -150,7 +151,7 @@ class Finisher:
             self._driver.put(Exhausted(dispatch.executable, error))
         elif isinstance(error, DeviceError):
             self._driver.put(Lost(error))
-        self._driver.put(Completed(dispatch.bundle, start_ns, end_ns, failed=error is not None))
+        self._driver.put(Completed(dispatch.bundle, start_ns, end_ns, error is not None, flight.host_ns))
         self._observers.finished(Finished(dispatch, tuple(flight.form), entries, start_ns, end_ns, error))
         return end_ns
 

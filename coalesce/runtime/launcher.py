@@ -1,19 +1,27 @@
-"""Puts bundles on the device, on the driver's thread, and knows which are there.
+"""Puts bundles on the device, and knows which are there.
 
-Most are waited for by the `Finisher`. A bundle that is done when its launch returns, as small ones are on a CPU, is not
-worth another thread's waking up: the policy is told at once, and its results are handed out when the driver has done
-what the policy answered. That is for bundles with no other before them, and with nobody's code to run at their end: a
-callback of a user may take as long as it likes.
+Staging copies what requests bring, and launching may copy it again. Where that takes long (`is_slow_to_launch`) one
+thread does nothing else, and the driver decides meanwhile. It takes bundles in their order, and what fails there is a
+flight like any other, which the `Finisher` reports. Whatever else is done at the machine is done by the driver when
+that thread has nothing left to do (`settle`), so that each has the machine for itself.
+
+Where it is quick, the driver's thread launches. A bundle that is done when its launch returns, as small ones are on a
+CPU, is not worth another thread's waking up: the policy is told at once, and its results are handed out when the driver
+has done what the policy answered. That is for bundles with no other before them, and with nobody's code to run at their
+end: a callback of a user may take as long as it likes.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
 from coalesce.runtime.finisher import Finisher, Flight
+from coalesce.runtime.gil import handing_on
+from coalesce.runtime.inbox import Inbox
 from coalesce.runtime.machine import Launched, Machine
 from coalesce.runtime.ticket import Reply, Ticket
 from coalesce.scheduler.catalog import Entry
@@ -34,37 +42,64 @@ class Landed(NamedTuple):
     end_ns: int
 
 
+class Leaving(NamedTuple):
+    """A bundle that is to be launched."""
+
+    dispatch: Dispatch
+    form: Sequence[Entry]
+    entries: Sequence[Sequence[Ticket]]
+    decided_ns: int
+
+
 class Launcher:
-    def __init__(self, machine: Machine, finisher: Finisher, hang_ns: int) -> None:
-        self._machine, self._finisher, self._hang_ns = machine, finisher, hang_ns
+    def __init__(self, machine: Machine, finisher: Finisher, clock: Callable[[], int], hang_ns: int) -> None:
+        self._machine, self._finisher, self._clock, self._hang_ns = machine, finisher, clock, hang_ns
+        self._inbox = Inbox()
+        self.thread = threading.Thread(target=self._loop, name="coalesce-launcher", daemon=True)
         self._aloft: deque[Aloft] = deque()
         self._landed: list[Landed] = []
         self.hands_out = False  # results, just now
 
-    def launch(
-        self, command: Dispatch, form: Sequence[Entry], entries: Sequence[Sequence[Ticket]], now_ns: int
-    ) -> None:
-        bundle, is_heard = command.bundle, False
-        for ticket in chain.from_iterable(entries):
+    def start(self) -> None:
+        if self._machine.is_slow_to_launch:
+            self.thread.start()
+
+    def stop(self) -> None:
+        """After what is to be launched."""
+        self._inbox.put(None)
+
+    # On the driver's thread
+
+    def launch(self, leaving: Leaving) -> None:
+        bundle, is_heard = leaving.dispatch.bundle, False
+        for ticket in chain.from_iterable(leaving.entries):
             waiter = ticket.waiter
             if isinstance(waiter, Reply):
                 is_heard = is_heard or waiter.is_called_back
                 if not ticket.bundles:
                     waiter.set_running_or_notify_cancel()
             ticket.bundles.append(bundle)
-        try:
-            launched = self._machine.launch(command.executable, entries)
-        except Exception as e:
-            launched = e
-        flight = Flight(command, form, entries, launched, now_ns)
-        lands = not is_heard and is_at_hand(launched) and all(own.landed for own in self._aloft)
-        self._aloft.append(Aloft(now_ns + self._hang_ns, lands))
+        overdue_ns = leaving.decided_ns + self._hang_ns
+        if self._machine.is_slow_to_launch:
+            self._aloft.append(Aloft(overdue_ns, landed=False))
+            self._inbox.put(leaving)
+            return
+        flight = flight_of(leaving, self._launched(leaving), 0)
+        lands = not is_heard and is_at_hand(flight.launched) and all(own.landed for own in self._aloft)
+        self._aloft.append(Aloft(overdue_ns, lands))
         if not lands:
             self._finisher.inbox.put(flight)
             return
         end_ns = self._finisher.land(flight)
         if end_ns is not None:
             self._landed.append(Landed(flight, end_ns))
+
+    def settle(self) -> None:
+        """Returns when everything is launched that is to be."""
+        if self.thread.is_alive():
+            done = threading.Event()
+            self._inbox.put(done)
+            done.wait()
 
     def note_completed(self) -> None:
         """The policy is told of the first of those that are on their way."""
@@ -87,6 +122,38 @@ class Launcher:
         """Called on the watchdog's thread, which sees bundles come and go."""
         first, *_ = [*list(self._aloft), None]
         return first is not None and now_ns > first.overdue_ns
+
+    # On either
+
+    def _launched(self, leaving: Leaving) -> Launched | Exception:
+        try:
+            return self._machine.launch(leaving.dispatch.executable, leaving.entries)
+        except Exception as e:
+            return e
+
+    # On its own
+
+    def _loop(self) -> None:
+        while self._work():
+            continue
+
+    def _work(self) -> bool:
+        """Whether there is more to come; nothing of what was done is held while this thread waits."""
+        for item in self._inbox.take(None):
+            if item is None:
+                return False
+            if isinstance(item, threading.Event):
+                item.set()
+                continue
+            handing_on.begin(self)
+            begun_ns = self._clock()
+            self._finisher.inbox.put(flight_of(item, self._launched(item), self._clock() - begun_ns))
+            handing_on.end(self)
+        return True
+
+
+def flight_of(leaving: Leaving, launched: Launched | Exception, host_ns: int) -> Flight:
+    return Flight(leaving.dispatch, leaving.form, leaving.entries, leaving.decided_ns, launched, host_ns)
 
 
 def is_at_hand(launched: Launched | Exception) -> bool:

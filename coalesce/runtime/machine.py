@@ -33,7 +33,12 @@ class Launched(Protocol):
 
 @runtime_checkable
 class Machine(Protocol):
-    """Called on the driver's thread alone."""
+    """Called by one thread at a time: the driver's, or the launcher's while the driver leaves the machine alone."""
+
+    @property
+    def is_slow_to_launch(self) -> bool:
+        """Whether it is worth a thread of its own."""
+        ...
 
     def launch(self, executable: int, entries: Sequence[Sequence[Ticket]]) -> Launched:
         """Dispatch a bundle: for each entry of the executable, its lanes."""

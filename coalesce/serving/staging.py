@@ -1,9 +1,10 @@
 """The arguments of a call besides weights, as arrays on the host to be filled: each entry's slots and inputs, and where
 lanes between two segments keep their values.
 
-Where the device has memory of its own they lie in one buffer of 32-bit words, so that one transfer brings all of them.
-When its call has ended another one gets it, since fresh memory costs as much as filling it. A CPU reads arrays where
-they are, without a copy: there they belong to one call, and nobody writes to them after it.
+Where the device has memory of its own they lie in one buffer of 32-bit words, so that one transfer brings all of them,
+without another copy if the buffer is in page-locked memory. When its call has ended another one gets it, since fresh
+memory costs as much as filling it. A CPU reads arrays where they are, without a copy: there they belong to one call,
+and nobody writes to them after it.
 
     words   slots of entry 0 | its states, if any | its inputs, one [width, ...] after another | slots of entry 1 | ...
 """
@@ -20,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from coalesce.serving.page_locked import Locked, page_locked
 
 WORD = np.dtype(np.uint32)
 SPARES = 2  # so many calls of one executable are under way at a time, mostly
@@ -42,11 +45,22 @@ class Given(NamedTuple):
 class Filled:
     """What one call brings: `arguments` for it, and where in them each entry's own lies."""
 
-    __slots__ = ("arguments", "given", "used")
+    __slots__ = ("_arguments", "given", "locked", "used")
 
-    def __init__(self, arguments: Any, given: list[Given], used: list[int]) -> None:
-        self.arguments, self.given = arguments, given
+    def __init__(self, arguments: Any, given: list[Given], used: list[int], locked: Locked | None = None) -> None:
+        self._arguments, self.given = arguments, given
         self.used = used  # lanes of each entry that may hold something else than zeros
+        self.locked = locked  # where they lie, if the device reads it by itself
+
+    @property
+    def arguments(self) -> Any:
+        """On their way to the device, if they are to be sent."""
+        return self._arguments if self.locked is None else self.locked.sent()
+
+    def clear(self) -> None:
+        """Of one buffer."""
+        self._arguments[:] = 0
+        self.used = [0] * len(self.used)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +71,7 @@ class Staging:
     inputs: tuple[tuple[jax.ShapeDtypeStruct, ...], ...]
     pools: tuple[int, ...]
     packed: bool
-    _spare: deque[Filled] = field(default_factory=lambda: deque(maxlen=SPARES))  # of calls that have ended
+    _spare: deque[Filled] = field(default_factory=deque)  # of calls that have ended
 
     @cached_property
     def parts(self) -> list[list[jax.ShapeDtypeStruct]]:
@@ -82,12 +96,12 @@ class Staging:
             return self.parts
         return jax.ShapeDtypeStruct((sum(words(part) for own in self.parts for part in own),), WORD)
 
-    def buffers(self) -> Filled:
-        """New ones, of which nothing is written."""
+    def buffers(self, locked: Locked | None = None) -> Filled:
+        """New ones, of which nothing is written; in that memory, if it is given."""
         if not self.packed:
             views = [[np.empty(part.shape, part.dtype) for part in own] for own in self.parts]
             return Filled(views, self.given(views), list(self.widths))
-        buffer, start = np.empty(self.structs.shape, WORD), 0
+        buffer, start = np.empty(self.structs.shape, WORD) if locked is None else locked.view, 0
         views = []
         for own in self.parts:
             views.append([])
@@ -95,14 +109,13 @@ class Staging:
                 place = buffer[start : start + words(part)]
                 views[-1].append(place.view(np.uint8)[: nbytes(part)].view(part.dtype).reshape(part.shape))
                 start += words(part)
-        return Filled(buffer, self.given(views), list(self.widths))
+        return Filled(buffer, self.given(views), list(self.widths), locked)
 
     def make_ready(self) -> None:
         """Memory for the first calls, which were slower if they had to ask for it."""
         for _ in range(SPARES if self.packed else 0):
-            filled = self.buffers()
-            filled.arguments[:] = 0
-            filled.used = [0] * len(self.widths)
+            filled = self.buffers(page_locked(self.structs.size, WORD))
+            filled.clear()
             self.take_back(filled)
 
     def fill(self, entries: Sequence[Sequence[Lane]]) -> Filled:
@@ -129,7 +142,7 @@ class Staging:
 
     def take_back(self, filled: Filled) -> None:
         """Its call has ended, and did not fail; called on any thread."""
-        if self.packed:
+        if self.packed and (filled.locked is not None or len(self._spare) < SPARES):
             self._spare.append(filled)
 
     def unpack(self, arguments: Any) -> list[Given]:

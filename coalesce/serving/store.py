@@ -12,7 +12,7 @@ compiles in `write`, nor in `grow` after `make_ready`.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,10 +40,8 @@ class Store:
         self._free = list(range(capacity))
         self._writers: dict[int, Any] = {}  # by capacity
         self._growers: dict[tuple[int, int], list[Any]] = {}
-        structs = schema.structs(capacity)
-        zeros = jax.jit(lambda: [jnp.zeros(structs[i].shape, structs[i].dtype) for i in self._owned])
         self.bank: list[jax.Array] = list(first)
-        self._replace(make(zeros, (), ())())
+        self._replace(blank([schema.structs(capacity)[i] for i in self._owned], make))
         self.make_ready(capacity)
 
     @property
@@ -96,6 +94,14 @@ class Store:
     def _replace(self, owned: Iterable[jax.Array]) -> None:
         for i, array in zip(self._owned, owned, strict=True):
             self.bank[i] = array
+
+
+def blank(structs: Sequence[jax.ShapeDtypeStruct], make: Make) -> list[jax.Array]:
+    """Zeros. A program for them would be one more to lower and to compile, while others are served, just to save a CPU
+    the copy."""
+    if default_device().platform == "cpu":
+        return [jax.device_put(np.zeros(s.shape, s.dtype), may_alias=False) for s in structs]
+    return make(jax.jit(lambda: [jnp.zeros(s.shape, s.dtype) for s in structs]), (), ())()
 
 
 def write_rows(bank: list[jax.Array], rows: Rows, slot: Any) -> list[jax.Array]:

@@ -13,20 +13,21 @@ from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import FUSING, indexed_gemm, indexed_matvec, KERNELS, mosaic_gemm
 from coalesce.kernels.indexed_gemm import tile
-from coalesce.kernels.mosaic import SHARED_BYTES as SHARED
+from coalesce.kernels.mosaic import ROW_BYTES, SHARED_BYTES as SHARED
 from coalesce.kernels.mosaic_tile import Tile, tile_of
 from coalesce.kernels.windows import windows_of
 
 Candidate = tuple[str, Blocks | None]  # (kernel, its blocks if it is tiled)
 
 SHARED_BYTES = 200 * 1024  # of 227 KiB that a program may have on an H100
-ROW_BYTES = 256  # of a step's row
+STEP_BYTES = 256  # of a step's row
 SEPARATE = 8  # problems on a GPU: more of them one by one are slow to compile, and slow
 CORES = 132  # of an H100
+FEWEST = 64  # programs of mosaic_gemm: larger tiles read less
 
 
-def candidates(op: HeavyOp, width: int, rows: int, platform: str) -> list[Candidate]:
-    """For `width` problems of `op`, `rows` lanes on each."""
+def candidates(op: HeavyOp, width: int, rows: int, platform: str, on_hopper: bool = False) -> list[Candidate]:
+    """For `width` problems of `op`, `rows` lanes on each; `on_hopper` for a GPU of that kind."""
     plain: list[Candidate] = [
         (name, None) for name in KERNELS if name not in FUSING and is_sensible(name, op, width, platform)
     ]
@@ -34,8 +35,13 @@ def candidates(op: HeavyOp, width: int, rows: int, platform: str) -> list[Candid
     if platform == "cpu" or not indexed_gemm.supports(op):  # on a CPU it is interpreted
         return plain
     rowwise = [("indexed_matvec", blocks) for blocks in strips(op, width)] if indexed_matvec.supports(op) else []
-    fetched = tma_tiles(op, width * rows) if mosaic_gemm.supports(op) else []
-    return plain + rowwise + [("indexed_gemm", blocks) for blocks in (*tiles(op, width, rows), *fetched)]
+    fetched = tma_tiles(op, width * rows) if on_hopper and mosaic_gemm.supports(op) else []
+    return [
+        *plain,
+        *rowwise,
+        *(("indexed_gemm", blocks) for blocks in tiles(op, width, rows)),
+        *(("mosaic_gemm", blocks) for blocks in fetched),
+    ]
 
 
 def is_sensible(kernel: str, op: HeavyOp, width: int, platform: str) -> bool:
@@ -66,7 +72,7 @@ def tiles(op: HeavyOp, width: int, rows: int) -> Iterator[Blocks]:
         wasteful = m > tile(height) or n > tile(columns) or k > max(32, depth)
         too_large = (
             (m + n) * k * itemsize * stages > SHARED_BYTES
-            or k * itemsize > ROW_BYTES
+            or k * itemsize > STEP_BYTES
             or (area > 64 * 32 and count < CORES // 2)  # most of the device would idle
             or (area > 128 * 128 and (count < 2 * CORES or op.k < 512))
             or area > 128 * 256
@@ -91,10 +97,11 @@ def tma_tiles(op: HeavyOp, lanes: int) -> Iterator[Blocks]:
     """Of mosaic_gemm, with as many stages as leave room on a core for three programs, two, or one."""
     images = lanes * (op.lhs.shape[0] if op.kind == "conv" else 1)
     warps = ((64, 4), (128, 8), (256, 8), (256, 16))
-    for (m, w), n, k in product(warps, (64, 128, 256), (64, 128)):
+    row = ROW_BYTES // op.lhs.dtype.itemsize
+    for (m, w), n, k in product(warps, (64, 128, 256), (row, 2 * row)):
         found: set[int] = set()
         for room in (3, 2, 1):
-            staged = (tile_of(op, Blocks(m, n, k, w, stages, tma=True)) for stages in (12, 9, 6, 4, 3, 2, 1))
+            staged = (tile_of(op, Blocks(m, n, k, w, stages)) for stages in (12, 9, 6, 4, 3, 2, 1))
             fitting = [each for each in staged if each and each.shared_bytes * room <= SHARED]
             most = next((each for each in fitting if each.right_stages == each.blocks.stages), None)
             if most and is_sensible_tile(most, images) and most.blocks.stages not in found:
@@ -106,6 +113,6 @@ def is_sensible_tile(one: Tile, images: int) -> bool:
     blocks = one.blocks
     programs = one.count * (one.op.n // blocks.n) * images
     padded = one.count * blocks.m / one.op.m
-    deep = blocks.k > 64 and one.steps < 4  # fewer waits for a loop that hardly has any
+    deep = one.deep > 1 and one.steps < 4  # fewer waits for a loop that hardly has any
     waits = blocks.stages == 1 and one.steps * one.taps[0] > 1  # nothing is fetched ahead
-    return padded <= 1.5 and programs >= CORES // 2 and not deep and not waits
+    return padded <= 1.5 and programs >= FEWEST and not deep and not waits

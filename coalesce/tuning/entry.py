@@ -38,11 +38,11 @@ class Entry:
     jax: str = ""  # the version of JAX
     company_us: float | None = None  # beside another kernel; None: not measured
 
-    def best(self, kernel: str, tma: bool = True) -> tuple[Blocks | None, float] | None:
-        """(blocks, microseconds) of the fastest candidate of a kernel; without `tma` of those that need no TMA."""
+    def best(self, kernel: str) -> tuple[Blocks | None, float] | None:
+        """(blocks, microseconds) of the fastest candidate of a kernel."""
         times = {candidate_name(self.kernel, self.blocks): self.us, **self.tried}
         found = [(us, *named(name)) for name, us in times.items() if us is not None]
-        own = [(us, blocks) for us, name, blocks in found if name == kernel and (tma or not (blocks and blocks.tma))]
+        own = [(us, blocks) for us, name, blocks in found if name == kernel]
         if not own:
             return None
         us, blocks = min(own, key=lambda one: (one[0], str(one[1])))
@@ -71,10 +71,10 @@ def named(candidate: str) -> tuple[str, Blocks | None]:
 
 def blocks_of(text: str) -> Blocks:
     """Raises ValueError if `text` is not what `str` of Blocks gives."""
-    found = re.fullmatch(r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+)( tma)?", text)
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+)", text)
     if not found:
         raise ValueError(f"{text!r} are no blocks; expected such as 64x64x32 w4 s3")
-    sizes = tuple(int(size) for size in found.groups()[:5])
+    sizes = tuple(int(size) for size in found.groups())
     if any(size < 1 or size & (size - 1) for size in sizes[:3]) or min(sizes) < 1:
         raise ValueError(f"{text!r} are no blocks: sizes are powers of two, warps and stages 1 at least")
-    return Blocks(*sizes, tma=bool(found[6]))
+    return Blocks(*sizes)

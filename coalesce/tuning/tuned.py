@@ -1,8 +1,8 @@
 """A database as the compiler asks it: what was measured for an op on one kind of device.
 
 An op at a width that was not tuned gets what won at the nearest width that was, if that is at most WITHIN times as wide
-or as narrow: the work of one problem is the same, and only how many tiles there are differs. Times are of the very
-width that was measured, or none.
+or as narrow: the work of one problem is the same, and only how many tiles there are differs. Where nothing like it was
+measured, a model of the tiles names blocks (see estimate.py). Times are of the very width that was measured, or none.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from coalesce.heavy import HeavyOp
 from coalesce.kernels import KERNELS, VERSION
 from coalesce.tuning.database import Database, known, load
 from coalesce.tuning.entry import Entry, op_text
+from coalesce.tuning.estimate import best_blocks, KERNEL
 
 WITHIN = 4
 
@@ -31,23 +32,35 @@ class Tuned:
     def __init__(self, database: Database, device: str) -> None:
         self.own = widths(database, device)
         self.kin = widths(database, KIN.get(device, ""))
-        self.texts: dict[Hashable, str] = {}  # op_text by op.key: a search asks for the same ops many times
+        self.device = device
+        # A search asks for the same ops many times: op_text by op.key, and likely blocks by that, width and rows.
+        self.texts: dict[Hashable, str] = {}
+        self.likely: dict[Hashable, Blocks | None] = {}
 
     def kernel(self, op: HeavyOp, width: int, rows: int) -> str | None:
-        """The kernel that was fastest."""
+        """The kernel that was fastest, or that should be where nothing was measured."""
         entry = self.nearest(op, width, rows)
-        known = entry is not None and entry.kernel in KERNELS and KERNELS[entry.kernel].supports(op)
-        return entry.kernel if entry and known else None
+        if entry is None:
+            return KERNEL if self.estimated(op, width, rows) else None
+        return entry.kernel if entry.kernel in KERNELS and KERNELS[entry.kernel].supports(op) else None
 
-    def blocks(self, op: HeavyOp, width: int, rows: int, kernel: str, tma: bool = True) -> Blocks | None:
-        """The blocks that were fastest for a kernel, whether or not it was the fastest itself; `tma` as in `Entry`."""
+    def blocks(self, op: HeavyOp, width: int, rows: int, kernel: str) -> Blocks | None:
+        """The blocks that were, or should be, fastest for a kernel, whether or not it was the fastest itself."""
         entry = self.nearest(op, width, rows)
-        best = entry.best(kernel, tma) if entry else None
-        return best[0] if best else None
+        best = entry.best(kernel) if entry else None
+        if best is None:
+            return self.estimated(op, width, rows) if kernel == KERNEL else None
+        return best[0]
 
-    def us(self, op: HeavyOp, width: int, rows: int, kernel: str, tma: bool = True) -> float | None:
+    def estimated(self, op: HeavyOp, width: int, rows: int) -> Blocks | None:
+        key = op.key, width, rows
+        if key not in self.likely:
+            self.likely[key] = best_blocks(op, width, rows, self.device)
+        return self.likely[key]
+
+    def us(self, op: HeavyOp, width: int, rows: int, kernel: str) -> float | None:
         entry = self.of(op, rows, self.own).get(width)
-        best = entry.best(kernel, tma) if entry else None
+        best = entry.best(kernel) if entry else None
         return best[1] if best else None
 
     def nearest(self, op: HeavyOp, width: int, rows: int) -> Entry | None:

@@ -1,0 +1,60 @@
+"""Memory of the host that a device reads by itself, to write into.
+
+What lies in other memory is copied once more on its way to a device, by the host. JAX keeps arrays in page-locked
+memory too (`pinned_host`), but has no way to change one. Here one is written to through its address, which nobody else
+has: only as long as no transfer from it is under way, and never read as an array. To send one is a call of its own,
+which costs more than it saves where there is little to send.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from coalesce.bank import default_device
+
+KIND = "pinned_host"
+LITTLE = 256 * 2**10  # bytes
+
+LOG = logging.getLogger("coalesce.runtime")
+
+
+class Locked(NamedTuple):
+    view: np.ndarray  # to write into
+    array: jax.Array  # the same memory
+    there: SingleDeviceSharding
+
+    def sent(self) -> jax.Array:
+        """On its way to the device; what is in the view must stay until it has arrived."""
+        return jax.device_put(self.array, self.there)
+
+
+def page_locked(count: int, dtype: np.dtype) -> Locked | None:
+    """So many zeros for JAX's default device; None for few, or where it has no such memory or does not send them."""
+    if count * dtype.itemsize < LITTLE:
+        return None
+    device = default_device()
+    if KIND not in [memory.kind for memory in device.addressable_memories()]:
+        return None
+    try:
+        array = jax.device_put(np.zeros(count, dtype), SingleDeviceSharding(device, memory_kind=KIND))
+        address = jax.block_until_ready(array).unsafe_buffer_pointer()
+        view = np.frombuffer((ctypes.c_uint8 * array.nbytes).from_address(address), dtype)
+        locked = Locked(view, array, SingleDeviceSharding(device))
+        return locked if is_sent(locked) else None
+    except Exception as e:  # a backend may have the memory and lack one of these
+        LOG.info("what goes to %s is copied twice: %s: %s", device, type(e).__name__, e)
+        return None
+
+
+def is_sent(locked: Locked) -> bool:
+    """Whether the device gets what is written; leaves zeros."""
+    locked.view[0], locked.view[-1] = 1, 2
+    seen = np.asarray(locked.sent())
+    locked.view[:] = 0
+    return bool(seen[-1] == 2 and (len(seen) == 1 or seen[0] == 1))
