@@ -41,7 +41,7 @@ def cases(draw: Any) -> Case:
 
     size, kernel, dilation = each(1, 6), each(1, 3), each(1, 2)
     reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
-    if draw(st.booleans()):  # every tap a shift of the whole operand; the padding on one side may be negative
+    if draw(st.booleans()):  # as large as the operand; the padding on one side may be negative
         before = each(-1, 3)
         strides, padding = (1,) * rank, [(lo, r - 1 - lo) for lo, r in zip(before, reach, strict=True)]
     else:
@@ -49,10 +49,12 @@ def cases(draw: Any) -> Case:
         padding = [(a, b + max(0, r - s - a - b)) for a, b, r, s in zip(lo, hi, reach, size, strict=True)]
     dtype = draw(st.sampled_from(FLOATS))
     wide = WIDE[dtype] if draw(st.booleans()) else None
+    spread = {"lhs_dilation": each(1, 2)} if draw(st.integers(0, 3)) == 0 else {}
     channels, filters, n = draw(st.integers(2, 4)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
     return depthwise(
-        size, kernel, channels, strides, readable(padding), dilation, filters, n, dtype, preferred_element_type=wide
-    )
+        size, kernel, channels, strides, readable(padding), dilation, filters, n, dtype,
+        preferred_element_type=wide, **spread,
+    )  # fmt: skip
 
 
 @settings(max_examples=settings().max_examples // 8)
@@ -80,9 +82,9 @@ def test_what_it_leaves_to_others() -> None:
     plain = depthwise((6, 6), (3, 3), 4, (1, 1), "SAME", (1, 1))
     assert conv_taps.supports(plain.op) and choose(plain.op, 8, "gpu") == "conv_taps"
     one = depthwise((6, 6), (3, 3), 1, (1, 1), "SAME", (1, 1))
-    transposed = depthwise((6, 6), (3, 3), 4, (1, 1), [(1, 1), (1, 1)], (1, 1), lhs_dilation=(2, 1))
-    assert not conv_taps.supports(one.op) and not conv_taps.supports(transposed.op)
+    large = depthwise((12, 12), (9, 9), 4, (1, 1), "SAME", (1, 1))
+    assert not conv_taps.supports(one.op) and conv_taps.supports(large.op)
     call: Any = plain.call
     few = Case(partial(call, feature_group_count=2), plain.lhs, Aval((3, 3, 2, 4), jnp.float32), 2, 2)
     assert not conv_taps.supports(few.op)
-    assert choose(transposed.op, 8, "gpu") == choose(few.op, 8, "gpu") == "conv_grouped"
+    assert choose(large.op, 8, "gpu") == choose(few.op, 8, "gpu") == "conv_grouped"

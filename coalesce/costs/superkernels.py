@@ -77,7 +77,7 @@ def conv_grouped(machine: Machine, op: HeavyOp, groups: int, rows: int) -> float
 
 
 def conv_taps(machine: Machine, op: HeavyOp, groups: int, rows: int) -> float:
-    """One loop on plain cores, in float32 at least. What makes the operand writes it with its padding, at no cost."""
+    """One loop on plain cores, in float32 at least; operands are read once, as a cache has them for the other taps."""
     device, names = machine.device, (op.lhs.dtype.name, op.out.dtype.name)
     peak = device.rates.f64 if {"float64", "complex128"} & {*names} else device.rates.f32
     arithmetic = groups * rows * op.flops / (peak * 1e6 * device.taps_efficiency)

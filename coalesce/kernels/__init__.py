@@ -86,8 +86,9 @@ CPU_PATCH_BYTES = 256 * 1024
 CPU_FEW_ROWS = 49
 # On a GPU they win everywhere measured; this only keeps the patches of all lanes from crowding out the weights.
 GPU_PATCH_BYTES = 8 * 1024**3
-# More taps of a depthwise window make a loop that XLA compiles for seconds on a GPU: 11x11 for about three.
-MOST_TAPS = 128
+# More taps of a depthwise window make a loop that XLA compiles for seconds, and that wins less: on a CPU 7x7 took a
+# twentieth of the time of one by one, 11x11 half of it.
+MOST_TAPS = 64
 
 
 def choose(op: HeavyOp, groups: int, platform: str) -> str:
