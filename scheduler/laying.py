@@ -157,6 +157,7 @@ def lay(found: Outlook, heap: list[Waiting], new: Newcomer | None, now_ns: int, 
     """All that waits."""
     time_ns, slip_ns, tardy_ns, turns = found.end_ns, found.slip_ns, found.tardy_ns, found.turns
     risk = CALM if found.is_calm else 1.0
+    lenient = hope or found.is_calm  # who is in time is, in whatever run
     all_hope = new is not None and not new.is_owed
     heapify(heap)
     while heap:
@@ -181,7 +182,7 @@ def lay(found: Outlook, heap: list[Waiting], new: Newcomer | None, now_ns: int, 
         tardy_after_ns, latest_ns = tardy_ns, end_ns + risk * later_ns
         if latest_ns > due_ns:
             tardy_after_ns = tardy_ns + (latest_ns - due_ns)
-        if end_ns > due_ns or (option is not whole and not hope and is_inefficient(option, whole, waiting)):
+        if end_ns > due_ns or (option is not whole and not lenient and is_inefficient(option, whole, waiting)):
             found.hurried.add(serial)
         if is_given_up:
             found.late += 1

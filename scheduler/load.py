@@ -1,9 +1,14 @@
-"""How much is asked of the device: the time that all that comes would take in steady runs, by the time that passes."""
+"""How much is asked of the device: the time that all that comes would take in steady runs, by the time that passes.
+
+It is counted over a window that moves: what is asked in this epoch, and what was asked in that part of the one before
+it that the window still covers. A burst that the device is done with within a window is not more than it can do.
+"""
 
 from __future__ import annotations
 
 EPOCH = 25  # bits of a time that do not matter: 34 ms
-CHANCE_NS = 2_000_000  # by which it may be more, and be less soon
+WHOLE_NS = 1 << EPOCH
+CHANCE_NS = 2_000_000  # of it, by which it may be less
 
 
 class Load:
@@ -20,6 +25,8 @@ class Load:
         self._asked_ns += work_ns
 
     def is_over(self, now_ns: int) -> bool:
-        """Whether more than all of the device's time was asked for in the last epoch, or is in this one up to now."""
-        passed_ns = now_ns & ((1 << EPOCH) - 1)
-        return self._asked_ns > passed_ns + CHANCE_NS or self._before_ns > 1 << EPOCH
+        """Whether nearly all of the device's time was asked for lately, or more."""
+        epoch, left_ns = now_ns >> EPOCH, WHOLE_NS - (now_ns & (WHOLE_NS - 1))
+        asked_ns = self._asked_ns if epoch == self._epoch else 0
+        before_ns = self._before_ns if epoch == self._epoch else self._asked_ns if epoch == self._epoch + 1 else 0
+        return asked_ns + (before_ns * left_ns >> EPOCH) > WHOLE_NS - CHANCE_NS
