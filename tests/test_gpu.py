@@ -137,6 +137,21 @@ def test_a_single_tenant_runs_as_it_does_alone():
     assert distance(fused, alone) <= 1e-5
 
 
+def test_several_executables_give_what_one_does():
+    """Called again and again, with several rounds under way: what is handed on is each round's own."""
+    model, params, inputs = setup("resnet50", "float32")
+    with jax.default_matmul_precision("highest"):
+        one, three = (fused_of(model, params, inputs, executables=n) for n in (1, 3))
+        assert (one.report.executables, three.report.executables) == (1, 3)
+        staged = three.staged()
+        rounds = [[(jnp.roll(x, i),) for (x,) in inputs] for i in range(4)]
+        wants, gots = [one(own) for own in rounds], [three(own) for own in rounds]
+        stacks = [staged(staged.stage(own)) for own in rounds]
+    for want, got, stack in zip(wants, gots, map(staged.unstage, stacks), strict=True):
+        for a, b, c in zip(want, got, stack, strict=True):
+            assert distance(b, a) <= 1e-5 and distance(c, a) <= 1e-5
+
+
 ACROSS = {
     "residual networks": [("resnet18", {"image_size": 64}), ("resnet50", {"image_size": 64})],
     "transformers": [("bert_small", {"layers": 2}), ("bert_small", {"layers": 3, "hidden": 448, "heads": 7})],
