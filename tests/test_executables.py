@@ -68,9 +68,8 @@ def test_a_program_is_cut_before_a_pack(golden):
 
 
 def few(examples: int) -> settings:
-    """An example is several programs to compile; soak has all of them."""
-    usual = settings().max_examples
-    return settings(max_examples=usual if usual > 200 else examples)
+    """Of the usual 200: an example is several programs to compile."""
+    return settings(max_examples=max(3, settings().max_examples * examples // 200))
 
 
 def net(p: Any, x: Any, y: Any) -> Any:
@@ -106,6 +105,8 @@ def test_the_same_as_in_one(seed: int, executables: int, policy: str) -> None:
     assert parts.report.executables == min(executables, places)
     agree = assert_bitwise if FIRST else assert_same
     agree(parts(requests), whole(requests))
+    if executables > 4:
+        return  # many programs to compile a second time
     staged = parts.staged()
     agree(staged.unstage(staged(staged.stage(requests))), jax.device_get(whole(requests)))
 

@@ -1,5 +1,6 @@
 """On an NVIDIA GPU: numerics, isolation and the compiled program. Skipped elsewhere; run with `pytest -m gpu`."""
 
+from itertools import product
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import coalesce
+from coalesce.kernels import KERNELS
 from coalesce.models import by_name
 from tests.hlo import moves_of_size
 
@@ -93,13 +95,18 @@ def widened(x):
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
-@pytest.mark.parametrize("kernel", ["conv_slices", "conv_grouped", "separate"])
+CONVOLUTIONS = [*product(["conv_slices", "conv_grouped", "separate"], ["resnet18"]), ("conv_taps", "mobilenetv2")]
+
+
+@pytest.mark.parametrize(("kernel", "name"), CONVOLUTIONS)
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_a_poisoned_lane_reaches_no_other(kernel, poison):
-    model, params, inputs = setup("resnet18", "float32")
+def test_a_poisoned_lane_reaches_no_other(kernel, name, poison):
+    model, params, inputs = setup(name, "float32")
 
     def choice(op, groups, platform):
-        return kernel if op.kind == "conv" else "batched_dot"
+        if op.kind == "conv":
+            return kernel if KERNELS[kernel].supports(op) else "conv_slices"
+        return "batched_dot"
 
     fused = fused_of(model, params, inputs, choose_kernel=choice)
     clean = [np.asarray(y) for y in fused(inputs)]
