@@ -91,7 +91,7 @@ def run(
 
 def by_rule(op: HeavyOp) -> Tile | None:
     """Until tuned: the widest that fits."""
-    tiles = (tile_of(op, Blocks(64, n, ROW_BYTES // op.lhs.dtype.itemsize, 4, 6)) for n in (128, 64, 32))
+    tiles = (tile_of(op, Blocks(64, n, ROW_BYTES // op.lhs.dtype.itemsize, 4, 6)) for n in (128, 64))
     return next((tile for tile in tiles if tile), None)
 
 
@@ -152,7 +152,7 @@ def launched(program: Program, slots: Sequence[Any], starts: Sequence[Any], x: A
     return call(
         kernel,
         grid,
-        tile.groups + 1,
+        tile.groups + 1 + tile.rounds,
         out,
         (*slots, *starts, x, *arrays),
         program.memory(vectors),

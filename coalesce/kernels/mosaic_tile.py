@@ -105,6 +105,11 @@ class Tile:
         return self.blocks.warps // 4
 
     @property
+    def rounds(self) -> bool:
+        """Whether another warpgroup rounds blocks to TF32: wgmma cuts 13 bits off, and all sums get smaller."""
+        return self.op.lhs.dtype.itemsize == 4
+
+    @property
     def across(self) -> int:
         return pl.cdiv(self.out[1], self.wide)
 
@@ -173,7 +178,7 @@ class Tile:
         blocks = self.blocks
         whole = blocks.m % (GROUP * self.groups) == 0 and blocks.m * blocks.n <= SUMS * self.groups
         divides = self.channels % blocks.k == 0 and self.op.n % blocks.n == 0
-        divides = divides and blocks.k % self.row == 0 and blocks.n % self.row == 0
+        divides = divides and blocks.k % self.row == 0 and blocks.n % GROUP == 0
         largest = max(*(band.count for band in self.bands), self.wide, blocks.n) <= WIDEST
         return whole and divides and largest and self.right_stages > 0
 
