@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import hypot
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from coalesce.scheduler.costs import MARKEDLY
 from coalesce.scheduler.cover import FAR, Option
@@ -87,13 +87,25 @@ def most_lanes(queue: Queue, per_ns: float) -> int:
     return found
 
 
-def have_room(queue: Queue, runs: Sequence[tuple[int, Option, int]], done_ns: float, now_ns: int) -> bool:
+@runtime_checkable
+class Laid(Protocol):
+    """A run in an outlook."""
+
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def option(self) -> Option: ...
+    @property
+    def start_ns(self) -> int: ...
+
+
+def have_room(queue: Queue, runs: Sequence[Laid], done_ns: float, now_ns: int) -> bool:
     """Whether runs of a queue have places for all who are owed something and come before one more run could be begun
-    for them: at `done_ns`, and then still in time. A run is what waits for it, itself and when it starts."""
-    _, option, start_ns = runs[-1]
-    room = sum(run[1].width for run in runs) - runs[0][0]
-    again_ns = done_ns + option.through_ns - queue.costs.slo_ns
-    return room >= (min(start_ns, again_ns) - now_ns) * queue.others.per_ns * OTHERS
+    for them: at `done_ns`, and then still in time."""
+    last = runs[-1]
+    room = sum(run.option.width for run in runs) - runs[0].waiting
+    again_ns = done_ns + last.option.through_ns - queue.costs.slo_ns
+    return room >= (min(last.start_ns, again_ns) - now_ns) * queue.others.per_ns * OTHERS
 
 
 def has_time(queue: Queue, done_ns: float, now_ns: int, kinds: int) -> bool:
