@@ -6,8 +6,9 @@ Sixteen tenants of one family send a request each, over and over, several rounds
 a weight to its input, so that nearly all that is spent is the runtime's: taking a request on, deciding, staging,
 dispatching, and handing out the result. Host time is CPU time of the whole process, all threads together, a request;
 the rest of what Python's threads take is JAX's, which may spin while it waits for a device. `wall` is the time of a
-measurement over its requests. Through `infer` all coroutines share one event loop. Staging is
-timed by itself: the bytes of 16 inputs, copied into what a call takes, with everything that this costs.
+measurement over its requests. Through `infer` all coroutines share one event loop. The floor is a loop on one thread
+without a runtime: 16 futures, their inputs side by side, one call, a copy for each future. Staging is timed by itself:
+the bytes of 16 inputs, copied into what a call takes, with everything that this costs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from statistics import median
 from typing import Any
 
@@ -116,6 +118,36 @@ def python_s() -> float:
     return sum(time.clock_gettime(time.pthread_getcpuclockid(ident)) for ident in threads)
 
 
+def floor(size: int, requests: int) -> Row:
+    """What is left if nothing is decided, checked or counted."""
+    bank = jnp.arange(LANES, dtype=jnp.float32)[:, None, None] + jnp.zeros((1, 1, size // 4), jnp.float32)
+    inputs, slots = inputs_of(size), np.arange(LANES, dtype=np.int32)
+    run = jax.jit(lambda bank, slots, x: x + bank[slots]).lower(bank, slots, np.stack(inputs)).compile()
+
+    def bundle() -> None:
+        futures = [Future[np.ndarray]() for _ in inputs]
+        stack = np.empty((LANES, *inputs[0].shape), np.float32)
+        for i, x in enumerate(inputs):
+            stack[i] = x
+        results = np.asarray(run(bank, slots, stack))
+        for future, result in zip(futures, results, strict=True):
+            future.set_running_or_notify_cancel()
+            future.set_result(result.copy())
+        for future in futures:
+            future.result()
+
+    bundles = -(-requests // LANES)
+    for _ in range(bundles // 10):
+        bundle()
+    cpu, python, wall = time.process_time(), time.thread_time(), time.perf_counter()
+    for _ in range(bundles):
+        bundle()
+    cpu, python, wall = time.process_time() - cpu, time.thread_time() - python, time.perf_counter() - wall
+    each = {"host_us": cpu, "python_us": python, "wall_us": wall}
+    spent = {name: 1e6 * took_s / (bundles * LANES) for name, took_s in each.items()}
+    return {"way": "floor", "bytes": size, **spent, "lanes": float(LANES)}
+
+
 def staged(size: int) -> Row:
     """Gigabytes a second into what a call takes, on this device."""
     structs = ((jax.ShapeDtypeStruct((LANES, 1, size // 4), np.float32),),)
@@ -141,7 +173,8 @@ def measured(sizes: Sequence[int], stages: Sequence[int], requests: int, repeats
         turns: list[list[Row]] = []
         for _ in range(repeats):
             through = [served(rt, way, size, requests) for size, rt in runtimes.items() for way in WAYS]
-            turns.append([*through, *map(staged, stages)])
+            floors = [floor(size, requests // 10) for size in sizes]
+            turns.append([*through, *floors, *map(staged, stages)])
             yield [merged(rows) for rows in zip(*turns, strict=True)]
     finally:
         for rt in runtimes.values():
@@ -160,7 +193,7 @@ def text_of(rows: Sequence[Row]) -> str:
     def line(row: Row) -> list[str]:
         if row["way"] == "staging":
             return ["staging", f"{row['bytes']:,}", "", "", "", "", f"{row['gbs']:.2f}", f"> {STAGED_GBS:g} GB/s"]
-        target = f"< {TARGETS_US[row['way']]:g} us" if row["bytes"] <= 4096 else ""
+        target = f"< {TARGETS_US[row['way']]:g} us" if row["way"] in TARGETS_US and row["bytes"] <= 4096 else ""
         spent = [f"{row[name]:.1f}" for name in ("host_us", "python_us", "wall_us", "lanes")]
         return [row["way"], f"{row['bytes']:,}", *spent, "", target]
 

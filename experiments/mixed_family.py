@@ -39,6 +39,7 @@ from experiments.switching import Switching
 METHODS = ("apart", "mixed")
 ENDING = ": it is done without"
 PATIENT_S = 60.0  # nobody is refused
+MADE_S = 300.0  # what is wanted is waited for
 
 FLAGS = flags.FlagValues()
 own_flags.define_common(FLAGS)
@@ -97,7 +98,7 @@ class Served:
         move_in(self.rt, self.lives)
         for _ in range(6):  # whoever waits for whom is seen, and what is wanted for them is made
             closed_loop(self.rt, self.lives, min(1.0, FLAGS.duration))
-            self.rt.warm_up(PATIENT_S)
+            self.rt.warm_up(MADE_S)
 
     def run(self, number: int) -> Row:
         seen = self.seen

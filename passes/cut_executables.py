@@ -35,7 +35,7 @@ from coalesce.passes.segment import kept_apart
 def cut_executables(bundle: Bundle, *, platform: str, costs: Costs, executables: int | None = None) -> Bundle:
     """`executables` is how many there are to be, if there are places for so many. None: as many as win, on a GPU."""
     if executables is None and platform == "cpu":
-        why = "one executable: on a CPU kernels run as they are launched"
+        why = "one executable: kernels run as they are launched"
         return bundle if bundle.why_starts == why else replace(bundle, starts=(0,), why_starts=why)
     found = stretches(bundle.schedule, bundle.families, costs)
     chosen = choose_parts(found, places(bundle, [own.start for own in found]), costs, executables)
@@ -52,11 +52,8 @@ def places(bundle: Bundle, starts: Sequence[int]) -> list[Point]:
         [eqn for item in bundle.schedule[a:b] for eqn in equations(item)]
         for a, b in zip(bounds, bounds[1:], strict=False)
     ]
-    left_out = {
-        (f, v)
-        for f, family in enumerate(bundle.families)
-        for v in [*family.weights, *of_weights(family.jaxpr, family.n_weights)]
-    }
+    families = enumerate(bundle.families)
+    left_out = {(f, v) for f, family in families for v in of_weights(family.jaxpr, family.n_weights)}
     reads = [[(f, a) for f, eqn in own for a in eqn.invars if not isinstance(a, J.Literal)] for own in inside]
     binds = [[(f, v) for f, eqn in own for v in eqn.outvars if (f, v) not in left_out] for own in inside]
     live = live_before(lifetimes((), reads, binds), len(inside))

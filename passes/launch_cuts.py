@@ -116,6 +116,8 @@ class Table:
 
     def text(self, parts: int) -> str:
         cuts, total = self.cuts(parts), self.kernels(0, len(self.stretches))
+        if not cuts and not self.launch_us[-1]:
+            return "one executable: kernels run as they are launched"
         if not cuts:
             return f"one executable: the host launches its {total} kernels in {self.launch_us[-1]:.0f} us"
         bounds = [0, *cuts, len(self.stretches)]

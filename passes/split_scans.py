@@ -61,7 +61,7 @@ def bounds_of(eqn: J.Eqn, known: set[Any], costs: Costs, longest_us: float, most
         return []
     scan = J.as_scan(eqn)
     us = equation_us(eqn, costs)
-    if us <= longest_us or any(a in known for a in scan.xs) or any(J.is_key(a.aval) for a in scan.init):
+    if us <= longest_us or any(a in known for a in scan.xs) or any(J.is_key(a.aval) for a in [*scan.init, *scan.xs]):
         return [0, scan.length]
     steps = max(1, int(longest_us * scan.length / us), ceil(scan.length / most))
     parts = ceil(scan.length / steps)

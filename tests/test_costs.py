@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,23 @@ def test_no_dimension_makes_an_op_cheaper(name, m, n, k, axis, more, dtype):
 
 @given(devices, st.sampled_from([7, 14, 28]), st.sampled_from([16, 64, 256]), st.integers(1, 20), st.integers(1, 4))
 def test_no_lane_makes_a_convolution_cheaper(name, pixels, channels, groups, rows):
-    costs, op = Costs(DEVICES[name]), conv(pixels, channels, channels, 3)
-    for kernel in ("conv_slices", "conv_grouped", "separate"):
+    costs = Costs(DEVICES[name])
+    plain, depthwise = (conv(pixels, channels, channels, 3, groups=each) for each in (1, channels))
+    for kernel, op in [*product(("conv_slices", "conv_grouped", "separate"), [plain]), ("conv_taps", depthwise)]:
         us = costs.op(op, groups, rows, kernel) * (1 - 1e-9)
         assert us <= costs.op(op, groups + 1, rows, kernel)
         assert us <= costs.op(op, groups, rows + 1, kernel)
+
+
+@pytest.mark.parametrize("name", list(DEVICES))
+def test_a_depthwise_convolution_reads_and_writes_once(name):
+    """No library wins over it by the model where both were looked at, on an H100 and a CPU."""
+    device, op = DEVICES[name], conv(28, 192, 192, 3, groups=192)
+    costs, traffic = Costs(device), 8 * (2 * 28 * 28 * 192) * 4 / (max(device.memory_gbs, device.cache_gbs) * 1e3)
+    assert device.launch_us + traffic <= costs.op(op, 8, kernel="conv_taps") <= costs.op(op, 16, kernel="conv_taps")
+    if device in (H100, CPU):
+        others = [costs.op(op, 8, kernel=kernel) for kernel in ("conv_grouped", "separate")]
+        assert costs.op(op, 8, kernel="conv_taps") < min(others)
 
 
 @given(st.sampled_from(GPUS), sizes, sizes, sizes, st.integers(2, 32), dtypes)

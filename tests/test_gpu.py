@@ -1,5 +1,6 @@
 """On an NVIDIA GPU: numerics, isolation and the compiled program. Skipped elsewhere; run with `pytest -m gpu`."""
 
+from itertools import product
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import coalesce
+from coalesce.kernels import KERNELS
 from coalesce.models import by_name
 from tests.hlo import moves_of_size
 
@@ -93,13 +95,18 @@ def widened(x):
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
-@pytest.mark.parametrize("kernel", ["conv_slices", "conv_grouped", "separate"])
+CONVOLUTIONS = [*product(["conv_slices", "conv_grouped", "separate"], ["resnet18"]), ("conv_taps", "mobilenetv2")]
+
+
+@pytest.mark.parametrize(("kernel", "name"), CONVOLUTIONS)
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_a_poisoned_lane_reaches_no_other(kernel, poison):
-    model, params, inputs = setup("resnet18", "float32")
+def test_a_poisoned_lane_reaches_no_other(kernel, name, poison):
+    model, params, inputs = setup(name, "float32")
 
     def choice(op, groups, platform):
-        return kernel if op.kind == "conv" else "batched_dot"
+        if op.kind == "conv":
+            return kernel if KERNELS[kernel].supports(op) else "conv_slices"
+        return "batched_dot"
 
     fused = fused_of(model, params, inputs, choose_kernel=choice)
     clean = [np.asarray(y) for y in fused(inputs)]
@@ -128,6 +135,21 @@ def test_a_single_tenant_runs_as_it_does_alone():
         alone = jax.jit(model.apply)(params[0], *inputs[0])
         (fused,) = fused_of(model, params, inputs)(inputs)
     assert distance(fused, alone) <= 1e-5
+
+
+def test_several_executables_give_what_one_does():
+    """Called again and again, with several rounds under way: what is handed on is each round's own."""
+    model, params, inputs = setup("resnet50", "float32")
+    with jax.default_matmul_precision("highest"):
+        one, three = (fused_of(model, params, inputs, executables=n) for n in (1, 3))
+        assert (one.report.executables, three.report.executables) == (1, 3)
+        staged = three.staged()
+        rounds = [[(jnp.roll(x, i),) for (x,) in inputs] for i in range(4)]
+        wants, gots = [one(own) for own in rounds], [three(own) for own in rounds]
+        stacks = [staged(staged.stage(own)) for own in rounds]
+    for want, got, stack in zip(wants, gots, map(staged.unstage, stacks), strict=True):
+        for a, b, c in zip(want, got, stack, strict=True):
+            assert distance(b, a) <= 1e-5 and distance(c, a) <= 1e-5
 
 
 ACROSS = {

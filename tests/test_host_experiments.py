@@ -16,8 +16,8 @@ def saved(path: Path) -> dict:
 def test_host_time_has_a_row_for_each_way_and_size(tmp_path, capsys):
     host_time.main(["--requests=64", "--bytes=64", "--staged=4096", "--repeats=1", f"--out={tmp_path}"])
     rows = saved(tmp_path / "host_time.json")["rows"]
-    assert [row["way"] for row in rows] == ["submit", "infer", "staging"]
-    assert all(row["host_us"] > 0 and 1 <= row["lanes"] <= 16 for row in rows[:2]) and rows[2]["gbs"] > 0
+    assert [row["way"] for row in rows] == ["submit", "infer", "floor", "staging"]
+    assert all(row["host_us"] > 0 and 1 <= row["lanes"] <= 16 for row in rows[:3]) and rows[3]["gbs"] > 0
     assert "< 30 us" in capsys.readouterr().out
 
 

@@ -24,7 +24,7 @@ ranker = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]
 wide = lambda p, x: x @ p["a"] + x @ p["b"]
 loop = lambda w, x: jax.lax.while_loop(lambda c: (c @ w).sum() < 9, lambda c: c + 1, x)
 nhwc = dict(padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-depthwise = lambda k, x: jax.lax.conv_general_dilated(x, k, (1, 1), feature_group_count=8, **nhwc)
+grouped = lambda k, x: jax.lax.conv_general_dilated(x, k, (1, 1), feature_group_count=4, **nhwc)
 
 def trace(fn, p, x):
     return [coalesce.trace(fn, p, x, name=name) for name in "ab"]
@@ -32,7 +32,7 @@ def trace(fn, p, x):
 def programs(): return trace(ranker, {"a": f32(4, 8), "b": f32(8, 2)}, f32(1, 4))
 def pairs(): return trace(wide, {"a": f32(4, 8), "b": f32(4, 8)}, f32(1, 4))
 def loops(): return trace(loop, f32(4, 4), f32(4))
-def images(): return trace(depthwise, f32(3, 3, 1, 8), f32(1, 4, 4, 8))
+def images(): return trace(grouped, f32(3, 3, 2, 8), f32(1, 4, 4, 8))
 def one(): return programs()[0]
 def nothing(): return []
 def mixed(): return [*programs(), 3]
@@ -106,7 +106,7 @@ def test_options_reach_fuse(here, capsys):
     assert "-> 1 superkernel" in text(f"{MODULE}:pairs", "--within-program")
     assert "2 alone" in text(f"{MODULE}:loops")
     assert "0 alone" in text(f"{MODULE}:loops", "--pack-unbounded-loops")
-    assert "groups=8" in text(f"{MODULE}:images", "--platform", "cpu")
+    assert "groups=4" in text(f"{MODULE}:images", "--platform", "cpu")
     assert ": conv_grouped" not in text(f"{MODULE}:images", "--platform", "cpu")
     assert ": conv_grouped" in text(f"{MODULE}:images", "--platform", "gpu")
 

@@ -12,8 +12,8 @@ from coalesce.errors import DeadlineExceeded
 from coalesce.scheduler.baselines.edf import Edf
 from coalesce.scheduler.catalog import Catalog, Entry, Executable
 from coalesce.scheduler.coalescing import Coalescing
-from coalesce.scheduler.commands import Dispatch
-from coalesce.scheduler.events import CatalogChanged, Completed, Submitted, TenantAdded
+from coalesce.scheduler.commands import Command, Dispatch, Want
+from coalesce.scheduler.events import CatalogChanged, Completed, Event, Submitted, TenantAdded, Timer
 from coalesce.scheduler.request import Request, Tenant
 from experiments.results import Row
 from experiments.slo_probe import admitted_in_time, Bracket, Counts, probe, search
@@ -184,3 +184,14 @@ def test_policies_take_turns_in_one_runtime():
     policy.on_event(Completed(1, 200, 300), 300)
     third = [c for c in policy.on_event(sent(3, 4), 400) if isinstance(c, Dispatch)]
     assert [c.bundle for c in third] == [2, 3] and all(len(c.lanes[0]) == 1 for c in third)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_what_a_policy_wants_of_several_families_is_heard_or_not(mixed):
+    one, both = Want((Entry(0, 0, 4),)), Want((Entry(0, 0, 1), Entry(1, 0, 1)))
+
+    class Wishful:
+        def on_event(self, event: Event, now_ns: int) -> list[Command]:
+            return [both, one]
+
+    assert Switching(Wishful, mixed).on_event(Timer(), 0) == ([both, one] if mixed else [one])

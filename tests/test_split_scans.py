@@ -68,7 +68,11 @@ def of_no_carry(p: Any, xs: Any) -> Any:
     return lax.map(lambda x: {"y": x @ p["x"]}, xs)
 
 
-MODELS = [recurrent, backwards, of_no_inputs, of_no_carry]
+def unrolled(p: Any, xs: Any) -> Any:
+    return lax.scan(lambda h, x: (h := jnp.tanh(h @ p["h"] + x), h), jnp.ones((2, 4)), xs, unroll=6)
+
+
+MODELS = [recurrent, backwards, of_no_inputs, of_no_carry, unrolled]
 
 
 @pytest.mark.parametrize("fn", MODELS)
@@ -104,8 +108,10 @@ def test_a_scan_over_weights_is_whole():
         assert split_scans(jaxpr, n, costs=COSTS, longest_us=0.0) is jaxpr
 
 
-def test_keys_that_are_carried_stay_in_one_scan():
-    def apply(p, key):
+def test_keys_do_not_wait_between_parts():
+    """Neither in a carry nor for later steps."""
+
+    def carried(p, key):
         def step(carry, _):
             key, h = carry
             key, own = jax.random.split(key)
@@ -113,8 +119,13 @@ def test_keys_that_are_carried_stay_in_one_scan():
 
         return lax.scan(step, (key, jnp.zeros(4)), None, length=6)[0][1]
 
-    jaxpr, n = traced(apply, array(4), jax.random.key(0))
-    assert split_scans(jaxpr, n, costs=COSTS, longest_us=0.0) is jaxpr
+    def read(p, key):
+        keys = jax.random.split(key, 6)
+        return lax.scan(lambda h, own: (h + jax.random.normal(own, (4,)) * p, None), jnp.zeros(4), keys)[0]
+
+    for fn in (carried, read):
+        jaxpr, n = traced(fn, array(4), jax.random.key(0))
+        assert scans(jaxpr) and split_scans(jaxpr, n, costs=COSTS, longest_us=0.0) is jaxpr
 
 
 def test_there_are_no_more_parts_than_asked_for():

@@ -53,6 +53,7 @@ class Device:
     conv_us: float  # one more convolution of the vendor's library, besides its product
     conv_efficiency: float  # what such a convolution reaches of the rate of a dot
     grouped_efficiency: float  # and one with feature groups
+    taps_efficiency: float  # what a sum over a window's taps reaches of `rates.f32`, or of f64
     tiles: tuple[Tile, ...]
     k_step: int  # the contraction is taken in steps of so many
     splits: tuple[int, ...]  # parts into which the contraction may be cut where tiles are few
@@ -96,6 +97,9 @@ H100 = Device(
     conv_us=15.0,  # measured: 16 small convolutions in one program, 16 to 28 us each, outside CUDA graphs
     conv_efficiency=0.5,  # of the same measurement
     grouped_efficiency=0.25,  # of the same, as one grouped convolution: from 10 to 250 TFLOP/s
+    # Counted in what XLA compiles for 3x3 windows of bfloat16: 72 FLOPs of a thread take 350 to 430 instructions, where
+    # each could be two FLOPs. To be measured.
+    taps_efficiency=0.09,
     tiles=GPU_TILES,
     k_step=64,
     splits=(1, 2, 4, 8, 16),
@@ -146,6 +150,7 @@ CPU = Device(
     conv_us=10.0,
     conv_efficiency=0.95,
     grouped_efficiency=0.06,  # a plain loop, not a product
+    taps_efficiency=0.05,  # 3x3 of 14x14x384 and 24x24x144, 4 lanes: 24 to 40 GFLOP/s beside other work
     tiles=(Tile(8, 16, 1.0),),
     k_step=8,
     splits=(1,),

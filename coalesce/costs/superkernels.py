@@ -76,6 +76,15 @@ def conv_grouped(machine: Machine, op: HeavyOp, groups: int, rows: int) -> float
     return us
 
 
+def conv_taps(machine: Machine, op: HeavyOp, groups: int, rows: int) -> float:
+    """One loop on plain cores, in float32 at least; operands are read once, as a cache has them for the other taps."""
+    device, names = machine.device, (op.lhs.dtype.name, op.out.dtype.name)
+    peak = device.rates.f64 if {"float64", "complex128"} & {*names} else device.rates.f32
+    arithmetic = groups * rows * op.flops / (peak * 1e6 * device.taps_efficiency)
+    moved = groups * rows * (nbytes(op.lhs) + nbytes(op.out))
+    return machine.kernel(arithmetic, groups * nbytes(op.rhs), moved)
+
+
 def separate(machine: Machine, op: HeavyOp, groups: int, rows: int) -> float:
     device = machine.device
     if op.kind == "dot":
@@ -127,6 +136,7 @@ BY_KERNEL: Mapping[str, Callable[[Machine, HeavyOp, int, int], float]] = {
     "batched_matvec": batched_dot,
     "conv_slices": conv_slices,
     "conv_grouped": conv_grouped,
+    "conv_taps": conv_taps,
     "separate": separate,
     "indexed_gemm": indexed_gemm,
     "indexed_matvec": indexed_gemm,

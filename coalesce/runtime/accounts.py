@@ -136,16 +136,18 @@ class Accounts(Observer):
             self._bundles += 1
             self._lanes += lanes
             self._device_ns += bundle.took_ns
+            known = self._accounts
             for ticket in chain.from_iterable(bundle.entries):
-                account = self._of(ticket.request.tenant)
+                account = known.get(ticket.request.tenant) or Account()
                 account.device_ns += each
                 account.padding_ns += padding
 
     def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
         with self._lock:
+            known = self._accounts
             for ending in endings:
                 request = ending.ticket.request
-                account = self._of(request.tenant)
+                account = known.get(request.tenant) or Account()
                 account.latencies_ns.append(now_ns - request.arrival_ns)
                 if now_ns <= request.deadline_ns:
                     account.ok += 1
