@@ -74,15 +74,18 @@ def most_lanes(queue: Queue, per_ns: float) -> int:
     """The width in which most is served, if runs of one queue follow one another.
 
     Whoever comes while a run is on the device can be in the next one if both are over in time: all of them, if a run
-    takes less than half of the SLO, and else those that come when no more of the SLO is gone than a run leaves. Such a
-    run has to serve markedly more: who is refused for when it comes is refused whatever its share.
+    takes less than half of the SLO, and else those that come when no more of the SLO is gone than a run leaves. Where
+    most come from tenants that are over their shares such a run has to serve markedly more: who is refused for when it
+    comes is refused whatever its share.
     """
-    slo_ns = queue.costs.slo_ns
+    slo_ns, uneven = queue.costs.slo_ns, 2 * queue.others.per_ns < per_ns
     found, best = 1, 0.0
     for option in queue.costs.options:
         run_ns = option.through_ns
         served = min(option.width, min(run_ns, slo_ns - run_ns) * per_ns) / run_ns
-        if served >= best if 2 * run_ns <= slo_ns else (MARKEDLY - 1) * served > MARKEDLY * best:
+        if uneven and 2 * run_ns > slo_ns:
+            served -= served / MARKEDLY
+        if served >= best:
             found, best = option.width, served
     return found
 
