@@ -212,7 +212,7 @@ class Coalescing:
         is_calm = not self._load.is_over(now_ns)
         if known is not None:
             if known.free_ns != free_ns or known.is_calm != is_calm:
-                known = self._started = known._replace(free_ns=free_ns, is_calm=is_calm)
+                known = self._started = Start(free_ns, known.begun, known.slip_ns, is_calm, known.is_idle)
             return known
         slip_ns = 0.0
         begun: list[Begun] = []

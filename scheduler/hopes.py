@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import hypot
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from coalesce.scheduler.costs import MARKEDLY
 from coalesce.scheduler.cover import FAR, Option
@@ -74,26 +74,41 @@ def most_lanes(queue: Queue, per_ns: float) -> int:
     """The width in which most is served, if runs of one queue follow one another.
 
     Whoever comes while a run is on the device can be in the next one if both are over in time: all of them, if a run
-    takes less than half of the SLO, and else those that come when no more of the SLO is gone than a run leaves. Such a
-    run has to serve markedly more: who is refused for when it comes is refused whatever its share.
+    takes less than half of the SLO, and else those that come when no more of the SLO is gone than a run leaves. Where
+    most come from tenants that are over their shares such a run has to serve markedly more: who is refused for when it
+    comes is refused whatever its share.
     """
-    slo_ns = queue.costs.slo_ns
+    slo_ns, uneven = queue.costs.slo_ns, 2 * queue.others.per_ns < per_ns
     found, best = 1, 0.0
     for option in queue.costs.options:
         run_ns = option.through_ns
         served = min(option.width, min(run_ns, slo_ns - run_ns) * per_ns) / run_ns
-        if served >= best if 2 * run_ns <= slo_ns else (MARKEDLY - 1) * served > MARKEDLY * best:
+        if uneven and 2 * run_ns > slo_ns:
+            served -= served / MARKEDLY
+        if served >= best:
             found, best = option.width, served
     return found
 
 
-def have_room(queue: Queue, runs: Sequence[tuple[int, Option, int]], done_ns: float, now_ns: int) -> bool:
+@runtime_checkable
+class Laid(Protocol):
+    """A run in an outlook."""
+
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def option(self) -> Option: ...
+    @property
+    def start_ns(self) -> int: ...
+
+
+def have_room(queue: Queue, runs: Sequence[Laid], done_ns: float, now_ns: int) -> bool:
     """Whether runs of a queue have places for all who are owed something and come before one more run could be begun
-    for them: at `done_ns`, and then still in time. A run is what waits for it, itself and when it starts."""
-    _, option, start_ns = runs[-1]
-    room = sum(run[1].width for run in runs) - runs[0][0]
-    again_ns = done_ns + option.through_ns - queue.costs.slo_ns
-    return room >= (min(start_ns, again_ns) - now_ns) * queue.others.per_ns * OTHERS
+    for them: at `done_ns`, and then still in time."""
+    last = runs[-1]
+    room = sum(run.option.width for run in runs) - runs[0].waiting
+    again_ns = done_ns + last.option.through_ns - queue.costs.slo_ns
+    return room >= (min(last.start_ns, again_ns) - now_ns) * queue.others.per_ns * OTHERS
 
 
 def has_time(queue: Queue, done_ns: float, now_ns: int, kinds: int) -> bool:

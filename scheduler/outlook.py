@@ -136,10 +136,12 @@ def room(sure: Outlook, queue: Queue) -> tuple[int, int, bool]:
     """Up to how many lanes in a queue change none of its runs, when the last of these is done, and whether some of them
     have little time."""
     count, most, end_ns, is_tight = len(queue.items), FAR, FAR, False
-    for _, _, own, served, _, option, is_whole, is_pressed, start_ns, *_ in sure.turns if not sure.late else ():
-        if own is queue:
-            most = min(most, served + queue.costs.cover.until(count - served)) if is_whole else 0
-            last, end_ns, is_tight = served + option.width, start_ns + option.through_ns, is_tight or is_pressed
+    for turn in sure.turns if not sure.late else ():
+        if turn.queue is queue:
+            served, option = turn.served, turn.option
+            most = min(most, served + queue.costs.cover.until(count - served)) if turn.is_whole else 0
+            last, end_ns = served + option.width, turn.start_ns + option.through_ns
+            is_tight = is_tight or turn.is_pressed
     return (min(most, last), end_ns, is_tight) if end_ns < FAR else (0, FAR, False)
 
 
@@ -149,9 +151,10 @@ def hoped_with(level: Level, start: Start, new: Newcomer) -> Outlook | None:
     hoped = remembered(level, start).hoped
     if hoped is None or hoped.late or queue.serial in hoped.hurried or at < len(queue.items):
         return None
-    for _, _, own, served, _, option, _, _, start_ns, *_ in reversed(hoped.turns):
-        if own is queue:
-            return hoped if at < served + option.width and due_ns >= start_ns + option.through_ns else None
+    for turn in reversed(hoped.turns):
+        if turn.queue is queue:
+            has_place = at < turn.served + turn.option.width and due_ns >= turn.start_ns + turn.option.through_ns
+            return hoped if has_place else None
     return None
 
 
@@ -162,7 +165,7 @@ def keeps_room(ahead: Outlook, level: Level, now_ns: int) -> bool:
         return True
     for queue in level.firsts:
         if queue.others.until_ns > now_ns:
-            runs = [(turn[4], turn[5], turn[8]) for turn in ahead.turns if turn[2] is queue]
+            runs = [turn for turn in ahead.turns if turn.queue is queue]
             if not (have_room(queue, runs, done_ns, now_ns) if runs else has_time(queue, done_ns, now_ns, kinds)):
                 return False
     return True

@@ -1,12 +1,14 @@
 """The optimum that policies are held against, on instances that can be done by hand or by trying everything."""
 
 from itertools import combinations, permutations
+from random import Random
 
 import pytest
 
 from coalesce.scheduler.machine import Line
 from coalesce.scheduler.request import Tenant
 from coalesce.scheduler.workloads import Arrival
+from experiments.hindsight import most_in_time
 from experiments.policy_exact import solve
 from experiments.policy_instances import Instance, random_instance, US
 
@@ -103,3 +105,13 @@ def test_instances_are_drawn_again_with_their_seed(seed):
     assert first == again and 10 <= len(first.arrivals) <= 30
     assert all(a.time_ns % US == 0 for a in first.arrivals)
     assert all(tenant.slo_ns % US == 0 for tenant in first.tenants)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_hindsight_is_the_optimum_of_one_program_with_one_slo(seed):
+    chance = Random(seed)
+    arrivals = sorted(chance.choice((0, 0, 1, 2, 5)) + chance.randint(0, 8) * 2 for _ in range(7))
+    one = instance_of(*((float(ms), "a") for ms in arrivals), slos_ms={"a": chance.choice((4, 5, 7))})
+    slo_ns, times = one.tenants[0].slo_ns, {width: one.lines[0].time(width) for width in one.widths}
+    found = most_in_time([arrival.time_ns for arrival in one.arrivals], slo_ns, times)
+    assert found == solve(one, seconds=20.0).in_time

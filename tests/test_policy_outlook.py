@@ -23,7 +23,7 @@ WINDOW_NS = 1 << 25  # of those in which bursts show
 
 
 def said(ahead: Outlook) -> tuple[object, ...]:
-    runs = [(due_ns, serial, option, start_ns) for due_ns, serial, _, _, _, option, _, _, start_ns, *_ in ahead.turns]
+    runs = [(turn.due_ns, turn.serial, turn.option, turn.start_ns) for turn in ahead.turns]
     return ahead.late, ahead.tardy_ns, ahead.hurried, ahead.end_ns, ahead.slip_ns, runs
 
 
