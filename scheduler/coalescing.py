@@ -44,7 +44,6 @@ from coalesce.scheduler.load import Load
 from coalesce.scheduler.patience import wait_until
 from coalesce.scheduler.quarantine import Watch
 from coalesce.scheduler.queues import Queues
-from coalesce.scheduler.request import Request
 from coalesce.scheduler.requests import Requests
 from coalesce.scheduler.shares import Shares
 from coalesce.scheduler.slots import Slots
@@ -73,7 +72,7 @@ class Coalescing:
         self._requests = Requests(self._queues, self._tenancy, self._watch, self._shares, self._costs, self._load)
         self._bundles = 0
         self._started: Start | None = None  # what it was last, where nothing of the flight or of costs has changed
-        self._doubt = Doubt()
+        self._doubt = Doubt(self._costs, self._tenancy)
         self._handlers: dict[type, Callable[[Any, int], None]] = {
             Cancelled: lambda event, now_ns: self._requests.cancel(event.request),
             Completed: self._complete,
@@ -88,8 +87,8 @@ class Coalescing:
         out: list[Command] = []
         self._out = self._requests.out = out
         if isinstance(event, Submitted):
-            if not self._flight.bundles and not self._requests:
-                self._doubt_predictions(event.requests, now_ns)
+            if not self._flight.bundles and not self._requests and not self._requests.closed:
+                self._moved_of(self._doubt.arise(event.requests, now_ns))
             start = self._start(now_ns)
             self._requests.submit(event.requests, start, now_ns)
         else:
@@ -98,7 +97,11 @@ class Coalescing:
         if self._queues.hopeless_ns <= start.free_ns:
             self._drop_hopeless(start.free_ns, now_ns)
         free = len(self._flight.bundles) < self._depth and start.free_ns - now_ns <= self._lead.ns
-        self._wake(self._dispatch(start, now_ns) if free else FAR, now_ns)
+        patient_ns = self._dispatch(start, now_ns) if free else FAR
+        if self._doubt.is_open:
+            running = self._flight.bundles[0].executable if self._flight.bundles else None
+            self._moved_of(self._doubt.settle(running, self.waiting))
+        self._wake(patient_ns, now_ns)
         return out
 
     @property
@@ -107,16 +110,6 @@ class Coalescing:
         return len(self._requests)
 
     # What happened
-
-    def _doubt_predictions(self, requests: Sequence[Request], now_ns: int) -> None:
-        """Of what comes to an idle device, if they rule it out."""
-        for request in requests:
-            left_ns, costs = request.deadline_ns - now_ns, self._costs.of((request.family, 0))
-            if 0 < left_ns < costs.alone.l50_ns and self._doubt.is_due(costs.alone.l50_ns, now_ns):
-                places = [(request.family, s) for s in range(self._costs.catalog.segments_of(request.family))]
-                self.latency.hope([self._costs.of(place).options[0].executable for place in places], left_ns)
-                self._moved(frozenset([request.family]))
-                return
 
     def _complete(self, event: Completed, now_ns: int) -> None:
         bundle = self._flight.complete(event)
@@ -134,6 +127,12 @@ class Coalescing:
         self._out += self._watch.see(list(tenants), took_ns, bundle.clean_l99_ns, now_ns)
         if self.latency.observe(run, self._watch.blamed):
             self._moved(None if self.latency.others_moved else frozenset(place[0] for place, _ in bundle.parts))
+        if self.latency.came_true:
+            self._doubt.come_true()
+
+    def _moved_of(self, family: int | None) -> None:
+        if family is not None:
+            self._moved(frozenset([family]))
 
     def _moved(self, families: frozenset[int] | None = None) -> None:
         """Predictions have, of all families or of some."""

@@ -11,9 +11,9 @@ A prediction that has moved by less than 1/32 stays as it is, so that what is de
 executable that has not run while STALE others did is predicted from its warm-up again: what looked slow once would
 never be tried otherwise.
 
-Where predictions rule everything out (`doubt`), an executable is hoped to take what it took when it was warmed up, for
-as long as its runs keep within the time that there was. One that does not ends it; after OFTEN that do what was learnt
-before is forgotten, and of other executables what is as far off.
+Where predictions rule everything out (`doubt`), an executable that was slower is hoped to take what it took when it was
+warmed up, never less, for as long as its runs keep within the time that there was. One that does not ends it; after
+OFTEN that do what was learnt before is forgotten, and of other executables what is as far off.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ class LatencyModel:
         self._scale = 1.0
         self._hopes: dict[int, Hope] = {}
         self._fresh = Fresh()
+        self.came_true = False  # whether a hope has, with the last run
         self.others_moved = False  # whether the last run has moved predictions of others than its own executable
 
     def change(self, catalog: Catalog) -> None:
@@ -92,10 +93,7 @@ class LatencyModel:
     def of(self, executable: int) -> Quantiles:
         known = self._published.get(executable)
         if known is None:
-            prior = self._warm_up[executable]
-            l50_ns = int(prior.l50_ns * self._scale)
-            known = Quantiles(l50_ns, int(l50_ns * spread_of(prior)))
-            self._published[executable] = known
+            known = self._published[executable] = self._in_warm_up(executable, self._scale)
         return known
 
     def learnt(self, executable: int) -> Quantiles:
@@ -103,15 +101,33 @@ class LatencyModel:
         hope = self._hopes.get(executable)
         return hope.instead_of if hope is not None else self.of(executable)
 
-    def hope(self, executables: Sequence[int], within_ns: int) -> None:
-        """Predicts that runs of these, one after another, take so long or less, until one takes longer."""
-        warm_ups = [self._warm_up[executable] for executable in executables]
-        whole_ns = max(1, sum(prior.l50_ns for prior in warm_ups))
-        for prior in warm_ups:
-            own_ns = within_ns * prior.l50_ns // whole_ns
-            l50_ns = min(prior.l50_ns, self.learnt(prior.id).l50_ns, own_ns // 2)
-            self._hopes[prior.id] = Hope(self.learnt(prior.id), own_ns, 0)
-            self._published[prior.id] = Quantiles(l50_ns, int(l50_ns * spread_of(prior)))
+    def hoped(self, executable: int) -> int:
+        """How long it takes if it is no slower than when it was warmed up."""
+        return min(self.of(executable).l50_ns, self._in_warm_up(executable).l50_ns)
+
+    def hope(self, executables: Sequence[int], within_ns: int) -> list[int]:
+        """Predicts of those that were slower in runs that they take what they did in the warm-up, until one takes
+        longer than its part of the time in which all are to be done; which these are."""
+        hoped = [id for id in executables if self.of(id).l50_ns > self._in_warm_up(id).l50_ns]
+        left_ns = within_ns - sum(self.of(id).l50_ns for id in executables if id not in hoped)
+        whole_ns = sum(self._in_warm_up(id).l50_ns for id in hoped)
+        for id in hoped:
+            new, old = self._in_warm_up(id), self.learnt(id)
+            self._hopes[id] = Hope(old, max(new.l50_ns, left_ns * new.l50_ns // whole_ns), 0)
+            self._published[id] = new
+        return hoped
+
+    def give_up(self, hoped: Sequence[int]) -> None:
+        """Predicts what was learnt again."""
+        for id in hoped:
+            hope = self._hopes.pop(id, None)
+            if hope is not None:
+                self._published[id] = hope.instead_of
+
+    def _in_warm_up(self, executable: int, scale: float = 1.0) -> Quantiles:
+        prior = self._warm_up[executable]
+        l50_ns = max(1, int(prior.l50_ns * scale))
+        return Quantiles(l50_ns, max(l50_ns, int(l50_ns * spread_of(prior))))
 
     def observe(self, run: Prediction, tenants: frozenset[str] | None) -> bool:
         """Learns from a run; True where predictions have moved, of this executable or, with the device, of others.
@@ -119,6 +135,7 @@ class LatencyModel:
         `tenants` may be the reason if it was slow; where that is known, it is None.
         """
         self.predictions.append(run)
+        self.came_true = False
         prior = self._warm_up.get(run.executable)
         if prior is None:  # it left the catalog while it ran
             return False
@@ -134,6 +151,7 @@ class LatencyModel:
 
     def _fulfil(self, hope: Hope, run: Prediction, prior: Executable) -> bool:
         """It came true again: often enough, and what was learnt before is of another time."""
+        self.came_true = True
         runs = self._runs.setdefault(run.executable, Runs())
         runs.count(run.actual_ns)
         if hope.fulfilled + 1 < OFTEN:

@@ -67,7 +67,8 @@ class Runs:
             del self.ascending[bisect_left(self.ascending, self.last.popleft())]
 
     def quantiles(self, prior: Executable) -> Quantiles:
-        l50_ns, l90_ns = self.ascending[len(self.ascending) // 2], self.ascending[-1 - len(self.ascending) // TENTH]
+        l50_ns = max(1, self.ascending[len(self.ascending) // 2])
+        l90_ns = max(l50_ns, self.ascending[-1 - len(self.ascending) // TENTH])
         l99_ns = l50_ns + int(TAIL * (l90_ns - l50_ns))
         if len(self.last) == WINDOW:
             return Quantiles(l50_ns, l99_ns)

@@ -9,14 +9,14 @@ from hypothesis import given, settings, strategies as st
 
 from coalesce.scheduler.catalog import Catalog, Entry, Executable
 from coalesce.scheduler.coalescing import Coalescing
-from coalesce.scheduler.commands import Command, Dispatch, Reject
-from coalesce.scheduler.doubt import LONGEST_NS, RUNS
-from coalesce.scheduler.events import Completed, Event, Submitted
+from coalesce.scheduler.commands import Command, Dispatch, Reason, Reject
+from coalesce.scheduler.doubt import LONGEST_NS, RUNS, SELDOM
+from coalesce.scheduler.events import CatalogChanged, Completed, Event, Submitted, TenantAdded, Timer
 from coalesce.scheduler.faults import FAR, Faults, Slow, Stall
 from coalesce.scheduler.invariants import Checker
 from coalesce.scheduler.latency import FEW, LatencyModel, Prediction, STALE
 from coalesce.scheduler.machine import Line, line_catalog
-from coalesce.scheduler.request import Tenant
+from coalesce.scheduler.request import Request, Tenant
 from coalesce.scheduler.run import Outcome, Run
 from coalesce.scheduler.simulator import simulate
 from coalesce.scheduler.workloads import arrive, poisson
@@ -112,7 +112,8 @@ def after_trouble(rate: float, seed: int, faults: Faults, spread: float, trouble
     tenants = [Tenant(f"t{i}", (0,), SLOS) for i in range(8)]
     made = (Executable(i, (Entry(0, 0, 1 << i),), us * 1000, int(us * 1000 * spread)) for i, us in enumerate(TIMES_US))
     longest_ns = trouble_ns if faults.stalls else int(max(TIMES_US) * 1000 * faults.slow[0].factor)
-    quiet_ns = 50 * MS + trouble_ns + max(LONGEST_NS, RUNS * longest_ns) + longest_ns
+    seldom_ns = min(SELDOM * longest_ns, trouble_ns + 2 * RUNS * longest_ns)
+    quiet_ns = 50 * MS + trouble_ns + max(LONGEST_NS, seldom_ns) + longest_ns
     arrivals = arrive(Random(seed), poisson(Random(seed + 1), rate), [t.name for t in tenants], quiet_ns + END_NS)
     idle = Idle()
     watchers = [idle, Checker(depth=2).see]
@@ -154,3 +155,125 @@ def test_a_hiccup_of_the_host_is_over_when_it_is_over(rate, hiccups, spread, see
     quiet = [(s.until_ns + 5 * MS, s.until_ns + 28 * MS) for s in stalls]
     counts = sum((run.counts(None, *span) for span in quiet), Counter())
     assert counts[Outcome.OK] >= 0.95 * counts.total() - 2
+
+
+class Device:
+    """A policy with one executable of one lane, 100 ms in its warm-up, and a device that takes `run_ms`."""
+
+    def __init__(self, tenants: Sequence[Tenant] = (), run_ms: int = 100, width: int = 1, warm_ms: int = 100) -> None:
+        self.policy, self.run_ms, self.now_ms, self.busy_ms, self.asked = Coalescing(), run_ms, 0, 0, 0
+        made = (Executable(0, (Entry(0, 0, width),), warm_ms * MS, warm_ms * MS * 51 // 50),)
+        self.policy.on_event(CatalogChanged(Catalog(made)), 0)
+        for tenant in tenants or (Tenant("a", (0,), 130 * MS), Tenant("b", (0,), 130 * MS)):
+            self.policy.on_event(TenantAdded(tenant), 0)
+
+    def ask(self, at_ms: int, *asked: tuple[str, int]) -> dict[int, Reason | bool]:
+        """All at once, each with what it has left in ms; why they are refused or whether they are in time."""
+        assert at_ms >= self.now_ms
+        self.now_ms, first = at_ms, self.asked
+        left = dict(enumerate((ms for _, ms in asked), first))
+        self.asked += len(asked)
+        new = tuple(Request(i, t, 0, at_ms * MS, (at_ms + ms) * MS) for i, (t, ms) in enumerate(asked, first))
+        became: dict[int, Reason | bool] = {}
+        commands = list(self.policy.on_event(Submitted(new), at_ms * MS))
+        while len(became) < len(asked):
+            became |= {c.request: c.reason for c in commands if isinstance(c, Reject)}
+            if (run := next((c for c in commands if isinstance(c, Dispatch)), None)) is not None:
+                began_ms, self.now_ms = self.now_ms, self.now_ms + self.run_ms
+                self.busy_ms += self.run_ms
+                became |= {i: self.now_ms <= at_ms + left[i] for own in run.lanes for i in own}
+                done = Completed(run.bundle, began_ms * MS, self.now_ms * MS, False)
+                commands = list(self.policy.on_event(done, self.now_ms * MS))
+            elif len(became) < len(asked):
+                self.now_ms += 1
+                commands = list(self.policy.on_event(Timer(), self.now_ms * MS))
+        return dict(sorted(became.items()))
+
+    def make_slow(self, run_ms: int) -> None:
+        """Until runs are believed to take so long."""
+        self.run_ms = run_ms
+        while self.policy.latency.of(0).l50_ns < run_ms * MS:
+            self.ask(self.now_ms + 1, ("b", 10 * run_ms))
+
+
+@given(lefts=st.lists(st.tuples(st.integers(1, 99), st.integers(0, 2000)), min_size=1, max_size=50), slow=st.booleans())
+def test_a_deadline_that_was_never_possible_is_no_reason_to_doubt(lefts, slow):
+    """Nothing is run for it, and nothing believed, whatever has been learnt; so nobody else notices."""
+    device = Device()
+    if slow:
+        device.make_slow(300)
+    busy_ms, believed = device.busy_ms, device.policy.latency.of(0)
+    for left_ms, later_ms in lefts:
+        assert [*device.ask(device.now_ms + later_ms, ("a", left_ms)).values()] == [Reason.INFEASIBLE]
+        assert device.policy.latency.of(0) == believed and device.policy.waiting == 0
+    assert device.busy_ms == busy_ms
+    if not slow:
+        assert [*device.ask(device.now_ms, ("b", 130)).values()] == [True]
+
+
+@pytest.mark.parametrize("impossible", [1, 50, 99])
+def test_who_can_be_served_is_beside_one_who_never_could(impossible):
+    device = Device()
+    became = [*device.ask(2000, ("a", impossible), *[("b", 130)] * 5).values()]
+    assert became == [Reason.INFEASIBLE, True, *[Reason.INFEASIBLE] * 4]
+
+
+def test_nobody_is_tried_beside_who_is_served_without():
+    """Runs are believed to take 300 ms, and do; one request that has the time for that came with one that has not."""
+    device = Device()
+    device.make_slow(300)
+    assert [*device.ask(device.now_ms + 10_000, ("a", 130), ("b", 350)).values()] == [Reason.INFEASIBLE, True]
+
+
+@pytest.mark.parametrize("why", [Reason.QUEUE_FULL, Reason.UNKNOWN_TENANT])
+def test_no_hope_is_set_for_who_is_refused_for_another_reason(why):
+    tenants = [Tenant("a", (0,), 130 * MS, quota=0), Tenant("b", (0,), 130 * MS)]
+    device = Device(tenants if why is Reason.QUEUE_FULL else tenants[1:])
+    device.make_slow(300)
+    believed = device.policy.latency.of(0)
+    assert [*device.ask(device.now_ms + 10_000, ("a", 130)).values()] == [why]
+    assert device.policy.latency.of(0) == believed
+    device.run_ms = 100
+    assert [*device.ask(device.now_ms, ("b", 130)).values()] == [True]
+
+
+def test_hope_is_for_the_time_of_the_warm_up_and_until_a_run_takes_longer():
+    device = Device()
+    device.make_slow(300)
+    policy, at_ns = device.policy, (device.now_ms + 10_000) * MS
+    out = policy.on_event(Submitted((Request(999, "a", 0, at_ns, at_ns + 130 * MS),)), at_ns)
+    assert [c.l50_ns for c in out if isinstance(c, Dispatch)] == [100 * MS]
+    bundle = next(c.bundle for c in out if isinstance(c, Dispatch))
+    policy.on_event(Completed(bundle, at_ns, at_ns + 300 * MS, False), at_ns + 300 * MS)
+    assert policy.latency.of(0).l50_ns == 300 * MS
+
+
+def test_a_device_that_stays_slow_is_tried_ever_more_seldom():
+    """Requests come every 50 ms for two minutes; runs that took 10 ms take 30, and the SLO is 25."""
+    device = Device([Tenant("b", (0,), 25 * MS)], run_ms=10, warm_ms=10)
+    device.make_slow(30)
+    tried = []
+    for at_ms in range(device.now_ms + 50, device.now_ms + 120_000, 50):
+        if False in device.ask(max(at_ms, device.now_ms), ("b", 25)).values():
+            tried.append(at_ms)
+    gaps = [later - earlier for earlier, later in zip(tried, tried[1:], strict=False)]
+    assert gaps == sorted(gaps) and gaps[-1] >= SELDOM * 30, gaps
+    assert len(tried) * 30 * SELDOM <= 120_000 * 1.2, gaps
+    device.run_ms = 10
+    after = [device.ask(at, ("b", 25)) for at in range(device.now_ms, device.now_ms + 2 * SELDOM * 30, 50)]
+    assert all([*became.values()] == [True] for became in after[SELDOM * 30 // 50 + 1 :])
+
+
+@given(left_ns=st.integers(1, 10), warm_ns=st.integers(0, 3), later_ns=st.integers(0, 10**9))
+def test_no_run_is_believed_to_take_no_time(left_ns, warm_ns, later_ns):
+    policy, at_ns = Coalescing(), 1000 * MS
+    made = tuple(Executable(i, (Entry(0, 0, 1 << i),), warm_ns, warm_ns) for i in range(2))
+    policy.on_event(CatalogChanged(Catalog(made)), 0)
+    policy.on_event(TenantAdded(Tenant("a", (0,), 50 * MS)), 0)
+    for i in range(4):
+        for c in policy.on_event(Submitted((Request(i, "a", 0, at_ns, at_ns + left_ns),)), at_ns):
+            if isinstance(c, Dispatch):
+                policy.on_event(Completed(c.bundle, at_ns, at_ns, False), at_ns)
+        assert all(policy.latency.of(e.id).l50_ns >= 1 for e in made)
+        at_ns += later_ns
+        left_ns = 50 * MS
