@@ -10,7 +10,8 @@ from hypothesis import given, settings, strategies as st
 from coalesce.scheduler.catalog import Catalog, Entry, Executable
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.commands import Command, Dispatch, Reason, Reject
-from coalesce.scheduler.doubt import LONGEST_NS, RUNS, SELDOM
+from coalesce.scheduler.costs import Costs
+from coalesce.scheduler.doubt import Doubt, LONGEST_NS, RUNS, SELDOM
 from coalesce.scheduler.events import CatalogChanged, Completed, Event, Submitted, TenantAdded, Timer
 from coalesce.scheduler.faults import FAR, Faults, Slow, Stall
 from coalesce.scheduler.invariants import Checker
@@ -19,6 +20,7 @@ from coalesce.scheduler.machine import Line, line_catalog
 from coalesce.scheduler.request import Request, Tenant
 from coalesce.scheduler.run import Outcome, Run
 from coalesce.scheduler.simulator import simulate
+from coalesce.scheduler.tenancy import Tenancy
 from coalesce.scheduler.workloads import arrive, poisson
 from tests.test_baselines import POLICIES
 
@@ -277,3 +279,33 @@ def test_no_run_is_believed_to_take_no_time(left_ns, warm_ns, later_ns):
         assert all(policy.latency.of(e.id).l50_ns >= 1 for e in made)
         at_ns += later_ns
         left_ns = 50 * MS
+
+
+def test_impossible_deadlines_do_not_use_up_the_doubt_of_a_possible_one():
+    device = Device()
+    device.make_slow(300)
+    device.run_ms = 100
+    began_ms = device.now_ms + 10_000
+    became = [device.ask(began_ms + i, ("a", 99)) for i in range(20)] + [device.ask(began_ms + 20, ("b", 130))]
+    assert [*became[-1].values()] == [True]
+
+
+@pytest.mark.parametrize("running, waiting, stays", [(None, 0, False), (None, 1, True), (7, 0, False), (0, 0, True)])
+def test_a_hope_that_nothing_is_run_for_is_given_up(running, waiting, stays):
+    latency, tenancy = LatencyModel(), Tenancy()
+    costs = Costs(latency)
+    catalog = Catalog((Executable(0, (Entry(0, 0, 1),), MS, MS),))
+    latency.change(catalog)
+    costs.change(catalog, {0: 2 * MS})
+    tenancy.add(Tenant("a", (0,), 2 * MS))
+    for _ in range(FEW):
+        latency.observe(Prediction(0, 0, 1, MS, MS, 3 * MS), None)
+        latency.observe(Prediction(0, 0, 1, MS, MS, 2 * MS), None)
+    costs.forget()
+    believed, doubt = latency.of(0), Doubt(costs, tenancy)
+    assert believed.l50_ns > 1.5 * MS
+    at_ns = 1000 * MS
+    assert doubt.arise((Request(0, "a", 0, at_ns, at_ns + 3 * MS // 2),), at_ns) == 0
+    assert doubt.is_open and latency.of(0).l50_ns == MS
+    assert doubt.settle(running, waiting) == (None if stays else 0)
+    assert (latency.of(0) == believed) is not stays
