@@ -222,10 +222,11 @@ def test_a_probe_is_timed_from_its_own_launch():
     assert isinstance(timed[0], int) and timed[0] >= took_ns
 
 
-def test_results_that_cannot_be_handed_out_end_everything(monkeypatch):
+@pytest.mark.parametrize("is_quick", [True, False])
+def test_results_that_cannot_be_handed_out_end_everything(is_quick, monkeypatch):
     """A bug of ours: nobody waits for ever."""
     monkeypatch.setattr(FakeLaunched, "results", lambda self: [])
-    with Served(FakeMachine(takes_s=2e-5, is_quick=True)) as served:
+    with Served(FakeMachine(takes_s=2e-5, is_quick=is_quick)) as served:
         go, replies = held(served, 8)
         go.set()
         assert all(isinstance(reply.exception(10), DeviceError) for reply in replies)

@@ -6,6 +6,7 @@ done when its launch returns it hands out itself, by the same steps (`Launcher`)
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -22,6 +23,8 @@ from coalesce.runtime.ticket import Ending, tell, Ticket
 from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.commands import Dispatch, Reason
 from coalesce.scheduler.events import Completed
+
+LOG = logging.getLogger("coalesce.runtime")
 
 
 class Flight(NamedTuple):
@@ -92,6 +95,10 @@ class Finisher:
             else:
                 try:
                     self._finish(flight)
+                except Exception:  # a bug of ours must not leave everybody waiting for ever
+                    LOG.exception("the finisher failed; every request that waits ends with DeviceError")
+                    why = "the runtime's finisher failed; its log has the traceback. Restart the runtime"
+                    self._driver.put(Lost(DeviceError(why)))
                 finally:
                     handing_on.end(self)
         return True
