@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr
 
 from coalesce import jaxpr as J
@@ -41,18 +43,32 @@ class Cut:
 
 
 class Chain:
-    """What JAX's Compiled is for one executable: call it with the arguments that it was compiled for."""
+    """What JAX's Compiled is for one executable, as far as it is called and looked at: with the arguments that it was
+    compiled for, of which none is a tracer. Nothing has run when it refuses them."""
 
-    def __init__(self, executables: Sequence[Any], cut: Cut, out_tree: Any) -> None:
+    def __init__(self, executables: Sequence[Any], cut: Cut, in_tree: Any, out_tree: Any) -> None:
         self.executables = tuple(executables)
-        self._steps = [(call, link.reads) for call, link in zip(executables, cut.links, strict=True)]
-        self._results, self._out_tree = cut.results, out_tree
+        self.in_tree, self.out_tree = in_tree, out_tree
+        self._results = cut.results
+        reads = [link.reads for link in cut.links]
+        self._steps = list(zip(executables, reads, over(cut), strict=True))
+        often = Counter(i for own in reads for i in set(own) if i < in_tree.num_leaves)
+        self._shared = [i for i, times in often.items() if times > 1]  # arguments of more than one part
 
     def __call__(self, *arguments: Any) -> Any:
-        values = jax.tree.leaves(arguments)
-        for call, reads in self._steps:
+        values, tree = jax.tree.flatten(arguments)
+        if tree != self.in_tree:
+            raise TypeError(f"compiled for arguments {self.in_tree}, called with {tree}")
+        if any(isinstance(value, Tracer) for value in values):
+            raise TypeError("several executables are no part of another program: call the fused program, or its jaxpr")
+        for i in self._shared:
+            if not isinstance(values[i], jax.Array):
+                values[i] = jnp.asarray(values[i])  # moved to the device once
+        for call, reads, done in self._steps:
             values += call(*[values[i] for i in reads])
-        return self._out_tree.unflatten([values[i] for i in self._results])
+            for i in done:
+                values[i] = None
+        return self.out_tree.unflatten([values[i] for i in self._results])
 
     def as_text(self) -> str:
         return "\n\n".join(executable.as_text() for executable in self.executables)
@@ -62,6 +78,18 @@ class Chain:
 
     def memory_analysis(self) -> list[Any]:
         return [executable.memory_analysis() for executable in self.executables]
+
+
+def over(cut: Cut) -> list[list[int]]:
+    """For each part the places that nobody needs after it: of what parts left, and of what its caller gave."""
+    last: dict[int, int] = {}
+    for part, link in enumerate(cut.links):
+        last.update(dict.fromkeys(link.reads, part))
+    done: list[list[int]] = [[] for _ in cut.links]
+    for place, part in last.items():
+        if place not in cut.results:
+            done[part].append(place)
+    return done
 
 
 def compile_parts(
@@ -79,7 +107,8 @@ def compile_parts(
             own.lower(*(J.aval_struct(v.aval) for v in J.invars(link.jaxpr)))
             for own, link in zip(jitted, found.links, strict=True)
         ]
-    return Chain([own.compile(compiler_options=options) for own in lowered], found, jax.tree.structure(out))
+    executables = [own.compile(compiler_options=options) for own in lowered]
+    return Chain(executables, found, jax.tree.structure(tuple(structs)), jax.tree.structure(out))
 
 
 def jitted_link(name: str, link: Link) -> Any:

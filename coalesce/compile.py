@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr
 
@@ -84,8 +85,8 @@ def fuse(
     check_names(programs)
     if policy not in POLICIES:
         raise PlanError(f"policy is {policy!r}; expected one of {', '.join(map(repr, POLICIES))}")
-    if executables is not None and executables < 1:
-        raise PlanError(f"executables is {executables}; a program is compiled in one or more, or None for what wins")
+    if executables is not None and (not isinstance(executables, int | np.integer) or executables < 1):
+        raise PlanError(f"executables is {executables!r}; a program is compiled in one or more, or None for what wins")
     if not 0 <= waste_bound < 1:
         raise PlanError(f"waste_bound is {waste_bound}; it is a share of the work and lies in [0, 1)")
     check_usable(programs)

@@ -21,14 +21,23 @@ def one_by_one(mix: Mix, options: Options, method: Method[Tenants]) -> Iterator[
         yield Candidate(parts[0].how, lambda parts=parts: [part.run() for part in parts], split)
 
 
-def fused(mix: Mix, options: Options, policy: str, waste_bound: float, launches: bool = False) -> Iterator[Candidate]:
+def fused(
+    mix: Mix,
+    options: Options,
+    policy: str,
+    waste_bound: float,
+    launches: bool = False,
+    executables: int | None = None,
+) -> Iterator[Candidate]:
     """coalesce.fuse of all tenants, by its public call."""
     programs = [
         coalesce.trace(tenants.apply, params, *inputs, name=f"model {m} tenant {i}")
         for m, tenants in enumerate(mix)
         for i, (params, inputs) in enumerate(zip(tenants.params, tenants.inputs, strict=True))
     ]
-    together = coalesce.fuse(programs, policy=policy, waste_bound=waste_bound, launches=launches)
+    together = coalesce.fuse(
+        programs, policy=policy, waste_bound=waste_bound, launches=launches, executables=executables
+    )
     together.compile(options)
     requests = [inputs for tenants in mix for inputs in tenants.inputs]
     report = together.report
@@ -41,5 +50,7 @@ def fused(mix: Mix, options: Options, policy: str, waste_bound: float, launches:
         "loops_across": report.loops_across,
         "padding": report.padding_waste,
         "predicted_gain_us": report.predicted_gain_us,
+        "executables": report.executables,
+        "why_executables": report.why_executables,
     }
     yield Candidate("", lambda: together(requests), facts=facts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -253,6 +254,68 @@ def test_callbacks_run_once_each():
     fused([x for *_, x in found])
     jax.effects_barrier()
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize("how", ["jit", "vmap", "grad"])
+def test_no_part_runs_for_a_program_that_is_part_of_another(how):
+    """Neither tenant reads what the other does: the first part could run without the second's input."""
+    seen: list[float] = []
+
+    def told(p: Any, x: Any) -> Any:
+        y = jnp.tanh(x @ p[0])
+        jax.debug.callback(lambda y: seen.append(float(y)), y.sum())
+        return jnp.tanh(y @ p[1])
+
+    mine, other = [array(4, 4), array(4, 4)], [array(5, 5), array(5, 5)]
+    found = [(told, mine, (array(2, 4),)), (mlp, other, (array(3, 5),))]
+    fused = fuse_tenants(found, executables=4, policy="never")
+    assert fused.report.executables > 1
+    x, y = found[0][2][0], found[1][2][0]
+    wrapped: dict[str, Any] = {"jit": jax.jit, "vmap": jax.vmap, "grad": jax.grad}
+    wanted = {
+        "jit": lambda y: fused([(x,), (y,)])[1],
+        "vmap": lambda y: fused([(x,), (y,)])[1],
+        "grad": lambda y: fused([(x,), (y,)])[1].sum(),
+    }
+    wrapped[how](wanted[how])(jnp.stack([y, y]) if how == "vmap" else y)
+    jax.effects_barrier()
+    assert len(seen) == 1
+
+
+def test_a_chain_is_called_as_it_was_compiled():
+    fused = fuse_tenants(tenants(), executables=3)
+    chain, inputs = chain_of(fused), [x for *_, own in tenants() for x in own]
+    bank = list(fused.bank)
+    want = [np.asarray(y) for y in chain(bank, inputs)]
+    for wrong in ((bank, [*inputs, inputs[0]]), (bank, inputs[1:]), (bank, inputs, [])):
+        with pytest.raises(TypeError, match="compiled for arguments"):
+            chain(*wrong)
+    assert_same(chain(bank, [np.asarray(x) for x in inputs]), want)
+    assert chain.in_tree == jax.tree.structure((bank, inputs))
+
+
+def test_what_nobody_reads_any_more_is_let_go():
+    """Each layer is smaller than the last, so that no part could take the place of what it reads."""
+    sizes = (64, 32, 16, 4)
+    weights = [array(a, b) for a, b in zip((4, *sizes), sizes, strict=False)]
+    fused = fuse_tenants([(mlp, weights, (array(2, 4),))], executables=4)
+    alive: list[int] = []
+    chain = chain_of(fused)
+    calls, left = [step[0] for step in chain._steps], list[Any]()
+
+    def counted(call: Any) -> Any:
+        def run(*args: Any) -> Any:
+            outs = call(*args)
+            left.extend(weakref.ref(out) for out in outs)
+            alive.append(sum(ref() is not None for ref in left))
+            return outs
+
+        return run
+
+    rest = [step[1:] for step in chain._steps]
+    chain._steps = [(counted(call), *own) for call, own in zip(calls, rest, strict=True)]
+    fused([(array(2, 4),)])
+    assert len(alive) == 4 and max(alive) == 2  # what a part reads, and what it leaves
 
 
 def test_a_part_that_fails_takes_nothing_along():

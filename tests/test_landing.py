@@ -2,15 +2,17 @@
 
 import itertools
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import wait
 
 import pytest
 
-from coalesce.errors import DeviceError, TenantFailure
+from coalesce.errors import DeviceError, TenantClosed, TenantFailure
+from coalesce.runtime.finisher import Probe
 from coalesce.runtime.observer import Observer
 from coalesce.runtime.orders import Order
-from coalesce.runtime.ticket import Reply, Ticket
+from coalesce.runtime.ticket import Ending, Reply, Ticket
 from coalesce.scheduler.events import Event
 from tests.fake_machine import FakeLaunched, FakeMachine, Served
 
@@ -115,8 +117,120 @@ def test_nor_are_those_that_come_while_the_bundle_runs(caplog):
         go, replies = held(served, 9)
         go.set()
         assert [reply.result(10) for reply in replies] == [("result", i) for i in range(9)]
-    assert called and set(called) == {"coalesce-finisher"}
+    assert called and set(called) == {"coalesce-callbacks"}
     assert any("a callback of a request" in record.getMessage() for record in caplog.records)
+
+
+def test_a_callback_waits_for_no_later_bundle():
+    """One that is added while its bundle runs, which the driver hands out; the next bundle hangs meanwhile."""
+    machine = FakeMachine(takes_s=2e-5)
+    launched_one, is_added, called = threading.Event(), threading.Event(), threading.Event()
+
+    def launch(executable: int, entries: Sequence[Sequence[Ticket]]) -> FakeLaunched:
+        launched = FakeMachine.launch(machine, executable, entries)
+        if entries[0][0].inputs[0] == "quick":
+            launched.is_at_hand = lambda: launched_one.set() or is_added.wait(10)
+        else:
+            launched.wait = lambda: None if called.wait(10) else pytest.fail("the callback waits for this bundle")
+        return launched
+
+    machine.launch = launch
+    with Served(machine) as served:
+        quick = served.submit("t0", "quick")
+        assert launched_one.wait(10)
+        quick.add_done_callback(lambda own: called.set())
+        hangs = served.submit("t1", "hangs")
+        is_added.set()
+        assert called.wait(10)
+        assert [quick.result(10), hangs.result(10)] == [("result", "quick"), ("result", "hangs")]
+
+
+def test_a_callback_of_a_refused_request_may_wait_for_another():
+    """The driver refuses it, and must not wait for what only the driver can serve."""
+    got: list[object] = []
+    with Served(FakeMachine(takes_s=2e-5)) as served:
+        go, _ = held(served, 0)
+        refused = served.submit("nobody", 1)
+        refused.add_done_callback(lambda own: got.append(served.submit("t0", 2).result(5)))
+        refused.add_done_callback(lambda own: got.append(threading.current_thread().name))
+        go.set()
+        assert isinstance(refused.exception(10), TenantClosed)
+    assert got == [("result", 2), "coalesce-callbacks"], "those that are left are called before the runtime ends"
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_what_has_landed_is_handed_out_before_an_order(count):
+    """Which may take long, or wait for just that."""
+    found: list[bool] = []
+
+    with Served(FakeMachine(takes_s=2e-5, is_quick=True)) as served:
+        go, replies = held(served, count)
+
+        def order() -> Sequence[Event]:
+            found.extend(reply.done() for reply in replies)
+            return ()
+
+        served.driver.inbox.put(Order(order))
+        go.set()
+        assert [reply.result(10) for reply in replies] == [("result", i) for i in range(count)]
+    assert found[0], "it was launched before the order, and done then"
+
+
+@pytest.mark.parametrize("is_quick", [True, False])
+def test_requests_end_when_their_results_are_there(is_quick):
+    at: list[tuple[str, int]] = []
+
+    class End(Observer):
+        def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
+            at.append(("ended", now_ns))
+
+    class Late(FakeMachine):
+        def launch(self, executable: int, entries: Sequence[Sequence[Ticket]]) -> FakeLaunched:
+            launched = super().launch(executable, entries)
+            launched.results = lambda: at.append(("there", time.monotonic_ns())) or FakeLaunched.results(launched)
+            return launched
+
+    with Served(Late(takes_s=2e-5, is_quick=is_quick), observers=[End()]) as served:
+        assert served.submit("t0", 1).result(10) == ("result", 1)
+    (first, there_ns), (second, ended_ns) = at
+    assert (first, second) == ("there", "ended") and there_ns <= ended_ns
+
+
+def test_a_probe_is_timed_from_its_own_launch():
+    """Whatever lands on the driver while the finisher waits for the probe."""
+    timed: list[int | Exception] = []
+    may_end, ended = threading.Event(), threading.Event()
+
+    class Launched(FakeLaunched):
+        def wait(self) -> None:
+            may_end.wait(10)
+
+    machine = FakeMachine(takes_s=2e-5, is_quick=True)
+    with Served(machine) as served:
+
+        def done(outcome: int | Exception) -> None:
+            timed.append(outcome)
+            ended.set()
+
+        served.driver.carry_out(lambda: served.driver.probe(Probe(lambda: Launched(machine, []), done)) or ())
+        since_ns = time.monotonic_ns()
+        time.sleep(0.02)
+        assert served.submit("t0", 1).result(10) == ("result", 1)
+        took_ns = time.monotonic_ns() - since_ns
+        may_end.set()
+        assert ended.wait(10)
+    assert isinstance(timed[0], int) and timed[0] >= took_ns
+
+
+@pytest.mark.parametrize("is_quick", [True, False])
+def test_results_that_cannot_be_handed_out_end_everything(is_quick, monkeypatch):
+    """A bug of ours: nobody waits for ever."""
+    monkeypatch.setattr(FakeLaunched, "results", lambda self: [])
+    with Served(FakeMachine(takes_s=2e-5, is_quick=is_quick)) as served:
+        go, replies = held(served, 8)
+        go.set()
+        assert all(isinstance(reply.exception(10), DeviceError) for reply in replies)
+        assert isinstance(served.submit("t0", 1).exception(10), DeviceError)
 
 
 def test_what_fails_at_once_fails_alone():

@@ -12,7 +12,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from coalesce.models import NAMES
-from experiments import mixed_tenants, settings
+from experiments import executables, mixed_tenants, settings
 from experiments.mixed_report import gain_lines
 
 ROOT = Path(__file__).parent.parent
@@ -97,3 +97,14 @@ def test_shape_clusters(tmp_path):
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".png"}
     # The pooler of BERT and the gates of the GRU that read its carry are one row times 512 x 512.
     assert "| 1 x 512 x 512 " in run.stdout and "gru 3, bert_small 1" in run.stdout
+
+
+def test_executables_compares_cuts_of_one_program(monkeypatch, tmp_path):
+    arguments = [*QUICK, "--executables=1,3", "--seconds=1", f"--out={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["executables", *arguments])
+    with flagsaver.flagsaver():
+        executables.main(flags.FLAGS(sys.argv))
+    rows = json.loads((tmp_path / "executables_float32_lanes1.json").read_text())["rows"]
+    assert [(row["asked"], row["executables"]) for row in rows] == [("1", 1), ("3", 3), ("per_family", 2)]
+    assert all(row["error_to_first"] <= 1e-5 and row["sustained_us_median"] > 0 for row in rows)
+    assert "| recurrent, 3 " in (tmp_path / "executables_float32_lanes1.md").read_text()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +12,13 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from coalesce.bundle import packs
+from coalesce.runtime.bundle import Bundle
+from coalesce.runtime.device import Device
+from coalesce.runtime.host import courses_of, Host
+from coalesce.runtime.loaded import Home, Loaded
 from coalesce.serving.executable import trace_executable
 from coalesce.serving.page_locked import page_locked
-from coalesce.serving.staging import Lane, zero
+from coalesce.serving.staging import Filled, Lane, SPARES, zero
 from coalesce.serving.store import free_bytes, Preparer
 from tests.alone import array
 from tests.compare import assert_bitwise
@@ -136,6 +143,61 @@ def test_memory_of_calls_that_have_ended_is_filled_again(locked, monkeypatch):
     for own in (third, second, again, *(executable.stage([lanes(0)]) for _ in range(3))):
         executable.take_back(own)
     assert len(executable.staging._spare) == (3 if locked else 2), "what was made ready, and one more at most"
+
+
+def test_page_locked_memory_outlives_calls_that_fail(monkeypatch):
+    """It is made once: whether the lanes cannot be staged, nothing is launched, or what was launched fails."""
+    monkeypatch.setattr("coalesce.serving.page_locked.LITTLE", 0)
+    found = tenants("mixed", 2)
+    serving = serve([fit_of(fn, p, x) for fn, p, x in found])
+    executable, device, own = serving.executable(4, packed=True), Device(), serving.lane(0, found[0][2])
+
+    def staged() -> Filled:
+        filled = executable.stage([[own] * 3])
+        assert filled.locked is not None, "an executable that has failed has none any more"
+        return filled
+
+    def cannot_launch(*_: Any) -> Any:
+        raise ValueError("no")
+
+    fails = dataclasses.replace(executable, compiled=cannot_launch)
+    courses = courses_of([0], serving.schema.segments, 0)
+    loaded = Loaded(fails, (Home(Host(serving.schema, Preparer(serving.schema), serving.store, courses), courses[0]),))
+    for _ in range(SPARES + 1):
+        with pytest.raises(ValueError, match="no"):
+            device._run(loaded, staged(), [])
+    for _ in range(SPARES + 1):
+        filled = staged()
+        outputs = executable.run([serving.store.bank], [None], filled)
+        for x in outputs[0]:
+            x.delete()  # whoever fetches it is told an error
+        bundle = Bundle(device.at, executable, [None], filled, outputs, [])
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="deleted"):
+                bundle.wait()
+    for _ in range(SPARES + 1):
+        with pytest.raises((ValueError, TypeError)):
+            executable.stage([[own, own, own._replace(inputs=["nobody can stage that"] * len(own.inputs))]])
+    assert len(executable.staging._spare) == SPARES, "none is there twice"
+    again = executable.stage([[own]])
+    assert not any(np.any(x[1:].view(np.uint8)) for x in again.given[0].inputs)
+    outputs = executable.fetch(executable.run([serving.store.bank], [None], again))[0]
+    assert_alone(results(serving.fits[0], [x[0] for x in outputs]), found[0])
+
+
+def test_page_locked_memory_is_not_written_while_it_is_sent(monkeypatch):
+    """A call that fails does not end the transfer to it."""
+    monkeypatch.setattr("coalesce.serving.page_locked.LITTLE", 0)
+    found = tenants("mlp", 1)
+    serving = serve([fit_of(fn, p, x) for fn, p, x in found])
+    executable = serving.executable(2, packed=True)
+    seen: list[Any] = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: seen.append((x, len(executable.staging._spare))))
+    filled = executable.stage([[serving.lane(0, found[0][2])]])
+    sent = filled.arguments
+    executable.take_back_failed(filled)
+    assert len(seen) == 1 and seen[0][0] is sent
+    assert (seen[0][1], len(executable.staging._spare)) == (SPARES - 1, SPARES)
 
 
 def test_what_is_written_into_page_locked_memory_is_what_the_device_gets():

@@ -41,6 +41,7 @@ class Bundle:
 
     def wait(self) -> None:
         """On a CPU results lie where they were computed: who has them has waited."""
+        filled, self._filled = self._filled, None  # so that no two calls get it, however often this one is waited for
         try:
             if self._at_once:
                 self._fetched = self._executable.fetch(self._outputs)
@@ -49,8 +50,9 @@ class Bundle:
                 jax.block_until_ready(self._outputs)
         except Exception as e:
             suspect(self._pools)
+            if filled is not None:
+                self._executable.take_back_failed(filled)
             raise_understood(e, self._device)
-        filled, self._filled = self._filled, None  # so that no two calls get it, however often this one is waited for
         if filled is not None:
             self._executable.take_back(filled)
         for own, tickets in zip(self._executable.lanes, self._entries, strict=False):

@@ -203,6 +203,7 @@ class Device:
             outputs = executable.run([home.host.store.bank for home in loaded.homes], pools, filled)
         except Exception as e:
             suspect(pools)
+            executable.take_back_failed(filled)
             raise_understood(e, self.at)
         return Bundle(self.at, executable, pools, filled, outputs, entries)
 

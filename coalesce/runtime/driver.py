@@ -12,16 +12,17 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 from coalesce.errors import DeviceError, ServingError, Shutdown
 from coalesce.runtime.book import Book
+from coalesce.runtime.callbacks import Callbacks
 from coalesce.runtime.endings import error_of
-from coalesce.runtime.finisher import Callback, Exhausted, Finisher, Lost, Probe, Probing
+from coalesce.runtime.finisher import Exhausted, Finisher, Lost, Probe, Probing
 from coalesce.runtime.gil import handing_on
 from coalesce.runtime.inbox import Inbox
 from coalesce.runtime.launcher import Launcher, Leaving
-from coalesce.runtime.machine import Machine
+from coalesce.runtime.machine import Machine, Maker
 from coalesce.runtime.observer import Observers
 from coalesce.runtime.orders import Order, Orders
 from coalesce.runtime.ticket import Ending, tell, Ticket
@@ -37,21 +38,6 @@ LOG = logging.getLogger("coalesce.runtime")
 
 class Stop(NamedTuple):
     pass
-
-
-@runtime_checkable
-class Maker(Protocol):
-    """Who makes executables, as the driver sees it; called on the driver's thread."""
-
-    def give_up(self, why: Exception) -> None:
-        """The device is gone; called on any thread."""
-        ...
-
-    def want(self, want: Want) -> None: ...
-
-    def exhausted(self, executable: int, error: Exception) -> Sequence[Event]:
-        """There was no memory to run it."""
-        ...
 
 
 JOIN_S = 1.0  # how long a thread is waited for that may hang
@@ -74,6 +60,7 @@ class Driver:
         self._policy, self._machine, self._maker, self._observers = policy, machine, maker, observers
         self._clock = clock
         self._finisher = Finisher(self.inbox, machine, observers, clock, self.book)
+        self._callbacks = Callbacks()
         self._watchdog = Watchdog(self._overdue, self.lose, hang_s)
         self._hang_ns = int(hang_s * 1e9)
         self._launcher = Launcher(machine, self._finisher, clock, self._hang_ns)
@@ -93,6 +80,7 @@ class Driver:
         }
 
     def start(self) -> None:
+        self._callbacks.thread.start()
         self._finisher.start()
         self._launcher.start()
         self._watchdog.start()
@@ -111,6 +99,8 @@ class Driver:
         self.stopped = True
         self._orders.fail_all(self._last_error)
         self.book.end_all(self._last_error, Reason.SHUTDOWN)
+        self._callbacks.stop()
+        self._join(self._callbacks.thread)  # the last: they may have waited for what has ended just now
         LOG.info("the runtime is closed")
 
     def _join(self, thread: threading.Thread) -> None:
@@ -121,7 +111,8 @@ class Driver:
 
     @property
     def threads(self) -> tuple[threading.Thread, ...]:
-        return self._thread, self._launcher.thread, self._finisher.thread, self._watchdog.thread
+        others = (self._launcher, self._finisher, self._watchdog, self._callbacks)
+        return self._thread, *(other.thread for other in others)
 
     @property
     def _last_error(self) -> ServingError:
@@ -140,9 +131,9 @@ class Driver:
         self.inbox.put(Cancelled(request))
 
     def call_back(self, callback: Callable[[Any], Any], reply: Future[Any]) -> None:
-        """Whoever comes to wait for a result while it is handed out is not called on the thread that decides."""
-        if self._launcher.hands_out and threading.get_ident() == self._thread.ident:
-            self._finisher.inbox.put(Callback(callback, reply))
+        """A request has ended; nobody's code is called on the thread that decides."""
+        if threading.get_ident() == self._thread.ident:
+            self._callbacks.call(callback, reply)
         else:
             callback(reply)
 
@@ -189,28 +180,29 @@ class Driver:
     def _loop(self) -> None:
         while self._work():
             continue
-        self._launcher.hand_out(self._launcher.take_landed())
 
     def _work(self) -> bool:
         """Whether there is more to come; nothing of what was done is held while this thread waits."""
-        wake_ns, landed = self._wake_ns, self._launcher.take_landed()
+        wake_ns = self._wake_ns
+        self._launcher.begin_turn()
         items = self.inbox.take(None if wake_ns is None else max(0, wake_ns - self._clock()) / 1e9)
         self._busy_since_ns = self._clock()
         handing_on.begin(self)
         kinds = set(map(type, items))
+        is_last = Stop in kinds
         try:
             if kinds == {Request}:
                 self._tell(Submitted(tuple(items)))
             else:
                 self._handle(items or [Timer()])  # also after a Stop: orders are waited for
+            self._launcher.hand_out(everything=is_last)
         except Exception:  # a bug of ours must not leave everybody waiting for ever
             if self.failure is None:  # else the requests that it was about have ended meanwhile
                 LOG.exception("the driver failed; every request that waits ends with DeviceError")
             self.lose("the runtime's driver failed; its log has the traceback. Restart the runtime")
-        self._launcher.hand_out(landed)
         self._busy_since_ns = None
         handing_on.end(self)
-        return Stop not in kinds
+        return not is_last
 
     def _handle(self, items: Sequence[Any]) -> None:
         arrived: list[Request] = []
@@ -220,6 +212,7 @@ class Driver:
                 continue
             self._tell_arrived(arrived)
             if isinstance(item, Order | Exhausted):
+                self._launcher.hand_out(everything=True)  # an order takes as long as it likes
                 self._launcher.settle()
                 is_order = isinstance(item, Order)
                 for event in item.do() if is_order else self._maker.exhausted(*item):

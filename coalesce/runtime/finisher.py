@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -52,13 +51,6 @@ class Probing(NamedTuple):
     launched_ns: int
 
 
-class Callback(NamedTuple):
-    """A user's, to be called on this thread."""
-
-    call: Callable[[Any], Any]
-    reply: Future[Any]
-
-
 class Exhausted(NamedTuple):
     """To the driver: the device had no memory to run this executable."""
 
@@ -78,7 +70,8 @@ class Finisher:
     ) -> None:
         self.inbox = Inbox()
         self._driver, self._machine, self._observers, self._clock, self._book = driver, machine, observers, clock, book
-        self._free_ns = 0  # when the device was done with the bundle before
+        self._free_ns = 0  # when the device was done with what was waited for last
+        self._landed_ns = 0  # and with what landed last: the driver's thread writes it, a probe is not timed from it
         self.thread = threading.Thread(target=self._loop, name="coalesce-finisher", daemon=True)
 
     def start(self) -> None:
@@ -99,11 +92,13 @@ class Finisher:
                 return False
             if isinstance(flight, Probing):
                 self._time(flight)
-            elif isinstance(flight, Callback):
-                self._call(flight)
             else:
                 try:
                     self._finish(flight)
+                except Exception:  # a bug of ours must not leave everybody waiting for ever
+                    LOG.exception("the finisher failed; every request that waits ends with DeviceError")
+                    why = "the runtime's finisher failed; its log has the traceback. Restart the runtime"
+                    self._driver.put(Lost(DeviceError(why)))
                 finally:
                     handing_on.end(self)
         return True
@@ -118,31 +113,24 @@ class Finisher:
         probing.probe.done(end_ns - max(self._free_ns, probing.launched_ns))
         self._free_ns = end_ns
 
-    def _call(self, callback: Callback) -> None:
-        try:
-            callback.call(callback.reply)
-        except Exception:
-            LOG.exception("a callback of a request raised")
-
     def _finish(self, flight: Flight) -> None:
         error = self._wait(flight)
         handing_on.begin(self)
-        end_ns = self._complete(flight, error)
+        self._free_ns = self._complete(flight, error)
         if error is None:
-            self.hand_out(flight, end_ns)
+            self.hand_out(flight)
 
-    def land(self, flight: Flight) -> int | None:
-        """Of a bundle that is done: the driver is told. When it was, or None if it has no results; called on the
-        driver's thread while nothing is in flight."""
+    def land(self, flight: Flight) -> bool:
+        """Of a bundle that is done: the driver is told. Whether it has results; called on the driver's thread while no
+        bundle is in flight. A probe may be, which this thread waits for meanwhile."""
         error = self._wait(flight)
-        end_ns = self._complete(flight, error)
-        return end_ns if error is None else None
+        self._landed_ns = self._complete(flight, error)
+        return error is None
 
     def _complete(self, flight: Flight, error: Exception | None) -> int:
         handing_on.note_served()
         end_ns = self._clock()
-        start_ns = min(max(self._free_ns, flight.decided_ns), end_ns)
-        self._free_ns = end_ns
+        start_ns = min(max(self._free_ns, self._landed_ns, flight.decided_ns), end_ns)
         dispatch, entries = flight.dispatch, flight.entries
         if error is not None:
             for ticket in chain.from_iterable(entries):
@@ -155,15 +143,15 @@ class Finisher:
         self._observers.finished(Finished(dispatch, tuple(flight.form), entries, start_ns, end_ns, error))
         return end_ns
 
-    def hand_out(self, flight: Flight, end_ns: int) -> None:
-        """The results of a bundle that has not failed."""
+    def hand_out(self, flight: Flight) -> None:
+        """The results of a bundle that has not failed; its requests end when they are there."""
         assert not isinstance(flight.launched, Exception), "a bundle that failed has no results"
         try:
             results = flight.launched.results()
         except Exception as e:  # it has run, so that it does not run again
             self._driver.put(Lost(DeviceError(f"results do not come back from the device: {e}. Restart the process")))
         else:
-            self._hand_out(results, flight.entries, end_ns)
+            self._hand_out(results, flight.entries, self._clock())
 
     def _wait(self, flight: Flight) -> Exception | None:
         """What the bundle raised, if it did."""

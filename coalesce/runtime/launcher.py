@@ -35,13 +35,6 @@ class Aloft(NamedTuple):
     landed: bool
 
 
-class Landed(NamedTuple):
-    """A bundle that is done, and whose results nobody has yet."""
-
-    flight: Flight
-    end_ns: int
-
-
 class Leaving(NamedTuple):
     """A bundle that is to be launched."""
 
@@ -57,8 +50,8 @@ class Launcher:
         self._inbox = Inbox()
         self.thread = threading.Thread(target=self._loop, name="coalesce-launcher", daemon=True)
         self._aloft: deque[Aloft] = deque()
-        self._landed: list[Landed] = []
-        self.hands_out = False  # results, just now
+        self._landed: list[Flight] = []  # done, and nobody has their results yet
+        self._due: list[Flight] = []  # those of them whose ends were in the inbox when the driver looked there
 
     def start(self) -> None:
         if self._machine.is_slow_to_launch:
@@ -90,9 +83,8 @@ class Launcher:
         if not lands:
             self._finisher.inbox.put(flight)
             return
-        end_ns = self._finisher.land(flight)
-        if end_ns is not None:
-            self._landed.append(Landed(flight, end_ns))
+        if self._finisher.land(flight):
+            self._landed.append(flight)
 
     def settle(self) -> None:
         """Returns when everything is launched that is to be."""
@@ -105,18 +97,17 @@ class Launcher:
         """The policy is told of the first of those that are on their way."""
         self._aloft.popleft()
 
-    def take_landed(self) -> list[Landed]:
-        """What is to be handed out when the policy has been told of it; its events are in the inbox."""
-        landed, self._landed = self._landed, []
-        return landed
+    def begin_turn(self) -> None:
+        """The driver is about to look into its inbox, where the ends of all that has landed are."""
+        self._due += self._landed
+        self._landed.clear()
 
-    def hand_out(self, landed: Sequence[Landed]) -> None:
-        if not landed:
-            return
-        self.hands_out = True
-        for own in landed:
-            self._finisher.hand_out(*own)
-        self.hands_out = False
+    def hand_out(self, everything: bool) -> None:
+        """What has landed: after what the policy answered to its end, or all of it, where that would take long."""
+        if everything:
+            self.begin_turn()
+        while self._due:
+            self._finisher.hand_out(self._due.pop(0))
 
     def is_overdue(self, now_ns: int) -> bool:
         """Called on the watchdog's thread, which sees bundles come and go."""

@@ -1,4 +1,5 @@
-"""The device, as the driver sees it: executables by their number, the banks that they read, bundles on their way."""
+"""The device, as the driver sees it: executables by their number, the banks that they read, bundles on their way;
+and who makes executables for it."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from coalesce.runtime.ticket import Ticket
+from coalesce.scheduler.commands import Want
+from coalesce.scheduler.events import Event
 
 
 class Spoilt(NamedTuple):
@@ -46,4 +49,19 @@ class Machine(Protocol):
 
     def release(self, tickets: Sequence[Ticket]) -> None:
         """What requests that end between two segments held on the device."""
+        ...
+
+
+@runtime_checkable
+class Maker(Protocol):
+    """Who makes executables, as the driver sees it; called on the driver's thread."""
+
+    def give_up(self, why: Exception) -> None:
+        """The device is gone; called on any thread."""
+        ...
+
+    def want(self, want: Want) -> None: ...
+
+    def exhausted(self, executable: int, error: Exception) -> Sequence[Event]:
+        """There was no memory to run it."""
         ...

@@ -90,6 +90,10 @@ class Executable:
         """What was staged for a call that has ended, and did not fail; nobody reads it any more."""
         self.staging.take_back(filled)
 
+    def take_back_failed(self, filled: Filled) -> None:
+        """What was staged for a call that failed."""
+        self.staging.take_back_failed(filled)
+
     def fetch(self, outputs: list[list[jax.Array]]) -> list[Any]:
         """Outputs as NumPy arrays, in one batch of transfers; None of a segment that is not the last."""
         wanted = [own if lanes.is_last else None for lanes, own in zip(self.lanes, outputs, strict=True)]

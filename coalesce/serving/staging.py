@@ -11,6 +11,7 @@ and nobody writes to them after it.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ import numpy as np
 from jax import lax
 
 from coalesce.serving.page_locked import Locked, page_locked
+
+LOG = logging.getLogger("coalesce.runtime")
 
 WORD = np.dtype(np.uint32)
 SPARES = 2  # so many calls of one executable are under way at a time, mostly
@@ -45,17 +48,29 @@ class Given(NamedTuple):
 class Filled:
     """What one call brings: `arguments` for it, and where in them each entry's own lies."""
 
-    __slots__ = ("_arguments", "given", "locked", "used")
+    __slots__ = ("_arguments", "_sent", "given", "locked", "used")
 
     def __init__(self, arguments: Any, given: list[Given], used: list[int], locked: Locked | None = None) -> None:
         self._arguments, self.given = arguments, given
         self.used = used  # lanes of each entry that may hold something else than zeros
         self.locked = locked  # where they lie, if the device reads it by itself
+        self._sent: jax.Array | None = None  # what it reads there, or has read
 
     @property
     def arguments(self) -> Any:
         """On their way to the device, if they are to be sent."""
-        return self._arguments if self.locked is None else self.locked.sent()
+        if self.locked is None:
+            return self._arguments
+        self._sent = self.locked.sent()
+        return self._sent
+
+    def forget_sent(self) -> None:
+        """The device has read it."""
+        self._sent = None
+
+    def wait_read(self) -> None:
+        """Until the device reads it no more, whatever became of the call; raises if that cannot be known."""
+        jax.block_until_ready(self._sent)
 
     def clear(self) -> None:
         """Of one buffer."""
@@ -125,6 +140,15 @@ class Staging:
             filled = self._spare.pop()
         except IndexError:  # asked for instead of looked for: another thread may warm this executable up meanwhile
             filled = self.buffers()
+        try:
+            self._write(filled, entries)
+        except Exception:  # what lies in it now is not known
+            filled.used[:] = self.widths
+            self.take_back_failed(filled)
+            raise
+        return filled
+
+    def _write(self, filled: Filled, entries: Sequence[Sequence[Lane]]) -> None:
         for e, (lanes, (slots, states, inputs), pool) in enumerate(zip(entries, filled.given, self.pools, strict=True)):
             count, before = len(lanes), filled.used[e]
             slots[:count] = [lane.slot for lane in lanes]
@@ -138,12 +162,24 @@ class Staging:
                 if before > count:
                     zero(stack[count:before])
             filled.used[e] = count
-        return filled
 
     def take_back(self, filled: Filled) -> None:
         """Its call has ended, and did not fail; called on any thread."""
+        filled.forget_sent()
         if self.packed and (filled.locked is not None or len(self._spare) < SPARES):
             self._spare.append(filled)
+
+    def take_back_failed(self, filled: Filled) -> None:
+        """Its call has failed, or was never made. What is page-locked is made only once, so it is waited for; other
+        memory may still be read, and there is more of it."""
+        if filled.locked is None:
+            return
+        try:
+            filled.wait_read()
+        except Exception as e:  # then nothing is sent from it any more
+            LOG.info("page-locked memory is lost with a transfer that failed: %s: %s", type(e).__name__, e)
+            return
+        self.take_back(filled)
 
     def unpack(self, arguments: Any) -> list[Given]:
         """Inside the program."""
