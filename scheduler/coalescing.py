@@ -96,8 +96,7 @@ class Coalescing:
             start = self._start(now_ns)
         if self._queues.hopeless_ns <= start.free_ns:
             self._drop_hopeless(start.free_ns, now_ns)
-        free = len(self._flight.bundles) < self._depth and start.free_ns - now_ns <= self._lead.ns
-        patient_ns = self._dispatch(start, now_ns) if free else FAR
+        patient_ns = self._dispatch(start, now_ns)
         if self._doubt.is_open:
             running = self._flight.bundles[0].executable if self._flight.bundles else None
             self._moved_of(self._doubt.settle(running, self.waiting))
@@ -114,7 +113,8 @@ class Coalescing:
     def _complete(self, event: Completed, now_ns: int) -> None:
         bundle = self._flight.complete(event)
         self._started = None
-        self._lead.learn(event.host_ns)
+        self._lead.learn(event)
+        self._flight.host_ns = self._lead.host_ns
         if not event.failed:
             self._learn(bundle, event, now_ns)
         self._requests.complete(bundle, event.failed, now_ns)
@@ -187,7 +187,7 @@ class Coalescing:
     def _dispatch(self, start: Start, now_ns: int) -> int:
         """Dispatches what can go now; where waiting is better, until when."""
         flying = self._flight.bundles
-        while len(flying) < self._depth and start.free_ns - now_ns <= self._lead.ns:
+        while len(flying) < self._depth and self._flight.takes_at(start.free_ns) - now_ns <= self._lead.ns:
             run = self._next_run(start, now_ns)
             if run is None or self._is_awaited(run, start.free_ns):
                 break
@@ -280,7 +280,7 @@ class Coalescing:
         if time_ns == FAR:
             return
         if 0 < len(self._flight.bundles) < self._depth:
-            soon_ns = self._flight.free_at(now_ns) - self._lead.ns
+            soon_ns = self._flight.takes_at(self._flight.free_at(now_ns)) - self._lead.ns
             if now_ns < soon_ns < time_ns:
                 time_ns = soon_ns
         self._out.append(WakeAt(time_ns if time_ns > now_ns else now_ns + 1))

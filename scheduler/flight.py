@@ -1,4 +1,10 @@
-"""What is on the device, or waits there behind another bundle; and when the device will be free."""
+"""What is on the device, or waits there behind another bundle; and when the device will be free.
+
+A bundle that is dispatched begins when those before it are done, and not before the host has brought it there, one
+after another as well. Where that is what takes longest, the host's time is in that of every run, and the device looks
+busy while it waits: what comes next is decided when the host can take it on (`takes_at`), not a whole run before. What
+is promised counts on the runs alone, since they have the host's time in them.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +49,8 @@ class Flight(Generic[B]):
         self._began_ns = 0  # the first of them, as far as known
         self._first_ns = -1  # when that one mostly ends
         self._behind_ns = 0  # what those behind it mostly take
+        self._brought_ns = 0  # when the host has brought all of them to the device
+        self.host_ns = 0  # what that mostly takes for one
 
     def __len__(self) -> int:
         return len(self.bundles)
@@ -56,6 +64,7 @@ class Flight(Generic[B]):
             self._first_ns = self._began_ns + bundle.l50_ns
         else:
             self._behind_ns += bundle.l50_ns
+        self._brought_ns = max(self._brought_ns, now_ns) + self.host_ns
         self.bundles.append(bundle)
 
     def complete(self, event: Completed) -> B:
@@ -66,11 +75,18 @@ class Flight(Generic[B]):
             next_ns = self.bundles[0].l50_ns
             self._first_ns = self._began_ns + next_ns
             self._behind_ns -= next_ns
+        else:
+            self._brought_ns = 0
         return bundle
 
     def free_at(self, now_ns: int) -> int:
         """When a bundle that is dispatched now begins, if nothing takes longer than it mostly does."""
         return (self._first_ns if now_ns < self._first_ns else now_ns) + self._behind_ns
+
+    def takes_at(self, free_ns: int) -> int:
+        """When the device can begin with another one, free from then on, if the host has to bring it first."""
+        brought_ns = self._brought_ns + self.host_ns
+        return brought_ns if free_ns < brought_ns and self.bundles else free_ns
 
 
 class Lead:
@@ -79,9 +95,11 @@ class Lead:
 
     def __init__(self, least_ns: int) -> None:
         self.ns = self._least_ns = least_ns
-        self._host_ns = 0
+        self.host_ns = 0
 
-    def learn(self, host_ns: int) -> None:
-        if host_ns:
-            self._host_ns += (host_ns - self._host_ns) // RUNS if self._host_ns else host_ns
-            self.ns = self._least_ns + self._host_ns
+    def learn(self, event: Completed) -> None:
+        """What failed may have gone another way."""
+        host_ns = event.host_ns
+        if host_ns and not event.failed:
+            self.host_ns += (host_ns - self.host_ns) // RUNS if self.host_ns else host_ns
+            self.ns = self._least_ns + self.host_ns
