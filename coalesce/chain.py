@@ -51,7 +51,7 @@ class Chain:
         self.in_tree, self.out_tree = in_tree, out_tree
         self._results = cut.results
         reads = [link.reads for link in cut.links]
-        self._steps = list(zip(executables, reads, over(cut), strict=True))
+        self._steps = list(zip(executables, reads, let_go(cut), strict=True))
         often = Counter(i for own in reads for i in set(own) if i < in_tree.num_leaves)
         self._shared = [i for i, times in often.items() if times > 1]  # arguments of more than one part
 
@@ -80,14 +80,14 @@ class Chain:
         return [executable.memory_analysis() for executable in self.executables]
 
 
-def over(cut: Cut) -> list[list[int]]:
+def let_go(cut: Cut) -> list[list[int]]:
     """For each part the places that nobody needs after it: of what parts left, and of what its caller gave."""
-    last: dict[int, int] = {}
+    results, last = set(cut.results), dict[int, int]()
     for part, link in enumerate(cut.links):
         last.update(dict.fromkeys(link.reads, part))
     done: list[list[int]] = [[] for _ in cut.links]
     for place, part in last.items():
-        if place not in cut.results:
+        if place not in results:
             done[part].append(place)
     return done
 

@@ -7,8 +7,8 @@ takes its result.
 
 `python -m experiments.tile_model` fits it to the entries that Coalesce brings along, and says how good its blocks are
 for an op that was left out of the fit: 7% slower than the best in 16 bits and 6% in float32. It speaks of convolutions,
-and of products of many rows: with fewer, cuBLAS is as fast in float32, and in bfloat16 8 BERTs of 128 rows took 10%
-longer by these blocks than by cuBLAS, 8 ViTs of 197 rows 18%, 8 VGGs 43% less.
+and of products of many rows: with fewer, cuBLAS is as fast in float32, and in bfloat16 rounds of 8 BERTs of 128 rows,
+one after the other, took 10% longer by these blocks than by cuBLAS, of 8 ViTs of 197 rows 18%, of 8 VGGs 43% less.
 """
 
 from __future__ import annotations
