@@ -51,6 +51,8 @@ class Pack:
     reason: str = ""  # of width 1: why nothing else is in it
     array: int | None = None  # the array its right operands lie in, set by plan_layouts
     epilogue: tuple[Step, ...] = ()  # set by fuse_epilogues
+    rounds: bool = False  # its result to TF32, for who reads it; set by round_results, as is
+    rounded: bool = False  # whether its left operand has been
     launch: int | None = None  # of packs that one kernel launch runs, the index of the first; set by share_launches
 
     @property

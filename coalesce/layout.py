@@ -3,6 +3,7 @@
 AS_IS                                       as the tenant's program has it
 AS_IS.split(s).transpose(o).reshape(t)      other dimensions; elements only move
 AS_IS.pad(s)                                zeros at the end of each dimension, up to shape s
+AS_IS.rounded()                             float32 as TF32 has it, see coalesce.tf32
 a.then(b)                                   the moves of a, then those of b
 """
 
@@ -13,12 +14,16 @@ from typing import Any
 
 from jax import lax
 
+from coalesce.tf32 import nearest
+
 Dims = tuple[int, ...]
+ROUNDED: tuple[str, Dims] = ("rounded to TF32", ())
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A change of layout within a row; it moves elements and pads with zeros, and never changes or repeats one."""
+    """A change of layout within a row; it moves elements and pads with zeros, and never repeats one. None changes but
+    by rounding, for who multiplies no more of it."""
 
     moves: tuple[tuple[str, Dims], ...] = ()
 
@@ -34,6 +39,10 @@ class Layout:
     def pad(self, shape: Dims) -> Layout:
         return Layout((*self.moves, ("padded to", shape)))
 
+    def rounded(self) -> Layout:
+        """float32 to what TF32 has."""
+        return self if ROUNDED in self.moves else Layout((*self.moves, ROUNDED))
+
     def then(self, other: Layout) -> Layout:
         return Layout((*self.moves, *other.moves))
 
@@ -44,6 +53,8 @@ class Layout:
                     row = lax.transpose(row, dims)
                 case "padded to":
                     row = pad_to(row, dims)
+                case "rounded to TF32":
+                    row = nearest(row)
                 case _:
                     row = lax.reshape(row, dims)
         return row
@@ -51,11 +62,14 @@ class Layout:
     def of(self, shape: Dims) -> Dims:
         """The shape of a row in this layout."""
         for move, dims in self.moves:
+            if (move, dims) == ROUNDED:
+                continue
             shape = tuple(shape[d] for d in dims) if move == "transposed by" else dims
         return shape
 
     def __str__(self) -> str:
-        return ", ".join(f"{move} {list(dims)}" for move, dims in self.moves) or "as it is"
+        moves = (move if (move, dims) == ROUNDED else f"{move} {list(dims)}" for move, dims in self.moves)
+        return ", ".join(moves) or "as it is"
 
 
 AS_IS = Layout()
