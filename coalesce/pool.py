@@ -1,8 +1,8 @@
 """Max and min pools as the largest, or least, of what each tap of a window reads.
 
-That is elementwise work like any other: XLA makes one loop of it with what follows, whose loads take several channels at
-once. Its own loop over windows takes one element at a time, and asks of each whether it lies in the padding: on a CPU
-it is 3 to 14 times slower (3x3 in steps of 2, 32x32x64 to 112x112x64, 1 to 8 lanes).
+That is elementwise work like any other: XLA makes one loop of it with what follows, whose loads take several channels
+at once. Its own loop over windows takes one element at a time, and asks of each whether it lies in the padding: on a
+CPU it is 3 to 14 times slower (3x3 in steps of 2, 32x32x64 to 112x112x64, 1 to 8 lanes).
 
 A tap that would read padding reads the nearest element of the window instead, which the window has anyway.
 """

@@ -6,9 +6,10 @@ are its positions.
 
 Few channels, as of an image, leave a kernel nothing to load at once: 7 taps of 3 channels are 21 elements that begin
 anywhere. So they are padded to a power of two, and the taps of a window's row are counted to one: 8 taps of 4 channels,
-of which the last tap is never read. With a stride of two, two neighbours are then read as one position of 8 channels,
-16 bytes of bfloat16; a window of 7 that begins at an odd place begins one before it, at a tap whose weights are zeros.
-(Hence what is not finite in an image may reach a result whose window it just misses.)
+of which the last tap is never read. With a stride of two, two neighbours can then be read as one position of 8
+channels, 16 bytes of bfloat16; a window of 7 that begins at an odd place begins one before it, at a tap whose weights
+are zeros. (What is not finite in an image may then reach a result whose window it just misses.) No GPU has run that
+yet, so LOAD_BYTES leaves it out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from coalesce.kernels.triton import both, div, rem
 
 FEW = 8  # channels: 16 bytes of bfloat16, one load
 FEWEST = 4
-LOAD_BYTES = 16  # neighbours are read together up to this; 0: never
+LOAD_BYTES = 0  # neighbours are read together up to this: 16 is one load
 
 
 @dataclass(frozen=True)
