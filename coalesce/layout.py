@@ -3,6 +3,7 @@
 AS_IS                                       as the tenant's program has it
 AS_IS.split(s).transpose(o).reshape(t)      other dimensions; elements only move
 AS_IS.pad(s)                                zeros at the end of each dimension, up to shape s
+AS_IS.lead(n)                               n zeros before the beginning of each dimension
 a.then(b)                                   the moves of a, then those of b
 """
 
@@ -34,6 +35,9 @@ class Layout:
     def pad(self, shape: Dims) -> Layout:
         return Layout((*self.moves, ("padded to", shape)))
 
+    def lead(self, count: Dims) -> Layout:
+        return Layout((*self.moves, ("behind zeros", count)))
+
     def then(self, other: Layout) -> Layout:
         return Layout((*self.moves, *other.moves))
 
@@ -44,6 +48,8 @@ class Layout:
                     row = lax.transpose(row, dims)
                 case "padded to":
                     row = pad_to(row, dims)
+                case "behind zeros":
+                    row = lax.pad(row, lax.full((), 0, row.dtype), [(n, 0, 0) for n in dims])
                 case _:
                     row = lax.reshape(row, dims)
         return row
@@ -51,7 +57,13 @@ class Layout:
     def of(self, shape: Dims) -> Dims:
         """The shape of a row in this layout."""
         for move, dims in self.moves:
-            shape = tuple(shape[d] for d in dims) if move == "transposed by" else dims
+            match move:
+                case "transposed by":
+                    shape = tuple(shape[d] for d in dims)
+                case "behind zeros":
+                    shape = tuple(size + n for size, n in zip(shape, dims, strict=True))
+                case _:
+                    shape = dims
         return shape
 
     def __str__(self) -> str:

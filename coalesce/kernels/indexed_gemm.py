@@ -24,7 +24,7 @@ from coalesce.kernels import as_product
 from coalesce.kernels.epilogue import Epilogue, WHOLE
 from coalesce.kernels.tiles import by_columns, Operands, operands_of, Tiled
 from coalesce.kernels.triton import launch
-from coalesce.kernels.windows import padded, power, Windows, windows_of
+from coalesce.kernels.windows import power, row_of, Windows, windows_of
 from coalesce.layout import AS_IS, Layout, pad_to
 from coalesce.slab import Cut, Picked
 
@@ -50,9 +50,16 @@ def layout(op: HeavyOp) -> Layout:
     channels are padded, see coalesce.kernels.windows."""
     k = windows_of(op).k
     shape = (k, op.n) if op.batch == 1 else (op.batch, k, op.n)
-    flat = AS_IS if k == op.k else AS_IS.pad((*op.rhs.shape[:-3], *padded(op), op.n))
+    flat = AS_IS if k == op.k else row_padded(op)
     flat = flat if flat.of(op.rhs.shape) == shape else flat.reshape(shape)
     return flat.transpose((1, 0)) if by_columns(op) else flat
+
+
+def row_padded(op: HeavyOp) -> Layout:
+    """The taps of a row and the channels that are counted."""
+    row, window = row_of(op), op.rhs.shape[:-3]
+    behind = AS_IS.lead((*(0 for _ in window), row.before, 0, 0)) if row.before else AS_IS
+    return behind.pad((*window, row.taps, row.channels, op.n))
 
 
 def run(
@@ -129,8 +136,11 @@ def product_of(
     """What `run` runs, with the same arguments."""
     groups, per_group = lhs.shape[:2]
     windows = windows_of(op)
-    x = as_product.left(op, lhs) if op.kind == "dot" else lhs.reshape(groups, -1, op.lhs.shape[-1])
-    x = pad_to(x, (*x.shape[:-1], windows.channels))
+    if op.kind == "dot":
+        x = as_product.left(op, lhs)
+    else:
+        x = lhs.reshape(groups, -1, op.lhs.shape[-1])
+        x = pad_to(x, (*x.shape[:-1], row_of(op).channels)).reshape(groups, -1, windows.channels)
     if blocks is None:
         blocks = blocks_for(per_group * op.m, op.n, windows, x.shape[0])
     return Product(Tiled(op, per_group, blocks, epilogue), groups, x, by_problem(op, rhs, epilogue, operands))
