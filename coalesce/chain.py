@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -29,11 +30,12 @@ from coalesce.passes.segment import kept_apart, taken, variables
 
 @dataclass(frozen=True, eq=False)
 class Link:
-    """`reads` are places among the arguments and what the parts before left; `donated` of those are not needed then."""
+    """`reads` and `over` are places among the arguments and what the parts before left."""
 
     jaxpr: ClosedJaxpr
     reads: tuple[int, ...]
-    donated: tuple[int, ...]  # positions in `reads`
+    over: tuple[int, ...]  # what nobody needs after it
+    donated: tuple[int, ...]  # positions in `reads` of what it may write over: no argument, which is the caller's
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +52,8 @@ class Chain:
         self.executables = tuple(executables)
         self.in_tree, self.out_tree = in_tree, out_tree
         self._results = cut.results
-        reads = [link.reads for link in cut.links]
-        self._steps = list(zip(executables, reads, let_go(cut), strict=True))
-        often = Counter(i for own in reads for i in set(own) if i < in_tree.num_leaves)
+        self._steps = [(run, link.reads, link.over) for run, link in zip(executables, cut.links, strict=True)]
+        often = Counter(i for link in cut.links for i in set(link.reads) if i < in_tree.num_leaves)
         self._shared = [i for i, times in often.items() if times > 1]  # arguments of more than one part
 
     def __call__(self, *arguments: Any) -> Any:
@@ -78,18 +79,6 @@ class Chain:
 
     def memory_analysis(self) -> list[Any]:
         return [executable.memory_analysis() for executable in self.executables]
-
-
-def let_go(cut: Cut) -> list[list[int]]:
-    """For each part the places that nobody needs after it: of what parts left, and of what its caller gave."""
-    results, last = set(cut.results), dict[int, int]()
-    for part, link in enumerate(cut.links):
-        last.update(dict.fromkeys(link.reads, part))
-    done: list[list[int]] = [[] for _ in cut.links]
-    for place, part in last.items():
-        if place not in results:
-            done[part].append(place)
-    return done
 
 
 def compile_parts(
@@ -131,22 +120,33 @@ def cut(whole: ClosedJaxpr, n_weights: int, parts: int) -> Cut:
     maker = {v: p for p, made in enumerate(binds) for v in made}
     # What is no part's, an argument or a number that is a result, is the last one's to give back.
     results = [[a for a in outs if made_in(maker, a, parts - 1) == p] for p in range(parts)]
+    mine = [set(variables(each)) for each in results]
+    handed = [[v for v in binds[p] if v in spans and spans[v][1] > p and v not in mine[p]] for p in range(parts)]
+    made = [[*results[p], *handed[p]] for p in range(parts)]
+    starts = [*accumulate(map(len, made), initial=len(args))]
     place = {v: i for i, v in enumerate(args)}
-    links, left = list[Link](), len(args)
-    starts: list[int] = []
+    jaxprs: list[ClosedJaxpr] = []
     for p in range(parts):
-        kept = [v for v in binds[p] if v in spans and spans[v][1] > p and v not in set(variables(results[p]))]
-        made = [*results[p], *kept]
-        needed = {*reads[p], *variables(made)}
+        needed = {*reads[p], *variables(made[p])}
         eqns = [*taken(free, needed), *own[p]]
-        ins = [v for v in place if v in needed]
-        over = {v for v in ins if v in spans and spans[v][1] == p and v not in set(variables(outs))}
-        jaxpr = J.close(ins, eqns, made, f"part {p}")
-        links.append(Link(jaxpr, tuple(place[v] for v in ins), reused(ins, over, made)))
-        starts.append(left)
-        place |= {v: left + i for i, v in reversed([*enumerate(made)]) if not isinstance(v, J.Literal) and v in maker}
-        left += len(made)
+        jaxprs.append(J.close([v for v in place if v in needed], eqns, made[p], f"part {p}"))
+        for at, atom in enumerate(made[p], starts[p]):
+            if not isinstance(atom, J.Literal):
+                place.setdefault(atom, at)
+    links = linked(jaxprs, place, {*variables(outs)}, {*args})
     return Cut(tuple(links), result_places(outs, maker, parts, starts))
+
+
+def linked(jaxprs: Sequence[ClosedJaxpr], place: Mapping[Any, int], kept: set[Any], args: set[Any]) -> list[Link]:
+    """Parts that follow one another. `place` says where what they read lies, `kept` what none of them lets go."""
+    last = {v: p for p, jaxpr in enumerate(jaxprs) for v in J.invars(jaxpr)}
+    found: list[Link] = []
+    for p, jaxpr in enumerate(jaxprs):
+        ins = J.invars(jaxpr)
+        over = [v for v in ins if last[v] == p and v not in kept]
+        donated = reused(ins, {*over} - args, J.outvars(jaxpr))
+        found.append(Link(jaxpr, tuple(place[v] for v in ins), tuple(place[v] for v in over), donated))
+    return found
 
 
 def made_in(maker: Mapping[Any, int], atom: Any, otherwise: int) -> int:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from coalesce import jaxpr as J
+from coalesce import jaxpr as J, pool
 from coalesce.layout import pad_to
 from coalesce.slab import whole
 
@@ -135,10 +135,15 @@ def apply(eqn: J.Eqn, args: Sequence[LaneValue]) -> list[LaneValue]:
     """An equation for all lanes at once, by its own batching rule."""
     values = [plain(a) for a in args]
     if not any(isinstance(v, Stacked) for v in values):
-        return [Shared(out) for out in J.bind(eqn, [v.value for v in values])]
+        return [Shared(out) for out in one(eqn, [v.value for v in values])]
     axes = tuple(0 if isinstance(v, Stacked) else None for v in values)
-    outs = jax.vmap(lambda *xs: J.bind(eqn, xs), in_axes=axes)(*(v.value for v in values))
+    outs = jax.vmap(lambda *xs: one(eqn, xs), in_axes=axes)(*(v.value for v in values))
     return [Stacked(out) for out in outs]
+
+
+def one(eqn: J.Eqn, args: Sequence[Any]) -> list[Any]:
+    """A lane's results."""
+    return [pool.run(eqn, args[0])] if pool.supports(eqn) else J.bind(eqn, args)
 
 
 def apply_each(eqn: J.Eqn, args: Sequence[LaneValue], lanes: int) -> list[LaneValue]:

@@ -46,6 +46,7 @@ from coalesce.lower_control import lower_loop
 from coalesce.lower_pack import lower_packs, Operands
 from coalesce.lower_scans import lower_scans
 from coalesce.slab import Cut, whole
+from coalesce.strided import in_place, slices_in
 from coalesce.unify import largest
 
 
@@ -151,6 +152,7 @@ class Walk:
 
     def __init__(self, bundle: Bundle, arrays: Sequence[Any]) -> None:
         self.bundle, self.arrays = bundle, arrays
+        self.slices = slices_in(bundle)
 
     def width(self, family: int) -> int:
         return self.bundle.families[family].width
@@ -212,7 +214,8 @@ class Walk:
         if len(packs) == 1 and packs[0].width == 1 and packs[0].kernel in AS_WRITTEN:
             self.as_written(packs[0], env)
             return
-        results = lower_packs(packs, self.bundle.families, [self.operands(pack, env) for pack in packs])
+        ready = [self.operands(pack, env) for pack in packs]
+        results = lower_packs([pack for pack, _ in ready], self.bundle.families, [own for _, own in ready])
         for pack, outs in zip(packs, results, strict=True):
             for m, out in zip(pack.members, outs, strict=True):
                 self.bind(env, m.family, pack.epilogue[-1].eqn if pack.epilogue else m.eqn, [out])
@@ -224,13 +227,20 @@ class Walk:
         weights = Banked(self.arrays[pack.array], (0,)) if pack.array is not None else self.read(env, m.family, rhs)
         self.bind(env, m.family, m.eqn, apply(m.eqn, [self.read(env, m.family, lhs), weights]))
 
-    def operands(self, pack: Pack, env: Env) -> Operands:
-        left = [self.read(env, m.family, m.eqn.invars[0]) for m in pack.members]
+    def operands(self, pack: Pack, env: Env) -> tuple[Pack, Operands]:
+        """What a pack reads, and the pack as it reads that: an image rather than a slice of it, where it can."""
+        found = in_place(pack, self.slices)
+        image = env.get((pack.members[0].family, found[1])) if found else None
+        if found and image is not None:
+            pack, left = found[0], [image]
+        else:
+            left = [self.read(env, m.family, m.eqn.invars[0]) for m in pack.members]
         if pack.array is not None:
             right = self.arrays[pack.array]
         else:
             right = [self.read(env, m.family, m.eqn.invars[1]) for m in pack.members]
-        return Operands(left, right, [self.read(env, pack.members[0].family, atom) for atom in epilogue_reads(pack)])
+        given = [self.read(env, pack.members[0].family, atom) for atom in epilogue_reads(pack)]
+        return pack, Operands(left, right, given)
 
     def together(self, step: JointStep, env: Env) -> None:
         """Equations of several members, as one."""

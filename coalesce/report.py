@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from coalesce.bundle import Bundle, items, JointLoop, Pack, packs, place_of, problems, Step, units
 from coalesce.heavy import heavy_eqns
 from coalesce.member import fold, Member
+from coalesce.passes.components import components
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Report:
     ops_across: int  # heavy ops in those, over all tenants
     loops_across: int  # scans of two or more families that run as one
     predicted_gain_us: float  # what running across families wins a round, as predicted; 0 if nothing does
+    components: int  # groups of families with no superkernel, launch or loop in common
     executables: int  # that the program is compiled in
     why_executables: str  # so many
     tenants: tuple[TenantReport, ...]
@@ -112,6 +114,7 @@ def report_of(bundle: Bundle) -> Report:
         ops_across=sum(pack.width for unit in across for pack in unit),
         loops_across=sum(isinstance(item, JointLoop) for item in items(bundle.schedule)),
         predicted_gain_us=bundle.predicted_us,
+        components=len(components(bundle.schedule)),
         executables=len(bundle.starts),
         why_executables=bundle.why_starts,
         tenants=tuple(tenants[i] for i in range(len(bundle.tenants))),

@@ -5,13 +5,16 @@
 
 Times one round of a set of models, of mixed_tenants or a model of the zoo, in one executable, in as many as the cost
 model chooses (`auto`) and in as many as are asked for, and in a program for each model, all in turns in one run: from
-its first call until all results are there, and where ten rounds follow each other (`in a row`), which cuts do not help:
-a call more is as much work for the host. On a CPU kernels run as they are launched, and cuts win nothing.
+its first call until all results are there, until its last call is back (`host`), and where ten rounds follow each other
+(`in a row`), which cuts do not help: a call more is as much work for the host. On a CPU kernels run as they are
+launched, and cuts win nothing.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,12 +61,14 @@ def measured(mix: Mix, options: dict[str, Any]) -> list[Row]:
     rounds = interleave({name: way.run for name, way in built.items()}, **limits)
     rows = {name: pairs.in_a_row(Burst(way, 1)) for name, way in built.items()}
     in_a_row = interleave({name: row.candidate.run for name, row in rows.items()}, **limits)
+    host_us = {name: until_back(way) for name, way in built.items()}
     return failed + [
         {
             "asked": name,
             "round_us_median": rounds[name].median,
             "round_us_p10": rounds[name].p10,
             "round_us_p90": rounds[name].p90,
+            "host_us_median": host_us[name],
             "sustained_us_median": pairs.each_round(in_a_row[name], rows[name].rounds).median,
             "repeats": rounds[name].repeats,
             "error_to_first": errors[name],
@@ -73,6 +78,17 @@ def measured(mix: Mix, options: dict[str, Any]) -> list[Row]:
         }
         for name, way in built.items()
     ]
+
+
+def until_back(way: Candidate) -> float:
+    """The median microseconds of a round's calls, none of which waits for another round."""
+    times: list[float] = []
+    for _ in range(FLAGS.repeats):
+        start = time.perf_counter()
+        results = way.run()
+        times.append(time.perf_counter() - start)
+        jax.block_until_ready(results)
+    return round(statistics.median(times) * 1e6, 1)
 
 
 def ways(mix: Mix, options: dict[str, Any]) -> tuple[dict[str, Candidate], list[Row]]:
@@ -100,10 +116,10 @@ def report(head: Mapping[str, Any], rows: Sequence[Row]) -> str:
         "# Programs in several executables",
         f"{head['device']}, JAX {head['versions']['jax']}, {head['date']}. {head['note']}".rstrip(),
         f"    {head['command']}",
-        "Microseconds a round; *in a row*: of ten that are issued one after the other. `per_family`: a program for "
-        "each model.",
+        "Microseconds a round; *host*: until its calls are back; *in a row*: of ten that are issued one after the "
+        "other. `per_family`: a program for each model.",
         table(
-            ["set, executables asked for", "got", "p10", "median", "p90", "in a row", "error"],
+            ["set, executables asked for", "got", "p10", "median", "p90", "host", "in a row", "error"],
             [line(row) for row in rows if not row["failed"]],
         ),
         "\n".join(f"- {row['set']}, {row['asked']}: {row['failed'] or row['why']}" for row in rows),
@@ -112,7 +128,7 @@ def report(head: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 
 def line(row: Row) -> list[str]:
-    times = ("round_us_p10", "round_us_median", "round_us_p90", "sustained_us_median")
+    times = ("round_us_p10", "round_us_median", "round_us_p90", "host_us_median", "sustained_us_median")
     spread = [f"{row[key]:,.0f}" for key in times]
     return [f"{row['set']}, {row['asked']}", str(row["executables"]), *spread, f"{row['error_to_first']:.0e}"]
 

@@ -5,13 +5,13 @@ Of two executables the first is launched soon, and the second is launched while 
 host some time; the device waits for it only where what was launched before has ended by then:
 
     host, after the k-th launch     launched(k) = launched(k - 1) + a call + what the kernels of part k take to launch
-    device, after part k            done(k) = max(launched(k), done(k - 1)) + what the kernels of part k take to run
+    device, after part k            done(k) = max(launched(k), done(k - 1) + a pause) + what the kernels of part k take
 
-The parts chosen are those with the least done(last), for each number of parts; and one part more is taken where it wins
-enough of that. So a long program is cut several times, into parts that grow: each is launched while those before it
-run. None is taken for which the host would need longer than the device: with several rounds under way the slower of
-them says how many there are. Where a graph ends anyway, at a kernel that cannot be in one, what follows is launched
-without a call.
+The parts chosen are those with the least done(last), for each number of parts; and there are as many as have the least
+of that together with what their calls are worth to the host. So a long program is cut several times, into parts that
+grow: each is launched while those before it run. None is taken for which the host would need longer than the device:
+with several rounds under way the slower of them says how many there are. Where a graph ends anyway, at a kernel that
+cannot be in one, what follows is launched without a call.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from coalesce.costs import Costs
 from coalesce.costs.schedule import Stretch
 from coalesce.passes.cuts import Point, thinned
 
-MOST = 8  # executables, unless more are asked for
+MOST = 16  # executables, unless more are asked for
 SURE = 0.75  # of a predicted time that the device will take, to be launched behind: predictions err by a third
-LEAST = 0.04  # of a round, that one executable more must win: its call is as much work for the host
+WORTH = 0.1  # of the host's time for a call: what one executable more must win of a round
 
 
 class Parts(NamedTuple):
@@ -40,16 +40,13 @@ def choose_parts(
     """`points` are the stretches before which the program may be cut, with the bytes live there. `executables` is how
     many there are to be, if there are places for so many. None: as many as win."""
     table = Table(stretches, points, costs)
-    whole = table.best(1)
     if executables is not None:
         wanted = min(executables, len(table.points) + 1)
         return Parts(table.cuts(wanted), f"as asked for: {table.text(wanted)}")
-    chosen = 1
     device_us = sum(own.us for own in stretches)
-    for more in range(2, min(MOST, len(table.points) + 1) + 1):
-        if table.best(chosen) - table.best(more) < LEAST * whole or table.host_us(more) > device_us:
-            break
-        chosen = more
+    several = range(2, min(MOST, len(table.points) + 1) + 1)
+    possible = [1, *(parts for parts in several if table.host_us(parts) <= device_us)]
+    chosen = min(possible, key=lambda parts: table.best(parts) + parts * WORTH * costs.device.dispatch_us)
     return Parts(table.cuts(chosen), table.text(chosen))
 
 
@@ -92,16 +89,17 @@ class Table:
             tried += [(done(last_break, own[last_break][0]), last_break, False)] if last_break in own else []
             if parts > 1:
                 cuts = [at for at in self.live if last_break <= at < end and at in before]
-                tried += [(done(at, before[at][0] + self.moved(at)), at, True) for at in cuts]
+                tried += [(done(at, before[at][0] + self.between(at)), at, True) for at in cuts]
             if tried:
                 own[end] = min(tried)
             if end in self.breaks:
                 last_break = end
         return own
 
-    def moved(self, at: int) -> float:
-        """What is live at a cut may have to change its layout."""
-        return self.costs.move(2 * self.live[at])
+    def between(self, at: int) -> float:
+        """From one part to the next, which was launched by then; what is live may have to change its layout."""
+        device, live = self.costs.device, self.live[at]
+        return device.pause_us + (device.hand_us + self.costs.move(2 * live) if live else 0.0)
 
     def cuts(self, parts: int) -> tuple[int, ...]:
         self.best(parts)
@@ -122,12 +120,14 @@ class Table:
             return f"one executable: the host launches its {total} kernels in {self.launch_us[-1]:.0f} us"
         bounds = [0, *cuts, len(self.stretches)]
         kernels = listed(str(self.kernels(a, b)) for a, b in zip(bounds, bounds[1:], strict=False))
-        live = listed(f"{self.live[at]:,}" for at in cuts)
+        live = f"{listed(f'{self.live[at]:,}' for at in cuts)} bytes are"
+        if not any(self.live[at] for at in cuts):
+            live = "nothing is"
         won = self.best(1) - self.best(parts)
         gain = f"win {won:.0f} us" if won >= 0 else f"cost {-won:.0f} us"
         return (
             f"{parts} executables of {kernels} kernels, each launched while those before it run, which is predicted "
-            f"to {gain} a round; {live} bytes are live between them"
+            f"to {gain} a round; {live} live between them"
         )
 
     def kernels(self, start: int, end: int) -> int:

@@ -15,10 +15,11 @@ from jax import lax
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from coalesce.heavy import heavy_op, HeavyOp
-from coalesce.kernels import indexed_gemm
+from coalesce.kernels import indexed_gemm, windows as windows_module
+from coalesce.kernels.epilogue import COLUMN, Epilogue
 from coalesce.kernels.indexed_gemm import Blocks, blocks_for
 from coalesce.kernels.windows import windows_of
-from coalesce.slab import Picked
+from coalesce.slab import Cut, Picked
 from tests.alone import array
 from tests.compare import assert_same
 
@@ -74,6 +75,34 @@ def test_slots_say_which_rows_of_the_bank_are_read(call, lhs, rhs):
     assert_same(run(op, x, bank, slots), plain(call, x, bank[slots]))
 
 
+@pytest.mark.parametrize(("begin", "calls"), [((64, 640), 1), ((64, 648), 2)], ids=["whole units", "one that is none"])
+def test_layers_of_one_shape_are_one_kernel(begin, calls, monkeypatch):
+    """Two layers whose weights and offsets lie in one slab, some rows of which are picked: where they lie is data."""
+    monkeypatch.setattr(indexed_gemm, "STARTS_AS_DATA", True)
+    op, lhs, rhs = op_of(DOT, (20, 16), (16, 12)), (20, 16), (12, 16)  # by columns
+    weights, offsets, x, slots = array(2, 5, *rhs), array(2, 5, 12), array(3, 1, *lhs), jnp.asarray([4, 1, 4])
+    slab = jnp.full((5, 1280), jnp.nan)
+    for start, w, b in zip(begin, weights, offsets, strict=True):
+        slab = slab.at[:, start : start + 192].set(w.reshape(5, -1)).at[:, start + 256 : start + 268].set(b)
+
+    def layer(x, slab, slots, start):
+        w, b = (Picked(Cut(slab, at, shape), slots) for at, shape in ((start, rhs), (start + 256, (12,))))
+        work = Epilogue(lambda y, b: jnp.maximum(y + b, 0), (COLUMN,), jnp.float32)
+        return indexed_gemm.run(op, x, w, epilogue=work, operands=(b,), blocks=SMALL)
+
+    def both(x, slab, slots):
+        return [layer(x, slab, slots, start) for start in begin]
+
+    wants = [
+        jnp.maximum(plain(lambda a, c: DOT(a, c.T), x, w[slots]) + b[slots][:, None, None], 0)
+        for w, b in zip(weights, offsets, strict=True)
+    ]
+    for got, want in zip(jax.jit(both)(x, slab, slots), wants, strict=True):
+        assert_same(got, want)
+    traced = [eqn.params["jaxpr"] for eqn in jax.make_jaxpr(both)(x, slab, slots).eqns if "jaxpr" in eqn.params]
+    assert len(traced) == 2 and len({id(jaxpr) for jaxpr in traced}) == calls
+
+
 def test_what_pads_few_channels_reads_nothing():
     """Seven taps of three channels lie as eight of four: an infinite pixel is in the windows that cover it, and in no
     other."""
@@ -85,6 +114,46 @@ def test_what_pads_few_channels_reads_nothing():
     assert np.isfinite(want).any() and not np.isfinite(want).all()
     np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want))
     np.testing.assert_allclose(got[np.isfinite(want)], want[np.isfinite(want)], rtol=1e-5, atol=1e-5)
+
+
+# (strides, padding, image, window): in steps of two, windows begin at odd or even places, or before the image
+TOGETHER = {
+    "seven by seven": ((2, 2), [(3, 3), (3, 3)], (12, 10, 3), (7, 7)),
+    "begins in the image": ((2, 2), [(0, 1), (0, 1)], (8, 8, 3), (3, 3)),
+    "begins before it": ((1, 2), [(1, 1), (1, 0)], (6, 8, 3), (3, 3)),
+    "taps are padded to a power of two": ((2, 2), [(2, 2), (2, 2)], (6, 8, 4), (5, 6)),
+    "a border is left out": ((2, 2), [(0, 0), (-1, 0)], (8, 10, 3), (3, 3)),
+}
+
+
+@pytest.mark.parametrize(("strides", "padding", "image", "window"), TOGETHER.values(), ids=TOGETHER)
+def test_neighbours_are_read_together(strides, padding, image, window, monkeypatch):
+    """Of 16 bits, in steps of two: a load takes two pixels."""
+    monkeypatch.setattr(windows_module, "LOAD_BYTES", 16)
+    call, lhs, rhs = conv(strides, padding), (2, *image), (*window, image[-1], 20)
+    op = op_of(call, lhs, rhs, jnp.bfloat16)
+    windows = windows_of(op)
+    assert windows.channels == 8 and windows.strides[1] == 1 and windows.size[1] == image[1] // 2
+    x, w = (array(2, 1, *lhs).astype(jnp.bfloat16), array(2, *rhs).astype(jnp.bfloat16))
+    got = run(op, x, w, blocks=SMALL).astype(jnp.float32)
+    want = plain(call, x.astype(jnp.float32), w.astype(jnp.float32))
+    np.testing.assert_allclose(got, want, rtol=1e-2, atol=1e-2 * float(jnp.abs(want).max()))
+
+
+NOT_TOGETHER = {
+    "of 32 bits": (conv((2, 2)), (1, 8, 8, 3), jnp.float32),
+    "in steps of one": (conv(), (1, 8, 8, 3), jnp.bfloat16),
+    "in steps of four": (conv((4, 4)), (1, 8, 8, 3), jnp.bfloat16),
+    "dilated": (conv((2, 2), dilation=(1, 2)), (1, 8, 8, 3), jnp.bfloat16),
+    "with one left over": (conv((2, 2)), (1, 8, 7, 3), jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize(("call", "lhs", "dtype"), NOT_TOGETHER.values(), ids=NOT_TOGETHER)
+def test_neighbours_that_are_read_one_by_one(call, lhs, dtype, monkeypatch):
+    monkeypatch.setattr(windows_module, "LOAD_BYTES", 16)
+    windows = windows_of(op_of(call, lhs, (3, 3, 3, 20), dtype))
+    assert (windows.channels, windows.in_a_row, windows.size) == (4, 4, lhs[1:3])
 
 
 def test_blocks_are_powers_of_two_that_fill_the_device():

@@ -21,6 +21,14 @@ def test_padding_a_row():
     assert (at(row > 0).dtype, at(row.astype(jnp.bfloat16)).dtype) == (jnp.bool_, jnp.bfloat16)
 
 
+def test_zeros_before_a_row():
+    at = AS_IS.lead((0, 1))
+    row = jnp.arange(6, dtype=jnp.int32).reshape(2, 3)
+    assert at.of((2, 3)) == (2, 4)
+    np.testing.assert_array_equal(at(row), [[0, 0, 1, 2], [0, 3, 4, 5]])
+    assert str(at) == "behind zeros [0, 1]"
+
+
 def test_one_layout_after_another():
     first, second = AS_IS.pad((3, 4)), AS_IS.transpose((1, 0)).reshape((2, 6))
     both = first.then(second)
@@ -42,9 +50,11 @@ def test_a_layout_keeps_every_element(seed: int) -> None:
     layout = AS_IS
     for _ in range(pick.integer(1, 4)):
         now = layout.of(shape)
-        match pick.integer(0, 2):
+        match pick.integer(0, 3):
             case 0:
                 layout = layout.then(AS_IS.pad(tuple(n + pick.integer(0, 2) for n in now)))
+            case 3:
+                layout = layout.lead(tuple(pick.integer(0, 2) for _ in now))
             case 1:
                 layout = layout.transpose(tuple(pick.shuffled(range(len(now)))))
             case _:

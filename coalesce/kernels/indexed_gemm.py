@@ -9,8 +9,9 @@ coalesce.slab. Arrays above 4 GiB are addressed with 64 bits, which Pallas decid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,17 +19,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from coalesce import jaxpr as J
 from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import as_product
 from coalesce.kernels.epilogue import Epilogue, WHOLE
 from coalesce.kernels.tiles import by_columns, Operands, operands_of, Tiled
 from coalesce.kernels.triton import launch
-from coalesce.kernels.windows import padded, power, Windows, windows_of
+from coalesce.kernels.windows import power, row_of, Windows, windows_of
 from coalesce.layout import AS_IS, Layout, pad_to
 from coalesce.slab import Cut, Picked
+from coalesce.structure import canonical
 
 FLOATS = ("float32", "bfloat16", "float16")
+STARTS_AS_DATA = False  # where weights lie in a slab as an operand, so that equal layers share a kernel: not timed yet
 PRECISIONS = (None, lax.Precision.DEFAULT, lax.Precision.HIGHEST)  # others sum several products of parts
 
 
@@ -50,9 +54,16 @@ def layout(op: HeavyOp) -> Layout:
     channels are padded, see coalesce.kernels.windows."""
     k = windows_of(op).k
     shape = (k, op.n) if op.batch == 1 else (op.batch, k, op.n)
-    flat = AS_IS if k == op.k else AS_IS.pad((*op.rhs.shape[:-3], *padded(op), op.n))
+    flat = AS_IS if k == op.k else row_padded(op)
     flat = flat if flat.of(op.rhs.shape) == shape else flat.reshape(shape)
     return flat.transpose((1, 0)) if by_columns(op) else flat
+
+
+def row_padded(op: HeavyOp) -> Layout:
+    """The taps of a row and the channels that are counted."""
+    row, window = row_of(op), op.rhs.shape[:-3]
+    behind = AS_IS.lead((*(0 for _ in window), row.before, 0, 0)) if row.before else AS_IS
+    return behind.pad((*window, row.taps, row.channels, op.n))
 
 
 def run(
@@ -69,15 +80,25 @@ def run(
     cuts where the op has no batch dimensions.
     """
     product = product_of(op, lhs, rhs, epilogue, operands, blocks)
+    if not STARTS_AS_DATA:
+        return product.result(launch_of(product, product.args))
+    product = replace(product, operands=product.operands.movable())
+    return product.result(launched(shape_of(product), product.args))
 
+
+@partial(jax.jit, static_argnums=0)
+def launched(shape: Shape, args: Sequence[Any]) -> Any:
+    """Equal launches are one: a network has a kernel for each shape of its layers, not for each layer."""
+    return launch_of(shape.product, args)
+
+
+def launch_of(product: Product, args: Sequence[Any]) -> Any:
     def kernel(*refs: Any) -> None:
         product.write(pl.program_id(0), pl.program_id(1), refs[:-1], refs[-1])
 
     grid, blocks = (product.tiled.count, product.problems), product.tiled.blocks
-    (y,) = launch(
-        kernel, grid, [product.out], product.args, name=product.name, warps=blocks.warps, stages=blocks.stages
-    )
-    return product.result(y)
+    (y,) = launch(kernel, grid, [product.out], args, name=product.name, warps=blocks.warps, stages=blocks.stages)
+    return y
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +113,7 @@ class Product:
 
     @property
     def args(self) -> tuple[Any, ...]:
-        return (*self.operands.slots, self.lhs, *self.operands.arrays)
+        return (*self.operands.slots, *self.operands.places, self.lhs, *self.operands.arrays)
 
     @property
     def problems(self) -> int:
@@ -109,13 +130,44 @@ class Product:
 
     def write(self, tile: Any, problem: Any, refs: Sequence[Any], y: Any) -> None:
         """Compute a tile of a problem; `refs` are references to `args`, y to the result [P, rows, N]."""
-        first = len(self.operands.slots)
+        first = self.operands.first
         right, *given = self.operands.sources(refs[first + 1 :], refs[:first], problem)
         self.tiled.run(tile, problem, refs[first], right, given, y)
 
     def result(self, y: Any) -> Any:
         """[P, rows, N] -> [G,R,*out]."""
         return as_product.result(self.tiled.op, y, self.groups, self.tiled.per_group)
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """A product without its arrays. Equal ones compute the same of equal arrays."""
+
+    product: Product
+    key: Hashable
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Shape) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+def shape_of(product: Product) -> Shape:
+    given, tiled = product.operands, product.tiled
+    bare = replace(given, **{field: (None,) * len(getattr(given, field)) for field in ("slots", "places", "arrays")})
+    work, epilogue = None, tiled.epilogue
+    if epilogue:
+        tile = (tiled.blocks.m, tiled.blocks.n)
+        dtypes = [tiled.op.out.dtype, *(y.dtype for y in given.arrays[1:])]
+        jaxpr = jax.make_jaxpr(epilogue.apply)(*(jax.ShapeDtypeStruct(tile, dtype) for dtype in dtypes))
+        # What is kept is the work alone, and nothing of the program that it comes from.
+        epilogue = replace(epilogue, apply=lambda *tiles: J.evaluate(jaxpr, tiles)[0])
+        work = object() if jaxpr.consts else canonical(jaxpr, positional=True).key
+        work = (work, epilogue.kinds, str(epilogue.dtype))
+    op = (tiled.op.key, tiled.op.context, str(tiled.op.out.dtype))
+    key = (op, tiled.per_group, tiled.blocks, work, product.groups, bare)
+    return Shape(Product(replace(tiled, epilogue=epilogue), product.groups, None, bare), key)
 
 
 def product_of(
@@ -129,8 +181,11 @@ def product_of(
     """What `run` runs, with the same arguments."""
     groups, per_group = lhs.shape[:2]
     windows = windows_of(op)
-    x = as_product.left(op, lhs) if op.kind == "dot" else lhs.reshape(groups, -1, op.lhs.shape[-1])
-    x = pad_to(x, (*x.shape[:-1], windows.channels))
+    if op.kind == "dot":
+        x = as_product.left(op, lhs)
+    else:
+        x = lhs.reshape(groups, -1, op.lhs.shape[-1])
+        x = pad_to(x, (*x.shape[:-1], row_of(op).channels)).reshape(groups, -1, windows.channels)
     if blocks is None:
         blocks = blocks_for(per_group * op.m, op.n, windows, x.shape[0])
     return Product(Tiled(op, per_group, blocks, epilogue), groups, x, by_problem(op, rhs, epilogue, operands))

@@ -6,20 +6,24 @@ are its positions.
 
 Few channels, as of an image, leave a kernel nothing to load at once: 7 taps of 3 channels are 21 elements that begin
 anywhere. So they are padded to a power of two, and the taps of a window's row are counted to one: 8 taps of 4 channels,
-of which the last tap is never read.
+of which the last tap is never read. With a stride of two, two neighbours can then be read as one position of 8
+channels, 16 bytes of bfloat16; a window of 7 that begins at an odd place begins one before it, at a tap whose weights
+are zeros. (What is not finite in an image may then reach a result whose window it just misses.) No GPU has run that
+yet, so LOAD_BYTES leaves it out.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from coalesce.heavy import HeavyOp
 from coalesce.kernels.triton import both, div, rem
 
 FEW = 8  # channels: 16 bytes of bfloat16, one load
 FEWEST = 4
+LOAD_BYTES = 0  # neighbours are read together up to this: 16 is one load
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Windows:
     strides: tuple[int, ...]
     dilation: tuple[int, ...]
     before: tuple[int, ...]  # padding at the start; negative: what is left out there
-    channels: int  # with those that pad them
+    channels: int  # of a position, with those that pad them
     in_a_row: int  # how far the taps of the last dimension count
 
     @property
@@ -75,30 +79,50 @@ class Windows:
         return position, inside
 
 
+class Row(NamedTuple):
+    """How a convolution's windows are read along the last dimension."""
+
+    before: int  # taps that are counted before the first, whose weights are zeros
+    taps: int  # that are counted, with those
+    channels: int  # of a place, with those that pad them
+    together: int  # places that are read as one position
+
+
 def windows_of(op: HeavyOp) -> Windows:
     if op.kind == "dot":
         return Windows((), (), (), (), (), (), op.k, 1)
-    p = op.params
-    in_a_row, channels = padded(op)
+    p, row = op.params, row_of(op)
+    *strides, stride = p["window_strides"]
+    *before, first = (lo for lo, _ in p["padding"])
+    *size, last = op.lhs.shape[1:-1]
+    *taps, width = op.rhs.shape[:-2]
     return Windows(
-        size=tuple(op.lhs.shape[1:-1]),
+        size=(*size, last // row.together),
         out=tuple(op.out.shape[1:-1]),
-        taps=tuple(op.rhs.shape[:-2]),
-        strides=tuple(p["window_strides"]),
+        taps=(*taps, -(-(row.before + width) // row.together)),
+        strides=(*strides, stride // row.together),
         dilation=tuple(p["rhs_dilation"]),
-        before=tuple(lo for lo, _ in p["padding"]),
-        channels=channels,
-        in_a_row=in_a_row,
+        before=(*before, (first + row.before) // row.together),
+        channels=row.channels * row.together,
+        in_a_row=row.taps // row.together,
     )
 
 
-def padded(op: HeavyOp) -> tuple[int, int]:
-    """How far a convolution's taps of a row and its channels are counted: as far as there are any, or to powers of two
-    where channels are few, unless that makes more than twice as much of them."""
+def row_of(op: HeavyOp) -> Row:
+    """As it is; or with taps of a row and channels counted to powers of two where channels are few, unless that makes
+    more than twice as much of them, and neighbours together where that makes a load of them."""
     taps, channels = op.rhs.shape[-3:-1]
-    counts = power(taps), power(max(channels, FEWEST))
-    worth = taps > 1 and channels < FEW and prod(counts) <= 2 * taps * channels
-    return counts if worth else (taps, channels)
+    deep = power(max(channels, FEWEST))
+    if taps == 1 or channels >= FEW or power(taps) * deep > 2 * taps * channels:
+        return Row(0, taps, channels, 1)
+    stride, first = op.params["window_strides"][-1], op.params["padding"][-1][0]
+    before = -first % stride
+    counted = power(-(-(before + taps) // stride)) * stride
+    divides = op.lhs.shape[-2] % stride == 0 and op.params["rhs_dilation"][-1] == 1
+    one_load = stride * deep * op.lhs.dtype.itemsize <= LOAD_BYTES
+    if stride > 1 and divides and one_load and counted * deep <= 2 * taps * channels:
+        return Row(before, counted, deep, stride)
+    return Row(0, power(taps), deep, 1)
 
 
 def power(size: int) -> int:

@@ -80,7 +80,7 @@ class Driver:
         }
 
     def start(self) -> None:
-        self._callbacks.thread.start()
+        self._callbacks.start()
         self._finisher.start()
         self._launcher.start()
         self._watchdog.start()

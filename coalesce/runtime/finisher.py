@@ -7,12 +7,12 @@ done when its launch returns it hands out itself, by the same steps (`Launcher`)
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
 from coalesce.errors import DeviceError, OutOfDeviceMemory
+from coalesce.runtime.attendant import Attendant
 from coalesce.runtime.book import Book
 from coalesce.runtime.endings import error_of
 from coalesce.runtime.gil import handing_on
@@ -64,44 +64,27 @@ class Lost(NamedTuple):
     error: DeviceError
 
 
-class Finisher:
+class Finisher(Attendant):
     def __init__(
         self, driver: Inbox, machine: Machine, observers: Observers, clock: Callable[[], int], book: Book
     ) -> None:
-        self.inbox = Inbox()
+        super().__init__("finisher")
         self._driver, self._machine, self._observers, self._clock, self._book = driver, machine, observers, clock, book
         self._free_ns = 0  # when the device was done with what was waited for last
         self._landed_ns = 0  # and with what landed last: the driver's thread writes it, a probe is not timed from it
-        self.thread = threading.Thread(target=self._loop, name="coalesce-finisher", daemon=True)
 
-    def start(self) -> None:
-        self.thread.start()
-
-    def stop(self) -> None:
-        """After what is in flight."""
-        self.inbox.put(None)
-
-    def _loop(self) -> None:
-        while self._work():
-            continue
-
-    def _work(self) -> bool:
-        """Whether there is more to come; nothing of what was done is held while this thread waits."""
-        for flight in self.inbox.take(None):
-            if flight is None:
-                return False
-            if isinstance(flight, Probing):
-                self._time(flight)
-            else:
-                try:
-                    self._finish(flight)
-                except Exception:  # a bug of ours must not leave everybody waiting for ever
-                    LOG.exception("the finisher failed; every request that waits ends with DeviceError")
-                    why = "the runtime's finisher failed; its log has the traceback. Restart the runtime"
-                    self._driver.put(Lost(DeviceError(why)))
-                finally:
-                    handing_on.end(self)
-        return True
+    def handle(self, item: Flight | Probing) -> None:
+        if isinstance(item, Probing):
+            self._time(item)
+            return
+        try:
+            self._finish(item)
+        except Exception:  # a bug of ours must not leave everybody waiting for ever
+            LOG.exception("the finisher failed; every request that waits ends with DeviceError")
+            why = "the runtime's finisher failed; its log has the traceback. Restart the runtime"
+            self._driver.put(Lost(DeviceError(why)))
+        finally:
+            handing_on.end(self)
 
     def _time(self, probing: Probing) -> None:
         try:

@@ -19,9 +19,9 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
+from coalesce.runtime.attendant import Attendant
 from coalesce.runtime.finisher import Finisher, Flight
 from coalesce.runtime.gil import handing_on
-from coalesce.runtime.inbox import Inbox
 from coalesce.runtime.machine import Launched, Machine
 from coalesce.runtime.ticket import Reply, Ticket
 from coalesce.scheduler.catalog import Entry
@@ -44,22 +44,17 @@ class Leaving(NamedTuple):
     decided_ns: int
 
 
-class Launcher:
+class Launcher(Attendant):
     def __init__(self, machine: Machine, finisher: Finisher, clock: Callable[[], int], hang_ns: int) -> None:
+        super().__init__("launcher")
         self._machine, self._finisher, self._clock, self._hang_ns = machine, finisher, clock, hang_ns
-        self._inbox = Inbox()
-        self.thread = threading.Thread(target=self._loop, name="coalesce-launcher", daemon=True)
         self._aloft: deque[Aloft] = deque()
         self._landed: list[Flight] = []  # done, and nobody has their results yet
         self._due: list[Flight] = []  # those of them whose ends were in the inbox when the driver looked there
 
     def start(self) -> None:
         if self._machine.is_slow_to_launch:
-            self.thread.start()
-
-    def stop(self) -> None:
-        """After what is to be launched."""
-        self._inbox.put(None)
+            super().start()
 
     # On the driver's thread
 
@@ -75,7 +70,7 @@ class Launcher:
         overdue_ns = leaving.decided_ns + self._hang_ns
         if self._machine.is_slow_to_launch:
             self._aloft.append(Aloft(overdue_ns, landed=False))
-            self._inbox.put(leaving)
+            self.inbox.put(leaving)
             return
         flight = flight_of(leaving, self._launched(leaving), 0)
         lands = not is_heard and is_at_hand(flight.launched) and all(own.landed for own in self._aloft)
@@ -90,7 +85,7 @@ class Launcher:
         """Returns when everything is launched that is to be."""
         if self.thread.is_alive():
             done = threading.Event()
-            self._inbox.put(done)
+            self.inbox.put(done)
             done.wait()
 
     def note_completed(self) -> None:
@@ -124,23 +119,14 @@ class Launcher:
 
     # On its own
 
-    def _loop(self) -> None:
-        while self._work():
-            continue
-
-    def _work(self) -> bool:
-        """Whether there is more to come; nothing of what was done is held while this thread waits."""
-        for item in self._inbox.take(None):
-            if item is None:
-                return False
-            if isinstance(item, threading.Event):
-                item.set()
-                continue
-            handing_on.begin(self)
-            begun_ns = self._clock()
-            self._finisher.inbox.put(flight_of(item, self._launched(item), self._clock() - begun_ns))
-            handing_on.end(self)
-        return True
+    def handle(self, item: Leaving | threading.Event) -> None:
+        if isinstance(item, threading.Event):
+            item.set()
+            return
+        handing_on.begin(self)
+        begun_ns = self._clock()
+        self._finisher.inbox.put(flight_of(item, self._launched(item), self._clock() - begun_ns))
+        handing_on.end(self)
 
 
 def flight_of(leaving: Leaving, launched: Launched | Exception, host_ns: int) -> Flight:

@@ -1,0 +1,66 @@
+"""Products of strided slices, read from the image itself."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import coalesce
+from coalesce import jaxpr as J
+from coalesce.bundle import packs
+from coalesce.compile import Fused
+from coalesce.strided import in_place, slices_in
+from tests.compare import assert_same
+
+KEYS = jax.random.split(jax.random.key(0), 8)
+
+
+def shortcut(strides, limits=None, starts=(0, 0, 0, 0)):
+    """Every n-th position of an image, times weights, and something elementwise behind."""
+
+    def apply(params, x):
+        part = lax.slice(x, starts, limits or x.shape, (1, *strides, 1))
+        y = lax.dot_general(part, params["w"], (((3,), (0,)), ((), ())), precision="highest")
+        return jnp.maximum(y + params["b"].reshape(1, 1, 1, -1), 0) + 1
+
+    return apply
+
+
+def fused(apply, image, kernel="indexed_gemm") -> tuple[Fused, list, list]:
+    params = [{"w": jax.random.normal(k, (16, 20)), "b": jnp.full((20,), 0.1)} for k in KEYS[:2]]
+    inputs = [(jax.random.normal(k, (1, *image)),) for k in KEYS[4:6]]
+    programs = [coalesce.trace(apply, p, *x, name=f"t{i}") for i, (p, x) in enumerate(zip(params, inputs, strict=True))]
+    return coalesce.fuse(programs, choose_kernel=lambda *_: kernel), params, inputs
+
+
+CASES = {
+    "every second": (shortcut((2, 2)), (6, 8, 16), True),
+    "odd sizes, one stride": (shortcut((2, 1)), (5, 3, 16), True),
+    "every third": (shortcut((3, 3)), (7, 8, 16), True),
+    "all": (shortcut((1, 1)), (4, 4, 16), False),
+    "not to the end": (shortcut((2, 2), (1, 4, 8, 16)), (8, 8, 16), False),
+    "not from the start": (shortcut((2, 2), starts=(0, 1, 0, 0)), (8, 8, 16), False),
+    "some channels": (shortcut((2, 2), (1, 8, 8, 16)), (8, 8, 24), False),
+}
+
+
+@pytest.mark.parametrize(("apply", "image", "reads"), CASES.values(), ids=CASES)
+def test_each_tenants_result(apply, image, reads):
+    program, params, inputs = fused(apply, image)
+    (pack,) = packs(program.bundle.schedule)
+    found = in_place(pack, slices_in(program.bundle))
+    assert (found is not None) == reads
+    if found:
+        assert found[0].op.kind == "conv" and J.shape(found[1]) == (1, *image)
+    for got, p, x in zip(program(inputs), params, inputs, strict=True):
+        assert_same(got, apply(p, *x))
+
+
+def test_other_kernels_read_slices():
+    program, params, inputs = fused(CASES["every second"][0], (6, 8, 16), "batched_dot")
+    (pack,) = packs(program.bundle.schedule)
+    assert in_place(pack, slices_in(program.bundle)) is None
+    for got, p, x in zip(program(inputs), params, inputs, strict=True):
+        assert_same(got, CASES["every second"][0](p, *x))
