@@ -188,7 +188,7 @@ class Seen(Observer):
         self.room += bundle.width
         self.busy_ns += bundle.took_ns
         begun_ns = self._dispatched_ns.pop(bundle.dispatch.bundle, bundle.start_ns)
-        self.ran.append(Ran(bundle.form, bundle.start_ns > begun_ns, bundle.took_ns))
+        self.ran.append(Ran(bundle.form, bundle.start_ns > begun_ns, bundle.took_ns, bundle.start_ns))
 
     def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
         for ending in endings:

@@ -1,6 +1,8 @@
 """What a real runtime took, for the simulator: its host by its log, its device by its bundles.
 
-Times come again in their order, since slow moments of a machine last for more than one event.
+Times come again when they were, and in their order: slow moments of a machine last for more than one event, and slow
+down all of it. Of several stretches that were learnt from, as before and after what is simulated, each has its turn for
+BLOCK_NS: a machine that is slower in one of them is so half of the time.
 
     event   told     answered                told     ...
       | wake  |  busy: decides, dispatches... |
@@ -11,8 +13,8 @@ already when it was told of the event before says how long it was busy with that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, cycle, pairwise
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle, pairwise
 from random import Random
 from statistics import median
 from typing import NamedTuple
@@ -24,22 +26,56 @@ from coalesce.scheduler.machine import quantiles
 from coalesce.scheduler.run import Decision, Outcome, Run
 
 NEVER = 1 << 62
+BLOCK_NS = 250_000_000
 SURE = 4  # times as long as it is mostly busy: after that it is idle
 
 
-class MeasuredHost:
-    """`wakes_ns` by whether a bundle had ended, `busy_ns` by whether something was dispatched."""
+class Moment(NamedTuple):
+    at_ns: int  # since its stretch began
+    took_ns: int
 
-    def __init__(self, wakes_ns: dict[bool, Sequence[int]], busy_ns: dict[bool, Sequence[int]]) -> None:
-        self.wakes_ns, self.busy_ns = wakes_ns, busy_ns
-        self._wakes = {ended: endless(ns) for ended, ns in wakes_ns.items()}
-        self._busy = {dispatched: endless(ns) for dispatched, ns in busy_ns.items()}
+
+class Stretches:
+    """Times of one kind of thing, of one stretch or several."""
+
+    def __init__(self, stretches: Iterable[Iterable[Moment]]) -> None:
+        ordered = (sorted(moments, key=lambda moment: moment.at_ns) for moments in stretches)
+        self.stretches = [moments for moments in ordered if moments]
+        self._block, self._own = -1, iter(())
+        self._others = cycle([moment for moments in self.stretches for moment in moments])
+
+    def __bool__(self) -> bool:
+        return bool(self.stretches)
+
+    def take(self, now_ns: int) -> int:
+        """What it takes now: as in the stretch whose turn it is, then, one after the other; once these have been used
+        up, as at other times, so that what was rare is not more often."""
+        block = now_ns // BLOCK_NS
+        if block != self._block:
+            own = self.stretches[block % len(self.stretches)]
+            self._block = block
+            self._own = iter([moment for moment in own if moment.at_ns // BLOCK_NS == block])
+        moment = next(self._own, None)
+        return (moment if moment is not None else next(self._others)).took_ns
+
+    @property
+    def times_ns(self) -> list[int]:
+        return [moment.took_ns for moments in self.stretches for moment in moments]
+
+
+class MeasuredHost:
+    """`wakes` by whether a bundle had ended, `busy` by whether something was dispatched; `now_ns` is read at a time."""
+
+    def __init__(
+        self, wakes: Mapping[bool, Stretches], busy: Mapping[bool, Stretches], now_ns: Callable[[], int]
+    ) -> None:
+        self.wakes, self.busy, self._now_ns = wakes, busy, now_ns
 
     def wake(self, ended: bool) -> int:
-        return next(self._wakes[ended])
+        return self._of(self.wakes[ended])
 
     def decide(self, commands: Sequence[Command]) -> int:
-        return next(self._busy[dispatches(commands)])
+        return self._of(self.busy[dispatches(commands)])
 
     def dispatch(self) -> int:
         """Part of the run, as the runtime counts."""
@@ -49,30 +85,41 @@ class MeasuredHost:
         """Until the driver wakes up."""
         return 0
 
-
-def endless(times_ns: Sequence[int]) -> Iterator[int]:
-    return cycle(times_ns or (0,))
+    def _of(self, times: Stretches) -> int:
+        return times.take(self._now_ns()) if times else 0
 
 
 def dispatches(commands: Sequence[Command]) -> bool:
     return any(isinstance(command, Dispatch) for command in commands)
 
 
-def host_of(log: Iterable[Sequence[Decision]]) -> MeasuredHost:
-    """Of some stretches of a log."""
-    pairs = list(chain.from_iterable(map(pairwise, log)))
-    busy: dict[bool, list[int]] = {False: [], True: []}
-    for before, after in pairs:
-        if happened_ns(after.event, before.commands) <= before.now_ns:
-            busy[dispatches(before.commands)].append(after.now_ns - before.now_ns)
-    known = [*busy[False], *busy[True]]
+def host_of(logs: Iterable[Sequence[Decision]], now_ns: Callable[[], int] = lambda: 0) -> MeasuredHost:
+    """Of some stretches of a log; `now_ns` says what time it is in the simulation."""
+    pairs = [list(pairwise(log)) for log in logs]
+    busy: list[list[tuple[bool, Moment]]] = [[] for _ in pairs]
+    for own, found in zip(pairs, busy, strict=True):
+        for before, after in own:
+            if happened_ns(after.event, before.commands) <= before.now_ns:
+                moment = Moment(before.now_ns - own[0][0].now_ns, after.now_ns - before.now_ns)
+                found.append((dispatches(before.commands), moment))
+    known = [moment.took_ns for found in busy for _, moment in found]
     idle_ns = SURE * int(median(known)) if known else 0
-    wakes: dict[bool, list[int]] = {False: [], True: []}
-    for before, after in pairs:
-        since_ns = happened_ns(after.event, before.commands)
-        if before.now_ns + idle_ns < since_ns < NEVER:
-            wakes[isinstance(after.event, Completed)].append(after.now_ns - since_ns)
-    return MeasuredHost({**wakes}, {kind: own or known for kind, own in busy.items()})
+    wakes: list[list[tuple[bool, Moment]]] = [[] for _ in pairs]
+    for own, found in zip(pairs, wakes, strict=True):
+        for before, after in own:
+            since_ns = happened_ns(after.event, before.commands)
+            if before.now_ns + idle_ns < since_ns < NEVER:
+                moment = Moment(since_ns - own[0][0].now_ns, after.now_ns - since_ns)
+                found.append((isinstance(after.event, Completed), moment))
+    whole = Stretches([moment for _, moment in found] for found in busy)
+    return MeasuredHost(by_kind(wakes), {kind: own or whole for kind, own in by_kind(busy).items()}, now_ns)
+
+
+def by_kind(stretches: Sequence[Sequence[tuple[bool, Moment]]]) -> dict[bool, Stretches]:
+    return {
+        kind: Stretches([moment for own, moment in found if own is kind] for found in stretches)
+        for kind in (False, True)
+    }
 
 
 def happened_ns(event: Event, asked: Sequence[Command]) -> int:
@@ -92,22 +139,24 @@ class Ran(NamedTuple):
     form: tuple[Entry, ...]  # of its executable
     waited: bool  # behind another bundle, so that its time is without what the host takes to dispatch
     took_ns: int
+    at_ns: int = 0  # when it began, since its stretch did
 
 
 class MeasuredDevice:
     """A watcher of a simulation that says how long its bundles take, and knows which requests were in time."""
 
-    def __init__(self, ran: Iterable[Ran]) -> None:
-        times: dict[tuple[tuple[Entry, ...], bool], list[int]] = {}
-        for form, waited, took_ns in ran:
-            times.setdefault((form, waited), []).append(took_ns)
-        self._times: Mapping[tuple[tuple[Entry, ...], bool], Iterator[int]] = {k: cycle(v) for k, v in times.items()}
-        self._now_ns = self._free_ns = 0
+    def __init__(self, stretches: Iterable[Iterable[Ran]]) -> None:
+        ran = [list(own) for own in stretches]
+        self._times = {
+            key: Stretches([Moment(r.at_ns, r.took_ns) for r in own if r[:2] == key] for own in ran)
+            for key in {r[:2] for own in ran for r in own}
+        }
+        self.now_ns = self._free_ns = 0
         self._lanes: dict[int, list[int]] = {}
         self._ends_ns: dict[int, int] = {}
 
     def see(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
-        self._now_ns = now_ns
+        self.now_ns = now_ns
         if isinstance(event, Completed):
             self._ends_ns.update(dict.fromkeys(self._lanes.pop(event.bundle), event.end_ns))
         for command in commands:
@@ -116,10 +165,10 @@ class MeasuredDevice:
 
     def takes(self, executable: Executable, rng: Random) -> int:
         """One that did not run takes what its warm-up said."""
-        waits = self._free_ns > self._now_ns
+        waits, now_ns = self._free_ns > self.now_ns, self.now_ns
         known = self._times.get((executable.entries, waits)) or self._times.get((executable.entries, not waits))
-        took_ns = next(known) if known is not None else quantiles(executable, rng)
-        self._free_ns = max(self._free_ns, self._now_ns) + took_ns
+        took_ns = known.take(now_ns) if known is not None else quantiles(executable, rng)
+        self._free_ns = max(self._free_ns, now_ns) + took_ns
         return took_ns
 
     def in_time(self, run: Run) -> int:

@@ -126,19 +126,20 @@ def served(rt: Runtime, own: Configuration, rate: float, lives: Sequence[Live], 
     serve(rt, lives, arrivals(own, rate, lives, seed))
     time.sleep(SETTLE_S)
     in_time = sum(outcomes["ok"] for outcomes in seen.outcomes.values())
-    return Slice(seed, start_ns, (seen.log or [])[first:], seen.requests, in_time, seen.ran, seen.lanes)
+    ran = [own._replace(at_ns=own.at_ns - start_ns) for own in seen.ran]
+    return Slice(seed, start_ns, (seen.log or [])[first:], seen.requests, in_time, ran, seen.lanes)
 
 
 def simulated(seen: Seen, own: Slice, around: Sequence[Slice], seed: int) -> tuple[int, Run]:
     """(how many would have been in time, the run), if everything took what it took in slices around."""
-    device = MeasuredDevice(ran for other in around for ran in other.ran)
+    device = MeasuredDevice(other.ran for other in around)
     run = simulate(
         Later(seen.log or (), own.start_ns),
         seen.tenants.values(),
         seen.catalog,
         again(own.requests, own.start_ns),
         takes=device.takes,
-        host=host_of([other.log for other in around]),
+        host=host_of([other.log for other in around], lambda: device.now_ns),
         seed=seed,
         watchers=[device.see],
     )

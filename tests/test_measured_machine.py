@@ -11,7 +11,7 @@ from coalesce.scheduler.request import Tenant
 from coalesce.scheduler.run import Run
 from coalesce.scheduler.simulator import simulate
 from coalesce.scheduler.workloads import arrive_apart
-from experiments.measured_machine import host_of, MeasuredDevice, Ran
+from experiments.measured_machine import BLOCK_NS, host_of, MeasuredDevice, Moment, Ran, Stretches
 
 pytestmark = pytest.mark.once
 
@@ -29,26 +29,36 @@ def run(host: Host, **options: object) -> Run:
 def test_a_host_is_found_in_its_log():
     found = host_of([run(HOST).log])
     for ended in (False, True):
-        assert len(found.wakes_ns[ended]) > 20 and set(found.wakes_ns[ended]) == {HOST.wake_ns}
-    assert set(found.busy_ns[True]) | set(found.busy_ns[False]) == {HOST.decide_ns}
+        assert len(found.wakes[ended].times_ns) > 20 and set(found.wakes[ended].times_ns) == {HOST.wake_ns}
+    assert {*found.busy[True].times_ns, *found.busy[False].times_ns} == {HOST.decide_ns}
 
 
 def test_a_run_comes_out_again():
     first = run(HOST)
     times = {executable.entries: executable.l50_ns for executable in CATALOG.executables}
     ran = [Ran(form, waited, ns) for form, ns in times.items() for waited in (False, True)]
-    device = MeasuredDevice(ran)
+    device = MeasuredDevice([ran])
     second = run(host_of([first.log]), takes=device.takes, watchers=[device.see])  # pyright: ignore
     assert second.log == first.log and 20 < device.in_time(second) < len(second.requests)
 
 
 def test_a_bundle_that_waits_behind_another_takes_less():
     (one, two, _) = (executable.entries for executable in CATALOG.executables)
-    device = MeasuredDevice([Ran(one, False, 50), Ran(one, True, 30), Ran(one, True, 20), Ran(two, False, 70)])
+    device = MeasuredDevice([[Ran(one, False, 50), Ran(one, True, 30), Ran(one, True, 20), Ran(two, False, 70)]])
     first, second = (replace_id(entries) for entries in (one, two))
     assert [device.takes(first, Random(0)) for _ in range(4)] == [50, 30, 20, 30]
     assert device.takes(second, Random(0)) == 70
     assert device.takes(Executable(9, (), 11, 11), Random(0)) == 11
+
+
+def test_stretches_have_their_turns_and_what_was_slow_together_is_so_again():
+    """Of two stretches the second is twice as slow, but for its first block; each is heard half of the time."""
+    ms = [number * 1_000_000 for number in range(0, 2000, 10)]
+    first, second = ([Moment(at_ns, ns * (1 + (at_ns >= BLOCK_NS))) for at_ns in ms] for ns in (10, 20))
+    times, others = Stretches([first, second]), Stretches([first[::3], second[::3]])
+    took = [times.take(now_ns) for now_ns in ms]
+    assert took == [10] * 25 + [40] * 25 + ([20] * 25 + [40] * 25) * 3
+    assert [others.take(now_ns) for now_ns in ms[::3]] == took[::3]
 
 
 def replace_id(entries: tuple) -> Executable:
