@@ -5,7 +5,7 @@ JOBS ?= 2
 VENV := .venv
 NEWEST := .venv-newest
 PIP := -m pip --disable-pip-version-check --no-input --quiet install
-PYTEST := -m pytest -n $(JOBS) --maxschedchunk 2
+PYTEST := -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # All root folders by name: ruff does not follow the links in coalesce/.
 SOURCES := coalesce passes scheduler models experiments tests tools
 

@@ -51,6 +51,8 @@ class Pack:
     reason: str = ""  # of width 1: why nothing else is in it
     array: int | None = None  # the array its right operands lie in, set by plan_layouts
     epilogue: tuple[Step, ...] = ()  # set by fuse_epilogues
+    rounds: bool = False  # its result to TF32; set by round_results
+    rounded: bool = False  # its left operand comes so
     launch: int | None = None  # of packs that one kernel launch runs, the index of the first; set by share_launches
 
     @property
@@ -208,9 +210,8 @@ def units(items: Iterable[T]) -> Iterator[tuple[T, ...]]:
     """The items of one level, or packs in their order; those that share a launch as one."""
 
     def unit(item: object) -> tuple[str, int]:
-        if isinstance(item, Pack) and item.launch is not None:
-            return "launch", item.launch
-        return "item", id(item)
+        launch = item.launch if isinstance(item, Pack) else None
+        return ("item", id(item)) if launch is None else ("launch", launch)
 
     return (tuple(group) for _, group in groupby(items, unit))
 
@@ -236,8 +237,7 @@ def equations(item: Item) -> list[tuple[int, J.Eqn]]:
 
 
 def epilogue_reads(pack: Pack) -> list[J.Var]:
-    """What a pack's epilogue reads besides the pack's result, each once. What has another shape than the result is one
-    vector over its columns."""
+    """What a pack's epilogue reads besides its result, each once; if of another shape, a vector over its columns."""
     own = {v for m in pack.members for v in m.eqn.outvars} | {v for step in pack.epilogue for v in step.eqn.outvars}
     read = [a for step in pack.epilogue for a in step.eqn.invars if not isinstance(a, J.Literal)]
     return list(dict.fromkeys(a for a in read if a not in own))

@@ -132,6 +132,7 @@ def schedule_lines(bundle: Bundle, schedule: Schedule, names: dict[int, Names], 
                 yield indent + pack_text(item, bundle)
                 yield from (f"{indent}  f{m.family}: {equation(m.eqn, names[m.family])}" for m in item.members)
                 yield from (f"{indent}  then f{s.family}: {equation(s.eqn, names[s.family])}" for s in item.epilogue)
+                yield from (f"{indent}  then rounded to TF32",) if item.rounds else ()
             case Step(family, _, eqn, each):
                 yield f"{indent}f{family}: {equation(eqn, names[family])}{f'  # lane by lane: {each}' if each else ''}"
             case JointStep(parts):

@@ -4,6 +4,7 @@ AS_IS                                       as the tenant's program has it
 AS_IS.split(s).transpose(o).reshape(t)      other dimensions; elements only move
 AS_IS.pad(s)                                zeros at the end of each dimension, up to shape s
 AS_IS.lead(n)                               n zeros before the beginning of each dimension
+AS_IS.rounded()                             float32 as TF32 has it, see coalesce.tf32
 a.then(b)                                   the moves of a, then those of b
 """
 
@@ -14,12 +15,16 @@ from typing import Any
 
 from jax import lax
 
+from coalesce.tf32 import nearest
+
 Dims = tuple[int, ...]
+ROUNDED: tuple[str, Dims] = ("rounded to TF32", ())
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A change of layout within a row; it moves elements and pads with zeros, and never changes or repeats one."""
+    """A change of layout within a row; it moves elements and pads with zeros, and never repeats one. None changes but
+    by rounding, for who multiplies no more of it."""
 
     moves: tuple[tuple[str, Dims], ...] = ()
 
@@ -38,6 +43,10 @@ class Layout:
     def lead(self, count: Dims) -> Layout:
         return Layout((*self.moves, ("behind zeros", count)))
 
+    def rounded(self) -> Layout:
+        """float32 to what TF32 has."""
+        return self if ROUNDED in self.moves else Layout((*self.moves, ROUNDED))
+
     def then(self, other: Layout) -> Layout:
         return Layout((*self.moves, *other.moves))
 
@@ -50,6 +59,8 @@ class Layout:
                     row = pad_to(row, dims)
                 case "behind zeros":
                     row = lax.pad(row, lax.full((), 0, row.dtype), [(n, 0, 0) for n in dims])
+                case "rounded to TF32":
+                    row = nearest(row)
                 case _:
                     row = lax.reshape(row, dims)
         return row
@@ -62,12 +73,15 @@ class Layout:
                     shape = tuple(shape[d] for d in dims)
                 case "behind zeros":
                     shape = tuple(size + n for size, n in zip(shape, dims, strict=True))
+                case "rounded to TF32":
+                    pass
                 case _:
                     shape = dims
         return shape
 
     def __str__(self) -> str:
-        return ", ".join(f"{move} {list(dims)}" for move, dims in self.moves) or "as it is"
+        texts = (move if (move, dims) == ROUNDED else f"{move} {list(dims)}" for move, dims in self.moves)
+        return ", ".join(texts) or "as it is"
 
 
 AS_IS = Layout()

@@ -17,13 +17,14 @@ from coalesce import jaxpr as J
 from coalesce.bundle import epilogue_reads, folds_of, Pack
 from coalesce.family import Family
 from coalesce.heavy import HeavyOp
-from coalesce.kernels import as_product, FUSING, horizontal, KERNELS
+from coalesce.kernels import as_product, FUSING, horizontal, KERNELS, mosaic_gemm
 from coalesce.kernels.epilogue import COLUMN, Epilogue, on_tile, WHOLE
 from coalesce.kernels.indexed_gemm import product_of
 from coalesce.lanes import Banked, join, Joint, LaneValue, masked, plain, Shared, Stacked, stacked, take
 from coalesce.layout import Layout, pad_to
 from coalesce.member import Fold, Member
 from coalesce.slab import Cut, Picked, whole
+from coalesce.tf32 import nearest
 from coalesce.unify import contracted
 
 
@@ -78,13 +79,15 @@ def run_kernel(pack: Pack, x: Any, w: Any, *operands: Any) -> Any:
     if pack.kernel not in FUSING:
         return KERNELS[pack.kernel].run(pack.op, x, whole(w))
     how = {"epilogue": epilogue_of(pack), "operands": operands, "blocks": pack.blocks}
+    if pack.rounded:
+        return mosaic_gemm.run(pack.op, x, w, **how, rounded=True)
     return FUSING[pack.kernel].run(pack.op, x, w, **how)
 
 
 def epilogue_of(pack: Pack) -> Epilogue | None:
     """The pack's epilogue on tiles: its steps are elementwise, and a broadcast is its operand's tile already."""
     if not pack.epilogue:
-        return None
+        return Epilogue(nearest, (), pack.op.out.dtype) if pack.rounds else None
     reads = epilogue_reads(pack)
 
     def apply(result: Any, *tiles: Any) -> Any:
@@ -93,7 +96,8 @@ def epilogue_of(pack: Pack) -> Epilogue | None:
             args = [J.literal_value(a) if isinstance(a, J.Literal) else env[a] for a in step.eqn.invars]
             broadcast = step.eqn.primitive.name == "broadcast_in_dim"
             env[step.eqn.outvars[0]] = args[0] if broadcast else on_tile(step.eqn, args)
-        return env[pack.epilogue[-1].eqn.outvars[0]]
+        last = env[pack.epilogue[-1].eqn.outvars[0]]
+        return nearest(last) if pack.rounds else last
 
     kinds = tuple(WHOLE if J.shape(a) == pack.op.out.shape else COLUMN for a in reads)
     return Epilogue(apply, kinds, J.dtype(pack.epilogue[-1].eqn.outvars[0]))

@@ -13,10 +13,13 @@ import jax
 from jax import lax
 
 from coalesce import jaxpr as J
+from coalesce.blocks import Blocks
 from coalesce.bundle import Bundle, items, Pack, Step
 from coalesce.heavy import heavy_op, HeavyOp
+from coalesce.kernels import mosaic_gemm
+from coalesce.kernels.mosaic_tile import tile_of
 
-KERNELS = ("indexed_gemm",)  # that read windows of any stride, in the blocks of a product without
+KERNELS = ("indexed_gemm", "mosaic_gemm")  # that read windows of a stride, in the blocks of a product without
 
 Slices = dict[tuple[int, Any], J.Eqn]  # what makes a family's variable
 
@@ -33,7 +36,14 @@ def in_place(pack: Pack, slices: Slices) -> tuple[Pack, J.Atom] | None:
     (member,) = pack.members
     eqn = slices.get((member.family, member.eqn.invars[0]))
     op = convolution(pack.op, eqn) if eqn else None
-    return (replace(pack, op=op), eqn.invars[0]) if eqn and op else None
+    if not eqn or not op or (pack.kernel == "mosaic_gemm" and not by_tma(op, pack.blocks)):
+        return None
+    return replace(pack, op=op), eqn.invars[0]
+
+
+def by_tma(op: HeavyOp, blocks: Blocks | None) -> bool:
+    """Whether mosaic_gemm runs it, in tiles of the same size."""
+    return mosaic_gemm.supports(op) and (blocks is None or tile_of(op, blocks) is not None)
 
 
 def convolution(op: HeavyOp, eqn: J.Eqn) -> HeavyOp | None:

@@ -23,6 +23,7 @@ from coalesce.passes.join_arrays import join_arrays
 from coalesce.passes.keep_layouts import Held, keep_layouts
 from coalesce.passes.pack import pack
 from coalesce.passes.plan_layouts import plan_layouts
+from coalesce.passes.round_results import round_results
 from coalesce.passes.share_launches import share_launches
 from coalesce.passes.unroll_loops import unroll_loops
 from coalesce.tuning import Tuned, UNTUNED
@@ -63,6 +64,7 @@ def bundle_passes(
     share = (partial(share_launches, costs=costs, tuned=tuned, **sharing),)
     last = (
         fuse_epilogues,  # what these do to their results: after the kernels, not all of which can
+        partial(round_results, costs=costs, tuned=tuned, choice=choice),  # and for whom: what is left is known by then
         plan_layouts,  # where the weights lie: after the kernels, which say how they read them
         partial(join_arrays, platform=platform),  # which of these arrays are one argument
         # where a program is launched in parts: once nothing moves any more

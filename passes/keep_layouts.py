@@ -20,6 +20,7 @@ from coalesce.errors import PlanError
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import choose, FUSING, KERNELS, ON_HOPPER
 from coalesce.layout import Layout
+from coalesce.tf32 import multiplies
 from coalesce.tuning import Tuned, UNTUNED
 from coalesce.weigh import nbytes
 
@@ -41,6 +42,8 @@ def keep_layouts(
         assert isinstance(item, Pack) and len(item.members) == 1, "packs of several members need weights in one array"
         op, (groups, rows) = item.op, problems(item, bundle.families)
         rule = (tuned.kernel(op, groups, rows) if choice is choose else None) or choice(op, groups, platform)
+        if choice is choose and rule in ON_HOPPER and multiplies(op):
+            rule = "indexed_gemm"  # which reads no rounded weights, and what wrote its operand need not round that
         if rule not in KERNELS or not KERNELS[rule].supports(op):
             raise PlanError(f"pack {item.index} ({op.shape}): kernel {rule!r} does not support it")
         (member,) = item.members

@@ -36,6 +36,9 @@ from coalesce.scheduler.outlook import (
 )
 from coalesce.scheduler.request import Request
 from coalesce.scheduler.shares import Account, CLOSE, Shares
+from coalesce.scheduler.tuples import made
+
+INFEASIBLE = Reason.INFEASIBLE
 
 
 class Admission:
@@ -49,48 +52,48 @@ class Admission:
     ) -> Reason | None:
         """Why it is refused; `start` is when the device can begin with it, `excess` what its tenant has had."""
         self.foreseen = False
-        deadline_ns, costs = request.deadline_ns, queue.costs
+        deadline_ns, costs, shares = request.deadline_ns, queue.costs, self._shares
         if deadline_ns <= now_ns:
             return Reason.EXPIRED
         if account.waiting >= account.tenant.quota:
             return Reason.QUEUE_FULL
         if not costs.options:  # it waits for one that the driver makes
             return None
-        self._load.ask(costs.lane_ns, now_ns)
+        items, work_ns = queue.items, costs.lane_ns
+        self._load.ask(work_ns, now_ns)
         over = excess > CLOSE
         if over:
-            careful = self._shares.is_careful(account, excess, costs.lane_ns)
+            careful = shares.is_careful(account, excess, work_ns)
         else:
             careful = False
             queue.others.note(now_ns, costs.slo_ns)
-        items = queue.items
-        leads = not items or deadline_ns < items[0][0]
-        work_ns = costs.lane_ns + costs.first_ns if leads else costs.lane_ns
+        if not items or deadline_ns < items[0][0]:
+            work_ns += costs.first_ns
         if queue.level.spare > 0 or is_few(queue.level):
             fits = self._fits_outlook(request, queue, start, over, careful, now_ns)
         else:
             kept_ns = kept(deadline_ns - now_ns, queue, careful) if over else 0
             fits = fits_demand(request, queue, kept_ns, work_ns + kept_ns, self._load, start.free_ns, now_ns)
+        if fits:
+            shares.charge(account, work_ns, over)
+            return None
         if not over:
-            self._shares.note(missed=not fits)
-        if not fits:
-            return Reason.INFEASIBLE
-        self._shares.charge(account, work_ns)
-        return None
+            shares.note_refusal()
+        return INFEASIBLE
 
     def _fits_outlook(
         self, request: Request, queue: Queue, start: Start, over: bool, careful: bool, now_ns: int
     ) -> bool:
         level, items, due_ns = queue.level, queue.items, request.deadline_ns
-        if start.is_idle and not queue.lot and not any(own.order for own in (level, *level.above)):
+        if start.is_idle and not queue.lot and not any([own.order for own in (level, *level.above)]):
             return now_ns + queue.costs.alone.l50_ns <= due_ns
-        kept_ns = kept(due_ns - now_ns, queue, False) if over else 0
+        kept_ns = kept(due_ns - now_ns, queue, False) if over and queue.lot else 0
         is_last = not items or items[-1] < (due_ns, request.id)
         if is_last and not careful and has_room(queue, due_ns - kept_ns, start, now_ns):
             self.foreseen = True
             return True
         at = len(items) if is_last else bisect_left(items, (due_ns, request.id))
-        new = Newcomer(queue, due_ns - kept_ns, at, not careful)
+        new = made(Newcomer, (queue, due_ns - kept_ns, at, not careful))
         if is_closed(level, start, new):
             return False
         after = outlook_with(level, start, now_ns, new)

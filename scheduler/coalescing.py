@@ -37,7 +37,7 @@ from coalesce.scheduler.events import (
 )
 from coalesce.scheduler.flight import Bundle, Flight, Lead
 from coalesce.scheduler.joining import join, meets, Part, Run
-from coalesce.scheduler.lanes import Item, Lane, Level, Queue
+from coalesce.scheduler.lanes import Item, Lane, Queue
 from coalesce.scheduler.latency import LatencyModel, Prediction
 from coalesce.scheduler.laying import Begun, Start
 from coalesce.scheduler.load import Load
@@ -48,6 +48,7 @@ from coalesce.scheduler.requests import Requests
 from coalesce.scheduler.shares import Shares
 from coalesce.scheduler.slots import Slots
 from coalesce.scheduler.tenancy import Tenancy
+from coalesce.scheduler.tuples import made
 from coalesce.scheduler.wants import Wants
 
 NEXT = 4  # queues that are looked at for one that could go together with a run
@@ -69,9 +70,14 @@ class Coalescing:
         self._watch = Watch()
         self._wants = Wants()
         self._load = Load()
-        self._requests = Requests(self._queues, self._tenancy, self._watch, self._shares, self._costs, self._load)
+        self._requests = Requests(
+            self._queues, self._slots, self._tenancy, self._watch, self._shares, self._costs, self._load
+        )
         self._bundles = 0
         self._started: Start | None = None  # what it was last, where nothing of the flight or of costs has changed
+        self._wake = WakeAt(0)  # the last one
+        self._fixed_ns = 0  # until when it may stay the same
+        self._next_ns = 0  # the next bundle goes no sooner, as long as that is so
         self._doubt = Doubt(self._costs, self._tenancy)
         self._handlers: dict[type, Callable[[Any, int], None]] = {
             Cancelled: lambda event, now_ns: self._requests.cancel(event.request),
@@ -85,28 +91,40 @@ class Coalescing:
 
     def on_event(self, event: Event, now_ns: int) -> Sequence[Command]:
         out: list[Command] = []
-        self._out = self._requests.out = out
+        flying, queues, doubt, requests = self._flight.bundles, self._queues, self._doubt, self._requests
+        self._out = requests.out = out
         if isinstance(event, Submitted):
-            if not self._flight.bundles and not self._requests and not self._requests.closed:
-                self._moved_of(self._doubt.arise(event.requests, now_ns))
-            start = self._start(now_ns)
-            self._requests.submit(event.requests, start, now_ns)
+            if not flying and not requests.lanes and not requests.closed:
+                self._moved_of(doubt.arise(event.requests, now_ns))
+            start = self._started
+            if start is None or now_ns >= self._fixed_ns or self._load.is_over(now_ns) is start.is_calm:
+                start = self._start(now_ns)
+            requests.submit(event.requests, start, now_ns)
         else:
             self._handlers[type(event)](event, now_ns)
             start = self._start(now_ns)
-        if self._queues.hopeless_ns <= start.free_ns:
+        if queues.hopeless_ns <= start.free_ns:
             self._drop_hopeless(start.free_ns, now_ns)
-        patient_ns = self._dispatch(start, now_ns)
-        if self._doubt.is_open:
-            running = self._flight.bundles[0].executable if self._flight.bundles else None
-            self._moved_of(self._doubt.settle(running, self.waiting))
-        self._wake(patient_ns, now_ns)
+        next_ns = self._next_ns
+        if next_ns <= now_ns:
+            next_ns = self._dispatch(start, now_ns)
+        if doubt.hoped:
+            self._moved_of(doubt.settle(flying[0].executable if flying else None, self.waiting))
+        wake_ns = queues.hopeless_ns
+        if wake_ns != FAR:  # somebody waits
+            if next_ns < wake_ns:
+                wake_ns = next_ns
+            if wake_ns <= now_ns:
+                wake_ns = now_ns + 1
+            if wake_ns != self._wake.time_ns:
+                self._wake = made(WakeAt, (wake_ns,))
+            out.append(self._wake)
         return out
 
     @property
     def waiting(self) -> int:
         """Requests that have not ended."""
-        return len(self._requests)
+        return len(self._requests.lanes)
 
     # What happened
 
@@ -123,7 +141,7 @@ class Coalescing:
     def _learn(self, bundle: Bundle, event: Completed, now_ns: int) -> None:
         took_ns = event.end_ns - event.start_ns
         run = Prediction(bundle.id, bundle.executable, bundle.lanes, bundle.l50_ns, bundle.l99_ns, took_ns)
-        tenants = dict.fromkeys(lane.request.tenant for _, lanes in bundle.parts for lane in lanes)
+        tenants = dict.fromkeys([lane.request.tenant for _, lanes in bundle.parts for lane in lanes])
         self._out += self._watch.see(list(tenants), took_ns, bundle.clean_l99_ns, now_ns)
         if self.latency.observe(run, self._watch.blamed):
             self._moved(None if self.latency.others_moved else frozenset(place[0] for place, _ in bundle.parts))
@@ -180,14 +198,18 @@ class Coalescing:
     def _drop_hopeless(self, start_ns: int, now_ns: int) -> None:
         """Ends the heads that would be late even if they ran next, and ran no longer than they mostly do."""
         for level in self._queues.levels:
-            while (lane := first_hopeless(level, start_ns)) is not None:
+            while (lane := level.first_hopeless(start_ns)) is not None:
                 expired = lane.request.deadline_ns <= now_ns
                 self._requests.stop(lane, Reason.EXPIRED if expired else Reason.INFEASIBLE)
 
     def _dispatch(self, start: Start, now_ns: int) -> int:
-        """Dispatches what can go now; where waiting is better, until when."""
+        """Dispatches what can go now; when the next bundle may go, or until when waiting is better."""
         flying = self._flight.bundles
-        while len(flying) < self._depth and self._flight.takes_at(start.free_ns) - now_ns <= self._lead.ns:
+        while len(flying) < self._depth:
+            next_ns = self._flight.takes_at(start.free_ns) - self._lead.ns
+            if next_ns > now_ns:
+                self._next_ns = next_ns
+                return next_ns
             run = self._next_run(start, now_ns)
             if run is None or self._is_awaited(run, start.free_ns):
                 break
@@ -210,10 +232,12 @@ class Coalescing:
         free_ns, known = self._flight.free_at(now_ns), self._started
         is_calm = not self._load.is_over(now_ns)
         if known is not None:
-            if known.free_ns != free_ns or known.is_calm != is_calm:
-                known = self._started = Start(free_ns, known.begun, known.slip_ns, is_calm, known.is_idle)
-            return known
-        slip_ns = 0.0
+            if known.free_ns == free_ns and known.is_calm == is_calm:
+                return known
+            self._next_ns = 0
+            self._started = made(Start, (free_ns, known.begun, known.slip_ns, is_calm, known.is_idle))
+            return self._started
+        self._fixed_ns, self._next_ns, slip_ns = self._flight.fixed_until_ns, 0, 0.0
         begun: list[Begun] = []
         for bundle in self._flight.bundles:
             for (family, segment), lanes in bundle.parts:
@@ -253,7 +277,7 @@ class Coalescing:
         parts = tuple((w.queue.place, self._take(w.queue, w.first, w.end, w.width)) for w in run.parts)
         clean_ns = self.latency.learnt(run.executable).l99_ns
         bundle = Bundle(self._bundles, run.executable, parts, run.l50_ns, run.l99_ns, clean_ns)
-        lanes = tuple(tuple(lane.request.id for lane in lanes) for _, lanes in parts)
+        lanes = tuple([tuple([lane.request.id for lane in lanes]) for _, lanes in parts])
         self._out.append(Dispatch(bundle.id, run.executable, lanes, run.l50_ns, run.l99_ns, run.why))
         self._flight.add(bundle, now_ns)
         self._started = None
@@ -272,25 +296,3 @@ class Coalescing:
         for lower in self._queues.lower(queue):
             lanes += self._queues.take(lower, 0, min(width - len(lanes), lower.ready()))
         return lanes
-
-    def _wake(self, patient_ns: int, now_ns: int) -> None:
-        time_ns = self._queues.hopeless_ns
-        if patient_ns < time_ns:
-            time_ns = patient_ns
-        if time_ns == FAR:
-            return
-        if 0 < len(self._flight.bundles) < self._depth:
-            soon_ns = self._flight.takes_at(self._flight.free_at(now_ns)) - self._lead.ns
-            if now_ns < soon_ns < time_ns:
-                time_ns = soon_ns
-        self._out.append(WakeAt(time_ns if time_ns > now_ns else now_ns + 1))
-
-
-def first_hopeless(level: Level, start_ns: int) -> Lane | None:
-    for rank_ns, _, queue in level.order:
-        if rank_ns >= start_ns:
-            return None
-        deadline_ns, _, lane = queue.items[0]
-        if start_ns + queue.costs.alone.l50_ns > deadline_ns:
-            return lane
-    return None

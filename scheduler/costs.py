@@ -20,6 +20,7 @@ from coalesce.scheduler.latency import LatencyModel
 from coalesce.scheduler.times import Quantiles
 
 Place = tuple[int, int]  # family, segment
+AS_OTHERS = 4  # quarters: the factor of lanes that are not known to be slow
 MARKEDLY = 8  # a run that is faster by one part in so many is: less may be chance
 
 
@@ -59,11 +60,12 @@ class Costs:
         self._tightest_ns: Mapping[int, int] = {}
         self._mixed: dict[Place, list[Executable]] = {}
         self._known: dict[tuple[int, int], tuple[PlaceCosts, ...]] = {}
+        self._covers: dict[Place, Cover] = {}  # as they were last
 
     def change(self, catalog: Catalog, tightest_ns: Mapping[int, int]) -> None:
         """`tightest_ns`: the least SLO of each family."""
         if catalog is not self.catalog:
-            self._mixed = {}
+            self._mixed, self._covers = {}, {}
             for executable in catalog.mixed:
                 for entry in executable.entries:
                     self._mixed.setdefault(entry[:2], []).append(executable)
@@ -83,7 +85,7 @@ class Costs:
         for key in [key for key in self._known if key[0] in families]:
             del self._known[key]
 
-    def of(self, place: Place, factor: int = 4) -> PlaceCosts:
+    def of(self, place: Place, factor: int = AS_OTHERS) -> PlaceCosts:
         family, segment = place
         known = self._known.get((family, factor))
         if known is None:
@@ -104,7 +106,10 @@ class Costs:
         for segment in reversed(range(count)):
             if options[segment]:
                 slo_ns = self._tightest_ns.get(family, FAR)
-                costs[segment] = place_costs(options[segment], widest, costs[segment + 1], segment, slo_ns, self.cap_ns)
+                cover = Cover(quick(capped(options[segment], self.cap_ns)), self._covers.get((family, segment)))
+                if factor == AS_OTHERS:
+                    self._covers[family, segment] = cover
+                costs[segment] = place_costs(options[segment], widest, costs[segment + 1], segment, slo_ns, cover)
         return tuple(costs[:count])
 
     def _options(self, family: int, count: int, factor: int) -> list[tuple[Option, ...]]:
@@ -148,7 +153,7 @@ def sustained(options: Sequence[Option], slo_ns: int) -> int:
 
 
 def place_costs(
-    options: tuple[Option, ...], widest: int, rest: PlaceCosts, segment: int, slo_ns: int, cap_ns: int
+    options: tuple[Option, ...], widest: int, rest: PlaceCosts, segment: int, slo_ns: int, cover: Cover
 ) -> PlaceCosts:
     at = max(0, sum(o.width <= widest for o in options) - 1)
     first, steady = options[0], options[at]
@@ -169,7 +174,7 @@ def place_costs(
         slo_ns,
         tuple(o.width for o in options[: at + 1]),
         max(ahead_ns, alone.l50_ns),  # a head that is not hopeless has the time
-        Cover(quick(capped(options, cap_ns))),
+        cover,
     )
 
 

@@ -24,22 +24,29 @@ class Option(NamedTuple):
 
 
 class Cover:
-    __slots__ = ("options", "widest", "_times", "_firsts", "_most", "_untils")
+    __slots__ = ("options", "widest", "_mostly", "_times", "_firsts", "_most", "_untils")
 
-    def __init__(self, options: tuple[Option, ...]) -> None:
+    def __init__(self, options: tuple[Option, ...], before: Cover | None = None) -> None:
+        """`before`: another one, perhaps of the same times; what was worked out for it is not worked out again."""
         self.options = options
         self.widest = options[-1].width if options else 1
-        self._times = [0]
-        self._firsts = list(options[:1])  # for no lanes, which nobody asks for
         self._most = 2 * options[-1].width if options else 0
+        self._mostly = [(option.width, option.mostly_ns) for option in options]
+        if before is not None and before._mostly == self._mostly:
+            self._times, self._firsts, self._untils = before._times, before._firsts, before._untils
+            return
+        self._times = [0]
+        self._firsts = [0]  # their numbers; for no lanes, which nobody asks for, the narrowest
         self._untils: dict[int, int] = {}
 
     def first(self, lanes: int) -> Option:
         """The run to begin with."""
-        lanes = min(lanes, self._most)
-        if lanes >= len(self._firsts):
-            self._extend(lanes)
-        return self._firsts[lanes]
+        firsts = self._firsts
+        if lanes >= len(firsts):
+            lanes = lanes if lanes < self._most else self._most
+            if lanes >= len(firsts):
+                self._extend(lanes)
+        return self.options[firsts[lanes]]
 
     def until(self, lanes: int) -> int:
         """Up to how many lanes this stays so."""
@@ -80,17 +87,20 @@ class Cover:
         return self._times[lanes]
 
     def _extend(self, lanes: int) -> None:
-        times = self._times
+        times, firsts, runs = self._times, self._firsts, self._mostly
         for n in range(len(times), lanes + 1):
-            best, best_ns = self.options[0], FAR
-            for option in self.options:
-                ns = option.mostly_ns + (times[n - option.width] if n > option.width else 0)
-                if ns <= best_ns:
-                    best, best_ns = option, ns
-                if option.width >= n:
+            best, best_ns, at = 0, FAR, 0
+            for width, ns in runs:
+                if width >= n:
+                    if ns <= best_ns:
+                        best, best_ns = at, ns
                     break
+                ns += times[n - width]
+                if ns <= best_ns:
+                    best, best_ns = at, ns
+                at += 1
             times.append(best_ns)
-            self._firsts.append(best)
+            firsts.append(best)
 
 
 NOTHING = Cover(())

@@ -19,12 +19,15 @@ from itertools import accumulate
 from operator import sub
 from typing import NamedTuple
 
+from coalesce.scheduler.tuples import made
+
 FAR = 1 << 62
 
 
 def bucket_of(deadline_ns: int, now_ns: int) -> int:
     """The deadline, earlier by at most 1/16 of what is left until then."""
-    return deadline_ns & -(1 << max(0, (deadline_ns - now_ns).bit_length() - 5))
+    bits = (deadline_ns - now_ns).bit_length() - 5
+    return deadline_ns & -(1 << bits) if bits > 0 else deadline_ns
 
 
 class Around(NamedTuple):
@@ -60,7 +63,7 @@ class Demand:
         buckets, since_ns = self._buckets, self._since
         at = bisect_left(buckets, bucket)
         ahead = at + 1 if at < len(buckets) and buckets[at] == bucket else at
-        return Around(self._before[ahead] + since_ns, self._latest[at] - since_ns)
+        return made(Around, (self._before[ahead] + since_ns, self._latest[at] - since_ns))
 
     def is_feasible(self, start_ns: int) -> bool:
         if self._latest[0] - self._since >= start_ns:

@@ -29,12 +29,8 @@ class Doubt:
         self._last_ns = 0
         self._pause_ns = LONGEST_NS
         self._family = 0
-        self._hoped: list[int] = []  # executables, while it is open whether anything is run for it
+        self.hoped: list[int] = []  # executables, while it is open whether anything is run for them
         self._first = 0  # the one that is then
-
-    @property
-    def is_open(self) -> bool:
-        return bool(self._hoped)
 
     def rest(self, now_ns: int) -> None:
         """What is predicted has just been measured."""
@@ -68,7 +64,7 @@ class Doubt:
             return None
         path = self._quickest(found.family)
         self._family, self._first = found.family, path[0].id
-        self._hoped = self._costs.latency.hope([e.id for e in path], found.deadline_ns - now_ns)
+        self.hoped = self._costs.latency.hope([e.id for e in path], found.deadline_ns - now_ns)
         return found.family
 
     def settle(self, running: int | None, waiting: int) -> int | None:
@@ -76,7 +72,7 @@ class Doubt:
         whose predictions have moved."""
         if running is None and waiting:
             return None
-        hoped, self._hoped = self._hoped, []
+        hoped, self.hoped = self.hoped, []
         if running == self._first:
             return None
         self._costs.latency.give_up(hoped)

@@ -79,6 +79,11 @@ class Flight(Generic[B]):
             self._brought_ns = 0
         return bundle
 
+    @property
+    def fixed_until_ns(self) -> int:
+        """Until then `free_at` is the same."""
+        return self._first_ns
+
     def free_at(self, now_ns: int) -> int:
         """When a bundle that is dispatched now begins, if nothing takes longer than it mostly does."""
         return (self._first_ns if now_ns < self._first_ns else now_ns) + self._behind_ns

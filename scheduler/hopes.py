@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from coalesce.scheduler.costs import MARKEDLY
 from coalesce.scheduler.cover import FAR, Option
 from coalesce.scheduler.lanes import Queue
+from coalesce.scheduler.tuples import made
 
 MORE = 1.25  # times of what is expected: by chance it may be more
 OTHERS = 2  # the same, of those who are owed something
@@ -24,7 +25,7 @@ class Pace(NamedTuple):
 def pace_of(queue: Queue, kinds: int) -> Pace:
     """`kinds` is how many queues there are that runs of other lanes come from."""
     per_ns = queue.rate.per_ns
-    return Pace(per_ns, most_lanes(queue, per_ns) if kinds == 1 else FAR)
+    return made(Pace, (per_ns, most_lanes(queue, per_ns) if kinds == 1 else FAR))
 
 
 class Limit(NamedTuple):
@@ -58,15 +59,17 @@ def hoped(
     coming = int(until_ns * per_ns * MORE) - taken
     lanes = waiting
     if coming > 0:
-        lanes = max(waiting, min(waiting + coming, most))
+        lanes = waiting + coming if waiting + coming < most else most
+        lanes = lanes if lanes > waiting else waiting
     width = option.width
     best, best_ns = option, option.mostly_ns / (width if width < lanes else lanes)
     for wider in options:
-        if wider.width > width:
-            lane_ns = wider.mostly_ns / (wider.width if wider.width < lanes else lanes)
+        wide = wider.width
+        if wide > width:
+            lane_ns = wider.mostly_ns / (wide if wide < lanes else lanes)
             if lane_ns <= best_ns and limit.allows(wider):
                 best, best_ns = wider, lane_ns
-    placed = min(best.width, lanes) - waiting
+    placed = (best.width if best.width < lanes else lanes) - waiting
     return best, taken + placed if placed > 0 else taken
 
 
@@ -82,7 +85,8 @@ def most_lanes(queue: Queue, per_ns: float) -> int:
     found, best = 1, 0.0
     for option in queue.costs.options:
         run_ns = option.through_ns
-        served = min(option.width, min(run_ns, slo_ns - run_ns) * per_ns) / run_ns
+        come = (run_ns if run_ns < slo_ns - run_ns else slo_ns - run_ns) * per_ns
+        served = (option.width if option.width <= come else come) / run_ns
         if uneven and 2 * run_ns > slo_ns:
             served -= served / MARKEDLY
         if served >= best:

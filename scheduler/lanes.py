@@ -85,10 +85,11 @@ class Queue:
 
     def note_arrival(self, now_ns: int, excess: float) -> None:
         """`excess`: how many times its share the tenant has had."""
-        if self.came_ns is not None:
-            gap_ns = now_ns - self.came_ns
-            if self.gap_ns != FAR:
-                gap_ns = self.gap_ns + ((gap_ns - self.gap_ns) >> 3)
+        came_ns, smoothed_ns = self.came_ns, self.gap_ns
+        if came_ns is not None:
+            gap_ns = now_ns - came_ns
+            if smoothed_ns != FAR:
+                gap_ns = smoothed_ns + ((gap_ns - smoothed_ns) >> 3)
             self.gap_ns = gap_ns if gap_ns > 1 else 1
         self.came_ns = now_ns
         self.rate.note(now_ns, self.costs.slo_ns, 1.0 if excess <= FAIR else FAIR / excess)
@@ -118,6 +119,16 @@ class Level:
                 break
             time_ns = min(time_ns, queue.items[0][0] - queue.costs.alone.l50_ns + 1)
         return time_ns
+
+    def first_hopeless(self, start_ns: int) -> Lane | None:
+        """A head that would be late even if it ran then, and ran no longer than it mostly does."""
+        for rank_ns, _, queue in self.order:
+            if rank_ns >= start_ns:
+                return None
+            deadline_ns, _, lane = queue.items[0]
+            if start_ns + queue.costs.alone.l50_ns > deadline_ns:
+                return lane
+        return None
 
     def promise(self, bucket: int, work_ns: int) -> None:
         for demand in self.counted:

@@ -19,8 +19,7 @@ OFTEN that do what was learnt before is forgotten, and of other executables what
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
-from statistics import median
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from coalesce.scheduler.catalog import Catalog, Executable
@@ -192,10 +191,16 @@ class LatencyModel:
     def _rescale(self, off: float) -> bool:
         """Moves what is known from warm-ups alone when the whole device turns out faster or slower than it was then."""
         self._off.append(off)
-        scale = median(self._off) if len(self._off) >= FEW else 1.0
+        scale = middle(self._off) if len(self._off) >= FEW else 1.0
         if abs(scale - self._scale) * 16 <= self._scale:
             return False
         self._scale = scale
         learnt = {id for id, runs in self._runs.items() if len(runs.last) >= FEW}
         self._published = {id: q for id, q in self._published.items() if id in learnt or id in self._hopes}
         return True
+
+
+def middle(values: Collection[float]) -> float:
+    """The median; of an even number the mean of two."""
+    ascending, half = sorted(values), len(values) // 2
+    return ascending[half] if len(values) % 2 else (ascending[half - 1] + ascending[half]) / 2

@@ -6,6 +6,7 @@ request is laid from the first turn that it changes: mostly it comes last, and m
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from heapq import heapify, heappop, heapreplace
 from math import hypot
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from coalesce.scheduler.costs import FAR
 from coalesce.scheduler.cover import Cover, Option
 from coalesce.scheduler.hopes import hoped, Limit, NONE, Pace, pace_of
 from coalesce.scheduler.lanes import Level, Queue
+from coalesce.scheduler.tuples import made
 
 CALM = 0.55  # of what may go wrong once in a hundred times: once in ten
 
@@ -74,9 +76,6 @@ class Waiting(NamedTuple):
     pace: Pace | None  # how fast they come
 
 
-made = tuple.__new__  # of fields in their order: in a third of the time that a call takes
-
-
 class Outlook:
     __slots__ = ("turns", "late", "tardy_ns", "hurried", "end_ns", "slip_ns", "is_calm")
 
@@ -84,7 +83,7 @@ class Outlook:
         self.turns: list[Turn] = []
         self.late = 0  # lanes for which even the narrowest run is too long: they are in no turn
         self.tardy_ns = 0.0
-        self.hurried: set[int] = set()  # queues, by serial
+        self.hurried: Collection[int] = ()  # queues, by serial
         self.end_ns = begin_ns
         self.slip_ns = slip_ns  # by how much that may be later
         self.is_calm = is_calm  # so that who is in time nine times in ten is not tardy
@@ -153,7 +152,8 @@ def first_changed(turns: list[Turn], new: Newcomer) -> tuple[int, int]:
         if turn.queue is queue:
             if served >= at or turn.is_pressed or first(count - served) is not turn.option:
                 return i, served
-            served = min(served + turn.option.width, count)
+            served += turn.option.width
+            served = served if served < count else count
         elif served == at and (due_ns, queue.serial) < (turn.due_ns, turn.serial):
             return i, served
     return len(turns), served
@@ -168,7 +168,8 @@ def waiting_in(queue: Queue, served: int, new: Newcomer | None, kinds: int) -> W
         count, at = count + 1, new.at
     due_ns = items[served][0] if served < at else due_at(queue, new, at, served)
     pace = pace_of(queue, kinds) if kinds and not queue.place[1] and not queue.lot else None
-    return Waiting(due_ns, queue.serial, queue, served, count, at, costs.cover.first(count - served), 0, pace)
+    whole = costs.cover.first(count - served)
+    return made(Waiting, (due_ns, queue.serial, queue, served, count, at, whole, 0, pace))
 
 
 def due_at(queue: Queue, new: Newcomer | None, at: int, number: int) -> int:
@@ -180,14 +181,16 @@ def due_at(queue: Queue, new: Newcomer | None, at: int, number: int) -> int:
 def lay(found: Outlook, heap: list[Waiting], new: Newcomer | None, now_ns: int, hope: bool) -> None:
     """All that waits."""
     time_ns, slip_ns, tardy_ns, turns = found.end_ns, found.slip_ns, found.tardy_ns, found.turns
+    append, is_one = turns.append, len(heap) == 1
     risk = CALM if found.is_calm else 1.0
     lenient = hope or found.is_calm  # who is in time is, in whatever run
     all_hope = new is not None and not new.is_owed
-    heapify(heap)
+    if not is_one:
+        heapify(heap)
     while heap:
         due_ns, serial, queue, served, count, at, whole, taken, pace = heap[0]
         if queue is None:
-            turns.append(Turn(due_ns, serial, None, 0, 0, whole, True, False, time_ns, slip_ns, tardy_ns))
+            append(Turn(due_ns, serial, None, 0, 0, whole, True, False, time_ns, slip_ns, tardy_ns))
             time_ns += whole.mostly_ns
             slip_ns = hypot(slip_ns, whole.slip_ns)
             heappop(heap)
@@ -199,7 +202,7 @@ def lay(found: Outlook, heap: list[Waiting], new: Newcomer | None, now_ns: int, 
             option = fitting(queue.costs.cover, whole, waiting, due_ns - time_ns, slip_ns)
         is_given_up = is_pressed and time_ns + option.mostly_ns > due_ns
         if pace is not None and not is_given_up:
-            limit = NONE if all_hope or served == at else Limit(due_ns - time_ns, slip_ns, risk)
+            limit = NONE if all_hope or served == at else made(Limit, (due_ns - time_ns, slip_ns, risk))
             option, taken = hoped(queue.costs.cover.options, option, waiting, time_ns - now_ns, taken, pace, limit)
         if option is not whole:
             end_ns, later_ns = time_ns + option.mostly_ns, hypot(option.slip_ns, slip_ns)
@@ -207,13 +210,14 @@ def lay(found: Outlook, heap: list[Waiting], new: Newcomer | None, now_ns: int, 
         if latest_ns > due_ns:
             tardy_after_ns = tardy_ns + (latest_ns - due_ns)
         if end_ns > due_ns or (option is not whole and not lenient and is_inefficient(option, whole, waiting)):
-            found.hurried.add(serial)
+            found.hurried = {serial, *found.hurried}
         if is_given_up:
             found.late += 1
             served += 1
         else:
-            own = due_ns, serial, queue, served, waiting, option, option is whole, is_pressed
-            turns.append(made(Turn, (*own, time_ns, slip_ns, tardy_ns)))
+            is_whole = option is whole
+            own = due_ns, serial, queue, served, waiting, option, is_whole, is_pressed, time_ns, slip_ns, tardy_ns
+            append(made(Turn, own))
             time_ns, slip_ns = end_ns, later_ns
             served += option.width
         tardy_ns = tardy_after_ns
@@ -222,7 +226,11 @@ def lay(found: Outlook, heap: list[Waiting], new: Newcomer | None, now_ns: int, 
             continue
         whole = queue.costs.cover.first(count - served)
         due_ns = queue.items[served][0] if served < at else due_at(queue, new, at, served)
-        heapreplace(heap, made(Waiting, (due_ns, serial, queue, served, count, at, whole, taken, pace)))
+        after = made(Waiting, (due_ns, serial, queue, served, count, at, whole, taken, pace))
+        if is_one:
+            heap[0] = after
+        else:
+            heapreplace(heap, after)
     found.end_ns, found.slip_ns, found.tardy_ns = time_ns, slip_ns, tardy_ns
 
 

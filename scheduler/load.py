@@ -8,7 +8,8 @@ from __future__ import annotations
 
 EPOCH = 25  # bits of a time that do not matter: 34 ms
 WHOLE_NS = 1 << EPOCH
-CHANCE_NS = 2_000_000  # of it, by which it may be less
+WITHIN = WHOLE_NS - 1  # the bits that are less than an epoch
+MOST_NS = WHOLE_NS - 2_000_000  # that is asked of it before it is asked for more than it can do; less by some chance
 
 
 class Load:
@@ -18,15 +19,15 @@ class Load:
         self._before_ns = 0  # in the one before it
 
     def ask(self, work_ns: int, now_ns: int) -> None:
-        epoch = now_ns >> EPOCH
-        if epoch != self._epoch:
+        if now_ns >> EPOCH != self._epoch:
+            epoch = now_ns >> EPOCH
             self._before_ns = self._asked_ns if epoch == self._epoch + 1 else 0
             self._asked_ns, self._epoch = 0, epoch
         self._asked_ns += work_ns
 
     def is_over(self, now_ns: int) -> bool:
         """Whether nearly all of the device's time was asked for lately, or more."""
-        epoch, left_ns = now_ns >> EPOCH, WHOLE_NS - (now_ns & (WHOLE_NS - 1))
-        asked_ns = self._asked_ns if epoch == self._epoch else 0
-        before_ns = self._before_ns if epoch == self._epoch else self._asked_ns if epoch == self._epoch + 1 else 0
-        return asked_ns + (before_ns * left_ns >> EPOCH) > WHOLE_NS - CHANCE_NS
+        asked_ns, left_ns = self._asked_ns, WHOLE_NS - (now_ns & WITHIN)
+        if now_ns >> EPOCH == self._epoch:
+            return asked_ns + (self._before_ns * left_ns >> EPOCH) > MOST_NS
+        return now_ns >> EPOCH == self._epoch + 1 and asked_ns * left_ns >> EPOCH > MOST_NS

@@ -128,7 +128,8 @@ def has_room(queue: Queue, due_ns: int, start: Start, now_ns: int) -> bool:
     most, end_ns, is_tight = own
     if len(queue.items) >= most or due_ns < end_ns:
         return False
-    found.is_loose |= is_tight
+    if is_tight:
+        found.is_loose = True
     return True
 
 
@@ -138,11 +139,13 @@ def room(sure: Outlook, queue: Queue) -> tuple[int, int, bool]:
     count, most, end_ns, is_tight = len(queue.items), FAR, FAR, False
     for turn in sure.turns if not sure.late else ():
         if turn.queue is queue:
-            served, option = turn.served, turn.option
-            most = min(most, served + queue.costs.cover.until(count - served)) if turn.is_whole else 0
-            last, end_ns = served + option.width, turn.start_ns + option.through_ns
-            is_tight = is_tight or turn.is_pressed
-    return (min(most, last), end_ns, is_tight) if end_ns < FAR else (0, FAR, False)
+            _, _, _, served, _, option, is_whole, is_pressed, start_ns, _, _ = turn
+            upto = served + queue.costs.cover.until(count - served) if is_whole else 0
+            if upto < most:
+                most = upto
+            last, end_ns = served + option.width, start_ns + option.through_ns
+            is_tight = is_tight or is_pressed
+    return (most if most < last else last, end_ns, is_tight) if end_ns < FAR else (0, FAR, False)
 
 
 def hoped_with(level: Level, start: Start, new: Newcomer) -> Outlook | None:

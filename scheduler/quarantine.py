@@ -63,22 +63,22 @@ class Watch:
         # Who may be the reason why the last run was slow; None where it runs apart, so that it teaches nothing.
         self.blamed: frozenset[str] | None = NOBODY
         self._moved: list[str] = []  # tenants whose lot has changed, and whose lanes do not know
-        self._standings: dict[str, Standing] = {}
+        self.standings: dict[str, Standing] = {}
         self._evidence = Evidence()
         self._failures: deque[tuple[int, str]] = deque()
         self._lots = 0
 
     def lot(self, tenant: str) -> int:
-        standing = self._standings.get(tenant)
+        standing = self.standings.get(tenant)
         return standing.lot if standing is not None else 0
 
     def factor(self, lot: int) -> int:
         """How much longer runs of this lot take, in quarters."""
-        return max((s.factor for s in self._standings.values() if s.lot == lot), default=4) if lot else 4
+        return max((s.factor for s in self.standings.values() if s.lot == lot), default=4) if lot else 4
 
     def hope(self, tenant: str, now_ns: int) -> None:
         """A request of it was refused: once a term its runs are taken to be as quick as others, or they never run."""
-        standing = self._standings.get(tenant)
+        standing = self.standings.get(tenant)
         if standing is not None and now_ns - standing.hoped_ns >= TERM_NS:
             standing.hoped_ns = now_ns
             standing.factor = 4
@@ -93,7 +93,7 @@ class Watch:
         return self._lots
 
     def forget(self, tenant: str) -> None:
-        self._standings.pop(tenant, None)
+        self.standings.pop(tenant, None)
         self._evidence.forget(tenant)
 
     def see(self, tenants: Collection[str], took_ns: int, l99_ns: int, now_ns: int) -> list[Quarantine | Readmit]:
@@ -101,7 +101,7 @@ class Watch:
         slow, excess_ns = took_ns > SLOW * l99_ns, took_ns - l99_ns
         who = frozenset(tenants)
         self.blamed = who if slow else NOBODY
-        standing = self._standings.get(next(iter(tenants))) if len(tenants) == 1 else None
+        standing = self.standings.get(next(iter(tenants))) if len(tenants) == 1 else None
         factor = -(-4 * took_ns // max(1, l99_ns))
         if standing is not None and standing.state is State.QUARANTINED:
             self.blamed = None
@@ -115,7 +115,7 @@ class Watch:
             self.blamed = NOBODY
             self._evidence.hide(who, excess_ns)
             return []
-        if not self._evidence.strike(who, excess_ns, now_ns, self._standings):
+        if not self._evidence.strike(who, excess_ns, now_ns, self.standings):
             self.blamed = NOBODY
             self._release()
             return []
@@ -124,7 +124,7 @@ class Watch:
             standing.slow += 1
             standing.factor = factor if standing.slow > 1 else standing.factor
             return []
-        known = [t for t in tenants if t in self._standings]
+        known = [t for t in tenants if t in self.standings]
         common = self._evidence.common(tenants)
         self._deal(known or [t for t in tenants if t in common], now_ns, slow=int(len(tenants) == 1))
         return []
@@ -151,13 +151,13 @@ class Watch:
         return [Readmit(tenant)]
 
     def _probe(self, tenant: str, known: Standing, now_ns: int) -> None:
-        self._standings[tenant] = Standing(State.PROBATION, 0, now_ns, min(LONGEST_TERMS, 2 * known.terms))
+        self.standings[tenant] = Standing(State.PROBATION, 0, now_ns, min(LONGEST_TERMS, 2 * known.terms))
         self._moved.append(tenant)
 
     def _forgive(self, tenants: Collection[str], now_ns: int) -> None:
         """They were in a clean run."""
-        for tenant in tenants if self._standings else ():
-            standing = self._standings.get(tenant)
+        for tenant in tenants if self.standings else ():
+            standing = self.standings.get(tenant)
             if standing is None:
                 continue
             if standing.state is State.SUSPECTED or standing.is_over(now_ns):
@@ -165,42 +165,42 @@ class Watch:
 
     def _release(self) -> None:
         """What some were suspected of is nobody's fault."""
-        for tenant, standing in list(self._standings.items()):
+        for tenant, standing in list(self.standings.items()):
             if standing.state is State.SUSPECTED and not self._evidence.is_against(tenant):
                 self._unsuspect(tenant, standing, standing.since_ns)
 
     def _unsuspect(self, tenant: str, standing: Standing, now_ns: int) -> None:
         """Who was on probation before it was suspected is so again."""
         if standing.state is State.SUSPECTED and standing.terms > 1:
-            self._standings[tenant] = Standing(State.PROBATION, 0, now_ns, standing.terms)
+            self.standings[tenant] = Standing(State.PROBATION, 0, now_ns, standing.terms)
         else:
-            del self._standings[tenant]
+            del self.standings[tenant]
         if standing.lot:
             self._moved.append(tenant)
 
     def _judge(self, now_ns: int) -> list[Quarantine | Readmit]:
         """Of those that were slow alone, after a clean run of others."""
-        accused = [(t, s) for t, s in self._standings.items() if s.state is State.SUSPECTED and s.slow]
+        accused = [(t, s) for t, s in self.standings.items() if s.state is State.SUSPECTED and s.slow]
         guilty = [t for t, s in accused if self._evidence.convicts(t, int(s.terms > 1))]
         return [command for tenant in guilty for command in self._quarantine(tenant, now_ns)]
 
     def _deal(self, suspects: list[str], now_ns: int, slow: int) -> None:
         lots = [self.new_lot() for _ in range(min(LOTS, len(suspects)))]
         for i, tenant in enumerate(suspects):
-            known = self._standings.get(tenant)
+            known = self.standings.get(tenant)
             terms = known.terms if known is not None else 1
-            dealt = self._standings[tenant] = Standing(State.SUSPECTED, lots[i % len(lots)], now_ns, terms)
+            dealt = self.standings[tenant] = Standing(State.SUSPECTED, lots[i % len(lots)], now_ns, terms)
             dealt.slow = slow
             self._moved.append(tenant)
 
     def _quarantine(self, tenant: str, now_ns: int) -> list[Quarantine | Readmit]:
-        known = self._standings.get(tenant)
+        known = self.standings.get(tenant)
         if known is not None and known.state is State.QUARANTINED:
             known.clean = 0
             return []
         terms, factor = (known.terms, known.factor) if known is not None else (1, 4)
-        self._standings[tenant] = Standing(State.QUARANTINED, self.new_lot(), now_ns, terms)
-        self._standings[tenant].factor = factor
+        self.standings[tenant] = Standing(State.QUARANTINED, self.new_lot(), now_ns, terms)
+        self.standings[tenant].factor = factor
         self._moved.append(tenant)
         self._evidence.settle(tenant)
         return [Quarantine(tenant)]

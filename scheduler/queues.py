@@ -63,15 +63,15 @@ class Queues:
         """Puts it in at its deadline, and counts what it has ahead. `foreseen`: the outlook has it already."""
         if not foreseen or len(self.levels) > 1:
             self._surprise(lane.level, foreseen)
-        lane.level.spare -= 1
-        item = (lane.request.deadline_ns, lane.request.id, lane)
-        items = queue.items
+        level, request, items, lane_ns = lane.level, lane.request, queue.items, queue.costs.lane_ns
+        level.spare -= 1
         lane.queue = queue
-        change = queue.costs.lane_ns - lane.charge_ns
+        change = lane_ns - lane.charge_ns
         if change:
-            lane.charge_ns = queue.costs.lane_ns
-            for demand in lane.level.counted:
-                demand.add(lane.bucket, change)
+            lane.charge_ns, bucket = lane_ns, lane.bucket
+            for demand in level.counted:
+                demand.add(bucket, change)
+        item = (request.deadline_ns, request.id, lane)
         if items and item > items[-1]:
             items.append(item)
             return
@@ -83,29 +83,23 @@ class Queues:
         """Takes lanes out to be run; what they have ahead after it stays counted."""
         self._surprise(queue.level)
         after_ns = queue.costs.lane_after_ns
-        lanes = [item[2] for item in queue.items[first:end]]
-        done: dict[int, int] = {}
-        begin = 0
+        lanes = [lane for _, _, lane in queue.items[first:end]]
+        bucket = work_ns = begin = 0
         for lane in lanes:
             lane.queue = None
-            done[lane.bucket] = done.get(lane.bucket, 0) + lane.charge_ns - after_ns
+            if lane.bucket != bucket:  # few: they are in order of their deadlines
+                queue.level.release(bucket, work_ns)
+                bucket, work_ns = lane.bucket, 0
+            work_ns += lane.charge_ns - after_ns
             lane.charge_ns = after_ns
             if not lane.begun:
                 lane.begun = True
                 lane.account.waiting -= 1
                 begin += 1
         self._slots.take(queue.place[0], begin)
-        for bucket, work_ns in done.items():
-            queue.level.release(bucket, work_ns)
+        queue.level.release(bucket, work_ns)
         self._cut(queue, first, end)
         return lanes
-
-    def forget(self, lane: Lane) -> None:
-        """It has ended, and waits nowhere."""
-        if lane.charge_ns:
-            lane.level.release(lane.bucket, lane.charge_ns)
-        if lane.begun:
-            self._slots.release(lane.request.family)
 
     def drop(self, lane: Lane) -> None:
         """Takes one out that goes no further."""

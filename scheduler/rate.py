@@ -23,7 +23,7 @@ class Rate:
         self._now = self._before = 0.0
 
     def note(self, now_ns: int, slo_ns: int, weight: float = 1.0) -> None:
-        if now_ns >= self._ends_ns or slo_ns != self._slo_ns:
+        if slo_ns != self._slo_ns or now_ns >= self._ends_ns:
             self._turn(now_ns, slo_ns)
         self._now += weight
         self._noted_ns = now_ns

@@ -10,7 +10,7 @@ Commands that say what became of requests are left in `out`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from coalesce.scheduler.admission import Admission
 from coalesce.scheduler.commands import Command, Reason, Reject
@@ -24,59 +24,65 @@ from coalesce.scheduler.quarantine import Watch
 from coalesce.scheduler.queues import Queues
 from coalesce.scheduler.request import Request
 from coalesce.scheduler.shares import Account, Shares
+from coalesce.scheduler.slots import Slots
 from coalesce.scheduler.tenancy import Tenancy
+from coalesce.scheduler.tuples import made
 
 LEVELS = 16  # priorities that are remembered, with how often each is asked for; those in use always are
 
 
 class Requests:
     def __init__(
-        self, queues: Queues, tenancy: Tenancy, watch: Watch, shares: Shares, costs: Costs, load: Load
+        self,
+        queues: Queues,
+        slots: Slots,
+        tenancy: Tenancy,
+        watch: Watch,
+        shares: Shares,
+        costs: Costs,
+        load: Load,
     ) -> None:
         self.out: list[Command] = []
         self.closed = False
         self._queues, self._tenancy, self._watch = queues, tenancy, watch
+        self._accounts, self._slots = tenancy.accounts, slots
         self._shares, self._costs = shares, costs
         self._admission = Admission(shares, load)
-        self._lanes: dict[int, Lane] = {}
+        self.lanes: dict[int, Lane] = {}  # by request
         self._most_levels = LEVELS
-
-    def __len__(self) -> int:
-        return len(self._lanes)
 
     def submit(self, requests: Iterable[Request], start: Start, now_ns: int) -> None:
         """`start` is when the device can begin with them."""
+        queues, watch, admission, lanes = self._queues, self._watch, self._admission, self.lanes
         for request in requests:
-            refused = self._take_on(request, start, now_ns)
-            if refused is not None:
-                self.out.append(Reject(request.id, refused))
+            number, name, family, _, deadline_ns, priority = request
+            account = self._accounts.get(name)
+            if self.closed or account is None or account.leaving:
+                self.out.append(Reject(number, self._why_closed(account)))
+                continue
+            lot = watch.lot(name) if watch.standings else 0
+            queue = queues.first(family, lot, account.tenant.priority + priority)
+            excess = self._shares.excess(account, now_ns)
+            queue.note_arrival(now_ns, excess)
+            refused = admission.admit(request, account, queue, excess, start, now_ns)
+            if refused is None:
+                account.waiting += 1
+                account.pending += 1
+                lane = lanes[number] = Lane(request, account, queue.level, bucket_of(deadline_ns, now_ns))
+                queues.put(lane, queue, admission.foreseen)
+                continue
+            self.out.append(made(Reject, (number, refused)))
+            if lot:
+                queues.discard(queue)
+                watch.hope(name, now_ns)
 
-    def _take_on(self, request: Request, start: Start, now_ns: int) -> Reason | None:
-        account = self._tenancy.get(request.tenant)
+    def _why_closed(self, account: Account | None) -> Reason:
         if self.closed:
             return Reason.SHUTDOWN
-        if account is None:
-            return Reason.UNKNOWN_TENANT
-        if account.leaving:
-            return Reason.TENANT_CLOSED
-        lot = self._watch.lot(request.tenant)
-        queue = self._queues.first(request.family, lot, account.tenant.priority + request.priority)
-        excess = self._shares.excess(account, now_ns)
-        queue.note_arrival(now_ns, excess)
-        refused = self._admission.admit(request, account, queue, excess, start, now_ns)
-        if refused is not None:
-            if lot:
-                self._queues.discard(queue)
-                self._watch.hope(request.tenant, now_ns)
-            return refused
-        account.waiting += 1
-        account.pending += 1
-        lane = self._lanes[request.id] = Lane(request, account, queue.level, bucket_of(request.deadline_ns, now_ns))
-        self._queues.put(lane, queue, self._admission.foreseen)
-        return None
+        return Reason.UNKNOWN_TENANT if account is None else Reason.TENANT_CLOSED
 
     def cancel(self, request: int) -> None:
-        lane = self._lanes.get(request)
+        lane = self.lanes.get(request)
         if lane is not None:
             self.stop(lane, Reason.CANCELLED)
 
@@ -90,7 +96,7 @@ class Requests:
 
     def stop_all(self, reason: Reason, account: Account | None = None) -> None:
         """Of one tenant, or of all."""
-        for lane in list(self._lanes.values()):
+        for lane in list(self.lanes.values()):
             if account is None or lane.account is account:
                 self.stop(lane, reason)
 
@@ -105,10 +111,8 @@ class Requests:
 
     def _advance(self, place: Place, lanes: list[Lane]) -> None:
         family, segment = place
-        last = segment + 1 == self._costs.catalog.segments_of(family)
-        if last:
-            for lane in lanes:
-                self._end(lane)
+        if segment + 1 == self._costs.catalog.segments_of(family):
+            self._end(lanes)
             return
         for lane in lanes:
             if lane.ending is not None:
@@ -147,7 +151,7 @@ class Requests:
         if not moved:
             return
         apart: dict[tuple[int, str], int] = {}
-        for lane in list(self._lanes.values()):
+        for lane in list(self.lanes.values()):
             name = lane.request.tenant
             if lane.queue is None or name not in moved:
                 continue
@@ -162,15 +166,22 @@ class Requests:
 
     def _reject(self, lane: Lane, reason: Reason) -> None:
         self.out.append(Reject(lane.request.id, reason))
-        self._end(lane)
+        self._end((lane,))
 
-    def _end(self, lane: Lane) -> None:
-        queues, account = self._queues, lane.account
-        queues.forget(lane)
-        account.pending -= 1
-        del self._lanes[lane.request.id]
-        if len(queues.levels) > self._most_levels:
-            self._queues.keep_levels({own.level.priority for own in self._lanes.values()})
+    def _end(self, lanes: Sequence[Lane]) -> None:
+        """Of one family."""
+        alive, begun = self.lanes, 0
+        for lane in lanes:
+            account = lane.account
+            account.pending -= 1
+            begun += lane.begun
+            del alive[lane.request.id]
+            if lane.charge_ns:
+                lane.level.release(lane.bucket, lane.charge_ns)
+            if account.leaving and self._tenancy.forget_if_done(account):
+                self._watch.forget(account.tenant.name)
+        if begun:
+            self._slots.release(lanes[0].request.family, begun)
+        if len(self._queues.levels) > self._most_levels:
+            self._queues.keep_levels({own.level.priority for own in alive.values()})
             self._most_levels = max(LEVELS, 2 * len(self._queues.levels))
-        if account.leaving and self._tenancy.forget_if_done(account):
-            self._watch.forget(account.tenant.name)

@@ -54,21 +54,25 @@ class Shares:
         epoch = now_ns >> EPOCH
         if epoch != self._epoch:
             self._begin(epoch)
+        weight = account.tenant.weight
         if account.epoch != epoch:
-            account.used_ns >>= min(63, epoch - account.epoch)
+            passed = epoch - account.epoch
+            account.used_ns >>= passed if passed < 63 else 63
             account.epoch = epoch
-            self._weights += account.tenant.weight
-        window = now_ns >> WINDOW
-        if account.window != window:
-            self._compare(account, window)
+            self._weights += weight
+        if account.window != now_ns >> WINDOW:
+            self._compare(account, now_ns >> WINDOW)
         account.asked += 1
-        weights = max(self._weights, self._weights_before)
-        return account.used_ns * weights / (self._used_ns * account.tenant.weight) if self._used_ns else 0.0
+        used_ns = self._used_ns
+        if not used_ns:
+            return 0.0
+        weights, before = self._weights, self._weights_before
+        return account.used_ns * (weights if weights >= before else before) / (used_ns * weight)
 
-    def note(self, missed: bool) -> None:
-        """Somebody asked who is not over its share, and was refused or not."""
+    def note_refusal(self) -> None:
+        """Of somebody who is not over its share."""
         self._asked += 1
-        self._missed += missed
+        self._missed += 1
 
     def is_careful(self, account: Account, excess: float, lane_ns: int) -> bool:
         """Whether it has had so much that it must leave places for others; `lane_ns` is what a request counts."""
@@ -78,9 +82,12 @@ class Shares:
         chance = CHANCE * sqrt(uneven * lane_ns * excess / account.used_ns)
         return excess > 1 + MISS * self._asked / self._missed + chance
 
-    def charge(self, account: Account, work_ns: int) -> None:
+    def charge(self, account: Account, work_ns: int, over: bool) -> None:
+        """One is taken on, over its share or not."""
         account.used_ns += work_ns
         self._used_ns += work_ns
+        if not over:
+            self._asked += 1
 
     def worth(self, account: Account) -> float:
         """Of one lane, where not everybody can be served: twice the weight for whom the device owes something."""
@@ -93,9 +100,10 @@ class Shares:
         come one by one, and so many times as much if they come in bursts of so many."""
         asked, before = account.asked, account.asked_before
         if before is not None:
-            self._varied += (asked - before) ** 2
+            self._varied += (asked - before) * (asked - before)
             self._compared += asked + before
-        account.asked_before = (asked if window == account.window + 1 else 0) if account.window >= 0 else None
+        last = account.window
+        account.asked_before = asked if window == last + 1 and last >= 0 else 0 if last >= 0 else None
         account.window, account.asked = window, 0
 
     def _begin(self, epoch: int) -> None:

@@ -31,6 +31,7 @@ from coalesce.scheduler.machine import Compiler, HostTimes, PROMPT, quantiles, T
 from coalesce.scheduler.policy import Policy
 from coalesce.scheduler.request import Request, Tenant
 from coalesce.scheduler.run import Decision, Outcome, Run, Watcher
+from coalesce.scheduler.tuples import made
 from coalesce.scheduler.workloads import Arrival
 
 
@@ -40,6 +41,8 @@ class Made(NamedTuple):
     entries: tuple[Entry, ...]
 
 
+TIMER = Timer()
+PENDING, OK, LATE, CANCELLED = Outcome.PENDING, Outcome.OK, Outcome.LATE, Outcome.CANCELLED
 ENDS = {Reason.CANCELLED: Outcome.CANCELLED, Reason.FAILED: Outcome.FAILED}
 
 
@@ -96,6 +99,7 @@ class Simulation:
         self._run, self._takes, self._host, self._faults, self._compiler = run, takes, host, faults, compiler
         self._rng = Random(seed)
         self._watchers = [*watchers, lambda *decision: run.log.append(Decision(*decision))] if keep_log else watchers
+        self._requests, self._outcomes, self._ends_ns = run.requests, run.outcomes, run.ends_ns
         self._heap: list[tuple[int, int, Event | Made]] = []
         self._serial = 0
         self._tenants: dict[str, Tenant] = {}
@@ -118,26 +122,32 @@ class Simulation:
     def go(self, arrivals: Iterable[Arrival], until_ns: int) -> None:
         coming = iter(arrivals)
         arrival = next(coming, None)
-        heap, run = self._heap, self._run
+        heap, run, tell, request_of, is_prompt = self._heap, self._run, self._tell, self._request, self._host is PROMPT
         while True:
             arrival_ns = arrival.time_ns if arrival is not None else FAR
-            next_ns = min(heap[0][0], self._wake_ns) if heap else self._wake_ns
-            time_ns = min(next_ns, arrival_ns)
+            next_ns = self._wake_ns
+            happens = bool(heap) and heap[0][0] <= next_ns
+            if happens:
+                next_ns = heap[0][0]
+            time_ns = arrival_ns if arrival_ns < next_ns else next_ns
             if time_ns >= until_ns:
                 return
-            prompt = self._host is PROMPT
-            now_ns = run.end_ns = time_ns if prompt else self._told_at(time_ns, bool(heap) and heap[0][0] == time_ns)
+            now_ns = run.end_ns = time_ns if is_prompt else self._told_at(time_ns, happens and next_ns == time_ns)
             if arrival is not None and arrival_ns < next_ns:
-                together: list[Request] = []
-                upto_ns = min(now_ns, next_ns)
+                request, arrival = request_of(arrival), next(coming, None)
+                upto_ns = now_ns if now_ns < next_ns else next_ns
+                if arrival is None or arrival.time_ns > upto_ns:
+                    tell(made(Submitted, ((request,),)), now_ns)
+                    continue
+                together = [request]
                 while arrival is not None and arrival.time_ns <= upto_ns:
-                    together.append(self._request(arrival))
+                    together.append(request_of(arrival))
                     arrival = next(coming, None)
-                self._tell(Submitted(tuple(together)), now_ns)
-            elif heap and heap[0][0] <= self._wake_ns:
+                tell(Submitted(tuple(together)), now_ns)
+            elif happens:
                 self._happen(heappop(heap), now_ns)
             else:
-                self._tell(Timer(), now_ns)
+                tell(TIMER, now_ns)
 
     def _told_at(self, time_ns: int, ended: bool) -> int:
         """When the driver is told what happens, or ends, at a time: at once after what it is at, or it wakes up."""
@@ -146,16 +156,15 @@ class Simulation:
     def _request(self, arrival: Arrival) -> Request:
         """It waits, for all that anybody knows."""
         time_ns, name, allowed_ns, priority, family = arrival
-        run = self._run
-        tenant = self._tenants[name]
-        deadline_ns = time_ns + (tenant.slo_ns if allowed_ns is None else allowed_ns)
-        number = len(run.requests)
-        request = Request(
-            number, name, tenant.families[0] if family is None else family, time_ns, deadline_ns, priority
-        )
-        run.requests.append(request)
-        run.outcomes.append(Outcome.PENDING)
-        run.ends_ns.append(0)
+        requests, tenant = self._requests, self._tenants[name]
+        if allowed_ns is None:
+            allowed_ns = tenant.slo_ns
+        if family is None:
+            family = tenant.families[0]
+        request = made(Request, (len(requests), name, family, time_ns, time_ns + allowed_ns, priority))
+        requests.append(request)
+        self._outcomes.append(PENDING)
+        self._ends_ns.append(0)
         return request
 
     def _happen(self, happening: tuple[int, int, Event | Made], now_ns: int) -> None:
@@ -181,34 +190,35 @@ class Simulation:
         if event.failed:
             run.failures += 1
             return
+        requests, outcomes, ends_ns, withdrawn = self._requests, self._outcomes, self._ends_ns, self._withdrawn
         for entry, lanes in zip(self._executables[dispatch.executable].entries, dispatch.lanes, strict=True):
             if entry.segment + 1 < self._catalog.segments_of(entry.family):
                 continue
             for number in lanes:
-                run.ends_ns[number] = ended_ns
-                if number in self._withdrawn:
-                    run.outcomes[number] = Outcome.CANCELLED
-                else:
-                    run.outcomes[number] = Outcome.OK if ended_ns <= run.requests[number].deadline_ns else Outcome.LATE
+                ends_ns[number] = ended_ns
+                outcomes[number] = OK if ended_ns <= requests[number].deadline_ns else LATE
+            for number in withdrawn.intersection(lanes) if withdrawn else ():
+                outcomes[number] = CANCELLED
 
     def _tell(self, event: Event, now_ns: int) -> None:
-        self._wake_ns = FAR
         commands = self._on_event(event, now_ns)
         if self._host is not PROMPT:
             self._driver_ns = now_ns + self._host.decide(commands)
         self._run.decisions += 1
         for watch in self._watchers:
             watch(event, now_ns, commands)
+        wake_ns = FAR
         for command in commands:
-            if isinstance(command, Dispatch):
-                self._dispatch(command, now_ns)
-            elif isinstance(command, WakeAt):
-                assert command.time_ns > now_ns, f"asked at {now_ns} to be woken at {command.time_ns}"
-                self._wake_ns = command.time_ns
+            if isinstance(command, WakeAt):
+                wake_ns = command.time_ns
+                assert wake_ns > now_ns, f"asked at {now_ns} to be woken at {wake_ns}"
             elif isinstance(command, Reject):
                 self._reject(command, event, now_ns)
+            elif isinstance(command, Dispatch):
+                self._dispatch(command, now_ns)
             elif isinstance(command, Want):
                 self._want(command, now_ns)
+        self._wake_ns = wake_ns
 
     def _dispatch(self, command: Dispatch, now_ns: int) -> None:
         executable = self._executables[command.executable]

@@ -26,5 +26,5 @@ class Slots:
     def take(self, family: int, lanes: int = 1) -> None:
         self._held[family] = self._held.get(family, 0) + lanes
 
-    def release(self, family: int) -> None:
-        self._held[family] -= 1
+    def release(self, family: int, lanes: int = 1) -> None:
+        self._held[family] -= lanes

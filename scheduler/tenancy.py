@@ -11,19 +11,19 @@ from coalesce.scheduler.shares import Account
 
 class Tenancy:
     def __init__(self) -> None:
-        self._accounts: dict[str, Account] = {}
+        self.accounts: dict[str, Account] = {}  # by name
         self._tightest: dict[int, int] = {}
 
     def get(self, name: str) -> Account | None:
-        return self._accounts.get(name)
+        return self.accounts.get(name)
 
     def add(self, tenant: Tenant) -> bool:
         """Takes the place of one of its name, whose requests stay. Whether the least SLO of a family has changed."""
-        known = self._accounts.get(tenant.name)
+        known = self.accounts.get(tenant.name)
         before = {family: self._tightest.get(family) for family in tenant.families}
         loosened = False
         if known is None:
-            self._accounts[tenant.name] = Account(tenant)
+            self.accounts[tenant.name] = Account(tenant)
         else:
             gone, known.tenant = known.tenant, tenant
             known.leaving = False
@@ -42,7 +42,7 @@ class Tenancy:
         """Finds the least SLO of its families anew, where it was its own; whether it was."""
         was = [family for family in gone.families if self._tightest.get(family) == gone.slo_ns]
         for family in was:
-            present = (a.tenant for a in self._accounts.values() if not a.leaving)
+            present = (a.tenant for a in self.accounts.values() if not a.leaving)
             left = [tenant.slo_ns for tenant in present if family in tenant.families]
             if left:
                 self._tightest[family] = min(left)
@@ -51,9 +51,9 @@ class Tenancy:
         return bool(was)
 
     def forget_if_done(self, account: Account) -> bool:
-        if not account.leaving or account.pending or self._accounts.get(account.tenant.name) is not account:
+        if not account.leaving or account.pending or self.accounts.get(account.tenant.name) is not account:
             return False
-        del self._accounts[account.tenant.name]
+        del self.accounts[account.tenant.name]
         return True
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,12 @@ def preferring(n: int | None) -> Any:
 def fuse(found: Sequence[Tenant], options: dict[str, Any]) -> coalesce.Fused:
     programs = [coalesce.trace(t.fn, t.params, *t.inputs, name=f"t{i}", shared=t.shared) for i, t in enumerate(found)]
     return coalesce.fuse(programs, **options)
+
+
+def fuse_to_read(found: Sequence[Tenant], options: dict[str, Any]) -> coalesce.Fused:
+    """The same, but that no bank is written, whose programs are most of what there is to compile: not to be called."""
+    with patch("coalesce.compile.build_bank", return_value=None):
+        return fuse(found, options)
 
 
 def inputs_of(found: Sequence[Tenant]) -> list[tuple[Any, ...]]:

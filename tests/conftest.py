@@ -7,6 +7,7 @@ pytest --hypothesis-profile quick           20 examples a property (default: 200
                                             same ones in every run; soak: 2000, others in every run)
 """
 
+import gc
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ settings.register_profile("soak", settings.get_profile("default"), max_examples=
 settings.load_profile("default")
 
 GOLDEN = Path(__file__).parent / "golden"
+FIRST = ("test_equivalence", "test_across", "test_costs", "test_scheduler_scenarios", "test_models", "test_counts")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,13 +58,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem != "test_equivalence")  # the longest first: workers end together
+    # The longest first: workers, each of which takes whole files, end together.
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and jax.default_backend() != "gpu":
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
     if config.getoption("--xla") == "cheap" and jax.default_backend() == "cpu":
         compile_cheaply()
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays, and nothing is gained by looking at it again; JAX makes and drops so much as it traces
+    that a tenth of the time went into looking for garbage."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
 
 
 def compile_cheaply() -> None:

@@ -19,7 +19,7 @@ from hypothesis import given, settings, strategies as st
 
 from coalesce import jaxpr as J
 from coalesce.bundle import JointLoop, JointStep, Pack
-from tests.cases import assert_inputs_isolated, assert_weights_isolated, Case, case_of, fuse, inputs_of
+from tests.cases import assert_inputs_isolated, assert_weights_isolated, Case, case_of, fuse, fuse_to_read, inputs_of
 from tests.compare import assert_as_good, assert_same
 from tests.dataflow import all_of, check_plan
 from tests.kin import draw_kin
@@ -86,7 +86,7 @@ def test_permuting_tenants_permutes_results(case: Case) -> None:
 def plans(seeds: Sequence[int]) -> str:
     """Fuse the tenants of each seed."""
     found = [kin_case(seed, 1 + seed % 3, 4) for seed in seeds]
-    return "\n\n".join(str(fuse(case.found, case.options)) for case in found)
+    return "\n\n".join(str(fuse_to_read(case.found, case.options)) for case in found)
 
 
 @pytest.mark.once  # the hash seeds of one Python are enough
@@ -108,7 +108,7 @@ def test_all_that_is_new_occurs() -> None:
     counts: Counter[str] = Counter()
     for seed in range(24):
         case = kin_case(seed, 3, 4)
-        schedule = fuse(case.found, case.options | {"policy": "always"}).bundle.schedule
+        schedule = fuse_to_read(case.found, case.options | {"policy": "always"}).bundle.schedule
         counts.update(pack.form for pack in all_of(Pack, schedule) if len(pack.families) > 1)
         counts.update("joint step" for _ in all_of(JointStep, schedule))
         for loop in all_of(JointLoop, schedule):

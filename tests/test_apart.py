@@ -1,6 +1,7 @@
 """What newcomers cost others: compiling in a process of its own, the garbage that is not looked through, and how soon
 the interpreter is handed on."""
 
+import gc
 import logging
 import math
 import os
@@ -16,7 +17,7 @@ import pytest
 
 from coalesce.errors import TraceError
 from coalesce.runtime import apart, gil
-from coalesce.runtime.apart import Apart, WANTED
+from coalesce.runtime.apart import Apart, exported, WANTED
 from coalesce.runtime.gil import EAGER_S, GIVEN_S, giving_way, handing_on, LATELY_S, NAP_S
 from coalesce.runtime.runtime import Runtime
 
@@ -51,6 +52,20 @@ def check(rt: Runtime, name: str, fn: Any, seed: int) -> None:
     want = np.asarray(jax.jit(fn)(params_of(seed), row(seed)))
     for reply in [rt.submit(name, row(seed)) for _ in range(6)]:
         np.testing.assert_allclose(reply.result(60), want, rtol=1e-5, atol=1e-6)
+
+
+def test_who_exports_a_program_takes_apart_what_jax_leaves_of_it():
+    """Or whoever serves when garbage is collected next, for all that were exported since."""
+    arguments = (jax.ShapeDtypeStruct((2,), jnp.float32),)
+    exported(jax.jit(jnp.sin), arguments)  # what is made once is there
+    gc.collect()
+    gc.disable()
+    try:
+        exported(jax.jit(jnp.cos), arguments)
+        left = gc.collect()
+    finally:
+        gc.enable()
+    assert left == 0, f"{left} objects wait for a collection"
 
 
 def test_while_others_are_served_it_is_compiled_elsewhere(wanted, caplog):

@@ -17,12 +17,13 @@ from coalesce.blocks import Blocks
 from coalesce.bundle import packs
 from coalesce.costs import Costs, devices
 from coalesce.heavy import heavy_op, HeavyOp
-from coalesce.kernels import choose, mosaic_gemm
+from coalesce.kernels import choose, indexed_gemm, mosaic_gemm
 from coalesce.kernels.epilogue import COLUMN, Epilogue, WHOLE
-from coalesce.kernels.mosaic import nearest, on_hopper
+from coalesce.kernels.mosaic import on_hopper
 from coalesce.kernels.mosaic_tile import tile_of
 from coalesce.passes.keep_layouts import kernel_for
 from coalesce.slab import Cut, Picked
+from coalesce.tf32 import nearest
 from coalesce.tuning import packaged, tuned_on
 from coalesce.tuning.candidates import candidates
 from tests.alone import alone, check_fused, Tenant
@@ -136,19 +137,24 @@ def test_epilogue_and_operands_in_slabs(dtype, k):
     np.testing.assert_array_equal(np.asarray(got, np.float32), want.astype(jnp.float32))
 
 
-@interprets
 def test_operands_of_32_bits_are_rounded_before_they_are_cut():
     """A GPU cuts what TF32 has no place for; every sum would be smaller by a thousandth, and a network's by all."""
-    op, random = dot(70, 32, 64, jnp.float32), np.random.default_rng(0)
-    x, w = (jnp.asarray(random.normal(size=(1, *own)), jnp.float32) for own in ((1, *op.lhs.shape), op.rhs.shape))
-    got = run(op, Blocks(64, 64, 32, 4, 2), x, laid_out(op, w))
+    op, nearby = dot(70, 32, 64, jnp.float32), partial(lax.reduce_precision, exponent_bits=8, mantissa_bits=10)
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(2, *op.rhs.shape)), jnp.float32)
+    flat = jax.vmap(indexed_gemm.layout(op))
+    np.testing.assert_array_equal(laid_out(op, w), flat(nearby(w)))
+    assert mosaic_gemm.layout(dot(70, 64, 64)) == indexed_gemm.layout(dot(70, 64, 64))
+    texts = [lowered(op, None, SUM, column(op, 16, COLUMN), rounded=comes) for comes in (False, True)]
+    assert ["stablehlo.bitcast_convert" in text for text in texts] == [True, False]
+
+
+def test_the_nearest_number():
     nearby = partial(lax.reduce_precision, exponent_bits=8, mantissa_bits=10)
-    np.testing.assert_allclose(got, plain(op, nearby(x), nearby(w)), rtol=0, atol=1e-5)
-    special = jnp.asarray([jnp.inf, -jnp.inf, 0.0, -0.0, 1.0, 3.4e38])
+    special = jnp.asarray([jnp.inf, -jnp.inf, 0.0, -0.0, 1.0, 3.4e38, 1 + 2**-12, -1 - 3 * 2**-12])
     np.testing.assert_array_equal(nearest(special), nearby(special))
-    assert np.isnan(
-        nearest(lax.bitcast_convert_type(jnp.asarray([0x7FFFFFFF, -1, 0x7FC00000], jnp.int32), jnp.float32))
-    ).all()
+    np.testing.assert_array_equal(nearest(nearest(special)), nearest(special))
+    nans = lax.bitcast_convert_type(jnp.asarray([0x7FFFFFFF, -1, 0x7FC00000], jnp.int32), jnp.float32)
+    assert np.isnan(nearest(nans)).all()
 
 
 def test_elsewhere_than_on_an_nvidia_gpu_it_is_indexed_gemm():
@@ -167,9 +173,10 @@ def everything(y: Any, z: Any) -> Any:
 
 
 EVERYTHING = Epilogue(everything, (COLUMN,), jnp.dtype(jnp.bfloat16))
+SUM = Epilogue(jnp.add, (COLUMN,), jnp.dtype(jnp.float32))
 
 
-def lowered(op: HeavyOp, blocks: Blocks | None, epilogue: Epilogue, *given: Any) -> str:
+def lowered(op: HeavyOp, blocks: Blocks | None, epilogue: Epilogue, *given: Any, **how: Any) -> str:
     """Of two layers of a network for a GPU, on a machine without one."""
     structs = [
         jax.ShapeDtypeStruct((16, 1, *op.lhs.shape), op.lhs.dtype),
@@ -182,7 +189,7 @@ def lowered(op: HeavyOp, blocks: Blocks | None, epilogue: Epilogue, *given: Any)
         shape = mosaic_gemm.layout(op).of(op.rhs.shape)
         layers = [Picked(Cut(slab, start * op.k * op.n, shape), slots) for start in (1, 2)]
         own = [Epilogue(lambda *z: epilogue.apply(*z), epilogue.kinds, epilogue.dtype) for _ in layers]  # noqa: PLW0108
-        return [mosaic_gemm.run(op, x, w, e, given, blocks) for w, e in zip(layers, own, strict=True)]
+        return [mosaic_gemm.run(op, x, w, e, given, blocks, **how) for w, e in zip(layers, own, strict=True)]
 
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
@@ -282,11 +289,12 @@ def tower(params: Any, x: Any) -> Any:
 
 
 def towers(count: int) -> list[Tenant]:
-    """Biases between the weights, so that a weight would not begin where TMA may read it if nobody saw to it."""
+    """Biases between the weights, so that a weight would not begin where TMA may read it if nobody saw to it. All that
+    they multiply are whole numbers that TF32 has."""
     random, sizes = np.random.default_rng(0), (64, 192, 320, 64)
 
     def array(*shape: int) -> jax.Array:
-        return jnp.asarray(random.normal(size=shape) / 8, jnp.float32)
+        return jnp.asarray(random.integers(-1, 2, shape), jnp.float32)
 
     params = [[(array(*size), array(size[1])) for size in zip(sizes, sizes[1:], strict=False)] for _ in range(count)]
     return [(tower, own, (array(3, sizes[0]),)) for own in params]

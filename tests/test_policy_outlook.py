@@ -1,13 +1,15 @@
-"""What is laid for a newcomer is what would be laid anew; which run is next; and who is over its share by a burst."""
+"""What is laid for a newcomer is what would be laid anew; which run is next; who is over its share by a burst."""
 
 from __future__ import annotations
 
 from random import Random
 
 import pytest
+from hypothesis import given, strategies as st
 
 from coalesce.scheduler import admission
 from coalesce.scheduler.commands import Dispatch
+from coalesce.scheduler.cover import Cover, Option
 from coalesce.scheduler.lanes import Level
 from coalesce.scheduler.laying import Newcomer, Outlook, Start
 from coalesce.scheduler.machine import Line, line_catalog
@@ -73,16 +75,39 @@ def careful_after(bursts: int) -> bool:
         for account in who:
             for _ in range(bursts * (rng.random() < 4 / bursts)):
                 shares.excess(account, window * WINDOW_NS)
-                shares.charge(account, 1_000)
+                shares.charge(account, 1_000, True)
     now_ns = 200 * WINDOW_NS
     for _ in range(100):
-        shares.note(missed=True)
+        shares.note_refusal()
     for account in who:
-        shares.charge(account, 30_000 - account.used_ns)
-    shares.charge(who[0], 30_000)
+        shares.charge(account, 30_000 - account.used_ns, True)
+    shares.charge(who[0], 30_000, True)
     return shares.is_careful(who[0], shares.excess(who[0], now_ns), 1_000)
 
 
 def test_who_asks_in_bursts_may_have_had_more_by_chance():
     assert careful_after(bursts=4)
     assert not careful_after(bursts=40)
+
+
+@given(
+    times=st.lists(st.integers(1, 50), min_size=1, max_size=6),
+    slips=st.lists(st.integers(0, 9), min_size=6, max_size=6),
+    asked=st.lists(st.integers(1, 100), max_size=8),
+    moved=st.booleans(),
+)
+def test_a_cover_that_follows_another_is_as_one_by_itself(times, slips, asked, moved):
+    """What was worked out is taken over only where runs mostly take what they did; how far they spread may differ."""
+
+    def options(times: list[int], slips: list[int]) -> tuple[Option, ...]:
+        pairs = enumerate(zip(times, slips, strict=False))
+        return tuple(Option(1 << i, i, ns, ns + slip, ns + slip, ns, slip) for i, (ns, slip) in pairs)
+
+    before = Cover(options(times, [0] * 6))
+    for lanes in asked:
+        before.until(lanes)
+    own = options([times[0] + moved, *times[1:]], slips)
+    alone, after = Cover(own), Cover(own, before)
+    for lanes in range(1, 140):
+        assert after.first(lanes) is alone.first(lanes)
+        assert after.until(lanes) == alone.until(lanes)

@@ -306,6 +306,6 @@ def test_a_hope_that_nothing_is_run_for_is_given_up(running, waiting, stays):
     assert believed.l50_ns > 1.5 * MS
     at_ns = 1000 * MS
     assert doubt.arise((Request(0, "a", 0, at_ns, at_ns + 3 * MS // 2),), at_ns) == 0
-    assert doubt.is_open and latency.of(0).l50_ns == MS
+    assert doubt.hoped and latency.of(0).l50_ns == MS
     assert doubt.settle(running, waiting) == (None if stays else 0)
     assert (latency.of(0) == believed) is not stays

@@ -58,6 +58,19 @@ def test_each_tenants_result(apply, image, reads):
         assert_same(got, apply(p, *x))
 
 
+@pytest.mark.parametrize(("strides", "reads"), [((2, 2), True), ((3, 2), False)], ids=["that divide it", "others"])
+def test_tiles_of_tma_take_strides_that_divide_an_image(strides, reads):
+    """In bfloat16; as for any convolution."""
+    apply = shortcut(strides)
+    params = {"w": jnp.ones((64, 64), jnp.bfloat16), "b": jnp.ones((64,), jnp.bfloat16)}
+    x = jnp.ones((1, 8, 8, 64), jnp.bfloat16)
+    programs = [coalesce.trace(apply, jax.tree.map(lambda p, n=n: n * p, params), x, name=str(n)) for n in (1, 2)]
+    program = coalesce.fuse(programs, choose_kernel=lambda *_: "mosaic_gemm")
+    (pack,) = packs(program.bundle.schedule)
+    assert (in_place(pack, slices_in(program.bundle)) is not None) == reads
+    assert [float(jnp.mean(y)) for y in program([(x,), (x,)])] == [66, 131]
+
+
 def test_other_kernels_read_slices():
     program, params, inputs = fused(CASES["every second"][0], (6, 8, 16), "batched_dot")
     (pack,) = packs(program.bundle.schedule)

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 
 ROW_BYTES = 128
@@ -134,10 +132,6 @@ class Columns:
     def part(self, ref: Any, stage: Any, d: int) -> Any:
         return self.images.rows(ref, (stage, d), 0, self.n).transpose((1, 0))
 
-    def rows(self, ref: Any, stage: Any, d: int, first: int) -> Any:
-        """Some of the rows of N of such a part, as they lie."""
-        return self.images.rows(ref, (stage, d), first, GROUP)
-
 
 def backend() -> Any:
     from jax.experimental.pallas import mosaic_gpu  # here: a process that never meets a GPU kernel does not pay for it
@@ -155,12 +149,6 @@ def load(ref: Any, layout: Any) -> Any:
     if jax.__version_info__ < (0, 11):
         return plgpu.load(ref, (), layout=layout, optimized=False)
     return plgpu.load(ref, layout=layout, optimized=False)
-
-
-def nearest(x: Any) -> Any:
-    """float32 rounded to what TF32 has: half of the last place it keeps is added, and what it does not keep is cut."""
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    return jnp.where(x == x, lax.bitcast_convert_type((bits + 0x1000) & ~0x1FFF, jnp.float32), x)
 
 
 def wait_if(needed: Any, barriers: Any, at: Any) -> None:

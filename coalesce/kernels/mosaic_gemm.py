@@ -32,10 +32,13 @@ from coalesce.kernels.windows import windows_of
 from coalesce.layout import Layout
 from coalesce.slab import Cut, Picked
 from coalesce.structure import canonical
+from coalesce.tf32 import multiplies, nearest
 
 FLOATS = ("float32", "bfloat16", "float16")
 # Of what an epilogue may have, what the backend lowers on a tile, in all versions that are supported.
-LOWERED = (TILEWISE - {"cos", "integer_pow", "log1p", "sin", "sqrt"}) | {"broadcast_in_dim", "jit", "pjit"}
+LOWERED = (TILEWISE - {"cos", "integer_pow", "log1p", "sin", "sqrt"}) | {
+    "bitcast_convert_type", "broadcast_in_dim", "jit", "pjit"
+}  # fmt: skip
 
 
 def supports(op: HeavyOp) -> bool:
@@ -57,7 +60,9 @@ def supports(op: HeavyOp) -> bool:
 
 
 def layout(op: HeavyOp) -> Layout:
-    return indexed_gemm.layout(op)
+    """That of `indexed_gemm`. Of 32 bits wgmma cuts off what TF32 has no place for, so weights lie rounded."""
+    flat = indexed_gemm.layout(op)
+    return flat.rounded() if multiplies(op) else flat
 
 
 def granule(shape: Sequence[int], dtype: Any) -> int:
@@ -76,15 +81,19 @@ def run(
     epilogue: Epilogue | None = None,
     operands: Sequence[Any] = (),
     blocks: Blocks | None = None,
+    rounded: bool = False,
 ) -> Any:
-    """As `indexed_gemm.run`."""
+    """As `indexed_gemm.run`. `rounded` says that an operand of 32 bits has no more than TF32 has, as the other one
+    does; if not, XLA rounds it before."""
     tile = (tile_of(op, blocks) if blocks else None) or by_rule(op)
     assert tile, f"an op that has no tile: {op}"
     return lax.platform_dependent(
         lhs,
         rhs,
         tuple(operands),
-        cuda=lambda x, w, given: fetched(tile, x, w, epilogue, given),
+        cuda=lambda x, w, given: fetched(
+            tile, nearest(x) if multiplies(op) and not rounded else x, w, epilogue, given
+        ),
         default=lambda x, w, given: indexed_gemm.run(op, x, w, epilogue=epilogue, operands=given),
     )
 
@@ -152,7 +161,7 @@ def launched(program: Program, slots: Sequence[Any], starts: Sequence[Any], x: A
     return call(
         kernel,
         grid,
-        tile.groups + 1 + tile.rounds,
+        tile.groups + 1,
         out,
         (*slots, *starts, x, *arrays),
         program.memory(vectors),

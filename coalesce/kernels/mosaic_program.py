@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from coalesce.kernels.epilogue import Epilogue, WHOLE
-from coalesce.kernels.mosaic import backend, Columns, GROUP, Images, load, nearest, Rows, wait_if
+from coalesce.kernels.mosaic import backend, Columns, Images, load, Rows, wait_if
 from coalesce.kernels.mosaic_tile import Tile
 from coalesce.kernels.triton import div, rem
 
@@ -107,14 +107,9 @@ class Program:
             "right_there": plgpu.Barrier(num_arrivals=self.right.count, num_barriers=tile.right_stages),
             "left_free": plgpu.Barrier(num_arrivals=tile.groups, num_barriers=tile.left_stages),
             "right_free": plgpu.Barrier(num_arrivals=tile.groups, num_barriers=tile.right_stages),
-            **(self.rounded() if tile.rounds else {}),
             "ready": plgpu.Barrier(num_arrivals=max(1, ready), num_barriers=1),
             "done": plgpu.Barrier(num_arrivals=tile.groups, num_barriers=1),
         }
-
-    def rounded(self) -> dict[str, Any]:
-        sides = {"left_rounded": self.tile.left_stages, "right_rounded": self.tile.right_stages}
-        return {side: backend().Barrier(num_arrivals=1, num_barriers=stages) for side, stages in sides.items()}
 
     def run(self, slots: Any, starts: Any, x: Any, arrays: Sequence[Any], y: Any, memory: dict[str, Any]) -> None:
         """Compute a tile. References: slots and starts, None if no source needs them; x [images, *phases, C]; arrays as
@@ -131,13 +126,8 @@ class Program:
         lax.cond(
             group == tile.groups,
             lambda: self.fetch(self.found(place, slots, starts), x, arrays, place, memory),
-            lambda: self.round_or_compute(group, y, place, memory),
+            lambda: self.compute(group, y, place, memory),
         )
-
-    def round_or_compute(self, group: Any, y: Any, place: Place, memory: dict[str, Any]) -> None:
-        if not self.tile.rounds:
-            return self.compute(group, y, place, memory)
-        lax.cond(group > self.tile.groups, lambda: self.round(memory), lambda: self.compute(group, y, place, memory))
 
     # ---- one warpgroup ---------------------------------------------------------------------------------------------
 
@@ -194,32 +184,6 @@ class Program:
         row = self.tile.row
         return array.at[place.image, rows(place.h), pl.ds(place.w, self.tile.wide), pl.ds(place.n + part * row, row)]
 
-    # ---- another, of 32 bits -----------------------------------------------------------------------------------------
-
-    def round(self, memory: dict[str, Any]) -> None:
-        plgpu, tile, weights = backend(), self.tile, self.right
-        assert isinstance(weights, Columns)
-
-        def one(side: str, stage: Any, rows: Callable[[int, int], Any], count: int) -> None:
-            plgpu.barrier_wait(memory[f"{side}_there"].at[stage])
-            for d in range(tile.deep):
-                for first in range(0, count, GROUP):
-                    part = rows(d, min(first, count - GROUP))  # what is rounded twice is the same
-                    part[...] = nearest(load(part, plgpu.Layout.WGMMA))
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(memory[f"{side}_rounded"].at[stage])
-
-        def step(i: Any, _: Any) -> None:
-            left = rem(i, tile.left_stages)
-            one(
-                "left", left, lambda d, at: self.left.rows(memory["lefts"], (left, d), at, GROUP), tile.halo * tile.wide
-            )
-            for tap in range(tile.taps[0]):
-                right = rem(i * tile.taps[0] + tap, tile.right_stages)
-                one("right", right, lambda d, at, j=right: weights.rows(memory["rights"], j, d, at), tile.blocks.n)
-
-        lax.fori_loop(0, tile.steps, step, None)
-
     # ---- the others ------------------------------------------------------------------------------------------------
 
     def compute(self, group: Any, y: Any, place: Place, memory: dict[str, Any]) -> None:
@@ -250,15 +214,15 @@ class Program:
     def multiply(self, acc: Any, first: Any, rows: int, memory: dict[str, Any]) -> Any:
         """The sum of all products, for `rows` rows of the tile from the first one on."""
         plgpu, tile = backend(), self.tile
-        down, done = tile.taps[0], "rounded" if tile.rounds else "there"
+        down = tile.taps[0]
 
         def step(i: Any, _: Any) -> None:
             left = rem(i, tile.left_stages)
-            plgpu.barrier_wait(memory[f"left_{done}"].at[left])
+            plgpu.barrier_wait(memory["left_there"].at[left])
             for tap in range(down):
                 j = i * down + tap
                 right = rem(j, tile.right_stages)
-                plgpu.barrier_wait(memory[f"right_{done}"].at[right])
+                plgpu.barrier_wait(memory["right_there"].at[right])
                 for d in range(tile.deep):
                     a = self.left.rows(memory["lefts"], (left, d), first + tile.below(tap) * tile.wide, rows)
                     plgpu.wgmma(acc, a, self.right.part(memory["rights"], right, d))

@@ -105,11 +105,6 @@ class Tile:
         return self.blocks.warps // 4
 
     @property
-    def rounds(self) -> bool:
-        """Whether another warpgroup rounds blocks to TF32: wgmma cuts 13 bits off, and all sums get smaller."""
-        return self.op.lhs.dtype.itemsize == 4
-
-    @property
     def across(self) -> int:
         return pl.cdiv(self.out[1], self.wide)
 

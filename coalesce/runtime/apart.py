@@ -9,6 +9,7 @@ Python belongs to its process, and some platforms have no other.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -48,7 +49,7 @@ class Apart:
         if self._is_useless:
             return None
         try:
-            program = bytes(export.export(jitted)(*arguments).serialize())
+            program = exported(jitted, arguments)
         except Exception as e:  # it depends on this process
             LOG.info("compiled where it is served: %s: %s", type(e).__name__, str(e)[:200])
             return None
@@ -110,6 +111,15 @@ class Apart:
         process = self._process
         if process is not None:
             end(process)
+
+
+def exported(jitted: Any, arguments: tuple[Any, ...]) -> bytes:
+    """JAX leaves its module of an export in a cycle of references, and to take one apart keeps the interpreter's lock
+    for most of a millisecond: here, and not whoever collects garbage next, such as the driver, for all of them."""
+    try:
+        return bytes(export.export(jitted)(*arguments).serialize())
+    finally:
+        gc.collect(0)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -23,7 +23,6 @@ SHARED_BYTES = 200 * 1024  # of 227 KiB that a program may have on an H100
 STEP_BYTES = 256  # of a step's row
 SEPARATE = 8  # problems on a GPU: more of them one by one are slow to compile, and slow
 CORES = 132  # of an H100
-BY_TMA = ("bfloat16", "float16")  # float32 has not run on a GPU since it is rounded to TF32
 FEWEST = 64  # programs of mosaic_gemm: larger tiles read less
 
 
@@ -36,7 +35,7 @@ def candidates(op: HeavyOp, width: int, rows: int, platform: str, on_hopper: boo
     if platform == "cpu" or not indexed_gemm.supports(op):  # on a CPU it is interpreted
         return plain
     rowwise = [("indexed_matvec", blocks) for blocks in strips(op, width)] if indexed_matvec.supports(op) else []
-    by_tma = on_hopper and str(op.lhs.dtype) in BY_TMA and mosaic_gemm.supports(op)
+    by_tma = on_hopper and mosaic_gemm.supports(op)
     fetched = tma_tiles(op, width * rows) if by_tma else []
     return [
         *plain,
