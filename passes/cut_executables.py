@@ -98,8 +98,7 @@ def places(bundle: Bundle, schedule: Schedule, starts: Sequence[int]) -> list[Po
     """The stretches, by number, before which no key is live, with the bytes of all lanes that are."""
     bounds = [*starts, len(schedule)]
     inside = [
-        [eqn for item in schedule[a:b] for eqn in equations(item)]
-        for a, b in zip(bounds, bounds[1:], strict=False)
+        [eqn for item in schedule[a:b] for eqn in equations(item)] for a, b in zip(bounds, bounds[1:], strict=False)
     ]
     families = enumerate(bundle.families)
     left_out = {(f, v) for f, family in families for v in of_weights(family.jaxpr, family.n_weights)}
