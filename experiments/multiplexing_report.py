@@ -143,7 +143,10 @@ def plot(path: Path, title: str, rows: Sequence[Row]) -> str:
         left.plot(list(found), list(found.values()), **look)
         both = [n for n in found if n in base and found[n] > 0]
         right.plot(both, [base[n] / found[n] for n in both], **look)
-    for axes, label in ((left, "microseconds a round"), (right, "throughput, best time multiplexing = 1")):
+    if not base:  # nobody to compare with was measured, and an axis of logarithms wants a number
+        right.remove()
+    labelled = ((left, "microseconds a round"), (right, "throughput, best time multiplexing = 1"))
+    for axes, label in labelled if base else labelled[:1]:
         axes.set(xlabel="tenants", ylabel=label, xscale="log", yscale="log")
         axes.set_xticks(times.counts, [str(count) for count in times.counts])
         axes.xaxis.set_minor_locator(NullLocator())

@@ -23,6 +23,7 @@ from scipy.optimize import least_squares
 import coalesce
 from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
+from coalesce.kernels import FUSING
 from coalesce.measuring.case import cases
 from coalesce.models import by_name
 from coalesce.tuning import known
@@ -42,7 +43,7 @@ flags.DEFINE_string("folder", "experiments/results/tile_model", "where the resul
 
 @dataclass(frozen=True)
 class Measured:
-    """An op's times by blocks, those of the model's candidates alone, and the fastest of other kernels."""
+    """An op's times by blocks, those of the model's candidates alone, and the fastest of XLA's kernels."""
 
     op: HeavyOp
     times: Mapping[Blocks, float]
@@ -86,7 +87,7 @@ def measured(dtype: str) -> list[Measured]:
         times = {str(blocks): blocks for blocks in blocks_of(case.op, case.key.width, case.key.rows)}
         own = f"{KERNEL} "
         ours = {name.removeprefix(own): time for name, time in entry.tried.items() if name.startswith(own) and time}
-        others = [time for name, time in entry.tried.items() if not name.startswith(KERNEL) and time]
+        others = [time for name, time in entry.tried.items() if name.split()[0] not in FUSING and time]
         known_times = {times[name]: ours[name] for name in sorted(ours) if name in times}
         found.append(Measured(case.op, known_times, min(ours.values()), min(others)))
     return found

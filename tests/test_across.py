@@ -30,7 +30,7 @@ from tests.tenants import alone, in_float32
 def fewer(share: float) -> settings:
     """An example here is two to four programs to compile, so it is a share of the usual number; soak has them all."""
     usual = settings().max_examples
-    return settings(max_examples=usual if usual > 200 else max(10, int(usual * share)))
+    return settings(max_examples=usual if usual > 200 else max(5, int(usual * share)))
 
 
 @pytest.fixture(autouse=True, scope="module")

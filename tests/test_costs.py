@@ -358,7 +358,7 @@ def test_the_faster_of_two_runs_counts():
 @pytest.mark.once
 def test_cost_error_writes_its_files(tmp_path):
     """In a process of its own: the experiments define flags of one name."""
-    few = ["--models=mlp", "--ops=1", "--groups=1,2", "--repeats=3", "--seconds=0.1"]
+    few = ["--models=mlp", "--ops=1", "--groups=1,2", "--repeats=3", "--seconds=0.1", "--most_us=10"]
     command = [sys.executable, "-m", "experiments.cost_error", *few, f"--out={tmp_path}"]
     subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
     rows = json.loads((tmp_path / "cost_error.json").read_text())["rows"]

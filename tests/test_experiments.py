@@ -120,6 +120,7 @@ def test_demo(standard_promotion, capsys):
     assert "body.0 x3]" in out
 
 
+@pytest.mark.once  # the same fused program, of which wrong results are made here
 def test_demo_fails_when_a_tenant_loses_accuracy(standard_promotion, capsys, monkeypatch):
     fuse = demo.coalesce.fuse
 

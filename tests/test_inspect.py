@@ -90,6 +90,7 @@ def test_page_is_written_and_announced(here, capsys):
     assert (here / "page.html").read_text(encoding="utf-8") == html_page(fused)
 
 
+@pytest.mark.once  # the hash seeds of one Python are enough
 def test_page_is_the_same_in_another_process(here):
     for seed in ("0", "1"):
         done = python_m("inspect", f"{MODULE}:pairs", "--html", f"{seed}.html", cwd=here, PYTHONHASHSEED=seed)

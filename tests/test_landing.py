@@ -1,4 +1,5 @@
-"""Bundles that are done when their launch returns: the driver hands out what they computed, and calls nobody back."""
+"""Bundles that are done when their launch returns: the driver hands out what they computed, and calls nobody back. Nor
+does the finisher."""
 
 import itertools
 import threading
@@ -76,24 +77,36 @@ def test_bundles_complete_in_their_order_whoever_waits_for_them():
     assert set(where.threads) == {"coalesce-driver", "coalesce-finisher"}
 
 
-def test_callbacks_are_not_called_on_the_driver_and_keep_nobody_waiting():
-    called: list[str] = []
-    begun, over = threading.Event(), threading.Event()
-
-    def callback(_: object) -> None:
-        called.append(threading.current_thread().name)
-        begun.set()
-        over.wait(10)
-
-    with Served(FakeMachine(takes_s=2e-5, is_quick=True)) as served:
+@pytest.mark.parametrize("is_quick", [True, False])
+def test_a_callback_may_wait_for_another_request(is_quick):
+    """Whoever hands out results does not wait for it."""
+    got: list[object] = []
+    where = Where()
+    with Served(FakeMachine(takes_s=2e-5, is_quick=is_quick), observers=[where]) as served:
         go, (reply,) = held(served, 1)
-        reply.add_done_callback(callback)
+        called = threading.Event()
+        reply.add_done_callback(lambda own: got.append(served.submit("t1", 2).result(5)))
+        reply.add_done_callback(lambda own: got.append(threading.current_thread().name))
+        reply.add_done_callback(lambda own: called.set())
         go.set()
-        assert begun.wait(10)
-        assert served.submit("t1", 2).result(10) == ("result", 2)
+        assert called.wait(10)
+    assert got == [("result", 2), "coalesce-callbacks"]
+    assert where.threads == ["coalesce-driver" if is_quick else "coalesce-finisher"] * 2
+
+
+def test_whoever_waits_for_callbacks_waits_for_all_that_are_due():
+    over = threading.Event()
+    with Served(FakeMachine(takes_s=2e-5)) as served:
+        callbacks, found = served.driver.callbacks, list[bool]()
+        go, (reply,) = held(served, 1)
+        reply.add_done_callback(lambda own: over.wait(10))
+        reply.add_done_callback(lambda own: found.append(callbacks.wait_called(None)))  # not for itself
+        go.set()
+        assert reply.result(10) == ("result", 0) and served.driver.book.wait_empty(5.0)
+        assert not callbacks.wait_called(0.0)
         over.set()
-        assert served.driver.book.wait_empty(5.0)
-    assert called == ["coalesce-finisher"]
+        assert callbacks.wait_called(10.0) and found == [True]
+    assert callbacks.wait_called(0.0), "nothing is due any more"
 
 
 def test_nor_are_those_that_come_while_the_bundle_runs(caplog):

@@ -81,6 +81,7 @@ def test_a_prediction_is_right_wrong_or_within_the_spread():
     assert list(gain_lines([never, row("always", 90.0) | {"failed": "no memory"}])) == []
 
 
+@pytest.mark.once  # it counts what is traced, and runs nothing
 def test_shape_clusters(tmp_path):
     # In a process of its own: its flags have names that those of the timed experiments have too.
     command = [sys.executable, "-m", "experiments.shape_clusters", "--models=lstm,gru,bert_small", f"--out={tmp_path}"]

@@ -60,7 +60,7 @@ def test_random_cancels(count: int):
             if chosen.random() < 0.5:
                 chosen.choice(replies[-50:]).cancel()
         assert wait(replies, 120).not_done == set()
-        assert served.driver.book.wait_empty(10.0)
+        assert served.driver.book.wait_empty(10.0) and served.driver.callbacks.wait_called(10.0)
         assert len(ended) == len(set(map(id, ended))) == count
         assert all(r.cancelled() or r.result(0) == ("result", i) for i, r in enumerate(replies))
         tenants = served.accounts.stats().tenants.values()

@@ -38,7 +38,7 @@ def test_as_good_as_what_was_measured(dtype):
     times = [one.times[blocks] for one, blocks in zip(ops, chosen, strict=True) if blocks and blocks in one.times]
     assert len(times) == len(ops)
     assert sum(times) <= 1.1 * sum(one.best for one in ops)
-    assert sum(times) < 0.8 * sum(one.other for one in ops)
+    assert sum(times) < 0.9 * sum(one.other for one in ops)
     off = [us(fit, one.op, TENANTS, 1, blocks) / time for one in ops for blocks, time in one.times.items()]
     assert sorted(off)[len(off) // 2] == pytest.approx(1, abs=0.1)
 

@@ -91,9 +91,7 @@ def run(
         lhs,
         rhs,
         tuple(operands),
-        cuda=lambda x, w, given: fetched(
-            tile, nearest(x) if multiplies(op) and not rounded else x, w, epilogue, given
-        ),
+        cuda=lambda x, w, given: fetched(tile, nearest(x) if multiplies(op) and not rounded else x, w, epilogue, given),
         default=lambda x, w, given: indexed_gemm.run(op, x, w, epilogue=epilogue, operands=given),
     )
 

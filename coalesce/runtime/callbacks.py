@@ -1,4 +1,4 @@
-"""The thread that calls users' callbacks of requests which the driver has ended.
+"""The thread that calls users' callbacks of requests which the runtime has ended.
 
 They may take as long as they like, or wait for other requests: nobody but another callback waits for them, and they
 wait for no bundle.
@@ -37,8 +37,20 @@ class Callbacks(Attendant):
         if stopped:
             call(callback, reply)
 
-    def handle(self, item: tuple[Callable[[Any], Any], Future[Any]]) -> None:
-        call(*item)
+    def wait_called(self, timeout_s: float | None) -> bool:
+        """Whether what was to be called has been, after at most so long; a callback does not wait for itself."""
+        called = threading.Event()
+        with self._lock:
+            if self._stopped or threading.current_thread() is self.thread:
+                return True
+            self.inbox.put(called)
+        return called.wait(timeout_s)
+
+    def handle(self, item: threading.Event | tuple[Callable[[Any], Any], Future[Any]]) -> None:
+        if isinstance(item, threading.Event):
+            item.set()
+        else:
+            call(*item)
 
 
 def call(callback: Callable[[Any], Any], reply: Future[Any]) -> None:

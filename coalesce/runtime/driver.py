@@ -60,7 +60,7 @@ class Driver:
         self._policy, self._machine, self._maker, self._observers = policy, machine, maker, observers
         self._clock = clock
         self._finisher = Finisher(self.inbox, machine, observers, clock, self.book)
-        self._callbacks = Callbacks()
+        self.callbacks = Callbacks()
         self._watchdog = Watchdog(self._overdue, self.lose, hang_s)
         self._hang_ns = int(hang_s * 1e9)
         self._launcher = Launcher(machine, self._finisher, clock, self._hang_ns)
@@ -80,7 +80,7 @@ class Driver:
         }
 
     def start(self) -> None:
-        self._callbacks.start()
+        self.callbacks.start()
         self._finisher.start()
         self._launcher.start()
         self._watchdog.start()
@@ -99,8 +99,8 @@ class Driver:
         self.stopped = True
         self._orders.fail_all(self._last_error)
         self.book.end_all(self._last_error, Reason.SHUTDOWN)
-        self._callbacks.stop()
-        self._join(self._callbacks.thread)  # the last: they may have waited for what has ended just now
+        self.callbacks.stop()
+        self._join(self.callbacks.thread)  # the last: they may have waited for what has ended just now
         LOG.info("the runtime is closed")
 
     def _join(self, thread: threading.Thread) -> None:
@@ -111,7 +111,7 @@ class Driver:
 
     @property
     def threads(self) -> tuple[threading.Thread, ...]:
-        others = (self._launcher, self._finisher, self._watchdog, self._callbacks)
+        others = (self._launcher, self._finisher, self._watchdog, self.callbacks)
         return self._thread, *(other.thread for other in others)
 
     @property
@@ -131,9 +131,9 @@ class Driver:
         self.inbox.put(Cancelled(request))
 
     def call_back(self, callback: Callable[[Any], Any], reply: Future[Any]) -> None:
-        """A request has ended; nobody's code is called on the thread that decides."""
-        if threading.get_ident() == self._thread.ident:
-            self._callbacks.call(callback, reply)
+        """A request has ended; nobody's code is called on a thread that others wait for."""
+        if threading.current_thread() in (self._thread, self._finisher.thread, self._watchdog.thread):
+            self.callbacks.call(callback, reply)
         else:
             callback(reply)
 

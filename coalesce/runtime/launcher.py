@@ -7,8 +7,8 @@ that thread has nothing left to do (`settle`), so that each has the machine for 
 
 Where it is quick, the driver's thread launches. A bundle that is done when its launch returns, as small ones are on a
 CPU, is not worth another thread's waking up: the policy is told at once, and its results are handed out when the driver
-has done what the policy answered. That is for bundles with no other before them, and with nobody's code to run at their
-end: a callback of a user may take as long as it likes.
+has done what the policy answered. That is for bundles with no other before them, and with no code of a tenant to run
+for their results.
 """
 
 from __future__ import annotations
@@ -59,13 +59,10 @@ class Launcher(Attendant):
     # On the driver's thread
 
     def launch(self, leaving: Leaving) -> None:
-        bundle, is_heard = leaving.dispatch.bundle, False
+        bundle = leaving.dispatch.bundle
         for ticket in chain.from_iterable(leaving.entries):
-            waiter = ticket.waiter
-            if isinstance(waiter, Reply):
-                is_heard = is_heard or waiter.is_called_back
-                if not ticket.bundles:
-                    waiter.set_running_or_notify_cancel()
+            if not ticket.bundles and isinstance(ticket.waiter, Reply):
+                ticket.waiter.set_running_or_notify_cancel()
             ticket.bundles.append(bundle)
         overdue_ns = leaving.decided_ns + self._hang_ns
         if self._machine.is_slow_to_launch:
@@ -73,7 +70,7 @@ class Launcher(Attendant):
             self.inbox.put(leaving)
             return
         flight = flight_of(leaving, self._launched(leaving), 0)
-        lands = not is_heard and is_at_hand(flight.launched) and all(own.landed for own in self._aloft)
+        lands = is_at_hand(flight.launched) and all(own.landed for own in self._aloft)
         self._aloft.append(Aloft(overdue_ns, lands))
         if not lands:
             self._finisher.inbox.put(flight)

@@ -259,9 +259,9 @@ class Runtime:
     # The end
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Wait until every request that was submitted has ended; False if some have not after so many seconds."""
+        """Wait until every request that was submitted has ended, and its callbacks; False if not after so long."""
         until = None if timeout is None else time.monotonic() + timeout
-        return all([station.driver.book.wait_empty(left_s(until)) for station in self._stations])
+        return all([station.wait_empty(left_s(until)) for station in self._stations])
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Take on nothing more, serve what waits (or end it with Shutdown), and stop the threads. Twice is once.

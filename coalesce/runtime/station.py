@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +15,7 @@ from coalesce.runtime.health import Health
 from coalesce.runtime.history import History
 from coalesce.runtime.observer import Observer, Observers
 from coalesce.runtime.quarters import Quarters
+from coalesce.runtime.terms import left_s
 from coalesce.scheduler.events import Closed
 from coalesce.scheduler.policy import Policy
 
@@ -48,6 +50,11 @@ class Station:
     @property
     def status(self) -> str:
         return "failed" if self.driver.failure is not None else "closed" if self.driver.stopped else "serving"
+
+    def wait_empty(self, timeout_s: float | None) -> bool:
+        """Whether every request has ended and whoever is called back was, after at most so long."""
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        return self.driver.book.wait_empty(timeout_s) and self.driver.callbacks.wait_called(left_s(until))
 
     def close(self, timeout_s: float | None) -> None:
         """After what waits, which the driver was told of."""

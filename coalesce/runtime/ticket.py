@@ -66,7 +66,6 @@ class Reply(Future[Any]):
     def __init__(self, request: int, server: Server) -> None:
         super().__init__()
         self.request = request  # its id, for Runtime.explain
-        self.is_called_back = False  # somebody's code runs when it ends
         self._server = server
 
     def cancel(self) -> bool:
@@ -76,7 +75,6 @@ class Reply(Future[Any]):
         return True
 
     def add_done_callback(self, fn: Callable[[Any], Any]) -> None:
-        self.is_called_back = True
         super().add_done_callback(partial(self._server.call_back, fn))
 
 
