@@ -39,7 +39,7 @@ settings.register_profile("soak", settings.get_profile("default"), max_examples=
 settings.load_profile("default")
 
 GOLDEN = Path(__file__).parent / "golden"
-FIRST = ("test_equivalence", "test_across", "test_costs", "test_scheduler_scenarios", "test_models", "test_counts")
+FIRST = ("test_equivalence", "test_across", "test_scheduler_scenarios", "test_models", "test_counts", "test_kernels")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
