@@ -9,7 +9,7 @@ anywhere. So they are padded to a power of two, and the taps of a window's row a
 of which the last tap is never read. With a stride of two, two neighbours can then be read as one position of 8
 channels, 16 bytes of bfloat16; a window of 7 that begins at an odd place begins one before it, at a tap whose weights
 are zeros. (What is not finite in an image may then reach a result whose window it just misses.) The stem of 16
-ResNet-50 takes 25.5 us instead of 32.9 by that on an H200.
+ResNet-50 takes 29.2 us instead of 32.9 by that on an H200, in the same blocks.
 """
 
 from __future__ import annotations
