@@ -52,6 +52,7 @@ def test_a_component_is_moved_as_a_whole(golden):
     golden(replanned(partial(cut_executables, platform="gpu", costs=slow, executables=2), planned))
 
 
+@pytest.mark.once
 @given(st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=3).map(tuple), max_size=9))
 def test_connected(groups: list[Families]) -> None:
     """Against what can be reached step by step."""
@@ -75,6 +76,7 @@ def finished(jobs: list[Job]) -> float:
     return done
 
 
+@pytest.mark.once
 @given(st.lists(st.builds(Job, st.integers(1, 20), st.integers(1, 20)), max_size=6))
 def test_no_other_order_is_better(jobs: list[Job]) -> None:
     order = best_order(jobs)
