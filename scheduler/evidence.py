@@ -71,6 +71,11 @@ class Evidence:
         self._row: frozenset[str] | None = None  # who was in all of the row that goes on
         self._row_number = 0
 
+    @property
+    def row(self) -> int:
+        """The number of the last row."""
+        return self._row_number
+
     def is_hidden(self, excess_ns: int) -> bool:
         """Whether a slow run exceeded its l99 by no more than runs do here."""
         return excess_ns <= self._spread.floor_ns

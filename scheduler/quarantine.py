@@ -29,6 +29,7 @@ TERM_NS = 1_000_000_000
 LONGEST_TERMS = 64
 CLEAN = 3
 FAILURES = 3
+RUNS = 8
 LOTS = 16  # into which suspects are dealt: so many runs show which of them it is
 NOBODY: frozenset[str] = frozenset()
 
@@ -40,7 +41,7 @@ class State(Enum):
 
 
 class Standing:
-    __slots__ = ("state", "lot", "since_ns", "terms", "clean", "slow", "factor", "hoped_ns")
+    __slots__ = ("state", "lot", "since_ns", "terms", "clean", "slow", "row", "took_ns", "factor", "hoped_ns")
 
     def __init__(self, state: State, lot: int, since_ns: int, terms: int = 1):
         self.state = state
@@ -49,6 +50,8 @@ class Standing:
         self.terms = terms  # that its quarantine lasts: this one, or else the next
         self.clean = 0  # runs in a row
         self.slow = 0  # runs alone
+        self.row = 0  # in which the last of them was
+        self.took_ns = 0  # the last of them
         self.factor = 4  # how much longer its runs take, in quarters
         self.hoped_ns = since_ns  # when it was last taken to be as quick as others
 
@@ -77,9 +80,13 @@ class Watch:
         return max((s.factor for s in self.standings.values() if s.lot == lot), default=4) if lot else 4
 
     def hope(self, tenant: str, now_ns: int) -> None:
-        """A request of it was refused: once a term its runs are taken to be as quick as others, or they never run."""
+        """A request of it was refused: now and then its runs are taken to be as quick as others, or they never run.
+        Of who is guilty that is once a term, of a suspect once RUNS times as long as its last one took."""
         standing = self.standings.get(tenant)
-        if standing is not None and now_ns - standing.hoped_ns >= TERM_NS:
+        if standing is None:
+            return
+        is_suspect = standing.state is State.SUSPECTED
+        if now_ns - standing.hoped_ns >= (min(TERM_NS, RUNS * standing.took_ns) if is_suspect else TERM_NS):
             standing.hoped_ns = now_ns
             standing.factor = 4
 
@@ -122,6 +129,7 @@ class Watch:
         if standing is not None and is_suspect:
             self.blamed = None
             standing.slow += 1
+            standing.row, standing.took_ns = self._evidence.row, took_ns
             standing.factor = factor if standing.slow > 1 else standing.factor
             return []
         known = [t for t in tenants if t in self.standings]
@@ -164,10 +172,15 @@ class Watch:
                 self._unsuspect(tenant, standing, now_ns)
 
     def _release(self) -> None:
-        """What some were suspected of is nobody's fault."""
+        """What some were suspected of is nobody's fault. Who still is suspected of something else is not believed to
+        be as slow as its runs alone were, if they were slow for that: else it would be refused, and never cleared."""
         for tenant, standing in list(self.standings.items()):
-            if standing.state is State.SUSPECTED and not self._evidence.is_against(tenant):
+            if standing.state is not State.SUSPECTED:
+                continue
+            if not self._evidence.is_against(tenant):
                 self._unsuspect(tenant, standing, standing.since_ns)
+            elif standing.row == self._evidence.row:
+                standing.slow, standing.factor = 0, 4
 
     def _unsuspect(self, tenant: str, standing: Standing, now_ns: int) -> None:
         """Who was on probation before it was suspected is so again."""
@@ -190,7 +203,7 @@ class Watch:
             known = self.standings.get(tenant)
             terms = known.terms if known is not None else 1
             dealt = self.standings[tenant] = Standing(State.SUSPECTED, lots[i % len(lots)], now_ns, terms)
-            dealt.slow = slow
+            dealt.slow, dealt.row = slow, self._evidence.row
             self._moved.append(tenant)
 
     def _quarantine(self, tenant: str, now_ns: int) -> list[Quarantine | Readmit]:

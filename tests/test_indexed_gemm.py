@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from coalesce.heavy import heavy_op, HeavyOp
-from coalesce.kernels import indexed_gemm, triton, windows as windows_module
+from coalesce.kernels import indexed_gemm, triton
 from coalesce.kernels.epilogue import COLUMN, Epilogue
 from coalesce.kernels.indexed_gemm import Blocks, blocks_for
 from coalesce.kernels.windows import windows_of
@@ -127,9 +127,8 @@ TOGETHER = {
 
 
 @pytest.mark.parametrize(("strides", "padding", "image", "window"), TOGETHER.values(), ids=TOGETHER)
-def test_neighbours_are_read_together(strides, padding, image, window, monkeypatch):
+def test_neighbours_are_read_together(strides, padding, image, window):
     """Of 16 bits, in steps of two: a load takes two pixels."""
-    monkeypatch.setattr(windows_module, "LOAD_BYTES", 16)
     call, lhs, rhs = conv(strides, padding), (2, *image), (*window, image[-1], 20)
     op = op_of(call, lhs, rhs, jnp.bfloat16)
     windows = windows_of(op)
@@ -150,8 +149,7 @@ NOT_TOGETHER = {
 
 
 @pytest.mark.parametrize(("call", "lhs", "dtype"), NOT_TOGETHER.values(), ids=NOT_TOGETHER)
-def test_neighbours_that_are_read_one_by_one(call, lhs, dtype, monkeypatch):
-    monkeypatch.setattr(windows_module, "LOAD_BYTES", 16)
+def test_neighbours_that_are_read_one_by_one(call, lhs, dtype):
     windows = windows_of(op_of(call, lhs, (3, 3, 3, 20), dtype))
     assert (windows.channels, windows.in_a_row, windows.size) == (4, 4, lhs[1:3])
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from random import Random
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from coalesce.scheduler.catalog import Catalog, Entry, Executable
 from coalesce.scheduler.coalescing import Coalescing
@@ -17,6 +17,7 @@ from coalesce.scheduler.faults import FAR, Faults, Slow, Stall
 from coalesce.scheduler.invariants import Checker
 from coalesce.scheduler.latency import FEW, LatencyModel, Prediction, STALE
 from coalesce.scheduler.machine import Line, line_catalog
+from coalesce.scheduler.quarantine import RUNS as SUSPECTS_RUNS, TERM_NS, Watch
 from coalesce.scheduler.request import Request, Tenant
 from coalesce.scheduler.run import Outcome, Run
 from coalesce.scheduler.simulator import simulate
@@ -131,6 +132,8 @@ def after_trouble(rate: float, seed: int, faults: Faults, spread: float, trouble
     spread=st.floats(1.0, 2.0),
     seed=st.integers(0, 1000),
 )
+@example(rate=500.0, factor=50.0, ms=250, spread=2.0, seed=0)  # a suspect whose slow runs were nobody's fault
+@example(rate=576.0, factor=64.7, ms=242, spread=1.65, seed=96)  # and one whose last run was the device's last slow one
 def test_a_device_that_was_slow_serves_everybody_again(rate, factor, ms, spread, seed):
     faults = Faults(slow=(Slow(factor, None, 50 * MS, (50 + ms) * MS),))
     run, idle, quiet_ns = after_trouble(rate, seed, faults, spread, ms * MS)
@@ -157,6 +160,26 @@ def test_a_hiccup_of_the_host_is_over_when_it_is_over(rate, hiccups, spread, see
     quiet = [(s.until_ns + 5 * MS, s.until_ns + 28 * MS) for s in stalls]
     counts = sum((run.counts(None, *span) for span in quiet), Counter())
     assert counts[Outcome.OK] >= 0.95 * counts.total() - 2
+
+
+@given(
+    clean=st.lists(st.sampled_from("abcd"), min_size=4, max_size=20),
+    slow=st.lists(st.tuples(st.sampled_from("abcd"), st.integers(3, 90)), min_size=1, max_size=12),
+)
+def test_who_is_only_suspected_is_soon_taken_to_be_as_quick_as_others(clean, slow):
+    """At once where its slow runs turn out to be nobody's fault, else after RUNS times as long as the last one took."""
+    watch, now_ns, seen = Watch(), 0, set()
+    for tenant in clean:
+        now_ns += MS
+        watch.see([tenant], MS, MS, now_ns)
+    for tenant, times in slow:
+        now_ns, seen = now_ns + times * MS, seen | {tenant}
+        watch.see([tenant], times * MS, MS, now_ns)
+        if len(seen) > 1:
+            assert all(standing.factor == 4 for standing in watch.standings.values())
+    for tenant, standing in watch.standings.items():
+        watch.hope(tenant, now_ns + min(TERM_NS, SUSPECTS_RUNS * slow[-1][1] * MS))
+        assert standing.factor == 4
 
 
 class Device:

@@ -12,7 +12,6 @@ import pytest
 
 import coalesce
 from coalesce.errors import DeadlineExceeded, InvalidInput, OutOfDeviceMemory, Shutdown, TenantClosed, TenantFailure
-from coalesce.runtime.device import Device
 from coalesce.runtime.host import Host
 from coalesce.runtime.runtime import Runtime
 from tests.memory import held_from_now
@@ -258,9 +257,8 @@ def test_a_tenant_that_raises_at_run_time_fails_alone():
             np.testing.assert_allclose(replies[i].result(60), row(i) * (i + 1), rtol=1e-6)
 
 
-@pytest.mark.parametrize("segments, capacity, apart", [(1, 8, False), (3, 8, True)])
-def test_a_bank_grows_while_others_are_served(segments, capacity, apart, monkeypatch):
-    monkeypatch.setattr(Device, "is_slow_to_launch", apart)
+@pytest.mark.parametrize("segments, capacity", [(1, 8), (3, 8)])
+def test_a_bank_grows_while_others_are_served(segments, capacity):
     """One slot is kept free where programs are cut: two, four and eight of which tenants have one, three and seven."""
     with Runtime(widths=(1, 2), capacity=1, segments=segments) as rt:
         stop, wrong = threading.Event(), []

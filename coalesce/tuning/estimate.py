@@ -97,7 +97,7 @@ def blocks_of(op: HeavyOp, width: int, rows: int) -> list[Blocks]:
     return [
         b
         for b in tiles(op, width, rows)
-        if max(b.m, b.n) <= LARGEST and b.k in within.steps and b.stages <= within.stages
+        if max(b.m, b.n) <= LARGEST and b.k in within.steps and 1 < b.stages <= within.stages
     ]
 
 
