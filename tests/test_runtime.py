@@ -195,6 +195,21 @@ def test_a_cancelled_task_withdraws_its_request(served):
     check(served.submit("mlp0", row(0)).result(60), np.asarray(jax.jit(mlp)(mlp_params(0), row(0))))
 
 
+def test_draining_waits_for_callbacks_and_for_what_they_send(served):
+    """One after another, with nothing under way while a callback runs."""
+    ended: list[Any] = []
+
+    def again(reply: Any) -> None:
+        threading.Event().wait(0.01)
+        ended.append(reply.exception())
+        if len(ended) < 5:
+            served.submit("mlp0", row(0)).add_done_callback(again)
+
+    served.submit("mlp0", row(0)).add_done_callback(again)
+    assert served.drain(30.0)
+    assert ended == [None] * 5
+
+
 def test_an_update_takes_effect_for_the_next_request_and_for_nobody_else(served):
     def made() -> set[Any]:
         """What was compiled for one family; the policy asks for others as they keep waiting for each other."""
