@@ -6,9 +6,10 @@
 
 Tenants of one family are asked at a steady rate, from a thread that sends each request when its time has come. In turns
 nothing else happens for a while, and new families are added, one after another, each with all of its executables; then
-they go again. Latency is from submit to the moment at which the result is handed out. Nothing that was compiled before
-is found again: each newcomer has another size, the field `vary` counted on, and the runtime keeps nothing on disk.
-Newcomers' weights and examples are made before anything is measured: users have them, and here JAX compiles for them.
+they go again. Latency is from submit to the moment at which whoever asked is called back. Nothing that was compiled
+before is found again: each newcomer has another size, the field `vary` counted on, and the runtime keeps nothing on
+disk. Newcomers' weights and examples are made before anything is measured: users have them, and here JAX compiles for
+them.
 """
 
 from __future__ import annotations

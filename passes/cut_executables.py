@@ -30,6 +30,7 @@ from coalesce.costs import Costs
 from coalesce.costs.schedule import Stretch, stretches
 from coalesce.passes.components import best_order, Component, components, Job
 from coalesce.passes.cuts import Point
+from coalesce.passes.first_reads import first_reads
 from coalesce.passes.launch_cuts import choose_parts, listed, SURE
 from coalesce.passes.live import lifetimes, live_before
 from coalesce.passes.segment import kept_apart
@@ -63,12 +64,17 @@ class Timed(NamedTuple):
 
     def job(self, costs: Costs) -> Job:
         """As an executable of its own."""
-        launch_us = costs.device.dispatch_us + sum(own.launch_us for own in self.stretches)
-        return Job(launch_us, SURE * sum(own.us for own in self.stretches))
+        device = costs.device
+        launch_us = sum(own.launch_us + device.argument_us * own.reads for own in self.stretches)
+        return Job(device.dispatch_us + launch_us, SURE * sum(own.us for own in self.stretches))
 
 
 def in_order(bundle: Bundle, costs: Costs) -> list[Timed]:
-    found = [Timed(own, stretches(own.schedule, bundle.families, costs)) for own in components(bundle.schedule)]
+    found: list[Timed] = []
+    for own in components(bundle.schedule):
+        parts = stretches(own.schedule, bundle.families, costs)
+        reads = first_reads(bundle, own.schedule, [part.start for part in parts])
+        found.append(Timed(own, [part._replace(reads=n) for part, n in zip(parts, reads, strict=True)]))
     return [found[i] for i in best_order([own.job(costs) for own in found])]
 
 
@@ -92,8 +98,7 @@ def places(bundle: Bundle, schedule: Schedule, starts: Sequence[int]) -> list[Po
     """The stretches, by number, before which no key is live, with the bytes of all lanes that are."""
     bounds = [*starts, len(schedule)]
     inside = [
-        [eqn for item in schedule[a:b] for eqn in equations(item)]
-        for a, b in zip(bounds, bounds[1:], strict=False)
+        [eqn for item in schedule[a:b] for eqn in equations(item)] for a, b in zip(bounds, bounds[1:], strict=False)
     ]
     families = enumerate(bundle.families)
     left_out = {(f, v) for f, family in families for v in of_weights(family.jaxpr, family.n_weights)}

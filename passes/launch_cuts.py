@@ -4,7 +4,7 @@ A GPU runs the kernels of an executable as one CUDA graph, none of which starts 
 Of two executables the first is launched soon, and the second is launched while the first runs. A call more costs the
 host some time; the device waits for it only where what was launched before has ended by then:
 
-    host, after the k-th launch     launched(k) = launched(k - 1) + a call + what the kernels of part k take to launch
+    host, after the k-th launch     launched(k) = launched(k - 1) + a call, its arguments, and the launch of its kernels
     device, after part k            done(k) = max(launched(k), done(k - 1) + a pause) + what the kernels of part k take
 
 The parts chosen are those with the least done(last), for each number of parts; and there are as many as have the least
@@ -26,7 +26,7 @@ from coalesce.passes.cuts import Point, thinned
 
 MOST = 16  # executables, unless more are asked for
 SURE = 0.75  # of a predicted time that the device will take, to be launched behind: predictions err by a third
-WORTH = 0.1  # of the host's time for a call: what one executable more must win of a round
+WORTH = 0.05  # of the host's time for a call: what one executable more must win of a round
 
 
 class Parts(NamedTuple):
@@ -56,7 +56,8 @@ class Table:
     def __init__(self, stretches: Sequence[Stretch], points: Sequence[Point], costs: Costs) -> None:
         self.stretches, self.costs = stretches, costs
         self.us = [0.0, *accumulate(SURE * own.us for own in stretches)]  # before each stretch
-        self.launch_us = [0.0, *accumulate(own.launch_us for own in stretches)]
+        argument_us = costs.device.argument_us
+        self.launch_us = [0.0, *accumulate(own.launch_us + argument_us * own.reads for own in stretches)]
         self.points = thinned(points, self.us)
         self.live = {point.at: point.live for point in self.points}
         breaks = {i for i, own in enumerate(stretches) if i and not own.graph}
@@ -117,7 +118,11 @@ class Table:
         if not cuts and not self.launch_us[-1]:
             return "one executable: kernels run as they are launched"
         if not cuts:
-            return f"one executable: the host launches its {total} kernels in {self.launch_us[-1]:.0f} us"
+            reads, launch_us = sum(own.reads for own in self.stretches), self.launch_us[-1]
+            return (
+                f"one executable: the host takes {launch_us:.0f} us for its {reads} arguments and the launch of its "
+                f"{total} kernels"
+            )
         bounds = [0, *cuts, len(self.stretches)]
         kernels = listed(str(self.kernels(a, b)) for a, b in zip(bounds, bounds[1:], strict=False))
         live = f"{listed(f'{self.live[at]:,}' for at in cuts)} bytes are"

@@ -51,7 +51,7 @@ class FakeLaunched:
 class FakeMachine:
     """`launches` has the inputs of the lanes of each bundle; `go` can be cleared to hold bundles on the device."""
 
-    is_slow_to_launch = False
+    copies = False
 
     def __init__(
         self,

@@ -29,12 +29,6 @@ from tests.fake_machine import FakeLaunched, FakeMachine, Served
 pytestmark = pytest.mark.once
 
 
-@pytest.fixture(autouse=True, params=["driver", "launcher"])
-def launches_on(request, monkeypatch):
-    """Which thread launches."""
-    monkeypatch.setattr(FakeMachine, "is_slow_to_launch", request.param == "launcher")
-
-
 def test_results_go_to_whom_they_belong():
     with Served(FakeMachine()) as served:
         replies = [(i, served.submit(f"t{i % 4}", i)) for i in range(200)]

@@ -24,6 +24,7 @@ from coalesce.costs import Costs, device_of
 from coalesce.costs.schedule import stretches
 from coalesce.errors import InvalidInput, IRError, PlanError
 from coalesce.passes.cut_executables import cut_executables
+from coalesce.passes.first_reads import first_reads
 from coalesce.passes.form_packs import form_packs
 from tests.alone import alone as alone_of, array, check_fused, fuse_tenants, Tenant
 from tests.bundles import bundle_of, replanned
@@ -380,7 +381,9 @@ def test_by_default_it_is_cut_where_that_wins():
     (heading,) = (i for i, line in enumerate(explained) if line.startswith("# bundle: after cut_executables"))
     assert explained[heading + 1] == gpu.report.why_executables
     few = planned(3, platform="gpu").report
-    assert (few.executables, few.why_executables) == (1, "one executable: the host launches its 6 kernels in 9 us")
+    assert few.executables == 1 and few.why_executables == (
+        "one executable: the host takes 9 us for its 4 arguments and the launch of its 6 kernels"
+    )
     cpu = planned(60).report
     assert (cpu.executables, cpu.why_executables) == (1, "one executable: kernels run as they are launched")
     assert planned(60, platform="gpu", executables=1).report.executables == 1
@@ -417,6 +420,21 @@ def test_what_is_counted():
     looping = Costs(replace(GPU.device, loop_us=0.0))
     assert counted(scan, (2, 8), (8, 8), (8, 8), costs=looping) == [(10, False), (1, True)]
     assert counted(scan, (2, 8), (8, 8), (8, 8)) == [(10, True), (1, True)]
+
+
+def test_arguments_count_with_what_reads_them_first():
+    """As many as the parts take, but for what was read before them or is handed on."""
+
+    def tied(p: Any, x: Any) -> Any:
+        y = jnp.tanh(x @ p["a"]) * p["gain"][None]
+        return jnp.tanh(y @ p["b"]) @ p["a"] + x
+
+    weights = [{"a": array(8, 8), "b": array(8, 8), "gain": array(8)} for _ in range(3)]
+    fused = check_fused([(tied, p, (array(2, 8),)) for p in weights], executables=3)
+    counts = first_reads(fused.bundle, fused.bundle.schedule, fused.bundle.starts)
+    assert sum(counts) == len(fused.bank) + 3
+    taken = [len(jax.tree.leaves(part.args_info)) for part in chain_of(fused).executables]
+    assert counts == [5, 1, 0] and taken == [5, 1 + 1, 0 + 3]
 
 
 def test_texts_of_all_executables():

@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from coalesce.heavy import heavy_op, HeavyOp
-from coalesce.kernels import indexed_gemm, triton, windows as windows_module
+from coalesce.kernels import indexed_gemm
 from coalesce.kernels.epilogue import COLUMN, Epilogue
 from coalesce.kernels.indexed_gemm import Blocks, blocks_for
 from coalesce.kernels.windows import windows_of
@@ -127,9 +127,8 @@ TOGETHER = {
 
 
 @pytest.mark.parametrize(("strides", "padding", "image", "window"), TOGETHER.values(), ids=TOGETHER)
-def test_neighbours_are_read_together(strides, padding, image, window, monkeypatch):
+def test_neighbours_are_read_together(strides, padding, image, window):
     """Of 16 bits, in steps of two: a load takes two pixels."""
-    monkeypatch.setattr(windows_module, "LOAD_BYTES", 16)
     call, lhs, rhs = conv(strides, padding), (2, *image), (*window, image[-1], 20)
     op = op_of(call, lhs, rhs, jnp.bfloat16)
     windows = windows_of(op)
@@ -150,8 +149,7 @@ NOT_TOGETHER = {
 
 
 @pytest.mark.parametrize(("call", "lhs", "dtype"), NOT_TOGETHER.values(), ids=NOT_TOGETHER)
-def test_neighbours_that_are_read_one_by_one(call, lhs, dtype, monkeypatch):
-    monkeypatch.setattr(windows_module, "LOAD_BYTES", 16)
+def test_neighbours_that_are_read_one_by_one(call, lhs, dtype):
     windows = windows_of(op_of(call, lhs, (3, 3, 3, 20), dtype))
     assert (windows.channels, windows.in_a_row, windows.size) == (4, 4, lhs[1:3])
 
@@ -199,17 +197,3 @@ def test_it_is_one_kernel_of_a_gpu_program(dtype):
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@__gpu$xla.gpu.triton(") == 1
     assert not {"stablehlo.gather", "stablehlo.pad", "stablehlo.while", "stablehlo.slice"} & set(text.split())
-
-
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # by JAX 0.11 and newer
-@pytest.mark.parametrize("releases", [True, False])
-def test_a_kernel_may_let_the_next_one_be_launched(releases, monkeypatch):
-    """On an NVIDIA GPU alone; the kernel is traced as it is for any other, and computes the same."""
-    monkeypatch.setattr(triton, "RELEASES", releases)
-    op, x, w = op_of(DOT, (64, 64), (64, 64)), array(2, 1, 64, 64), array(2, 64, 64)
-    assert_same(run(op, x, w), plain(DOT, x, w))
-    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        text = jax.jit(partial(indexed_gemm.run, op)).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@__gpu$xla.gpu.triton(") == 1
-    assert ("griddepcontrol.launch_dependents" in text) == releases

@@ -15,7 +15,9 @@ from coalesce.passes.launch_cuts import choose_parts, SURE, Table
 
 pytestmark = pytest.mark.once
 
-COSTS = Costs(replace(DEVICES["H100"], dispatch_us=10.0, graph_us=1.0, single_us=5.0, pause_us=1.0, hand_us=0.5))
+COSTS = Costs(
+    replace(DEVICES["H100"], dispatch_us=10.0, graph_us=1.0, single_us=5.0, pause_us=1.0, hand_us=0.5, argument_us=1.0)
+)
 
 
 def kernels(us: float, count: int = 1, graph: bool = True, at: int = 0) -> Stretch:
@@ -60,7 +62,7 @@ def test_a_short_program_is_not_cut():
     """The device would wait for the second call."""
     two = [kernels(4.0) for _ in range(2)]
     chosen = choose_parts(two, everywhere(two), COSTS)
-    assert chosen == ((), "one executable: the host launches its 2 kernels in 2 us")
+    assert chosen == ((), "one executable: the host takes 2 us for its 0 arguments and the launch of its 2 kernels")
     assert choose_parts(two, everywhere(two), COSTS, executables=2).cuts == (1,)
 
 
@@ -72,6 +74,15 @@ def test_a_long_program_is_cut_into_parts_that_grow():
     sizes = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
     assert len(sizes) > 2 and sizes == sorted(sizes), sizes
     assert run(many, chosen.cuts) < 0.75 * run(many, ())
+
+
+def test_arguments_take_time_before_anything_is_launched():
+    """Of ten kernels the last one reads 40: while five run, these and a second call are not done yet, while six do."""
+    ten = [*(kernels(10.0) for _ in range(9)), kernels(10.0)._replace(reads=40)]
+    table = Table(ten, everywhere(ten), COSTS)
+    assert table.best(1) == 10 + 10 + 40 + 100
+    assert table.cuts(2) == (6,) and table.best(2) == 10 + 6 + 1 + 100
+    assert 10 + 5 + 50 < 2 * 10 + 10 + 40 < 10 + 6 + 60
 
 
 def test_no_more_than_the_host_can_launch():

@@ -12,7 +12,6 @@ import pytest
 
 import coalesce
 from coalesce.errors import DeadlineExceeded, InvalidInput, OutOfDeviceMemory, Shutdown, TenantClosed, TenantFailure
-from coalesce.runtime.device import Device
 from coalesce.runtime.host import Host
 from coalesce.runtime.runtime import Runtime
 from tests.memory import held_from_now
@@ -196,6 +195,21 @@ def test_a_cancelled_task_withdraws_its_request(served):
     check(served.submit("mlp0", row(0)).result(60), np.asarray(jax.jit(mlp)(mlp_params(0), row(0))))
 
 
+def test_draining_waits_for_callbacks_and_for_what_they_send(served):
+    """One after another, with nothing under way while a callback runs."""
+    ended: list[Any] = []
+
+    def again(reply: Any) -> None:
+        threading.Event().wait(0.01)
+        ended.append(reply.exception())
+        if len(ended) < 5:
+            served.submit("mlp0", row(0)).add_done_callback(again)
+
+    served.submit("mlp0", row(0)).add_done_callback(again)
+    assert served.drain(30.0)
+    assert ended == [None] * 5
+
+
 def test_an_update_takes_effect_for_the_next_request_and_for_nobody_else(served):
     def made() -> set[Any]:
         """What was compiled for one family; the policy asks for others as they keep waiting for each other."""
@@ -258,9 +272,8 @@ def test_a_tenant_that_raises_at_run_time_fails_alone():
             np.testing.assert_allclose(replies[i].result(60), row(i) * (i + 1), rtol=1e-6)
 
 
-@pytest.mark.parametrize("segments, capacity, apart", [(1, 8, False), (3, 8, True)])
-def test_a_bank_grows_while_others_are_served(segments, capacity, apart, monkeypatch):
-    monkeypatch.setattr(Device, "is_slow_to_launch", apart)
+@pytest.mark.parametrize("segments, capacity", [(1, 8), (3, 8)])
+def test_a_bank_grows_while_others_are_served(segments, capacity):
     """One slot is kept free where programs are cut: two, four and eight of which tenants have one, three and seven."""
     with Runtime(widths=(1, 2), capacity=1, segments=segments) as rt:
         stop, wrong = threading.Event(), []

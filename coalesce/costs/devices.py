@@ -45,7 +45,8 @@ class Device:
     overlap: float  # how much of the shorter of arithmetic and traffic hides behind the longer
     launch_us: float  # one more kernel in a program, before it has done any work
     call_us: float  # one more call of a program: what the device waits for it, if nothing else is queued
-    dispatch_us: float  # one more call of a program, from the host, until it is back, without what it launches
+    dispatch_us: float  # one more call of a program, from the host, until it is back, without arguments and launches
+    argument_us: float  # of the host: one more argument of a call
     graph_us: float  # of the host: one more kernel of a CUDA graph, none of which runs before all are launched
     single_us: float  # of the host: one more kernel outside of graphs, which runs as soon as it is launched
     pause_us: float  # from the end of an executable to the next one, which was launched long before
@@ -89,14 +90,16 @@ H100 = Device(
     overlap=1.0,
     launch_us=1.7,  # measured: 384 small kernels in one program took 850 us, their work and all
     call_us=41.0,  # measured: calls with two arguments, one after the other without waiting
-    # Measured of a call of 62 kernels: 183 us, of which the launch of their graph takes 97, and 520 without graphs.
-    dispatch_us=86.0,
-    graph_us=1.56,
+    # Fitted to calls that were measured until they were back: with 19 arguments and 62 kernels 183 us, 97 of them for
+    # the launch of a graph (520 without graphs); with 104 and 361 507 us as one program, 614 as two. An argument: calls
+    # of 2 to 2,500 took 41 to 3,319 us.
+    dispatch_us=107.0,
+    argument_us=0.95,
+    graph_us=0.9,
     single_us=7.0,
-    # Estimates. A cut won 20 to 45 us less than was predicted without both, 16 ResNet-50 in two 18 of 62; with two
-    # rounds under way one program more took 0 to 100.
+    # Estimates: cuts won 10 to 60 us less than was predicted without both, and two programs in turn 50 to 130.
     pause_us=20.0,
-    hand_us=20.0,
+    hand_us=5.0,
     # Measured: 8 LSTMs of 25 steps, unrolled or not. Loops are no part of CUDA graphs: each iteration launches its own.
     loop_us=4.2,
     loop_wait=0.0,  # kernels run one after the other, whatever loop they belong to
@@ -147,6 +150,7 @@ CPU = Device(
     launch_us=0.5,
     call_us=100.0,  # an estimate: 30 were measured for a call itself, the rest is threads that hand it on
     dispatch_us=30.0,  # measured, of a call of few arguments
+    argument_us=0.0,  # a tenth
     graph_us=0.0,  # no graphs: a kernel runs as soon as there is a thread for it
     single_us=0.0,  # the host is the device
     pause_us=0.0,

@@ -31,6 +31,7 @@ class Stretch(NamedTuple):
     kernels: int
     launch_us: float  # of the host
     graph: bool = True  # whether all of it is part of the program's CUDA graphs; else one ends where it begins
+    reads: int = 0  # arguments of the program, before all of it: those that no stretch before reads
 
 
 def stretches(schedule: Schedule, families: Sequence[Family], costs: Costs) -> list[Stretch]:

@@ -9,7 +9,7 @@ alone leave most of a device idle, share it so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -28,7 +28,7 @@ def run(products: Sequence[Product]) -> list[Any]:
     ends = list(accumulate(part.tiled.count * part.problems for part in parts))
     cuts = list(accumulate((len(part.args) for part in parts), initial=0))
 
-    def kernel(*refs: Any, release: Callable[[Any], Any]) -> None:
+    def kernel(*refs: Any) -> None:
         program = pl.program_id(0)
         for i, (part, end) in enumerate(zip(parts, ends, strict=True)):
             count = part.tiled.count
@@ -36,8 +36,7 @@ def run(products: Sequence[Product]) -> list[Any]:
 
             @pl.when((at >= 0) & (program < end))
             def _(part: Product = part, i: int = i, at: Any = at, count: int = count) -> None:
-                own = refs[cuts[i] : cuts[i + 1]]
-                part.write(rem(at, count), div(at, count), own, refs[cuts[-1] + i], release)
+                part.write(rem(at, count), div(at, count), refs[cuts[i] : cuts[i + 1]], refs[cuts[-1] + i])
 
     blocks = [part.tiled.blocks for part in parts]
     results = launch(

@@ -9,7 +9,7 @@ coalesce.slab. Arrays above 4 GiB are addressed with 64 bits, which Pallas decid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -32,7 +32,9 @@ from coalesce.slab import Cut, Picked
 from coalesce.structure import canonical
 
 FLOATS = ("float32", "bfloat16", "float16")
-STARTS_AS_DATA = False  # where weights lie in a slab as an operand, so that equal layers share a kernel: not timed yet
+# Where weights lie in a slab as an operand, so that equal layers share a kernel: a program compiles in two thirds of
+# the time, and its kernels take 2% longer (16 ResNet-50 on an H200).
+STARTS_AS_DATA = False
 PRECISIONS = (None, lax.Precision.DEFAULT, lax.Precision.HIGHEST)  # others sum several products of parts
 
 
@@ -93,8 +95,8 @@ def launched(shape: Shape, args: Sequence[Any]) -> Any:
 
 
 def launch_of(product: Product, args: Sequence[Any]) -> Any:
-    def kernel(*refs: Any, release: Callable[[Any], Any]) -> None:
-        product.write(pl.program_id(0), pl.program_id(1), refs[:-1], refs[-1], release)
+    def kernel(*refs: Any) -> None:
+        product.write(pl.program_id(0), pl.program_id(1), refs[:-1], refs[-1])
 
     grid, blocks = (product.tiled.count, product.problems), product.tiled.blocks
     (y,) = launch(kernel, grid, [product.out], args, name=product.name, warps=blocks.warps, stages=blocks.stages)
@@ -128,12 +130,11 @@ class Product:
     def out(self) -> jax.ShapeDtypeStruct:
         return self.tiled.out(self.problems)
 
-    def write(self, tile: Any, problem: Any, refs: Sequence[Any], y: Any, release: Callable[[Any], Any]) -> None:
-        """Compute a tile of a problem; `refs` are references to `args`, y to the result [P, rows, N]; `release` as in
-        coalesce.kernels.triton."""
+    def write(self, tile: Any, problem: Any, refs: Sequence[Any], y: Any) -> None:
+        """Compute a tile of a problem; `refs` are references to `args`, y to the result [P, rows, N]."""
         first = self.operands.first
         right, *given = self.operands.sources(refs[first + 1 :], refs[:first], problem)
-        self.tiled.run(tile, problem, refs[first], right, given, y, release)
+        self.tiled.run(tile, problem, refs[first], right, given, y)
 
     def result(self, y: Any) -> Any:
         """[P, rows, N] -> [G,R,*out]."""

@@ -9,7 +9,7 @@ Lanes that share a right operand are further rows, each with its own sum. Slots,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -50,18 +50,17 @@ def run(
     reads = indexed_gemm.by_problem(op, rhs, epilogue, operands)
     kinds, first = epilogue.kinds if epilogue else (), len(reads.slots)
 
-    def kernel(*refs: Any, release: Callable[[Any], Any]) -> None:
+    def kernel(*refs: Any) -> None:
         block, problem = pl.program_id(0), pl.program_id(1)
         weights, *rest = reads.sources(refs[first + 1 : -1], refs[:first], problem)
         n = block * blocks.n + jnp.arange(blocks.n, dtype=jnp.int32)
         mask = below(n, op.n, blocks.n)
         sums = products(op, blocks, problem, refs[first], weights, n, mask, per_group)
-        to = release(problem)
         for lane, total in enumerate(sums):
             y = jnp.sum(total, axis=1)[None, :].astype(op.out.dtype)
             if epilogue:
                 y = epilogue.apply(y, *(vector(s, k, lane, n, mask) for s, k in zip(rest, kinds, strict=True)))
-            store(refs[-1], (to, jnp.full((1, 1), lane, jnp.int32), n[None, :]), y, along(mask))
+            store(refs[-1], (problem, jnp.full((1, 1), lane, jnp.int32), n[None, :]), y, along(mask))
 
     def vector(source: Source, kind: str, lane: int, n: Any, mask: Any) -> Any:
         by_lane = kind == WHOLE or per_group > 1

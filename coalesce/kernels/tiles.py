@@ -4,7 +4,7 @@ then the epilogue. No copy of a window, a patch or a weight is made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -144,17 +144,8 @@ class Tiled:
         dtype = self.epilogue.dtype if self.epilogue else self.op.out.dtype
         return jax.ShapeDtypeStruct((problems, self.rows, self.op.n), dtype)
 
-    def run(
-        self,
-        tile: Any,
-        problem: Any,
-        x: Any,
-        w: Source,
-        given: Sequence[Source],
-        y: Any,
-        release: Callable[[Any], Any] = lambda index: index,
-    ) -> None:
-        """Compute a tile of a problem and write it; `release` as in coalesce.kernels.triton.
+    def run(self, tile: Any, problem: Any, x: Any, w: Source, given: Sequence[Source], y: Any) -> None:
+        """Compute a tile of a problem and write it.
 
         References: x [P, positions, C]; w a row of [S, K, N], or of [S, N, K] (see `by_columns`); y [P, rows, N]; of
         what the epilogue reads, a row of [P, rows, N] if WHOLE, else a vector of [P, N], or [P, lanes, N] if several
@@ -175,11 +166,10 @@ class Tiled:
             return jnp.broadcast_to(vector, (blocks.m, blocks.n))
 
         result = self.product(problem, x, w, m, n, rows, columns).astype(op.out.dtype)
-        to = release(problem)
         if self.epilogue:
             operands = map(operand, given, self.epilogue.kinds)
             result = self.epilogue.apply(result, *operands)
-        store(y, (to, m[:, None], n[None, :]), result, mask)
+        store(y, (problem, m[:, None], n[None, :]), result, mask)
 
     def product(self, problem: Any, x: Any, w: Source, m: Any, n: Any, rows: Any, columns: Any) -> jax.Array:
         """Rows m and columns n of a problem's product, in float32; masks say which of them there are."""

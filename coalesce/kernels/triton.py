@@ -6,15 +6,13 @@ A kernel is compiled for a GPU and interpreted anywhere else, whichever the prog
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-
-RELEASES = False  # whether kernels let the next one be launched before they end: for sm_90 and newer; not timed yet
 
 
 def launch(
@@ -27,16 +25,15 @@ def launch(
     warps: int,
     stages: int,
 ) -> Sequence[Any]:
-    """One launch of `kernel(*args, *outs, release=...)`, whose arguments are references to whole arrays in memory.
+    """One launch of `kernel(*args, *outs)`, whose arguments are references to whole arrays in memory.
 
-    Profilers show it by its name. `release` is called with an index that the kernel uses to write its result, and
-    returns it: from there on the next kernel may be brought to the device.
+    Profilers show it by its name.
     """
     from jax.experimental.pallas import triton  # here: a process that never meets a GPU kernel does not pay for it
 
-    def call(interpret: bool, release: Callable[[Any], Any] = lambda index: index) -> Callable[..., Sequence[Any]]:
+    def call(interpret: bool) -> Callable[..., Sequence[Any]]:
         return pl.pallas_call(
-            partial(kernel, release=release),
+            kernel,
             grid=grid,
             out_shape=list(outs),
             name=name,
@@ -44,24 +41,7 @@ def launch(
             compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
         )
 
-    on_cuda = call(False, released) if RELEASES else call(False)
-    return lax.platform_dependent(*args, cuda=on_cuda, rocm=call(False), default=call(True))
-
-
-def released(index: Any) -> Any:
-    """The index; the kernel behind this one is launched while this one ends. It waits for all of this one's results
-    before it reads anything: XLA compiles every kernel so, for a Hopper GPU."""
-    from jax.experimental.pallas import triton
-
-    index = jnp.full((1, 1), index, jnp.int32)  # every thread has it
-    (same,) = triton.elementwise_inline_asm(
-        "griddepcontrol.launch_dependents; mov.b32 $0, $1;",
-        args=[index],
-        constraints="=r,r",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(index.shape, index.dtype)],
-    )
-    return same
+    return lax.platform_dependent(*args, cuda=call(False), rocm=call(False), default=call(True))
 
 
 def load(ref: Any, index: tuple[Any, ...], mask: Any = None) -> Any:

@@ -20,6 +20,7 @@ LOG = logging.getLogger("coalesce.runtime")
 class Callbacks(Attendant):
     def __init__(self) -> None:
         super().__init__("callbacks")
+        self.count = 0  # of what was ever to be called here
         self._stopped = False
         self._lock = threading.Lock()  # so that nothing is put into the inbox behind the end
 
@@ -33,6 +34,7 @@ class Callbacks(Attendant):
         with self._lock:
             stopped = self._stopped
             if not stopped:
+                self.count += 1
                 self.inbox.put((callback, reply))
         if stopped:
             call(callback, reply)

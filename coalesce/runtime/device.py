@@ -1,8 +1,7 @@
 """The machine that serves: banks, pools of what lies between segments, and executables that read them, on one JAX
 device.
 
-What compiles runs on any thread; everything else changes what the next bundle reads, and runs on the driver's, but for
-`launch` on a device that is slow to launch (`Launcher`).
+What compiles runs on any thread; everything else changes what the next bundle reads, and runs on the driver's.
 """
 
 from __future__ import annotations
@@ -143,8 +142,8 @@ class Device:
             )
 
     @property
-    def is_slow_to_launch(self) -> bool:
-        """What requests bring is copied twice on its way to a device with memory of its own."""
+    def copies(self) -> bool:
+        """To a device with memory of its own."""
         return self.at.platform != "cpu"
 
     @property

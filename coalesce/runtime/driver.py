@@ -82,7 +82,6 @@ class Driver:
     def start(self) -> None:
         self.callbacks.start()
         self._finisher.start()
-        self._launcher.start()
         self._watchdog.start()
         self._thread.start()
 
@@ -90,8 +89,6 @@ class Driver:
         """Ends the threads, after everything that was put into the inbox; a device that is lost is not waited for."""
         self.inbox.put(Stop())
         self._join(self._thread)
-        self._launcher.stop()
-        self._join(self._launcher.thread)
         self._finisher.stop()
         self._join(self._finisher.thread)
         self._watchdog.stop()
@@ -111,7 +108,7 @@ class Driver:
 
     @property
     def threads(self) -> tuple[threading.Thread, ...]:
-        others = (self._launcher, self._finisher, self._watchdog, self.callbacks)
+        others = (self._finisher, self._watchdog, self.callbacks)
         return self._thread, *(other.thread for other in others)
 
     @property
@@ -213,7 +210,6 @@ class Driver:
             self._tell_arrived(arrived)
             if isinstance(item, Order | Exhausted):
                 self._launcher.hand_out(everything=True)  # an order takes as long as it likes
-                self._launcher.settle()
                 is_order = isinstance(item, Order)
                 for event in item.do() if is_order else self._maker.exhausted(*item):
                     self._tell(event)

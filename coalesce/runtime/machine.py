@@ -36,11 +36,11 @@ class Launched(Protocol):
 
 @runtime_checkable
 class Machine(Protocol):
-    """Called by one thread at a time: the driver's, or the launcher's while the driver leaves the machine alone."""
+    """Called by the driver's thread."""
 
     @property
-    def is_slow_to_launch(self) -> bool:
-        """Whether it is worth a thread of its own."""
+    def copies(self) -> bool:
+        """Whether what requests bring is copied on its way to it, for which the host takes a while."""
         ...
 
     def launch(self, executable: int, entries: Sequence[Sequence[Ticket]]) -> Launched:

@@ -52,9 +52,16 @@ class Station:
         return "failed" if self.driver.failure is not None else "closed" if self.driver.stopped else "serving"
 
     def wait_empty(self, timeout_s: float | None) -> bool:
-        """Whether every request has ended and whoever is called back was, after at most so long."""
+        """Whether every request has ended and whoever is called back was, also of those that callbacks have sent; after
+        at most so long."""
         until = None if timeout_s is None else time.monotonic() + timeout_s
-        return self.driver.book.wait_empty(timeout_s) and self.driver.callbacks.wait_called(left_s(until))
+        book, callbacks = self.driver.book, self.driver.callbacks
+        while True:
+            count = callbacks.count
+            if not book.wait_empty(left_s(until)) or not callbacks.wait_called(left_s(until)):
+                return False
+            if not book.tickets and callbacks.count == count:
+                return True
 
     def close(self, timeout_s: float | None) -> None:
         """After what waits, which the driver was told of."""

@@ -157,7 +157,7 @@ class Staging:
                 states[:count] = [lane.state for lane in lanes]
                 states[count:] = range(pool + count, pool + len(states))
             for k, stack in enumerate(inputs):
-                for i, lane in enumerate(lanes):
+                for i, lane in enumerate(lanes):  # one call for all lanes is no quicker
                     stack[i] = lane.inputs[k]
                 if before > count:
                     zero(stack[count:before])

@@ -15,7 +15,7 @@ from coalesce.kernels import FUSING, indexed_gemm, indexed_matvec, KERNELS, mosa
 from coalesce.kernels.indexed_gemm import tile
 from coalesce.kernels.mosaic import ROW_BYTES, SHARED_BYTES as SHARED
 from coalesce.kernels.mosaic_tile import Tile, tile_of
-from coalesce.kernels.windows import windows_of
+from coalesce.kernels.windows import FEW, windows_of
 
 Candidate = tuple[str, Blocks | None]  # (kernel, its blocks if it is tiled)
 
@@ -66,7 +66,9 @@ def tiles(op: HeavyOp, width: int, rows: int) -> Iterator[Blocks]:
     height, columns, itemsize = rows * op.m, op.n, op.lhs.dtype.itemsize
     channels = windows_of(op).channels
     depth = tile(channels if channels >= 32 else op.k)  # what one step can take in
-    sizes = product((16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (16, 32, 64, 128), (4, 8), (2, 3, 4))
+    # Windows over few channels overlap within a load's line: one stage reads by way of the L1.
+    stages_of = (1, 2, 3, 4) if op.kind == "conv" and channels <= FEW else (2, 3, 4)
+    sizes = product((16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (16, 32, 64, 128), (4, 8), stages_of)
     for m, n, k, warps, stages in sizes:
         area, steps = m * n, -(-op.k // k)
         count = -(-height // m) * -(-columns // n) * width * op.batch
