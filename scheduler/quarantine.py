@@ -180,7 +180,7 @@ class Watch:
             if not self._evidence.is_against(tenant):
                 self._unsuspect(tenant, standing, standing.since_ns)
             elif standing.row == self._evidence.row:
-                standing.slow, standing.factor = 0, 4
+                standing.factor = 4
 
     def _unsuspect(self, tenant: str, standing: Standing, now_ns: int) -> None:
         """Who was on probation before it was suspected is so again."""
