@@ -122,7 +122,7 @@ class Watch:
             self.blamed = NOBODY
             self._evidence.hide(who, excess_ns)
             return []
-        if not self._evidence.strike(who, excess_ns, now_ns, self.standings):
+        if not self._evidence.strike(who, excess_ns, now_ns, self.standings, is_suspect):
             self.blamed = NOBODY
             self._release()
             return []
