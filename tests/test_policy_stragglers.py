@@ -1,4 +1,6 @@
-"""Several tenants that are slow at once: what others lose by them."""
+"""Several tenants that are slow at once: what others lose by them, and that no lot is refused for one of its own."""
+
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -6,6 +8,7 @@ from hypothesis import given, settings, strategies as st
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.commands import Quarantine
 from coalesce.scheduler.faults import Faults, Slow
+from coalesce.scheduler.quarantine import LOTS, Watch
 from coalesce.scheduler.run import Run
 from coalesce.scheduler.simulator import simulate
 from coalesce.scheduler.workloads import Arrival
@@ -58,3 +61,20 @@ def test_slow_tenants_that_take_turns_do_not_clear_each_other(
     share, guilty = lost(slow, innocents, rate, factor, from_ms * MS, end_ms * MS, seed)
     assert share <= allowed
     assert guilty == {f"t{i}" for i in range(slow)}
+
+
+@given(st.integers(LOTS + 1, 3 * LOTS), st.data())
+def test_nobody_is_taken_to_be_as_slow_as_another_suspect_of_its_lot(count, data):
+    """Suspects are dealt into lots, more than one into each; one of them may be slow alone and never come again."""
+    names = [f"t{i}" for i in range(count)]
+    watch, slow = Watch(), data.draw(st.sampled_from(names))
+    watch.see(["other"], MS, MS, 10 * MS)
+    for at_ms in (20, 30):
+        watch.see(names, 9 * MS, MS, at_ms * MS)
+    assert max(Counter(map(watch.lot, names)).values()) > 1
+    watch.take_moved()
+    was = watch.lot(slow)
+    for at_ms in (40, 50):
+        watch.see([slow], 9 * MS, MS, at_ms * MS)
+    assert [t for t in names if watch.factor(watch.lot(t)) > 4] == [slow]
+    assert (slow in watch.take_moved()) is (watch.lot(slow) != was)
