@@ -23,6 +23,7 @@ class Callbacks(Attendant):
         self.asked = 0  # how many were ever to be called here
         self._called = 0  # how many of them were
         self._stopped = False  # nothing is put into the inbox any more
+        self._ended = False  # and nothing is taken from it
         self._changed = threading.Condition()
 
     def stop(self) -> None:
@@ -41,24 +42,33 @@ class Callbacks(Attendant):
             call(callback, reply)
 
     def wait_called(self, timeout_s: float | None) -> bool:
-        """Whether what was to be called by now has been, after at most so long; a callback does not wait for itself."""
+        """Whether what was to be called by now has been, after at most so long, or once nothing is called any more; a
+        callback does not wait for itself."""
         if threading.current_thread() is self.thread:
             return True
         with self._changed:
             due = self.asked
-            return self._changed.wait_for(lambda: self._called >= due, timeout_s)
+            self._changed.wait_for(lambda: self._called >= due or self._ended, timeout_s)
+            return self._called >= due
 
     def handle(self, item: tuple[Callable[[Any], Any], Future[Any]]) -> None:
+        call(*item)
+        with self._changed:
+            self._called += 1
+            self._changed.notify_all()
+
+    def _loop(self) -> None:
         try:
-            call(*item)
-        finally:
+            super()._loop()
+        finally:  # also for a bug of ours: from then on whoever ends a request calls back
             with self._changed:
-                self._called += 1
+                self._stopped = self._ended = True
                 self._changed.notify_all()
 
 
 def call(callback: Callable[[Any], Any], reply: Future[Any]) -> None:
+    """Whatever it raises: a CancelledError or a SystemExit must not end the thread that others are called back on."""
     try:
         callback(reply)
-    except Exception:
+    except BaseException:
         LOG.exception("a callback of a request raised")
