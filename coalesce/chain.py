@@ -46,7 +46,7 @@ class Cut:
 
 class Chain:
     """What JAX's Compiled is for one executable, as far as it is called and looked at: with the arguments that it was
-    compiled for, of which none is a tracer. Nothing has run when it refuses them."""
+    compiled for, of which none is a tracer: nothing has run when it refuses another pytree, or a tracer."""
 
     def __init__(self, executables: Sequence[Any], cut: Cut, in_tree: Any, out_tree: Any) -> None:
         self.executables = tuple(executables)

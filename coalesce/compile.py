@@ -190,6 +190,8 @@ class Fused:
         bank = self._weights()
         flat = self._caller.flatten(inputs)
         compiled = self._compiled if self._compiled is not None else self.compile()
+        if len(self.bundle.starts) > 1:  # a part of several has run when a later one refuses what it reads
+            flat = on_device(flat)
         try:
             results = compiled(bank, flat)
         except TypeError:

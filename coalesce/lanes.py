@@ -143,7 +143,7 @@ def apply(eqn: J.Eqn, args: Sequence[LaneValue]) -> list[LaneValue]:
 
 def one(eqn: J.Eqn, args: Sequence[Any]) -> list[Any]:
     """A lane's results."""
-    return [pool.run(eqn, args[0])] if pool.supports(eqn) else J.bind(eqn, args)
+    return [pool.as_written(eqn)(args[0])] if pool.supports(eqn) else J.bind(eqn, args)
 
 
 def apply_each(eqn: J.Eqn, args: Sequence[LaneValue], lanes: int) -> list[LaneValue]:

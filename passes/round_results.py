@@ -41,6 +41,7 @@ from coalesce.tf32 import multiplies
 from coalesce.tuning import Tuned, UNTUNED
 
 CUTS, INSTEAD = "mosaic_gemm", "indexed_gemm"
+ELEMENTWISE = frozenset({"batched_matvec", "conv_taps", "indexed_matvec"})
 # What chooses among numbers or moves them, so that they may be rounded before it as well as after.
 CHOOSES = frozenset({"reduce_window_max", "reduce_max", "reshape", "rev", "slice", "squeeze", "transpose"})
 
@@ -73,6 +74,13 @@ def round_results(bundle: Bundle, *, costs: Costs, tuned: Tuned = UNTUNED, choic
 
 def cuts(pack: Pack) -> bool:
     return pack.kernel == CUTS and multiplies(pack.op)
+
+
+def rounds(pack: Pack) -> bool:
+    """Whether a pack's kernel multiplies its operand in TF32. Those that multiply element by element do not, and XLA
+    makes one of them of a product with one row or column."""
+    by_xla = pack.kernel not in FUSING and min(pack.op.m, pack.op.n) > 1
+    return multiplies(pack.op) and pack.kernel not in ELEMENTWISE and (pack.kernel in FUSING or by_xla)
 
 
 def found(bundle: Bundle) -> tuple[set[int], set[int]]:
@@ -117,9 +125,9 @@ def readers_of(bundle: Bundle) -> Mapping[Name, list[Reader | None]]:
     for at, item in enumerate(bundle.schedule):
         match item:
             case Pack():
-                alone = len(item.members) == 1 and not item.form and multiplies(item.op)
+                would = len(item.members) == 1 and not item.form and rounds(item)
                 for m in item.members:
-                    note(m.family, m.eqn.invars[0], (at, None) if alone else None)
+                    note(m.family, m.eqn.invars[0], (at, None) if would else None)
                     note(m.family, m.eqn.invars[1], None)
                 for atom in epilogue_reads(item):
                     note(item.members[0].family, atom, None)

@@ -313,6 +313,11 @@ def test_programs_lay_weights_where_it_can_read_them():
             assert_same(got, alone(tenants[tenant]))
 
 
+def test_a_program_of_it_in_two_executables():
+    """Which reads the kernel's own jaxpr, to see where it may be cut."""
+    check_fused(towers(2), choose_kernel=by_tma, executables=2)
+
+
 class Gpu(NamedTuple):
     device_kind: str
     compute_capability: str

@@ -73,3 +73,16 @@ def test_which_pools_it_runs(call, runs):
 def test_what_windows_share_is_made_once(name, barriers):
     eqn = eqn_of(POOLS[name][0], X)
     assert str(jax.make_jaxpr(lambda x: pool.run(eqn, x))(X)).count("optimization_barrier") == barriers
+
+
+def test_its_derivative_is_that_of_the_first_of_equal_elements():
+    """As JAX's own, and not shared among them: of images with regions of one colour, and lane by lane."""
+    call = POOLS["of a network"][0]
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 2, (3, *X.shape)), jnp.float32)
+    eqn = eqn_of(call, x[0])
+
+    def total(run: Any) -> Any:
+        return jax.grad(lambda v: (run(v) * jnp.arange(3.0).reshape(3, 1, 1, 1, 1)).sum())
+
+    got = total(lambda v: plain(apply(eqn, [Stacked(v)])[0]).value)(x)
+    np.testing.assert_array_equal(got, total(jax.vmap(call))(x))

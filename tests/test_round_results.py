@@ -29,7 +29,7 @@ IMAGE = (1, 6, 6, 64)
 
 
 def by_tma(op: HeavyOp, groups: int, platform: str) -> str:
-    return "mosaic_gemm" if mosaic_gemm.supports(op) else choose(op, groups, platform)
+    return "mosaic_gemm" if mosaic_gemm.supports(op) and op.m > 1 else choose(op, groups, "gpu")
 
 
 def conv(x: Any, w: Any, precision: Any = None) -> Any:
@@ -53,6 +53,26 @@ def residual(p, x):
 def counted(p, x):
     y = conv(x, p[0])
     return conv(y, p[1]) + conv(y, p[2], "highest")
+
+
+def with_a_head(p, x):
+    """Of one row, which no kernel multiplies in TF32."""
+    y = conv(x, p[0])
+    return conv(y, p[1]), jnp.max(y, (1, 2)) @ p[2][0, 0]
+
+
+def with_a_branch(p, x):
+    """Depthwise: element by element, in float32."""
+    y = conv(x, p[0])
+    each = lax.conv_general_dilated(
+        y,
+        p[1][:, :, :1],
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=y.shape[-1],
+    )
+    return conv(y, p[2]), each
 
 
 def given_back(p, x):
@@ -83,6 +103,8 @@ READ = {
     chain: [(True, False), (True, True), (False, True)],
     residual: [(True, False), (False, True), (False, False)],  # what is added too keeps what it has
     counted: [(False, False), (False, False), (False, False)],
+    with_a_head: [(False, False), (False, False), (False, False)],
+    with_a_branch: [(False, False), (False, False), (False, False)],
     given_back: [(False, False), (False, False), (False, False)],
 }
 

@@ -36,8 +36,15 @@ def is_jaxpr(value: object) -> bool:
 
 
 def closed(value: Any) -> ClosedJaxpr:
-    """A ClosedJaxpr, from one or from a bare Jaxpr (`remat2` on JAX 0.10 holds one)."""
-    return value if isinstance(value, ClosedJaxpr) else ClosedJaxpr(value, ())
+    """A ClosedJaxpr, from one or from a bare Jaxpr (`remat2` on JAX 0.10 holds one). Constants of a bare one, as
+    Pallas' kernels on JAX 0.10 have, are arguments of it."""
+    if isinstance(value, ClosedJaxpr):
+        return value
+    if value.constvars:
+        given = [*value.constvars, *value.invars]
+        debug = jec.DebugInfo("jit", "region", ("",) * len(given), ("",) * len(value.outvars))
+        value = jec.Jaxpr((), given, value.outvars, value.eqns, value.effects, debug)
+    return ClosedJaxpr(value, ())
 
 
 def invars(jaxpr: ClosedJaxpr) -> list[Var]:

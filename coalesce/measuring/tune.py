@@ -86,7 +86,7 @@ def case_name(case: Case) -> str:
     return f"{case.times} x {op_name(case.key)} x{case.key.width}"
 
 
-@cache  # for each process, which is given cases by their number
+@cache  # for this process; those that measure are given a case by its number
 def cases_of(source: Source) -> list[Case]:
     return cases(source(), default_device().device_kind)
 
@@ -116,8 +116,10 @@ def at_once(source: Source, todo: Sequence[int], until: float, workers: int) -> 
         begun = {pool.submit(unless_late, source, i, until, lock): i for i in todo}
         try:
             for future in as_completed(begun):
-                if (times := future.result()) is not None:
+                if not future.cancelled() and (times := future.result()) is not None:
                     yield begun[future], times
+                if time.time() > until:  # not a process for each case that is left
+                    pool.shutdown(wait=False, cancel_futures=True)
         finally:
             pool.shutdown(cancel_futures=True)  # what waits; an interrupt ends what runs
 

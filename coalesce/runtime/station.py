@@ -57,10 +57,10 @@ class Station:
         until = None if timeout_s is None else time.monotonic() + timeout_s
         book, callbacks = self.driver.book, self.driver.callbacks
         while True:
-            count = callbacks.count
+            asked = callbacks.asked
             if not book.wait_empty(left_s(until)) or not callbacks.wait_called(left_s(until)):
                 return False
-            if not book.tickets and callbacks.count == count:
+            if not book.tickets and callbacks.asked == asked:
                 return True
 
     def close(self, timeout_s: float | None) -> None:

@@ -1,0 +1,83 @@
+"""Users' callbacks of requests, and who waits for them: a driver on a machine without JAX."""
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+
+from coalesce.runtime import callbacks
+from tests.fake_machine import FakeMachine, Served
+
+pytestmark = pytest.mark.once
+
+
+def held() -> Served:
+    """Its requests end once `machine.go` is set, after their callbacks were added."""
+    machine = FakeMachine(takes_s=2e-5)
+    machine.go.clear()
+    return Served(machine)
+
+
+def test_where_nothing_is_due_nobody_waits():
+    with held() as served:
+        called = threading.Event()
+        served.submit("t0", 1).add_done_callback(lambda own: called.set())
+        served.machine.go.set()
+        assert called.wait(10) and served.driver.callbacks.wait_called(10.0)
+        assert all(served.driver.callbacks.wait_called(0.0) for _ in range(200))
+
+
+def test_whoever_waits_while_another_closes_waits_for_callbacks_too():
+    over, began = threading.Event(), threading.Event()
+    served = held()
+    served.submit("t0", 1).add_done_callback(lambda own: began.set() or over.wait(10))
+    served.machine.go.set()
+    assert began.wait(10)
+    closes = threading.Thread(target=served.driver.stop, daemon=True)
+    closes.start()
+    while not served.driver.callbacks._stopped:
+        threading.Event().wait(0.001)
+    assert not served.driver.callbacks.wait_called(0.0), "one is under way"
+    over.set()
+    assert served.driver.callbacks.wait_called(10.0)
+    closes.join(10)
+    assert not closes.is_alive()
+
+
+ERRORS = [SystemExit(3), asyncio.CancelledError(), KeyboardInterrupt(), ValueError()]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
+def test_whatever_a_callback_raises_others_are_called_back(error, caplog):
+    def raises(own: Any) -> None:
+        raise error
+
+    called = threading.Event()
+    with held() as served:
+        served.submit("t0", 1).add_done_callback(raises)
+        served.submit("t1", 2).add_done_callback(lambda own: called.set())
+        served.machine.go.set()
+        assert called.wait(10) and served.driver.callbacks.wait_called(10.0)
+        assert served.driver.callbacks.thread.is_alive()
+    assert [r.exc_info[0] for r in caplog.records if r.exc_info is not None] == [type(error)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_a_thread_that_has_ended(monkeypatch):
+    """By a bug of ours. Those that come after it are called all the same."""
+
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    called = threading.Event()
+    monkeypatch.setattr(callbacks, "call", broken)
+    with held() as served:
+        served.submit("t0", 1).add_done_callback(lambda own: None)
+        served.machine.go.set()
+        assert served.driver.book.wait_empty(10.0) and not served.driver.callbacks.wait_called(None)
+        monkeypatch.undo()
+        served.machine.go.clear()
+        served.submit("t1", 2).add_done_callback(lambda own: called.set())
+        served.machine.go.set()
+        assert called.wait(10)
