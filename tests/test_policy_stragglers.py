@@ -46,7 +46,7 @@ def lost(
 )
 def test_others_lose_little_by_two_or_three_slow_tenants(slow, innocents, rate, factor, seed):
     share, guilty = lost(slow, innocents, rate, factor, 300 * MS, 1500 * MS, seed)
-    assert share <= 0.05
+    assert share <= 0.1
     assert guilty <= {f"t{i}" for i in range(slow)}
 
 
