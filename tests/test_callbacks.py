@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from coalesce.runtime import callbacks
+from coalesce.runtime.station import wait_ended
 from tests.fake_machine import FakeMachine, Served
 
 pytestmark = pytest.mark.once
@@ -26,6 +27,50 @@ def test_where_nothing_is_due_nobody_waits():
         served.machine.go.set()
         assert called.wait(10) and served.driver.callbacks.wait_called(10.0)
         assert all(served.driver.callbacks.wait_called(0.0) for _ in range(200))
+
+
+def test_whoever_waits_waits_for_all_that_are_due():
+    over, found = threading.Event(), list[bool]()
+    with held() as served:
+        drivers = [served.driver]
+        reply = served.submit("t0", 1)
+        reply.add_done_callback(lambda own: over.wait(10))
+        reply.add_done_callback(lambda own: found.append(wait_ended(drivers, None)))  # not for itself
+        served.machine.go.set()
+        assert reply.result(10) == ("result", 1) and served.driver.book.wait_empty(5.0)
+        assert not wait_ended(drivers, 0.0)
+        over.set()
+        assert wait_ended(drivers, 10.0) and found == [True]
+    assert wait_ended(drivers, 0.0), "nothing is due any more"
+
+
+def test_callbacks_on_two_devices_do_not_wait_for_each_other():
+    together, found = threading.Barrier(2), list[bool]()
+    with held() as one, held() as other:
+        drivers = [one.driver, other.driver]
+
+        def waits(own: Any) -> None:
+            together.wait(10)
+            found.append(wait_ended(drivers, 10.0))
+
+        for served in (one, other):
+            served.submit("t0", 1).add_done_callback(waits)
+            served.machine.go.set()
+        assert wait_ended(drivers, 30.0) and found == [True, True]
+
+
+def test_what_a_callback_sends_to_another_device_is_waited_for():
+    ended: list[object] = []
+    with held() as one, held() as other:
+        other.submit("t0", 0).add_done_callback(lambda own: again())
+
+        def again() -> None:
+            threading.Event().wait(0.01)
+            one.submit("t0", 1).add_done_callback(ended.append)
+
+        other.machine.go.set()
+        threading.Timer(0.05, one.machine.go.set).start()
+        assert wait_ended([one.driver, other.driver], 10.0) and len(ended) == 1
 
 
 def test_whoever_waits_while_another_closes_waits_for_callbacks_too():
