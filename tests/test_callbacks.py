@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from coalesce.errors import Shutdown
 from coalesce.runtime import callbacks
+from coalesce.runtime.driver import Stop
 from coalesce.runtime.station import wait_ended
 from tests.fake_machine import FakeMachine, Served
 
@@ -126,3 +128,32 @@ def test_nobody_waits_for_a_thread_that_has_ended(monkeypatch):
         served.submit("t1", 2).add_done_callback(lambda own: called.set())
         served.machine.go.set()
         assert called.wait(10)
+
+
+def test_a_callback_of_one_late_request_may_wait_for_another():
+    """They came after the driver's last look into its inbox; whoever closes ends them."""
+    got: list[object] = []
+    served = Served(FakeMachine(takes_s=2e-5))
+    served.driver.inbox.put(Stop())
+    served.driver._thread.join(10)
+    one, other = served.submit("t0", 1), served.submit("t1", 2)
+    one.add_done_callback(lambda own: got.append(type(other.exception(10))))
+    one.add_done_callback(lambda own: got.append(threading.current_thread().name))
+    closes = threading.Thread(target=served.driver.stop, daemon=True)
+    closes.start()
+    closes.join(30)
+    assert got == [Shutdown, "coalesce-callbacks"] and isinstance(one.exception(0), Shutdown)
+
+
+def test_a_callback_is_called_at_once_if_the_request_has_ended_and_by_nobody_who_cancels_it():
+    called: list[str] = []
+    with held() as served:
+        for i in range(9):  # of eight lanes at most
+            served.submit("t0", i)
+        while len(served.machine.launches) < 2:  # no more are dispatched before one is done
+            threading.Event().wait(0.001)
+        reply = served.submit("t1", 9)
+        reply.add_done_callback(lambda own: called.append(threading.current_thread().name))
+        assert reply.cancel() and served.driver.callbacks.wait_called(10.0)
+        reply.add_done_callback(lambda own: called.append(threading.current_thread().name))
+        assert called == ["coalesce-callbacks", threading.current_thread().name]
