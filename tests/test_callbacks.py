@@ -2,6 +2,8 @@
 
 import asyncio
 import threading
+import weakref
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -157,3 +159,23 @@ def test_a_callback_is_called_at_once_if_the_request_has_ended_and_by_nobody_who
         assert reply.cancel() and served.driver.callbacks.wait_called(10.0)
         reply.add_done_callback(lambda own: called.append(threading.current_thread().name))
         assert called == ["coalesce-callbacks", threading.current_thread().name]
+
+
+def test_what_a_callback_was_given_is_let_go_while_the_next_one_waits():
+    """Though both were taken from the inbox at once."""
+    gate, begun, over = threading.Event(), threading.Event(), threading.Event()
+    own = callbacks.Callbacks()
+    own.start()
+    given, first, last = Future[Any](), Future[Any](), Future[Any]()
+    is_there = weakref.ref(given)
+    own.call(lambda reply: begun.set() or gate.wait(10), first)
+    assert begun.wait(10)
+    begun.clear()
+    own.call(lambda reply: None, given)
+    own.call(lambda reply: begun.set() or over.wait(10), last)
+    del given
+    gate.set()
+    assert begun.wait(10) and is_there() is None
+    over.set()
+    own.stop()
+    own.thread.join(10)
