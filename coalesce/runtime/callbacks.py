@@ -42,10 +42,8 @@ class Callbacks(Attendant):
             call(callback, reply)
 
     def wait_called(self, timeout_s: float | None) -> bool:
-        """Whether what was to be called by now has been, after at most so long, or once nothing is called any more; a
-        callback does not wait for itself."""
-        if threading.current_thread() is self.thread:
-            return True
+        """Whether what was to be called by now has been, after at most so long, or once nothing is called any more.
+        Not for a callback, which would wait for itself."""
         with self._changed:
             due = self.asked
             self._changed.wait_for(lambda: self._called >= due or self._ended, timeout_s)
