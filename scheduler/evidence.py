@@ -8,10 +8,13 @@ alone is compared with others by how often it is slow, and there is no floor.
     row         slow runs with no clean one between them: one hiccup may last for many runs, so they count once
     strike      a slow run, and who may have been the reason: who was in it and in no clean run since
 
-A row that nobody was in all of is nobody's fault, and so is a strike of which nobody is left. Somebody is guilty after
-ROWS rows with no clean run of theirs, and only when so many of them would not have come by chance: the more of the runs
-of others are slow too, the more of them it takes. Where a run of others was as slow it takes ROWS_ALIKE at least: what
-slows a host may keep step with who is asked in turn. Without runs of others nothing is there to compare with.
+A row that nobody was in all of is nobody's fault, and so is a strike of which nobody is left. But slow tenants that are
+suspected already make such rows too, alone and one right after the other: what only suspects' own runs are in is
+nobody's fault when more than half of the tenants were slow so, and else theirs until a clean run says better. Somebody
+is guilty after ROWS rows with no clean run of theirs, and only when so many of them would not have come by chance: the
+more of the runs of others are slow too, the more of them it takes. Where a run of others was as slow it takes
+ROWS_ALIKE at least: what slows a host may keep step with who is asked in turn. Without runs of others nothing is there
+to compare with.
 """
 
 from __future__ import annotations
@@ -70,6 +73,8 @@ class Evidence:
         self._rows = 0
         self._row: frozenset[str] | None = None  # who was in all of the row that goes on
         self._row_number = 0
+        self._apart: set[str] | None = None  # the suspects that alone it is made of; None if others were slow in it
+        self._is_nobodys = False
 
     @property
     def row(self) -> int:
@@ -87,7 +92,7 @@ class Evidence:
 
     def clear(self, who: frozenset[str], excess_ns: int) -> None:
         """A clean run of these."""
-        self._row = None
+        self._row, self._is_nobodys = None, False
         self._seen.append(Seen(0, excess_ns, who))
         self._spread.add(max(0, excess_ns))
         if self._strikes:
@@ -95,23 +100,30 @@ class Evidence:
                 strike.who.difference_update(who)
             self._excuse([s for s in self._strikes if not s.who])
 
-    def strike(self, who: frozenset[str], excess_ns: int, now_ns: int, watched: Collection[str]) -> bool:
-        """A slow run of these; false if it is nobody's fault. What is said of who is `watched` is kept for longer."""
+    def strike(
+        self, who: frozenset[str], excess_ns: int, now_ns: int, watched: Collection[str], apart: bool = False
+    ) -> bool:
+        """A slow run of these, `apart` if of one suspect alone; false if it is nobody's fault. What is said of who is
+        `watched` is kept for longer."""
         if self._row is None:
             self._rows += 1
-            self._row, self._row_number = who, self._rows
-        elif self._row:
-            self._row &= who
-            if not self._row:
-                self._spread.add(excess_ns)
-                self._excuse([s for s in self._strikes if s.row == self._row_number])
+            self._row, self._row_number, self._apart = who, self._rows, set()
+        self._row &= who
+        self._apart = self._apart | who if apart and self._apart is not None else None
+        if not self._row and not self._is_nobodys and (self._apart is None or self._is_most(self._apart)):
+            self._is_nobodys = True
+            self._spread.add(excess_ns)
+            self._excuse([s for s in self._strikes if s.row == self._row_number])
         has_others = any(not who & run.who for run in self._seen) or len(who) > 1
         self._seen.append(Seen(self._row_number, excess_ns, who))
-        if not self._row or not has_others:
+        if self._is_nobodys or not has_others:
             return False
         kept = [s for s in self._strikes if now_ns - s.at_ns < WINDOW_NS or not s.who.isdisjoint(watched)]
         self._strikes = [*kept[-MEMORY:], Strike(now_ns, self._row_number, excess_ns, set(who))]
         return True
+
+    def _is_most(self, tenants: set[str]) -> bool:
+        return 2 * len(tenants) > len(tenants.union(*(run.who for run in self._seen)))
 
     def _excuse(self, strikes: list[Strike]) -> None:
         """They were nobody's; a row counts once."""

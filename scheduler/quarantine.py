@@ -122,12 +122,13 @@ class Watch:
             self.blamed = NOBODY
             self._evidence.hide(who, excess_ns)
             return []
-        if not self._evidence.strike(who, excess_ns, now_ns, self.standings):
+        if not self._evidence.strike(who, excess_ns, now_ns, self.standings, is_suspect):
             self.blamed = NOBODY
             self._release()
             return []
         if standing is not None and is_suspect:
             self.blamed = None
+            self._part(tenants, standing)
             standing.slow += 1
             standing.row, standing.took_ns = self._evidence.row, took_ns
             standing.factor = factor if standing.slow > 1 else standing.factor
@@ -205,6 +206,12 @@ class Watch:
             dealt = self.standings[tenant] = Standing(State.SUSPECTED, lots[i % len(lots)], now_ns, terms)
             dealt.slow, dealt.row = slow, self._evidence.row
             self._moved.append(tenant)
+
+    def _part(self, tenants: Collection[str], slow: Standing) -> None:
+        """How slow one of a lot is alone says nothing of the others, who would be refused for it."""
+        if any(s.lot == slow.lot for s in self.standings.values() if s is not slow):
+            slow.lot = self.new_lot()
+            self._moved += tenants
 
     def _quarantine(self, tenant: str, now_ns: int) -> list[Quarantine | Readmit]:
         known = self.standings.get(tenant)

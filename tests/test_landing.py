@@ -94,21 +94,6 @@ def test_a_callback_may_wait_for_another_request(is_quick):
     assert where.threads == ["coalesce-driver" if is_quick else "coalesce-finisher"] * 2
 
 
-def test_whoever_waits_for_callbacks_waits_for_all_that_are_due():
-    over = threading.Event()
-    with Served(FakeMachine(takes_s=2e-5)) as served:
-        callbacks, found = served.driver.callbacks, list[bool]()
-        go, (reply,) = held(served, 1)
-        reply.add_done_callback(lambda own: over.wait(10))
-        reply.add_done_callback(lambda own: found.append(callbacks.wait_called(None)))  # not for itself
-        go.set()
-        assert reply.result(10) == ("result", 0) and served.driver.book.wait_empty(5.0)
-        assert not callbacks.wait_called(0.0)
-        over.set()
-        assert callbacks.wait_called(10.0) and found == [True]
-    assert callbacks.wait_called(0.0), "nothing is due any more"
-
-
 def test_nor_are_those_that_come_while_the_bundle_runs(caplog):
     called: list[str] = []
     machine = FakeMachine(takes_s=2e-5, is_quick=True)

@@ -208,6 +208,7 @@ def test_draining_waits_for_callbacks_and_for_what_they_send(served):
     served.submit("mlp0", row(0)).add_done_callback(again)
     assert served.drain(30.0)
     assert ended == [None] * 5
+    assert all(served.drain(0.0) for _ in range(20)), "nothing is due"
 
 
 def test_an_update_takes_effect_for_the_next_request_and_for_nobody_else(served):

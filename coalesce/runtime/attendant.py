@@ -35,7 +35,10 @@ class Attendant:
 
     def _work(self) -> bool:
         """Whether there is more to come. It is left before the next wait, and what it took is let go with it."""
-        for item in self.inbox.take(None):
+        items = self.inbox.take(None)
+        items.reverse()
+        while items:
+            item = items.pop()  # out of the list: what came with it does not wait until all of them are done
             if item is None:
                 return False
             self.handle(item)

@@ -20,43 +20,53 @@ LOG = logging.getLogger("coalesce.runtime")
 class Callbacks(Attendant):
     def __init__(self) -> None:
         super().__init__("callbacks")
-        self.count = 0  # of what was ever to be called here
-        self._stopped = False
-        self._lock = threading.Lock()  # so that nothing is put into the inbox behind the end
+        self.asked = 0  # how many were ever to be called here
+        self._called = 0  # how many of them were
+        self._stopped = False  # nothing is put into the inbox any more
+        self._ended = False  # and nothing is taken from it
+        self._changed = threading.Condition()
 
     def stop(self) -> None:
-        with self._lock:
+        with self._changed:
             self._stopped = True
             super().stop()
 
     def call(self, callback: Callable[[Any], Any], reply: Future[Any]) -> None:
         """On this thread; on the caller's if this one has ended, when a driver that hung comes back."""
-        with self._lock:
+        with self._changed:
             stopped = self._stopped
             if not stopped:
-                self.count += 1
+                self.asked += 1
                 self.inbox.put((callback, reply))
         if stopped:
             call(callback, reply)
 
     def wait_called(self, timeout_s: float | None) -> bool:
-        """Whether what was to be called has been, after at most so long; a callback does not wait for itself."""
-        called = threading.Event()
-        with self._lock:
-            if self._stopped or threading.current_thread() is self.thread:
-                return True
-            self.inbox.put(called)
-        return called.wait(timeout_s)
+        """Whether what was to be called by now has been, after at most so long, or once nothing is called any more.
+        Not for a callback, which would wait for itself."""
+        with self._changed:
+            due = self.asked
+            self._changed.wait_for(lambda: self._called >= due or self._ended, timeout_s)
+            return self._called >= due
 
-    def handle(self, item: threading.Event | tuple[Callable[[Any], Any], Future[Any]]) -> None:
-        if isinstance(item, threading.Event):
-            item.set()
-        else:
-            call(*item)
+    def handle(self, item: tuple[Callable[[Any], Any], Future[Any]]) -> None:
+        call(*item)
+        with self._changed:
+            self._called += 1
+            self._changed.notify_all()
+
+    def _loop(self) -> None:
+        try:
+            super()._loop()
+        finally:  # also for a bug of ours: from then on whoever ends a request calls back
+            with self._changed:
+                self._stopped = self._ended = True
+                self._changed.notify_all()
 
 
 def call(callback: Callable[[Any], Any], reply: Future[Any]) -> None:
+    """Whatever it raises: a CancelledError or a SystemExit must not end the thread that others are called back on."""
     try:
         callback(reply)
-    except Exception:
+    except BaseException:
         LOG.exception("a callback of a request raised")

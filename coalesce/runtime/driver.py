@@ -96,6 +96,7 @@ class Driver:
         self.stopped = True
         self._orders.fail_all(self._last_error)
         self.book.end_all(self._last_error, Reason.SHUTDOWN)
+        self.book.wait_empty(JOIN_S)  # whoever sends too late may be ending what was sent
         self.callbacks.stop()
         self._join(self.callbacks.thread)  # the last: they may have waited for what has ended just now
         LOG.info("the runtime is closed")
@@ -128,11 +129,8 @@ class Driver:
         self.inbox.put(Cancelled(request))
 
     def call_back(self, callback: Callable[[Any], Any], reply: Future[Any]) -> None:
-        """A request has ended; nobody's code is called on a thread that others wait for."""
-        if threading.current_thread() in (self._thread, self._finisher.thread, self._watchdog.thread):
-            self.callbacks.call(callback, reply)
-        else:
-            callback(reply)
+        """A request has ended; whoever ended it, be it who closes, may be about to end another that this waits for."""
+        self.callbacks.call(callback, reply)
 
     def carry_out(self, do: Callable[[], Sequence[Event]]) -> None:
         """Have something done on this thread and the policy told what follows; called on any other, which waits."""

@@ -35,7 +35,7 @@ class Flight(NamedTuple):
     entries: Sequence[Sequence[Ticket]]
     decided_ns: int
     launched: Launched | Exception  # the error, if it could not even be launched
-    host_ns: int  # what it took to stage and to launch it, beside the driver
+    host_ns: int  # what the driver's thread took to stage and to launch it; 0 where nothing is copied
 
 
 class Probe(NamedTuple):

@@ -26,7 +26,7 @@ from coalesce.runtime.form import match
 from coalesce.runtime.health import Health
 from coalesce.runtime.observer import Observer
 from coalesce.runtime.quarters import Resident
-from coalesce.runtime.station import health_of, Station
+from coalesce.runtime.station import health_of, Station, wait_ended
 from coalesce.runtime.surroundings import Surroundings
 from coalesce.runtime.tenancy import Tenancy, Wanted
 from coalesce.runtime.terms import allowed_ns, left_s, terms_of
@@ -260,8 +260,7 @@ class Runtime:
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until every request that was submitted has ended, and its callbacks; False if not after so long."""
-        until = None if timeout is None else time.monotonic() + timeout
-        return all([station.wait_empty(left_s(until)) for station in self._stations])
+        return wait_ended([station.driver for station in self._stations], timeout)
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Take on nothing more, serve what waits (or end it with Shutdown), and stop the threads. Twice is once.

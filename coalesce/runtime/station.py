@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -51,18 +52,6 @@ class Station:
     def status(self) -> str:
         return "failed" if self.driver.failure is not None else "closed" if self.driver.stopped else "serving"
 
-    def wait_empty(self, timeout_s: float | None) -> bool:
-        """Whether every request has ended and whoever is called back was, also of those that callbacks have sent; after
-        at most so long."""
-        until = None if timeout_s is None else time.monotonic() + timeout_s
-        book, callbacks = self.driver.book, self.driver.callbacks
-        while True:
-            count = callbacks.count
-            if not book.wait_empty(left_s(until)) or not callbacks.wait_called(left_s(until)):
-                return False
-            if not book.tickets and callbacks.count == count:
-                return True
-
     def close(self, timeout_s: float | None) -> None:
         """After what waits, which the driver was told of."""
         if not self.driver.book.wait_empty(timeout_s):
@@ -70,6 +59,23 @@ class Station:
             self.driver.book.wait_empty(None)
         self.foundry.stop()
         self.driver.stop()
+
+
+def wait_ended(drivers: Sequence[Driver], timeout_s: float | None) -> bool:
+    """Whether every request has ended and whoever is called back was, also of those that callbacks have sent, on
+    whatever device; after at most so long. Callbacks that ask would wait for each other: it is about requests then."""
+    until = None if timeout_s is None else time.monotonic() + timeout_s
+    books, callbacks = [driver.book for driver in drivers], [driver.callbacks for driver in drivers]
+    if threading.current_thread() in [own.thread for own in callbacks]:
+        return all(book.wait_empty(left_s(until)) for book in books)
+    while True:
+        asked = [own.asked for own in callbacks]
+        if not all(book.wait_empty(left_s(until)) for book in books):
+            return False
+        if not all(own.wait_called(left_s(until)) for own in callbacks):
+            return False
+        if not any(book.tickets for book in books) and asked == [own.asked for own in callbacks]:
+            return True
 
 
 def health_of(stations: Sequence[Station], tenants: int, closed: bool, alone: Mapping[str, str]) -> Health:

@@ -56,7 +56,7 @@ class Server(Protocol):
         ...
 
     def call_back(self, callback: Callable[[Any], Any], reply: Future[Any]) -> None:
-        """The request has ended: call it, on a thread that may wait."""
+        """The request has ended: call it, on a thread that nobody else waits for."""
         ...
 
 
@@ -75,7 +75,8 @@ class Reply(Future[Any]):
         return True
 
     def add_done_callback(self, fn: Callable[[Any], Any]) -> None:
-        super().add_done_callback(partial(self._server.call_back, fn))
+        """At once, if the request has ended, as futures do; else on the thread of callbacks, whoever ends it."""
+        super().add_done_callback(fn if self.done() else partial(self._server.call_back, fn))
 
 
 class Ending(NamedTuple):
