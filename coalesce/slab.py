@@ -16,8 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-ALIGNED = 128  # bytes: what a load of a GPU's memory takes at once, and arrays in a slab start at a multiple of
-
 
 @dataclass(frozen=True)
 class Slab:

@@ -21,9 +21,10 @@ import numpy as np
 
 from coalesce.bundle import Array, Bundle, items, JointStep, Pack, packs
 from coalesce.kernels import FUSING, mosaic_gemm
-from coalesce.slab import ALIGNED, Slab
+from coalesce.slab import Slab
 
 SMALL_ROW = 64 * 1024  # bytes that may be read through a slice
+ALIGNED = 128  # bytes: what a load of a GPU's memory takes at once
 COARSEST = 64 * 1024  # elements that an array's start may be rounded to
 LONGEST_ROW = 2**31 - 1  # elements: places within a row are 32 bits wide
 LARGEST = 2**32  # bytes of a slab: beyond, kernels would address all of it with 64 bits

@@ -16,10 +16,9 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from coalesce.heavy import heavy_op, HeavyOp
 from coalesce.kernels import indexed_gemm
-from coalesce.kernels.epilogue import COLUMN, Epilogue
 from coalesce.kernels.indexed_gemm import Blocks, blocks_for
 from coalesce.kernels.windows import windows_of
-from coalesce.slab import Cut, Picked
+from coalesce.slab import Picked
 from tests.alone import array
 from tests.compare import assert_same
 
@@ -73,34 +72,6 @@ def test_slots_say_which_rows_of_the_bank_are_read(call, lhs, rhs):
     op, x, bank, slots = op_of(call, lhs, rhs), array(3, 1, *lhs), array(5, *rhs), jnp.asarray([4, 1, 4])
     bank = bank.at[jnp.asarray([0, 2, 3])].set(jnp.nan)
     assert_same(run(op, x, bank, slots), plain(call, x, bank[slots]))
-
-
-@pytest.mark.parametrize(("begin", "calls"), [((64, 640), 1), ((64, 648), 2)], ids=["whole units", "one that is none"])
-def test_layers_of_one_shape_are_one_kernel(begin, calls, monkeypatch):
-    """Two layers whose weights and offsets lie in one slab, some rows of which are picked: where they lie is data."""
-    monkeypatch.setattr(indexed_gemm, "STARTS_AS_DATA", True)
-    op, lhs, rhs = op_of(DOT, (20, 16), (16, 12)), (20, 16), (12, 16)  # by columns
-    weights, offsets, x, slots = array(2, 5, *rhs), array(2, 5, 12), array(3, 1, *lhs), jnp.asarray([4, 1, 4])
-    slab = jnp.full((5, 1280), jnp.nan)
-    for start, w, b in zip(begin, weights, offsets, strict=True):
-        slab = slab.at[:, start : start + 192].set(w.reshape(5, -1)).at[:, start + 256 : start + 268].set(b)
-
-    def layer(x, slab, slots, start):
-        w, b = (Picked(Cut(slab, at, shape), slots) for at, shape in ((start, rhs), (start + 256, (12,))))
-        work = Epilogue(lambda y, b: jnp.maximum(y + b, 0), (COLUMN,), jnp.float32)
-        return indexed_gemm.run(op, x, w, epilogue=work, operands=(b,), blocks=SMALL)
-
-    def both(x, slab, slots):
-        return [layer(x, slab, slots, start) for start in begin]
-
-    wants = [
-        jnp.maximum(plain(lambda a, c: DOT(a, c.T), x, w[slots]) + b[slots][:, None, None], 0)
-        for w, b in zip(weights, offsets, strict=True)
-    ]
-    for got, want in zip(jax.jit(both)(x, slab, slots), wants, strict=True):
-        assert_same(got, want)
-    traced = [eqn.params["jaxpr"] for eqn in jax.make_jaxpr(both)(x, slab, slots).eqns if "jaxpr" in eqn.params]
-    assert len(traced) == 2 and len({id(jaxpr) for jaxpr in traced}) == calls
 
 
 def test_what_pads_few_channels_reads_nothing():

@@ -9,9 +9,8 @@ coalesce.slab. Arrays above 4 GiB are addressed with 64 bits, which Pallas decid
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,7 +18,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from coalesce import jaxpr as J
 from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import as_product
@@ -29,12 +27,8 @@ from coalesce.kernels.triton import launch
 from coalesce.kernels.windows import power, row_of, Windows, windows_of
 from coalesce.layout import AS_IS, Layout, pad_to
 from coalesce.slab import Cut, Picked
-from coalesce.structure import canonical
 
 FLOATS = ("float32", "bfloat16", "float16")
-# Where weights lie in a slab as an operand, so that equal layers share a kernel: a program compiles in two thirds of
-# the time, and its kernels take 2% longer (16 ResNet-50 on an H200).
-STARTS_AS_DATA = False
 PRECISIONS = (None, lax.Precision.DEFAULT, lax.Precision.HIGHEST)  # others sum several products of parts
 
 
@@ -82,25 +76,15 @@ def run(
     cuts where the op has no batch dimensions.
     """
     product = product_of(op, lhs, rhs, epilogue, operands, blocks)
-    if not STARTS_AS_DATA:
-        return product.result(launch_of(product, product.args))
-    product = replace(product, operands=product.operands.movable())
-    return product.result(launched(shape_of(product), product.args))
 
-
-@partial(jax.jit, static_argnums=0)
-def launched(shape: Shape, args: Sequence[Any]) -> Any:
-    """Equal launches are one: a network has a kernel for each shape of its layers, not for each layer."""
-    return launch_of(shape.product, args)
-
-
-def launch_of(product: Product, args: Sequence[Any]) -> Any:
     def kernel(*refs: Any) -> None:
         product.write(pl.program_id(0), pl.program_id(1), refs[:-1], refs[-1])
 
     grid, blocks = (product.tiled.count, product.problems), product.tiled.blocks
-    (y,) = launch(kernel, grid, [product.out], args, name=product.name, warps=blocks.warps, stages=blocks.stages)
-    return y
+    (y,) = launch(
+        kernel, grid, [product.out], product.args, name=product.name, warps=blocks.warps, stages=blocks.stages
+    )
+    return product.result(y)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +99,7 @@ class Product:
 
     @property
     def args(self) -> tuple[Any, ...]:
-        return (*self.operands.slots, *self.operands.places, self.lhs, *self.operands.arrays)
+        return (*self.operands.slots, self.lhs, *self.operands.arrays)
 
     @property
     def problems(self) -> int:
@@ -132,44 +116,13 @@ class Product:
 
     def write(self, tile: Any, problem: Any, refs: Sequence[Any], y: Any) -> None:
         """Compute a tile of a problem; `refs` are references to `args`, y to the result [P, rows, N]."""
-        first = self.operands.first
+        first = len(self.operands.slots)
         right, *given = self.operands.sources(refs[first + 1 :], refs[:first], problem)
         self.tiled.run(tile, problem, refs[first], right, given, y)
 
     def result(self, y: Any) -> Any:
         """[P, rows, N] -> [G,R,*out]."""
         return as_product.result(self.tiled.op, y, self.groups, self.tiled.per_group)
-
-
-@dataclass(frozen=True, eq=False)
-class Shape:
-    """A product without its arrays. Equal ones compute the same of equal arrays."""
-
-    product: Product
-    key: Hashable
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Shape) and self.key == other.key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-
-def shape_of(product: Product) -> Shape:
-    given, tiled = product.operands, product.tiled
-    bare = replace(given, **{field: (None,) * len(getattr(given, field)) for field in ("slots", "places", "arrays")})
-    work, epilogue = None, tiled.epilogue
-    if epilogue:
-        tile = (tiled.blocks.m, tiled.blocks.n)
-        dtypes = [tiled.op.out.dtype, *(y.dtype for y in given.arrays[1:])]
-        jaxpr = jax.make_jaxpr(epilogue.apply)(*(jax.ShapeDtypeStruct(tile, dtype) for dtype in dtypes))
-        # What is kept is the work alone, and nothing of the program that it comes from.
-        epilogue = replace(epilogue, apply=lambda *tiles: J.evaluate(jaxpr, tiles)[0])
-        work = object() if jaxpr.consts else canonical(jaxpr, positional=True).key
-        work = (work, epilogue.kinds, str(epilogue.dtype))
-    op = (tiled.op.key, tiled.op.context, str(tiled.op.out.dtype))
-    key = (op, tiled.per_group, tiled.blocks, work, product.groups, bare)
-    return Shape(Product(replace(tiled, epilogue=epilogue), product.groups, None, bare), key)
 
 
 def product_of(

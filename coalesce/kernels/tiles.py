@@ -5,7 +5,7 @@ then the epilogue. No copy of a window, a patch or a weight is made.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ from coalesce.heavy import HeavyOp
 from coalesce.kernels.epilogue import Epilogue, WHOLE
 from coalesce.kernels.triton import both, div, dot, load, rem, store
 from coalesce.kernels.windows import Windows, windows_of
-from coalesce.slab import ALIGNED, Cut, Picked
+from coalesce.slab import Cut, Picked
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Source:
     """What a kernel reads a row of an array from: the array itself, or the slab that it lies in."""
 
     ref: Any
-    start: Any  # None: it is the array itself
+    start: int | None
     row: Any
 
     def load(self, place: tuple[Any, ...], length: int, mask: Any) -> Any:
@@ -47,46 +47,18 @@ def by_columns(op: HeavyOp) -> bool:
 @dataclass(frozen=True)
 class Operands:
     """What a launch gets for arrays, cuts, and rows of these that are picked: slots, if any are; the arrays to read
-    from; and for each where in it to begin, and whether problem p reads row slots[p] of it rather than row p.
-
-    Where to begin is part of the kernel, or data (`places`), so that equal layers of a network share one kernel; it is
-    counted in units of ALIGNED bytes then, for loads of several elements."""
+    from; and for each where in it to begin, and whether problem p reads row slots[p] of it rather than row p."""
 
     slots: tuple[Any, ...]
     arrays: tuple[Any, ...]
     starts: tuple[int | None, ...]
     picked: tuple[bool, ...]
-    places: tuple[Any, ...] = ()
 
-    @property
-    def first(self) -> int:
-        """How many references come before those to arrays."""
-        return len(self.slots) + len(self.places)
-
-    def sources(self, refs: Sequence[Any], given: Sequence[Any], problem: Any) -> list[Source]:
-        """Where a problem reads each, from references to `arrays`, and to slots and places."""
-        row = given[0][problem] if self.slots else problem
-        starts: list[Any] = list(self.starts)
-        if self.places:
-            at = given[len(self.slots)]
-            found = [i for i, start in enumerate(starts) if start is not None]
-            for n, i in enumerate(found):
-                starts[i] = at[n] * unit(refs[i].dtype)
-        each = zip(refs, starts, self.picked, strict=True)
+    def sources(self, refs: Sequence[Any], slots: Sequence[Any], problem: Any) -> list[Source]:
+        """Where a problem reads each, from references to `arrays` and to `slots`."""
+        row = slots[0][problem] if slots else problem
+        each = zip(refs, self.starts, self.picked, strict=True)
         return [Source(ref, start, row if picked else problem) for ref, start, picked in each]
-
-    def movable(self) -> Operands:
-        """With places as data, where all of them are whole units."""
-        found = [(start, unit(y.dtype)) for start, y in zip(self.starts, self.arrays, strict=True) if start is not None]
-        if not found or any(start % size for start, size in found):
-            return self
-        places = jnp.asarray([start // size for start, size in found], jnp.int32)
-        return replace(self, starts=tuple(None if s is None else 0 for s in self.starts), places=(places,))
-
-
-def unit(dtype: Any) -> int:
-    """ALIGNED in elements."""
-    return max(1, ALIGNED // jnp.dtype(dtype).itemsize)
 
 
 def operands_of(values: Sequence[Any]) -> Operands:
