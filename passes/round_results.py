@@ -144,15 +144,17 @@ def readers_of(bundle: Bundle) -> Mapping[Name, list[Reader | None]]:
 def multiplied(name: Name, readers: Mapping[Name, list[Reader | None]], kept: set[Name]) -> list[int] | None:
     """The places of the packs that multiply a value in TF32; None if it is read in any other way."""
     found: list[int] = []
+    if name in kept:
+        return None
     for reader in readers.get(name, ()):
-        if reader is None or name in kept:
+        if reader is None:
             return None
         at, step = reader
         ends = [at] if step is None else multiplied((name[0], step.eqn.outvars[0]), readers, kept)
         if ends is None:
             return None
         found += ends
-    return None if name in kept else found
+    return found
 
 
 def otherwise(pack: Pack, bundle: Bundle, costs: Costs, tuned: Tuned) -> Pack:

@@ -59,7 +59,7 @@ class Driver:
         self.stopped = False  # from then on nobody looks at the inbox
         self._policy, self._machine, self._maker, self._observers = policy, machine, maker, observers
         self._clock = clock
-        self._finisher = Finisher(self.inbox, machine, observers, clock, self.book)
+        self._finisher = Finisher(self.inbox, observers, clock, self.book)
         self.callbacks = Callbacks()
         self._watchdog = Watchdog(self._overdue, self.lose, hang_s)
         self._hang_ns = int(hang_s * 1e9)

@@ -17,7 +17,7 @@ from coalesce.runtime.book import Book
 from coalesce.runtime.endings import error_of
 from coalesce.runtime.gil import handing_on
 from coalesce.runtime.inbox import Inbox
-from coalesce.runtime.machine import Launched, Machine, Spoilt
+from coalesce.runtime.machine import Launched, Spoilt
 from coalesce.runtime.observer import Finished, Observers
 from coalesce.runtime.ticket import Ending, tell, Ticket
 from coalesce.scheduler.catalog import Entry
@@ -65,11 +65,9 @@ class Lost(NamedTuple):
 
 
 class Finisher(Attendant):
-    def __init__(
-        self, driver: Inbox, machine: Machine, observers: Observers, clock: Callable[[], int], book: Book
-    ) -> None:
+    def __init__(self, driver: Inbox, observers: Observers, clock: Callable[[], int], book: Book) -> None:
         super().__init__("finisher")
-        self._driver, self._machine, self._observers, self._clock, self._book = driver, machine, observers, clock, book
+        self._driver, self._observers, self._clock, self._book = driver, observers, clock, book
         self._free_ns = 0  # when the device was done with what was waited for last
         self._landed_ns = 0  # and with what landed last: the driver's thread writes it, a probe is not timed from it
 
