@@ -74,8 +74,12 @@ class MeasuredHost:
     def wake(self, ended: bool) -> int:
         return self._of(self.wakes[ended])
 
-    def decide(self, commands: Sequence[Command]) -> int:
+    def decide(self, event: Event, commands: Sequence[Command]) -> int:
         return self._of(self.busy[dispatches(commands)])
+
+    def bring(self, command: Dispatch) -> int:
+        """Part of what it is busy with."""
+        return 0
 
     def dispatch(self) -> int:
         """Part of the run, as the runtime counts."""
@@ -83,6 +87,10 @@ class MeasuredHost:
 
     def tell(self) -> int:
         """Until the driver wakes up."""
+        return 0
+
+    def hand_out(self, command: Dispatch) -> int:
+        """What is in time is known by when the device was done."""
         return 0
 
     def _of(self, times: Stretches) -> int:

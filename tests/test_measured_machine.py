@@ -67,4 +67,4 @@ def replace_id(entries: tuple) -> Executable:
 
 def test_a_log_that_says_nothing_is_a_host_that_takes_no_time():
     host = host_of([[]])
-    assert (host.wake(True), host.tell(), host.decide([]), host.dispatch()) == (0, 0, 0, 0)
+    assert (host.wake(True), host.tell(), host.decide(Timer(), []), host.dispatch()) == (0, 0, 0, 0)

@@ -57,8 +57,9 @@ class Launcher:
         overdue_ns = leaving.decided_ns + self._hang_ns
         begun_ns = self._clock()
         launched = self._launched(leaving)
-        host_ns = self._clock() - begun_ns if self._machine.copies else 0
-        flight = Flight(leaving.dispatch, leaving.form, leaving.entries, leaving.decided_ns, launched, host_ns)
+        copies = self._machine.copies
+        host_ns, since_ns = (self._clock() - begun_ns, begun_ns) if copies else (0, leaving.decided_ns)
+        flight = Flight(leaving.dispatch, leaving.form, leaving.entries, since_ns, launched, host_ns)
         lands = is_at_hand(flight.launched) and all(own.landed for own in self._aloft)
         self._aloft.append(Aloft(overdue_ns, lands))
         if not lands:
