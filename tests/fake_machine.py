@@ -14,7 +14,8 @@ from coalesce.runtime.driver import Driver
 from coalesce.runtime.history import History
 from coalesce.runtime.observer import Observer, Observers
 from coalesce.runtime.orders import Order
-from coalesce.runtime.ticket import Reply, Ticket
+from coalesce.runtime.reply import Reply
+from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler.catalog import Catalog, Entry, Executable
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.commands import Want
@@ -41,7 +42,7 @@ class FakeLaunched:
                 if self.machine.raises(ticket.inputs[0]):
                     raise ValueError(f"cannot compute {ticket.inputs[0]!r}")
 
-    def is_at_hand(self) -> bool:
+    def is_at_hand(self, within_s: float) -> bool:
         return self.machine.is_quick
 
     def results(self) -> list[list[Any]]:

@@ -16,7 +16,7 @@ import pytest
 
 from coalesce.errors import DeadlineExceeded, Shutdown, TenantClosed
 from coalesce.runtime.observer import Observer
-from coalesce.runtime.ticket import Reply
+from coalesce.runtime.reply import Reply
 from coalesce.scheduler.events import Closed, Submitted
 from tests.fake_machine import FakeMachine, Served
 

@@ -199,7 +199,7 @@ class Device:
     def _run(self, loaded: Loaded, filled: Filled, entries: Sequence[Sequence[Ticket]]) -> Bundle:
         executable, pools = loaded.executable, loaded.pools
         try:
-            outputs = executable.run([home.host.store.bank for home in loaded.homes], pools, filled)
+            outputs = executable.run(loaded.banks, pools, filled)
         except Exception as e:
             suspect(pools)
             executable.take_back_failed(filled)

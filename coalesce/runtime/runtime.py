@@ -26,15 +26,17 @@ from coalesce.runtime.form import match
 from coalesce.runtime.health import Health
 from coalesce.runtime.observer import Observer
 from coalesce.runtime.quarters import Resident
+from coalesce.runtime.reply import Reply
 from coalesce.runtime.station import health_of, Station, wait_ended
 from coalesce.runtime.surroundings import Surroundings
 from coalesce.runtime.tenancy import Tenancy, Wanted
 from coalesce.runtime.terms import allowed_ns, left_s, terms_of
-from coalesce.runtime.ticket import Reply, Ticket
+from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.events import Closed
 from coalesce.scheduler.policy import Policy
 from coalesce.scheduler.request import Request
+from coalesce.scheduler.tuples import made
 
 
 class Runtime:
@@ -225,20 +227,22 @@ class Runtime:
         left_ns = resident.terms["slo_ns"] if deadline is None else allowed_ns(resident.name, deadline)
         with self._sending:  # the driver sees requests in the order of their numbers
             number, now_ns = next(self._ids), self._clock()
-            request = Request(number, resident.name, form.family, now_ns, now_ns + left_ns, priority)
+            request = made(Request, (number, resident.name, form.family, now_ns, now_ns + left_ns, priority))
             resident.driver.send(Ticket(request, resident, form, flat, waiter, loop))
         return number
 
     def _resident(self, name: str) -> Resident:
         """Who can be asked."""
-        self._check_open()
         resident = self._tenancy.residents.get(name)
-        if resident is None:
-            raise TenantClosed(f"there is no tenant {name!r}; add_tenant adds one")
-        failure = resident.driver.failure
-        if failure is not None:
-            raise type(failure)(str(failure))
+        if self._closed or resident is None or resident.driver.failure is not None:
+            raise self._why_nobody(name, resident)
         return resident
+
+    def _why_nobody(self, name: str, resident: Resident | None) -> Exception:
+        self._check_open()
+        if resident is None or resident.driver.failure is None:
+            return TenantClosed(f"there is no tenant {name!r}; add_tenant adds one")
+        return type(resident.driver.failure)(str(resident.driver.failure))
 
     # What is known
 
