@@ -6,6 +6,7 @@ import pytest
 
 from coalesce.scheduler.catalog import Executable
 from coalesce.scheduler.coalescing import Coalescing
+from coalesce.scheduler.events import Timer
 from coalesce.scheduler.machine import Host, Line, line_catalog
 from coalesce.scheduler.request import Tenant
 from coalesce.scheduler.run import Run
