@@ -7,8 +7,6 @@ What compiles runs on any thread; everything else changes what the next bundle r
 from __future__ import annotations
 
 import itertools
-import math
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -36,8 +34,6 @@ from coalesce.serving.store import free_bytes
 
 ANNOTATION = "coalesce bundle"  # what a dispatch is called in a trace of jax.profiler
 
-LATELY_S = 10.0
-
 Key = tuple[tuple[Entry, ...], tuple[int, ...]]  # entries, and the capacity of each one's bank
 
 
@@ -49,7 +45,7 @@ class Device:
     ) -> None:
         self.at = default_device() if at is None else at
         self._apart = apart if is_wanted(self.at.platform) else None
-        self._launched_s = -math.inf  # the last bundle
+        self._served = False  # a request ran since nobody lived here
         self.number = number  # among those of the runtime
         self._memory_limit = memory_limit
         with self.here():
@@ -85,13 +81,13 @@ class Device:
         return compile_executable(lanes, make=self.make)
 
     def make(self, jitted: Any, arguments: tuple[Any, ...], donated: tuple[int, ...]) -> Any:
-        """JAX's Compiled. While others are served it is made in a process of its own, or, on a GPU, without kernels
-        being timed there to choose among them."""
-        serving = time.monotonic() - self._launched_s < LATELY_S
+        """JAX's Compiled. From the first request of a tenant on, and as long as tenants are here, who may ask for
+        something at any time, it is made in a process of its own, or, on a GPU, without kernels being timed there to
+        choose among them."""
         made = None
-        if self._apart is not None and serving:
+        if self._apart is not None and self._served:
             made = self._apart.compile(self.at, jitted, arguments, donated)
-        options = UNTIMED if serving and self.at.platform == "gpu" else None
+        options = UNTIMED if self._served and self.at.platform == "gpu" else None
         return made if made is not None else make_here(jitted, arguments, donated, options)
 
     def _lanes(self, entry: Entry, capacity: int) -> Lanes:
@@ -164,6 +160,7 @@ class Device:
     def dismiss(self, host: Host) -> Catalog:
         """Its bank and its executables go; its families' numbers are not used again."""
         self.hosts.pop(host.schema.key)
+        self._served = self._served and bool(self.hosts)
         return self.shut([family for family, home in self._homes.items() if home.host is host])
 
     def shut(self, families: Sequence[int]) -> Catalog:
@@ -180,8 +177,13 @@ class Device:
         return [next(self._families) for _ in range(count)]
 
     def launch(self, executable: int, entries: Sequence[Sequence[Ticket]]) -> Bundle:
+        self._served = True
+        return self.try_out(executable, entries)
+
+    def try_out(self, executable: int, entries: Sequence[Sequence[Ticket]]) -> Bundle:
+        """For lanes that nobody has asked for."""
         loaded = self._loaded[executable]
-        loaded.used, self._launched_s = next(self._runs), time.monotonic()
+        loaded.used = next(self._runs)
         number = next(ticket.bundles[-1] for tickets in entries for ticket in tickets)
         with jax.profiler.TraceAnnotation(ANNOTATION, device=self.number, bundle=number):
             restored(loaded.pools)  # before lanes are asked whose values are lost
