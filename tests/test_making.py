@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coalesce.runtime import device as device_module
-from coalesce.runtime.device import Device
+from coalesce.runtime import making
+from coalesce.runtime.making import Making
 from coalesce.runtime.runtime import Runtime
 from coalesce.serving.making import make_here
 
@@ -30,14 +30,17 @@ class Jitted:
         return "made"
 
 
-@pytest.mark.parametrize(("platform", "served", "options"), [
-    ("gpu", True, {"xla_gpu_autotune_level": 0}), ("gpu", False, None), ("cpu", True, None), ("cpu", False, None),
+UNTIMED = {"xla_gpu_autotune_level": 0}
+
+
+@pytest.mark.parametrize(("platform", "serves", "same", "options"), [
+    ("gpu", True, False, UNTIMED), ("gpu", False, True, UNTIMED), ("gpu", False, False, None),
+    ("cpu", True, True, None),
 ])  # fmt: skip
-def test_nothing_is_timed_on_a_gpu_that_serves(platform, served, options):
-    device, jitted = Device(), Jitted()
-    device.at = SimpleNamespace(platform=platform)
-    device._served = served
-    assert device.make(jitted, (), ()) == "made"
+def test_nothing_is_timed_on_a_gpu_that_serves_nor_where_kernels_are_to_be_the_same(platform, serves, same, options):
+    make, jitted = Making(SimpleNamespace(platform=platform), None, same), Jitted()
+    make.serves = serves
+    assert make(jitted, (), ()) == "made"
     assert jitted.options == [options]
 
 
@@ -67,11 +70,11 @@ def test_from_the_first_request_on_until_all_have_left_every_compiler_is_told_th
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(event)
 
-    monkeypatch.setattr(device_module, "make_here", recorded)
+    monkeypatch.setattr(making, "make_here", recorded)
     params, x = np.ones((4, 4), np.float32), np.ones((2, 4), np.float32)
     elsewhere: Any = Elsewhere()
     with Runtime(widths=(1, 2), compiled=False) as rt:
-        rt._stations[0].device._apart = elsewhere
+        rt._stations[0].device.make.apart = elsewhere
 
         def add(name: str, fn: Any) -> int:
             """How many programs were made for it."""
