@@ -49,7 +49,9 @@ class Bundle:
                 self._fetched = self._executable.fetch(self._outputs)
             else:
                 self._executable.send_back(self._outputs)  # here, since the driver has more to do than who waits
-                jax.block_until_ready(self._outputs)
+                for own in self._outputs:
+                    for x in own:  # JAX's function for trees holds the interpreter's lock longer than all of these
+                        x.block_until_ready()
         except Exception as e:
             suspect(self._pools)
             if filled is not None:

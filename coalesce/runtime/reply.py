@@ -92,7 +92,11 @@ class Reply(Future[Any]):
 
     def set_result(self, result: Any) -> None:
         with self._lock:
-            if self._state == RUNNING and self._made is None and not self._done_callbacks:
+            is_alone = self._state == RUNNING and self._made is None  # else somebody may wait, also in `_waiters`
+            if is_alone:
                 self._result, self._state = result, FINISHED
-                return
-        super().set_result(result)  # somebody may wait, in `_waiters` too, or is called back
+        if not is_alone:
+            super().set_result(result)
+            return
+        for call_back in self._done_callbacks:  # which are all the server's, and raise nothing
+            call_back(self)

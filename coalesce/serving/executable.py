@@ -107,7 +107,7 @@ class Executable:
         """Outputs as NumPy arrays, in one batch of transfers; None of a segment that is not the last."""
         wanted = [own if ends else None for ends, own in zip(self.ends, outputs, strict=True)]
         arrays = [x for own in wanted if own is not None for x in own]
-        if len(arrays) > 1:
+        if len(arrays) > 1 and not self.staging.packed:  # else `send_back` has
             for x in arrays:
                 x.copy_to_host_async()
         return [None if own is None else [np.asarray(x) for x in own] for own in wanted]
