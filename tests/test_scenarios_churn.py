@@ -13,8 +13,8 @@ from hypothesis import settings, strategies as st
 from hypothesis.stateful import initialize, precondition, rule, RuleBasedStateMachine, run_state_machine_as_test
 
 from coalesce.errors import InvalidInput, TenantClosed
+from coalesce.runtime.reply import Reply
 from coalesce.runtime.runtime import Runtime
-from coalesce.runtime.ticket import Reply
 from tests.checked import Checked
 from tests.memory import held_from_now
 

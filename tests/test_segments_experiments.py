@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from experiments import mixed_family, segments
+from experiments import banked, mixed_family, segments
 
 
 def saved(folder: Path) -> list[dict]:
@@ -33,3 +33,11 @@ def test_mixed_family_counts_bundles_of_several_families(tmp_path, capsys):
     assert apart["requests"] > 0 and not apart["mixed_bundles"] and not apart["mixed_executables"]
     assert mixed["requests"] > 0 and mixed["mixed_bundles"] <= mixed["bundles"]
     assert "| apart  |" in capsys.readouterr().out
+
+
+def test_banked_compares_a_full_bank_with_lanes_chosen_from_a_larger_one(tmp_path, capsys):
+    fields = "--fields=width=8,layers=2"
+    banked.main(["--model=mlp", fields, "--lanes=2", "--tenants=5", "--seconds=0.2", f"--out={tmp_path}"])
+    full, chosen = saved(tmp_path)
+    assert [full["slots"], chosen["slots"]] == [2, 5] and max(full["error"], chosen["error"]) < 1e-5
+    assert "Choosing costs" in capsys.readouterr().out

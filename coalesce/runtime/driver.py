@@ -118,7 +118,8 @@ class Driver:
 
     def send(self, ticket: Ticket) -> None:
         """Take on a request; called on any thread."""
-        self._observers.sent(ticket)
+        if self._observers.hear_sent:
+            self._observers.sent(ticket)
         self.book.tickets[ticket.request.id] = ticket
         self.inbox.put(ticket.request)
         if self.stopped:  # it may have come after the last look at the inbox

@@ -23,6 +23,7 @@ from coalesce.runtime.ticket import Ending, tell, Ticket
 from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.commands import Dispatch, Reason
 from coalesce.scheduler.events import Completed
+from coalesce.scheduler.tuples import made
 
 LOG = logging.getLogger("coalesce.runtime")
 
@@ -148,12 +149,13 @@ class Finisher(Attendant):
         self, results: Sequence[Sequence[Any] | None], entries: Sequence[Sequence[Ticket]], now_ns: int
     ) -> None:
         ended = [(tickets, own) for tickets, own in zip(entries, results, strict=True) if own is not None]
-        endings = [Ending(*both) for tickets, own in ended for both in zip(tickets, own, strict=True)]
-        claimed = self._book.claim([ending.ticket for ending in endings])
+        lanes = [lane for both in ended for lane in zip(*both, strict=True)]
+        endings = [made(Ending, (ticket, result, None)) for ticket, result in lanes]
+        claimed = self._book.claim([ticket for ticket, _ in lanes])
         if len(claimed) < len(endings):
             own = set(claimed)
             endings = [ending for ending in endings if ending.ticket in own]
-        spoilt = [own for own in endings if isinstance(own.result, Spoilt)]
+        spoilt = [own for own in endings if type(own.result) is Spoilt]
         if spoilt:
             endings = [own for own in endings if not isinstance(own.result, Spoilt)]
         self._observers.ended(endings, now_ns)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -65,6 +66,11 @@ class Executable:
     states: States
     compiled: Any
 
+    @cached_property
+    def ends(self) -> tuple[bool, ...]:
+        """Of each entry, whether its outputs are results."""
+        return tuple(own.is_last for own in self.lanes)
+
     def stage(self, entries: Sequence[Sequence[Lane]]) -> Filled:
         """What `run` takes for some lanes of each entry."""
         return self.staging.fill(entries)
@@ -75,6 +81,9 @@ class Executable:
         """The outputs [width, ...] of each entry, or something to wait for if it is not the last segment. `banks[e]` is
         the bank of its schema as it is now, `pools[e]` the pool of its program, if that is cut."""
         states = self.states
+        if not states.kept and not states.written:  # most programs are not cut
+            _, outputs = self.compiled(banks, [], [], filled.arguments)
+            return outputs
         kept, written = (states.arrays(places, pools) for places in (states.kept, states.written))
         after, outputs = self.compiled(banks, kept, written, filled.arguments)
         states.store(pools, after)
@@ -83,7 +92,7 @@ class Executable:
     def send_back(self, outputs: list[list[jax.Array]]) -> None:
         """So that results follow the last kernel to the host, instead of waiting until somebody asks for them."""
         if self.staging.packed:
-            for x in chain.from_iterable(own for lanes, own in zip(self.lanes, outputs, strict=True) if lanes.is_last):
+            for x in chain.from_iterable(own for ends, own in zip(self.ends, outputs, strict=True) if ends):
                 x.copy_to_host_async()
 
     def take_back(self, filled: Filled) -> None:
@@ -96,9 +105,9 @@ class Executable:
 
     def fetch(self, outputs: list[list[jax.Array]]) -> list[Any]:
         """Outputs as NumPy arrays, in one batch of transfers; None of a segment that is not the last."""
-        wanted = [own if lanes.is_last else None for lanes, own in zip(self.lanes, outputs, strict=True)]
+        wanted = [own if ends else None for ends, own in zip(self.ends, outputs, strict=True)]
         arrays = [x for own in wanted if own is not None for x in own]
-        if len(arrays) > 1:
+        if len(arrays) > 1 and not self.staging.packed:  # else `send_back` has
             for x in arrays:
                 x.copy_to_host_async()
         return [None if own is None else [np.asarray(x) for x in own] for own in wanted]

@@ -94,6 +94,11 @@ class Staging:
         slots = [[jax.ShapeDtypeStruct((width,), np.int32)] * (2 if pool else 1) for width, pool in self.shapes]
         return [[*own, *inputs] for own, inputs in zip(slots, self.inputs, strict=True)]
 
+    @cached_property
+    def plain(self) -> list[list[tuple[tuple[int, ...], np.dtype]]]:
+        """`parts`, as NumPy asks for them: a struct takes longer to say so than the memory takes to be had."""
+        return [[(part.shape, np.dtype(part.dtype)) for part in own] for own in self.parts]
+
     @property
     def shapes(self) -> list[tuple[int, int]]:
         return list(zip(self.widths, self.pools, strict=True))
@@ -114,7 +119,7 @@ class Staging:
     def buffers(self, locked: Locked | None = None) -> Filled:
         """New ones, of which nothing is written; in that memory, if it is given."""
         if not self.packed:
-            views = [[np.empty(part.shape, part.dtype) for part in own] for own in self.parts]
+            views = [[np.empty(shape, dtype) for shape, dtype in own] for own in self.plain]
             return Filled(views, self.given(views), list(self.widths))
         buffer, start = np.empty(self.structs.shape, WORD) if locked is None else locked.view, 0
         views = []
