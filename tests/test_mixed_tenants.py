@@ -97,7 +97,7 @@ def test_shape_clusters(tmp_path):
     assert sum(shape["ops"] for shape in shapes) == 3 + 3 + 25
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".png"}
     # The gates of the GRU, which are three, and of the LSTM, which are four, on one row.
-    assert "| 1 x 2048 x 512 " in run.stdout and "| 1 x 1536 x 512 |" in run.stdout
+    assert "| 1 x 2048 x 512 " in run.stdout and " 1 x 1536 x 512 |" in run.stdout
 
 
 def test_executables_compares_cuts_of_one_program(monkeypatch, tmp_path):
