@@ -27,7 +27,7 @@ from coalesce.runtime.health import Health
 from coalesce.runtime.observer import Observer
 from coalesce.runtime.quarters import Resident
 from coalesce.runtime.reply import Reply
-from coalesce.runtime.station import health_of, Station, wait_ended
+from coalesce.runtime.station import health_of, Setup, Station, wait_ended
 from coalesce.runtime.surroundings import Surroundings
 from coalesce.runtime.tenancy import Tenancy, Wanted
 from coalesce.runtime.terms import allowed_ns, left_s, terms_of
@@ -48,9 +48,9 @@ class Runtime:
       widths: how many lanes the executables of a family have, ascending from 1.
       capacity: tenants of a family that there is room for at first; it grows by doubling. None: by the size of one.
       segments: how many a program is cut into, between which others may run. None: as few as cost and SLOs ask for.
-      memory_limit: bytes on a device for weights; what the device has, if it says so, unless given.
-      reproducible: every request of a tenant runs in an executable of one width, the widest, however few lanes it has:
-        its result does not depend on who else asks.
+      memory_limit: bytes on a device for weights and what lies between segments; unless given, what it says it has.
+      reproducible: a tenant's requests run in executables of one width, the widest, of its program alone, and with the
+        same kernels, however few lanes they have: a result does not depend on who else asks.
       executables: how many are kept for a device; those that ran the longest ago go first.
       compiled: a folder in which executables are kept for the next process, unless JAX has been given one; None: see
         coalesce.runtime.persistence; False: none.
@@ -80,21 +80,18 @@ class Runtime:
             raise InvalidInput("give at least one device; with several, give policy= as a function that makes one")
         self._clock = clock
         self._accounts, self._process = Accounts(), Surroundings(compiled)
+        if reproducible:  # cuts depend on who else is here
+            widths, segments = (max(widths),), 1 if segments is None else segments
+        setup = Setup(tuple(sorted(widths)), capacity, segments, executables, hang_s, stall_s, self._process.around)
         self._stations = [
             Station(
                 number,
-                Device(memory_limit, at, number, self._process.apart),
+                Device(memory_limit, at, number, self._process.apart, reproducible),
                 policy() if callable(policy) else policy,
                 self._accounts,
                 observers,
                 clock,
-                widths=(max(widths),) if reproducible else tuple(sorted(widths)),
-                capacity=capacity,
-                segments=segments,
-                executables=executables,
-                hang_s=hang_s,
-                stall_s=stall_s,
-                around=self._process.around,
+                setup,
             )
             for number, at in enumerate(devices or [None])
         ]
