@@ -251,9 +251,7 @@ def test_tenants_come_and_go_under_load_and_leave_nothing(watched: Runtime, stal
         for i in range(count):
             if i % 20 == 4:
                 name, fn = f"new{i}", another(i)
-                newcomers.append(
-                    watched.add_tenant(name, fn, vector(i), example=(vector(0),), slo=SLO, wait=False)
-                )
+                newcomers.append(watched.add_tenant(name, fn, vector(i), example=(vector(0),), slo=SLO, wait=False))
             kind = sorted(FUNCTIONS)[i % 2]
             watched.add_tenant(f"t{i}", FUNCTIONS[kind], vector(i), example=(vector(0),), slo=SLO)
             np.testing.assert_array_equal(watched.submit(f"t{i}", vector(1)).result(60), expected(kind, i, 1))
