@@ -24,7 +24,7 @@ from coalesce.runtime.orders import Order
 from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.commands import Command, Reason
-from coalesce.scheduler.events import Closed, Completed, Event, TenantRemoved
+from coalesce.scheduler.events import Closed, Completed, Event, Submitted, TenantRemoved
 from tests.fake_machine import FakeLaunched, FakeMachine, Served
 
 pytestmark = pytest.mark.once
@@ -51,6 +51,38 @@ def test_what_arrives_while_a_bundle_runs_shares_the_next_one():
         wait([first, *others], 10)
         assert machine.launches[0] == ["first"]
         assert max(map(len, machine.launches)) == 8
+
+
+def test_a_bundle_that_has_ended_is_told_before_requests_that_came_first():
+    told: list[Event] = []
+
+    class Told(Observer):
+        def decided(self, event, now_ns, commands) -> None:
+            told.append(event)
+
+    machine = FakeMachine()
+    machine.go.clear()
+    with Served(machine, observers=[Told()]) as served:
+        first = served.submit("t0", "first")
+        while not machine.launches:
+            time.sleep(0.001)
+        busy, goes = threading.Event(), threading.Event()
+
+        def hold() -> tuple[()]:
+            busy.set()
+            goes.wait(10)
+            return ()
+
+        served.driver.inbox.put(Order(hold))  # the driver is busy, and then finds both in its inbox
+        busy.wait(10)
+        second = served.submit("t1", "second")
+        machine.go.set()
+        first.result(10)
+        goes.set()
+        second.result(10)
+    (ended, came) = [event for event in told if isinstance(event, Completed | Submitted)][1:3]
+    assert isinstance(ended, Completed) and ended.followed
+    assert isinstance(came, Submitted) and [request.tenant for request in came.requests] == ["t1"]
 
 
 @in_segments

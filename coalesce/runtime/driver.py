@@ -201,11 +201,17 @@ class Driver:
         return not is_last
 
     def _handle(self, items: Sequence[Any]) -> None:
+        """In their order, but for bundles that have ended: requests are admitted by what is known of the device."""
         arrived: list[Request] = []
+        left = sum(isinstance(item, Request) for item in items)  # that the policy has not been told of
         for item in items:
             if isinstance(item, Request):
                 arrived.append(item)
                 continue
+            if isinstance(item, Completed):
+                self._tell(item._replace(followed=True) if left else item)
+                continue
+            left -= len(arrived)
             self._tell_arrived(arrived)
             if isinstance(item, Order | Exhausted):
                 self._launcher.hand_out(everything=True)  # an order takes as long as it likes

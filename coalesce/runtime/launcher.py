@@ -62,8 +62,9 @@ class Launcher:
         overdue_ns = leaving.decided_ns + self._hang_ns
         begun_ns = self._clock()
         launched = self._launched(leaving)
-        host_ns = self._clock() - begun_ns if self._machine.copies else 0
-        flight = Flight(leaving.dispatch, leaving.form, leaving.entries, leaving.decided_ns, launched, host_ns)
+        copies = self._machine.copies
+        host_ns, since_ns = (self._clock() - begun_ns, begun_ns) if copies else (0, leaving.decided_ns)
+        flight = Flight(leaving.dispatch, leaving.form, leaving.entries, since_ns, launched, host_ns)
         is_first = all([own.landed for own in self._aloft])
         within_s = BRIEF_S if leaving.dispatch.l50_ns < SHORT_NS else 0.0
         lands = is_first and not isinstance(launched, Exception) and launched.is_at_hand(within_s)
