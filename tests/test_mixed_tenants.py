@@ -58,9 +58,9 @@ def test_every_model_is_in_a_set():
     assert {settings.named(item)[0] for items in mixed_tenants.SETS.values() for item in items} == set(NAMES)
 
 
-def test_a_prediction_is_right_wrong_or_within_the_spread():
+def test_a_prediction_is_right_wrong_or_within_the_noise():
     def row(method, median, spread=2.0, ops=4, predicted=0.0):
-        times = {"round_us_median": median, "round_us_p10": median, "round_us_p90": median + spread}
+        times = {"round_us_median": median, "round_us_p10": median, "round_us_p90": median + spread, "repeats": 300}
         facts = {"superkernels_across": ops // 2, "ops_across": ops, "loops_across": 0, "predicted_gain_us": predicted}
         return {"set": "s", "method": method, "failed": "", **times, "facts": facts}
 
@@ -72,10 +72,18 @@ def test_a_prediction_is_right_wrong_or_within_the_spread():
 
     assert verdict(row("always", 120.0, predicted=-30.0)).endswith(
         "2 superkernels across families with 4 ops, joint loops: 0; "
-        "predicted -30 us, measured -20 us (-20.0%); the sign is right"
+        "predicted -30 us, measured -20 us (-20.0%); the sign is right, the size 1.5 times too large"
     )
+    assert verdict(row("always", 120.0, predicted=-4.0)).endswith("the sign is right, the size 5 times too small")
+    assert verdict(row("always", 120.0, predicted=-20.1)).endswith("the sign is right, and the size")
     assert verdict(row("always", 120.0, predicted=30.0)).endswith("the sign is wrong")
-    assert verdict(row("always", 100.5, predicted=30.0)).endswith("within the spread of the times")
+    assert verdict(row("always", 120.0, predicted=-0.1)).endswith("nothing was predicted")
+    assert verdict(row("always", 101.9, predicted=-1.0)).endswith("within the noise")
+    assert verdict(row("always", 101.9, predicted=30.0)).endswith("within the noise, though more was predicted")
+    assert verdict(row("always", 102.1, predicted=30.0)).endswith("the sign is wrong")
+    # 100 us between p10 and p90 of 300 rounds are 2.8 us of a median's error, of one of two medians.
+    assert verdict(row("always", 105.0, spread=100.0, predicted=30.0)).endswith("though more was predicted")
+    assert verdict(row("always", 106.0, spread=100.0, predicted=30.0)).endswith("the sign is wrong")
     nothing = verdict(row("auto", 101.0, ops=0))
     assert "packs nothing across families" in nothing and nothing.endswith("-1 us (-1.0%)")
     assert list(gain_lines([never, row("always", 90.0) | {"failed": "no memory"}])) == []
