@@ -13,6 +13,7 @@ from absl.testing import flagsaver
 
 from coalesce.models import NAMES
 from experiments import executables, mixed_tenants, settings
+from experiments.cost_cases import cls_of, model_ops
 from experiments.mixed_report import gain_lines
 
 ROOT = Path(__file__).parent.parent
@@ -106,6 +107,31 @@ def test_shape_clusters(tmp_path):
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".png"}
     # The pooler of BERT and the gates of the GRU that read its carry are one row times 512 x 512.
     assert "| 1 x 512 x 512 " in run.stdout and "gru 3, bert_small 1" in run.stdout
+
+
+@pytest.mark.once  # it predicts, and runs nothing
+def test_cost_error_predicts_again_what_was_measured_with_other_kernels(tmp_path):
+    op = model_ops("float32", ["mlp"])[0]
+    row = {"cls": cls_of(op, ""), "what": op.shape, "dtype": "float32", "groups": 2, "predicted_us": 1.0}
+    rows = [
+        row | {"kernel": "batched_dot", "chosen": True, "measured_us": 7.0},
+        row | {"kernel": "separate", "chosen": True, "measured_us": 8.0},
+        row | {"kernel": "batched_dot", "chosen": True, "measured_us": 9.0, "what": "of no model"},
+    ]
+    head = {"command": "c", "device": "d", "date": "2026-01-01", "note": "", "versions": {"jax": "0"}}
+    path = tmp_path / "cost_error.json"
+    path.write_text(json.dumps({"header": head | {"settings": {"entry": "CPU"}}, "rows": rows}))
+    command = [sys.executable, "-m", "experiments.cost_error", "--models=mlp", "--groups=1,2", f"--again={path}"]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    said = "of 3 rows 1 are dropped, whose op no model has any more, and 1 are of a kernel that is not chosen any more"
+    assert f"{said}; 1 of kernels that are chosen since were not measured" in run.stderr
+    found = {(row["kernel"], row["groups"]): row for row in json.loads(path.read_text())["rows"] if row["kernel"]}
+    assert set(found) == {("batched_dot", 1), ("batched_dot", 2), ("separate", 2)}
+    assert (found["batched_dot", 2]["measured_us"], found["separate", 2]["measured_us"]) == (7.0, 8.0)
+    assert found["batched_dot", 2]["chosen"] and not found["separate", 2]["chosen"]
+    assert found["batched_dot", 2]["predicted_us"] != 1.0 and found["batched_dot", 1]["failed"] == "not measured"
+    assert "1 cases are of kernels that the compiler does not take for them now" in path.with_suffix(".md").read_text()
 
 
 def test_executables_compares_cuts_of_one_program(monkeypatch, tmp_path):
