@@ -117,8 +117,8 @@ def predict_again(path: Path) -> None:
     new = [row for row in anew if name_of(row) not in old]
     left = [row for row in anew if row["kernel"] and not row["chosen"] and old.get(name_of(row), {}).get("chosen")]
     print(
-        f"{path}: of {len(old)} rows {gone} are dropped, whose op no model has any more, and {len(left)} are of a kernel "
-        f"that is not chosen any more; {len(new)} of kernels that are chosen since were not measured",
+        f"{path}: of {len(old)} rows {gone} are dropped, whose op no model has any more, and {len(left)} are of a "
+        f"kernel that is not chosen any more; {len(new)} of kernels that are chosen since were not measured",
         file=sys.stderr,
     )
     save_rows(path, head, anew)

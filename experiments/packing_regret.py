@@ -4,8 +4,9 @@
 
 An instance is a set of 2 to 4 programs, one of which at least has branches (experiments/packing_instances.py). The
 optimum is found and proven by integer programming (experiments/packing_exact.py; needs ortools). Instances whose
-optimum wins nothing do not count, nor those of chains alone, which are packed as well as can be. Beside `coalesce.packing.align` stand two simple methods, so that one sees what its parts buy: `greedy`
-joins whatever wins most at the moment, and `alignment` is the dynamic program alone.
+optimum wins nothing do not count, nor those of chains alone, which are packed as well as can be. Beside
+`coalesce.packing.align` stand two simple methods, so that one sees what its parts buy: `greedy` joins whatever wins
+most at the moment, and `alignment` is the dynamic program alone.
 """
 
 from __future__ import annotations

@@ -109,6 +109,21 @@ def test_shape_clusters(tmp_path):
     assert "| 1 x 512 x 512 " in run.stdout and "gru 3, bert_small 1" in run.stdout
 
 
+EIGHT = "resnet18,vgg16,vit_ti16,bert_small,lstm,gru,dlrm,mlp"
+
+
+@pytest.mark.once  # it plans, and runs nothing
+@pytest.mark.parametrize("models", [EIGHT, pytest.param(",".join(NAMES), marks=pytest.mark.slow)], ids=["8", "all"])
+def test_64_tenants_are_planned_in_seconds(tmp_path, models):
+    """Of CPU time, so that it does not matter what else runs: a fifth of the bound or less is what it takes."""
+    command = [sys.executable, "-m", "experiments.planning_time", f"--models={models}", f"--out={tmp_path}"]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert f"64 programs in {models.count(',') + 1} families" in run.stdout
+    seconds = {row["what"]: row["seconds"] for row in json.loads((tmp_path / "planning_time.json").read_text())["rows"]}
+    assert "align" in seconds and seconds["fuse, all of it"] < 20
+
+
 @pytest.mark.once  # it predicts, and runs nothing
 def test_cost_error_predicts_again_what_was_measured_with_other_kernels(tmp_path):
     op = model_ops("float32", ["mlp"])[0]
