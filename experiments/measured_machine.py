@@ -74,8 +74,12 @@ class MeasuredHost:
     def wake(self, ended: bool) -> int:
         return self._of(self.wakes[ended])
 
-    def decide(self, commands: Sequence[Command]) -> int:
+    def decide(self, event: Event, commands: Sequence[Command]) -> int:
         return self._of(self.busy[dispatches(commands)])
+
+    def bring(self, command: Dispatch) -> int:
+        """Part of what it is busy with."""
+        return 0
 
     def dispatch(self) -> int:
         """Part of the run, as the runtime counts."""
@@ -83,6 +87,10 @@ class MeasuredHost:
 
     def tell(self) -> int:
         """Until the driver wakes up."""
+        return 0
+
+    def hand_out(self, command: Dispatch) -> int:
+        """What is in time is known by when the device was done."""
         return 0
 
     def _of(self, times: Stretches) -> int:
@@ -106,11 +114,10 @@ def host_of(logs: Iterable[Sequence[Decision]], now_ns: Callable[[], int] = lamb
     idle_ns = SURE * int(median(known)) if known else 0
     wakes: list[list[tuple[bool, Moment]]] = [[] for _ in pairs]
     for own, found in zip(pairs, wakes, strict=True):
-        for before, after in own:
-            since_ns = happened_ns(after.event, before.commands)
+        for (before, after), (_, later) in zip(own, [*own[1:], (None, None)], strict=False):
+            since_ns, ended = woken_ns(before, after, later)
             if before.now_ns + idle_ns < since_ns < NEVER:
-                moment = Moment(since_ns - own[0][0].now_ns, after.now_ns - since_ns)
-                found.append((isinstance(after.event, Completed), moment))
+                found.append((ended, Moment(since_ns - own[0][0].now_ns, after.now_ns - since_ns)))
     whole = Stretches([moment for _, moment in found] for found in busy)
     return MeasuredHost(by_kind(wakes), {kind: own or whole for kind, own in by_kind(busy).items()}, now_ns)
 
@@ -120,6 +127,16 @@ def by_kind(stretches: Sequence[Sequence[tuple[bool, Moment]]]) -> dict[bool, St
         kind: Stretches([moment for own, moment in found if own is kind] for found in stretches)
         for kind in (False, True)
     }
+
+
+def woken_ns(before: Decision, after: Decision, later: Decision | None) -> tuple[int, bool]:
+    """When the driver could have been told, and whether a bundle's end was the reason; requests that were told after
+    one may have come before it."""
+    since_ns, event = happened_ns(after.event, before.commands), after.event
+    if isinstance(event, Completed) and event.followed and later is not None:
+        came_ns = happened_ns(later.event, ())
+        return min(since_ns, came_ns), since_ns <= came_ns
+    return since_ns, isinstance(event, Completed)
 
 
 def happened_ns(event: Event, asked: Sequence[Command]) -> int:

@@ -86,7 +86,7 @@ class Admission:
     ) -> bool:
         level, items, due_ns = queue.level, queue.items, request.deadline_ns
         if start.is_idle and not queue.lot and not any([own.order for own in (level, *level.above)]):
-            return now_ns + queue.costs.alone.l50_ns <= due_ns
+            return start.free_ns + queue.costs.alone.l50_ns <= due_ns
         kept_ns = kept(due_ns - now_ns, queue, False) if over and queue.lot else 0
         is_last = not items or items[-1] < (due_ns, request.id)
         if is_last and not careful and has_room(queue, due_ns - kept_ns, start, now_ns):

@@ -37,9 +37,10 @@ from coalesce.scheduler.events import (
 )
 from coalesce.scheduler.flight import Bundle, Flight, Lead
 from coalesce.scheduler.joining import join, meets, Part, Run
+from coalesce.scheduler.lag import Lag
 from coalesce.scheduler.lanes import Item, Lane, Queue
 from coalesce.scheduler.latency import LatencyModel, Prediction
-from coalesce.scheduler.laying import Begun, Start
+from coalesce.scheduler.laying import Start
 from coalesce.scheduler.load import Load
 from coalesce.scheduler.patience import wait_until
 from coalesce.scheduler.quarantine import Watch
@@ -47,6 +48,7 @@ from coalesce.scheduler.queues import Queues
 from coalesce.scheduler.requests import Requests
 from coalesce.scheduler.shares import Shares
 from coalesce.scheduler.slots import Slots
+from coalesce.scheduler.starting import Starting
 from coalesce.scheduler.tenancy import Tenancy
 from coalesce.scheduler.tuples import made
 from coalesce.scheduler.wants import Wants
@@ -60,7 +62,7 @@ class Coalescing:
         much earlier as the host takes to bring it there."""
         self.latency = LatencyModel()
         self._depth = depth
-        self._lead = Lead(lead_ns)
+        self._lead, self._lag = Lead(lead_ns), Lag()
         self._costs = Costs(self.latency)
         self._slots = Slots()
         self._queues = Queues(self._costs_of, self._slots)
@@ -70,14 +72,12 @@ class Coalescing:
         self._watch = Watch()
         self._wants = Wants()
         self._load = Load()
+        self._starting = Starting(self._flight, self._costs, self._load, self._lag)
         self._requests = Requests(
             self._queues, self._slots, self._tenancy, self._watch, self._shares, self._costs, self._load
         )
         self._bundles = 0
-        self._started: Start | None = None  # what it was last, where nothing of the flight or of costs has changed
         self._wake = WakeAt(0)  # the last one
-        self._fixed_ns = 0  # until when it may stay the same
-        self._next_ns = 0  # the next bundle goes no sooner, as long as that is so
         self._doubt = Doubt(self._costs, self._tenancy)
         self._handlers: dict[type, Callable[[Any, int], None]] = {
             Cancelled: lambda event, now_ns: self._requests.cancel(event.request),
@@ -92,22 +92,25 @@ class Coalescing:
     def on_event(self, event: Event, now_ns: int) -> Sequence[Command]:
         out: list[Command] = []
         flying, queues, doubt, requests = self._flight.bundles, self._queues, self._doubt, self._requests
+        starting = self._starting
         self._out = requests.out = out
+        ready_ns = self._lag.begin(event, now_ns)
         if isinstance(event, Submitted):
             if not flying and not requests.lanes and not requests.closed:
                 self._moved_of(doubt.arise(event.requests, now_ns))
-            start = self._started
-            if start is None or now_ns >= self._fixed_ns or self._load.is_over(now_ns) is start.is_calm:
-                start = self._start(now_ns)
+            start = starting.known
+            if start is None or ready_ns >= starting.fixed_ns or self._load.is_over(now_ns) is start.is_calm:
+                start = starting.find(now_ns)
             requests.submit(event.requests, start, now_ns)
         else:
             self._handlers[type(event)](event, now_ns)
-            start = self._start(now_ns)
+            start = starting.find(now_ns)
         if queues.hopeless_ns <= start.free_ns:
             self._drop_hopeless(start.free_ns, now_ns)
-        next_ns = self._next_ns
-        if next_ns <= now_ns:
-            next_ns = self._dispatch(start, now_ns)
+        next_ns = starting.next_ns
+        if next_ns <= ready_ns:
+            is_followed = isinstance(event, Completed) and event.followed
+            next_ns = now_ns if is_followed else self._dispatch(start, now_ns)
         if doubt.hoped:
             self._moved_of(doubt.settle(flying[0].executable if flying else None, self.waiting))
         wake_ns = queues.hopeless_ns
@@ -130,8 +133,9 @@ class Coalescing:
 
     def _complete(self, event: Completed, now_ns: int) -> None:
         bundle = self._flight.complete(event)
-        self._started = None
+        self._starting.forget()
         self._lead.learn(event)
+        self._lag.learn(event)
         self._flight.host_ns = self._lead.host_ns
         if not event.failed:
             self._learn(bundle, event, now_ns)
@@ -154,7 +158,7 @@ class Coalescing:
 
     def _moved(self, families: frozenset[int] | None = None) -> None:
         """Predictions have, of all families or of some."""
-        self._started = None
+        self._starting.forget()
         self._costs.forget(families)
         self._queues.refresh(families)
 
@@ -182,7 +186,7 @@ class Coalescing:
         self._costs.change(catalog, self._tenancy.tightest_ns)
         self._costs.cap_ns = self._tenancy.cap(lambda family: self._costs.of((family, 0)).alone.l99_ns)
         self._costs.forget()
-        self._started = None
+        self._starting.forget()
         self._queues.refresh()
 
     def _costs_of(self, place: Place, lot: int) -> PlaceCosts:
@@ -204,11 +208,10 @@ class Coalescing:
 
     def _dispatch(self, start: Start, now_ns: int) -> int:
         """Dispatches what can go now; when the next bundle may go, or until when waiting is better."""
-        flying = self._flight.bundles
+        flying, starting = self._flight.bundles, self._starting
         while len(flying) < self._depth:
-            next_ns = self._flight.takes_at(start.free_ns) - self._lead.ns
-            if next_ns > now_ns:
-                self._next_ns = next_ns
+            next_ns = starting.decides_at(self._lead.ns)
+            if next_ns > self._lag.ready_ns:
                 return next_ns
             run = self._next_run(start, now_ns)
             if run is None or self._is_awaited(run, start.free_ns):
@@ -217,7 +220,7 @@ class Coalescing:
             if patient_ns > now_ns:
                 return patient_ns
             self._go(run, now_ns)
-            start = self._start(now_ns)
+            start = starting.find(now_ns)
         return FAR
 
     def _next_run(self, start: Start, now_ns: int) -> Run | None:
@@ -226,29 +229,6 @@ class Coalescing:
             if window is not None:
                 return join(window, self._queues, self._costs, start.free_ns)
         return None
-
-    def _start(self, now_ns: int) -> Start:
-        """When the device can begin with what waits; lanes that it has go on with their later segments first."""
-        free_ns, known = self._flight.free_at(now_ns), self._started
-        is_calm = not self._load.is_over(now_ns)
-        if known is not None:
-            if known.free_ns == free_ns and known.is_calm == is_calm:
-                return known
-            self._next_ns = 0
-            self._started = made(Start, (free_ns, known.begun, known.slip_ns, is_calm, known.is_idle))
-            return self._started
-        self._fixed_ns, self._next_ns, slip_ns = self._flight.fixed_until_ns, 0, 0.0
-        begun: list[Begun] = []
-        for bundle in self._flight.bundles:
-            for (family, segment), lanes in bundle.parts:
-                slip_ns = max(slip_ns, float(self._costs.slip(family, bundle.l99_ns - bundle.l50_ns)))
-                if segment + 1 == self._costs.catalog.segments_of(family):
-                    continue
-                costs = self._costs.of((family, segment + 1))
-                if costs.options:
-                    begun.append(Begun(lanes[0].request.deadline_ns, costs.cover.first(len(lanes))))
-        self._started = Start(free_ns, tuple(begun), slip_ns, is_calm, not self._flight.bundles)
-        return self._started
 
     def _is_awaited(self, run: Run, start_ns: int) -> bool:
         """Whether lanes on the device are due before this run and would be late after it, or are better run together
@@ -279,8 +259,9 @@ class Coalescing:
         bundle = Bundle(self._bundles, run.executable, parts, run.l50_ns, run.l99_ns, clean_ns)
         lanes = tuple([tuple([lane.request.id for lane in lanes]) for _, lanes in parts])
         self._out.append(Dispatch(bundle.id, run.executable, lanes, run.l50_ns, run.l99_ns, run.why))
-        self._flight.add(bundle, now_ns)
-        self._started = None
+        self._flight.add(bundle, self._lag.ready_ns)
+        self._lag.send()
+        self._starting.forget()
         self._bundles += 1
 
     def _want_both(self, part: Part, now_ns: int) -> None:

@@ -32,6 +32,8 @@ class Completed(NamedTuple):
     end_ns: int
     failed: bool = False  # no lane has a result: some lane raised, and which one is not known
     host_ns: int = 0  # what the host took to bring it to the device, where that is not done at once
+    followed: bool = False  # requests have come since, and are told next: what runs next is decided with them
+    results_ns: int = 0  # and from the end of the last one that was handed out before until clients had its results
 
 
 class TenantAdded(NamedTuple):

@@ -88,6 +88,13 @@ class Flight(Generic[B]):
         """When a bundle that is dispatched now begins, if nothing takes longer than it mostly does."""
         return (self._first_ns if now_ns < self._first_ns else now_ns) + self._behind_ns
 
+    def delays(self, now_ns: int, slip_ns: int) -> int:
+        """By how much the next one begins later, if the device is free later by so much: by nothing while the host
+        brings it."""
+        brought_ns = max(self._brought_ns, now_ns) + self.host_ns
+        late_ns = self.free_at(now_ns) + slip_ns - brought_ns
+        return slip_ns if late_ns > slip_ns else max(0, late_ns)
+
     def takes_at(self, free_ns: int) -> int:
         """When the device can begin with another one, free from then on, if the host has to bring it first."""
         brought_ns = self._brought_ns + self.host_ns

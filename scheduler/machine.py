@@ -2,7 +2,8 @@
 
 Lines        executables that take l = alpha * width + beta, for each family
 quantiles    draws how long one takes from its median and its 99th percentile
-Host         what the host adds around a bundle
+Host         what the host adds around a bundle, the same each time
+SerialHost   a host with one thread for all of it, which may be what takes longest
 Compiler     what becomes of executables that a policy wants
 """
 
@@ -15,7 +16,8 @@ from random import Random
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from coalesce.scheduler.catalog import Catalog, Entry, Executable
-from coalesce.scheduler.commands import Command
+from coalesce.scheduler.commands import Command, Dispatch
+from coalesce.scheduler.events import Event, Submitted
 
 WIDTHS = (1, 2, 4, 8, 16, 32)
 Z99 = 2.3263  # a normal variable is below it with a chance of 99%
@@ -70,9 +72,12 @@ def line_times(
 def quantiles(executable: Executable, rng: Random) -> int:
     """Log-normal, with the executable's median and 99th percentile; always the same where they are equal."""
     l50_ns, l99_ns = executable.l50_ns, executable.l99_ns
-    if l99_ns <= l50_ns:
-        return l50_ns
-    return int(l50_ns * math.exp(rng.gauss(0.0, 1.0) * math.log(l99_ns / l50_ns) / Z99))
+    return spread_out(l50_ns, l99_ns / l50_ns, rng) if l99_ns > l50_ns else l50_ns
+
+
+def spread_out(l50_ns: int, spread: float, rng: Random) -> int:
+    """Log-normal, with a 99th percentile of `spread` times the median."""
+    return int(l50_ns * math.exp(rng.gauss(0.0, 1.0) * math.log(spread) / Z99)) if spread > 1 else l50_ns
 
 
 @runtime_checkable
@@ -83,16 +88,25 @@ class HostTimes(Protocol):
         """Until the driver's thread is told what happens while it waits: that a bundle ended, or anything else."""
         ...
 
-    def decide(self, commands: Sequence[Command]) -> int:
+    def decide(self, event: Event, commands: Sequence[Command]) -> int:
         """How long it is busy with an event that it answers so: what arrives meanwhile is told afterwards."""
         ...
 
+    def bring(self, command: Dispatch) -> int:
+        """How much longer with a bundle, before which the device cannot begin it; 0 where that is not done by the
+        driver's thread."""
+        ...
+
     def dispatch(self) -> int:
-        """Until the device can begin with what was dispatched to it."""
+        """Until the device can begin with what was dispatched to it, if nobody brings it."""
         ...
 
     def tell(self) -> int:
-        """From the end of a bundle until clients have results, and the policy is told."""
+        """From the end of a bundle until the policy is told, and clients have results if nobody hands them out."""
+        ...
+
+    def hand_out(self, command: Dispatch) -> int:
+        """From the end of a bundle until clients have results, and the next one is waited for."""
         ...
 
 
@@ -108,14 +122,62 @@ class Host:
     def wake(self, ended: bool) -> int:
         return self.wake_ns
 
-    def decide(self, commands: Sequence[Command]) -> int:
+    def decide(self, event: Event, commands: Sequence[Command]) -> int:
         return self.decide_ns
+
+    def bring(self, command: Dispatch) -> int:
+        return 0
 
     def dispatch(self) -> int:
         return self.dispatch_ns
 
     def tell(self) -> int:
         return self.tell_ns
+
+    def hand_out(self, command: Dispatch) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class SerialHost:
+    """One thread is told, decides and brings bundles to the device, and another hands results out; what they take
+    varies as much as `spread`, l99 / l50, says, by draws of `rng`."""
+
+    rng: Random
+    request_ns: int = 0  # for each that is submitted
+    event_ns: int = 0
+    bundle_ns: int = 0  # to bring one, and for each of its lanes
+    lane_ns: int = 0
+    results_ns: int = 0  # of one, and for each of its lanes
+    result_ns: int = 0
+    wake_ns: int = 0
+    spread: float = 1.0
+
+    def wake(self, ended: bool) -> int:
+        return self._drawn(self.wake_ns)
+
+    def decide(self, event: Event, commands: Sequence[Command]) -> int:
+        requests = len(event.requests) if isinstance(event, Submitted) else 0
+        return self._drawn(self.event_ns + requests * self.request_ns)
+
+    def bring(self, command: Dispatch) -> int:
+        return self._drawn(self.bundle_ns + lanes_of(command) * self.lane_ns)
+
+    def dispatch(self) -> int:
+        return 0
+
+    def tell(self) -> int:
+        return 0
+
+    def hand_out(self, command: Dispatch) -> int:
+        return self._drawn(self.results_ns + lanes_of(command) * self.result_ns)
+
+    def _drawn(self, ns: int) -> int:
+        return spread_out(ns, self.spread, self.rng)
+
+
+def lanes_of(command: Dispatch) -> int:
+    return sum(map(len, command.lanes))
 
 
 PROMPT = Host()

@@ -111,6 +111,9 @@ class Simulation:
         self._compiled_ns = 0
         self._device_ns = 0  # when it is done with what it has
         self._told_ns = 0  # when the policy is told of the last bundle
+        self._seen_ns = 0  # when anybody saw that it was done
+        self._results_ns = 0  # what handing its results out took from then on
+        self._handed: dict[int, int] = {}  # when clients have results of bundles, where somebody hands them out
         self._driver_ns = 0  # when it is done with what it was told
         self._wake_ns = FAR
 
@@ -133,7 +136,12 @@ class Simulation:
             if time_ns >= until_ns:
                 return
             now_ns = run.end_ns = time_ns if is_prompt else self._told_at(time_ns, happens and next_ns == time_ns)
-            if arrival is not None and arrival_ns < next_ns:
+            if not is_prompt and heap and heap[0][0] <= now_ns and isinstance(heap[0][2], Completed):
+                at_ns, serial, event = heappop(heap)
+                if arrival is not None and arrival_ns <= now_ns:
+                    event = event._replace(followed=True)
+                self._happen((at_ns, serial, event), now_ns)
+            elif arrival is not None and arrival_ns < next_ns:
                 request, arrival = request_of(arrival), next(coming, None)
                 upto_ns = now_ns if now_ns < next_ns else next_ns
                 if arrival is None or arrival.time_ns > upto_ns:
@@ -186,6 +194,7 @@ class Simulation:
     def _finish(self, event: Completed, ended_ns: int) -> None:
         """Lanes that were at their last segment have ended."""
         dispatch = self._bundles.pop(event.bundle)
+        ended_ns = self._handed.pop(event.bundle, ended_ns)
         run = self._run
         if event.failed:
             run.failures += 1
@@ -203,7 +212,7 @@ class Simulation:
     def _tell(self, event: Event, now_ns: int) -> None:
         commands = self._on_event(event, now_ns)
         if self._host is not PROMPT:
-            self._driver_ns = now_ns + self._host.decide(commands)
+            self._driver_ns = now_ns + self._host.decide(event, commands)
         self._run.decisions += 1
         for watch in self._watchers:
             watch(event, now_ns, commands)
@@ -222,7 +231,13 @@ class Simulation:
 
     def _dispatch(self, command: Dispatch, now_ns: int) -> None:
         executable = self._executables[command.executable]
-        start_ns = max(self._device_ns, now_ns + self._host.dispatch())
+        host, brought_ns, bring_ns = self._host, now_ns, 0
+        if host is not PROMPT:
+            brought_ns, bring_ns = now_ns + host.dispatch(), host.bring(command)
+            if bring_ns:
+                begun_ns = self._driver_ns
+                brought_ns = self._driver_ns = begun_ns + bring_ns
+        start_ns = max(self._device_ns, brought_ns)
         end_ns = start_ns + self._takes(executable, self._rng)
         failed = False
         if self._faults is not None:
@@ -235,8 +250,21 @@ class Simulation:
         run.mixed += len(command.lanes) > 1
         self._device_ns = end_ns
         self._bundles[command.bundle] = command
-        self._told_ns = max(self._told_ns, end_ns + self._host.tell())
-        self.happen([(self._told_ns, Completed(command.bundle, start_ns, end_ns, failed))])
+        completed = Completed(command.bundle, start_ns, end_ns, failed, bring_ns)
+        if bring_ns:
+            completed = self._waited_for(command, completed, begun_ns)
+        self._told_ns = max(self._told_ns, completed.end_ns + host.tell())
+        self.happen([(self._told_ns, completed)])
+
+    def _waited_for(self, command: Dispatch, completed: Completed, begun_ns: int) -> Completed:
+        """As a thread sees it that hands out the results of one after another: it began when the one before it was
+        done, or when it was decided."""
+        seen_ns = self._seen_ns
+        end_ns = max(completed.end_ns, seen_ns + self._results_ns)
+        known = completed._replace(start_ns=max(seen_ns, begun_ns), end_ns=end_ns, results_ns=self._results_ns)
+        self._results_ns = 0 if completed.failed else self._host.hand_out(command)
+        self._seen_ns, self._handed[command.bundle] = end_ns, end_ns + self._results_ns
+        return known
 
     def _go_wrong(self, faults: Faults, command: Dispatch, start_ns: int, end_ns: int) -> tuple[int, bool]:
         """(when it ends, whether it fails)"""

@@ -44,7 +44,7 @@ def fake(observers: Sequence[Observer]) -> Any:
 
     machine = FakeMachine(takes_s=0.00001)
     machine.launches = deque(maxlen=1)  # pyright: ignore[reportAttributeAccessIssue]
-    with Served(machine, slo_s=60.0, observers=observers, check=False) as served:
+    with Served(machine, slo_s=60.0, observers=observers) as served:
         yield lambda i: served.submit(f"t{i % TENANTS}", bytes(4096))
 
 

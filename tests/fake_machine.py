@@ -14,24 +14,27 @@ from coalesce.runtime.driver import Driver
 from coalesce.runtime.history import History
 from coalesce.runtime.observer import Observer, Observers
 from coalesce.runtime.orders import Order
-from coalesce.runtime.ticket import Reply, Ticket
+from coalesce.runtime.reply import Reply
+from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler.catalog import Catalog, Entry, Executable
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.commands import Want
 from coalesce.scheduler.events import CatalogChanged, Event, TenantAdded, TenantRemoved
+from coalesce.scheduler.policy import Policy
 from coalesce.scheduler.request import Request, Tenant
 from tests.checked import Checked
 
 WIDTHS = (1, 2, 4, 8)
+SLOTS = 20  # lanes that may be between two segments
 
 
 class FakeLaunched:
-    def __init__(self, machine: FakeMachine, entries: Sequence[Sequence[Ticket]]) -> None:
-        self.machine, self.entries = machine, entries
+    def __init__(self, machine: FakeMachine, entries: Sequence[Sequence[Ticket]], is_last: bool = True) -> None:
+        self.machine, self.entries, self.is_last = machine, entries, is_last
 
     def wait(self) -> None:
         self.machine.go.wait()
-        time.sleep(self.machine.takes_s)
+        time.sleep(self.machine.takes_s / self.machine.segments)
         if sum(map(len, self.entries)) > self.machine.most_lanes:
             raise OutOfDeviceMemory(f"no room for more than {self.machine.most_lanes} lanes")
         for tickets in self.entries:
@@ -41,10 +44,12 @@ class FakeLaunched:
                 if self.machine.raises(ticket.inputs[0]):
                     raise ValueError(f"cannot compute {ticket.inputs[0]!r}")
 
-    def is_at_hand(self) -> bool:
+    def is_at_hand(self, within_s: float) -> bool:
         return self.machine.is_quick
 
-    def results(self) -> list[list[Any]]:
+    def results(self) -> list[Any]:
+        if not self.is_last:
+            return [None for _ in self.entries]
         return [[("result", ticket.inputs[0]) for ticket in tickets] for tickets in self.entries]
 
 
@@ -60,9 +65,10 @@ class FakeMachine:
         most_lanes: int = 1000,  # that there is memory for
         dies_of: Any = None,
         is_quick: bool = False,  # bundles are done when their launch returns
+        segments: int = 1,  # of the program, which takes no longer for it
     ) -> None:
         self.takes_s, self.raises, self.most_lanes, self.dies_of = takes_s, raises, most_lanes, dies_of
-        self.is_quick = is_quick
+        self.is_quick, self.segments = is_quick, segments
         self.launches: list[list[Any]] = []
         self.released: list[int] = []
         self.go = threading.Event()
@@ -70,10 +76,17 @@ class FakeMachine:
 
     def launch(self, executable: int, entries: Sequence[Sequence[Ticket]]) -> FakeLaunched:
         self.launches.append([ticket.inputs[0] for tickets in entries for ticket in tickets])
-        return FakeLaunched(self, entries)
+        return FakeLaunched(self, entries, executable // len(WIDTHS) == self.segments - 1)
 
     def release(self, tickets: Sequence[Ticket]) -> None:
         self.released += [ticket.request.id for ticket in tickets]
+
+
+def catalog_of(machine: FakeMachine) -> Catalog:
+    took_ns = round(machine.takes_s * 1e9) // machine.segments
+    places = [Entry(0, segment, width) for segment in range(machine.segments) for width in WIDTHS]
+    made = tuple(Executable(i, (entry,), took_ns, 2 * took_ns) for i, entry in enumerate(places))
+    return Catalog(made) if machine.segments == 1 else Catalog(made, {0: machine.segments}, {0: SLOTS})
 
 
 class NoMaker:
@@ -104,21 +117,17 @@ class Served:
         quota: int = 1000,
         hang_s: float = 30.0,
         observers: Sequence[Observer] = (),
-        check: bool = True,  # what is always true; what is served is remembered for it
+        policy: Policy | None = None,
     ) -> None:
         self.machine = machine
         self.maker = NoMaker()
         self.accounts = Accounts()
         self.history = History()
         self.checked = Checked()
-        checks = [self.checked] if check else []
-        watchers = Observers([self.accounts, self.history, *checks, *observers])
-        self.driver = Driver(Coalescing(), machine, watchers, time.monotonic_ns, self.maker, hang_s)
+        watchers = Observers([self.accounts, self.history, self.checked, *observers])
+        self.driver = Driver(policy or Coalescing(), machine, watchers, time.monotonic_ns, self.maker, hang_s)
         self.slo_ns, self.ids, self.sending = round(slo_s * 1e9), itertools.count(), threading.RLock()
-        took_ns = round(machine.takes_s * 1e9)
-        catalog = Catalog(
-            tuple(Executable(i, (Entry(0, 0, width),), took_ns, 2 * took_ns) for i, width in enumerate(WIDTHS))
-        )
+        catalog = catalog_of(machine)
         added = [TenantAdded(Tenant(f"t{i}", (0,), self.slo_ns, quota=quota)) for i in range(tenants)]
         for event in added:
             self.accounts.open(event.tenant.name)

@@ -22,15 +22,18 @@ from coalesce.errors import (
 from coalesce.runtime.observer import Observer
 from coalesce.runtime.orders import Order
 from coalesce.runtime.ticket import Ticket
-from coalesce.scheduler.commands import Reason
-from coalesce.scheduler.events import Closed, Event, TenantRemoved
+from coalesce.scheduler.coalescing import Coalescing
+from coalesce.scheduler.commands import Command, Reason
+from coalesce.scheduler.events import Closed, Completed, Event, Submitted, TenantRemoved
 from tests.fake_machine import FakeLaunched, FakeMachine, Served
 
 pytestmark = pytest.mark.once
+in_segments = pytest.mark.parametrize("segments", [1, 3])
 
 
-def test_results_go_to_whom_they_belong():
-    with Served(FakeMachine()) as served:
+@in_segments
+def test_results_go_to_whom_they_belong(segments: int):
+    with Served(FakeMachine(segments=segments)) as served:
         replies = [(i, served.submit(f"t{i % 4}", i)) for i in range(200)]
         assert [reply.result(10) for _, reply in replies] == [("result", i) for i, _ in replies]
         assert served.driver.book.wait_empty(1.0)
@@ -50,9 +53,42 @@ def test_what_arrives_while_a_bundle_runs_shares_the_next_one():
         assert max(map(len, machine.launches)) == 8
 
 
+def test_a_bundle_that_has_ended_is_told_before_requests_that_came_first():
+    told: list[Event] = []
+
+    class Told(Observer):
+        def decided(self, event, now_ns, commands) -> None:
+            told.append(event)
+
+    machine = FakeMachine()
+    machine.go.clear()
+    with Served(machine, observers=[Told()]) as served:
+        first = served.submit("t0", "first")
+        while not machine.launches:
+            time.sleep(0.001)
+        busy, goes = threading.Event(), threading.Event()
+
+        def hold() -> tuple[()]:
+            busy.set()
+            goes.wait(10)
+            return ()
+
+        served.driver.inbox.put(Order(hold))  # the driver is busy, and then finds both in its inbox
+        busy.wait(10)
+        second = served.submit("t1", "second")
+        machine.go.set()
+        first.result(10)
+        goes.set()
+        second.result(10)
+    (ended, came) = [event for event in told if isinstance(event, Completed | Submitted)][1:3]
+    assert isinstance(ended, Completed) and ended.followed
+    assert isinstance(came, Submitted) and [request.tenant for request in came.requests] == ["t1"]
+
+
+@in_segments
 @pytest.mark.parametrize("bad", [0, 5, 7])
-def test_a_lane_that_raises_fails_alone_after_few_reruns(bad):
-    machine = FakeMachine(raises=lambda value: value == bad)
+def test_a_lane_that_raises_fails_alone_after_few_reruns(bad, segments: int):
+    machine = FakeMachine(raises=lambda value: value == bad, segments=segments)
     machine.go.clear()
     with Served(machine, tenants=8) as served:
         hold = [served.submit("t0", "hold"), served.submit("t0", "hold")]
@@ -71,8 +107,9 @@ def test_a_lane_that_raises_fails_alone_after_few_reruns(bad):
         assert served.accounts.stats().tenants[f"t{bad}"].failed == 1
 
 
-def test_cancelled_requests_never_run_and_end_once():
-    machine = FakeMachine()
+@in_segments
+def test_cancelled_requests_never_run_and_end_once(segments: int):
+    machine = FakeMachine(segments=segments)
     machine.go.clear()
     with Served(machine) as served:
         running = [served.submit("t0", i) for i in range(64)]
@@ -92,8 +129,9 @@ def test_cancelled_requests_never_run_and_end_once():
         assert tenant.cancelled >= 64 - 2 * 8  # at most two bundles were on their way
 
 
-def test_a_deadline_that_passes_in_the_queue_is_an_error_in_time():
-    machine = FakeMachine(takes_s=0.001)
+@in_segments
+def test_a_deadline_that_passes_in_the_queue_is_an_error_in_time(segments: int):
+    machine = FakeMachine(takes_s=0.001, segments=segments)
     machine.go.clear()
     with Served(machine) as served:
         hold = [served.submit("t0", "hold") for _ in range(24)]
@@ -127,23 +165,26 @@ class Broken(Observer):
         raise RuntimeError("a sink that is broken")
 
 
-def test_an_observer_that_raises_is_dropped_and_the_loop_lives(caplog):
-    with Served(FakeMachine(), observers=[Broken()]) as served, caplog.at_level(logging.ERROR):
+@in_segments
+def test_an_observer_that_raises_is_dropped_and_the_loop_lives(caplog, segments: int):
+    with Served(FakeMachine(segments=segments), observers=[Broken()]) as served, caplog.at_level(logging.ERROR):
         assert served.submit("t0", 1).result(10) == ("result", 1)
         assert served.submit("t0", 2).result(10) == ("result", 2)
     assert [r.getMessage() for r in caplog.records if "is not told anything any more" in r.getMessage()]
 
 
-def test_a_callback_that_raises_hurts_nobody(caplog):
-    with Served(FakeMachine()) as served, caplog.at_level(logging.CRITICAL, "concurrent.futures"):
+@in_segments
+def test_a_callback_that_raises_hurts_nobody(caplog, segments: int):
+    with Served(FakeMachine(segments=segments)) as served, caplog.at_level(logging.CRITICAL, "concurrent.futures"):
         reply = served.submit("t0", 1)
         reply.add_done_callback(lambda _: 1 / 0)
         assert reply.result(10) == ("result", 1)
         assert served.submit("t1", 2).result(10) == ("result", 2)
 
 
-def test_a_device_that_hangs_ends_everything_with_an_error():
-    machine = FakeMachine()
+@in_segments
+def test_a_device_that_hangs_ends_everything_with_an_error(segments: int):
+    machine = FakeMachine(segments=segments)
     machine.go.clear()
     served = Served(machine, hang_s=0.2)
     replies = [served.submit("t0", i) for i in range(20)]
@@ -156,8 +197,9 @@ def test_a_device_that_hangs_ends_everything_with_an_error():
     served.driver.stop()
 
 
-def test_removing_a_tenant_without_drain_ends_what_waits():
-    machine = FakeMachine()
+@in_segments
+def test_removing_a_tenant_without_drain_ends_what_waits(segments: int):
+    machine = FakeMachine(segments=segments)
     machine.go.clear()
     with Served(machine) as served:
         replies = [served.submit("t0", i) for i in range(64)]
@@ -171,8 +213,9 @@ def test_removing_a_tenant_without_drain_ends_what_waits():
         assert all(e is None or isinstance(e, TenantClosed) for e in errors)
 
 
-def test_closing_with_drain_serves_what_waits_and_takes_no_more():
-    machine = FakeMachine()
+@in_segments
+def test_closing_with_drain_serves_what_waits_and_takes_no_more(segments: int):
+    machine = FakeMachine(segments=segments)
     machine.go.clear()
     with Served(machine) as served:
         replies = [served.submit("t0", i) for i in range(40)]
@@ -190,7 +233,27 @@ def test_what_is_sent_after_the_end_ends_too():
     assert isinstance(served.submit("t0", 1).exception(10), Shutdown)
 
 
+class Buggy(Coalescing):
+    """Fails when it is told of the tenth bundle."""
+
+    def on_event(self, event: Event, now_ns: int) -> Sequence[Command]:
+        if isinstance(event, Completed) and event.bundle == 9:
+            raise ZeroDivisionError
+        return super().on_event(event, now_ns)
+
+
 def test_a_bug_in_the_policy_leaves_nobody_waiting(caplog):
+    machine = FakeMachine()
+    with caplog.at_level(logging.CRITICAL, "coalesce.runtime"), Served(machine, policy=Buggy()) as served:
+        replies = [served.submit(f"t{i % 4}", i) for i in range(200)]
+        errors = [reply.exception(10) for reply in replies]
+        assert {type(e) for e in errors} == {type(None), DeviceError}
+        assert "driver failed" in str(errors[-1]) and len(machine.launches) <= 11
+        assert isinstance(served.submit("t0", 1).exception(10), DeviceError)
+        assert not served.driver.book.tickets
+
+
+def test_a_bug_in_what_is_done_between_bundles_leaves_nobody_waiting(caplog):
     with Served(FakeMachine()) as served, caplog.at_level(logging.CRITICAL, "coalesce.runtime"):
 
         def broken() -> list[Event]:

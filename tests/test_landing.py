@@ -13,7 +13,8 @@ from coalesce.errors import DeviceError, TenantClosed, TenantFailure
 from coalesce.runtime.finisher import Probe
 from coalesce.runtime.observer import Observer
 from coalesce.runtime.orders import Order
-from coalesce.runtime.ticket import Ending, Reply, Ticket
+from coalesce.runtime.reply import Reply
+from coalesce.runtime.ticket import Ending, Ticket
 from coalesce.scheduler.events import Event
 from tests.fake_machine import FakeLaunched, FakeMachine, Served
 
@@ -40,7 +41,7 @@ class Sometimes(FakeMachine):
     def launch(self, executable: int, entries: Sequence[Sequence[Ticket]]) -> FakeLaunched:
         launched = super().launch(executable, entries)
         quick = next(self.count) % 3 == 0
-        launched.is_at_hand = lambda: quick
+        launched.is_at_hand = lambda within_s: quick
         return launched
 
 
@@ -65,6 +66,23 @@ def test_the_driver_hands_out_what_is_done_at_once():
         assert served.driver.book.wait_empty(5.0)
     assert set(where.threads) == {"coalesce-driver"}
     assert served.accounts.stats().bundles == len(served.machine.launches)
+
+
+@pytest.mark.parametrize("l50_s, looks", [(2e-5, True), (0.5, False)])
+def test_what_is_short_is_looked_at_for_a_moment(l50_s, looks):
+    """As long as it takes to hand it on; others wait for what is longer."""
+    asked: list[float] = []
+    machine = FakeMachine(takes_s=l50_s)
+
+    def launch(executable: int, entries: Sequence[Sequence[Ticket]]) -> FakeLaunched:
+        launched = FakeMachine.launch(machine, executable, entries)
+        launched.is_at_hand = lambda within_s: bool(asked.append(within_s))
+        return launched
+
+    machine.launch = launch
+    with Served(machine) as served:
+        assert served.submit("t0", 1).result(10) == ("result", 1)
+    assert [within_s > 0 for within_s in asked] == [looks]
 
 
 def test_bundles_complete_in_their_order_whoever_waits_for_them():
@@ -127,7 +145,7 @@ def test_a_callback_waits_for_no_later_bundle():
     def launch(executable: int, entries: Sequence[Sequence[Ticket]]) -> FakeLaunched:
         launched = FakeMachine.launch(machine, executable, entries)
         if entries[0][0].inputs[0] == "quick":
-            launched.is_at_hand = lambda: launched_one.set() or is_added.wait(10)
+            launched.is_at_hand = lambda within_s: launched_one.set() or is_added.wait(10)
         else:
             launched.wait = lambda: None if called.wait(10) else pytest.fail("the callback waits for this bundle")
         return launched

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from types import SimpleNamespace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from coalesce.runtime.device import Device
+from coalesce.runtime import making
+from coalesce.runtime.making import Making
+from coalesce.runtime.runtime import Runtime
+from coalesce.serving.making import make_here
 
 
 class Jitted:
@@ -25,13 +30,72 @@ class Jitted:
         return "made"
 
 
-@pytest.mark.parametrize(("platform", "serving", "options"), [
-    ("gpu", True, {"xla_gpu_autotune_level": 0}), ("gpu", False, None), ("cpu", True, None), ("cpu", False, None),
+UNTIMED = {"xla_gpu_autotune_level": 0}
+
+
+@pytest.mark.parametrize(("platform", "serves", "same", "options"), [
+    ("gpu", True, False, UNTIMED), ("gpu", False, True, UNTIMED), ("gpu", False, False, None),
+    ("cpu", True, True, None),
 ])  # fmt: skip
-def test_nothing_is_timed_on_a_gpu_that_serves(platform, serving, options):
-    device, jitted = Device(), Jitted()
-    device.at = SimpleNamespace(platform=platform)
-    if serving:
-        device._launched_s = time.monotonic()
-    assert device.make(jitted, (), ()) == "made"
+def test_nothing_is_timed_on_a_gpu_that_serves_nor_where_kernels_are_to_be_the_same(platform, serves, same, options):
+    make, jitted = Making(SimpleNamespace(platform=platform), None, same), Jitted()
+    make.serves = serves
+    assert make(jitted, (), ()) == "made"
     assert jitted.options == [options]
+
+
+class Elsewhere:
+    """In place of the compiler in another process, which is asked while somebody is served: it has none."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def compile(self, *_: Any) -> None:
+        self.asked += 1
+
+
+def net(params: Any, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ params) @ params
+
+
+def test_from_the_first_request_on_until_all_have_left_every_compiler_is_told_that_somebody_is_served(monkeypatch):
+    """Also of what `verify` has a tenant compute alone. Trying a tenant out serves nobody."""
+    made, compiled = list[str](), list[str]()
+
+    def recorded(jitted: Any, *rest: Any) -> Any:
+        made.append(jitted.__name__)
+        return make_here(jitted, *rest)
+
+    def seen(event: str, *_: Any, **__: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    monkeypatch.setattr(making, "make_here", recorded)
+    params, x = np.ones((4, 4), np.float32), np.ones((2, 4), np.float32)
+    elsewhere: Any = Elsewhere()
+    with Runtime(widths=(1, 2), compiled=False) as rt:
+        rt._stations[0].device.make.apart = elsewhere
+
+        def add(name: str, fn: Any) -> int:
+            """How many programs were made for it."""
+            made.clear()
+            rt.add_tenant(name, fn, params, example=(x,), slo=30.0, verify=True)
+            rt.warm_up(60.0)
+            return len(made)
+
+        assert add("a", net) and not elsewhere.asked
+        assert "alone" in made
+        rt.submit("a", x).result(60)
+        jax.monitoring.register_event_duration_secs_listener(seen)
+        try:
+            asked = add("b", lambda p, x: net(p, x) + 1)
+        finally:
+            jax.monitoring.unregister_event_duration_listener(seen)
+        assert "alone" in made and elsewhere.asked == asked
+        assert 0 < len(compiled) <= asked, "something was compiled that no compiler was asked for"
+        rt.remove_tenant("a")
+        assert add("c", lambda p, x: net(p, x) + 2) and elsewhere.asked == asked + len(made)
+        before = elsewhere.asked
+        rt.remove_tenant("b")
+        rt.remove_tenant("c")
+        assert add("d", lambda p, x: net(p, x) + 3) and elsewhere.asked == before

@@ -6,6 +6,7 @@ import pytest
 
 from coalesce.scheduler.catalog import Executable
 from coalesce.scheduler.coalescing import Coalescing
+from coalesce.scheduler.events import Timer
 from coalesce.scheduler.machine import Host, Line, line_catalog
 from coalesce.scheduler.request import Tenant
 from coalesce.scheduler.run import Run
@@ -67,4 +68,4 @@ def replace_id(entries: tuple) -> Executable:
 
 def test_a_log_that_says_nothing_is_a_host_that_takes_no_time():
     host = host_of([[]])
-    assert (host.wake(True), host.tell(), host.decide([]), host.dispatch()) == (0, 0, 0, 0)
+    assert (host.wake(True), host.tell(), host.decide(Timer(), []), host.dispatch()) == (0, 0, 0, 0)

@@ -290,6 +290,23 @@ def test_a_program_is_cut_while_it_is_served_for_a_tenant_who_cannot_wait_for_it
         assert {e.entries[0].family for e in device_of(rt).catalog.executables}.isdisjoint(before[1])
 
 
+def test_reproducible_results_change_neither_by_a_cut_nor_by_an_executable_of_several_families(monkeypatch):
+    """Whoever comes: a tenant who cannot wait for a long program, and one whose program would run with it in less."""
+    long, rows = [weights(i, 6, 512) for i in range(2)], np.tile(row(3, 512), (256, 1))
+    with Runtime(widths=(1, 2), reproducible=True, compiled=False) as rt:
+        device, asked = device_of(rt), count_cuts(rt)
+        rt.add_tenant("long", deep, long[0], example=(rows,), slo=SLO)
+        before = rt.submit("long", rows).result(60)
+        rt.add_tenant("urgent", steep, weights(1), example=(row(0),), slo=0.0005)
+        rt.add_tenant("late", deep_and_one, long[1], example=(rows,), slo=SLO)
+        assert not asked and pool_of(rt, "long") is None and pool_of(rt, "late") is None
+        monkeypatch.setattr(device, "apart_ns", lambda entries: 10**12 if len(entries) > 1 else None)
+        rt._stations[0].foundry.want(Want((Entry(0, 0, 2), Entry(1, 0, 2))))
+        rt.warm_up(120.0)
+        assert not device.catalog.mixed
+        np.testing.assert_array_equal(rt.submit("long", rows).result(60), before)
+
+
 def test_a_number_of_segments_is_at_least_one():
     with pytest.raises(InvalidInput, match="segments is 0"):
         Runtime(segments=0)

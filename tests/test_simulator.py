@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import count
+from random import Random
 
 import pytest
 
@@ -20,7 +21,7 @@ from coalesce.scheduler.events import (
     Timer,
 )
 from coalesce.scheduler.faults import Faults, Raises, Slow, Stall
-from coalesce.scheduler.machine import Compiler, Host, Line, line_catalog, line_times, quantiles
+from coalesce.scheduler.machine import Compiler, Host, Line, line_catalog, line_times, quantiles, SerialHost
 from coalesce.scheduler.policy import Policy
 from coalesce.scheduler.request import Tenant
 from coalesce.scheduler.run import Outcome, quantile, Run
@@ -92,6 +93,28 @@ def test_the_host_takes_time_too():
     assert run.busy_ns == 30
 
 
+def test_one_thread_decides_and_brings_and_another_hands_out():
+    policy = OneByOne()
+    host = SerialHost(
+        Random(0), request_ns=2, event_ns=1, bundle_ns=5, lane_ns=1, results_ns=20, result_ns=1, wake_ns=3
+    )
+    run = run_of(policy, (100, "a"), (104, "b"), (105, "b"), host=host)
+    (told, *later), ended = policy.told[3:], [e for _, e in policy.told if isinstance(e, Completed)]
+    assert told[0] == 103  # it had to wake up; then it was busy until 106, and with the bundle until 112
+    assert [(at, type(event)) for at, event in later[:1]] == [(112, Submitted)]  # told together
+    first, second, third = ended
+    assert (first.start_ns, first.end_ns, first.host_ns, first.results_ns) == (106, 122, 6, 0)
+    assert second.results_ns == third.results_ns == 21 and second.end_ns >= first.end_ns + 21
+    assert run.ends_ns == [own.end_ns + 21 for own in ended]
+
+
+def test_who_came_before_a_bundle_ended_is_told_after_it():
+    policy = OneByOne()
+    run_of(policy, (0, "a"), (16, "b"), host=Host(decide_ns=1, wake_ns=5))
+    (_, ended), (_, came) = [own for own in policy.told if isinstance(own[1], Completed | Submitted)][1:3]
+    assert isinstance(ended, Completed) and ended.followed and isinstance(came, Submitted)
+
+
 def test_timers_come_when_they_were_asked_for_and_any_event_asks_anew():
     policy = OneByOne({2: [WakeAt(10)], 3: [WakeAt(40)], 4: [WakeAt(60)]})
     run_of(policy, (20, "a"))
@@ -149,7 +172,6 @@ def test_equal_seeds_give_equal_logs_and_others_do_not():
 
 
 def test_times_are_drawn_as_the_quantiles_say():
-    from random import Random
 
     rng = Random(0)
     times = sorted(quantiles(Executable(0, (), 1000, 1500), rng) for _ in range(10_000))

@@ -146,10 +146,10 @@ class Accounts(Observer):
         with self._lock:
             known = self._accounts
             for ending in endings:
-                request = ending.ticket.request
-                account = known.get(request.tenant) or Account()
-                account.latencies_ns.append(now_ns - request.arrival_ns)
-                if now_ns <= request.deadline_ns:
+                _, tenant, _, arrival_ns, deadline_ns, _ = ending.ticket.request
+                account = known.get(tenant) or Account()
+                account.latencies_ns.append(now_ns - arrival_ns)
+                if now_ns <= deadline_ns:
                     account.ok += 1
                 else:
                     account.late += 1

@@ -7,6 +7,7 @@ concerned (`Pool.restore`).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -16,6 +17,7 @@ import numpy as np
 from coalesce.errors import DeviceError, OutOfDeviceMemory, StateLost
 from coalesce.runtime.machine import Spoilt
 from coalesce.runtime.ticket import State, Ticket
+from coalesce.scheduler.tuples import made
 from coalesce.serving.executable import Executable, Lanes
 from coalesce.serving.pool import Pool
 from coalesce.serving.staging import Filled, Lane
@@ -36,7 +38,7 @@ class Bundle:
         self._device, self._executable, self._pools = device, executable, pools
         self._filled: Filled | None = filled
         self._outputs, self._entries = outputs, entries
-        self._at_once = device.platform == "cpu" and all(own.is_last for own in executable.lanes)
+        self._at_once = device.platform == "cpu" and all(executable.ends)
         self._fetched: list[Any] | None = None
 
     def wait(self) -> None:
@@ -47,7 +49,9 @@ class Bundle:
                 self._fetched = self._executable.fetch(self._outputs)
             else:
                 self._executable.send_back(self._outputs)  # here, since the driver has more to do than who waits
-                jax.block_until_ready(self._outputs)
+                for own in self._outputs:
+                    for x in own:  # JAX's function for trees holds the interpreter's lock longer than all of these
+                        x.block_until_ready()
         except Exception as e:
             suspect(self._pools)
             if filled is not None:
@@ -55,23 +59,47 @@ class Bundle:
             raise_understood(e, self._device)
         if filled is not None:
             self._executable.take_back(filled)
-        for own, tickets in zip(self._executable.lanes, self._entries, strict=False):
-            if own.is_last:
+        for ends, pool, tickets in zip(self._executable.ends, self._pools, self._entries, strict=False):
+            if ends and pool is not None:
                 leave(tickets)
 
-    def is_at_hand(self) -> bool:
-        """On a CPU small programs run where they are called."""
-        if not self._at_once or not all(ticket.form.is_plain for own in self._entries for ticket in own):
+    def is_at_hand(self, within_s: float) -> bool:
+        """On a CPU the smallest programs run where they are called, and others on a thread of XLA's."""
+        if not self._at_once:
             return False
-        return all(own[-1].is_ready() for own in self._outputs if own)
+        for tickets in self._entries:
+            for ticket in tickets:
+                if not ticket.form.is_plain:
+                    return False
+        last = [own[-1] for own in self._outputs if own]
+        until_s = time.monotonic() + within_s if within_s else 0.0
+        while not all([x.is_ready() for x in last]):
+            if not within_s or time.monotonic() > until_s:
+                return False
+            time.sleep(0)  # others may have the interpreter's lock
+        return True
 
     def results(self) -> list[list[Any] | None]:
-        """Copies: what one tenant holds keeps no other's results alive, and shows none."""
         fetched = self._fetched if self._fetched is not None else self._executable.fetch(self._outputs)
-        return [
-            None if own is None else [result_of(t, [np.array(x[i]) for x in own]) for i, t in enumerate(tickets)]
-            for tickets, own in zip(self._entries, fetched, strict=True)
-        ]
+        pairs = zip(self._entries, fetched, strict=True)
+        return [None if stacks is None else results_of(tickets, stacks) for tickets, stacks in pairs]
+
+
+def results_of(tickets: Sequence[Ticket], stacks: Sequence[np.ndarray]) -> list[Any]:
+    """Copies: what one tenant holds keeps no other's results alive, and shows none."""
+    columns = [copied(stack, len(tickets)) for stack in stacks]
+    if len(columns) == 1:  # most programs have one result, and most tenants take it as it is
+        lanes = zip(tickets, columns[0], strict=True)
+        return [x if ticket.form.is_bare else result_of(ticket, (x,)) for ticket, x in lanes]
+    rows = zip(*columns, strict=True) if columns else [()] * len(tickets)
+    return [result_of(ticket, row) for ticket, row in zip(tickets, rows, strict=True)]
+
+
+def copied(stack: np.ndarray, count: int) -> list[np.ndarray]:
+    """The first rows, each by itself."""
+    if stack.ndim == 1:  # whose rows are no arrays
+        return [np.array(x) for x in stack[:count]]
+    return [row.copy() for row in stack[:count]]
 
 
 def result_of(ticket: Ticket, values: Sequence[Any]) -> Any:
@@ -96,7 +124,7 @@ def raise_understood(error: Exception, device: Any) -> NoReturn:
 def lanes_of(tickets: Sequence[Ticket], own: Lanes, pool: Pool | None) -> list[Lane]:
     """What they take through a segment; one that begins gets a place for what it will leave there."""
     if pool is None:
-        return [Lane(ticket.resident.slot, ticket.form.ordered(ticket.inputs)) for ticket in tickets]
+        return [made(Lane, (ticket.resident.slot, ticket.form.ordered(ticket.inputs), 0)) for ticket in tickets]
     return [lane_of(ticket, own, pool) for ticket in tickets]
 
 

@@ -24,16 +24,18 @@ class Callbacks(Attendant):
         self._called = 0  # how many of them were
         self._stopped = False  # nothing is put into the inbox any more
         self._ended = False  # and nothing is taken from it
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)  # to enter a condition takes longer than its lock
+        self._waiting = 0  # threads, for callbacks to be called
 
     def stop(self) -> None:
-        with self._changed:
+        with self._lock:
             self._stopped = True
             super().stop()
 
     def call(self, callback: Callable[[Any], Any], reply: Future[Any]) -> None:
         """On this thread; on the caller's if this one has ended, when a driver that hung comes back."""
-        with self._changed:
+        with self._lock:
             stopped = self._stopped
             if not stopped:
                 self.asked += 1
@@ -46,14 +48,19 @@ class Callbacks(Attendant):
         Not for a callback, which would wait for itself."""
         with self._changed:
             due = self.asked
-            self._changed.wait_for(lambda: self._called >= due or self._ended, timeout_s)
+            self._waiting += 1
+            try:
+                self._changed.wait_for(lambda: self._called >= due or self._ended, timeout_s)
+            finally:
+                self._waiting -= 1
             return self._called >= due
 
     def handle(self, item: tuple[Callable[[Any], Any], Future[Any]]) -> None:
         call(*item)
-        with self._changed:
-            self._called += 1
-            self._changed.notify_all()
+        self._called += 1
+        if self._waiting:  # whoever begins to wait after this has seen the count
+            with self._changed:
+                self._changed.notify_all()
 
     def _loop(self) -> None:
         try:

@@ -6,9 +6,8 @@ What compiles runs on any thread; everything else changes what the next bundle r
 
 from __future__ import annotations
 
+import gc
 import itertools
-import math
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -19,16 +18,16 @@ import jax
 from coalesce.bank import default_device
 from coalesce.compile import default_costs, default_tuned
 from coalesce.errors import OutOfDeviceMemory
-from coalesce.runtime.apart import Apart, is_wanted
+from coalesce.runtime.apart import Apart
 from coalesce.runtime.bundle import blanks_of, Bundle, lanes_of, leave, raise_understood, restored, suspect
 from coalesce.runtime.host import Course, Host
 from coalesce.runtime.loaded import Home, Loaded
+from coalesce.runtime.making import Making
 from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler import catalog
 from coalesce.scheduler.catalog import Catalog, Entry
 from coalesce.serving.executable import compile_executable, Executable, Lanes
 from coalesce.serving.fit import Fit, Template
-from coalesce.serving.making import make_here, UNTIMED
 from coalesce.serving.schema import cut, Options, plan_schema, Schema
 from coalesce.serving.segments import Segments
 from coalesce.serving.staging import Filled
@@ -36,22 +35,24 @@ from coalesce.serving.store import free_bytes
 
 ANNOTATION = "coalesce bundle"  # what a dispatch is called in a trace of jax.profiler
 
-LATELY_S = 10.0
-
 Key = tuple[tuple[Entry, ...], tuple[int, ...]]  # entries, and the capacity of each one's bank
 
 
 class Device:
-    """`at` is the JAX device; the default one unless given."""
+    """`at` is the JAX device; the default one unless given. `same`: a program always has the same kernels."""
 
     def __init__(
-        self, memory_limit: int | None = None, at: Any = None, number: int = 0, apart: Apart | None = None
+        self,
+        memory_limit: int | None = None,
+        at: Any = None,
+        number: int = 0,
+        apart: Apart | None = None,
+        same: bool = False,
     ) -> None:
         self.at = default_device() if at is None else at
-        self._apart = apart if is_wanted(self.at.platform) else None
-        self._launched_s = -math.inf  # the last bundle
+        self.make = Making(self.at, apart, same)
         self.number = number  # among those of the runtime
-        self._memory_limit = memory_limit
+        self._memory_limit, self._same = memory_limit, same
         with self.here():
             measured = default_tuned(None, None)
             self._options = Options(self.at.platform, default_costs(None, measured), tuned=measured)
@@ -84,16 +85,6 @@ class Device:
         lanes = [self._lanes(*both) for both in zip(entries, capacities, strict=True)]
         return compile_executable(lanes, make=self.make)
 
-    def make(self, jitted: Any, arguments: tuple[Any, ...], donated: tuple[int, ...]) -> Any:
-        """JAX's Compiled. While others are served it is made in a process of its own, or, on a GPU, without kernels
-        being timed there to choose among them."""
-        serving = time.monotonic() - self._launched_s < LATELY_S
-        made = None
-        if self._apart is not None and serving:
-            made = self._apart.compile(self.at, jitted, arguments, donated)
-        options = UNTIMED if serving and self.at.platform == "gpu" else None
-        return made if made is not None else make_here(jitted, arguments, donated, options)
-
     def _lanes(self, entry: Entry, capacity: int) -> Lanes:
         host, course = self._homes[entry.family]
         slots = course.pool.slots if course.pool is not None else 0
@@ -104,8 +95,8 @@ class Device:
 
     def may_mix(self, entries: Sequence[Entry]) -> bool:
         """Whether one executable may run them: not two segments of one program, whose pool would have to be copied, nor
-        one that may raise with one that has a pool, which would be lost."""
-        if not self.knows(entries):
+        one that may raise with one that has a pool, which would be lost; nor any where kernels are to be the same."""
+        if self._same or not self.knows(entries):
             return False
         courses = [self._homes[entry.family].course for entry in entries]
         if len({course.family for course in courses}) < len(courses):
@@ -136,6 +127,9 @@ class Device:
         """Raises OutOfDeviceMemory."""
         free = free_bytes(list(self.hosts.values()), self._memory_limit)
         if free is not None and needed > free:
+            gc.collect()  # some may be held by what only the collector finds, which seldom looks: see SetAside
+            free = free_bytes(list(self.hosts.values()), self._memory_limit)
+        if free is not None and needed > free:
             raise OutOfDeviceMemory(
                 f"{what} needs {needed:,} bytes on the device, and {max(0, free):,} are free; remove tenants, or raise "
                 "Runtime(memory_limit=)"
@@ -164,6 +158,7 @@ class Device:
     def dismiss(self, host: Host) -> Catalog:
         """Its bank and its executables go; its families' numbers are not used again."""
         self.hosts.pop(host.schema.key)
+        self.make.serves = self.make.serves and bool(self.hosts)
         return self.shut([family for family, home in self._homes.items() if home.host is host])
 
     def shut(self, families: Sequence[int]) -> Catalog:
@@ -180,8 +175,13 @@ class Device:
         return [next(self._families) for _ in range(count)]
 
     def launch(self, executable: int, entries: Sequence[Sequence[Ticket]]) -> Bundle:
+        self.make.serves = True
+        return self.try_out(executable, entries)
+
+    def try_out(self, executable: int, entries: Sequence[Sequence[Ticket]]) -> Bundle:
+        """For lanes that nobody has asked for."""
         loaded = self._loaded[executable]
-        loaded.used, self._launched_s = next(self._runs), time.monotonic()
+        loaded.used = next(self._runs)
         number = next(ticket.bundles[-1] for tickets in entries for ticket in tickets)
         with jax.profiler.TraceAnnotation(ANNOTATION, device=self.number, bundle=number):
             restored(loaded.pools)  # before lanes are asked whose values are lost
@@ -199,7 +199,7 @@ class Device:
     def _run(self, loaded: Loaded, filled: Filled, entries: Sequence[Sequence[Ticket]]) -> Bundle:
         executable, pools = loaded.executable, loaded.pools
         try:
-            outputs = executable.run([home.host.store.bank for home in loaded.homes], pools, filled)
+            outputs = executable.run(loaded.banks, pools, filled)
         except Exception as e:
             suspect(pools)
             executable.take_back_failed(filled)

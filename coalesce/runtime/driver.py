@@ -118,7 +118,8 @@ class Driver:
 
     def send(self, ticket: Ticket) -> None:
         """Take on a request; called on any thread."""
-        self._observers.sent(ticket)
+        if self._observers.hear_sent:
+            self._observers.sent(ticket)
         self.book.tickets[ticket.request.id] = ticket
         self.inbox.put(ticket.request)
         if self.stopped:  # it may have come after the last look at the inbox
@@ -200,11 +201,17 @@ class Driver:
         return not is_last
 
     def _handle(self, items: Sequence[Any]) -> None:
+        """In their order, but for bundles that have ended: requests are admitted by what is known of the device."""
         arrived: list[Request] = []
+        left = sum(isinstance(item, Request) for item in items)  # that the policy has not been told of
         for item in items:
             if isinstance(item, Request):
                 arrived.append(item)
                 continue
+            if isinstance(item, Completed):
+                self._tell(item._replace(followed=True) if left else item)
+                continue
+            left -= len(arrived)
             self._tell_arrived(arrived)
             if isinstance(item, Order | Exhausted):
                 self._launcher.hand_out(everything=True)  # an order takes as long as it likes

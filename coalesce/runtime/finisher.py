@@ -23,6 +23,7 @@ from coalesce.runtime.ticket import Ending, tell, Ticket
 from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.commands import Dispatch, Reason
 from coalesce.scheduler.events import Completed
+from coalesce.scheduler.tuples import made
 
 LOG = logging.getLogger("coalesce.runtime")
 
@@ -33,7 +34,7 @@ class Flight(NamedTuple):
     dispatch: Dispatch
     form: Sequence[Entry]  # of its executable
     entries: Sequence[Sequence[Ticket]]
-    decided_ns: int
+    since_ns: int  # it was decided, or, where inputs are copied, they were begun to be
     launched: Launched | Exception  # the error, if it could not even be launched
     host_ns: int  # what the driver's thread took to stage and to launch it; 0 where nothing is copied
 
@@ -69,6 +70,7 @@ class Finisher(Attendant):
         super().__init__("finisher")
         self._driver, self._observers, self._clock, self._book = driver, observers, clock, book
         self._free_ns = 0  # when the device was done with what was waited for last
+        self._results_ns = 0  # from the end of the last bundle whose results were handed out until they were
         self._landed_ns = 0  # and with what landed last: the driver's thread writes it, a probe is not timed from it
 
     def handle(self, item: Flight | Probing) -> None:
@@ -100,6 +102,7 @@ class Finisher(Attendant):
         self._free_ns = self._complete(flight, error)
         if error is None:
             self.hand_out(flight)
+            self._results_ns = self._clock() - self._free_ns
 
     def land(self, flight: Flight) -> bool:
         """Of a bundle that is done: the driver is told. Whether it has results; called on the driver's thread while no
@@ -111,7 +114,7 @@ class Finisher(Attendant):
     def _complete(self, flight: Flight, error: Exception | None) -> int:
         handing_on.note_served()
         end_ns = self._clock()
-        start_ns = min(max(self._free_ns, self._landed_ns, flight.decided_ns), end_ns)
+        start_ns = min(max(self._free_ns, self._landed_ns, flight.since_ns), end_ns)
         dispatch, entries = flight.dispatch, flight.entries
         if error is not None:
             for ticket in chain.from_iterable(entries):
@@ -120,7 +123,9 @@ class Finisher(Attendant):
             self._driver.put(Exhausted(dispatch.executable, error))
         elif isinstance(error, DeviceError):
             self._driver.put(Lost(error))
-        self._driver.put(Completed(dispatch.bundle, start_ns, end_ns, error is not None, flight.host_ns))
+        results_ns = self._results_ns if flight.host_ns else 0
+        ended = Completed(dispatch.bundle, start_ns, end_ns, error is not None, flight.host_ns, False, results_ns)
+        self._driver.put(ended)
         self._observers.finished(Finished(dispatch, tuple(flight.form), entries, start_ns, end_ns, error))
         return end_ns
 
@@ -148,12 +153,13 @@ class Finisher(Attendant):
         self, results: Sequence[Sequence[Any] | None], entries: Sequence[Sequence[Ticket]], now_ns: int
     ) -> None:
         ended = [(tickets, own) for tickets, own in zip(entries, results, strict=True) if own is not None]
-        endings = [Ending(*both) for tickets, own in ended for both in zip(tickets, own, strict=True)]
-        claimed = self._book.claim([ending.ticket for ending in endings])
+        lanes = [lane for both in ended for lane in zip(*both, strict=True)]
+        endings = [made(Ending, (ticket, result, None)) for ticket, result in lanes]
+        claimed = self._book.claim([ticket for ticket, _ in lanes])
         if len(claimed) < len(endings):
             own = set(claimed)
             endings = [ending for ending in endings if ending.ticket in own]
-        spoilt = [own for own in endings if isinstance(own.result, Spoilt)]
+        spoilt = [own for own in endings if type(own.result) is Spoilt]
         if spoilt:
             endings = [own for own in endings if not isinstance(own.result, Spoilt)]
         self._observers.ended(endings, now_ns)

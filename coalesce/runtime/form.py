@@ -28,7 +28,7 @@ class Form:
         flat = jax.tree.structure((0,) * len(self.inputs))
         self._is_flat = not self._keys and self._in_tree == flat  # each input is one array
         self._key_results = any(slot.key_impl is not None for slot in program.outputs)
-        self._is_bare = not self._key_results and self._out_tree == jax.tree.structure(0)  # one array, in no container
+        self.is_bare = not self._key_results and self._out_tree == jax.tree.structure(0)  # one array, in no container
         self.is_plain = not self._key_results and is_built_in(self._out_tree)  # made by no code of the tenant's
 
     def under(self, family: int) -> Form:
@@ -74,7 +74,7 @@ class Form:
 
     def result(self, values: Sequence[Any]) -> Any:
         """A lane's flat outputs in the tenant's own pytree."""
-        if self._is_bare:
+        if self.is_bare:
             return values[0]
         if self._key_results:
             values = [rewrapped(x, slot) for x, slot in zip(values, self._outputs, strict=True)]

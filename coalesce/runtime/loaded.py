@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
+
+import jax
 
 from coalesce.runtime.bundle import Pools
 from coalesce.runtime.host import Course, Host
@@ -27,9 +30,14 @@ class Loaded:
     offered: catalog.Executable | None = None  # once it was timed
     used: int = 0  # the number of its last run
 
-    @property
+    @cached_property
     def pools(self) -> Pools:
         return [home.course.pool for home in self.homes]
+
+    @cached_property
+    def banks(self) -> list[list[jax.Array]]:
+        """Lists whose arrays are replaced when a tenant's weights are written: as they are whenever this is read."""
+        return [home.host.store.bank for home in self.homes]
 
     @property
     def capacities(self) -> tuple[int, ...]:

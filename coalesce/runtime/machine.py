@@ -25,8 +25,8 @@ class Launched(Protocol):
         """Until the device is done; raises what went wrong there."""
         ...
 
-    def is_at_hand(self) -> bool:
-        """Whether `wait` and `results` return at once, and run no code of a tenant."""
+    def is_at_hand(self, within_s: float) -> bool:
+        """Whether `wait` and `results` return at once, and run no code of a tenant; looks again for so long."""
         ...
 
     def results(self) -> Sequence[Sequence[Any] | None]:

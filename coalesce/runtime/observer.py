@@ -102,14 +102,14 @@ class Observers(Observer):
     def _set(self, observers: Sequence[Observer]) -> None:
         self._observers = list(observers)
         self._sent = listening(observers, "sent")
+        self.hear_sent = bool(self._sent)  # else who sends need not tell
         self._decided = listening(observers, "decided")
         self._rejected = listening(observers, "rejected")
         self._finished = listening(observers, "finished")
         self._ended = listening(observers, "ended")
 
     def sent(self, ticket: Ticket) -> None:
-        if self._sent:
-            self._tell(self._sent, ticket)
+        self._tell(self._sent, ticket)
 
     def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
         self._tell(self._decided, event, now_ns, commands)

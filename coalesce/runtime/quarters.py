@@ -86,7 +86,7 @@ class Quarters:
         for ticket in tickets:
             ticket.bundles.append(-1)
         numbers = [self._device.number_of((Entry(course.family, s, width),)) for s in range(len(course.segments))]
-        bundle = self._driver.run([lambda n=n: self._device.launch(n, [tickets]) for n in numbers])
+        bundle = self._driver.run([lambda n=n: self._device.try_out(n, [tickets]) for n in numbers])
         (results,) = bundle.results()
         assert results is not None, f"tenant {resident.name!r}: the last segment has no results"
         return list(results)

@@ -26,15 +26,17 @@ from coalesce.runtime.form import match
 from coalesce.runtime.health import Health
 from coalesce.runtime.observer import Observer
 from coalesce.runtime.quarters import Resident
-from coalesce.runtime.station import health_of, Station, wait_ended
+from coalesce.runtime.reply import Reply
+from coalesce.runtime.station import health_of, Setup, Station, wait_ended
 from coalesce.runtime.surroundings import Surroundings
 from coalesce.runtime.tenancy import Tenancy, Wanted
 from coalesce.runtime.terms import allowed_ns, left_s, terms_of
-from coalesce.runtime.ticket import Reply, Ticket
+from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.events import Closed
 from coalesce.scheduler.policy import Policy
 from coalesce.scheduler.request import Request
+from coalesce.scheduler.tuples import made
 
 
 class Runtime:
@@ -46,9 +48,9 @@ class Runtime:
       widths: how many lanes the executables of a family have, ascending from 1.
       capacity: tenants of a family that there is room for at first; it grows by doubling. None: by the size of one.
       segments: how many a program is cut into, between which others may run. None: as few as cost and SLOs ask for.
-      memory_limit: bytes on a device for weights; what the device has, if it says so, unless given.
-      reproducible: every request of a tenant runs in an executable of one width, the widest, however few lanes it has:
-        its result does not depend on who else asks.
+      memory_limit: bytes on a device for weights and what lies between segments; unless given, what it says it has.
+      reproducible: a tenant's requests run in executables of one width, the widest, of its program alone, and with the
+        same kernels, however few lanes they have: a result does not depend on who else asks.
       executables: how many are kept for a device; those that ran the longest ago go first.
       compiled: a folder in which executables are kept for the next process, unless JAX has been given one; None: see
         coalesce.runtime.persistence; False: none.
@@ -78,21 +80,18 @@ class Runtime:
             raise InvalidInput("give at least one device; with several, give policy= as a function that makes one")
         self._clock = clock
         self._accounts, self._process = Accounts(), Surroundings(compiled)
+        if reproducible:  # cuts depend on who else is here
+            widths, segments = (max(widths),), 1 if segments is None else segments
+        setup = Setup(tuple(sorted(widths)), capacity, segments, executables, hang_s, stall_s, self._process.around)
         self._stations = [
             Station(
                 number,
-                Device(memory_limit, at, number, self._process.apart),
+                Device(memory_limit, at, number, self._process.apart, reproducible),
                 policy() if callable(policy) else policy,
                 self._accounts,
                 observers,
                 clock,
-                widths=(max(widths),) if reproducible else tuple(sorted(widths)),
-                capacity=capacity,
-                segments=segments,
-                executables=executables,
-                hang_s=hang_s,
-                stall_s=stall_s,
-                around=self._process.around,
+                setup,
             )
             for number, at in enumerate(devices or [None])
         ]
@@ -225,20 +224,22 @@ class Runtime:
         left_ns = resident.terms["slo_ns"] if deadline is None else allowed_ns(resident.name, deadline)
         with self._sending:  # the driver sees requests in the order of their numbers
             number, now_ns = next(self._ids), self._clock()
-            request = Request(number, resident.name, form.family, now_ns, now_ns + left_ns, priority)
+            request = made(Request, (number, resident.name, form.family, now_ns, now_ns + left_ns, priority))
             resident.driver.send(Ticket(request, resident, form, flat, waiter, loop))
         return number
 
     def _resident(self, name: str) -> Resident:
         """Who can be asked."""
-        self._check_open()
         resident = self._tenancy.residents.get(name)
-        if resident is None:
-            raise TenantClosed(f"there is no tenant {name!r}; add_tenant adds one")
-        failure = resident.driver.failure
-        if failure is not None:
-            raise type(failure)(str(failure))
+        if self._closed or resident is None or resident.driver.failure is not None:
+            raise self._why_nobody(name, resident)
         return resident
+
+    def _why_nobody(self, name: str, resident: Resident | None) -> Exception:
+        self._check_open()
+        if resident is None or resident.driver.failure is None:
+            return TenantClosed(f"there is no tenant {name!r}; add_tenant adds one")
+        return type(resident.driver.failure)(str(resident.driver.failure))
 
     # What is known
 

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from coalesce.runtime.accounts import Accounts
 from coalesce.runtime.device import Device
@@ -21,6 +21,18 @@ from coalesce.scheduler.events import Closed
 from coalesce.scheduler.policy import Policy
 
 
+class Setup(NamedTuple):
+    """How each device is used: see the arguments of `Runtime`. Programs are made inside of what `around` gives."""
+
+    widths: Sequence[int]  # ascending
+    capacity: int | None
+    segments: int | None
+    executables: int
+    hang_s: float
+    stall_s: float
+    around: Callable[[], Any]
+
+
 class Station:
     def __init__(
         self,
@@ -30,21 +42,15 @@ class Station:
         accounts: Accounts,
         observers: Sequence[Observer],
         clock: Callable[[], int],
-        *,
-        widths: Sequence[int],
-        capacity: int | None,
-        segments: int | None,
-        executables: int,
-        hang_s: float,
-        stall_s: float,
-        around: Callable[[], Any],
+        setup: Setup,
     ) -> None:
         self.number, self.device = number, device
         self.history = History()
         watching = Observers([accounts, self.history, *(observer.on(number) for observer in observers)])
-        self.foundry = Foundry(device, widths, executables, stall_s, around)
-        self.driver = Driver(policy, device, watching, clock, self.foundry, hang_s)
-        self.quarters = Quarters(device, self.driver, self.foundry, accounts, widths, capacity, segments)
+        self.foundry = Foundry(device, setup.widths, setup.executables, setup.stall_s, setup.around)
+        self.driver = Driver(policy, device, watching, clock, self.foundry, setup.hang_s)
+        own = setup.widths, setup.capacity, setup.segments
+        self.quarters = Quarters(device, self.driver, self.foundry, accounts, *own)
         self.foundry.start(self.driver)
         self.driver.start()
 

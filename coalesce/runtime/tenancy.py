@@ -139,7 +139,7 @@ class Tenancy:
         def check(settled: Resident) -> None:
             assert verified is not None, "nothing is to be verified"
             for i, (program, inputs) in enumerate(zip(fitted.programs, settled.shapes, strict=True)):
-                alone = Alone(program, settled.fn, verified.params, inputs)
+                alone = Alone(program, settled.fn, verified.params, inputs, station.device.make)
                 for result in station.quarters.try_out(settled, i, inputs):
                     fault = alone.fault(result)
                     if fault:

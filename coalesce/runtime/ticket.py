@@ -1,17 +1,17 @@
 """A request on its way through the runtime, and whom to tell how it ended.
 
-Whoever waits is a `Reply`, a future of concurrent.futures, or a coroutine of some event loop. What a bundle decided for
-the coroutines of one loop is told in one call, since each call from another thread wakes the loop up.
+Whoever waits has a `Reply`, a future of concurrent.futures, or is a coroutine of some event loop. What a bundle decided
+for the coroutines of one loop is told in one call, since each call from another thread wakes the loop up.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, InvalidStateError
-from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterable
+from concurrent.futures import InvalidStateError
+from typing import Any, NamedTuple
 
+from coalesce.runtime.reply import Reply
 from coalesce.scheduler.request import Request
 from coalesce.serving.pool import Pool
 
@@ -47,38 +47,6 @@ class Ticket:
         self.claimed = False  # by the one thread that ends it
 
 
-@runtime_checkable
-class Server(Protocol):
-    """Who serves a request, as its `Reply` sees it."""
-
-    def withdraw(self, request: int) -> None:
-        """Nobody waits for it any more."""
-        ...
-
-    def call_back(self, callback: Callable[[Any], Any], reply: Future[Any]) -> None:
-        """The request has ended: call it, on a thread that nobody else waits for."""
-        ...
-
-
-class Reply(Future[Any]):
-    """What `Runtime.submit` returns. `cancel()` works until a bundle with the request is on its way to the device."""
-
-    def __init__(self, request: int, server: Server) -> None:
-        super().__init__()
-        self.request = request  # its id, for Runtime.explain
-        self._server = server
-
-    def cancel(self) -> bool:
-        if not super().cancel():
-            return False
-        self._server.withdraw(self.request)
-        return True
-
-    def add_done_callback(self, fn: Callable[[Any], Any]) -> None:
-        """At once, if the request has ended, as futures do; else on the thread of callbacks, whoever ends it."""
-        super().add_done_callback(fn if self.done() else partial(self._server.call_back, fn))
-
-
 class Ending(NamedTuple):
     """How a request ends: with a result, or with an error."""
 
@@ -91,8 +59,9 @@ def tell(endings: Iterable[Ending]) -> None:
     """Tell everybody who waits; whoever gave up waiting is told nothing."""
     by_loop: dict[asyncio.AbstractEventLoop, list[Ending]] = {}
     for ending in endings:
-        if ending.ticket.loop is not None:
-            by_loop.setdefault(ending.ticket.loop, []).append(ending)
+        loop = ending.ticket.loop
+        if loop is not None:
+            by_loop.setdefault(loop, []).append(ending)
         else:
             settle(ending.ticket.waiter, ending)
     for loop, own in by_loop.items():

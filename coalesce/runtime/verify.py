@@ -17,8 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from coalesce import jaxpr as J
+from coalesce.bank import on_device
 from coalesce.errors import InvalidInput
 from coalesce.program import Program
+from coalesce.serving.making import Make, make_here
 
 RELATIVE = 1e-5
 TIMES = 1.5
@@ -43,12 +45,18 @@ class Unlike(Exception):
 
 
 class Alone:
-    """What a tenant computes by itself on an example, and what a better computer would."""
+    """What a tenant computes by itself on an example, and what a better computer would; both compiled by `make`."""
 
-    def __init__(self, program: Program, fn: Callable[..., Any], params: Any, inputs: Sequence[Any]) -> None:
-        self.inputs = tuple(inputs)
-        self.own = flat(jax.jit(fn)(params, *inputs))
-        self._better = (fn, params, inputs)
+    def __init__(
+        self,
+        program: Program,
+        fn: Callable[..., Any],
+        params: Any,
+        inputs: Sequence[Any],
+        make: Make = make_here,
+    ) -> None:
+        self._fn, self._given, self._make = fn, (params, *inputs), make
+        self.own = self._run(self._given)
         self._floats = sums_floats(program)
 
     def fault(self, got: Any) -> str:
@@ -78,12 +86,21 @@ class Alone:
 
     def _truth(self) -> list[np.ndarray]:
         """In float32 at "highest"; where the function takes no other dtypes than its own, in those."""
-        fn, params, inputs = self._better
         with jax.default_matmul_precision("highest"):
             try:
-                return flat(jax.jit(fn)(*jax.tree.map(widened, (params, *inputs))))
+                return self._run(jax.tree.map(widened, self._given))
             except (TypeError, ValueError):
-                return flat(jax.jit(fn)(params, *inputs))
+                return self._run(self._given)
+
+    def _run(self, given: tuple[Any, ...]) -> list[np.ndarray]:
+        """By leaves: what the tenant's own containers are is nobody else's business."""
+        leaves, tree = jax.tree.flatten(given)
+        leaves = on_device(leaves)
+
+        def alone(leaves: list[Any]) -> list[Any]:
+            return jax.tree.leaves(self._fn(*jax.tree.unflatten(tree, leaves)))
+
+        return flat(self._make(jax.jit(alone), (leaves,), ())(leaves))
 
 
 def sums_floats(program: Program) -> list[bool]:

@@ -1,0 +1,102 @@
+"""What `Runtime.submit` returns: a future of concurrent.futures that takes a third of the time to make, end and read.
+
+Of the requests of a bundle somebody waits for one, mostly, and looks at the others when they have ended too. What a
+`Future` does for every request so that somebody may wait for it is done here for those that are waited for: a
+`Condition`, which is made of Python's own functions, is there when it is first asked for, over a lock that was always
+there; where nobody has, nobody is woken. Whoever finds that a reply has its result takes no lock: a result never
+changes. All else is what `Future` does, under the same lock, so that `wait` and `as_completed` take it too.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING
+from functools import partial
+from typing import Any, Protocol, runtime_checkable, TYPE_CHECKING
+
+ENDED = frozenset({CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED})
+Lock = type(threading.RLock())  # to call it is quicker than the function that chooses it
+
+
+@runtime_checkable
+class Server(Protocol):
+    """Who serves a request, as its `Reply` sees it."""
+
+    def withdraw(self, request: int) -> None:
+        """Nobody waits for it any more."""
+        ...
+
+    def call_back(self, callback: Callable[[Any], Any], reply: Future[Any]) -> None:
+        """The request has ended: call it, on a thread that nobody else waits for."""
+        ...
+
+
+class Reply(Future[Any]):
+    """`cancel()` works until a bundle with the request is on its way to the device."""
+
+    def __init__(self, request: int, server: Server) -> None:
+        # instead of Future's own, which makes the condition
+        self._lock = Lock()
+        self._made: threading.Condition | None = None
+        self._state: str = PENDING
+        self._result = self._exception = None
+        self._waiters: list[Any] = []
+        self._done_callbacks: list[Callable[[Any], Any]] = []
+        self.request = request  # its id, for Runtime.explain
+        self._server = server
+
+    if TYPE_CHECKING:  # what it is to others
+        _condition: threading.Condition
+    else:
+
+        @property
+        def _condition(self) -> threading.Condition:
+            if self._made is None:
+                with self._lock:
+                    self._made = self._made or threading.Condition(self._lock)
+            return self._made
+
+    def done(self) -> bool:
+        return self._state in ENDED
+
+    def result(self, timeout: int | float | None = None) -> Any:
+        if self._state == FINISHED and self._exception is None:
+            return self._result
+        return super().result(timeout)
+
+    def cancel(self) -> bool:
+        if not super().cancel():
+            return False
+        self._server.withdraw(self.request)
+        return True
+
+    def add_done_callback(self, fn: Callable[[Any], Any]) -> None:
+        """At once, if the request has ended, as futures do; else on the thread of callbacks, whoever ends it."""
+        with self._lock:
+            has_ended = self._state in ENDED
+            if not has_ended:
+                self._done_callbacks.append(partial(self._server.call_back, fn))
+        if has_ended:
+            super().add_done_callback(fn)
+
+    # Of whoever serves it
+
+    def set_running_or_notify_cancel(self) -> bool:
+        with self._lock:
+            if self._state == PENDING:
+                self._state = RUNNING
+                return True
+        return super().set_running_or_notify_cancel()
+
+    def set_result(self, result: Any) -> None:
+        with self._lock:
+            is_alone = self._state == RUNNING and self._made is None  # else somebody may wait, also in `_waiters`
+            if is_alone:
+                self._result, self._state = result, FINISHED
+        if not is_alone:
+            super().set_result(result)
+            return
+        for call_back in self._done_callbacks:  # which are all the server's, and raise nothing
+            call_back(self)

@@ -1,0 +1,63 @@
+"""When the device can begin with what waits, for an outlook; worked out anew where something has changed."""
+
+from __future__ import annotations
+
+from math import hypot
+
+from coalesce.scheduler.costs import Costs
+from coalesce.scheduler.flight import Bundle, Flight
+from coalesce.scheduler.lag import Lag
+from coalesce.scheduler.laying import Begun, Start
+from coalesce.scheduler.load import Load
+from coalesce.scheduler.tuples import made
+
+
+class Starting:
+    def __init__(self, flight: Flight[Bundle], costs: Costs, load: Load, lag: Lag) -> None:
+        self.known: Start | None = None  # as it was last, where nothing of the flight or of costs has changed
+        self.fixed_ns = 0  # until when it may stay the same
+        self.next_ns = 0  # the next bundle goes no sooner, as long as that is so
+        self._flight, self._costs, self._load, self._lag = flight, costs, load, lag
+        self._flying_slip_ns = 0  # by how much a bundle on the device may take longer
+
+    def forget(self) -> None:
+        self.known = None
+
+    def find(self, now_ns: int) -> Start:
+        """As clients see it, who have results some time after a run; lanes that the device has go on with their later
+        segments first."""
+        free_ns, known = self._flight.free_at(self._lag.ready_ns) + self._lag.results_ns, self.known
+        is_calm = not self._load.is_over(now_ns)
+        if known is not None:
+            if known.free_ns == free_ns and known.is_calm == is_calm:
+                return known
+            self.next_ns = 0
+            self.known = made(Start, (free_ns, known.begun, self._slip(), is_calm, known.is_idle))
+            return self.known
+        self.fixed_ns, self.next_ns = self._flight.fixed_until_ns, 0
+        begun = self._begun()
+        self.known = Start(free_ns, tuple(begun), self._slip(), is_calm, not self._flight.bundles)
+        return self.known
+
+    def decides_at(self, lead_ns: int) -> int:
+        """When a bundle is to be decided that goes next, so long before the device can take it on."""
+        assert self.known is not None, "nobody asked when the device can begin"
+        self.next_ns = self._flight.takes_at(self.known.free_ns - self._lag.results_ns) - lead_ns
+        return self.next_ns
+
+    def _begun(self) -> list[Begun]:
+        begun: list[Begun] = []
+        slip_ns = 0
+        for bundle in self._flight.bundles:
+            for (family, segment), lanes in bundle.parts:
+                slip_ns = max(slip_ns, self._costs.slip(family, bundle.l99_ns - bundle.l50_ns))
+                if segment + 1 == self._costs.catalog.segments_of(family):
+                    continue
+                costs = self._costs.of((family, segment + 1))
+                if costs.options:
+                    begun.append(Begun(lanes[0].request.deadline_ns, costs.cover.first(len(lanes))))
+        self._flying_slip_ns = slip_ns
+        return begun
+
+    def _slip(self) -> float:
+        return hypot(self._flight.delays(self._lag.ready_ns, self._flying_slip_ns), self._lag.slip_ns)
