@@ -43,7 +43,7 @@ def test_mixed_tenants_compares_six_ways_to_serve_a_set(mix, tmp_path, capsys):
     for row in rows.values():
         assert row["models"] == ["lstm", "gru"] and not row["failed"] and row["error"] <= 1e-5
     assert len(rows["sequential"]["tried"]) == 2
-    assert rows["never"]["facts"]["heavy_ops"] == 2 * (3 + 7)
+    assert rows["never"]["facts"]["heavy_ops"] == 2 * (3 + 3)
     assert rows["never"]["facts"]["superkernels_across"] == rows["never"]["facts"]["ops_across"] == 0
     assert rows["always"]["facts"]["superkernels_across"] > 0
     assert result["header"]["settings"]["fields"]["gru"]["hidden"] == 8
@@ -89,15 +89,15 @@ def test_shape_clusters(tmp_path):
     assert run.returncode == 0, run.stderr
     rows = json.loads((tmp_path / "shape_clusters.json").read_text())["rows"]
     assert [row["bound"] for row in rows] == [n / 20 for n in range(11)]
-    assert {row["ops"] for row in rows} == {3 + 7 + 33}
+    assert {row["ops"] for row in rows} == {3 + 3 + 25}
     assert rows[0]["padding"] == 0 < rows[-1]["padding"] < 0.5
     assert rows[0]["clusters"] > rows[-1]["clusters"]
     assert all(row["largest_padding"] <= row["bound"] for row in rows)
     shapes = json.loads((tmp_path / "shape_clusters_ops.json").read_text())["rows"]
-    assert sum(shape["ops"] for shape in shapes) == 3 + 7 + 33
+    assert sum(shape["ops"] for shape in shapes) == 3 + 3 + 25
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".png"}
-    # The pooler of BERT and the gates of the GRU that read its carry are one row times 512 x 512.
-    assert "| 1 x 512 x 512 " in run.stdout and "gru 3, bert_small 1" in run.stdout
+    # The gates of the GRU, which are three, and of the LSTM, which are four, on one row.
+    assert "| 1 x 2048 x 512 " in run.stdout and " 1 x 1536 x 512 |" in run.stdout
 
 
 def test_executables_compares_cuts_of_one_program(monkeypatch, tmp_path):
