@@ -21,7 +21,7 @@ from coalesce.clusters import WASTE_BOUND
 from coalesce.costs import Costs, device_of
 from coalesce.errors import PlanError, TraceError
 from coalesce.explain import bundle_text, explain
-from coalesce.family import find_families
+from coalesce.family import find_families, holders_of
 from coalesce.kernels import choose
 from coalesce.lower import lower
 from coalesce.passes.bundle_pipeline import BundleStep, plan, POLICIES
@@ -56,14 +56,15 @@ def fuse(
       policy: what runs together across families, whose tenants run different programs. "auto": what the cost model
         predicts to win; "always": whatever is legal within the waste bound; "never": nothing.
       waste_bound: the largest share of an op's FLOPs in a superkernel that may be padding, in [0, 1).
-      within_program: also pack independent equal ops of one program, such as the Q, K and V of attention.
+      within_program: also pack independent equal ops of one program, such as the layers of two towers. What reads one
+        operand, as the Q, K and V of attention do, is one op anyway.
       pack_unbounded_loops: also batch while loops whose trip count depends on the lane. One lane that never ends
         (a NaN in its predicate, say) then keeps all lanes from ending; and lanes that are done still run the loops
         inside, as under `jax.vmap`, on the values they ended with.
       costs: predictions for the device that will run it; those of the default device, or of the platform, unless given.
       choose_kernel: (HeavyOp, number of problems, platform) -> a name in coalesce.kernels.KERNELS.
       launches: let ops of different programs share a kernel launch as they are, whatever their shapes, where `policy`
-        and their kernels allow it. On a GPU "auto" then pads and stacks only what cannot. Not timed yet.
+        and their kernels allow it. On a GPU "auto" then pads and stacks only what cannot.
       tuned: measured kernels and block sizes, used where the default device is of the kind that they were measured on,
         or of its kin (an H100 takes an H200's):
         None: what Coalesce brings along, under the entries of the user's own database; False: none; or a database or
@@ -92,11 +93,12 @@ def fuse(
     check_usable(programs)
     memo: dict[int, Normalised] = {}
     normalised = []
+    holders = holders_of(programs)
     for program in programs:
         # Tenants with one traced function differ in weights alone: the passes run once for all of them.
         done = memo.get(id(program.jaxpr))
         if done is None:
-            done = memo[id(program.jaxpr)] = normalise(program.without_values(), strict=strict)
+            done = memo[id(program.jaxpr)] = normalise(program.held_by(holders[id(program.jaxpr)]), strict=strict)
         normalised.append(program.with_jaxpr(done.program.jaxpr, done.program.prepare))
     bundle = Bundle(tuple(p.name for p in programs), find_families(normalised))
     measured = default_tuned(tuned, platform)

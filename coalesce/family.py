@@ -129,6 +129,20 @@ def leaf_token(program: Program, leaf: Leaf) -> Hashable:
     return ("array", id(leaf.value)) if leaf.value is not None else ("own", id(program), leaf.path)
 
 
+def holders_of(programs: Sequence[Program]) -> dict[int, list[Hashable]]:
+    """By traced function (its id), for each of its leaves: which programs hold the array that each tenant has there."""
+    found: dict[int, set[int]] = {}
+    for i, program in enumerate(programs):
+        for leaf in program.leaves:
+            found.setdefault(id(leaf.value), set()).add(i)
+    sets = {value: frozenset(holders) for value, holders in found.items()}
+    rows: dict[int, list[list[Hashable]]] = {}
+    for program in programs:
+        row: list[Hashable] = [None if leaf.value is None else sets[id(leaf.value)] for leaf in program.leaves]
+        rows.setdefault(id(program.jaxpr), []).append(row)
+    return {function: list(zip(*own, strict=True)) for function, own in rows.items()}
+
+
 @dataclass(frozen=True)
 class Split:
     """Two families that differ in the value of a scalar literal alone."""

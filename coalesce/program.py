@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ class Leaf:
     value: Any = field(repr=False)
     shared: bool = False  # declared by `trace(shared=)`: equal bytes are one array
     constant: bool = False  # closed over: equal bytes are one array
+    holders: Hashable = None  # equal for weights that the same tenants have in common, as far as that is known
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +73,11 @@ class Program:
     def without_values(self) -> Program:
         """The program without its weights, which a bank holds by then."""
         return replace(self, leaves=tuple(replace(leaf, value=None) for leaf in self.leaves))
+
+    def held_by(self, holders: Sequence[Hashable]) -> Program:
+        """The program without its weights, of which is known who holds them."""
+        leaves = zip(self.leaves, holders, strict=True)
+        return replace(self, leaves=tuple(replace(leaf, value=None, holders=who) for leaf, who in leaves))
 
     def __str__(self) -> str:
         lines = list(program_lines(self.name, self.jaxpr, self.n_weights))

@@ -26,6 +26,7 @@ from experiments.policy_instances import Instance, random_instance, US
 from experiments.results import header, load_rows, Row, save_rows, table
 from experiments.settings import command, FLAGS
 from experiments.simulated import DEVICE, POLICIES
+from experiments.slo_report import style
 
 WORST = 5
 BEST = "best of all"
@@ -101,6 +102,31 @@ def by_kind(rows: Sequence[Row]) -> str:
     return table(["policy", *(f"{key} {value:g}" for key, value in kinds)], lines)
 
 
+def plot(path: Path, rows: Sequence[Row]) -> str:
+    """In how many instances a policy loses at most so much, and its mean regret by load; returns what to print."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "no plot: matplotlib is not installed (pip install 'coalesce-jax[plot]')"
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    spread, loads = figure.subplots(1, 2)
+    for name in (*POLICIES, BEST):
+        look = {"color": "black", "linestyle": ":"} if name == BEST else style(name)
+        lost = sorted(100 * regret(row, name) for row in rows)
+        spread.plot([0, *lost], [100 * i / len(lost) for i in range(len(lost) + 1)], drawstyle="steps-post", **look)
+        means = {}
+        for load in sorted({row["load"] for row in rows}):
+            means[load] = mean(100 * regret(row, name) for row in rows if row["load"] == load)
+        loads.plot(list(means), list(means.values()), marker=".", label=name, **look)
+    spread.set(xlabel="% of the optimum lost, at most", ylabel="% of the instances", xlim=(0, 60), ylim=(0, 102))
+    loads.set(xlabel="load", ylabel="mean % of the optimum lost", ylim=(0, None))
+    for axes in (spread, loads):
+        axes.grid(alpha=0.3)
+    figure.legend(*loads.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    return f"plot: {path}"
+
+
 def told(row: Row) -> str:
     """An instance in words, to be done by hand."""
     instance = random_instance(row["seed"])
@@ -138,6 +164,7 @@ def main(argv: list[str]) -> None:
     text = report(head, rows)
     (folder / "policy_regret.md").write_text(text, encoding="utf-8")
     print(text)
+    print(plot(folder / "policy_regret.png", rows))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Before                                        After
       %3:f32[1,64] = max %2 0                     f0: %3:f32[1,64] = max %2 0
 
 A member is one equation at the width of its family, so all its lanes run in one superkernel. With `within_program`,
-independent heavy ops of one family with equal keys (Q, K and V of an attention layer) become members of one pack:
+independent heavy ops of one family with equal keys (layers of two towers) become members of one pack:
 everything else runs as early as it can, and when only heavy ops are ready, the largest set of equal ones is issued.
 Scan, while and cond are walked into; what cannot be batched runs lane by lane and says why. Gives: `bundle.schedule` is
 a topological order of every equation.

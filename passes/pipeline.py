@@ -17,6 +17,7 @@ from coalesce.passes.dce import dce
 from coalesce.passes.hoist_weights import hoist_weights
 from coalesce.passes.inline import inline
 from coalesce.passes.lift_from_steps import lift_from_steps
+from coalesce.passes.merge_products import merge_products
 from coalesce.program import check, Program
 
 ProgramPass = Callable[[Program], Program]
@@ -26,8 +27,10 @@ PROGRAM_PASSES: tuple[ProgramPass, ...] = (
     lift_from_steps,  # before dce, which takes what a scan no longer reads out of its operands
     dce,  # early, so that nobody canonicalises dead code
     canonicalize,  # one spelling per operation, so that equal work looks equal and 1x1 convs are dots
+    cse,  # canonical forms leave copies of one value, and casts of one input are one
+    merge_products,  # then it shows which products read the same; before their weights are laid side by side
     hoist_weights,  # what the weights alone decide runs once a tenant
-    cse,  # hoisting and canonical forms leave copies of one value
+    cse,  # hoisting leaves copies of one value
     dce,  # and operands that nobody reads any more
 )
 

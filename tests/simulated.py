@@ -46,10 +46,10 @@ def checked(
     who: Sequence[Tenant], what: Catalog, arrivals: Iterable[Arrival], policy: Policy | None = None, **options: Any
 ) -> Run:
     """A run in which nothing was violated, and after which nothing is left."""
-    patience_ns = options.pop("patience_ns", 4 * MS)
+    patience_ns, watchers = options.pop("patience_ns", 4 * MS), options.pop("watchers", ())
     checker = Checker(depth=2, patience_ns=patience_ns)
     policy = policy or Coalescing()
-    run = simulate(policy, who, what, arrivals, watchers=[checker.see], **options)
+    run = simulate(policy, who, what, arrivals, watchers=[checker.see, *watchers], **options)
     assert checker.finish()[:5] == []
     assert +checker.outcomes == run.counts()
     if "until_ns" not in options:

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.once
 
 MS = 1_000_000
 END_NS = 200 * MS
+PATIENCE_NS = {"symphony": 40 * MS, "packing deferred": 40 * MS}  # who waits for the latest moment; others do not wait
 
 
 def a_world(seed: int, requests: int = 80) -> tuple[dict, list[Arrival]]:
@@ -71,7 +72,7 @@ def a_world(seed: int, requests: int = 80) -> tuple[dict, list[Arrival]]:
 def runs_of(name: str, seed: int) -> Iterator[tuple[Run, Checker]]:
     world, arrivals = a_world(seed)
     for _ in range(2):
-        checker = Checker(depth=2)
+        checker = Checker(depth=2, patience_ns=PATIENCE_NS.get(name, MS))
         run = simulate(POLICIES[name](), arrivals=arrivals, keep_log=True, watchers=[checker.see], **world)
         yield run, checker
 

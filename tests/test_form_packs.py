@@ -26,13 +26,14 @@ def tenants(fn, params, inputs, count=2):
     return [(fn, params(), inputs()) for _ in range(count)]
 
 
-def qkv(p, x):
-    q, k, v = (lax.dot(x, p[name]) for name in "qkv")
+def qkv(p, *inputs):
+    """Of operands of their own: those of one operand are one product (passes/merge_products.py)."""
+    q, k, v = (lax.dot(x, p[name]) for x, name in zip(inputs, "qkv", strict=True))
     return lax.dot(lax.tanh(q) * lax.sin(k), p["o"]) + v
 
 
 def qkv_tenants(count):
-    return tenants(qkv, lambda: {name: array(4, 4) for name in "qkvo"}, lambda: (array(2, 4),), count)
+    return tenants(qkv, lambda: {name: array(4, 4) for name in "qkvo"}, lambda: (array(2, 4),) * 3, count)
 
 
 def test_two_lanes(golden):

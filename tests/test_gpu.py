@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import coalesce
+from coalesce.bundle import packs
 from coalesce.kernels import KERNELS
 from coalesce.models import by_name
 from tests.hlo import moves_of_size
@@ -127,6 +128,15 @@ def test_no_move_of_the_size_of_a_weight(name):
     fused = fused_of(model, params, inputs)
     largest = max(int(np.prod((len(a.rows), *a.shape))) for a in fused.bundle.arrays)
     assert moves_of_size(fused.as_text(), largest) == []
+
+
+@pytest.mark.parametrize("name", ["vit_ti16", "bert_small", "gru"])
+def test_weights_are_not_laid_side_by_side_in_a_call(name):
+    """XLA does so with those of products that read one operand."""
+    fused = fused_of(*setup(name, "bfloat16"))
+    largest = max(int(np.prod(pack.op.rhs.shape)) for pack in packs(fused.bundle.schedule)) * TENANTS
+    joined = [text for text in moves_of_size(fused.as_text(), largest // 2) if " concatenate(" in text]
+    assert joined == []
 
 
 def test_a_single_tenant_runs_as_it_does_alone():

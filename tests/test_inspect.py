@@ -21,7 +21,7 @@ import coalesce
 
 f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
 ranker = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]
-wide = lambda p, x: x @ p["a"] + x @ p["b"]
+wide = lambda p, x: x @ p["a"] + jnp.sin(x) @ p["b"]
 loop = lambda w, x: jax.lax.while_loop(lambda c: (c @ w).sum() < 9, lambda c: c + 1, x)
 nhwc = dict(padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 grouped = lambda k, x: jax.lax.conv_general_dilated(x, k, (1, 1), feature_group_count=4, **nhwc)

@@ -97,11 +97,11 @@ def test_a_convolution_with_a_dot(golden):
 def test_q_k_and_v_of_two_programs(golden):
     """Three members a family are one pack of six. No equation reads all six parts of its stack, so they go on apart."""
 
-    def qkv(p, x):
-        q, k, v = (lax.dot(x, p[name]) for name in "qkv")
+    def qkv(p, *inputs):
+        q, k, v = (lax.dot(x, p[name]) for x, name in zip(inputs, "qkv", strict=True))
         return lax.tanh(q) * lax.sin(k) + v
 
-    tenants = [(qkv, {name: array(4, d) for name in "qkv"}, (array(2, 4),)) for d in (3, 4)]
+    tenants = [(qkv, {name: array(4, d) for name in "qkv"}, (array(2, 4),) * 3) for d in (3, 4)]
     golden(replanned(pack, aligned(*tenants, within_program=True)))
 
 

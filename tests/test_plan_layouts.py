@@ -117,10 +117,10 @@ def test_the_body_of_a_scan(golden):
 def test_members_of_one_program(golden):
     """Q and K are one pack of two members, on one array of all their rows."""
 
-    def apply(p, x):
-        return lax.dot(x, p["q"]) * lax.dot(x, p["k"])
+    def apply(p, x, y):
+        return lax.dot(x, p["q"]) * lax.dot(y, p["k"])
 
-    tenants = [(apply, {"q": array(4, 4), "k": array(4, 4)}, (array(2, 4),)) for _ in range(2)]
+    tenants = [(apply, {"q": array(4, 4), "k": array(4, 4)}, (array(2, 4), array(2, 4))) for _ in range(2)]
     golden(shown(planned(*tenants, within_program=True)))
 
 

@@ -359,6 +359,16 @@ def test_shared_weights_lie_on_the_device_once():
         assert host_of(rt, "t0").schema.shared_bytes == backbone.nbytes
 
 
+def test_what_waits_together_gets_the_next_width_that_is_offered():
+    """The policy asks for the double of what there is, and that may not be among the widths."""
+    with Runtime(widths=(1, 4), compiled=False) as rt:
+        rt.add_tenant("t0", mlp, mlp_params(0), example=(row(0),), slo=SLO)
+        for reply in [rt.submit("t0", row(i)) for i in range(20)]:
+            reply.result(60)
+        rt.warm_up(60.0)
+        assert {e.entries[0].width for e in rt._stations[0].device.catalog.executables} == {1, 4}
+
+
 def test_closing_ends_everything_once():
     rt = Runtime(widths=(1,))
     rt.add_tenant("t0", mlp, mlp_params(0), example=(row(0),), slo=SLO)

@@ -124,7 +124,7 @@ def test_an_expired_request_is_never_dispatched(segments: int):
         wait(replies, 30)
         for i, reply in enumerate(replies):
             error = reply.exception(0)
-            assert error is None or (isinstance(error, DeadlineExceeded) and i % 10)
+            assert error is None or (isinstance(error, DeadlineExceeded) and i)  # nobody was before the first
             assert error is not None or reply.result(0) == ("result", i)
         ran = {value for own in machine.launches for value in own}
         right = {i for i, reply in enumerate(replies) if reply.exception(0) is None}

@@ -131,7 +131,7 @@ def ended(outcomes: Counter[Outcome]) -> Counter[str]:
 
 def check(seed: int) -> None:
     run = simulated(seed)
-    checker = Checker(depth=2)
+    checker = Checker(depth=2, patience_ns=4 * MS)
     for decision in run.log:
         checker.see(*decision)
     violations = checker.finish()
@@ -158,7 +158,7 @@ class Served(RuleBasedStateMachine):
 
     @initialize(segments=st.integers(1, 3), slots=st.sampled_from([None, 4]))
     def begin(self, segments: int, slots: int | None) -> None:
-        self.policy, self.checker = Coalescing(), Checker(depth=2)
+        self.policy, self.checker = Coalescing(), Checker(depth=2, patience_ns=4 * MS)
         self.now_ns, self.requests, self.wake_ns = 0, 0, None
         self.flying: list[Dispatch] = []
         self.free_ns = 0

@@ -3,14 +3,18 @@
 Everything runs on a virtual clock, with programs in one segment and in three, and every invariant is checked.
 """
 
+import gc
 from collections import Counter
+from collections.abc import Sequence, Sized
 from random import Random
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any
 
 import pytest
 
 from coalesce.scheduler.coalescing import Coalescing
-from coalesce.scheduler.commands import Dispatch, Quarantine, Readmit, Reason
-from coalesce.scheduler.events import Cancelled, Closed, TenantAdded, TenantRemoved
+from coalesce.scheduler.commands import Command, Dispatch, Quarantine, Readmit, Reason
+from coalesce.scheduler.events import Cancelled, Closed, Completed, Event, TenantAdded, TenantRemoved
 from coalesce.scheduler.faults import Faults, Raises, Slow, Stall
 from coalesce.scheduler.request import Tenant
 from coalesce.scheduler.run import Outcome, quantile, Run
@@ -20,6 +24,7 @@ from tests.simulated import capacity, catalog, checked, MS, SLO, steady, tenants
 pytestmark = pytest.mark.once
 in_segments = pytest.mark.parametrize("segments", [1, 3])
 NAMES = [f"t{i}" for i in range(10)]
+KNOWN = (type, ModuleType, FunctionType, BuiltinFunctionType, int, float, str)
 
 
 def broken_promises(run: Run) -> float:
@@ -57,9 +62,56 @@ def test_a_bundle_of_mixed_families_is_run_apart_when_it_fails():
 # 5. Overload
 
 
+class Sizes:
+    """How much a policy keeps, looked at now and then."""
+
+    def __init__(self, policy: Coalescing, every_ns: int) -> None:
+        self.found: list[int] = []
+        self._policy, self._every_ns, self._next_ns = policy, every_ns, every_ns
+
+    def see(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
+        if now_ns >= self._next_ns:
+            self._next_ns += self._every_ns
+            self.found.append(kept_by(self._policy))
+
+    def are_flat(self) -> bool:
+        """From the second quarter on, when queues are full, by as much as queues move."""
+        quarter = len(self.found) // 4
+        early, late = self.found[quarter : 2 * quarter], self.found[-quarter:]
+        return quarter > 0 and max(late) <= 1.5 * max(early)
+
+
+def kept_by(policy: Coalescing) -> int:
+    """The places in all containers that it leads to."""
+    seen, new, places = set[int](), list[Any]([policy]), 0
+    while new:
+        found = gc.get_referents(*new)
+        new = []
+        for x in found:
+            if id(x) not in seen and not isinstance(x, KNOWN):
+                seen.add(id(x))
+                new.append(x)
+                places += len(x) if isinstance(x, Sized) else 1
+    return places
+
+
+def test_a_policy_that_keeps_requests_is_found():
+    class Keeps(Coalescing):
+        def on_event(self, event: Event, now_ns: int) -> Sequence[Command]:
+            self.__dict__.setdefault("kept", []).append(event)
+            return super().on_event(event, now_ns)
+
+    policy = Keeps()
+    sizes = Sizes(policy, 4 * MS)
+    checked(tenants(10), catalog(), steady(0.5 * capacity(), 160 * MS, NAMES), policy, watchers=[sizes.see])
+    assert len(sizes.found) >= 8 and not sizes.are_flat()
+
+
 def overloaded(factor: float, segments: int, end_ns: int) -> None:
-    bound = capacity()
-    run = checked(tenants(10), catalog(segments=segments), steady(factor * bound, end_ns, NAMES))
+    bound, policy = capacity(), Coalescing()
+    sizes, load = Sizes(policy, end_ns // 60), steady(factor * bound, end_ns, NAMES)
+    run = checked(tenants(10), catalog(segments=segments), load, policy, watchers=[sizes.see])
+    assert sizes.are_flat(), sizes.found
     assert run.goodput(60 * MS) >= 0.9 * bound
     assert broken_promises(run) <= 0.01
     assert quantile(run.latencies_ns(), 0.99) <= SLO
@@ -157,14 +209,22 @@ def test_a_slow_tenant_is_quarantined_and_comes_back(segments):
     assert {c.tenant for _, c in told} == {"t0"}
     quarantined = [at for at, c in told if isinstance(c, Quarantine)]
     assert 100 * MS < quarantined[0] < 900 * MS
-    slow = [
-        {run.requests[i].tenant for own in d.lanes for i in own}
-        for _, at, commands in run.log
+    who = {
+        d.bundle: {run.requests[i].tenant for own in d.lanes for i in own}
+        for _, _, commands in run.log
         for d in commands
-        if isinstance(d, Dispatch) and 100 * MS <= at < quarantined[0]
+        if isinstance(d, Dispatch)
+    }
+    slow = [  # what ran with it since it slowed, until it was in quarantine
+        who[event.bundle]
+        for event, at, _ in run.log
+        if isinstance(event, Completed) and event.start_ns >= 100 * MS and at <= quarantined[0]
+        if "t0" in who[event.bundle]
     ]
-    assert sum("t0" in who and len(who) > 1 for who in slow) <= 3  # two that were slow, and what was dispatched by then
-    assert sum(who == {"t0"} for who in slow) <= 3 * segments  # a slow run alone says less than one after a clean one
+    # Two that were slow and one that was on its way meanwhile are what others lose; it is judged once it was slow alone
+    # and others were not, and may run alone twice until then. In segments these are bundles of a third of a run.
+    assert sum(len(own) > 1 for own in slow) <= 3
+    assert 3 <= len(slow) <= (5 if segments == 1 else 7)
     assert len(quarantined) <= 2 and isinstance(told[-1][1], Readmit)
     assert run.attainment(NAMES[1:], quarantined[0] + 5 * SLO) >= 0.99
     assert run.attainment(["t0"], told[-1][0] + 5 * SLO) >= 0.99

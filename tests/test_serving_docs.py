@@ -1,4 +1,4 @@
-"""The gRPC server of docs/serving.md, as it stands there, with a client: results, status codes, deadlines."""
+"""The gRPC servers of the README and of docs/serving.md, as they stand there, with a client; and that page's tables."""
 
 import asyncio
 import inspect
@@ -19,7 +19,8 @@ from coalesce.errors import InvalidInput, ServingError
 from coalesce.observing.metrics import Metrics
 from coalesce.runtime.runtime import Runtime
 
-PAGE = Path(__file__).parent.parent / "docs" / "serving.md"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "serving.md"
 X = np.ones((1, 8), np.float32)
 
 
@@ -27,40 +28,52 @@ def scorer(w: jax.Array, x: jax.Array) -> dict[str, jax.Array]:
     return {"scores": x @ w}
 
 
-@pytest.fixture(scope="module")
-def page() -> dict[str, Any]:
-    """What the page's server defines."""
-    (source,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    names: dict[str, Any] = {}
-    exec(compile(source, str(PAGE), "exec"), names)
-    return names
+def tagger(w: jax.Array, image: jax.Array) -> dict[str, jax.Array]:
+    return {"logits": image.reshape(8, 8) @ w}
 
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Runtime]:
     with Runtime(widths=(1,)) as rt:
         rt.add_tenant("ads", scorer, jnp.eye(8), example=(X,), slo=30.0)
+        rt.add_tenant("pictures", tagger, jnp.eye(8), example=(np.ones((1, 8, 8, 1), np.float32),), slo=30.0)
         yield rt
 
 
-def test_the_grpc_server_serves_and_says_what_is_wrong(page, served):
+def server_of(page: Path) -> Any:
+    """What the page's server is started with."""
+    (source,) = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(source, str(page), "exec"), names)
+    return names["serve"]
+
+
+@pytest.mark.parametrize(
+    ("page", "service", "tenant", "x", "wrong"),
+    [
+        (PAGE, "demo.Scorer", "ads", X, "pictures"),
+        (ROOT / "README.md", "demo.Tagger", "pictures", np.arange(64, dtype=np.float32), "ads"),
+    ],
+    ids=["serving.md", "README.md"],
+)
+def test_the_grpc_server_serves_and_says_what_is_wrong(served, page, service, tenant, x, wrong):
     async def main() -> None:
-        server, port = await page["serve"](served, "127.0.0.1:0")
+        server, port = await server_of(page)(served, "127.0.0.1:0")
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            infer = channel.unary_unary("/demo.Scorer/Infer")
+            infer = channel.unary_unary(f"/{service}/Infer")
 
             async def ask(tenant: str, x: np.ndarray, timeout: float | None) -> Any:
                 return await infer(x.tobytes(), metadata=(("tenant", tenant),), timeout=timeout)
 
-            answers = await asyncio.gather(*(ask("ads", i * X, timeout) for i in range(4) for timeout in (None, 30.0)))
+            answers = await asyncio.gather(*(ask(tenant, i * x, timeout) for i in range(4) for timeout in (None, 30.0)))
             for i, answer in enumerate(answers):
-                np.testing.assert_array_equal(np.frombuffer(answer, np.float32), (i // 2) * X[0])
-            for tenant, x, code in [
-                ("nobody", X, grpc.StatusCode.NOT_FOUND),
-                ("ads", X[:, :5], grpc.StatusCode.INVALID_ARGUMENT),
+                np.testing.assert_array_equal(np.frombuffer(answer, np.float32), (i // 2) * x.reshape(-1))
+            for name, code in [
+                ("nobody", grpc.StatusCode.NOT_FOUND),
+                (wrong, grpc.StatusCode.INVALID_ARGUMENT),
             ]:
-                with pytest.raises(grpc.aio.AioRpcError, match=tenant) as caught:
-                    await ask(tenant, x, None)
+                with pytest.raises(grpc.aio.AioRpcError, match=name) as caught:
+                    await ask(name, x, None)
                 assert caught.value.code() is code
         await server.stop(None)
 

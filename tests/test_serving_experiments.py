@@ -153,13 +153,14 @@ def test_the_capacity_that_overload_is_held_against():
     assert overload.USUAL.bound == pytest.approx(19_200) and overload.USUAL.slo_ns == 25_000_000
 
 
-def test_regret_is_the_share_of_the_optimum_that_is_lost():
+def test_regret_is_the_share_of_the_optimum_that_is_lost(tmp_path):
     rows = [policy_regret.measure(seed, 10.0) for seed in (1, 4)]
     for row in rows:
         assert all(0 <= policy_regret.regret(row, name) <= 1 for name in (*POLICIES, policy_regret.BEST))
         assert policy_regret.regret(row, policy_regret.BEST) == min(policy_regret.regret(row, n) for n in POLICIES)
     text = policy_regret.report(header("the command", DEVICE), rows)
     assert "Seed 4: of 11 requests 11 can be in time; coalescing" in text and "t0@" in text
+    assert "plot" in policy_regret.plot(tmp_path / "plot.png", rows)
     half = {**rows[0], **dict.fromkeys(POLICIES, 1), "optimum": 2}
     assert policy_regret.regret(half, "coalescing") == 0.5
     assert policy_regret.regret({**half, "optimum": 0}, "coalescing") == 0

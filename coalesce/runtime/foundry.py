@@ -83,13 +83,17 @@ class Foundry:
             self._finish(key, why)
 
     def want(self, want: Want) -> None:
-        """The policy's wish, where it is one of a width that is offered; called on the driver's thread."""
-        if any(entry.width not in self._widths or not self._device.may_widen(entry) for entry in want.entries):
+        """The policy's wish, for one family in the next width that is offered; called on the driver's thread."""
+        entries = want.entries
+        if len(entries) == 1:
+            wide = [width for width in self._widths if width >= entries[0].width]
+            entries = tuple(entry._replace(width=min(wide)) for entry in entries if wide)
+        if not entries or any(e.width not in self._widths or not self._device.may_widen(e) for e in entries):
             return
-        mixed = {entries for entries, _ in list(self._made) if len(entries) > 1}
-        if len(want.entries) > 1 and (len(mixed) >= MIXED or not self._device.may_mix(want.entries)):
+        mixed = {made for made, _ in list(self._made) if len(made) > 1}
+        if len(entries) > 1 and (len(mixed) >= MIXED or not self._device.may_mix(entries)):
             return
-        self.order(want.entries)
+        self.order(entries)
 
     def exhausted(self, executable: int, error: Exception) -> Sequence[Event]:
         """There was no memory to run it: it is offered no more, unless its family could not be served without."""

@@ -16,11 +16,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from coalesce import jaxpr as J
 from coalesce.bundle import Bundle, Loop, packs
@@ -31,10 +29,12 @@ from coalesce.serving.as_it_is import run_one
 from coalesce.serving.fit import Template
 from coalesce.serving.making import Make, make_here
 from coalesce.serving.pool import Pool
+from coalesce.serving.returned import Returned
 from coalesce.serving.schema import plan_lanes, Schema, weight_of
 from coalesce.serving.segments import Segments
-from coalesce.serving.staging import can_pack, Filled, Lane, Staging
+from coalesce.serving.staging import Filled, Lane, Staging
 from coalesce.serving.states import States
+from coalesce.serving.words import can_pack
 from coalesce.slab import Cut, Picked
 
 
@@ -64,6 +64,7 @@ class Executable:
     bundle: Bundle  # of tenants that stand for the lanes
     staging: Staging
     states: States
+    returned: Returned
     compiled: Any
 
     @cached_property
@@ -78,8 +79,8 @@ class Executable:
     def run(
         self, banks: Sequence[Sequence[jax.Array]], pools: Sequence[Pool | None], filled: Filled
     ) -> list[list[jax.Array]]:
-        """The outputs [width, ...] of each entry, or something to wait for if it is not the last segment. `banks[e]` is
-        the bank of its schema as it is now, `pools[e]` the pool of its program, if that is cut."""
+        """What `fetch` takes (`Returned.pack`); of an entry at an earlier segment than the last something to wait for.
+        `banks[e]` is the bank of its schema as it is now, `pools[e]` the pool of its program, if that is cut."""
         states = self.states
         if not states.kept and not states.written:  # most programs are not cut
             _, outputs = self.compiled(banks, [], [], filled.arguments)
@@ -91,9 +92,7 @@ class Executable:
 
     def send_back(self, outputs: list[list[jax.Array]]) -> None:
         """So that results follow the last kernel to the host, instead of waiting until somebody asks for them."""
-        if self.staging.packed:
-            for x in chain.from_iterable(own for ends, own in zip(self.ends, outputs, strict=True) if ends):
-                x.copy_to_host_async()
+        self.returned.send(outputs)
 
     def take_back(self, filled: Filled) -> None:
         """What was staged for a call that has ended, and did not fail; nobody reads it any more."""
@@ -104,13 +103,8 @@ class Executable:
         self.staging.take_back_failed(filled)
 
     def fetch(self, outputs: list[list[jax.Array]]) -> list[Any]:
-        """Outputs as NumPy arrays, in one batch of transfers; None of a segment that is not the last."""
-        wanted = [own if ends else None for ends, own in zip(self.ends, outputs, strict=True)]
-        arrays = [x for own in wanted if own is not None for x in own]
-        if len(arrays) > 1 and not self.staging.packed:  # else `send_back` has
-            for x in arrays:
-                x.copy_to_host_async()
-        return [None if own is None else [np.asarray(x) for x in own] for own in wanted]
+        """The results [width, ...] of each entry as NumPy arrays; None of a segment that is not the last."""
+        return self.returned.fetch(outputs)
 
 
 class Traced(NamedTuple):
@@ -119,6 +113,7 @@ class Traced(NamedTuple):
     bundle: Bundle
     staging: Staging
     states: States
+    returned: Returned
     function: Any  # JAX's Traced
     jitted: Any  # of it
     arguments: tuple[Any, ...]
@@ -133,11 +128,12 @@ def compile_executable(lanes: Sequence[Lanes], packed: bool | None = None, make:
     with J.precision_as_traced():
         made = make(traced.jitted, traced.arguments, (WRITTEN,))
     traced.staging.make_ready()
-    return Executable(tuple(lanes), traced.bundle, traced.staging, traced.states, made)
+    return Executable(tuple(lanes), traced.bundle, traced.staging, traced.states, traced.returned, made)
 
 
 def trace_executable(lanes: Sequence[Lanes], packed: bool | None = None) -> Traced:
-    """Plan and trace. `packed` says whether what a call brings lies in one buffer; None: unless it runs on a CPU."""
+    """Plan and trace. `packed` says whether what a call brings lies in one buffer, and what it gives back; None: unless
+    it runs on a CPU."""
     steps = plan_lanes([(own.schema, own.program, own.width) for own in lanes], [held(own.schema) for own in lanes])
     bundle = steps[-1].bundle
     inputs = [() if own.segment else stacks(own.program.inputs, own.width) for own in lanes]
@@ -155,6 +151,9 @@ def trace_executable(lanes: Sequence[Lanes], packed: bool | None = None) -> Trac
         tuple(own.slots if len(own.segments) > 1 else 0 for own in lanes),
         packed and all(map(can_pack, inputs)),
     )
+    returned = Returned(
+        tuple(stacks(own.program.outputs, own.width) if own.is_last else None for own in lanes), copied=packed
+    )
 
     def serve(banks: Sequence[Sequence[Any]], kept: Any, written: Any, arguments: Any) -> tuple[list[Any], list[Any]]:
         given = staging.unpack(arguments)
@@ -164,17 +163,18 @@ def trace_executable(lanes: Sequence[Lanes], packed: bool | None = None) -> Trac
         taken = [v if own.segment else g.inputs for own, v, g in zip(lanes, values, given, strict=True)]
         outputs = [run_one(lanes[0].program, arrays, taken[0])] if as_it_is else run_stacked(bundle, arrays, taken)
         after = states.write(written, places, outputs)
-        return after, [x if own.is_last else [g.slots[0]] for own, x, g in zip(lanes, outputs, given, strict=True)]
+        last = [x if own.is_last else [g.slots[0]] for own, x, g in zip(lanes, outputs, given, strict=True)]
+        return after, returned.pack(last)
 
     registers = [states.structs(places) for places in (states.kept, states.written)]
     with J.precision_as_traced():
         banks = [own.schema.structs(own.capacity) for own in lanes]
         jitted, arguments = jax.jit(serve, donate_argnums=WRITTEN), (banks, *registers, staging.structs)
-        return Traced(bundle, staging, states, jitted.trace(*arguments), jitted, arguments)
+        return Traced(bundle, staging, states, returned, jitted.trace(*arguments), jitted, arguments)
 
 
-def stacks(inputs: Sequence[jax.ShapeDtypeStruct], width: int) -> tuple[jax.ShapeDtypeStruct, ...]:
-    return tuple(jax.ShapeDtypeStruct((width, *x.shape), x.dtype) for x in inputs)
+def stacks(values: Sequence[jax.ShapeDtypeStruct], width: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(jax.ShapeDtypeStruct((width, *x.shape), x.dtype) for x in values)
 
 
 def held(schema: Schema) -> dict[int, list[Any]]:

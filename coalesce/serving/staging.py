@@ -19,15 +19,13 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from coalesce.serving.page_locked import Locked, page_locked
+from coalesce.serving.words import from_words, views, WORD, words
 
 LOG = logging.getLogger("coalesce.runtime")
 
-WORD = np.dtype(np.uint32)
 SPARES = 2  # so many calls of one executable are under way at a time, mostly
 
 
@@ -119,17 +117,12 @@ class Staging:
     def buffers(self, locked: Locked | None = None) -> Filled:
         """New ones, of which nothing is written; in that memory, if it is given."""
         if not self.packed:
-            views = [[np.empty(shape, dtype) for shape, dtype in own] for own in self.plain]
-            return Filled(views, self.given(views), list(self.widths))
-        buffer, start = np.empty(self.structs.shape, WORD) if locked is None else locked.view, 0
-        views = []
-        for own in self.parts:
-            views.append([])
-            for part in own:
-                place = buffer[start : start + words(part)]
-                views[-1].append(place.view(np.uint8)[: nbytes(part)].view(part.dtype).reshape(part.shape))
-                start += words(part)
-        return Filled(buffer, self.given(views), list(self.widths), locked)
+            arrays = [[np.empty(shape, dtype) for shape, dtype in own] for own in self.plain]
+            return Filled(arrays, self.given(arrays), list(self.widths))
+        buffer = np.empty(self.structs.shape, WORD) if locked is None else locked.view
+        placed = iter(views(buffer, [part for own in self.parts for part in own]))
+        given = self.given([[next(placed) for _ in own] for own in self.parts])
+        return Filled(buffer, given, list(self.widths), locked)
 
     def make_ready(self) -> None:
         """Memory for the first calls, which were slower if they had to ask for it."""
@@ -202,25 +195,3 @@ class Staging:
 def zero(stack: np.ndarray) -> None:
     """By its bytes: NumPy sets one element after the other of a type that is not its own, such as bfloat16."""
     stack.reshape(-1).view(np.uint8)[:] = 0
-
-
-def nbytes(part: jax.ShapeDtypeStruct) -> int:
-    return part.size * part.dtype.itemsize
-
-
-def words(part: jax.ShapeDtypeStruct) -> int:
-    return -(-nbytes(part) // WORD.itemsize)
-
-
-def from_words(x: Any, part: jax.ShapeDtypeStruct) -> Any:
-    """An array out of the words that hold its bytes."""
-    dtype = jnp.dtype(jnp.uint8 if part.dtype == np.bool_ else part.dtype)
-    if dtype.itemsize > WORD.itemsize:
-        x = x.reshape(-1, dtype.itemsize // WORD.itemsize)
-    x = lax.bitcast_convert_type(x, dtype).reshape(-1)[: part.size].reshape(part.shape)
-    return x != 0 if part.dtype == np.bool_ else x
-
-
-def can_pack(structs: Sequence[jax.ShapeDtypeStruct]) -> bool:
-    """Whether all of them can be made out of words again."""
-    return not any(jnp.issubdtype(s.dtype, jnp.complexfloating) for s in structs)

@@ -1,0 +1,67 @@
+"""The results of a call on their way to the host, each [width, ...], of all entries that are at their last segment.
+
+Every transfer costs the host some 80 us, however little it brings. So where the device has memory of its own and there
+are several, the program lays them side by side in one buffer of words, in which the host looks at them where they lie.
+On a CPU they lie where they were computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from coalesce.serving.words import can_pack, to_words, views
+
+
+@dataclass(frozen=True, eq=False)
+class Returned:
+    """`parts[e]` are the results of entry e; None, if that is at an earlier segment. `copied`: to be transferred."""
+
+    parts: tuple[tuple[jax.ShapeDtypeStruct, ...] | None, ...]
+    copied: bool
+
+    @cached_property
+    def all_parts(self) -> list[jax.ShapeDtypeStruct]:
+        return [part for own in self.parts if own is not None for part in own]
+
+    @cached_property
+    def packed(self) -> bool:
+        """Whether they lie in one buffer."""
+        return self.copied and len(self.all_parts) > 1 and can_pack(self.all_parts)
+
+    def pack(self, outputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """Inside the program: what it returns for the outputs of each entry; the buffer behind them, if there is one,
+        with nothing in the place of what is in it."""
+        if not self.packed:
+            return [list(own) for own in outputs]
+        own_words = [to_words(x, part) for x, part in zip(self._results(outputs), self.all_parts, strict=True)]
+        rest = [[] if part is not None else list(own) for part, own in zip(self.parts, outputs, strict=True)]
+        return [*rest, [jnp.concatenate(own_words)]]
+
+    def send(self, outputs: Sequence[Sequence[jax.Array]]) -> None:
+        """So that results follow the last kernel to the host, instead of waiting until somebody asks for them."""
+        if self.copied:
+            for x in outputs[-1] if self.packed else self._results(outputs):
+                x.copy_to_host_async()
+
+    def fetch(self, outputs: Sequence[Sequence[jax.Array]]) -> list[list[np.ndarray] | None]:
+        """As NumPy arrays; waits."""
+        if self.packed:
+            flat = iter(views(np.asarray(outputs[-1][0]), self.all_parts))
+        else:
+            results = self._results(outputs)
+            if len(results) > 1 and not self.copied:  # else `send` has
+                for x in results:
+                    x.copy_to_host_async()
+            flat = map(np.asarray, results)
+        return [None if own is None else [next(flat) for _ in own] for own in self.parts]
+
+    def _results(self, outputs: Sequence[Sequence[Any]]) -> list[Any]:
+        return list(chain.from_iterable(own for part, own in zip(self.parts, outputs, strict=True) if part is not None))
