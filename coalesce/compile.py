@@ -64,7 +64,7 @@ def fuse(
       costs: predictions for the device that will run it; those of the default device, or of the platform, unless given.
       choose_kernel: (HeavyOp, number of problems, platform) -> a name in coalesce.kernels.KERNELS.
       launches: let ops of different programs share a kernel launch as they are, whatever their shapes, where `policy`
-        and their kernels allow it. On a GPU "auto" then pads and stacks only what cannot. Not timed yet.
+        and their kernels allow it. On a GPU "auto" then pads and stacks only what cannot.
       tuned: measured kernels and block sizes, used where the default device is of the kind that they were measured on,
         or of its kin (an H100 takes an H200's):
         None: what Coalesce brings along, under the entries of the user's own database; False: none; or a database or

@@ -23,6 +23,7 @@ import jax
 from absl import app, flags, logging
 
 from coalesce.costs import Costs, device_of, DEVICES
+from coalesce.kernels import choose
 from coalesce.measuring.in_program import in_program_us
 from coalesce.models import NAMES
 from experiments.cells import brief
@@ -104,17 +105,51 @@ def main(argv: Sequence[str]) -> None:
 
 
 def predict_again(path: Path) -> None:
-    """With what was measured as it was."""
+    """With what was measured as it was. A kernel that is not chosen any more keeps its rows, one that is chosen since
+    has rows that say that it was not measured, and ops that no model has any more go."""
     result = json.loads(path.read_text(encoding="utf-8"))
     head = result["header"] | {"note": FLAGS.note or result["header"]["note"]}
-    rows = {name_of(row): row for row in result["rows"]}
     costs = Costs(DEVICES[head["settings"]["entry"]])
-    found = [(case, rows.pop(name_of(case.row), None)) for case in cases(costs, costs.device.platform)]
-    anew = [case.row | {key: old[key] for key in MEASURED if key in old} for case, old in found if old]
-    if rows:
-        raise app.UsageError(f"{path} has what is not predicted with these flags, such as {next(iter(rows.values()))}")
+    old = {name_of(row): row for row in result["rows"]}
+    found = [case for case in every_case(costs, result["rows"]) if name_of(case.row) in old or is_new(case)]
+    anew = [case.row | measured(old.get(name_of(case.row))) for case in found]
+    gone = len(old.keys() - set(map(name_of, anew)))
+    new = [row for row in anew if name_of(row) not in old]
+    left = [row for row in anew if row["kernel"] and not row["chosen"] and old.get(name_of(row), {}).get("chosen")]
+    print(
+        f"{path}: of {len(old)} rows {gone} are dropped, whose op no model has any more, and {len(left)} are of a "
+        f"kernel that is not chosen any more; {len(new)} of kernels that are chosen since were not measured",
+        file=sys.stderr,
+    )
     save_rows(path, head, anew)
     write(path, head, anew)
+
+
+def measured(old: Row | None) -> Row:
+    return {"failed": "not measured"} if old is None else {key: old[key] for key in MEASURED if key in old}
+
+
+def is_new(case: Case) -> bool:
+    """Whether a case without a row is one that a run would measure."""
+    return case.chosen and case.predicted <= FLAGS.most_us
+
+
+def every_case(costs: Costs, rows: Sequence[Row]) -> Iterator[Case]:
+    """The cases of ops that `rows` are of, with the kernels of the rows and those that are chosen now."""
+    yield from movement_cases(costs)
+    groups, platform = list(map(int, FLAGS.groups)), costs.device.platform
+    dtypes = dict.fromkeys(row["dtype"] for row in rows if row["kernel"])
+    known = {(op.shape, str(op.lhs.dtype)): op for dtype in dtypes for op in model_ops(dtype, FLAGS.models)}
+    kernels: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["kernel"]:
+            kernels.setdefault((row["what"], row["dtype"]), []).append(row["kernel"])
+    for name, own in kernels.items():
+        if name not in known:
+            continue
+        op = known[name]
+        for kernel in dict.fromkeys([*own, *(choose(op, g, platform) for g in groups)]):
+            yield from op_cases(op, kernel, groups, costs)
 
 
 def write(path: Path, head: Mapping[str, Any], rows: Sequence[Row]) -> None:

@@ -39,6 +39,8 @@ def report(head: Mapping[str, Any], rows: Sequence[Row], recorded: Sequence[Row]
         pairs = packed_against_alone(good)
         text += ["## Measured here", errors(good), "By number of problems in a pack:", errors(good, pack_size)]
         text += [f"{len(rows) - len(good)} cases were not measured."] if len(good) < len(rows) else []
+        if others := sum(1 for row in good if row["kernel"] and not row.get("chosen")):
+            text += [f"{others} cases are of kernels that the compiler does not take for them now."]
         text += [
             "Decisions rest on the time of a pack relative to its ops alone, each with the kernel that is chosen for "
             f"it: rank correlation (Spearman) of predicted and measured {rank_correlation(pairs):.2f} over "

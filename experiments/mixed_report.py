@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from experiments.results import Row, table
 
 BASE = "per_family"  # what the times of a set are compared with
+ALIKE = 0.02  # share of a round by which runs of one program differ
 
 
 def report(head: Mapping[str, Any], rows: Sequence[Row]) -> str:
@@ -27,7 +29,9 @@ def report(head: Mapping[str, Any], rows: Sequence[Row]) -> str:
         f"`{BASE}`, one fused program for each model.",
         time_table(rows),
         *(["\n".join(reasons)] if reasons else []),
-        "What packing across families was predicted to win a round over `never`, and what it won:",
+        "What packing across families was predicted to win a round over `never`, and what it won. Noise: twice the "
+        "standard error of the medians' difference, with the spread of a normal distribution that has their p10 and "
+        f"p90, and at least {ALIKE:.0%} of `never`, as runs of one program differ by:",
         "\n".join(gain_lines(rows)) or "- nothing to compare",
         "The spread of the times, and what was fused:",
         detail_table(rows),
@@ -79,18 +83,33 @@ def gain_lines(rows: Sequence[Row]) -> Iterator[str]:
             yield f"- {name}, {method}: packs nothing across families, {same}: {measured}"
             continue
         predicted = facts["predicted_gain_us"]
-        noise = max(r["round_us_p90"] - r["round_us_p10"] for r in (row, never)) / 2
         yield (
             f"- {name}, {method}: {facts['superkernels_across']} superkernels across families with "
             f"{facts['ops_across']} ops, joint loops: {facts['loops_across']}; predicted {predicted:+,.0f} us, "
-            f"measured {measured}; {verdict(predicted, won, noise)}"
+            f"measured {measured}; {verdict(predicted, won, noise_of(row, never))}"
         )
+
+
+def noise_of(row: Row, never: Row) -> float:
+    """What medians of rounds may differ by where two programs are as quick as each other."""
+    return max(2 * math.hypot(median_error(row), median_error(never)), ALIKE * never["round_us_median"])
+
+
+def median_error(row: Row) -> float:
+    """The standard error of a median, if rounds are independent and normal: p90 - p10 is 2.563 deviations then."""
+    deviation = (row["round_us_p90"] - row["round_us_p10"]) / 2.563
+    return math.sqrt(math.pi / 2 / row["repeats"]) * deviation
 
 
 def verdict(predicted: float, won: float, noise: float) -> str:
     if abs(won) < noise:
-        return "within the spread of the times"
-    return "the sign is right" if won * predicted > 0 else "the sign is wrong"
+        return "within the noise" if abs(predicted) < noise else "within the noise, though more was predicted"
+    if abs(predicted) < 0.5:
+        return "nothing was predicted"
+    if won * predicted < 0:
+        return "the sign is wrong"
+    size = f"{max(won / predicted, predicted / won):.2g} times too {'small' if abs(predicted) < abs(won) else 'large'}"
+    return f"the sign is right, the size {size}" if not size.startswith("1 ") else "the sign is right, and the size"
 
 
 def detail_table(rows: Sequence[Row]) -> str:

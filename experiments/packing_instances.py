@@ -126,6 +126,16 @@ def random_problem(
     )
 
 
+def branches(problem: Problem) -> bool:
+    """Whether any of the programs is no chain."""
+    last: dict[int, int] = {}
+    for i, node in enumerate(problem.nodes):
+        if problem.before[i] != ((last[node.program],) if node.program in last else ()):
+            return True
+        last[node.program] = i
+    return False
+
+
 def shape_near(chance: random.Random, base: Sequence[int]) -> Shape:
     m, n, k = (max(8, int(size * chance.choice((0.5, 0.75, 1, 1, 1, 1.25, 1.5)))) for size in base)
     return m, n, k

@@ -52,7 +52,7 @@ def align(
         return bundle
     weights = Weights(bundle, costs, policy, waste_bound, may_launch)
     chosen = solved(weights, bundle.schedule)
-    reasons = weights.of, weights.margin, weights.for_launch
+    reasons = weights.of, weights.margin, weights.for_launch, waste_bound
     records = records_of(bundle, chosen.aligned, weights.near, *reasons)
     if not records:
         return bundle

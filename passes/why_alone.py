@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from coalesce.bundle import Aligned, Bundle, Loop, Pack, Place, place_of, Schedule
+from coalesce.clusters import canonical_gemm, common, Gemm, waste
 from coalesce.member import fold
 from coalesce.record import Record
 from coalesce.weigh import Weighed
 
 Weigh = Callable[[Sequence[Pack]], Weighed | None]
+Gemms = Mapping[Gemm, Mapping[int, Place]]  # the first op of each family that is such a product
 FOR_LAUNCH = "not padded: it can share a kernel launch as it is, with what runs at the same time"
 TRIED = 16  # partners that a reason looks at
 
@@ -21,10 +23,14 @@ def records_of(
     weigh: Weigh,
     margin: float,
     for_launch: Callable[[Pack], bool],
+    waste_bound: float,
 ) -> dict[Place, Record]:
     """A record for every pack of the bundle, by its place; `near` numbers those that might share a superkernel,
     `margin` is the share of its parts' time that a pack had to win, and `for_launch` says which stay apart for one."""
     found = dict(scoped(bundle.schedule, ()))
+    gemms: dict[Gemm, dict[int, Place]] = {}
+    for place, (pack, _) in found.items():
+        gemms.setdefault(canonical_gemm(pack.op), {}).setdefault(place[0], place)
     loops = {place: group.places for group in aligned if group.form == "scan" for place in group.places}
     group_of = {place: group for group in aligned if group.form != "scan" for place in group.places}
     kin: dict[int, list[Place]] = {}
@@ -41,7 +47,8 @@ def records_of(
             continue
         others = [p for p in kin[near[place]] if p[0] != place[0]]
         reachable = [found[p][0] for p in others if together(scope, found[p][1], loops)]
-        reason = why(bundle, pack, others, reachable, weigh, margin, group_of)
+        apart = differs(pack, place[0], gemms, waste_bound) if not others else ""
+        reason = apart or why(others, reachable, pack, weigh, margin, group_of)
         records[place] = Record(alone_us(pack, weigh), reason)
     return records
 
@@ -77,16 +84,15 @@ def packed(bundle: Bundle, pack: Pack, parts: Sequence[Pack], group: Aligned, we
 
 
 def why(
-    bundle: Bundle,
-    pack: Pack,
     others: Sequence[Place],
     reachable: Sequence[Pack],
+    pack: Pack,
     weigh: Weigh,
     margin: float,
     group_of: Mapping[Place, Aligned],
 ) -> str:
     if not others:
-        return differs(bundle, pack) or "no op of another family is within the waste bound of it"
+        return "no op of another family is within the waste bound of it"
     if not reachable:
         return "different loop: those within the waste bound of it run in other loops"
     tried = [(weigh(sorted([pack, p], key=lambda part: part.index)), place_of(p)) for p in reachable[:TRIED]]
@@ -104,11 +110,15 @@ def why(
     return f"dependent: {where}, its best partner, would have to run before and after packs that win more"
 
 
-def differs(bundle: Bundle, pack: Pack) -> str:
+def differs(pack: Pack, family: int, gemms: Gemms, waste_bound: float) -> str:
     """An op of another family that only its arithmetic keeps apart."""
-    for cluster in bundle.clusters:
-        for place in cluster.members:
-            if isinstance(place, tuple) and place[0] != place_of(pack)[0]:
-                if cluster.shape == (pack.op.m, pack.op.n, pack.op.k):
-                    return f"precision or dtype differs from that of family {place[0]} at {place[1]}, which is as large"
+    own = canonical_gemm(pack.op)
+    for gemm, places in gemms.items():
+        where = next((place for other, place in places.items() if other != family), None)
+        if where is None or (gemm.form, gemm.context) != (own.form, own.context) or gemm.kind == own.kind:
+            continue
+        whole = common([own.shape, gemm.shape])
+        if max(waste(own.shape, whole), waste(gemm.shape, whole)) <= waste_bound:
+            size = "as large" if own.shape == gemm.shape else "near enough in shape"
+            return f"precision or dtype differs from that of family {where[0]} at {where[1]}, which is {size}"
     return ""

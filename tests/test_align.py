@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 from jax import lax
 
-from coalesce.bundle import Aligned
+from coalesce.bundle import Aligned, packs
 from coalesce.bundle_check import check_bundle
 from coalesce.clusters import clusters_text
 from coalesce.explain import aligned_text, bundle_text, place_text
@@ -227,6 +227,31 @@ def test_precision_differs():
         "family 0 at 0": "precision or dtype differs from that of family 1 at 0, which is as large",
         "family 1 at 0": "precision or dtype differs from that of family 0 at 0, which is as large",
     }
+
+
+def test_precision_differs_from_a_near_op():
+    """2x4x6 in 2x4x8 wastes a quarter."""
+    exact = (lambda w, x: lax.dot(x, w, precision="highest"), array(4, 6), (array(2, 4),))
+    assert reasons(aligned(layers(2, 4, 8), exact, waste_bound=0.25)) == {
+        "family 0 at 0": "precision or dtype differs from that of family 1 at 0, which is near enough in shape",
+        "family 1 at 0": "precision or dtype differs from that of family 0 at 0, which is near enough in shape",
+    }
+    too_far = "no op of another family is within the waste bound of it"
+    assert set(reasons(aligned(layers(2, 4, 8), exact, waste_bound=0.24)).values()) == {too_far}
+
+
+def test_a_grouped_convolution_is_no_product():
+    """As large as a dot, and with its precision: its form is another."""
+
+    def depthwise(w, x):
+        dims = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=dims, feature_group_count=3)
+
+    grouped = depthwise, array(2, 2, 1, 3), (array(1, 3, 3, 3),)
+    bundle = aligned(layers(4, 4, 1), grouped, policy="always")
+    ops = [pack.op for pack in packs(bundle.schedule)]
+    assert {(op.m, op.n, op.k) for op in ops} == {(4, 1, 4)} and len(ops) == 2
+    assert set(reasons(bundle).values()) == {"no op of another family is within the waste bound of it"}
 
 
 def test_different_loop():

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from coalesce.packing import align, Node, Packing, Problem
 from coalesce.packing.problem import value
 from experiments.packing_exact import solve
-from experiments.packing_instances import chain, random_problem
+from experiments.packing_instances import branches, chain, random_problem
 
 pytestmark = pytest.mark.once
 
@@ -63,10 +63,12 @@ def test_two_chains_are_packed_as_well_as_can_be(seed: int) -> None:
 
 
 def test_branching_programs_are_packed_nearly_as_well_as_can_be() -> None:
-    """The bounds of experiments/packing_regret.py, on fewer instances."""
+    """The bounds of experiments/packing_regret.py, on fewer instances: chains alone are no part of either."""
     shares = []
     for seed in SEEDS:
         problem = random_problem(seed)
+        if not branches(problem):
+            continue
         best = solve(problem)
         assert best.proven
         if best.value > 1e-6:
@@ -80,7 +82,8 @@ def test_branching_programs_are_packed_nearly_as_well_as_can_be() -> None:
 @given(seed=st.integers(0, 10**6), order=st.randoms(use_true_random=False))
 @settings(max_examples=5)
 def test_programs_listed_in_another_order_win_as_much(seed: int, order) -> None:
-    """Nearly: programs that look the same may be told apart by their order alone."""
+    """Nearly: programs that look the same may be told apart by their order alone. Of the 400 first seeds all but two
+    win the same, one of them 1% more and the other one 3% less."""
     problem = random_problem(seed)
     programs = sorted({node.program for node in problem.nodes})
     order.shuffle(programs)
@@ -95,7 +98,7 @@ def test_programs_listed_in_another_order_win_as_much(seed: int, order) -> None:
     shuffled = Problem(nodes, before, lambda p: problem.gain(old_names(p)), lambda p: problem.bonus(old_names(p)))
     straight, turned = align(problem), align(shuffled)
     assert_legal(shuffled, turned)
-    assert turned.value >= 0.8 * straight.value - 1e-6
+    assert turned.value >= 0.95 * straight.value - 1e-6
 
 
 def pair(gain: float, bonus: float = 0.0, feeders: bool = False) -> Problem:
@@ -129,21 +132,20 @@ def test_no_programs() -> None:
     assert align(Problem((), (), lambda pack: 1.0, lambda pack: 0.0)) == Packing((), 0.0)
 
 
-def test_gain_is_asked_about_as_often_as_there_are_nodes() -> None:
-    """Near-linear: eight programs of twice the length ask for about twice as many packs."""
+@pytest.mark.parametrize(
+    "length", [15, 30, *(pytest.param(n, marks=pytest.mark.slow) for n in (60, 120, 240))], ids=str
+)
+def test_gain_is_asked_about_as_often_as_there_are_nodes(length: int) -> None:
+    """Linear: a node of eight programs costs no more questions, however long they are. It costs about 70 from 30 on."""
+    problem = random_problem(7, programs=(8, 8), sizes=(length, length))
+    packs: set[tuple[int, ...]] = set()
 
-    def asked(length: int) -> int:
-        problem = random_problem(7, programs=(8, 8), sizes=(length, length))
-        packs: set[tuple[int, ...]] = set()
+    def gain(pack: tuple[int, ...]) -> float | None:
+        packs.add(pack)
+        return problem.gain(pack)
 
-        def gain(pack: tuple[int, ...]) -> float | None:
-            packs.add(pack)
-            return problem.gain(pack)
-
-        align(replace(problem, gain=gain))
-        return len(packs)
-
-    assert asked(30) <= 3.5 * asked(15)
+    align(replace(problem, gain=gain))
+    assert len(packs) <= 80 * len(problem.nodes)
 
 
 def test_the_optimum_is_what_trying_all_finds() -> None:
