@@ -116,8 +116,11 @@ class Accounts(Observer):
     def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
         if isinstance(event, Submitted):
             with self._lock:
+                known = self._accounts
                 for request in event.requests:
-                    self._of(request.tenant).submitted += 1
+                    account = known.get(request.tenant)
+                    if account is not None:  # else it was closed meanwhile, as in `_of`
+                        account.submitted += 1
         for command in commands:
             if isinstance(command, APART):
                 with self._lock:

@@ -220,7 +220,10 @@ class Runtime:
         waiter: Any,
         loop: asyncio.AbstractEventLoop | None,
     ) -> int:
-        form, flat = match(resident.name, resident.forms, inputs)
+        form = resident.forms[0]
+        flat = form.takes(inputs)
+        if flat is None:
+            form, flat = match(resident.name, resident.forms, inputs)
         left_ns = resident.terms["slo_ns"] if deadline is None else allowed_ns(resident.name, deadline)
         with self._sending:  # the driver sees requests in the order of their numbers
             number, now_ns = next(self._ids), self._clock()
