@@ -27,6 +27,7 @@ import jax
 from coalesce.compile import fuse
 from coalesce.errors import PlanError, TraceError, TuningError
 from coalesce.html import html_page
+from coalesce.kernels import KERNELS
 from coalesce.measuring.tune import tune
 from coalesce.models import NAMES
 from coalesce.target import EXPECTED, Function, programs_of, Tenants, UsageError
@@ -95,6 +96,7 @@ def add_tune(commands: Any) -> None:
     command.add_argument("--workers", type=int, default=0, help="processes that compile at once (default: this one)")
     command.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after so many")
     command.add_argument("--force", action="store_true", help="measure again what is known")
+    command.add_argument("--kernels", metavar="NAMES", help="measure only these, with commas between (default: all)")
     command.add_argument(
         "--show", nargs="?", const="", metavar="FILE", help="print a database; what fuse uses, if no file is given"
     )
@@ -142,7 +144,11 @@ def tuned(options: argparse.Namespace) -> None:
         raise UsageError("there is no home directory to keep measurements in; give a file with --out")
     if options.workers < 0:
         raise UsageError(f"--workers is {options.workers}; it is a number of processes, 0 for none besides this one")
-    database = tune(source, out, workers=options.workers, seconds=options.seconds, force=options.force)
+    kernels = options.kernels.split(",") if options.kernels else []
+    if unknown := sorted(set(kernels) - set(KERNELS)):
+        raise UsageError(f"there is no kernel {unknown[0]!r}; there are {', '.join(KERNELS)}")
+    limits = {"workers": options.workers, "seconds": options.seconds, "force": options.force}
+    database = tune(source, out, kernels=kernels, **limits)
     if not database.entries:
         raise TuningError("nothing was measured, so nothing was written")
     used = "fuse uses it" if out == own else f"fuse(..., tuned={str(out)!r}) uses it"

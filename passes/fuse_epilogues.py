@@ -9,8 +9,9 @@ Before                                            After
 
 A tail is equations of the pack's family that take its result, element by element, to one value that the rest of the
 program reads; their other operands are literals, values of the result's shape that are there when the pack runs (a
-residual), and vectors over its columns (a bias), whose broadcast moves along. Relies on: every pack has its kernel.
-Gives: no value inside a tail but the last has another reader. The order of everything else stays.
+residual), and vectors over its columns (a bias), whose broadcast moves along. It does not end with a cast that widens:
+half as much is written if whoever reads the value casts it. Relies on: every pack has its kernel. Gives: no value
+inside a tail but the last has another reader. The order of everything else stays.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 from coalesce import jaxpr as J
 from coalesce.bundle import Bundle, equations, Item, Loop, Pack, packs, same, Schedule, Step, units
 from coalesce.kernels import FUSING
-from coalesce.kernels.epilogue import TILEWISE
+from coalesce.kernels.epilogue import runs_on_tiles
 
 DTYPES = ("float32", "bfloat16", "float16", "bool")
 
@@ -106,14 +107,15 @@ class Scope:
             chosen += new
             inside |= {(f, v) for b in new for _, e in equations(self.items[b]) for v in e.outvars}
             last = (f, step.eqn.outvars[0])
-            if self.is_closed({*chosen, place}, inside, last) and J.dtype(last[1]) in DTYPES[:3]:
+            whole = self.is_closed({*chosen, place}, inside, last) and J.dtype(last[1]) in DTYPES[:3]
+            if whole and not widens(step.eqn):
                 best = list(chosen)
         return best
 
     def columns(self, step: Step, pack: Pack, inside: set[Name], begin: int) -> list[int] | None:
         """The broadcasts that have to move along with a step; None if it cannot run on tiles of the pack's result."""
         eqn, shape = step.eqn, J.shape(pack.members[0].eqn.outvars[0])
-        if step.each or eqn.primitive.name not in TILEWISE or J.shape(eqn.outvars[0]) != shape:
+        if step.each or not runs_on_tiles(eqn) or J.shape(eqn.outvars[0]) != shape:
             return None
         if any(J.dtype(a) not in DTYPES for a in [*eqn.invars, *eqn.outvars]):
             return None
@@ -164,6 +166,11 @@ class Scope:
             tail = self.tails.get(place)
             out.append(replace(item, epilogue=tail) if tail and isinstance(item, Pack) else item)
         return tuple(out)
+
+
+def widens(eqn: J.Eqn) -> bool:
+    """Whether it is a cast after which the same values take more bytes."""
+    return eqn.primitive.name == "convert_element_type" and J.nbytes(eqn.outvars[0].aval) > J.nbytes(eqn.invars[0].aval)
 
 
 def names(eqn: J.Eqn) -> list[J.Var]:

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from jax import lax
 
+import coalesce
 from coalesce.bundle import Bundle, packs, Step
 from coalesce.bundle_check import check_bundle
 from coalesce.errors import IRError
 from coalesce.kernels import choose
-from coalesce.kernels.epilogue import on_tile
+from coalesce.kernels.epilogue import on_tile, runs_on_tiles
 from coalesce.models import by_name
 from coalesce.passes.choose_kernels import choose_kernels
 from coalesce.passes.form_packs import form_packs
@@ -25,6 +26,7 @@ from coalesce.passes.fuse_epilogues import fuse_epilogues
 from tests.alone import array, check_fused
 from tests.bundles import bundle_of, replanned
 from tests.cases import assert_each_as_alone, assert_inputs_isolated, assert_weights_isolated, case_of, fuse, inputs_of
+from tests.compare import assert_as_good
 from tests.dataflow import check_plan
 from tests.heavy_cases import indexed
 from tests.programs import Draw, many_compiles
@@ -215,3 +217,55 @@ def test_the_larger_of_a_nan_is_a_nan(primitive, dtype):
     np.testing.assert_array_equal(got, want)
     text = str(jax.make_jaxpr(lambda a, b: on_tile(eqn, [a, b]))(a, b))
     assert f" {primitive.name} " not in text  # Pallas' lowering of it for Triton drops the NaN
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("primitive", [lax.erf_p, lax.erfc_p])
+def test_error_functions_of_16_bits(primitive, dtype):
+    """As XLA's, to a rounding of the result or of the one that they are a difference from; at the ends too."""
+    x = jnp.asarray([*np.linspace(-6, 6, 1001), -np.inf, np.inf, np.nan], dtype)
+    (eqn,) = jax.make_jaxpr(primitive.bind)(x).jaxpr.eqns
+    assert runs_on_tiles(eqn)
+    got, want = (np.asarray(y, np.float64) for y in (on_tile(eqn, [x]), primitive.bind(x)))
+    np.testing.assert_allclose(got, want, rtol=float(jnp.finfo(dtype).eps), atol=2e-7)
+    (wide,) = jax.make_jaxpr(primitive.bind)(jax.ShapeDtypeStruct((4,), jnp.float32)).jaxpr.eqns
+    assert not runs_on_tiles(wide)
+
+
+@pytest.mark.parametrize("power", [-2, 1, 2, 3, 5, 6])
+def test_powers_are_products(power):
+    x = jnp.asarray([-1.5, 0.0, 2.0, jnp.nan], jnp.float32)
+    (eqn,) = jax.make_jaxpr(lambda x: lax.integer_pow_p.bind(x, y=power))(x).jaxpr.eqns
+    np.testing.assert_allclose(on_tile(eqn, [x]), lax.integer_pow_p.bind(x, y=power), rtol=1e-6)
+    text = str(jax.make_jaxpr(lambda x: on_tile(eqn, [x]))(x))
+    assert ("integer_pow" in text) == (power < 2)
+
+
+def test_a_gelu_of_16_bits_runs_in_the_kernel():
+    def dense(p, x):
+        return jax.nn.gelu(x @ p["w"] + p["b"][None], approximate=False)
+
+    params = [{"w": array(8, 8).astype(jnp.bfloat16), "b": array(8).astype(jnp.bfloat16)} for _ in range(2)]
+    inputs = [(array(4, 8).astype(jnp.bfloat16),) for _ in params]
+    programs = [coalesce.trace(dense, p, *x, name=f"t{i}") for i, (p, x) in enumerate(zip(params, inputs, strict=True))]
+    fused = coalesce.fuse(programs, choose_kernel=indexed)
+    (pack,) = packs(fused.bundle.schedule)
+    assert "erfc" in [step.eqn.primitive.name for step in pack.epilogue]
+    for got, p, x in zip(fused(inputs), params, inputs, strict=True):
+        wide = dense(*jax.tree.map(lambda v: v.astype(jnp.float32), (p, *x)))
+        assert_as_good(got, jax.jit(dense)(p, *x), wide, [False])
+
+
+def test_a_tail_does_not_end_with_a_cast_that_widens():
+    """The readers of what the last product leaves cast it, and half as much is written; one within a tail stays."""
+
+    def block(p, x):
+        y = (x @ p).astype(jnp.float32) * 2
+        y = y.astype(jnp.bfloat16) + x
+        return jnp.sum(y.astype(jnp.float32), 1)
+
+    tenants = [(block, array(8, 8).astype(jnp.bfloat16), (array(4, 8).astype(jnp.bfloat16),)) for _ in range(2)]
+    programs = [coalesce.trace(fn, p, *x, name=f"t{i}") for i, (fn, p, x) in enumerate(tenants)]
+    (pack,) = packs(coalesce.fuse(programs, choose_kernel=indexed).bundle.schedule)
+    steps = [step.eqn.primitive.name for step in pack.epilogue]
+    assert steps == ["convert_element_type", "mul", "convert_element_type", "add"]

@@ -312,6 +312,21 @@ def test_tenants_of_a_model(monkeypatch):
     assert hash(found["source"]) is not None and len(cases_module.cases(found["source"](), "device")) > 0
 
 
+def test_only_some_kernels(tmp_path, monkeypatch, capsys):
+    said, measured = [], []
+
+    def times(case, tried, lock=None):
+        measured.extend(name for name, _ in tried)
+        return {name: float(i + 1) for i, (name, _) in enumerate(tried)}
+
+    monkeypatch.setattr(tune_module, "measure", times)
+    found = tune(abstract, tmp_path / "tuned.json", kernels=["conv_slices"], say=said.append)
+    assert measured == ["conv_slices"] and [entry.kernel for entry in found.entries.values()] == ["conv_slices"]
+    assert said[1].endswith(": not measured: conv_slices cannot run it")
+    assert main(["tune", "--model=mlp", "--kernels=batched_dot,conv"]) == 2
+    assert "there is no kernel 'conv'; there are batched_dot," in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [[], ["a:b", "--model=mlp"]])
 def test_one_source_at_a_time(arguments, capsys):
     assert main(["tune", *arguments]) == 2

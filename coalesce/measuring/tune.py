@@ -42,6 +42,7 @@ def tune(
     workers: int = 0,
     seconds: float = math.inf,
     force: bool = False,
+    kernels: Sequence[str] = (),
     say: Callable[[str], None] = on_stderr,
 ) -> Database:
     """The database of the file `out`, with entries for what the programs of `source` run on the default device.
@@ -50,6 +51,7 @@ def tune(
       workers: processes that compile; 0: all in this one.
       seconds: no case is begun after so many.
       force: measure again what is known.
+      kernels: measure only these of the candidates; all, if none are given.
     """
     start = time.time()
     database = at(out)
@@ -59,7 +61,7 @@ def tune(
     todo = [i for i, case in enumerate(everything) if force or case.key not in known]
     say(f"{len(everything)} cases on {default_device().device_kind}, {len(everything) - len(todo)} of them known")
     results = at_once if workers else in_turn
-    for done, (i, times) in enumerate(results(source, todo, start + seconds, workers), start=1):
+    for done, (i, times) in enumerate(results(source, todo, start + seconds, workers, tuple(kernels)), start=1):
         case = everything[i]
         left = (time.time() - start) / done * (len(todo) - done)
         where = f"{done}/{len(todo)}, {left / 60:.0f} min left"
@@ -91,29 +93,36 @@ def cases_of(source: Source) -> list[Case]:
     return cases(source(), default_device().device_kind)
 
 
-def candidate_times(source: Source, i: int, lock: Any = None) -> Times | str:
+def candidate_times(source: Source, i: int, kernels: Sequence[str], lock: Any = None) -> Times | str:
     """What the candidates of a case took, or why they could not be measured."""
     case = cases_of(source)[i]
+    everything = candidates(case.op, case.key.width, case.key.rows, jax.default_backend(), on_hopper(default_device()))
+    tried = [one for one in everything if not kernels or one[0] in kernels]
+    if not tried:
+        return f"not measured: {', '.join(kernels)} cannot run it"
     try:
-        tried = candidates(case.op, case.key.width, case.key.rows, jax.default_backend(), on_hopper(default_device()))
         return measure(case, tried, lock)
     except (jax.errors.JaxRuntimeError, TuningError) as e:  # such as: operands that memory does not hold
         return f"not measured: {str(e).splitlines()[0]}"
 
 
-def in_turn(source: Source, todo: Sequence[int], until: float, workers: int) -> Iterator[tuple[int, Times | str]]:
+def in_turn(
+    source: Source, todo: Sequence[int], until: float, workers: int, kernels: Sequence[str]
+) -> Iterator[tuple[int, Times | str]]:
     for i in todo:
         if time.time() > until:
             return
-        yield i, candidate_times(source, i)
+        yield i, candidate_times(source, i, kernels)
 
 
-def at_once(source: Source, todo: Sequence[int], until: float, workers: int) -> Iterator[tuple[int, Times | str]]:
+def at_once(
+    source: Source, todo: Sequence[int], until: float, workers: int, kernels: Sequence[str]
+) -> Iterator[tuple[int, Times | str]]:
     context = get_context("spawn")  # what has touched a GPU must not fork
     # A process for each case: one keeps the memory of the device that it had, and VGG-16 has 3 GB in several layouts.
     with context.Manager() as manager, ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
         lock = manager.Lock()
-        begun = {pool.submit(unless_late, source, i, until, lock): i for i in todo}
+        begun = {pool.submit(unless_late, source, i, until, kernels, lock): i for i in todo}
         try:
             for future in as_completed(begun):
                 if not future.cancelled() and (times := future.result()) is not None:
@@ -124,5 +133,5 @@ def at_once(source: Source, todo: Sequence[int], until: float, workers: int) -> 
             pool.shutdown(cancel_futures=True)  # what waits; an interrupt ends what runs
 
 
-def unless_late(source: Source, i: int, until: float, lock: Any) -> Times | str | None:
-    return candidate_times(source, i, lock) if time.time() <= until else None
+def unless_late(source: Source, i: int, until: float, kernels: Sequence[str], lock: Any) -> Times | str | None:
+    return candidate_times(source, i, kernels, lock) if time.time() <= until else None
