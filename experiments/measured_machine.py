@@ -7,8 +7,9 @@ BLOCK_NS: a machine that is slower in one of them is so half of the time.
     event   told     answered                told     ...
       | wake  |  busy: decides, dispatches... |
 
-Between an event and its being told lies the waking up of the driver's thread, if that had nothing to do; what was there
-already when it was told of the event before says how long it was busy with that. The rest says neither.
+Between an event and its being told lies the waking up of the driver's thread, if that had nothing to do; what came
+while it was busy says how long it was. With the rest it was busy as long as usual, and what was slow there shows in the
+waking up: every slow moment of a log counts once, and comes again no more often than it came.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from coalesce.scheduler.run import Decision, Outcome, Run
 
 NEVER = 1 << 62
 BLOCK_NS = 250_000_000
-SURE = 4  # times as long as it is mostly busy: after that it is idle
 
 
 class Moment(NamedTuple):
@@ -103,23 +103,37 @@ def dispatches(commands: Sequence[Command]) -> bool:
 
 def host_of(logs: Iterable[Sequence[Decision]], now_ns: Callable[[], int] = lambda: 0) -> MeasuredHost:
     """Of some stretches of a log; `now_ns` says what time it is in the simulation."""
-    pairs = [list(pairwise(log)) for log in logs]
-    busy: list[list[tuple[bool, Moment]]] = [[] for _ in pairs]
-    for own, found in zip(pairs, busy, strict=True):
-        for before, after in own:
-            if happened_ns(after.event, before.commands) <= before.now_ns:
-                moment = Moment(before.now_ns - own[0][0].now_ns, after.now_ns - before.now_ns)
-                found.append((dispatches(before.commands), moment))
-    known = [moment.took_ns for found in busy for _, moment in found]
-    idle_ns = SURE * int(median(known)) if known else 0
-    wakes: list[list[tuple[bool, Moment]]] = [[] for _ in pairs]
-    for own, found in zip(pairs, wakes, strict=True):
-        for (before, after), (_, later) in zip(own, [*own[1:], (None, None)], strict=False):
+    logs = list(logs)
+    usual_ns = usually_busy(logs)
+    wakes: list[list[tuple[bool, Moment]]] = []
+    busy: list[list[tuple[bool, Moment]]] = []
+    for log in logs:
+        woken, worked = list[tuple[bool, Moment]](), list[tuple[bool, Moment]]()
+        for before, after, later in zip(log, log[1:], [*log[2:], None], strict=False):
             since_ns, ended = woken_ns(before, after, later)
-            if before.now_ns + idle_ns < since_ns < NEVER:
-                found.append((ended, Moment(since_ns - own[0][0].now_ns, after.now_ns - since_ns)))
+            kind, at_ns = dispatches(before.commands), before.now_ns - log[0].now_ns
+            done_ns = before.now_ns + usual_ns[kind]
+            if since_ns <= done_ns:
+                worked.append((kind, Moment(at_ns, after.now_ns - before.now_ns)))
+                continue
+            worked.append((kind, Moment(at_ns, usual_ns[kind])))
+            if since_ns < NEVER:
+                woken.append((ended, Moment(since_ns - log[0].now_ns, after.now_ns - since_ns)))
+        wakes.append(woken)
+        busy.append(worked)
     whole = Stretches([moment for _, moment in found] for found in busy)
     return MeasuredHost(by_kind(wakes), {kind: own or whole for kind, own in by_kind(busy).items()}, now_ns)
+
+
+def usually_busy(logs: Iterable[Sequence[Decision]]) -> dict[bool, int]:
+    """By what was there already when it was told of the event before."""
+    known: dict[bool, list[int]] = {False: [], True: []}
+    for log in logs:
+        for before, after in pairwise(log):
+            if happened_ns(after.event, before.commands) <= before.now_ns:
+                known[dispatches(before.commands)].append(after.now_ns - before.now_ns)
+    whole = [*known[True], *known[False], 0]
+    return {kind: int(median(own or whole)) for kind, own in known.items()}
 
 
 def by_kind(stretches: Sequence[Sequence[tuple[bool, Moment]]]) -> dict[bool, Stretches]:

@@ -1,12 +1,14 @@
 """What a runtime took, out of its log: from a run of the simulator, of which everything is known."""
 
+from collections.abc import Sequence
 from random import Random
 
 import pytest
 
 from coalesce.scheduler.catalog import Executable
 from coalesce.scheduler.coalescing import Coalescing
-from coalesce.scheduler.events import Timer
+from coalesce.scheduler.commands import Command
+from coalesce.scheduler.events import Event, Timer
 from coalesce.scheduler.machine import Host, Line, line_catalog
 from coalesce.scheduler.request import Tenant
 from coalesce.scheduler.run import Run
@@ -41,6 +43,28 @@ def test_a_run_comes_out_again():
     device = MeasuredDevice([ran])
     second = run(host_of([first.log]), takes=device.takes, watchers=[device.see])  # pyright: ignore
     assert second.log == first.log and 20 < device.in_time(second) < len(second.requests)
+
+
+class Hiccup:
+    """As HOST, but that one decision takes long."""
+
+    def __init__(self) -> None:
+        self.decisions = 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(HOST, name)
+
+    def decide(self, event: Event, commands: Sequence[Command]) -> int:
+        self.decisions += 1
+        return 30_000 * US if self.decisions == 150 else HOST.decide_ns
+
+
+def test_what_was_slow_once_is_found_once():
+    log = run(Hiccup()).log  # pyright: ignore
+    found = host_of([log])
+    busy, woken = ([took for own in times.values() for took in own.times_ns] for times in (found.busy, found.wakes))
+    assert len(busy) == len(log) - 1  # as many as there are decisions that another one follows
+    assert sum(took > 1_000 * US for took in (*busy, *woken)) == 1
 
 
 def test_a_bundle_that_waits_behind_another_takes_less():
