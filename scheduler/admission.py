@@ -39,6 +39,7 @@ from coalesce.scheduler.shares import Account, CLOSE, Shares
 from coalesce.scheduler.tuples import made
 
 INFEASIBLE = Reason.INFEASIBLE
+FAR_OFF = 2  # times the least SLO of its family: who is due so late can wait for others
 
 
 class Admission:
@@ -94,6 +95,9 @@ class Admission:
             return True
         at = len(items) if is_last else bisect_left(items, (due_ns, request.id))
         new = made(Newcomer, (queue, due_ns - kept_ns, at, not careful))
+        is_far = due_ns - now_ns >= FAR_OFF * queue.costs.slo_ns
+        if is_far and is_last and not careful and not queue.lot and can_wait(new, start, now_ns):
+            return True
         if is_closed(level, start, new):
             return False
         after = outlook_with(level, start, now_ns, new)
@@ -110,6 +114,19 @@ class Admission:
             remember(level, start, after, hoped)
             self.foreseen = True
         return True
+
+
+def can_wait(new: Newcomer, start: Start, now_ns: int) -> bool:
+    """Whether one that is due long after the others of its queue can run when all that was promised is done, whatever
+    becomes of that, and delays nobody. Those of its own queue who are due sooner may go in narrower runs."""
+    queue, level = new.queue, new.queue.level
+    sure = known(level, start, now_ns)
+    if sure.end_ns + sure.slip_ns + queue.costs.options[queue.costs.steady].through_ns > new.due_ns:
+        return False
+    if level.order and level.order[0][2] is queue and len(level.order) == 1:
+        return True
+    after = outlook_with(level, start, now_ns, new)
+    return after.tardy_ns <= sure.tardy_ns and after.late <= sure.late
 
 
 def kept(left_ns: int, queue: Queue, scarce: bool) -> int:

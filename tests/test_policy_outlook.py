@@ -8,14 +8,18 @@ import pytest
 from hypothesis import given, strategies as st
 
 from coalesce.scheduler import admission
+from coalesce.scheduler.catalog import Catalog, Entry, Executable
+from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.commands import Dispatch
 from coalesce.scheduler.cover import Cover, Option
 from coalesce.scheduler.lanes import Level
 from coalesce.scheduler.laying import Newcomer, Outlook, Start
-from coalesce.scheduler.machine import Line, line_catalog
+from coalesce.scheduler.machine import Host, Line, line_catalog
 from coalesce.scheduler.outlook import outlook, outlook_with
 from coalesce.scheduler.request import Tenant
+from coalesce.scheduler.run import Outcome
 from coalesce.scheduler.shares import Account, Shares
+from coalesce.scheduler.simulator import simulate
 from coalesce.scheduler.workloads import Arrival, arrive, gamma
 from tests.simulated import checked, MS
 
@@ -111,3 +115,18 @@ def test_a_cover_that_follows_another_is_as_one_by_itself(times, slips, asked, m
     for lanes in range(1, 140):
         assert after.first(lanes) is alone.first(lanes)
         assert after.until(lanes) == alone.until(lanes)
+
+
+@pytest.mark.parametrize(("seed", "gap_us"), [(0, 100), (2, 100), (6, 100), (0, 400), (1, 400), (4, 400)])
+def test_who_can_wait_until_everybody_else_is_done_is_not_refused(seed, gap_us):
+    """Where requests for 1 to 40 ms are so many that most are late or refused, and one in ten allows half a minute."""
+    rng, now_ns, arrivals = Random(seed), 0, list[Arrival]()
+    for number in range(400):
+        now_ns += int(rng.expovariate(1) * gap_us * 1000)
+        allowed_ns = 30_000 * MS if number % 10 == 0 else (1 + number % 40) * MS
+        arrivals.append(Arrival(now_ns, f"t{number % 4}", allowed_ns))
+    what = Catalog(tuple(Executable(i, (Entry(0, 0, w),), 2 * MS, 4 * MS) for i, w in enumerate((1, 2, 4, 8))))
+    who = [Tenant(f"t{i}", (0,), 5_000 * MS) for i in range(4)]
+    run = simulate(Coalescing(), who, what, arrivals, host=Host(50_000, 0, 50_000, 60_000))
+    assert all(run.outcomes[number] is Outcome.OK for number in range(0, 400, 10))
+    assert run.counts()[Outcome.REFUSED] > 10
