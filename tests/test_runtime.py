@@ -14,6 +14,7 @@ import coalesce
 from coalesce.errors import DeadlineExceeded, InvalidInput, OutOfDeviceMemory, Shutdown, TenantClosed, TenantFailure
 from coalesce.runtime.host import Host
 from coalesce.runtime.runtime import Runtime
+from tests.checked import Checked, checked_runtime
 from tests.memory import held_from_now
 
 SLO = 30.0  # generous: what is tested here is not time
@@ -54,7 +55,7 @@ def row(seed: int, batch: int = 1) -> np.ndarray:
 @pytest.fixture(scope="module", params=[1, 3], ids=["whole", "in segments"])
 def served(request: pytest.FixtureRequest) -> Iterator[Runtime]:
     """Six mlps, two of them also with a batch of 3, and two taggers."""
-    with Runtime(widths=(1, 2, 4), segments=request.param) as rt:
+    with checked_runtime(widths=(1, 2, 4), segments=request.param) as rt:
         for i in range(4):
             rt.add_tenant(f"mlp{i}", mlp, mlp_params(i), example=(row(0),), slo=SLO)
         for i in (4, 5):
@@ -261,7 +262,7 @@ def test_a_tenant_that_raises_at_run_time_fails_alone():
 
         return jax.pure_callback(look, jax.ShapeDtypeStruct(x.shape, x.dtype), x) @ params
 
-    with Runtime(widths=(1, 2, 4)) as rt:
+    with checked_runtime(widths=(1, 2, 4)) as rt:
         for i in range(4):
             rt.add_tenant(f"t{i}", fickle, jnp.eye(WIDTH) * (i + 1), example=(row(0),), slo=SLO)
         rt.warm_up(120.0)
@@ -276,7 +277,7 @@ def test_a_tenant_that_raises_at_run_time_fails_alone():
 @pytest.mark.parametrize("segments, capacity", [(1, 8), (3, 8)])
 def test_a_bank_grows_while_others_are_served(segments, capacity):
     """One slot is kept free where programs are cut: two, four and eight of which tenants have one, three and seven."""
-    with Runtime(widths=(1, 2), capacity=1, segments=segments) as rt:
+    with checked_runtime(widths=(1, 2), capacity=1, segments=segments) as rt:
         stop, wrong = threading.Event(), []
         rt.add_tenant("t0", mlp, mlp_params(0), example=(row(0),), slo=SLO)
         want = np.asarray(jax.jit(mlp)(mlp_params(0), row(0)))
@@ -301,7 +302,7 @@ def test_a_bank_grows_while_others_are_served(segments, capacity):
 
 
 def test_removed_tenants_free_their_place_and_their_name():
-    with Runtime(widths=(1, 2), capacity=2) as rt:
+    with checked_runtime(widths=(1, 2), capacity=2) as rt:
         for round_ in range(6):
             for i in range(2):
                 rt.add_tenant(f"t{i}", mlp, mlp_params(round_ + i), example=(row(0),), slo=SLO)
@@ -317,7 +318,7 @@ def test_removed_tenants_free_their_place_and_their_name():
 @pytest.mark.parametrize("segments", [1, 3])
 def test_device_memory_returns_to_where_it_was(segments):
     held = held_from_now()
-    with Runtime(widths=(1, 2), capacity=1, segments=segments) as rt:
+    with checked_runtime(widths=(1, 2), capacity=1, segments=segments) as rt:
         rt.add_tenant("stays", mlp, mlp_params(0), example=(row(0),), slo=SLO)
         before = None
         for _ in range(3):
@@ -332,7 +333,7 @@ def test_device_memory_returns_to_where_it_was(segments):
 
 
 def test_what_does_not_fit_is_refused_with_the_bytes():
-    with Runtime(widths=(1,), capacity=1, memory_limit=10_000) as rt:
+    with checked_runtime(widths=(1,), capacity=1, memory_limit=10_000) as rt:
         rt.add_tenant("t0", mlp, mlp_params(0), example=(row(0),), slo=SLO)
         with pytest.raises(OutOfDeviceMemory, match=r"needs [\d,]+ bytes on the device, and [\d,]+ are free") as caught:
             for i in range(1, 9):
@@ -347,7 +348,7 @@ def test_shared_weights_lie_on_the_device_once():
     def headed(params: Any, x: jax.Array) -> jax.Array:
         return jnp.tanh(x @ params["backbone"]) @ params["head"]
 
-    with Runtime(widths=(1, 2)) as rt:
+    with checked_runtime(widths=(1, 2)) as rt:
         heads = [jnp.asarray(np.random.default_rng(i).standard_normal((WIDTH, 3)), jnp.float32) for i in range(3)]
         for i, head in enumerate(heads):
             params = {"backbone": jnp.array(backbone), "head": head}
@@ -361,7 +362,7 @@ def test_shared_weights_lie_on_the_device_once():
 
 def test_what_waits_together_gets_the_next_width_that_is_offered():
     """The policy asks for the double of what there is, and that may not be among the widths."""
-    with Runtime(widths=(1, 4), compiled=False) as rt:
+    with checked_runtime(widths=(1, 4), compiled=False) as rt:
         rt.add_tenant("t0", mlp, mlp_params(0), example=(row(0),), slo=SLO)
         for reply in [rt.submit("t0", row(i)) for i in range(20)]:
             reply.result(60)
@@ -370,7 +371,8 @@ def test_what_waits_together_gets_the_next_width_that_is_offered():
 
 
 def test_closing_ends_everything_once():
-    rt = Runtime(widths=(1,))
+    checked = Checked()
+    rt = Runtime(widths=(1,), observers=[checked])
     rt.add_tenant("t0", mlp, mlp_params(0), example=(row(0),), slo=SLO)
     replies = [rt.submit("t0", row(i)) for i in range(50)]
     rt.close()
@@ -381,10 +383,12 @@ def test_closing_ends_everything_once():
     with pytest.raises(Shutdown):
         rt.add_tenant("t1", mlp, mlp_params(0), example=(row(0),), slo=SLO)
     assert rt.health().status == "closed" and not rt.health().ok
+    assert checked.violations() == []
 
 
 def test_closing_inside_a_callback_hangs_nothing():
-    rt = Runtime(widths=(1,))
+    checked = Checked()
+    rt = Runtime(widths=(1,), observers=[checked])
     rt.add_tenant("t0", mlp, mlp_params(0), example=(row(0),), slo=SLO)
     done = threading.Event()
     reply = rt.submit("t0", row(0))
@@ -395,6 +399,7 @@ def test_closing_inside_a_callback_hangs_nothing():
             break
         threading.Event().wait(0.1)
     assert not any(thread.is_alive() for thread in rt._stations[0].driver.threads)
+    assert checked.violations() == []
 
 
 def test_adding_without_waiting_gives_a_future():
@@ -408,7 +413,7 @@ def test_adding_without_waiting_gives_a_future():
 
 
 def test_reproducible_results_do_not_depend_on_company():
-    with Runtime(widths=(1, 2, 4), reproducible=True) as rt:
+    with checked_runtime(widths=(1, 2, 4), reproducible=True) as rt:
         for i in range(4):
             rt.add_tenant(f"t{i}", mlp, mlp_params(i), example=(row(0),), slo=SLO)
         rt.warm_up(120.0)

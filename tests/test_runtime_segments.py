@@ -20,6 +20,7 @@ from coalesce.runtime.device import Device
 from coalesce.runtime.runtime import Runtime
 from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.commands import Want
+from tests.checked import checked_runtime
 
 WIDTH, SLO = 12, 30.0
 
@@ -71,7 +72,7 @@ def pool_of(rt: Runtime, tenant: str) -> Any:
 @pytest.fixture(scope="module")
 def three() -> Iterator[Runtime]:
     """Tenants "t0" to "t2" of one family, in three segments."""
-    with Runtime(widths=(1, 2, 4), segments=3, compiled=False) as rt:
+    with checked_runtime(widths=(1, 2, 4), segments=3, compiled=False) as rt:
         for i in range(3):
             rt.add_tenant(f"t{i}", deep, weights(i), example=(row(0),), slo=SLO)
         rt.warm_up(120.0)
@@ -233,7 +234,7 @@ def count_cuts(rt: Runtime) -> list[float]:
 def test_what_the_most_urgent_tenant_cannot_wait_for_is_cut():
     """A long program beside one with an SLO shorter than it; and none that is alone, or beside patient ones."""
     long, rows = [weights(i, 6, 512) for i in range(2)], np.tile(row(3, 512), (256, 1))
-    with Runtime(widths=(1,), compiled=False) as rt:
+    with checked_runtime(widths=(1,), compiled=False) as rt:
         rt.add_tenant("patient", steep, weights(0), example=(row(0),), slo=1000.0)
         rt.add_tenant("whole", deep, long[0], example=(rows,), slo=SLO)
         assert pool_of(rt, "whole") is None
@@ -253,7 +254,7 @@ def test_what_the_most_urgent_tenant_cannot_wait_for_is_cut():
 def test_a_program_is_cut_while_it_is_served_for_a_tenant_who_cannot_wait_for_it():
     """Nobody's requests are lost on the way, and what was made for the whole program goes."""
     params, rows = [weights(i, 6, 512) for i in range(2)], np.tile(row(3, 512), (256, 1))
-    with Runtime(widths=(1,), capacity=2, compiled=False) as rt:
+    with checked_runtime(widths=(1,), capacity=2, compiled=False) as rt:
         for i, own in enumerate(params):
             rt.add_tenant(f"long{i}", deep, own, example=(rows,), slo=SLO)
         before = pool_of(rt, "long0"), rt._tenancy.residents["long0"].host.families
@@ -293,7 +294,7 @@ def test_a_program_is_cut_while_it_is_served_for_a_tenant_who_cannot_wait_for_it
 def test_reproducible_results_change_neither_by_a_cut_nor_by_an_executable_of_several_families(monkeypatch):
     """Whoever comes: a tenant who cannot wait for a long program, and one whose program would run with it in less."""
     long, rows = [weights(i, 6, 512) for i in range(2)], np.tile(row(3, 512), (256, 1))
-    with Runtime(widths=(1, 2), reproducible=True, compiled=False) as rt:
+    with checked_runtime(widths=(1, 2), reproducible=True, compiled=False) as rt:
         device, asked = device_of(rt), count_cuts(rt)
         rt.add_tenant("long", deep, long[0], example=(rows,), slo=SLO)
         before = rt.submit("long", rows).result(60)
@@ -313,7 +314,7 @@ def test_a_number_of_segments_is_at_least_one():
 
 
 def test_one_executable_for_two_families_runs_both_and_is_left_out_where_it_takes_longer(monkeypatch):
-    with Runtime(widths=(1, 2), segments=2, compiled=False) as rt:
+    with checked_runtime(widths=(1, 2), segments=2, compiled=False) as rt:
         rt.add_tenant("deep", deep, weights(0), example=(row(0),), slo=SLO)
         rt.add_tenant("steep", steep, weights(1), example=(row(0),), slo=SLO)
         rt.warm_up(120.0)

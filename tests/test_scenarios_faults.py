@@ -1,4 +1,7 @@
-"""Compilers that fail or stall, executables that find no memory, too many of them, other devices, caches on disk."""
+"""Compilers that fail or stall, executables that find no memory, too many of them, other devices, caches on disk.
+
+With programs whole and in three segments; all decisions are checked.
+"""
 
 import os
 import subprocess
@@ -17,17 +20,20 @@ from coalesce.runtime import foundry
 from coalesce.runtime.bundle import Bundle
 from coalesce.runtime.device import Device
 from coalesce.runtime.runtime import Runtime
+from coalesce.scheduler.catalog import Entry
 from coalesce.serving.executable import Executable
+from tests.checked import checked_runtime
 
 SLO = 30.0
+in_segments = pytest.mark.parametrize("segments", [1, pytest.param(3, marks=pytest.mark.once)])
 
 
 def add(w: Any, x: Any) -> Any:
-    return w + x
+    return (w + x) * 2 - x - w  # exactly so, and there is something to cut
 
 
 def times(w: Any, x: Any) -> Any:
-    return w * x
+    return w * x + x - x
 
 
 def vector(value: float) -> np.ndarray:
@@ -60,7 +66,8 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Any], None]
     return put_before
 
 
-def test_what_cannot_be_compiled_is_done_without_and_remembered(compiler):
+@in_segments
+def test_what_cannot_be_compiled_is_done_without_and_remembered(compiler, segments: int):
     tried: list[int] = []
 
     def before(entries: Any) -> None:
@@ -69,28 +76,31 @@ def test_what_cannot_be_compiled_is_done_without_and_remembered(compiler):
             raise RuntimeError("too wide for this compiler")
 
     compiler(before)
-    with Runtime(widths=(1, 2, 4)) as rt:
+    with checked_runtime(widths=(1, 2, 4), segments=segments) as rt:
         for i in range(4):
             serve(rt, f"t{i}", weight=i)
         rt.warm_up(60.0)
-        assert rt.health().failed == {"family 0 x4": "family 0 x4: RuntimeError: too wide for this compiler"}
-        assert widths_of(rt) == [1, 2]
+        failed = rt.health().failed
+        assert failed["family 0 x4"] == "family 0 x4: RuntimeError: too wide for this compiler"
+        assert len(failed) == segments and all("too wide for this compiler" in why for why in failed.values())
+        assert widths_of(rt) == [1] * segments + [2] * segments
         for _ in range(3):
             replies = [rt.submit(f"t{i % 4}", vector(i)) for i in range(24)]
             for i, reply in enumerate(replies):
                 np.testing.assert_array_equal(reply.result(60), vector(i % 4 + i))
-        assert tried.count(4) == 1 and rt.health().ok
+        assert tried.count(4) == segments and rt.health().ok
 
 
-def test_a_tenant_for_whom_nothing_can_be_compiled_is_refused_alone(compiler):
-    with Runtime(widths=(1,)) as rt:
+@in_segments
+def test_a_tenant_for_whom_nothing_can_be_compiled_is_refused_alone(compiler, segments: int):
+    with checked_runtime(widths=(1,), segments=segments) as rt:
         serve(rt, "served")
 
         def before(entries: Any) -> None:
             raise RuntimeError("no")
 
         compiler(before)
-        with pytest.raises(CompileError, match="family 1 x1: RuntimeError: no"):
+        with pytest.raises(CompileError, match="family 1 .*x1: RuntimeError: no"):
             serve(rt, "refused", times)
         np.testing.assert_array_equal(rt.submit("served", vector(2)).result(60), vector(3))
         assert rt.health().tenants == 1 and not rt.health().failed  # nobody is left who would want it
@@ -98,8 +108,9 @@ def test_a_tenant_for_whom_nothing_can_be_compiled_is_refused_alone(compiler):
         assert set(rt.stats().tenants) == {"served", "same family"}
 
 
-def test_a_bank_whose_executables_cannot_be_made_larger_stays_as_it_is(compiler):
-    with Runtime(widths=(1,), capacity=1) as rt:
+@in_segments
+def test_a_bank_whose_executables_cannot_be_made_larger_stays_as_it_is(compiler, segments: int):
+    with checked_runtime(widths=(1,), capacity=1, segments=segments) as rt:
         serve(rt, "served")
 
         def before(entries: Any) -> None:
@@ -112,17 +123,18 @@ def test_a_bank_whose_executables_cannot_be_made_larger_stays_as_it_is(compiler)
         assert set(rt.stats().tenants) == {"served"}
 
 
-def test_a_compiler_that_stalls_keeps_no_newcomer_waiting_and_is_given_up(compiler, monkeypatch):
+@in_segments
+def test_a_compiler_that_stalls_keeps_no_newcomer_waiting_and_is_given_up(compiler, monkeypatch, segments: int):
     monkeypatch.setattr(foundry, "SLOW_S", 0.05)
     stalled, go = threading.Event(), threading.Event()
 
     def before(entries: Any) -> None:
-        if entries[0].width == 2 and entries[0].family == 0:
+        if entries == (Entry(0, 0, 2),):
             stalled.set()
             go.wait(60)
 
     compiler(before)
-    with Runtime(widths=(1, 2), stall_s=2.0) as rt:
+    with checked_runtime(widths=(1, 2), stall_s=2.0, segments=segments) as rt:
         serve(rt, "a")
         serve(rt, "b")  # two of them want to run together
         assert stalled.wait(30)
@@ -134,7 +146,8 @@ def test_a_compiler_that_stalls_keeps_no_newcomer_waiting_and_is_given_up(compil
         go.set()
 
 
-def test_what_was_on_order_when_the_runtime_was_closed_has_not_failed(compiler):
+@in_segments
+def test_what_was_on_order_when_the_runtime_was_closed_has_not_failed(compiler, segments: int):
     stalled, go = threading.Event(), threading.Event()
 
     def before(entries: Any) -> None:
@@ -143,7 +156,7 @@ def test_what_was_on_order_when_the_runtime_was_closed_has_not_failed(compiler):
             go.wait(60)
 
     compiler(before)
-    with Runtime(widths=(1, 2, 4)) as rt:
+    with checked_runtime(widths=(1, 2, 4), segments=segments) as rt:
         serve(rt, "a")
         serve(rt, "b")
         serve(rt, "c")
@@ -157,21 +170,24 @@ def test_what_was_on_order_when_the_runtime_was_closed_has_not_failed(compiler):
         assert rt.health().status == "closed" and not rt.health().failed
 
 
-def test_at_most_so_many_executables_are_kept_and_each_family_can_be_served():
-    with Runtime(widths=(1, 2, 4, 8), executables=3) as rt:
+@in_segments
+def test_at_most_so_many_executables_are_kept_and_each_family_can_be_served(segments: int):
+    with checked_runtime(widths=(1, 2, 4, 8), executables=3 * segments, segments=segments) as rt:
         for i in range(6):
             serve(rt, f"t{i}", weight=i)
         serve(rt, "other", times, 2.0)
         rt.warm_up(60.0)
         kept = [e.entries[0] for e in rt._stations[0].device.catalog.executables]
-        assert len(kept) == 3 and [entry.family for entry in kept if entry.width == 1] == [0, 1]
+        narrow = [(entry.family, entry.segment) for entry in kept if entry.width == 1]
+        assert len(kept) == 3 * segments and sorted(narrow) == [(f, s) for f in (0, 1) for s in range(segments)]
         replies = [rt.submit(f"t{i % 6}", vector(i)) for i in range(48)]
         for i, reply in enumerate(replies):
             np.testing.assert_array_equal(reply.result(60), vector(i % 6 + i))
         np.testing.assert_array_equal(rt.submit("other", vector(4)).result(60), vector(8))
 
 
-def test_without_memory_for_many_lanes_fewer_run_together(monkeypatch):
+@in_segments
+def test_without_memory_for_many_lanes_fewer_run_together(monkeypatch, segments: int):
     """The device says so when the bundle runs, or when it is dispatched."""
     right = Bundle.wait
 
@@ -180,7 +196,7 @@ def test_without_memory_for_many_lanes_fewer_run_together(monkeypatch):
             raise OutOfDeviceMemory("RESOURCE_EXHAUSTED: as if")
         right(self)
 
-    with Runtime(widths=(1, 2, 8)) as rt:
+    with checked_runtime(widths=(1, 2, 8), segments=segments) as rt:
         for i in range(8):
             serve(rt, f"t{i}", weight=i)
         rt.warm_up(60.0)
@@ -190,7 +206,8 @@ def test_without_memory_for_many_lanes_fewer_run_together(monkeypatch):
             for i, reply in enumerate(replies):
                 np.testing.assert_array_equal(reply.result(60), vector(i % 8 + i))
         rt.drain(30.0)
-        assert "family 0 x8" in rt.health().failed and 8 not in widths_of(rt)
+        assert "family 0 x8" in rt.health().failed
+        assert all(e.entries != (Entry(0, 0, 8),) for e in rt._stations[0].device.catalog.executables)
 
 
 def test_policies_are_made_for_each_of_several_devices():
@@ -210,9 +227,10 @@ def run(code: str, **env: str) -> str:
 TWO_DEVICES = """
 import jax, numpy as np
 import coalesce
+from tests.checked import checked_runtime
 add, times = (lambda w, x: w + x), (lambda w, x: w * x)
 one, three = np.full(4, 1, np.float32), np.full(4, 3, np.float32)
-with coalesce.Runtime(devices=jax.devices(), widths=(1, 2)) as rt:
+with checked_runtime(devices=jax.devices(), widths=(1, 2)) as rt:
     for i in range(4):
         rt.add_tenant(f"t{i}", times if i % 2 else add, three, example=(one,), slo=30.0)
     rt.warm_up(60.0)
@@ -268,6 +286,7 @@ def test_what_was_compiled_is_found_by_the_next_process(tmp_path):
     assert int(run(CACHED, COALESCE_COMPILED=str(tmp_path / "compiled"))) > 0
 
 
+@pytest.mark.once  # a process, and no more than the folder's name differs
 def test_a_folder_that_the_user_gave_jax_is_used_and_kept(tmp_path):
     code = CACHED.replace("len(sys.argv) > 1", "True").replace("sys.argv[1]", repr(str(tmp_path / "own")))
     run(code, COALESCE_COMPILED=str(tmp_path / "ours"))
@@ -276,7 +295,7 @@ def test_a_folder_that_the_user_gave_jax_is_used_and_kept(tmp_path):
 
 def test_a_device_that_is_dead_is_told_from_a_tenant_that_raises(monkeypatch):
     """Whether the device still works is asked of the device."""
-    with Runtime(widths=(1,)) as rt:
+    with checked_runtime(widths=(1,)) as rt:
         serve(rt, "a")
         serve(rt, "b", times)
         rt.warm_up(60.0)
@@ -303,7 +322,7 @@ def test_nobody_waits_for_a_tenant_whose_device_dies_while_it_is_added(compiler)
         going_on.wait(60)
 
     compiler(hold)
-    with Runtime(widths=(1,)) as rt:
+    with checked_runtime(widths=(1,)) as rt:
         added = rt.add_tenant("a", add, vector(1), example=(vector(0),), slo=SLO, wait=False)
         assert compiling.wait(60)
         rt._stations[0].driver.lose("it is gone")
@@ -329,7 +348,7 @@ class Picky:
 
 
 def test_results_that_a_tenants_own_class_refuses_are_its_own_failure():
-    with Runtime(widths=(1, 2, 4)) as rt:
+    with checked_runtime(widths=(1, 2, 4)) as rt:
         serve(rt, "picky", lambda w, x: Picky(w + x))
         serve(rt, "other")
         rt.warm_up(60.0)

@@ -12,10 +12,10 @@ MOST = 20_000_000  # bytes
 SMALL, FULL = 20_000, 1_000_000
 
 
-def grown(count: int, *kinds: str) -> int:
+def grown(count: int, segments: int, *kinds: str) -> int:
     """Bytes, in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.endless", str(count), *kinds],
+        [sys.executable, "-m", "tests.endless", str(count), str(segments), *kinds],
         check=True,
         capture_output=True,
         text=True,
@@ -24,14 +24,16 @@ def grown(count: int, *kinds: str) -> int:
     return int(done.stdout)
 
 
-def test_requests_leave_nothing_behind():
-    assert grown(SMALL) < MOST
+@pytest.mark.parametrize(("count", "segments"), [(SMALL, 1), (SMALL // 2, 3)])
+def test_requests_leave_nothing_behind(count, segments):
+    assert grown(count, segments) < MOST
 
 
 def test_a_leak_is_detected():
-    assert grown(SMALL, "leak") > MOST
+    assert grown(SMALL, 1, "leak") > MOST
 
 
 @pytest.mark.soak
-def test_a_million_requests_of_real_programs_leave_nothing_behind():
-    assert grown(FULL, "jax") < MOST
+@pytest.mark.parametrize("segments", [1, 3])
+def test_a_million_requests_of_real_programs_leave_nothing_behind(segments):
+    assert grown(FULL, segments, "jax") < MOST

@@ -1,8 +1,10 @@
 """The experiments about segments and executables of several families run, from their command line to their files."""
 
 import json
+import time
 from pathlib import Path
 
+from coalesce.runtime.bundle import Bundle
 from experiments import banked, mixed_family, segments
 
 
@@ -26,12 +28,17 @@ def test_segments_has_a_row_for_each_method_and_program(tmp_path, monkeypatch, c
     assert "| three  |" in capsys.readouterr().out
 
 
-def test_mixed_family_counts_bundles_of_several_families(tmp_path, capsys):
+def test_mixed_family_counts_bundles_of_several_families(tmp_path, capsys, monkeypatch):
+    """Which win where each bundle costs a millisecond, whatever is in it."""
+    right = Bundle.wait
+    monkeypatch.setattr(Bundle, "wait", lambda self: (time.sleep(0.001), right(self))[1])
+    monkeypatch.setattr(Bundle, "is_at_hand", lambda self, within_s: False)
     kinds = "mlp.width=8;layers=2:4,mlp.width=8;layers=3:4"
     mixed_family.main([f"--kinds={kinds}", "--widths=1,2", "--duration=0.2", "--repeats=1", f"--out={tmp_path}"])
     apart, mixed = saved(tmp_path)
     assert apart["requests"] > 0 and not apart["mixed_bundles"] and not apart["mixed_executables"]
-    assert mixed["requests"] > 0 and mixed["mixed_bundles"] <= mixed["bundles"]
+    assert 0 < mixed["mixed_bundles"] <= mixed["bundles"]
+    assert all(" with " in own["entries"] and 1000 < own["us"] for own in mixed["mixed_executables"])
     assert "| apart  |" in capsys.readouterr().out
 
 

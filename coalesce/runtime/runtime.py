@@ -54,8 +54,7 @@ class Runtime:
       executables: how many are kept for a device; those that ran the longest ago go first.
       compiled: a folder in which executables are kept for the next process, unless JAX has been given one; None: see
         coalesce.runtime.persistence; False: none.
-      hang_s: a bundle that takes longer is taken for a device that hangs.
-      stall_s: an executable that takes longer to compile is done without.
+      hang_s, stall_s: a bundle that takes longer is a device that hangs; an executable that does is done without.
       observers: told of everything that is decided and done; see coalesce.runtime.observer.
     """
 
@@ -221,8 +220,7 @@ class Runtime:
         loop: asyncio.AbstractEventLoop | None,
     ) -> int:
         form = resident.forms[0]
-        flat = form.takes(inputs)
-        if flat is None:
+        if (flat := form.takes(inputs)) is None:
             form, flat = match(resident.name, resident.forms, inputs)
         left_ns = resident.terms["slo_ns"] if deadline is None else allowed_ns(resident.name, deadline)
         with self._sending:  # the driver sees requests in the order of their numbers
@@ -257,8 +255,8 @@ class Runtime:
     def explain(self, request: int | Reply) -> str:
         """What was decided about a request: its bundles, why they ran, and when. Of the last 4,096 requests."""
         number = request.request if isinstance(request, Reply) else request
-        found = (station.history.explain(number) for station in self._stations)
-        return next(filter(None, found), None) or f"request {number}: it has not ended, or is not remembered"
+        found = filter(None, (station.history.explain(number) for station in self._stations))
+        return next(found, f"request {number}: it has not ended, or is not remembered")
 
     # The end
 
@@ -267,9 +265,8 @@ class Runtime:
         return wait_ended([station.driver for station in self._stations], timeout)
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
-        """Take on nothing more, serve what waits (or end it with Shutdown), and stop the threads. Twice is once.
-
-        From a callback of a request it returns at once, and the rest follows.
+        """Take on nothing more, serve what waits (or end it with Shutdown), and stop the threads. Twice is once. From a
+        callback of a request it returns at once, and the rest follows.
         """
         if any(threading.current_thread() in station.driver.threads for station in self._stations):
             threading.Thread(target=self.close, kwargs={"drain": drain, "timeout": timeout}, daemon=True).start()
