@@ -63,6 +63,9 @@ def lines(programs: Sequence[Program], histories: Sequence[Normalised], steps: S
         yield "\n# across families"
         yield f"predicted to win {bundle.predicted_us:.1f} us a round"
         yield from (f"{place_text(place)}: {record}" for place, record in bundle.records.items())
+    elif len(bundle.families) > 1 and "align" not in [step.name for step in steps]:
+        yield "\n# across families"
+        yield 'nothing runs across families with policy="never"'
     yield "\n# heavy ops left alone"
     yield from (f"{member_text(m, bundle)}: {m.op.shape}: {reason}" for m, reason in alone_members(bundle))
     yield "\n# run lane by lane"

@@ -91,6 +91,7 @@ def summary(report: Report) -> Html:
         "families": f"{report.families:,}",
         "heavy ops": f"{report.heavy_ops:,}",
         "superkernels": f"{report.superkernels:,}",
+        "across families": f"{report.superkernels_across:,}",
         "left alone": f"{report.alone:,}",
         "padding": f"{report.padding_waste:.1%}",
     }

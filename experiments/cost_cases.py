@@ -124,7 +124,7 @@ def movement_cases(costs: Costs) -> Iterator[Case]:
         own, *others = (float32(rows - i, columns - i) for i in range(members))
         us = costs.stack([size(own), *map(size, others)], size(float32(*shape)))
         yield Case("stack", what, "float32", "", members, us, Work(partial(stack, shape), own, tuple(others)))
-        us = costs.unstack(size(own))
+        us = costs.light(size(own), size(own))
         yield Case("unstack", what, "float32", "", members, us, Work(partial(unstack, own.shape), float32(*shape)))
     for shape in ((8,), (1024, 1024)):
         us = costs.light(size(float32(*shape)), size(float32(*shape)))

@@ -9,6 +9,10 @@ the rest of what Python's threads take is JAX's, which may spin while it waits f
 measurement over its requests. Through `infer` all coroutines share one event loop. The floor is a loop on one thread
 without a runtime: 16 futures, their inputs side by side, one call, a copy for each future. Staging is timed by itself:
 the bytes of 16 inputs, copied into what a call takes, with everything that this costs.
+
+Inputs of 64 bytes are cheaper than all others by what XLA does, not by their size: what has less than 1,000 operations
+of floating point it runs on the thread that calls, everything else on a thread of its own, which has to be woken up.
+That takes 45 us more of processor time a call, 3 us a request, in the floor too. It is counted: whoever serves pays it.
 """
 
 from __future__ import annotations

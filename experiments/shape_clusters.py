@@ -2,10 +2,12 @@
 arXiv 1901.10008).
 
     python -m experiments.shape_clusters
+    python -m experiments.shape_clusters --function=serving.tenants:programs --out=clusters    of tenants of yours
 
 Takes every dot and convolution of the normalised programs of all models, as matrix products, and clusters them for
 several bounds on the padding of an op. Nothing runs on a device and parameters have shapes alone, so that the result
-depends on the models and the compiler's passes only. The body of a scan counts once.
+depends on the models and the compiler's passes only. The body of a scan counts once. `--function` takes
+what `python -m coalesce inspect` does; each family of its tenants counts as a model, by the name of its first tenant.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ from absl import app, flags
 
 import coalesce
 from coalesce.clusters import canonical_gemm, Cluster, cluster, WASTE_BOUND
+from coalesce.family import find_families
 from coalesce.heavy import heavy_eqns, heavy_op, HeavyOp
 from coalesce.models import by_name, NAMES
 from coalesce.passes.pipeline import normalise
+from coalesce.target import programs_of
 from experiments.results import header, Row, save_rows
 from experiments.shape_plot import plot
 from experiments.shape_report import report
@@ -52,6 +56,7 @@ Op = tuple[tuple[str, int], HeavyOp]  # ((model, position in its program), op)
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("models", list(NAMES), "models of coalesce.models")
+flags.DEFINE_string("function", None, "MODULE:FUNCTION that returns programs, instead of models")
 flags.DEFINE_integer("batch", 1, "rows of a request", lower_bound=1)
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of weights and activations")
 flags.DEFINE_list(
@@ -69,13 +74,24 @@ def heavy_ops(name: str) -> list[Op]:
     return [((name, i), heavy_op(eqn)) for i, eqn in enumerate(heavy_eqns(program.jaxpr))]
 
 
+def heavy_ops_of_families(function: str) -> list[Op]:
+    """Of the programs of a user's function, each family once."""
+    programs = programs_of(function)
+    families = find_families([normalise(program).program for program in programs])
+    return [
+        ((programs[family.lanes[0].tenant].name, i), heavy_op(eqn))
+        for family in families
+        for i, eqn in enumerate(heavy_eqns(family.jaxpr))
+    ]
+
+
 def models_of(found: Cluster) -> Counter[str]:
     """How many ops of each model there are."""
     return Counter(cast(tuple[str, int], name)[0] for name in found.members)
 
 
 def architectures_of(found: Cluster) -> set[str]:
-    return {ARCHITECTURES[model] for model in models_of(found)}
+    return {ARCHITECTURES.get(model, model) for model in models_of(found)}
 
 
 def flops(found: Cluster) -> int:
@@ -133,21 +149,26 @@ def cluster_rows(clusters: Sequence[Cluster]) -> list[Row]:
 
 
 def given_flags() -> list[str]:
-    names = ("models", "batch", "dtype", "bounds", "waste_bound")
-    return [FLAGS[name].serialize() for name in names if FLAGS[name].present]
+    names = ("function",) if FLAGS.function else ("models", "batch", "dtype")
+    return [FLAGS[name].serialize() for name in (*names, "bounds", "waste_bound") if FLAGS[name].present]
 
 
 def main(argv: Sequence[str]) -> None:
     if unknown := [*argv[1:], *(set(FLAGS.models) - set(NAMES))]:
         raise app.UsageError(f"what is {unknown[0]}? Models: {', '.join(NAMES)}")
     ops: list[Op] = []
-    for name in FLAGS.models:
+    if FLAGS.function:
+        ops = heavy_ops_of_families(FLAGS.function)
+    for name in () if FLAGS.function else FLAGS.models:
         ops += heavy_ops(name)
         print(f"{name}: {sum(model == name for (model, _), _ in ops)} heavy ops", file=sys.stderr, flush=True)
     rows = [row_of(bound, cluster(ops, waste_bound=bound)) for bound in map(float, FLAGS.bounds)]
     clusters = cluster(ops, waste_bound=FLAGS.waste_bound)
     command = shlex.join(["python", "-m", "experiments.shape_clusters", *given_flags()])
-    settings = {"models": FLAGS.models, "batch": FLAGS.batch, "dtype": FLAGS.dtype}
+    models = list(dict.fromkeys(model for (model, _), _ in ops))
+    settings = {"models": models, "batch": FLAGS.batch, "dtype": FLAGS.dtype}
+    if FLAGS.function:
+        settings = {"models": models, "function": FLAGS.function}
     head = header(command, "none", **settings)
     path = Path(FLAGS.out, "shape_clusters.json")
     shapes = shape_rows(ops, clusters)
@@ -156,7 +177,8 @@ def main(argv: Sequence[str]) -> None:
     text = report({**head, "waste_bound": FLAGS.waste_bound}, rows, cluster_rows(clusters))
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
-    print(plot(path.with_suffix(".png"), rows, shapes, ARCHITECTURES, FLAGS.waste_bound))
+    own = {model: ARCHITECTURES.get(model, model) for model in models}
+    print(plot(path.with_suffix(".png"), rows, shapes, own, FLAGS.waste_bound))
 
 
 if __name__ == "__main__":

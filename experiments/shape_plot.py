@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,13 @@ def plot(path: Path, rows: Sequence[Row], shapes: Sequence[Row], architectures: 
     colours = {index: colour(place) for place, index in enumerate(shared)}
     names = list(dict.fromkeys(architectures[shape["model"]] for shape in shapes))
     for axes, (x, y) in zip(panels, SIDES, strict=True):
-        for name, marker in zip(names, MARKERS, strict=False):
+        for name, marker in zip(names, cycle(MARKERS), strict=False):
             mine = [shape for shape in shapes if architectures[shape["model"]] == name]
             scatter(axes, mine, x, y, marker, colours)
         axes.set(xlabel=x.upper(), ylabel=y.upper(), xscale="log", yscale="log")
         axes.grid(alpha=0.3)
     draw_bounds(last, rows)
-    for name, marker in zip(names, MARKERS, strict=False):
+    for name, marker in zip(names, cycle(MARKERS), strict=False):
         panels[0].scatter([], [], marker=marker, color="0.4", label=name)
     panels[0].legend(frameon=False, fontsize="small", ncols=2)
     figure.suptitle(

@@ -11,11 +11,19 @@ from experiments.results import Row, table
 def report(head: Mapping[str, Any], rows: Sequence[Row], clusters: Sequence[Row]) -> str:
     """`rows` by bound, and the clusters that `shape_clusters.cluster_rows` gives."""
     settings = head["settings"]
+    when = f"Shapes alone, no device; JAX {head['versions']['jax']}, {head['date']}"
+    if "function" in settings:
+        whose = f"the tenants of {settings['function']}"
+        how = f"{when}. Every family of tenants counts as a model and an architecture, by the name of its first tenant."
+    else:
+        whose = "all models"
+        how = (
+            f"{when}; batch {settings['batch']}, {settings['dtype']}. Models that differ in size alone (ResNet-18 and "
+            "ResNet-50) are one architecture; SE-ResNet-50 and SENet-154 are another."
+        )
     text = [
-        "# Clusters of near-equal shape among all models",
-        f"Shapes alone, no device; JAX {head['versions']['jax']}, {head['date']}; batch {settings['batch']}, "
-        f"{settings['dtype']}. Models that differ in size alone (ResNet-18 and ResNet-50) are one architecture; "
-        "SE-ResNet-50 and SENet-154 are another.",
+        f"# Clusters of near-equal shape among {whose}",
+        how,
         f"    {head['command']}",
         "For each bound: the share of all FLOPs that is padding when every op runs at the shape of its cluster, and of "
         "the one op that pads most; how many ops are in one cluster with ops of another model, and of another "

@@ -94,7 +94,8 @@ class Coalescing:
         flying, queues, doubt, requests = self._flight.bundles, self._queues, self._doubt, self._requests
         starting = self._starting
         self._out = requests.out = out
-        ready_ns = self._lag.begin(event, now_ns)
+        lag = self._lag
+        ready_ns = lag.ready_ns = lag.begin(event, now_ns) if lag.counts else now_ns
         if isinstance(event, Submitted):
             if not flying and not requests.lanes and not requests.closed:
                 self._moved_of(doubt.arise(event.requests, now_ns))

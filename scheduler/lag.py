@@ -22,10 +22,11 @@ STEP = 8  # what is less than one part in so many of what is known is no news
 class Lag:
     def __init__(self) -> None:
         self.ready_ns = 0  # when the host is done with what it was told last
+        self.counts = False  # whether the host brings bundles, as far as known
         self.results_ns = 0
         self.slip_ns = 0  # by how much results may come later
         self._now_ns = 0
-        self._told = 1
+        self._told = 0
         self._each_ns = 0
         self._sent: deque[tuple[int, int]] = deque()  # of each bundle: when it was decided, and upon how much
         self._ended_ns = 0  # the last bundle
@@ -48,7 +49,8 @@ class Lag:
         self._ended_ns = event.end_ns
         if not event.host_ns or event.failed:
             return
-        if event.start_ns > before_ns:  # as soon as the host was there
+        self.counts = True
+        if told and event.start_ns > before_ns:  # as soon as the host was there
             self._each_ns += ((event.start_ns - decided_ns) // told - self._each_ns) // RUNS
         if event.results_ns:
             self._results.count(event.results_ns)

@@ -56,6 +56,8 @@ class Queue:
         "others",
         "hoped_ns",
         "luck",
+        "waits",
+        "hopes",
     )
 
     def __init__(self, place: Place, lot: int, level: Level, costs: PlaceCosts, slots: Slots, serial: int):
@@ -75,6 +77,8 @@ class Queue:
         self.others = Rate()  # of those whose tenants are not over their shares
         self.hoped_ns = 0  # until when company for a lone lane was worth waiting for; 0 if it is known whether it came
         self.luck = 1.0  # how often it came, smoothed
+        self.waits: Any = None  # how what waits begins to be laid, as it was last; see `laying`
+        self.hopes: Any = None  # the same, with those that may come
 
     def ready(self) -> int:
         """How many of its lanes can run now. Those that run their first segment again have their slots."""
@@ -92,6 +96,7 @@ class Queue:
                 gap_ns = smoothed_ns + ((gap_ns - smoothed_ns) >> 3)
             self.gap_ns = gap_ns if gap_ns > 1 else 1
         self.came_ns = now_ns
+        self.hopes = None
         self.rate.note(now_ns, self.costs.slo_ns, 1.0 if excess <= FAIR else FAIR / excess)
         if self.hoped_ns:
             self.luck += ((now_ns <= self.hoped_ns) - self.luck) / 8

@@ -111,7 +111,10 @@ def laid(level: Level, start: Start, new: Newcomer | None, now_ns: int, hope: bo
     newcomer = new.queue if new is not None else None
     for _, _, queue in level.order:
         if queue.costs.options:
-            heap.append(waiting_in(queue, 0, new if queue is newcomer else None, kinds))
+            if queue is newcomer or kinds == 1:  # how many come to the only one has more reasons to change
+                heap.append(waiting_in(queue, 0, new if queue is newcomer else None, kinds))
+            else:
+                heap.append(beginning_of(queue, kinds))
     if newcomer is not None and not newcomer.items:
         heap.append(waiting_in(newcomer, 0, new, kinds))
     lay(found, heap, new, now_ns, hope)
@@ -135,7 +138,8 @@ def with_one_more(sure: Outlook, new: Newcomer, now_ns: int) -> Outlook:
                 heap.append(Waiting(turn.due_ns, turn.serial, None, 0, 0, FAR, turn.option, 0, None))
             elif turn.serial not in seen:
                 seen.add(turn.serial)
-                heap.append(waiting_in(turn.queue, turn.served, None, 0))
+                own, served_yet = turn.queue, turn.served
+                heap.append(waiting_in(own, served_yet, None, 0) if served_yet else beginning_of(own, 0))
     if served <= len(new.queue.items):
         heap.append(waiting_in(new.queue, served, new, 0))
     lay(found, heap, new, now_ns, False)
@@ -157,6 +161,18 @@ def first_changed(turns: list[Turn], new: Newcomer) -> tuple[int, int]:
         elif served == at and (due_ns, queue.serial) < (turn.due_ns, turn.serial):
             return i, served
     return len(turns), served
+
+
+def beginning_of(queue: Queue, kinds: int) -> Waiting:
+    """All that waits in a queue, as it was last where nothing has changed."""
+    known = queue.hopes if kinds else queue.waits
+    if known is None:
+        known = waiting_in(queue, 0, None, kinds)
+        if kinds:
+            queue.hopes = known
+        else:
+            queue.waits = known
+    return known
 
 
 def waiting_in(queue: Queue, served: int, new: Newcomer | None, kinds: int) -> Waiting:

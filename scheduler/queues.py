@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 
 from coalesce.scheduler.costs import Place, PlaceCosts
 from coalesce.scheduler.demand import FAR
@@ -72,11 +72,34 @@ class Queues:
             for demand in level.counted:
                 demand.add(bucket, change)
         item = (request.deadline_ns, request.id, lane)
+        queue.waits = queue.hopes = None
         if items and item > items[-1]:
             items.append(item)
             return
         insort(items, item)
         if items[0] is item:
+            self.rank(queue)
+
+    def put_all(self, lanes: Sequence[Lane], queue: Queue) -> None:
+        """Lanes of one run, where there are no other levels."""
+        items = queue.items
+        new = sorted([(lane.request.deadline_ns, lane.request.id, lane) for lane in lanes])
+        if items and new[0] < items[-1]:
+            for lane in lanes:
+                self.put(lane, queue)
+            return
+        level, lane_ns = queue.level, queue.costs.lane_ns
+        self._surprise(level)
+        for lane in lanes:
+            lane.queue = queue
+            change = lane_ns - lane.charge_ns
+            if change:
+                lane.charge_ns = lane_ns
+                level.demand.add(lane.bucket, change)
+        was_empty = not items
+        items += new
+        queue.waits = queue.hopes = None
+        if was_empty:
             self.rank(queue)
 
     def take(self, queue: Queue, first: int, end: int) -> list[Lane]:
@@ -132,6 +155,7 @@ class Queues:
 
     def _cut(self, queue: Queue, first: int, end: int) -> None:
         del queue.items[first:end]
+        queue.waits = queue.hopes = None
         if first == 0:
             self.rank(queue)
 
@@ -166,6 +190,7 @@ class Queues:
             if families is not None and queue.place[0] not in families and not queue.lot:
                 continue
             queue.costs = self._costs_of(queue.place, queue.lot)
+            queue.waits = queue.hopes = None
             if queue.items:
                 self.rank(queue)
             elif not queue.costs.options:  # its family has gone, for all that is known

@@ -114,12 +114,19 @@ class Requests:
         if segment + 1 == self._costs.catalog.segments_of(family):
             self._end(lanes)
             return
+        after: list[Lane] = []
         for lane in lanes:
             if lane.ending is not None:
                 self._reject(lane, lane.ending)
             else:
                 lane.again = False
-                self._enqueue(lane, (family, segment + 1), self._watch.lot(lane.request.tenant))
+                after.append(lane)
+        queues, place = self._queues, (family, segment + 1)
+        if after and len(queues.levels) == 1 and not self._watch.standings:
+            queues.put_all(after, queues.find(place, 0, after[0].level))
+            return
+        for lane in after:
+            self._enqueue(lane, place, self._watch.lot(lane.request.tenant))
 
     def _fail(self, lanes: list[Lane], now_ns: int) -> None:
         """What fails alone has failed."""

@@ -21,7 +21,7 @@ def test_a_call_that_breaks_an_annotation_is_an_error():
 
 def test_so_is_one_of_a_method():
     with pytest.raises(BeartypeCallHintViolation):
-        Costs(device_of("cpu")).unstack(str(WRONG))  # pyright: ignore[reportArgumentType]
+        Costs(device_of("cpu")).move(str(WRONG))  # pyright: ignore[reportArgumentType]
 
 
 def test_so_is_a_dataclass_that_holds_something_else():

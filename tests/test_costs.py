@@ -164,7 +164,7 @@ def test_patches_of_a_large_window_by_hand():
 def test_movement_by_hand():
     costs = Costs(H100)
     assert costs.stack([1_000_000, 2_000_000], 6_000_000) == pytest.approx(1.7 + 3)
-    assert costs.unstack(3_000_000) == pytest.approx(1.7 + 2)
+    assert costs.light(3_000_000, 3_000_000) == pytest.approx(1.7 + 2)
     assert costs.light(3_000_000, 3_000_000, kernels=2) == pytest.approx(2 * 1.7 + 2)
     assert (costs.launch, costs.loop) == (H100.launch_us, H100.loop_us)
     assert (costs.loop_wait, costs.margin) == (H100.loop_wait, H100.margin)
@@ -172,8 +172,8 @@ def test_movement_by_hand():
 
 def test_a_cache_is_faster_until_it_is_full():
     costs = Costs(CPU)
-    assert costs.unstack(1_000_000) == pytest.approx(0.5 + 2e6 / 200e3)
-    assert costs.unstack(16_000_000) == pytest.approx(0.5 + 12e6 / 200e3 + 20e6 / 42e3)
+    assert costs.light(1_000_000, 1_000_000) == pytest.approx(0.5 + 2e6 / 200e3)
+    assert costs.light(16_000_000, 16_000_000) == pytest.approx(0.5 + 12e6 / 200e3 + 20e6 / 42e3)
 
 
 def test_lanes_that_share_weights_read_them_once():
@@ -186,7 +186,7 @@ def test_separate_pays_for_each():
     costs, op = Costs(H100), conv(7, 512, 512, 3)
     one, four = (costs.op(op, groups, kernel="separate") for groups in (1, 4))
     lane = 49 * 512 * 4  # bytes in, and out
-    assert four == pytest.approx(4 * (one + costs.unstack(lane)) + costs.unstack(4 * lane))
+    assert four == pytest.approx(4 * (one + costs.light(lane, lane)) + costs.light(4 * lane, 4 * lane))
 
 
 @pytest.mark.parametrize("name", ["H100", "CPU"])

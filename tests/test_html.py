@@ -167,6 +167,37 @@ def test_what_a_user_names_is_escaped():
     Page(text)
 
 
+def tower(layers, x):
+    for layer in layers:
+        x = jax.nn.relu(x @ layer)
+    return x
+
+
+def test_a_superkernel_across_programs_stands_in_the_column_of_each():
+    """One colour and one number in both, and each member links to the other; its decision is among its facts."""
+    sizes = {"small": (8, 14, 4), "large": (8, 16, 4)}
+    towers = [
+        coalesce.trace(tower, [f32(s) for s in zip(n, n[1:], strict=False)], f32((2, 8)), name=name)
+        for name, n in sizes.items()
+    ]
+    fused = coalesce.fuse(towers, policy="always")
+    text, page = html_page(fused), Page(html_page(fused))
+    assert fused.report.superkernels_across == 2 and "<dt>across families</dt><dd>2</dd>" in text
+    left, right = ({row["data-pack"]: row for row in page.equations(f, "heavy")} for f in (0, 1))
+    assert len(left) == 2 and left.keys() == right.keys()
+    for number, row in left.items():
+        other = right[number]
+        assert row["style"] == other["style"] and "--hue" in row["style"]
+        assert "\nfamily 0 at " in row["title"] and ": with family 1 at " in row["title"]
+        members = next(line for line in row["title"].split("\n") if line.startswith("members: "))
+        assert "(small)" in members and "(large)" in members and members in other["title"]
+    never = coalesce.fuse(towers, policy="never")
+    assert "<dt>across families</dt><dd>0</dd>" in html_page(never)
+    note = 'nothing runs across families with policy="never"'
+    assert note in never.explain() and note not in fused.explain()
+    assert note not in coalesce.fuse(towers[:1], policy="never").explain()
+
+
 def test_sixteen_resnets_are_one_small_column():
     model = by_name("resnet50")
     program = coalesce.trace(model.apply, jax.eval_shape(model.init, jax.random.key(0)), *model.inputs())

@@ -70,19 +70,26 @@ def test_the_driver_hands_out_what_is_done_at_once():
 
 @pytest.mark.parametrize("l50_s, looks", [(2e-5, True), (0.5, False)])
 def test_what_is_short_is_looked_at_for_a_moment(l50_s, looks):
-    """As long as it takes to hand it on; others wait for what is longer."""
-    asked: list[float] = []
+    """As long as it takes to hand it on; others wait for what is longer. What was not done then, more than once, is
+    looked at seldom."""
+    asked: dict[int, list[tuple[int, bool]]] = {}  # by executable: bundles, and whether they were looked at
     machine = FakeMachine(takes_s=l50_s)
+    count = 40 if looks else 1
 
     def launch(executable: int, entries: Sequence[Sequence[Ticket]]) -> FakeLaunched:
         launched = FakeMachine.launch(machine, executable, entries)
-        launched.is_at_hand = lambda within_s: bool(asked.append(within_s))
+        own, bundle = asked.setdefault(executable, []), len(machine.launches) - 1
+        launched.is_at_hand = lambda within_s: bool(own.append((bundle, within_s > 0)))
         return launched
 
     machine.launch = launch
     with Served(machine) as served:
-        assert served.submit("t0", 1).result(10) == ("result", 1)
-    assert [within_s > 0 for within_s in asked] == [looks]
+        for i in range(count):
+            assert served.submit("t0", i).result(10) == ("result", i)
+            assert served.driver.book.wait_empty(5.0)
+    assert sum(map(len, asked.values())) == count
+    for own in asked.values():
+        assert own == [(bundle, looks and (i < 3 or bundle % 16 == 0)) for i, (bundle, _) in enumerate(own)]
 
 
 def test_bundles_complete_in_their_order_whoever_waits_for_them():

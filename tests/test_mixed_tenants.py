@@ -109,6 +109,37 @@ def test_shape_clusters(tmp_path):
     assert "| 1 x 2048 x 512 " in run.stdout and " 1 x 1536 x 512 |" in run.stdout
 
 
+TOWERS = """
+import jax, jax.numpy as jnp
+import coalesce
+
+def tower(layers, x):
+    for layer in layers:
+        x = jax.nn.relu(x @ layer)
+    return x
+
+def programs():
+    f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    widths = {"small": 14, "twin of small": 14, "large": 16}
+    return [coalesce.trace(tower, [f32(8, n), f32(n, 4)], f32(2, 8), name=name) for name, n in widths.items()]
+"""
+
+
+@pytest.mark.once  # it counts what is traced, and runs nothing
+def test_shape_clusters_of_a_users_tenants(tmp_path):
+    (tmp_path / "towers.py").write_text(TOWERS)
+    command = [sys.executable, "-m", "experiments.shape_clusters", "--function=towers:programs", f"--out={tmp_path}"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert "among the tenants of towers:programs" in run.stdout and "small 1, large 1" in run.stdout
+    shapes = json.loads((tmp_path / "shape_clusters_ops.json").read_text())["rows"]
+    assert [(row["model"], row["m"], row["n"], row["k"]) for row in shapes] == [
+        ("large", 2, 4, 16), ("large", 2, 16, 8), ("small", 2, 4, 14), ("small", 2, 14, 8),
+    ]  # fmt: skip
+    assert (tmp_path / "shape_clusters.png").exists()
+
+
 EIGHT = "resnet18,vgg16,vit_ti16,bert_small,lstm,gru,dlrm,mlp"
 
 

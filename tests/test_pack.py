@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+import coalesce
 from coalesce.bundle import Aligned, JointLoop, JointStep, Pack
 from coalesce.errors import IRError
 from coalesce.passes.align import align
@@ -54,6 +55,68 @@ def layers(rows, *widths, activation=lax.tanh):
     """A tenant of an MLP."""
     params = [(array(i, o), array(o)) for i, o in zip(widths, widths[1:], strict=False)]
     return mlp(activation), params, (array(rows, widths[0]),)
+
+
+def tower(rows, *widths):
+    """A tenant of an MLP without biases."""
+
+    def run(p, x):
+        for w in p:
+            x = lax.tanh(lax.dot(x, w))
+        return x
+
+    return run, [array(i, o) for i, o in zip(widths, widths[1:], strict=False)], (array(rows, widths[0]),)
+
+
+def test_the_check_of_plans_sees_what_is_wrong():
+    """tests/dataflow.py, which much of what is tested rests on."""
+    bundle = packed(tower(2, 4, 8, 4), tower(2, 4, 6, 4))
+    first, second, *rest = bundle.schedule
+    assert isinstance(first, Pack) and isinstance(second, JointStep)
+    assert second.parts[0].eqn.invars[0] is first.members[0].eqn.outvars[0]
+
+    def fails(match, *schedule):
+        with pytest.raises(AssertionError, match=match):
+            check_plan(replace(bundle, schedule=schedule), 0.6)
+
+    fails("runs before what it reads", second, first, *rest)
+    fails("an equation is missing", first, *rest)
+    fails("an equation runs twice", first, first, second, *rest)
+    with pytest.raises(AssertionError, match="wastes"):
+        check_plan(bundle, 0.1)
+
+
+def test_a_stack_is_cut_apart_by_what_reads_it():
+    """So the cost model charges nothing for it: in what XLA compiles, elementwise work slices what it reads."""
+    waves = [
+        coalesce.trace(lambda w, x: lax.sin(lax.dot(x, w)), array(4, 8), array(2, 4), name="sine"),
+        coalesce.trace(lambda w, x: lax.cos(lax.dot(x, w)), array(4, 6), array(2, 4), name="cosine"),
+    ]
+    fused = coalesce.fuse(waves, policy="always", waste_bound=0.6)
+    assert fused.report.superkernels_across == 1
+    slicing = [block for block in str(fused.as_text()).split("\n\n") if " slice(" in block]
+    assert len(slicing) == 2 and all(" sine(" in block or " cosine(" in block for block in slicing)
+
+
+def moves_around_superkernels(*tenants):
+    """What cuts stacks apart or makes them in the lowered program: before the first superkernel, between each and the
+    next, and after the last."""
+    found = [coalesce.trace(fn, params, *inputs, name=str(i)) for i, (fn, params, inputs) in enumerate(tenants)]
+    moves = [[]]
+    for eqn in coalesce.fuse(found, policy="always", waste_bound=0.6).jaxpr.jaxpr.eqns:
+        if str(eqn.params.get("name", "")).startswith("superkernel"):
+            moves.append([])
+        elif eqn.primitive.name in ("slice", "dynamic_slice", "gather", "split", "unstack", "concatenate", "stack"):
+            moves[-1].append(eqn.primitive.name)
+    return moves
+
+
+def test_nothing_is_unstacked_and_stacked_again_between_packs_of_the_same_members():
+    first, *between, last = moves_around_superkernels(tower(2, 4, 8, 8, 4), tower(2, 4, 6, 6, 4))
+    assert (first, between, last) == (["concatenate"], [[], []], ["slice", "slice"])
+    # With a layer more in one of them there is such a pair, which shows that it would be seen.
+    _, *between, _ = moves_around_superkernels(tower(2, 4, 8, 8, 4), tower(2, 4, 7, 20, 7, 4))
+    assert any("slice" in moves and "concatenate" in moves for moves in between)
 
 
 def test_two_mlps_of_other_widths(golden):

@@ -65,13 +65,14 @@ def kept(run: Run, since_s: float, until_s: float) -> float:
     return counts[Outcome.OK] / taken
 
 
+@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize(
-    ("micros", "spread", "share", "served"), [(BUSY, 2.0, 0.985, 1400), (HURRIED, 3.0, 0.98, 1900)]
+    ("micros", "spread", "share", "served"), [(BUSY, 2.0, 0.985, 1250), (HURRIED, 3.0, 0.97, 1700)]
 )
-def test_what_is_taken_on_is_in_time_where_the_host_is_the_limit(micros, spread, share, served):
-    """At about twice the rate that can be served; before the host's part was learnt 93% of what was taken on was in
-    time, 1,450 a second."""
-    run = serve(micros, spread, 1000.0, 4800.0, seed=1)
+def test_what_is_taken_on_is_in_time_where_the_host_is_the_limit(micros, spread, share, served, seed):
+    """At about twice the rate that can be served. By eight seeds 99.4% and 98.1% of what was taken on is in time, 1,455
+    and 1,970 a second; before the host's part was learnt, 94.1% and 94.8%, 1,400 and 1,670."""
+    run = serve(micros, spread, 1000.0, 4800.0, seed)
     until = round(1.8 * SECOND)
     assert kept(run, 0.8, 1.8) >= share
     assert run.goodput(round(0.8 * SECOND), until) >= served
@@ -81,8 +82,8 @@ def test_what_is_taken_on_is_in_time_where_the_host_is_the_limit(micros, spread,
         if 0.8 * SECOND <= request.arrival_ns < until and outcome in (Outcome.OK, Outcome.LATE)
     )
     assert quantile(waited, share) <= SLO
-    assert run.attainment(None, 0, round(0.6 * SECOND)) >= 0.97  # as if the rest had never come
-    assert run.attainment(None, round(1.9 * SECOND)) >= 0.97
+    assert run.attainment(None, 0, round(0.6 * SECOND)) >= 0.98  # as if the rest had never come
+    assert run.attainment(None, round(1.9 * SECOND)) >= 0.95
 
 
 def test_a_quick_host_is_no_limit():

@@ -57,10 +57,6 @@ class Costs:
         """Values of several members, padded and stacked to one array of `padded_bytes`: one kernel."""
         return self.machine.stream(0, sum(true_bytes) + padded_bytes)
 
-    def unstack(self, nbytes: int) -> float:
-        """A member's own value of `nbytes`, cut out of a stacked array: one kernel."""
-        return self.machine.copy(nbytes)
-
     def light(self, bytes_read: int, bytes_written: int, kernels: int = 1) -> float:
         """Elementwise work, fused to `kernels` kernels."""
         return (kernels - 1) * self.launch + self.machine.stream(0, bytes_read + bytes_written)

@@ -64,7 +64,7 @@ class Bundle:
                 leave(tickets)
 
     def is_at_hand(self, within_s: float) -> bool:
-        """On a CPU the smallest programs run where they are called, and others on a thread of XLA's."""
+        """On a CPU programs of less than 1,000 operations run where they are called, others on a thread of XLA's."""
         if not self._at_once:
             return False
         for tickets in self._entries:

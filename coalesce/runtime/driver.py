@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
@@ -61,6 +60,7 @@ class Driver:
         self._clock = clock
         self._finisher = Finisher(self.inbox, observers, clock, self.book)
         self.callbacks = Callbacks()
+        self.call_back = self.callbacks.call  # whoever ends a request may be about to end one that this waits for
         self._watchdog = Watchdog(self._overdue, self.lose, hang_s)
         self._hang_ns = int(hang_s * 1e9)
         self._launcher = Launcher(machine, self._finisher, clock, self._hang_ns)
@@ -128,10 +128,6 @@ class Driver:
     def withdraw(self, request: int) -> None:
         """Nobody waits for a request any more."""
         self.inbox.put(Cancelled(request))
-
-    def call_back(self, callback: Callable[[Any], Any], reply: Future[Any]) -> None:
-        """A request has ended; whoever ended it, be it who closes, may be about to end another that this waits for."""
-        self.callbacks.call(callback, reply)
 
     def carry_out(self, do: Callable[[], Sequence[Event]]) -> None:
         """Have something done on this thread and the policy told what follows; called on any other, which waits."""

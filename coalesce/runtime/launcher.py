@@ -27,6 +27,8 @@ from coalesce.scheduler.commands import Dispatch
 
 SHORT_NS = 1_000_000  # what is expected to take less is looked at for so long, if it is not done at once:
 BRIEF_S = 1e-4  # what two threads take to hand a bundle on, when each has to wait for the interpreter's lock
+VAIN = 3  # times that this was of no use: then an executable is looked at so only for one bundle in
+SELDOM = 16
 
 
 class Aloft(NamedTuple):
@@ -49,6 +51,7 @@ class Launcher:
     def __init__(self, machine: Machine, finisher: Finisher, clock: Callable[[], int], hang_ns: int) -> None:
         self._machine, self._finisher, self._clock, self._hang_ns = machine, finisher, clock, hang_ns
         self._aloft: deque[Aloft] = deque()
+        self._vain: dict[int, int] = {}  # of each executable, how often this was of no use, one after another
         self._landed: list[Flight] = []  # done, and nobody has their results yet
         self._due: list[Flight] = []  # those of them whose ends were in the inbox when the driver looked there
 
@@ -66,8 +69,7 @@ class Launcher:
         host_ns, since_ns = (self._clock() - begun_ns, begun_ns) if copies else (0, leaving.decided_ns)
         flight = Flight(leaving.dispatch, leaving.form, leaving.entries, since_ns, launched, host_ns)
         is_first = all([own.landed for own in self._aloft])
-        within_s = BRIEF_S if leaving.dispatch.l50_ns < SHORT_NS else 0.0
-        lands = is_first and not isinstance(launched, Exception) and launched.is_at_hand(within_s)
+        lands = is_first and not isinstance(launched, Exception) and self._is_at_hand(launched, leaving.dispatch)
         self._aloft.append(Aloft(overdue_ns, lands))
         if not lands:
             self._finisher.inbox.put(flight)
@@ -95,6 +97,14 @@ class Launcher:
         """Called on the watchdog's thread, which sees bundles come and go."""
         first, *_ = [*list(self._aloft), None]
         return first is not None and now_ns > first.overdue_ns
+
+    def _is_at_hand(self, launched: Launched, dispatch: Dispatch) -> bool:
+        vain = self._vain.get(dispatch.executable, 0)
+        looks = dispatch.l50_ns < SHORT_NS and (vain < VAIN or not dispatch.bundle % SELDOM)
+        found = launched.is_at_hand(BRIEF_S if looks else 0.0)
+        if looks:
+            self._vain[dispatch.executable] = 0 if found else vain + 1
+        return found
 
     def _launched(self, leaving: Leaving) -> Launched | Exception:
         try:
