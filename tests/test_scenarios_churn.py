@@ -175,7 +175,8 @@ def test_64_threads_submit_and_everybody_gets_their_own(watched: Runtime, count:
     kinds = sorted(FUNCTIONS)
 
     def client(k: int) -> None:
-        replies[k] += (watched.submit(f"stays {kinds[k % 2]}", vector(100 * k + i)) for i in range(count))
+        asked = (vector(100 * k + i) for i in range(count))
+        replies[k] += (watched.submit(f"stays {kinds[k % 2]}", x, deadline=600.0) for x in asked)
 
     before = {name: own.ok for name, own in watched.stats().tenants.items()}
     threads = [threading.Thread(target=client, args=(k,)) for k in range(64)]
@@ -185,7 +186,7 @@ def test_64_threads_submit_and_everybody_gets_their_own(watched: Runtime, count:
         thread.join()
     for k, own in enumerate(replies):
         for i, reply in enumerate(own):
-            np.testing.assert_array_equal(reply.result(60), expected(kinds[k % 2], 1, 100 * k + i))
+            np.testing.assert_array_equal(reply.result(600), expected(kinds[k % 2], 1, 100 * k + i))
     assert watched.drain(60.0)
     assert {name: own.ok - before[name] for name, own in watched.stats().tenants.items()} == dict.fromkeys(
         before, 32 * count
