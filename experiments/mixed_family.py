@@ -179,6 +179,7 @@ def main(argv: Sequence[str]) -> None:
     head = header(own_flags.command("mixed_family", FLAGS), FLAGS.device_name or device_name(), FLAGS.note, **settings)
     kinds = [read_kind(text) for text in FLAGS.kinds]
     log, without = logging.getLogger("coalesce.runtime"), DoneWithout()
+    level = log.level
     log.addHandler(without)
     log.setLevel(logging.INFO)
     served = [Served(method, kinds) for method in FLAGS.methods]
@@ -192,6 +193,7 @@ def main(argv: Sequence[str]) -> None:
     for own in served:
         own.rt.close()
     log.removeHandler(without)
+    log.setLevel(level)
     print(report(head, rows, without.said))
 
 

@@ -18,220 +18,30 @@ it. Products of images, whose rows are positions, stay: they have rows enough, a
 Nor do convolutions merge, for the same reason. What is merged depends on no size of a request and no order in which
 a program was written, so that its request shapes share their weights, and its like is one family with it.
 
-Relies on cse, which makes equal left operands one.
+Relies on cse, which makes equal left operands one. The rule is in `mergeable`.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from jax import lax
 from jax.extend.core import ClosedJaxpr
 
 from coalesce import jaxpr as J
-from coalesce.behaviour import may_move, may_speculate
-from coalesce.heavy import HEAVY
 from coalesce.passes.canonical_rules import freeze, keep
 from coalesce.passes.lift_from_steps import behind
-from coalesce.program import Leaf, Program
+from coalesce.passes.mergeable import columns, Group, mergeable, Path
+from coalesce.program import Program
 from coalesce.rewrite import Rewriter, Staged
-from coalesce.structure import canonical, eqn_key, literal_key, value_key, ValueNumbers
-
-ROWS = 2  # free dimensions of a left operand: more are an image's
-NEAR = 1  # heavy ops between the first that wants one of the products and the first that wants another
-
-Path = tuple[int, ...]  # of a scope: equation and region, from the top
-
-
-class Weight(NamedTuple):
-    """A value that depends on weights alone: what it is, and who holds the weights. Of no weights, if nobody does."""
-
-    number: int
-    holders: frozenset[Hashable]
-
-
-class Member(NamedTuple):
-    place: int  # of its equation in its scope
-    weight: Weight
-
-
-@dataclass(frozen=True)
-class Group:
-    """Products to merge, in the order in which their columns lie."""
-
-    members: tuple[Member, ...]
-
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        return tuple(member.weight.number for member in self.members)
 
 
 def merge_products(program: Program) -> Program:
     if program.prepare is not None:  # weights lie as they will lie
         return program
-    search = Search()
-    top = zip(program.weights, program.leaves, strict=True)
-    weights = {v: Weight(search.numbers.number(("arg", i)), holders(leaf)) for i, (v, leaf) in enumerate(top)}
-    search.scope(program.jaxpr, weights, ())
-    groups = {path: found for path, found in search.worth_it().items() if found}
+    groups = mergeable(program)
     return program.with_jaxpr(merged(program.jaxpr, (), groups, Rewriter({}))) if groups else program
-
-
-def holders(leaf: Leaf) -> frozenset[Hashable]:
-    return frozenset({(leaf.shared, leaf.constant, leaf.holders)})
-
-
-@dataclass
-class Search:
-    """Groups of every scope, and who else reads their weights: `others` by number."""
-
-    numbers: ValueNumbers = field(default_factory=ValueNumbers)
-    groups: dict[Path, list[Group]] = field(default_factory=dict)
-    others: set[int] = field(default_factory=set)
-
-    def scope(self, jaxpr: ClosedJaxpr, weights: dict[Any, Weight], path: Path) -> None:
-        """Look through a scope, some of whose arguments are weights, and through its regions."""
-        known = dict(weights)
-        products: list[Member] = []
-        for place, eqn in enumerate(jaxpr.jaxpr.eqns):
-            values = self.ahead(eqn, known, speculative=bool(path))
-            if values is not None:
-                known.update(zip(eqn.outvars, values, strict=True))
-                continue
-            read = self.regions(eqn, known, (*path, place)) if J.regions(eqn) else variables(eqn.invars)
-            if is_product(eqn, known):
-                products.append(Member(place, known[eqn.invars[1]]))
-                read.discard(eqn.invars[1])
-            self.read(read, known)
-        self.read(variables(J.outvars(jaxpr)), known)
-        self.groups[path] = list(groups_of(jaxpr, products))
-        grouped = {member for group in self.groups[path] for member in group.members}
-        self.others.update(member.weight.number for member in products if member not in grouped)
-
-    def read(self, values: set[Any], known: dict[Any, Weight]) -> None:
-        self.others.update(known[v].number for v in values if v in known)
-
-    def regions(self, eqn: J.Eqn, known: dict[Any, Weight], path: Path) -> set[Any]:
-        """Look through the regions of an equation; returns the operands that it reads as values."""
-        read = variables(eqn.invars[:1]) if eqn.primitive.name == "cond" else set()
-        parts = zip(J.regions(eqn), J.region_operands(eqn), strict=True)
-        for r, (region, (given, fixed)) in enumerate(parts):
-            pairs = zip(J.invars(region)[:fixed], given[:fixed], strict=True)
-            inner = {arg: known[a] for arg, a in pairs if not isinstance(a, J.Literal) and a in known}
-            read |= variables(given[fixed:])
-            self.scope(region, inner, (*path, r))
-        return read
-
-    def ahead(self, eqn: J.Eqn, known: dict[Any, Weight], speculative: bool) -> list[Weight] | None:
-        """Its results, if `hoist_weights` may compute them."""
-        operands = [a for a in eqn.invars if not isinstance(a, J.Literal)]
-        if any(a not in known for a in operands) or not may_move(eqn) or (speculative and not may_speculate(eqn)):
-            return None
-        inputs = tuple(
-            self.numbers.number(literal_key(a)) if isinstance(a, J.Literal) else known[a].number for a in eqn.invars
-        )
-        held = frozenset[Hashable]().union(*(known[a].holders for a in operands))
-        key = eqn_key(eqn)
-        return [Weight(self.numbers.number((key, inputs, k)), held) for k in range(len(eqn.outvars))]
-
-    def worth_it(self) -> dict[Path, list[Group]]:
-        """The groups without products whose weights anything else reads, a group of other products included."""
-        found, others = self.groups, set(self.others)
-        while True:
-            readers: dict[int, set[tuple[int, ...]]] = defaultdict(set)
-            for group in (group for own in found.values() for group in own):
-                for number in group.numbers:
-                    readers[number].add(group.numbers)
-            wrong = others | {number for number, who in readers.items() if len(who) > 1}
-            if wrong.isdisjoint(readers):
-                return found
-            others |= wrong
-            found = {path: [kept for group in own if (kept := without(group, wrong))] for path, own in found.items()}
-            left = {n for own in found.values() for group in own for n in group.numbers}
-            others |= readers.keys() - left
-
-
-def variables(atoms: Sequence[J.Atom]) -> set[Any]:
-    return {a for a in atoms if not isinstance(a, J.Literal)}
-
-
-def without(group: Group, wrong: set[int]) -> Group | None:
-    members = tuple(member for member in group.members if member.weight.number not in wrong)
-    return replace(group, members=members) if len(members) > 1 else None
-
-
-def is_product(eqn: J.Eqn, known: dict[Any, Weight]) -> bool:
-    """Whether it is a product of few rows, by a weight whose columns have a dimension of their own."""
-    if eqn.primitive.name != "dot_general" or any(isinstance(a, J.Literal) for a in eqn.invars):
-        return False
-    lhs, rhs = eqn.invars
-    if lhs in known or rhs not in known or not known[rhs].holders or 0 in (*J.shape(lhs), *J.shape(rhs)):
-        return False
-    (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
-    return len(J.shape(lhs)) - len(lc) - len(lb) <= ROWS and len(J.shape(rhs)) > len(rc) + len(rb)
-
-
-def columns(eqn: J.Eqn) -> tuple[int, int]:
-    """The first dimension of the right operand that is free, and where it is in the result."""
-    lhs, rhs = eqn.invars
-    (lc, rc), (_, rb) = eqn.params["dimension_numbers"]
-    return min(set(range(len(J.shape(rhs)))) - {*rc, *rb}), len(J.shape(lhs)) - len(lc)
-
-
-def groups_of(jaxpr: ClosedJaxpr, products: Sequence[Member]) -> Iterator[Group]:
-    """Products that are alike but for their columns, in the order of the dataflow."""
-    eqns = jaxpr.jaxpr.eqns
-    alike: dict[Hashable, list[Member]] = defaultdict(list)
-    for member in products:
-        eqn = eqns[member.place]
-        lhs, rhs = eqn.invars
-        dim, _ = columns(eqn)
-        shape = (*J.shape(rhs)[:dim], *J.shape(rhs)[dim + 1 :])
-        params = tuple((k, value_key(v)) for k, v in sorted(eqn.params.items()))
-        key = (lhs, params, J.context_key(eqn), shape, J.dtype(rhs), J.dtype(eqn.outvars[0]), member.weight.holders)
-        alike[key].append(member)
-    alike = {key: members for key, members in alike.items() if len(members) > 1}
-    if not alike:
-        return
-    wanted = when_wanted(jaxpr)
-    order = {id(eqn): i for i, eqn in enumerate(canonical(jaxpr, positional=True).eqns)}
-    for members in alike.values():
-        near: list[Member] = []
-        used = [member for member in members if id(eqns[member.place]) in order]
-        for member in sorted(used, key=lambda m: (wanted[m.place], order[id(eqns[m.place])])):
-            if near and wanted[member.place] > wanted[near[0].place] + NEAR:
-                yield from as_group(near)
-                near = []
-            near.append(member)
-        yield from as_group(near)
-
-
-def as_group(members: Sequence[Member]) -> Iterator[Group]:
-    if len(members) > 1 and len({member.weight.number for member in members}) == len(members):
-        yield Group(tuple(members))
-
-
-def when_wanted(jaxpr: ClosedJaxpr) -> list[int]:
-    """For each equation, how many heavy ops in a row come before the first that reads its results, through others."""
-    eqns = jaxpr.jaxpr.eqns
-    heavy = [not J.primitives(eqn).isdisjoint(HEAVY) for eqn in eqns]
-    depth: dict[Any, int] = {}
-    done: list[int] = []
-    for eqn, own in zip(eqns, heavy, strict=True):
-        done.append(own + max((depth.get(a, 0) for a in eqn.invars if not isinstance(a, J.Literal)), default=0))
-        depth.update(dict.fromkeys(eqn.outvars, done[-1]))
-    last = max(done, default=0) + 1
-    read: dict[Any, int] = {}
-    wanted = [last] * len(eqns)
-    for i, eqn in reversed(list(enumerate(eqns))):
-        wanted[i] = min((read.get(v, last) for v in eqn.outvars), default=last)
-        for a in eqn.invars:
-            if not isinstance(a, J.Literal):
-                read[a] = min(read.get(a, last), done[i] if heavy[i] else wanted[i])
-    return wanted
 
 
 def merged(jaxpr: ClosedJaxpr, path: Path, groups: dict[Path, list[Group]], rewriter: Rewriter) -> ClosedJaxpr:

@@ -3,10 +3,15 @@
 from math import prod
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import coalesce
+from coalesce import jaxpr as J
+from coalesce.lanes import Shared, Stacked
+from coalesce.lower import by_lane
 from coalesce.models import by_name
+from tests.compare import assert_bitwise
 from tests.hlo import instructions, moves_of_size
 
 # Models whose weights are larger than any activation at batch 1, so that a move of that size can only be a weight's.
@@ -68,3 +73,19 @@ def test_weights_are_arguments_one_array_a_weight_of_a_family():
     assert len(args) == len(many.bundle.arrays) + 8  # and one input a tenant
     constants = [i for i in instructions(many.as_text()) if i.opcode == "constant"]
     assert max((i.elements for i in constants), default=0) < 1024
+
+
+def test_results_of_lanes_are_written_at_once_on_a_gpu():
+    """The rows of a stack, exactly; a program for a GPU says nowhere that they do not overlap."""
+    bits = jnp.arange(6, dtype=jnp.int8).reshape(3, 2)
+    stacks = [jnp.arange(24.0).reshape(3, 2, 4), bits, jnp.asarray([1, 0, 1]) > 0]
+
+    def split(*stacks):
+        return by_lane([Stacked(stacks[0]), Shared(stacks[0][1]), *map(Stacked, stacks[1:])], 3, "gpu")
+
+    for i, (first, shared, *rest) in enumerate(jax.jit(split)(*stacks)):
+        assert_bitwise([first, *rest], [x[i] for x in stacks])
+        assert_bitwise(shared, stacks[0][1])
+    primitives = [eqn.primitive.name for eqn in J.walk(jax.make_jaxpr(split)(*stacks))]
+    assert primitives.count("optimization_barrier") == 3 and primitives.count("dynamic_slice") == 9
+    assert by_lane([Shared(stacks[0])], 3, "gpu") == [[stacks[0]]] * 3

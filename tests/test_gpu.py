@@ -139,6 +139,13 @@ def test_weights_are_not_laid_side_by_side_in_a_call(name):
     assert joined == []
 
 
+def test_results_of_tenants_are_written_by_one_kernel():
+    """XLA wraps each slice that is a kernel of its own."""
+    apart = jax.jit(lambda x: [x[i] for i in range(len(x))]).lower(jnp.ones((4, 2000))).compile()
+    assert "wrapped_slice" in (apart.as_text() or "")
+    assert "wrapped_slice" not in fused_of(*setup("mlp", "float32")).as_text()
+
+
 def test_a_single_tenant_runs_as_it_does_alone():
     with jax.default_matmul_precision("highest"):
         model, params, inputs = setup("resnet50", "float32", 1)

@@ -142,6 +142,7 @@ SMALL = {
 }
 
 
+@pytest.mark.once  # traced by one version of JAX is enough: products are those of the other tests
 @pytest.mark.parametrize("model", SMALL.values(), ids=SMALL)
 def test_models_are_as_they_are_alone(model):
     """And weights of one tenant that are no numbers reach no other."""

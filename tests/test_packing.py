@@ -136,7 +136,7 @@ def test_no_programs() -> None:
     "length", [15, 30, *(pytest.param(n, marks=pytest.mark.slow) for n in (60, 120, 240))], ids=str
 )
 def test_gain_is_asked_about_as_often_as_there_are_nodes(length: int) -> None:
-    """Linear: a node of eight programs costs no more questions, however long they are. It costs about 70 from 30 on."""
+    """Linear: a node of eight programs costs no more questions, however long they are. It costs 56 to 80 from 30 on."""
     problem = random_problem(7, programs=(8, 8), sizes=(length, length))
     packs: set[tuple[int, ...]] = set()
 
@@ -145,7 +145,7 @@ def test_gain_is_asked_about_as_often_as_there_are_nodes(length: int) -> None:
         return problem.gain(pack)
 
     align(replace(problem, gain=gain))
-    assert len(packs) <= 80 * len(problem.nodes)
+    assert len(packs) <= 85 * len(problem.nodes)
 
 
 def test_the_optimum_is_what_trying_all_finds() -> None:

@@ -3,8 +3,9 @@
 Of the requests of a bundle somebody waits for one, mostly, and looks at the others when they have ended too. What a
 `Future` does for every request so that somebody may wait for it is done here for those that are waited for: a
 `Condition`, which is made of Python's own functions, is there when it is first asked for, over a lock that was always
-there; where nobody has, nobody is woken. Whoever finds that a reply has its result takes no lock: a result never
-changes. All else is what `Future` does, under the same lock, so that `wait` and `as_completed` take it too.
+there; where nobody has, nobody is woken. Whoever finds that a reply has ended takes no lock: how it ended does not
+change. All else is what `Future` does, under the same lock, so that `wait` and `as_completed`, which know the same
+attributes of a future as this does, take it too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED
 from functools import partial
 from typing import Any, Protocol, runtime_checkable, TYPE_CHECKING
 
-ENDED = frozenset({CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED})
+STOPPED = frozenset({CANCELLED, CANCELLED_AND_NOTIFIED})
+ENDED = STOPPED | {FINISHED}
 Lock = type(threading.RLock())  # to call it is quicker than the function that chooses it
 
 
@@ -58,6 +60,9 @@ class Reply(Future[Any]):
                     self._made = self._made or threading.Condition(self._lock)
             return self._made
 
+    def cancelled(self) -> bool:
+        return self._state in STOPPED
+
     def done(self) -> bool:
         return self._state in ENDED
 
@@ -65,6 +70,9 @@ class Reply(Future[Any]):
         if self._state == FINISHED and self._exception is None:
             return self._result
         return super().result(timeout)
+
+    def exception(self, timeout: int | float | None = None) -> BaseException | None:
+        return self._exception if self._state == FINISHED else super().exception(timeout)
 
     def cancel(self) -> bool:
         if not super().cancel():
