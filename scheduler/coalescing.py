@@ -50,6 +50,7 @@ from coalesce.scheduler.shares import Shares
 from coalesce.scheduler.slots import Slots
 from coalesce.scheduler.starting import Starting
 from coalesce.scheduler.tenancy import Tenancy
+from coalesce.scheduler.trial import Trial
 from coalesce.scheduler.tuples import made
 from coalesce.scheduler.wants import Wants
 
@@ -79,6 +80,7 @@ class Coalescing:
         self._bundles = 0
         self._wake = WakeAt(0)  # the last one
         self._doubt = Doubt(self._costs, self._tenancy)
+        self._trial = Trial(self._costs, self._tenancy, self._lag)
         self._handlers: dict[type, Callable[[Any, int], None]] = {
             Cancelled: lambda event, now_ns: self._requests.cancel(event.request),
             Completed: self._complete,
@@ -99,6 +101,9 @@ class Coalescing:
         if isinstance(event, Submitted):
             if not flying and not requests.lanes and not requests.closed:
                 self._moved_of(doubt.arise(event.requests, now_ns))
+                if lag.counts and self._trial.arise(event.requests, now_ns):
+                    ready_ns = now_ns
+                    starting.forget()
             start = starting.known
             if start is None or ready_ns >= starting.fixed_ns or self._load.is_over(now_ns) is start.is_calm:
                 start = starting.find(now_ns)
@@ -114,6 +119,9 @@ class Coalescing:
             next_ns = now_ns if is_followed else self._dispatch(start, now_ns)
         if doubt.hoped:
             self._moved_of(doubt.settle(flying[0].executable if flying else None, self.waiting))
+        if lag.is_tried:
+            lag.end_trial()
+            starting.forget()
         wake_ns = queues.hopeless_ns
         if wake_ns != FAR:  # somebody waits
             if next_ns < wake_ns:
@@ -151,7 +159,7 @@ class Coalescing:
         if self.latency.observe(run, self._watch.blamed):
             self._moved(None if self.latency.others_moved else frozenset(place[0] for place, _ in bundle.parts))
         if self.latency.came_true:
-            self._doubt.come_true()
+            self._doubt.pauses.come_true()
 
     def _moved_of(self, family: int | None) -> None:
         if family is not None:
@@ -179,7 +187,7 @@ class Coalescing:
     def _change_catalog(self, event: CatalogChanged, now_ns: int) -> None:
         self.latency.change(event.catalog)
         self._slots.change(event.catalog.slots)
-        self._doubt.rest(now_ns)
+        self._doubt.pauses.rest(now_ns)
         self._reckon(event.catalog)
 
     def _reckon(self, catalog: Catalog) -> None:
@@ -217,7 +225,7 @@ class Coalescing:
             run = self._next_run(start, now_ns)
             if run is None or self._is_awaited(run, start.free_ns):
                 break
-            patient_ns = wait_until(run, start.free_ns) if not flying else 0
+            patient_ns = wait_until(run, start.free_ns - now_ns) if not flying and not self._lag.is_tried else 0
             if patient_ns > now_ns:
                 return patient_ns
             self._go(run, now_ns)

@@ -23,14 +23,12 @@ SELDOM = 64  # the same, where doubts do not come true
 LONGEST_NS = 250_000_000
 
 
-class Doubt:
-    def __init__(self, costs: Costs, tenancy: Tenancy) -> None:
-        self._costs, self._tenancy = costs, tenancy
+class Pauses:
+    """Between doubts."""
+
+    def __init__(self) -> None:
         self._last_ns = 0
         self._pause_ns = LONGEST_NS
-        self._family = 0
-        self.hoped: list[int] = []  # executables, while it is open whether anything is run for them
-        self._first = 0  # the one that is then
 
     def rest(self, now_ns: int) -> None:
         """What is predicted has just been measured."""
@@ -49,6 +47,15 @@ class Doubt:
         self._last_ns = now_ns
         return True
 
+
+class Doubt:
+    def __init__(self, costs: Costs, tenancy: Tenancy) -> None:
+        self._costs, self._tenancy = costs, tenancy
+        self.pauses = Pauses()
+        self._family = 0
+        self.hoped: list[int] = []  # executables, while it is open whether anything is run for them
+        self._first = 0  # the one that is then
+
     def arise(self, requests: Iterable[Request], now_ns: int) -> int | None:
         """These come to an idle device; the family whose predictions have moved."""
         found: Request | None = None
@@ -60,7 +67,7 @@ class Doubt:
                 return None
             if found is None and sum(map(self._hoped_ns, self._quickest(request.family))) <= left_ns:
                 found = request
-        if found is None or not self.is_due(self._costs.of((found.family, 0)).alone.l50_ns, now_ns):
+        if found is None or not self.pauses.is_due(self._costs.of((found.family, 0)).alone.l50_ns, now_ns):
             return None
         path = self._quickest(found.family)
         self._family, self._first = found.family, path[0].id

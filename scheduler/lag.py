@@ -4,7 +4,10 @@
          each_ns for each thing told          in the run's time                 results_ns
 
 A run that is decided now begins no sooner than the host is done with what it was told, and is in time only if its
-results are there in time as well. Both are learnt from bundles that have ended.
+results are there in time as well. Both are from the middle of what the last bundles took, so that a host that hiccups
+moves neither: the one is an average without the extremes, since it is paid over and over, the other a median.
+Where they rule everything out, nothing ends any more that would put them right: then bundles are tried without
+(`trial`), and what those take counts alone.
 """
 
 from __future__ import annotations
@@ -12,10 +15,9 @@ from __future__ import annotations
 from collections import deque
 
 from coalesce.scheduler.events import Completed, Event, Submitted
-from coalesce.scheduler.flight import RUNS
 from coalesce.scheduler.times import Runs, TAIL, TENTH
 
-FEW = 4
+FEW = 8
 STEP = 8  # what is less than one part in so many of what is known is no news
 
 
@@ -28,9 +30,13 @@ class Lag:
         self._now_ns = 0
         self._told = 0
         self._each_ns = 0
+        self._each = Runs()
         self._sent: deque[tuple[int, int]] = deque()  # of each bundle: when it was decided, and upon how much
         self._ended_ns = 0  # the last bundle
         self._results = Runs()
+        self.trials = 0  # bundles that may still be tried
+        self.is_tried = False  # what is decided now is
+        self._known = (0, 0)  # meanwhile: what is known
 
     def begin(self, event: Event, now_ns: int) -> int:
         """It is told something; when it will be done with that."""
@@ -51,16 +57,40 @@ class Lag:
             return
         self.counts = True
         if told and event.start_ns > before_ns:  # as soon as the host was there
-            self._each_ns += ((event.start_ns - decided_ns) // told - self._each_ns) // RUNS
+            self._each.count((event.start_ns - decided_ns) // told)
+            if len(self._each.last) >= FEW:
+                self._each_ns = middle_of(self._each.ascending)
         if event.results_ns:
             self._results.count(event.results_ns)
             self._publish(self._results.ascending)
+        if len(self._each.last) >= FEW and (not self.results_ns or len(self._results.last) >= FEW):
+            self.trials = 0
+
+    def forget(self) -> None:
+        """What is known stays so until enough is learnt anew."""
+        self._each, self._results, self.trials = Runs(), Runs(), 2 * FEW
+
+    def begin_trial(self) -> None:
+        """What is decided now is as if the host added nothing."""
+        self.trials -= 1
+        self.is_tried, self._known = True, (self.results_ns, self.slip_ns)
+        self.ready_ns, self.results_ns, self.slip_ns = self._now_ns, 0, 0
+
+    def end_trial(self) -> None:
+        self.is_tried, (self.results_ns, self.slip_ns) = False, self._known
 
     def _publish(self, ascending: list[int]) -> None:
         if len(ascending) < FEW:
             return
         l50_ns = ascending[len(ascending) // 2]
-        slip_ns = int(TAIL * (ascending[-1 - len(ascending) // TENTH] - l50_ns))
+        slip_ns = int(TAIL * (ascending[-1 - max(1, len(ascending) // TENTH)] - l50_ns))
         off_ns = max(abs(l50_ns - self.results_ns), abs(slip_ns - self.slip_ns))
         if off_ns * STEP > self.results_ns:
             self.results_ns, self.slip_ns = l50_ns, slip_ns
+
+
+def middle_of(ascending: list[int]) -> int:
+    """Its mean without the least and the largest eighth."""
+    cut = len(ascending) // 8
+    middle = ascending[cut : len(ascending) - cut]
+    return sum(middle) // len(middle)

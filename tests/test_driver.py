@@ -85,6 +85,23 @@ def test_a_bundle_that_has_ended_is_told_before_requests_that_came_first():
     assert isinstance(came, Submitted) and [request.tenant for request in came.requests] == ["t1"]
 
 
+def test_what_handing_results_out_took_is_told_once_though_a_bundle_fails_after_it():
+    ends: list[Completed] = []
+
+    class Ends(Observer):
+        def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
+            if isinstance(event, Completed):
+                ends.append(event)
+
+    machine = FakeMachine(raises=lambda value: value == "bad")
+    machine.copies = True
+    with Served(machine, observers=[Ends()]) as served:
+        for value in ("good", "bad", "good", "good"):
+            wait([served.submit("t0", value)], 10)
+    assert [end.failed for end in ends] == [False, True, False, False]
+    assert [end.results_ns > 0 for end in ends] == [False, True, False, True]
+
+
 @in_segments
 @pytest.mark.parametrize("bad", [0, 5, 7])
 def test_a_lane_that_raises_fails_alone_after_few_reruns(bad, segments: int):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from random import Random
+from statistics import fmean
 
 import pytest
 from hypothesis import given, strategies as st
 
 from coalesce.scheduler.catalog import Catalog, Entry, Executable
 from coalesce.scheduler.coalescing import Coalescing
-from coalesce.scheduler.commands import Dispatch
-from coalesce.scheduler.events import CatalogChanged, Completed, Submitted, TenantAdded, Timer
+from coalesce.scheduler.commands import Command, Dispatch
+from coalesce.scheduler.doubt import LONGEST_NS
+from coalesce.scheduler.events import CatalogChanged, Completed, Event, Submitted, TenantAdded, Timer
 from coalesce.scheduler.flight import Bundle, Flight
 from coalesce.scheduler.invariants import Checker
 from coalesce.scheduler.lag import Lag
@@ -65,25 +69,26 @@ def kept(run: Run, since_s: float, until_s: float) -> float:
     return counts[Outcome.OK] / taken
 
 
-@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize(
     ("micros", "spread", "share", "served"), [(BUSY, 2.0, 0.985, 1250), (HURRIED, 3.0, 0.97, 1700)]
 )
-def test_what_is_taken_on_is_in_time_where_the_host_is_the_limit(micros, spread, share, served, seed):
-    """At about twice the rate that can be served. By eight seeds 99.4% and 98.1% of what was taken on is in time, 1,455
-    and 1,970 a second; before the host's part was learnt, 94.1% and 94.8%, 1,400 and 1,670."""
-    run = serve(micros, spread, 1000.0, 4800.0, seed)
+def test_what_is_taken_on_is_in_time_where_the_host_is_the_limit(micros, spread, share, served):
+    """At about twice the rate that can be served. By 20 seeds 99.3% and 97.7% of what was taken on is in time, 1,520
+    and 2,000 a second; before the host's part was learnt, by eight, 94.1% and 94.8%, 1,400 and 1,670."""
+    runs = [serve(micros, spread, 1000.0, 4800.0, seed) for seed in (1, 2, 3)]
+    assert fmean([kept(run, 0.8, 1.8) for run in runs]) >= share
     until = round(1.8 * SECOND)
-    assert kept(run, 0.8, 1.8) >= share
-    assert run.goodput(round(0.8 * SECOND), until) >= served
-    waited = sorted(
-        ended_ns - request.arrival_ns
-        for request, outcome, ended_ns in zip(run.requests, run.outcomes, run.ends_ns, strict=True)
-        if 0.8 * SECOND <= request.arrival_ns < until and outcome in (Outcome.OK, Outcome.LATE)
-    )
-    assert quantile(waited, share) <= SLO
-    assert run.attainment(None, 0, round(0.6 * SECOND)) >= 0.98  # as if the rest had never come
-    assert run.attainment(None, round(1.9 * SECOND)) >= 0.95
+    waited: list[int] = []
+    for run in runs:
+        assert run.goodput(round(0.8 * SECOND), until) >= served
+        waited += [
+            ended_ns - request.arrival_ns
+            for request, outcome, ended_ns in zip(run.requests, run.outcomes, run.ends_ns, strict=True)
+            if 0.8 * SECOND <= request.arrival_ns < until and outcome in (Outcome.OK, Outcome.LATE)
+        ]
+        assert run.attainment(None, 0, round(0.6 * SECOND)) >= 0.98  # as if the rest had never come
+        assert run.attainment(None, round(1.9 * SECOND)) >= 0.95
+    assert quantile(sorted(waited), share) <= SLO
 
 
 def test_a_quick_host_is_no_limit():
@@ -153,3 +158,108 @@ def test_what_runs_next_is_decided_with_who_came_before_the_last_bundle_ended():
     assert not any(isinstance(command, Dispatch) for command in ended)
     (bundle,) = [c for c in policy.on_event(requests(range(2, 4), end_ns), end_ns + 2) if isinstance(c, Dispatch)]
     assert bundle.lanes == ((1, 2, 3),)
+
+
+def test_one_hiccup_moves_nothing_that_is_known_of_the_host():
+    for before in (0, 3, 6, 60):
+        lag, known = Lag(), []
+        for number in range(before + 10):
+            now_ns = 10_000_000_000 * number
+            lag.begin(Timer(), now_ns)
+            lag.send()
+            more_ns = 1_000 * MS if number == before else 0
+            lag.learn(done(number, now_ns + 20 + more_ns, now_ns + 30 + more_ns, 70 + more_ns))
+            known.append((lag.begin(Timer(), 0), lag.results_ns, lag.slip_ns))
+        assert set(known) <= {(0, 0, 0), (20, 70, 0)}
+
+
+@dataclass(frozen=True)
+class Hiccups(SerialHost):
+    """As HURRIED, but for some bundles."""
+
+    slow: range = range(0)  # bundles, by number
+    more_ns: int = 0
+    in_results: bool = False  # it is their results that are handed out late, or they are launched late
+
+    def decide(self, event: Event, commands: Sequence[Command]) -> int:
+        sent = [command for command in commands if isinstance(command, Dispatch) and command.bundle in self.slow]
+        return super().decide(event, commands) + (self.more_ns if sent and not self.in_results else 0)
+
+    def hand_out(self, command: Dispatch) -> int:
+        usual_ns = super().hand_out(command)
+        return max(usual_ns, self.more_ns) if self.in_results and command.bundle in self.slow else usual_ns
+
+
+def hiccup(rate: float, slow: range, more_ns: int, in_results: bool, until_s: float) -> tuple[Run, list[int]]:
+    """And when the first of them began, and the last was over."""
+    micros = (own * US for own in HURRIED)
+    host = Hiccups(Random(1), *micros, wake_ns=60 * US, slow=slow, more_ns=more_ns, in_results=in_results)
+    made = [Executable(i, (Entry(0, 0, w),), WARM_UP_US[i] * US, WARM_UP_US[i] * US) for i, w in enumerate(WIDTHS)]
+    rng, slow_ns = Random(3), [0, 0]
+
+    def see(event: Event, now_ns: int, commands: Sequence[Command]) -> None:
+        if isinstance(event, Completed) and event.bundle == slow.start:
+            slow_ns[0] = event.start_ns
+        if isinstance(event, Completed) and event.bundle <= slow.stop:  # it waits for results of the one before
+            slow_ns[1] = event.end_ns
+
+    run = simulate(
+        Coalescing(),
+        [Tenant(name, (0,), SLO) for name in NAMES],
+        Catalog(tuple(made)),
+        arrive(rng, poisson(rng, rate), NAMES, round(until_s * SECOND)),
+        takes=lambda executable, rng: DEVICE_US[executable.id] * US,
+        host=host,
+        watchers=[see],
+    )
+    return run, slow_ns
+
+
+@pytest.mark.parametrize(
+    ("ms", "rate", "until_s"), [(10, 1200.0, 0.7), (73, 300.0, 1.4), (300, 300.0, 1.6), (1000, 200.0, 2.5)]
+)
+@pytest.mark.parametrize("in_results", [False, True])
+def test_a_host_that_paused_once_serves_everybody_again_at_once(ms, rate, until_s, in_results):
+    run, _ = hiccup(rate, range(30, 31), ms * MS, in_results, until_s)
+    lost = [at.arrival_ns for at, how in zip(run.requests, run.outcomes, strict=True) if how is not Outcome.OK]
+    assert lost and lost[-1] - lost[0] <= (ms + 60) * MS
+
+
+@pytest.mark.parametrize(
+    ("rate", "slow", "until_s"),
+    [(300.0, range(0, 4), 1.5), (300.0, range(40, 53), 2.0), (300.0, range(40, 66), 3.5), (50.0, range(40, 53), 3.5)],
+)
+@pytest.mark.parametrize("in_results", [False, True])
+def test_a_host_that_was_slow_for_a_while_serves_everybody_again(rate, slow, until_s, in_results):
+    """After as long as it was slow and 16 of its slowest runs, or LONGEST_NS, and the few requests that show it."""
+    run, (began_ns, over_ns) = hiccup(rate, slow, 15 * MS, in_results, until_s)
+    longest_ns = max(LONGEST_NS, over_ns - began_ns + 16 * 16 * MS)
+    quiet_ns = over_ns + longest_ns + round(16 / rate * SECOND)
+    assert began_ns and run.requests[-1].arrival_ns > quiet_ns + 0.3 * SECOND, "nothing is left to look at"
+    assert run.attainment(None, quiet_ns) >= 0.98
+
+
+@pytest.mark.parametrize("in_results", [False, True])
+def test_a_host_that_stays_too_slow_is_tried_seldom(in_results):
+    """Nobody can be in time: a few bundles are tried, each 250 ms at most."""
+    run, _ = hiccup(300.0, range(1 << 30), 15 * MS, in_results, 2.5)
+    counts = run.counts(None)
+    assert counts[Outcome.OK] <= 5
+    assert counts[Outcome.LATE] + counts[Outcome.DROPPED] <= 10 * 2.5 * SECOND / LONGEST_NS
+
+
+def test_nobody_is_kept_waiting_for_company_past_the_time_that_results_need():
+    """Runs of 5 ms whose results are there 3 ms later, with 12 ms for all."""
+    host = SerialHost(Random(1), 20 * US, 20 * US, 400 * US, 0, 3 * MS, 0, wake_ns=20 * US)
+    made = [Executable(i, (Entry(0, 0, w),), own := (5000 + 100 * w) * US, own) for i, w in enumerate(WIDTHS[:4])]
+    rng = Random(3)
+    run = simulate(
+        Coalescing(),
+        [Tenant(name, (0,), 12 * MS) for name in NAMES[:4]],
+        Catalog(tuple(made)),
+        arrive(rng, poisson(rng, 200.0), NAMES[:4], 2 * SECOND),
+        takes=lambda executable, rng: executable.l50_ns - 500 * US,
+        host=host,
+    )
+    counts = run.counts(None)
+    assert counts[Outcome.OK] > 200 and not counts[Outcome.DROPPED] and not counts[Outcome.LATE], counts

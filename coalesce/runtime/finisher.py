@@ -123,7 +123,7 @@ class Finisher(Attendant):
             self._driver.put(Exhausted(dispatch.executable, error))
         elif isinstance(error, DeviceError):
             self._driver.put(Lost(error))
-        results_ns = self._results_ns if flight.host_ns else 0
+        results_ns, self._results_ns = self._results_ns if flight.host_ns else 0, 0  # each is told once
         ended = Completed(dispatch.bundle, start_ns, end_ns, error is not None, flight.host_ns, False, results_ns)
         self._driver.put(ended)
         self._observers.finished(Finished(dispatch, tuple(flight.form), entries, start_ns, end_ns, error))
