@@ -148,8 +148,15 @@ def marked(fn: Any) -> Any:
     return lambda params, number, *inputs: (number, fn(params, *inputs))
 
 
-@pytest.mark.parametrize("segments", WHOLE_AND_CUT)
-@pytest.mark.parametrize("models", [2, pytest.param(60, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    ("models", "segments"),
+    [
+        (2, 1),
+        pytest.param(1, 3, marks=pytest.mark.once),
+        pytest.param(60, 1, marks=pytest.mark.soak),
+        pytest.param(60, 3, marks=pytest.mark.soak),
+    ],
+)
 def test_random_tenants_get_what_they_compute_alone(models: int, segments: int):
     """Of random programs, shapes and weights, each with its watermark, in a random order."""
     chosen = random.Random(3)

@@ -30,7 +30,7 @@ def test_requests_leave_nothing_behind(count, segments):
 
 
 def test_a_leak_is_detected():
-    assert grown(SMALL, 1, "leak") > MOST
+    assert grown(SMALL // 2, 1, "leak") > MOST
 
 
 @pytest.mark.soak

@@ -90,8 +90,8 @@ def test_values_that_a_step_hands_on_count_too(monkeypatch):
     assert loops(check(swapped, weights(2), vectors(2), costs=GPU)) == [False]
 
 
-def test_scans_stay_apart_that_are_too_long_to_unroll_together(monkeypatch):
-    """Each by itself is no loop; as one they would be, and lose more by it than their superkernel wins."""
+def test_scans_that_are_no_loops_stay_apart(monkeypatch):
+    """Whatever their superkernel is predicted to win: by themselves they run side by side."""
 
     def steps(p: Any, xs: Any) -> Any:
         return lax.scan(lambda h, x: (jnp.tanh(dot(h, p["w"]) + x), None), jnp.ones(D), xs)[0]
@@ -105,10 +105,12 @@ def test_scans_stay_apart_that_are_too_long_to_unroll_together(monkeypatch):
     ]
     both = 2 * passes.size(as_scan(next(e for e in programs[0].jaxpr.jaxpr.eqns if e.primitive.name == "scan"))) * 30
     dear = Costs(replace(H100, loop_us=100.0))
-    for most, apart in ((both, False), (both - 1, True)):
+    for most, as_one in ((both, True), (both - 1, False)):  # together they may be too long
         monkeypatch.setattr(passes, "MOST", most)
-        fused = coalesce.fuse(programs, costs=dear, platform="gpu")
-        assert loops(fused) == ([True, True] if apart else [True])
+        assert loops(coalesce.fuse(programs, costs=dear, platform="gpu")) == [True, True]
+        assert loops(coalesce.fuse(programs, costs=dear, platform="gpu", policy="always")) == [as_one]
+    monkeypatch.setattr(passes, "MOST", 0)
+    assert loops(coalesce.fuse(programs, costs=dear, platform="gpu")) == [False]
 
 
 def test_a_loop_whose_end_is_not_known_stays():
