@@ -21,7 +21,7 @@ from coalesce.clusters import WASTE_BOUND
 from coalesce.costs import Costs, device_of
 from coalesce.errors import PlanError, TraceError
 from coalesce.explain import bundle_text, explain
-from coalesce.family import find_families, holders_of
+from coalesce.family import find_families, holders_of, leaf_tokens
 from coalesce.kernels import choose
 from coalesce.lower import lower
 from coalesce.passes.bundle_pipeline import BundleStep, plan, POLICIES
@@ -93,14 +93,15 @@ def fuse(
     check_usable(programs)
     memo: dict[int, Normalised] = {}
     normalised = []
-    holders = holders_of(programs)
+    leaves = leaf_tokens(programs)
+    holders = holders_of(programs, leaves)
     for program in programs:
         # Tenants with one traced function differ in weights alone: the passes run once for all of them.
         done = memo.get(id(program.jaxpr))
         if done is None:
             done = memo[id(program.jaxpr)] = normalise(program.held_by(holders[id(program.jaxpr)]), strict=strict)
         normalised.append(program.with_jaxpr(done.program.jaxpr, done.program.prepare))
-    bundle = Bundle(tuple(p.name for p in programs), find_families(normalised))
+    bundle = Bundle(tuple(p.name for p in programs), find_families(normalised, leaves))
     measured = default_tuned(tuned, platform)
     steps = plan(
         bundle,

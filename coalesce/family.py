@@ -23,6 +23,8 @@ from coalesce.program import Leaf, Program
 from coalesce.structure import Canonical, canonical, literal_key, ValueNumbers
 from coalesce.text import scalar
 
+LeafTokens = Sequence[Hashable]  # for each weight of a program, what it is
+
 
 @dataclass(frozen=True)
 class Lane:
@@ -54,8 +56,11 @@ class Family:
         return J.invars(self.jaxpr)[self.n_weights :]
 
 
-def find_families(programs: Sequence[Program]) -> tuple[Family, ...]:
-    """Group normalised programs; families and lanes stand in the order of their first tenant."""
+def find_families(programs: Sequence[Program], leaves: Sequence[LeafTokens] | None = None) -> tuple[Family, ...]:
+    """Group normalised programs; families and lanes stand in the order of their first tenant.
+
+    `leaves` are the `leaf_tokens` of the programs, if they are known already: of some leaves all bytes are read.
+    """
     found: dict[Any, list[tuple[int, Canonical]]] = {}
     forms: dict[int, Canonical] = {}
     for i, program in enumerate(programs):
@@ -64,7 +69,8 @@ def find_families(programs: Sequence[Program]) -> tuple[Family, ...]:
             form = forms[id(program.jaxpr)] = canonical(program.jaxpr, program.n_weights)
         found.setdefault(form.key, []).append((i, form))
     numbers = ValueNumbers()
-    tokens = [weight_tokens(p, numbers) for p in programs]
+    leaves = leaves or leaf_tokens(programs)
+    tokens = [weight_tokens(p, own, numbers) for p, own in zip(programs, leaves, strict=True)]
     # Equal values have one owner in the whole bundle, so that families too keep one copy of what they share.
     owner: dict[Hashable, tuple[int, int]] = {}
     for i, row in enumerate(tokens):
@@ -114,10 +120,14 @@ def by_share_group(lanes: Sequence[Lane], tokens: Sequence[Sequence[Hashable]]) 
     return [lane for group in groups.values() for lane in group]
 
 
-def weight_tokens(program: Program, numbers: ValueNumbers) -> list[Hashable]:
+def weight_tokens(program: Program, leaves: LeafTokens, numbers: ValueNumbers) -> LeafTokens:
     """For each prepared weight, what it is: equal tokens mean the same computation on the same raw weights."""
-    leaves = [leaf_token(program, leaf) for leaf in program.leaves]
-    return list(numbers.of(program.prepare, leaves)) if program.prepare is not None else leaves
+    return numbers.of(program.prepare, leaves) if program.prepare is not None else leaves
+
+
+def leaf_tokens(programs: Sequence[Program]) -> list[LeafTokens]:
+    """For each raw weight of each program, what it is: equal tokens mean the same array."""
+    return [[leaf_token(program, leaf) for leaf in program.leaves] for program in programs]
 
 
 def leaf_token(program: Program, leaf: Leaf) -> Hashable:
@@ -129,18 +139,32 @@ def leaf_token(program: Program, leaf: Leaf) -> Hashable:
     return ("array", id(leaf.value)) if leaf.value is not None else ("own", id(program), leaf.path)
 
 
-def holders_of(programs: Sequence[Program]) -> dict[int, list[Hashable]]:
-    """By traced function (its id), for each of its leaves: which programs hold the array that each tenant has there."""
-    found: dict[int, set[int]] = {}
-    for i, program in enumerate(programs):
-        for leaf in program.leaves:
-            found.setdefault(id(leaf.value), set()).add(i)
-    sets = {value: frozenset(holders) for value, holders in found.items()}
-    rows: dict[int, list[list[Hashable]]] = {}
+def holders_of(programs: Sequence[Program], leaves: Sequence[LeafTokens]) -> dict[int, list[Hashable]]:
+    """By traced function (its id), for each of its leaves: which programs hold the array that each tenant has there.
+
+    A tenant is one whose program is the same computation, as far as that shows before any pass: what is decided by it
+    is decided alike for functions of their own.
+    """
+    found: dict[Hashable, set[int]] = {}
+    for i, own in enumerate(leaves):
+        for token in own:
+            found.setdefault(token, set()).add(i)
+    sets = {token: frozenset(holders) for token, holders in found.items()}
+    forms: dict[int, Canonical] = {}
+    rows: dict[Hashable, list[list[Hashable]]] = {}
+    for program, own in zip(programs, leaves, strict=True):
+        form = forms.get(id(program.jaxpr))
+        if form is None:
+            form = forms[id(program.jaxpr)] = canonical(program.jaxpr, program.n_weights)
+        rows.setdefault(form.key, []).append([sets[own[a]] for a in form.args if a < program.n_weights])
+    columns = {key: list(zip(*alike, strict=True)) for key, alike in rows.items()}
+    held: dict[int, list[Hashable]] = {}
     for program in programs:
-        row: list[Hashable] = [None if leaf.value is None else sets[id(leaf.value)] for leaf in program.leaves]
-        rows.setdefault(id(program.jaxpr), []).append(row)
-    return {function: list(zip(*own, strict=True)) for function, own in rows.items()}
+        form = forms[id(program.jaxpr)]
+        used = [a for a in form.args if a < program.n_weights]
+        by_leaf = dict(zip(used, columns[form.key], strict=True))
+        held[id(program.jaxpr)] = [by_leaf.get(a) for a in range(len(program.leaves))]  # None: nothing reads it
+    return held
 
 
 @dataclass(frozen=True)

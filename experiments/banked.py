@@ -187,7 +187,5 @@ def report(head: Mapping[str, Any], rows: Sequence[Row]) -> str:
     return "\n\n".join(text) + "\n"
 
 
-
-
 if __name__ == "__main__":
     main(sys.argv[1:])

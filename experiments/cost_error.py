@@ -82,6 +82,8 @@ def main(argv: Sequence[str]) -> None:
     start = time.perf_counter()
     logging.set_verbosity(logging.WARNING)  # JAX names every backend that it does not find
     if FLAGS.again:
+        if given := [name for name in ("models", "groups") if FLAGS[name].present]:
+            raise app.UsageError(f"--again takes all models, and the groups of the result: leave --{given[0]} out")
         predict_again(Path(FLAGS.again))
         return
     platform, kind = jax.default_backend(), jax.devices()[0].device_kind
@@ -135,9 +137,10 @@ def is_new(case: Case) -> bool:
 
 
 def every_case(costs: Costs, rows: Sequence[Row]) -> Iterator[Case]:
-    """The cases of ops that `rows` are of, with the kernels of the rows and those that are chosen now."""
+    """The cases of ops that `rows` are of, in their groups, with their kernels and those that are chosen now."""
     yield from movement_cases(costs)
-    groups, platform = list(map(int, FLAGS.groups)), costs.device.platform
+    groups = sorted({row["groups"] for row in rows if row["kernel"]})
+    platform = costs.device.platform
     dtypes = dict.fromkeys(row["dtype"] for row in rows if row["kernel"])
     known = {(op.shape, str(op.lhs.dtype)): op for dtype in dtypes for op in model_ops(dtype, FLAGS.models)}
     kernels: dict[tuple[str, str], list[str]] = {}

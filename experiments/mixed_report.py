@@ -108,7 +108,8 @@ def verdict(predicted: float, won: float, noise: float) -> str:
         return "nothing was predicted"
     if won * predicted < 0:
         return "the sign is wrong"
-    size = f"{max(won / predicted, predicted / won):.2g} times too {'small' if abs(predicted) < abs(won) else 'large'}"
+    times = max(won / predicted, predicted / won)
+    size = f"{times:{'.2g' if times < 10 else ',.0f'}} times too {'small' if abs(predicted) < abs(won) else 'large'}"
     return f"the sign is right, the size {size}" if not size.startswith("1 ") else "the sign is right, and the size"
 
 

@@ -25,6 +25,7 @@ from absl import app, flags
 
 import coalesce
 from coalesce.clusters import canonical_gemm, Cluster, cluster, WASTE_BOUND
+from coalesce.compile import check_names
 from coalesce.family import find_families
 from coalesce.heavy import heavy_eqns, heavy_op, HeavyOp
 from coalesce.models import by_name, NAMES
@@ -77,6 +78,7 @@ def heavy_ops(name: str) -> list[Op]:
 def heavy_ops_of_families(function: str) -> list[Op]:
     """Of the programs of a user's function, each family once."""
     programs = programs_of(function)
+    check_names(programs)  # ops are counted by name
     families = find_families([normalise(program).program for program in programs])
     return [
         ((programs[family.lanes[0].tenant].name, i), heavy_op(eqn))

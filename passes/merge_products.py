@@ -12,11 +12,15 @@ with three times the work. The weights are laid side by side by `hoist_weights`,
 products too, would do it in every call.
 
 Merged are products that differ in a free dimension of their right operands alone, and that are wanted about as soon:
-the keys of all layers that attend to one memory are not computed before the first. No weight comes to lie in the bank
-twice by it: everything that reads one of the weights reads it as part of the same product, and the same tenants share
-it. Products of images, whose rows are positions, stay: they have rows enough, and a kernel that runs what follows each.
-Nor do convolutions merge, for the same reason. What is merged depends on no size of a request and no order in which
-a program was written, so that its request shapes share their weights, and its like is one family with it.
+the keys of all layers that attend to one memory are not computed before the first. In one program no weight comes to
+lie in the bank twice by it: everything that reads one of the weights reads it as part of the same product, and the same
+tenants share it. Products of images, whose rows are positions, stay: they have rows enough, and a kernel that runs what
+follows each. Nor do convolutions merge, for the same reason.
+
+What is merged depends on no order in which a program was written, so that its like is one family with it. Nor on how
+large a request is, so that a tenant's request shapes share their weights, but for one case: operands that are equal at
+some sizes alone are one operand there, as `x` and its first row are in a request of one row. Then that request shape
+has weights of its own.
 
 Relies on cse, which makes equal left operands one. The rule is in `mergeable`.
 """

@@ -11,7 +11,8 @@ from jax.extend.core import ClosedJaxpr
 
 from coalesce import jaxpr as J
 from coalesce.behaviour import may_move, may_speculate
-from coalesce.heavy import HEAVY
+from coalesce.passes.movable import movable
+from coalesce.passes.when_wanted import when_wanted
 from coalesce.program import Program
 from coalesce.structure import canonical, eqn_key, literal_key, value_key, ValueNumbers
 
@@ -67,11 +68,14 @@ class Search:
     def scope(self, jaxpr: ClosedJaxpr, weights: dict[Any, Weight], path: Path) -> None:
         """Look through a scope, some of whose arguments are weights, and through its regions."""
         known = dict(weights)
+        moved = movable(jaxpr, list(weights), speculative=bool(path)).eqns
         products: list[Member] = []
         for place, eqn in enumerate(jaxpr.jaxpr.eqns):
             values = self.ahead(eqn, known, speculative=bool(path))
             if values is not None:
                 known.update(zip(eqn.outvars, values, strict=True))
+                if id(eqn) not in moved:  # cheaper to compute than to keep: it reads its weights in every request
+                    self.read(variables(eqn.invars), known)
                 continue
             read = self.regions(eqn, known, (*path, place)) if J.regions(eqn) else variables(eqn.invars)
             if is_product(eqn, known):
@@ -98,7 +102,7 @@ class Search:
         return read
 
     def ahead(self, eqn: J.Eqn, known: dict[Any, Weight], speculative: bool) -> list[Weight] | None:
-        """Its results, if `hoist_weights` may compute them."""
+        """Its results, if `hoist_weights` could compute them."""
         operands = [a for a in eqn.invars if not isinstance(a, J.Literal)]
         if any(a not in known for a in operands) or not may_move(eqn) or (speculative and not may_speculate(eqn)):
             return None
@@ -140,7 +144,7 @@ def is_product(eqn: J.Eqn, known: dict[Any, Weight]) -> bool:
     if eqn.primitive.name != "dot_general" or any(isinstance(a, J.Literal) for a in eqn.invars):
         return False
     lhs, rhs = eqn.invars
-    if lhs in known or rhs not in known or not known[rhs].holders or 0 in (*J.shape(lhs), *J.shape(rhs)):
+    if lhs in known or rhs not in known or not known[rhs].holders or 0 in J.shape(rhs):
         return False
     (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
     return len(J.shape(lhs)) - len(lc) - len(lb) <= ROWS and len(J.shape(rhs)) > len(rc) + len(rb)
@@ -184,23 +188,3 @@ def groups_of(jaxpr: ClosedJaxpr, products: Sequence[Member]) -> Iterator[Group]
 def as_group(members: Sequence[Member]) -> Iterator[Group]:
     if len(members) > 1 and len({member.weight.number for member in members}) == len(members):
         yield Group(tuple(members))
-
-
-def when_wanted(jaxpr: ClosedJaxpr) -> list[int]:
-    """For each equation, how many heavy ops in a row come before the first that reads its results, through others."""
-    eqns = jaxpr.jaxpr.eqns
-    heavy = [not J.primitives(eqn).isdisjoint(HEAVY) for eqn in eqns]
-    depth: dict[Any, int] = {}
-    done: list[int] = []
-    for eqn, own in zip(eqns, heavy, strict=True):
-        done.append(own + max((depth.get(a, 0) for a in eqn.invars if not isinstance(a, J.Literal)), default=0))
-        depth.update(dict.fromkeys(eqn.outvars, done[-1]))
-    last = max(done, default=0) + 1
-    read: dict[Any, int] = {}
-    wanted = [last] * len(eqns)
-    for i, eqn in reversed(list(enumerate(eqns))):
-        wanted[i] = min((read.get(v, last) for v in eqn.outvars), default=last)
-        for a in eqn.invars:
-            if not isinstance(a, J.Literal):
-                read[a] = min(read.get(a, last), done[i] if heavy[i] else wanted[i])
-    return wanted

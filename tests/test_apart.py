@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import jax
@@ -125,9 +125,25 @@ def test_it_makes_the_same_executable_bit_by_bit_also_where_others_leave_it_no_t
         with caplog.at_level(logging.INFO, "coalesce.runtime"):
             assert check_made() is not first and first.poll() is not None
         assert [r.getMessage()[:37] for r in caplog.records] == ["others leave the compiler no time: it"]
+        check_left_here(own, jitted, structs, monkeypatch, caplog)
     finally:
         own.close()
     assert own.compile(jax.devices()[0], jitted, structs, ()) is None
+
+
+def check_left_here(own: Apart, jitted: Any, structs: Any, monkeypatch: Any, caplog: Any) -> None:
+    """What the other process has no device for, and what does not load."""
+
+    def other(*_: Any, **__: Any) -> Any:
+        raise KeyError(0)
+
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "coalesce.runtime"):
+        assert own.compile(SimpleNamespace(id=99), jitted, structs, ()) is None
+        monkeypatch.setattr(apart, "deserialize_and_load", other)
+        assert own.compile(jax.devices()[0], jitted, structs, ()) is None
+    none, cannot = [r.getMessage() for r in caplog.records]
+    assert "LookupError: there is no device 99" in none and "cannot be loaded: KeyError: 0" in cannot
 
 
 def test_what_a_process_had_of_the_processor_is_known():
@@ -149,9 +165,16 @@ with Runtime(widths=(1,)):
 assert gc.get_threshold() == usual
 assert gc.get_freeze_count() <= pythons
 gc.freeze()
-gc.set_threshold(6000, 5, 5)
-with Runtime(widths=(1,)):
-    assert gc.get_threshold() == (6000, 5, 5)
+for own, rare in (
+    ((6000, 5, 5), (6000, 5, 100)),
+    ((900, 5, 300), (2000, 5, 300)),
+    ((6000, 5, 300), (6000, 5, 300)),
+    ((0, 5, 5), (0, 5, 5)),
+):
+    gc.set_threshold(*own)
+    with Runtime(widths=(1,)):
+        assert gc.get_threshold() == rare
+    assert gc.get_threshold() == own
 assert gc.get_freeze_count() > 1000, "the process's own"
 """
 

@@ -161,6 +161,26 @@ def test_a_callback_is_called_at_once_if_the_request_has_ended_and_by_nobody_who
         assert called == ["coalesce-callbacks", threading.current_thread().name]
 
 
+def test_whoever_is_interrupted_while_a_callback_is_handed_on_may_end_another_request():
+    """By a signal handler, or a `__del__` that garbage is collected with, on the same thread."""
+    own, called = callbacks.Callbacks(), list[int]()
+    own.start()
+    put = own.inbox.put
+
+    def interrupted(item: Any, block: bool = True, timeout: float | None = None) -> None:
+        own.inbox.put = put
+        own.call(lambda reply: called.append(2), Future())
+        put(item)
+
+    own.inbox.put = interrupted
+    calls = threading.Thread(target=own.call, args=(lambda reply: called.append(1), Future()), daemon=True)
+    calls.start()
+    calls.join(5)
+    assert not calls.is_alive() and own.wait_called(10.0) and called == [2, 1]
+    own.stop()
+    own.thread.join(10)
+
+
 def test_what_a_callback_was_given_is_let_go_while_the_next_one_waits():
     """Though both were taken from the inbox at once."""
     gate, begun, over = threading.Event(), threading.Event(), threading.Event()

@@ -102,6 +102,45 @@ def test_what_handing_results_out_took_is_told_once_though_a_bundle_fails_after_
     assert [end.results_ns > 0 for end in ends] == [False, True, False, True]
 
 
+def test_what_runs_next_does_not_wait_for_an_order_that_comes_before_requests():
+    """The driver finds in its inbox that a bundle has ended, an order that takes long, and a request, while others wait
+    already."""
+    told: list[Event] = []
+
+    class Told(Observer):
+        def decided(self, event, now_ns, commands) -> None:
+            told.append(event)
+
+    machine = FakeMachine()
+    machine.go.clear()
+    with Served(machine, observers=[Told()]) as served:
+        replies = [served.submit(f"t{i % 4}", i) for i in range(40)]
+        while not machine.launches:
+            time.sleep(0.001)
+        busy, goes, launched = threading.Event(), threading.Event(), list[int]()
+
+        def hold() -> tuple[()]:
+            busy.set()
+            goes.wait(10)
+            return ()
+
+        def long() -> tuple[()]:
+            launched.append(len(machine.launches))
+            return ()
+
+        served.driver.inbox.put(Order(hold))
+        busy.wait(10)
+        before = len(machine.launches)
+        machine.go.set()
+        assert wait([replies[i] for lanes in machine.launches for i in lanes], 10).not_done == set()
+        served.driver.inbox.put(Order(long))
+        replies.append(served.submit("t0", "late"))
+        goes.set()
+        assert wait(replies, 10).not_done == set()
+    assert launched[0] > before
+    assert not next(event.followed for event in told if isinstance(event, Completed))
+
+
 @in_segments
 @pytest.mark.parametrize("bad", [0, 5, 7])
 def test_a_lane_that_raises_fails_alone_after_few_reruns(bad, segments: int):

@@ -15,8 +15,9 @@ from coalesce.runtime.observer import Observer
 from coalesce.runtime.orders import Order
 from coalesce.runtime.reply import Reply
 from coalesce.runtime.ticket import Ending, Ticket
-from coalesce.scheduler.events import Event
-from tests.fake_machine import FakeLaunched, FakeMachine, Served
+from coalesce.scheduler.catalog import Catalog
+from coalesce.scheduler.events import CatalogChanged, Event
+from tests.fake_machine import catalog_of, FakeLaunched, FakeMachine, Served
 
 pytestmark = pytest.mark.once
 
@@ -200,6 +201,27 @@ def test_what_has_landed_is_handed_out_before_an_order(count):
         go.set()
         assert [reply.result(10) for reply in replies] == [("result", i) for i in range(count)]
     assert found[0], "it was launched before the order, and done then"
+
+
+def test_what_was_of_no_use_is_forgotten_with_its_executable_and_when_it_is_of_use():
+    machine = FakeMachine(takes_s=2e-5)
+    with Served(machine) as served:
+
+        def known() -> set[int]:
+            found = list[set[int]]()
+            served.driver.carry_out(lambda: found.append(set(served.driver._launcher._vain)) or ())
+            return found[0]
+
+        for count in (1, 8):
+            go, replies = held(served, count)
+            go.set()
+            assert wait(replies, 10).not_done == set()
+        narrow, wide = sorted(known())
+        left = [own for own in catalog_of(machine).executables if own.id != wide]
+        served.driver.carry_out(lambda: [CatalogChanged(Catalog(tuple(left)))])
+        assert known() == {narrow}
+        machine.is_quick = True
+        assert served.submit("t0", 1).result(10) == ("result", 1) and not known()
 
 
 @pytest.mark.parametrize("is_quick", [True, False])

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from jax import lax
@@ -178,6 +179,11 @@ def read_elsewhere(p: Any, x: Any) -> Any:
     return x @ p["q"] + x @ p["k"] + p["q"][jnp.argmax(x, 1)]
 
 
+def read_by_a_widening_cast(p: Any, x: Any) -> Any:
+    """Which is cheaper to compute than to keep, and so reads the weight in every request."""
+    return x @ p["q"] + x @ p["k"] + p["q"].astype(jnp.complex64)[jnp.argmax(x, 1)].real
+
+
 def read_by_another_product(p: Any, x: Any) -> Any:
     """Q lies beside K for one of them, and beside V for the other."""
     y = jnp.tanh(x @ p["q"] * (x @ p["k"]))
@@ -226,6 +232,7 @@ STAYS = {
         other_precision,
         other_accumulation,
         read_elsewhere,
+        read_by_a_widening_cast,
         read_by_another_product,
         a_result_of_the_program,
         carried,
@@ -276,6 +283,39 @@ def test_nor_beside_what_others_share():
         assert [(a.shape, len(a.rows)) for a in fused.bundle.arrays] == [((4, 4), 2)] * 2
 
 
+def test_functions_of_their_own_are_one_family():
+    """Though only two of the tenants have Q in common."""
+    q = array(4, 4)
+    params = [{"q": q if i < 2 else array(4, 4), "k": array(4, 4)} for i in range(4)]
+    fns = [lambda p, x: dot(x, p["q"]) * dot(x, p["k"]) for _ in params]
+    programs = [coalesce.trace(fn, p, X, name=f"t{i}") for i, (fn, p) in enumerate(zip(fns, params, strict=True))]
+    (family,) = coalesce.fuse(programs).bundle.families
+    assert sorted(map(len, family.owners)) == [3, 4]
+
+
+def closed_over(p: Any) -> Any:
+    return lambda _, x: dot(x, p["q"]) * dot(x, p["k"])
+
+
+def of_params(p: Any, x: Any) -> Any:
+    return closed_over(p)(None, x)
+
+
+@pytest.mark.parametrize("closed", [False, True], ids=["declared", "closed over"])
+def test_copies_that_are_one_array_in_the_bank(closed):
+    """All tenants have one Q, and two each one K: that they are equal shows in their bytes."""
+    raw = [np.asarray(array(4, 4)) for _ in range(3)]
+    params = [{"q": jnp.array(raw[0]), "k": jnp.array(raw[1 + i // 2])} for i in range(4)]
+    programs = [
+        coalesce.trace(closed_over(p), None, X, name=f"t{i}")
+        if closed
+        else coalesce.trace(of_params, p, X, name=f"t{i}", shared=p)
+        for i, p in enumerate(params)
+    ]
+    (family,) = coalesce.fuse(programs).bundle.families
+    assert sorted(map(len, family.owners)) == [1, 2]
+
+
 @pytest.mark.parametrize("declared", [True, False])
 def test_what_is_declared_as_shared_lies_by_itself(declared):
     """To a runtime, whose tenants come one by one, nothing else says it."""
@@ -301,7 +341,7 @@ def test_order_of_statements_does_not_count():
 
 
 def test_request_shapes_read_one_copy_and_weights_are_replaced():
-    examples = [(array(rows, 4),) for rows in (1, 3, 70)]
+    examples = [(array(rows, 4),) for rows in (0, 1, 70)]
     params = [{name: array(4, 4) for name in "qkv"} for _ in range(3)]
     fits = [fit_of(qkv, p, *examples) for p in params]
     serving = serve(fits[:2])

@@ -76,6 +76,7 @@ def test_a_prediction_is_right_wrong_or_within_the_noise():
         "predicted -30 us, measured -20 us (-20.0%); the sign is right, the size 1.5 times too large"
     )
     assert verdict(row("always", 120.0, predicted=-4.0)).endswith("the sign is right, the size 5 times too small")
+    assert verdict(row("always", 720.0, predicted=-4.0)).endswith("the size 155 times too small")
     assert verdict(row("always", 120.0, predicted=-20.1)).endswith("the sign is right, and the size")
     assert verdict(row("always", 120.0, predicted=30.0)).endswith("the sign is wrong")
     assert verdict(row("always", 120.0, predicted=-0.1)).endswith("nothing was predicted")
@@ -122,16 +123,31 @@ def programs():
     f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     widths = {"small": 14, "twin of small": 14, "large": 16}
     return [coalesce.trace(tower, [f32(8, n), f32(n, 4)], f32(2, 8), name=name) for name, n in widths.items()]
+
+def of_one_name():
+    return [coalesce.trace(tower, [jax.ShapeDtypeStruct((8, n), jnp.float32)], jnp.ones((2, 8))) for n in (14, 16)]
+"""
+TWICE = """
+from absl import app
+from coalesce.errors import PlanError
+from experiments import shape_clusters
+
+try:
+    shape_clusters.heavy_ops_of_families("towers:of_one_name")
+except PlanError as e:
+    print(e)
+app.run(shape_clusters.main)
 """
 
 
 @pytest.mark.once  # it counts what is traced, and runs nothing
 def test_shape_clusters_of_a_users_tenants(tmp_path):
     (tmp_path / "towers.py").write_text(TOWERS)
-    command = [sys.executable, "-m", "experiments.shape_clusters", "--function=towers:programs", f"--out={tmp_path}"]
+    command = [sys.executable, "-c", TWICE, "--function=towers:programs", f"--out={tmp_path}"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("two tenants are called 'tenant'")
     assert "among the tenants of towers:programs" in run.stdout and "small 1, large 1" in run.stdout
     shapes = json.loads((tmp_path / "shape_clusters_ops.json").read_text())["rows"]
     assert [(row["model"], row["m"], row["n"], row["k"]) for row in shapes] == [
@@ -155,6 +171,22 @@ def test_64_tenants_are_planned_in_seconds(tmp_path, models):
     assert "align" in seconds and seconds["fuse, all of it"] < 20
 
 
+# In a zoo of one model, for speed.
+AGAIN = """
+import sys
+from absl import app, flags
+from experiments import cost_error
+
+flags.FLAGS([*sys.argv, "--models=mlp"])
+try:
+    cost_error.main(["cost_error"])
+except app.UsageError as e:
+    print(e)
+flags.FLAGS["models"].present = 0
+cost_error.main(["cost_error"])
+"""
+
+
 @pytest.mark.once  # it predicts, and runs nothing
 def test_cost_error_predicts_again_what_was_measured_with_other_kernels(tmp_path):
     op = model_ops("float32", ["mlp"])[0]
@@ -162,14 +194,15 @@ def test_cost_error_predicts_again_what_was_measured_with_other_kernels(tmp_path
     rows = [
         row | {"kernel": "batched_dot", "chosen": True, "measured_us": 7.0},
         row | {"kernel": "separate", "chosen": True, "measured_us": 8.0},
-        row | {"kernel": "batched_dot", "chosen": True, "measured_us": 9.0, "what": "of no model"},
+        row | {"kernel": "batched_dot", "chosen": True, "measured_us": 9.0, "what": "of no model", "groups": 1},
     ]
     head = {"command": "c", "device": "d", "date": "2026-01-01", "note": "", "versions": {"jax": "0"}}
     path = tmp_path / "cost_error.json"
     path.write_text(json.dumps({"header": head | {"settings": {"entry": "CPU"}}, "rows": rows}))
-    command = [sys.executable, "-m", "experiments.cost_error", "--models=mlp", "--groups=1,2", f"--again={path}"]
+    command = [sys.executable, "-c", AGAIN, f"--again={path}"]
     run = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("--again takes all models, and the groups of the result: leave --models out")
     said = "of 3 rows 1 are dropped, whose op no model has any more, and 1 are of a kernel that is not chosen any more"
     assert f"{said}; 1 of kernels that are chosen since were not measured" in run.stderr
     found = {(row["kernel"], row["groups"]): row for row in json.loads(path.read_text())["rows"] if row["kernel"]}

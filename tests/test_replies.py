@@ -12,8 +12,6 @@ from coalesce.errors import DeviceError
 from coalesce.runtime.reply import Reply
 from tests.fake_machine import FakeLaunched, FakeMachine, Served
 
-pytestmark = pytest.mark.once
-
 
 def test_wait_and_as_completed_know_cancelled_requests():
     machine = FakeMachine()

@@ -12,6 +12,7 @@ import pytest
 
 import coalesce
 from coalesce.errors import DeadlineExceeded, InvalidInput, OutOfDeviceMemory, Shutdown, TenantClosed, TenantFailure
+from coalesce.runtime.form import Form
 from coalesce.runtime.host import Host
 from coalesce.runtime.runtime import Runtime
 from tests.checked import Checked, checked_runtime
@@ -93,9 +94,13 @@ def test_every_request_gets_what_its_own_tenant_computes_alone(served):
     assert served.stats().lanes > served.stats().bundles  # some of them shared a bundle
 
 
-def test_several_request_shapes_read_one_copy_of_the_weights(served):
-    x = row(7, 3)
-    check(served.submit("mlp4", x).result(60), np.asarray(jax.jit(mlp)(mlp_params(4), x)))
+def test_several_request_shapes_read_one_copy_of_the_weights(served, monkeypatch):
+    x, asked, takes = row(7, 3), list[Form](), Form.takes
+    with monkeypatch.context() as patched:
+        patched.setattr(Form, "takes", lambda form, inputs: asked.append(form) or takes(form, inputs))
+        reply = served.submit("mlp4", x)
+    assert len(asked) == 2 == len(set(asked)), "each shape is looked at once"
+    check(reply.result(60), np.asarray(jax.jit(mlp)(mlp_params(4), x)))
     check(served.submit("mlp4", x[:1]).result(60), np.asarray(jax.jit(mlp)(mlp_params(4), x[:1])))
     host = host_of(served, "mlp4")
     assert len(host.families) == 2

@@ -225,8 +225,13 @@ def run(code: str, **env: str) -> str:
 
 
 TWO_DEVICES = """
+import logging
 import jax, numpy as np
 import coalesce
+records = []
+log = logging.getLogger("coalesce.runtime")
+log.setLevel(logging.INFO)
+log.addFilter(lambda record: records.append(record) or True)
 from tests.checked import checked_runtime
 add, times = (lambda w, x: w + x), (lambda w, x: w * x)
 one, three = np.full(4, 1, np.float32), np.full(4, 3, np.float32)
@@ -253,12 +258,17 @@ with checked_runtime(devices=jax.devices(), widths=(1, 2)) as rt:
     np.testing.assert_array_equal(rt.submit("t1", one).result(60), 3 * one)
     rt.add_tenant("new", lambda w, x: w - x, three, example=(one,), slo=30.0)
     np.testing.assert_array_equal(rt.submit("new", one).result(60), 2 * one)
+    served = rt._tenancy.residents["new"].driver, rt._tenancy.residents["t1"].driver
+    assert served[0] is served[1] is rt._stations[1].driver and rt._process.apart._process is not None
+assert not [said for said in map(logging.LogRecord.getMessage, records) if "where it is served" in said]
 assert jax.config.jax_default_device is None and jax.config.jax_compilation_cache_dir is None
 """
 
 
 def test_families_live_on_devices_and_one_that_fails_takes_only_its_own_along():
-    run(TWO_DEVICES, XLA_FLAGS="--xla_force_host_platform_device_count=2", COALESCE_COMPILED="")
+    """Also what is compiled in another process is for the device that it is to run on, the second one."""
+    two = "--xla_force_host_platform_device_count=2"
+    run(TWO_DEVICES, XLA_FLAGS=two, COALESCE_COMPILED="", COALESCE_APART="1")
 
 
 CACHED = """

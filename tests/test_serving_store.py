@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from coalesce.bundle import packs
+from coalesce.errors import OutOfDeviceMemory
 from coalesce.runtime.bundle import Bundle
 from coalesce.runtime.device import Device
 from coalesce.runtime.host import courses_of, Host
@@ -208,6 +210,7 @@ def test_what_is_written_into_page_locked_memory_is_what_the_device_gets():
     for i in range(3):
         locked.view[:] = np.arange(100_000) + i
         sent.append(jax.block_until_ready(locked.sent()))
+    assert sent[0].aval == jax.device_put(locked.array, locked.there).aval != locked.array.aval, "it is not on the host"
     for i, x in enumerate(sent):
         assert_bitwise(np.asarray(x), (np.arange(100_000) + i).astype(np.uint32))
 
@@ -247,3 +250,20 @@ def test_a_limit_says_what_is_left():
     assert free_bytes([serving.store], used + 100) in range(101)
     if jax.default_backend() == "cpu":
         assert free_bytes([serving.store], used + 100) == 100 and free_bytes([serving.store]) is None
+
+
+def test_garbage_is_looked_for_only_where_the_device_itself_has_no_room(monkeypatch):
+    free, collected = [10], list[int]()
+
+    def collect() -> None:
+        collected.append(free[0])
+        free[0] = 100
+
+    monkeypatch.setattr("coalesce.runtime.device.gc", SimpleNamespace(collect=collect))
+    for module in ("coalesce.runtime.device", "coalesce.serving.store"):
+        monkeypatch.setattr(f"{module}.free_there", lambda: free[0])
+    with pytest.raises(OutOfDeviceMemory, match="and 5 are free"):
+        Device(memory_limit=5).check_room("a tenant", 8)
+    assert not collected
+    Device().check_room("a tenant", 50)
+    assert collected == [10]

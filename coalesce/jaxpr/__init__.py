@@ -73,3 +73,4 @@ from coalesce.jaxpr.run import (
     set_weak_type as set_weak_type,
     verify as verify,
 )
+from coalesce.jaxpr.sending import batched_device_put as batched_device_put

@@ -56,7 +56,7 @@ class Apart:
         if not self._lock.acquire(timeout=PATIENCE_S):
             return None
         try:
-            answer = self._answer((program, donated))
+            answer = self._answer((program, donated, device.id))
         finally:
             self._lock.release()
         if answer is None:
@@ -65,7 +65,11 @@ class Apart:
         if kind == "failed":  # if it is the program's fault it fails here too, and says so
             LOG.info("compiled where it is served: %s", made)
             return None
-        return deserialize_and_load(*made, backend=device.client, execution_devices=[device])
+        try:
+            return deserialize_and_load(*made, backend=device.client, execution_devices=[device])
+        except Exception as e:  # it is for another processor, or another device
+            LOG.info("compiled where it is served, since what was made cannot be loaded: %s: %s", type(e).__name__, e)
+            return None
 
     def _answer(self, request: Any) -> tuple[str, Any] | None:
         """None if there is no use in asking."""
@@ -149,6 +153,7 @@ def processor_s(pid: int) -> float:
 
 def started(idle: bool) -> subprocess.Popen[bytes]:
     own = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": str(int(jax.config.jax_enable_x64))}  # pyright: ignore
+    own["JAX_NUM_CPU_DEVICES"] = str(jax.config.jax_num_cpu_devices)  # pyright: ignore
     own["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     return subprocess.Popen(
         [sys.executable, "-m", "coalesce.runtime.compiler", *([IDLE] if idle else [])],

@@ -24,7 +24,7 @@ class Callbacks(Attendant):
         self._called = 0  # how many of them were
         self._stopped = False  # nothing is put into the inbox any more
         self._ended = False  # and nothing is taken from it
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler or a `__del__` may end a request while its thread has it
         self._changed = threading.Condition(self._lock)  # to enter a condition takes longer than its lock
         self._waiting = 0  # threads, for callbacks to be called
 

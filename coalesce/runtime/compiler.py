@@ -1,6 +1,6 @@
 """The other end of coalesce.runtime.apart: reads exported programs from its standard input, and writes what XLA made.
 
-    request   size, then pickled (program, donated arguments)
+    request   size, then pickled (program, donated arguments, number of the device that it is for)
     answer    size, then pickled ("made", (executable, trees of arguments and results)), or ("failed", why)
 
 It ends with its input, so that it never outlives who started it. Started as `idle` it runs only while nobody else wants
@@ -36,7 +36,7 @@ def write(stream: IO[bytes], message: Any) -> None:
     stream.flush()
 
 
-def compiled(program: bytes, donated: tuple[int, ...]) -> Any:
+def compiled(program: bytes, donated: tuple[int, ...], number: int) -> Any:
     import jax  # not before `main` has stepped back: to load it takes seconds
     from jax import export
     from jax.experimental.serialize_executable import serialize
@@ -44,13 +44,17 @@ def compiled(program: bytes, donated: tuple[int, ...]) -> Any:
     exported = export.deserialize(bytearray(program))
     structs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in exported.in_avals]
     arguments, _ = jax.tree.unflatten(exported.in_tree, structs)
-    made = jax.jit(exported.call, donate_argnums=donated).lower(*arguments).compile()
+    devices = {own.id: own for own in jax.devices()}
+    if number not in devices:  # an executable knows which one it is for
+        raise LookupError(f"there is no device {number}")
+    with jax.default_device(devices[number]):
+        made = jax.jit(exported.call, donate_argnums=donated).lower(*arguments).compile()
     return serialize(made)
 
 
-def answer(program: bytes, donated: tuple[int, ...]) -> tuple[str, Any]:
+def answer(program: bytes, donated: tuple[int, ...], number: int) -> tuple[str, Any]:
     try:
-        return "made", compiled(program, donated)
+        return "made", compiled(program, donated, number)
     except Exception as e:
         return "failed", f"{type(e).__name__}: {e}"
 

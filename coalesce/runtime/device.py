@@ -31,7 +31,7 @@ from coalesce.serving.fit import Fit, Template
 from coalesce.serving.schema import cut, Options, plan_schema, Schema
 from coalesce.serving.segments import Segments
 from coalesce.serving.staging import Filled
-from coalesce.serving.store import free_bytes
+from coalesce.serving.store import free_bytes, free_there
 
 ANNOTATION = "coalesce bundle"  # what a dispatch is called in a trace of jax.profiler
 
@@ -125,10 +125,10 @@ class Device:
 
     def check_room(self, what: str, needed: int) -> None:
         """Raises OutOfDeviceMemory."""
-        free = free_bytes(list(self.hosts.values()), self._memory_limit)
-        if free is not None and needed > free:
+        there = free_there()
+        if there is not None and needed > there:
             gc.collect()  # some may be held by what only the collector finds, which seldom looks: see SetAside
-            free = free_bytes(list(self.hosts.values()), self._memory_limit)
+        free = free_bytes(list(self.hosts.values()), self._memory_limit)
         if free is not None and needed > free:
             raise OutOfDeviceMemory(
                 f"{what} needs {needed:,} bytes on the device, and {max(0, free):,} are free; remove tenants, or raise "

@@ -197,18 +197,14 @@ class Driver:
         return not is_last
 
     def _handle(self, items: Sequence[Any]) -> None:
-        """In their order, but for bundles that have ended: requests are admitted by what is known of the device."""
-        arrived: list[Request] = []
-        left = list(map(type, items)).count(Request)  # that the policy has not been told of
+        """In their order, but for requests and ends of bundles with nothing else between them."""
+        together: list[Request | Completed] = []
         for item in items:
-            if type(item) is Request:
-                arrived.append(item)
+            if type(item) is Request or type(item) is Completed:
+                together.append(item)
                 continue
-            if isinstance(item, Completed):
-                self._tell(item._replace(followed=True) if left else item)
-                continue
-            left -= len(arrived)
-            self._tell_arrived(arrived)
+            self._tell_together(together)
+            together.clear()
             if isinstance(item, Order | Exhausted):
                 self._launcher.hand_out(everything=True)  # an order takes as long as it likes
                 is_order = isinstance(item, Order)
@@ -218,17 +214,22 @@ class Driver:
                 self.lose(str(item.error))
             elif not isinstance(item, Stop):
                 self._tell(item)
-        self._tell_arrived(arrived)
+        self._tell_together(together)
 
-    def _tell_arrived(self, arrived: list[Request]) -> None:
+    def _tell_together(self, together: Sequence[Request | Completed]) -> None:
+        """The ends first: requests are admitted by what is known of the device."""
+        arrived = tuple([item for item in together if type(item) is Request])
+        for item in together:
+            if isinstance(item, Completed):
+                self._tell(item._replace(followed=True) if arrived else item)
         if arrived:
-            self._tell(Submitted(tuple(arrived)))
-            arrived.clear()
+            self._tell(Submitted(arrived))
 
     def _tell(self, event: Event) -> None:
         now_ns = self._clock()
         if isinstance(event, CatalogChanged):
             self._forms = {e.id: e.entries for e in event.catalog.executables}
+            self._launcher.forget_all_but(self._forms)
         if self.failure is not None:
             if isinstance(event, Submitted):  # so that it counts, before it ends
                 self._observers.decided(event, now_ns, ())

@@ -88,12 +88,12 @@ def is_built_in(tree: Any) -> bool:
 
 
 def match(tenant: str, forms: Sequence[Form], inputs: tuple[Any, ...]) -> tuple[Form, list[np.ndarray]]:
-    """The form that the inputs are of, and they as it takes them.
+    """The form that the inputs are of, and they as it takes them. The first does not take them at once.
 
     Raises:
       InvalidInput: they are of none; it names the argument, or all forms that there are.
     """
-    for form in forms:
+    for form in forms[1:]:
         flat = form.takes(inputs)
         if flat is not None:
             return form, flat

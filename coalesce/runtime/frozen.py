@@ -6,11 +6,12 @@ that are traced bring one about. What is there when the first runtime starts is 
 one is closed; if the process has set something aside by itself, nothing is changed.
 
 A request is some twenty objects until it ends, so that the usual threshold of 700 has the young ones looked through for
-every few bundles. Until the last runtime is closed it is RARELY, unless the process has asked for as much by itself, or
-for none: what a runtime makes is freed when nobody has it any more, without the collector. What has been added since
-is looked through by a full collection, 73 ms after the programs of twenty families: once every fifteen of them it kept
-everybody waiting who was served. Until then that comes after SELDOM collections of what is younger, instead of ten;
-where a device has no room for a tenant, one is made before that is said.
+every few bundles. Until the last runtime is closed it is RARELY, as it is anyway in Python 3.13: what a runtime makes
+is freed when nobody has it any more, without the collector. What has been added since is looked through by a full
+collection, 73 ms after the programs of twenty families: once every fifteen of them it kept everybody waiting who was
+served. Until then that comes after SELDOM collections of what is younger, instead of ten; where a device says that it
+has no room for a tenant, one is made before it is refused. What the process has made rarer by itself stays, and so does
+a collector that looks through nothing.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ class SetAside:
             if self._holders > 1:
                 return
             thresholds = gc.get_threshold()
-            if 0 < thresholds[0] < RARELY:
-                self._usual, self._rare = thresholds, (RARELY, thresholds[1], max(SELDOM, thresholds[2]))
-                gc.set_threshold(*self._rare)
+            rare = max(RARELY, thresholds[0]), thresholds[1], max(SELDOM, thresholds[2])
+            if thresholds[0] and rare != thresholds:
+                gc.set_threshold(*rare)
+                self._usual, self._rare = thresholds, gc.get_threshold()  # a Python may have no use for the last one
             if gc.get_freeze_count() < FEW:
                 self._ours = True
                 gc.freeze()

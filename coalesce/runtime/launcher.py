@@ -14,7 +14,7 @@ answered. That is for bundles with no other before them, and with no code of a t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -51,7 +51,7 @@ class Launcher:
     def __init__(self, machine: Machine, finisher: Finisher, clock: Callable[[], int], hang_ns: int) -> None:
         self._machine, self._finisher, self._clock, self._hang_ns = machine, finisher, clock, hang_ns
         self._aloft: deque[Aloft] = deque()
-        self._vain: dict[int, int] = {}  # of each executable, how often this was of no use, one after another
+        self._vain: dict[int, int] = {}  # of each executable, how often this was of no use since it last was
         self._landed: list[Flight] = []  # done, and nobody has their results yet
         self._due: list[Flight] = []  # those of them whose ends were in the inbox when the driver looked there
 
@@ -81,6 +81,10 @@ class Launcher:
         """The policy is told of the first of those that are on their way."""
         self._aloft.popleft()
 
+    def forget_all_but(self, executables: Container[int]) -> None:
+        """The others are not offered any more."""
+        self._vain = {number: vain for number, vain in self._vain.items() if number in executables}
+
     def begin_turn(self) -> None:
         """The driver is about to look into its inbox, where the ends of all that has landed are."""
         self._due += self._landed
@@ -102,8 +106,10 @@ class Launcher:
         vain = self._vain.get(dispatch.executable, 0)
         looks = dispatch.l50_ns < SHORT_NS and (vain < VAIN or not dispatch.bundle % SELDOM)
         found = launched.is_at_hand(BRIEF_S if looks else 0.0)
-        if looks:
-            self._vain[dispatch.executable] = 0 if found else vain + 1
+        if looks and found:
+            self._vain.pop(dispatch.executable, None)
+        elif looks:
+            self._vain[dispatch.executable] = vain + 1
         return found
 
     def _launched(self, leaving: Leaving) -> Launched | Exception:

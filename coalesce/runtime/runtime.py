@@ -124,7 +124,7 @@ class Runtime:
 
         Args:
           example: the inputs of a request, as arrays or ShapeDtypeStructs.
-          examples: of several request shapes, which read one copy of the weights.
+          examples: of several request shapes, which read one copy of what their programs prepare alike.
           slo: seconds from submit to result, for requests without a deadline of their own.
           priority: larger goes first, strictly.
           weight: its share among tenants of its priority, where not everybody can be served.

@@ -18,13 +18,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
-from jaxlib import xla_client
 
+from coalesce import jaxpr as J
 from coalesce.bank import default_device
 
 KIND = "pinned_host"
 LITTLE = 256 * 2**10  # bytes
-BATCHED: Any = getattr(xla_client, "batched_device_put", None)
 
 LOG = logging.getLogger("coalesce.runtime")
 
@@ -34,12 +33,13 @@ class Locked(NamedTuple):
     array: jax.Array  # the same memory
     at: Any  # the device
     there: SingleDeviceSharding  # of what is sent
+    aval: Any  # of what is sent: the array's own says that it is on the host
 
     def sent(self) -> jax.Array:
         """On its way to the device; what is in the view must stay until it has arrived."""
-        if BATCHED is None:
+        if J.batched_device_put is None:
             return jax.device_put(self.array, self.there)
-        return BATCHED(self.array.aval, self.there, [self.array], [self.at])
+        return J.batched_device_put(self.aval, self.there, [self.array], [self.at])
 
 
 def page_locked(count: int, dtype: np.dtype) -> Locked | None:
@@ -53,7 +53,8 @@ def page_locked(count: int, dtype: np.dtype) -> Locked | None:
         array = jax.device_put(np.zeros(count, dtype), SingleDeviceSharding(device, memory_kind=KIND))
         address = jax.block_until_ready(array).unsafe_buffer_pointer()
         view = np.frombuffer((ctypes.c_uint8 * array.nbytes).from_address(address), dtype)
-        locked = Locked(view, array, device, SingleDeviceSharding(device))
+        there = SingleDeviceSharding(device)
+        locked = Locked(view, array, device, there, jax.device_put(array, there).aval)
         return locked if is_sent(locked) else None
     except Exception as e:  # a backend may have the memory and lack one of these
         LOG.info("what goes to %s is copied twice: %s: %s", device, type(e).__name__, e)

@@ -131,7 +131,11 @@ class Preparer:
 def free_bytes(held: Iterable[Any], limit: int | None = None) -> int | None:
     """What is left of `limit` bytes beside what is held, and on the device; None where neither is known."""
     left = [] if limit is None else [limit - sum(own.nbytes for own in held)]
+    there = free_there()
+    return min([*left, *([] if there is None else [there])], default=None)
+
+
+def free_there() -> int | None:
+    """What JAX's default device says."""
     stats = default_device().memory_stats() or {}
-    if "bytes_limit" in stats:
-        left.append(stats["bytes_limit"] - stats["bytes_in_use"])
-    return min(left, default=None)
+    return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
