@@ -56,4 +56,5 @@ def checked_runtime(observers: Sequence[Observer] = (), **options: Any) -> Itera
     with Runtime(observers=[*observers, checked], **options) as rt:
         yield rt
     for station, own in zip(rt._stations, checked.devices, strict=True):
-        assert station.driver.failure is not None or own.violations()[:3] == []
+        found = own.violations()[:3]
+        assert station.driver.failure is not None or not found, found
