@@ -23,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from hypothesis import settings
 from jax.experimental.compilation_cache import compilation_cache
 
 Aval = jax.ShapeDtypeStruct
@@ -182,6 +183,12 @@ def readable(padding: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 def fit(x: Any, like: Any) -> Any:
     """`x` repeated or cut to the shape of `like`, in its dtype."""
     return jnp.resize(x, like.shape).astype(like.dtype)
+
+
+def fewer(share: float) -> settings:
+    """Where an example is several programs to compile: a share of the usual number; soak has them all."""
+    usual = settings().max_examples
+    return settings(max_examples=usual if usual > 200 else max(5, int(usual * share)))
 
 
 @contextmanager

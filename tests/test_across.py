@@ -15,7 +15,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from coalesce import jaxpr as J
 from coalesce.bundle import JointLoop, JointStep, Pack
@@ -23,14 +23,8 @@ from tests.cases import assert_inputs_isolated, assert_weights_isolated, Case, c
 from tests.compare import assert_as_good, assert_same
 from tests.dataflow import all_of, check_plan
 from tests.kin import draw_kin
-from tests.programs import Draw, many_compiles
+from tests.programs import Draw, fewer, many_compiles
 from tests.tenants import alone, in_float32
-
-
-def fewer(share: float) -> settings:
-    """An example here is two to four programs to compile, so it is a share of the usual number; soak has them all."""
-    usual = settings().max_examples
-    return settings(max_examples=usual if usual > 200 else max(5, int(usual * share)))
 
 
 @pytest.fixture(autouse=True, scope="module")

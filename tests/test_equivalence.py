@@ -15,7 +15,7 @@ from hypothesis import given, strategies as st
 
 from tests.cases import assert_inputs_isolated, assert_weights_isolated, Case, case_of, fuse, inputs_of
 from tests.compare import assert_as_good, assert_same
-from tests.programs import Draw, many_compiles
+from tests.programs import Draw, fewer, many_compiles
 from tests.tenants import alone, draw_tenants, in_float32
 
 
@@ -33,6 +33,7 @@ def cases(draw: st.DrawFn, ops: int, families: int = 2, dtypes: Sequence[Any] = 
     return case_of(pick, found)
 
 
+@fewer(0.6)
 @given(cases(ops=4))
 def test_each_tenant_gets_what_it_gets_alone(case: Case) -> None:
     """And nothing else: isolation is tested here too, since what costs time is to compile the fused program. Permuting
@@ -48,6 +49,7 @@ def test_each_tenant_gets_what_it_gets_alone(case: Case) -> None:
         assert_same(got, results[i], case.found[i].model.exact)
 
 
+@fewer(0.6)
 @given(cases(ops=2, families=1, dtypes=(jnp.bfloat16, jnp.float16)))
 def test_low_precision_is_as_good_as_alone(case: Case) -> None:
     program = fuse(case.found, case.options)
