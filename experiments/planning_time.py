@@ -12,22 +12,22 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 
 import coalesce
 from coalesce.models import by_name, NAMES
-from experiments.results import device_folder, device_name, header, Row, save_rows, table
+from experiments import own_flags
+from experiments.results import device_name, header, Row, save_rows, table
 
-FLAGS = flags.FLAGS
-flags.DEFINE_list("models", list(NAMES), "models of the tenants, in turns")
-flags.DEFINE_integer("tenants", 64, "tenants in all", lower_bound=1)
-flags.DEFINE_enum("policy", "auto", ["auto", "always", "never"], "what runs together across models")
-flags.DEFINE_string("platform", "gpu", "what is planned for")
-flags.DEFINE_string("out", None, "folder of the results; experiments/results/<device> if not given")
+FLAGS = flags.FlagValues()
+own_flags.define_common(FLAGS)
+flags.DEFINE_list("models", list(NAMES), "models of the tenants, in turns", flag_values=FLAGS)
+flags.DEFINE_integer("tenants", 64, "tenants in all", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_enum("policy", "auto", ["auto", "always", "never"], "what runs together across models", flag_values=FLAGS)
+flags.DEFINE_string("platform", "gpu", "what is planned for", flag_values=FLAGS)
 
 
 def traced(models: Sequence[str], tenants: int) -> list[coalesce.Program]:
@@ -49,17 +49,17 @@ def plan(programs: Sequence[coalesce.Program], **options: Any) -> tuple[coalesce
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"what is {argv[1]}?")
+    own_flags.parse("planning_time", FLAGS, argv)
     start = time.process_time()
     programs = traced(FLAGS.models, FLAGS.tenants)
     tracing = time.process_time() - start
     fused, fusing = plan(programs, policy=FLAGS.policy, platform=FLAGS.platform)
     rows: list[Row] = [{"what": "trace", "seconds": tracing}, {"what": "fuse, all of it", "seconds": fusing}]
     rows += [{"what": step.name, "seconds": step.seconds} for step in fused.steps]  # by the clock
-    command = " ".join(["python -m experiments.planning_time", *sys.argv[1:]])
-    head = header(command, device_name(), tenants=FLAGS.tenants, models=FLAGS.models, policy=FLAGS.policy)
-    folder = Path(FLAGS.out or Path("experiments", "results", device_folder()))
+    command = own_flags.command("planning_time", FLAGS)
+    conditions = {"tenants": FLAGS.tenants, "models": FLAGS.models, "policy": FLAGS.policy}
+    head = header(command, FLAGS.device_name or device_name(), FLAGS.note, **conditions)
+    folder = own_flags.folder(FLAGS)
     save_rows(folder / "planning_time.json", head, rows)
     lines = [[row["what"], f"{row['seconds']:.2f}"] for row in rows]
     text = (
@@ -74,4 +74,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main(sys.argv[1:])

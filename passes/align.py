@@ -202,6 +202,8 @@ class Solver:
                 return found.value if found.aligned else None
             if policy == "auto" and self.weights.overlap(self.items(nodes)):
                 return None
+            if not found.aligned and self.weights.iterations(self.items(nodes)) <= 0:
+                return None  # nothing would be won, and steps that wait for nobody's would wait for each other
             return self.weights.steps_us(self.items(nodes), found.predicted_us)
 
         def bonus(nodes: Nodes) -> float:

@@ -53,16 +53,21 @@ def test_what_arrives_while_a_bundle_runs_shares_the_next_one():
         assert max(map(len, machine.launches)) == 8
 
 
+class Told(Observer):
+    """What the policy was told."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
+        self.events.append(event)
+
+
 def test_a_bundle_that_has_ended_is_told_before_requests_that_came_first():
-    told: list[Event] = []
-
-    class Told(Observer):
-        def decided(self, event, now_ns, commands) -> None:
-            told.append(event)
-
+    told = Told()
     machine = FakeMachine()
     machine.go.clear()
-    with Served(machine, observers=[Told()]) as served:
+    with Served(machine, observers=[told]) as served:
         first = served.submit("t0", "first")
         while not machine.launches:
             time.sleep(0.001)
@@ -80,24 +85,19 @@ def test_a_bundle_that_has_ended_is_told_before_requests_that_came_first():
         first.result(10)
         goes.set()
         second.result(10)
-    (ended, came) = [event for event in told if isinstance(event, Completed | Submitted)][1:3]
+    (ended, came) = [event for event in told.events if isinstance(event, Completed | Submitted)][1:3]
     assert isinstance(ended, Completed) and ended.followed
     assert isinstance(came, Submitted) and [request.tenant for request in came.requests] == ["t1"]
 
 
 def test_what_handing_results_out_took_is_told_once_though_a_bundle_fails_after_it():
-    ends: list[Completed] = []
-
-    class Ends(Observer):
-        def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
-            if isinstance(event, Completed):
-                ends.append(event)
-
+    told = Told()
     machine = FakeMachine(raises=lambda value: value == "bad")
     machine.copies = True
-    with Served(machine, observers=[Ends()]) as served:
+    with Served(machine, observers=[told]) as served:
         for value in ("good", "bad", "good", "good"):
             wait([served.submit("t0", value)], 10)
+    ends = [event for event in told.events if isinstance(event, Completed)]
     assert [end.failed for end in ends] == [False, True, False, False]
     assert [end.results_ns > 0 for end in ends] == [False, True, False, True]
 
@@ -105,15 +105,10 @@ def test_what_handing_results_out_took_is_told_once_though_a_bundle_fails_after_
 def test_what_runs_next_does_not_wait_for_an_order_that_comes_before_requests():
     """The driver finds in its inbox that a bundle has ended, an order that takes long, and a request, while others wait
     already."""
-    told: list[Event] = []
-
-    class Told(Observer):
-        def decided(self, event, now_ns, commands) -> None:
-            told.append(event)
-
+    told = Told()
     machine = FakeMachine()
     machine.go.clear()
-    with Served(machine, observers=[Told()]) as served:
+    with Served(machine, observers=[told]) as served:
         replies = [served.submit(f"t{i % 4}", i) for i in range(40)]
         while not machine.launches:
             time.sleep(0.001)
@@ -138,7 +133,7 @@ def test_what_runs_next_does_not_wait_for_an_order_that_comes_before_requests():
         goes.set()
         assert wait(replies, 10).not_done == set()
     assert launched[0] > before
-    assert not next(event.followed for event in told if isinstance(event, Completed))
+    assert not next(event.followed for event in told.events if isinstance(event, Completed))
 
 
 @in_segments

@@ -13,11 +13,12 @@ from jax import lax
 import coalesce
 from coalesce.bundle import items, JointLoop, Loop
 from coalesce.costs import Costs
-from coalesce.costs.devices import CPU, H100
+from coalesce.costs.devices import CPU, H100, H200
 from coalesce.jaxpr import as_scan
 from coalesce.models.recurrent import gru, lstm
 from coalesce.passes import unroll_loops as passes
 from coalesce.passes.unroll_loops import unroll_loops
+from experiments.planning_time import traced
 from tests.small import check, D, dot, floats, sequences, vectors, weights
 
 GPU = Costs(H100)
@@ -118,6 +119,17 @@ def test_a_loop_whose_end_is_not_known_stays():
         return lax.while_loop(lambda h: jnp.sum(h) < 0, lambda h: dot(h, p["w"]), x)
 
     assert loops(check(until, weights(2), vectors(2), costs=GPU, pack_unbounded_loops=True)) == [False]
+
+
+def test_the_steps_of_an_lstm_and_of_a_gru_stay_apart():
+    """Though their gates would share superkernels, which was measured to lose; what is outside of the loops may not."""
+    programs = traced(["lstm", "gru"], 2)
+    auto, always = (
+        coalesce.fuse(programs, costs=Costs(H200), platform="gpu", policy=policy) for policy in ("auto", "always")
+    )
+    assert loops(auto) == [True, True] and len(loops(always)) == 1
+    places = [{place for group in fused.bundle.aligned for _, place in group.places} for fused in (auto, always)]
+    assert [any("." in place for place in own) for own in places] == [False, True]
 
 
 @pytest.mark.parametrize("reverse", [False, True])
