@@ -48,7 +48,7 @@ def test_what_is_no_number_keeps_nobody_apart():
     """Two NaNs are not equal, and neither are two tenants' objects of one."""
 
     def taking(nan):
-        return lambda w, x: jnp.take(w, jnp.array([1, 9]), axis=0, fill_value=nan) + x
+        return lambda w, x: x + jnp.take(w, jnp.argmax(x, 1) * 3, axis=0, fill_value=nan)
 
     assert families(*((taking(float(nan)), array(4, 4), (X,)) for nan in ("nan", "-nan"))) == 1
 
