@@ -4,14 +4,20 @@ PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
 NEWEST := .venv-newest
-PIP := -m pip --disable-pip-version-check --no-input --quiet install
+# Of what is installed a tenth is imported: who imports it compiles it, and nothing is compiled by two processes.
+PIP := -m pip --disable-pip-version-check --no-input --quiet install --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 PYTEST := -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # All root folders by name: ruff does not follow the links in coalesce/.
 SOURCES := coalesce passes scheduler models experiments tests tools
 
 .DEFAULT_GOAL := help
+.PHONY: help demo test lint interpreters newest pytest pytest-newest soak clean
+
+# One thing after the other, but for what `make test` does at once.
+ifndef AT_ONCE
 .NOTPARALLEL:
-.PHONY: help demo test lint interpreters pytest pytest-newest soak clean
+endif
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-15s %s\n", $$1, $$2}' Makefile
@@ -19,14 +25,16 @@ help:  ## show this list
 demo: $(VENV)/demo.stamp  ## fuse a few tenants and show what happened
 	@$(VENV)/bin/python -m experiments.demo
 
-test: lint interpreters pytest pytest-newest  ## lint, then the suite on python3 and on the newest interpreter found
+test: interpreters  ## lint, and the suite on python3, then on the newest interpreter found
+	@$(MAKE) --no-print-directory -j 2 AT_ONCE=1 newest lint pytest
+	@$(MAKE) --no-print-directory pytest-newest
 
 lint: $(VENV)/test.stamp $(VENV)/lint.stamp  ## ruff, pyright, import-linter
 	@$(VENV)/bin/ruff check $(SOURCES)
 	@$(VENV)/bin/pyright
 	@$(VENV)/bin/lint-imports --no-logo
 
-interpreters:
+interpreters: | $(VENV)/bin/python
 	@echo "First interpreter: $$($(VENV)/bin/python --version)"
 	@if python=$$($(PYTHON) tools/newest_python.py --newer-than $(VENV)/bin/python 2>/dev/null); then \
 	    echo "Second interpreter: $$($$python --version)"; \
@@ -37,10 +45,15 @@ interpreters:
 pytest: $(VENV)/test.stamp  ## the suite on python3 alone
 	@$(VENV)/bin/python $(PYTEST)
 
-pytest-newest:  ## the suite on the newest interpreter found, with the newest JAX
+# After the first environment is there: both write what setuptools keeps beside the sources.
+newest: | $(VENV)/test.stamp
 	@if python=$$($(PYTHON) tools/newest_python.py --newer-than $(VENV)/bin/python 2>/dev/null); then \
-	    $(MAKE) --no-print-directory PYTHON=$$python $(NEWEST)/test.stamp && $(NEWEST)/bin/python $(PYTEST) --hypothesis-profile second --unchecked \
-	    -m "not slow and not soak and not once"; \
+	    $(MAKE) --no-print-directory PYTHON=$$python $(NEWEST)/test.stamp; \
+	fi
+
+pytest-newest: newest  ## the suite on the newest interpreter found, with the newest JAX
+	@if $(PYTHON) tools/newest_python.py --newer-than $(VENV)/bin/python >/dev/null 2>&1; then \
+	    $(NEWEST)/bin/python $(PYTEST) --hypothesis-profile second --unchecked -m "not slow and not soak and not once"; \
 	fi
 
 soak: $(VENV)/test.stamp  ## the suite compiled as XLA does by itself, then the slow tests and many examples a property
@@ -64,3 +77,5 @@ define STAMP
 	@touch $$@
 endef
 $(foreach extra,demo test lint,$(eval $(call STAMP,$(extra))))
+
+$(VENV)/lint.stamp: | $(VENV)/test.stamp

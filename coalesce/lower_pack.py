@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
 import jax
@@ -94,8 +95,12 @@ def epilogue_of(pack: Pack) -> Epilogue | None:
         env = dict(zip([pack.members[0].eqn.outvars[0], *reads], [result, *tiles], strict=True))
         for step in pack.epilogue:
             args = [J.literal_value(a) if isinstance(a, J.Literal) else env[a] for a in step.eqn.invars]
-            broadcast = step.eqn.primitive.name == "broadcast_in_dim"
-            env[step.eqn.outvars[0]] = args[0] if broadcast else on_tile(step.eqn, args)
+            if step.eqn.primitive.name != "broadcast_in_dim":
+                env[step.eqn.outvars[0]] = on_tile(step.eqn, args)
+            elif isinstance(step.eqn.invars[0], J.Literal):
+                env[step.eqn.outvars[0]] = jnp.full(jnp.shape(result), args[0], J.dtype(step.eqn.outvars[0]))
+            else:
+                env[step.eqn.outvars[0]] = args[0]
         last = env[pack.epilogue[-1].eqn.outvars[0]]
         return nearest(last) if pack.rounds else last
 
@@ -111,9 +116,10 @@ def of_a_family(pack: Pack, folds: Sequence[Fold], own: Operands) -> Call:
     left = [left_of(value, how) for value, how in zip(own.lhs, folds, strict=True)]
     if pack.array is None:
         rhs = concatenated([right_of(value, layout) for value in rhs])
+    shapes = [J.shape(atom) for atom in epilogue_reads(pack)]
     operands = [
-        left_of(value, folds[0]) if J.shape(atom) == pack.op.out.shape else column_of(value, folds[0], pack.op)
-        for value, atom in zip(own.given, epilogue_reads(pack), strict=True)
+        left_of(value, folds[0]) if shape == pack.op.out.shape else column_of(value, prod(shape), folds[0], pack.op)
+        for value, shape in zip(own.given, shapes, strict=True)
     ]
     return Call(concatenated(left), rhs, operands, partial(unfolded, members=pack.members, folds=folds))
 
@@ -127,13 +133,15 @@ def left_of(value: LaneValue, how: Fold) -> Any:
     return x.reshape(how.groups, how.per_group, *x.shape[1:])
 
 
-def column_of(value: LaneValue, how: Fold, op: HeavyOp) -> Any:
-    """A vector over a result's columns as [G, R, N]; out of a bank as it lies, if problem g reads row g of it."""
-    if isinstance(value, Banked) and isinstance(value.array, Cut | Picked) and how.per_group == 1 and op.batch == 1:
-        if [value.rows[group[0]] for group in how.order] == list(range(how.groups)):
+def column_of(value: LaneValue, size: int, how: Fold, op: HeavyOp) -> Any:
+    """A vector over a result's columns, or a number for all of them, as [G, R, N]; a vector out of a bank as it lies,
+    if problem g reads row g of it."""
+    if size == op.n and isinstance(value, Banked) and isinstance(value.array, Cut | Picked):
+        in_order = [value.rows[group[0]] for group in how.order] == list(range(how.groups))
+        if in_order and how.per_group == 1 and op.batch == 1:
             return as_vectors(value.array, op.n)
     x = left_of(value, how)
-    return x.reshape(*x.shape[:2], op.n)
+    return jnp.broadcast_to(x.reshape(*x.shape[:2], -1), (*x.shape[:2], op.n))
 
 
 def as_vectors(array: Any, n: int) -> Any:

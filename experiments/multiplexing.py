@@ -63,6 +63,7 @@ flags.DEFINE_list("tenants", None, "numbers of tenants; if not given, by model")
 flags.DEFINE_list("dtypes", list(DTYPES), "dtypes of weights and activations")
 flags.DEFINE_bool("within_program", False, "also let Coalesce pack equal ops of one tenant")
 flags.DEFINE_bool("pallas", True, "on a GPU also try Coalesce with Pallas kernels wherever they run, tuned or not")
+flags.DEFINE_bool("autotune", False, "also try PyTorch compiled with max-autotune, which takes minutes a model")
 flags.DEFINE_bool("retry_failed", False, "measure again the rows that failed")
 
 
@@ -183,7 +184,8 @@ def hold(pair: Pair, model: Model, fields: dict[str, Any], limits: Limits) -> He
     print("  coalesced: building", file=sys.stderr, flush=True)
     tenants = tenants_of(model, pair.tenants, FLAGS.batch)
     options = settings.options_to_try()
-    cell = Cell(model, fields, pair.dtype, FLAGS.batch, FLAGS.precision, tenants, options, ExitStack())
+    given = model, fields, pair.dtype, FLAGS.batch, FLAGS.precision, tenants, options
+    cell = Cell(*given, until_end=ExitStack(), autotune=FLAGS.autotune)
     want = pairs.reference(cell)
     ours = partial(pairs.coalesced, within_program=FLAGS.within_program, try_pallas=FLAGS.pallas)
     return Held(cell, want, pairs.best_of(ours, cell, want, limits))

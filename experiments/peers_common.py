@@ -32,6 +32,7 @@ class Cell:
     tenants: Tenants
     options: list[Options]  # XLA's, worth trying
     until_end: ExitStack  # closed when the peer's pair is measured: processes end with it
+    autotune: bool = False  # whether PyTorch is also compiled in the mode that takes minutes
 
     @property
     def count(self) -> int:

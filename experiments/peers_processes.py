@@ -34,18 +34,20 @@ BURST = 50  # most requests of a burst
 
 
 class Workers:
-    """The processes of a cell, each of them ready."""
+    """The processes of a cell, each of them ready; all of them serve in the form that the first one chose."""
 
     def __init__(self, specs: Sequence[Mapping[str, Any]], env: Mapping[str, str]) -> None:
         self.processes: list[subprocess.Popen[str]] = []
         self.outputs: list[np.ndarray] = []
+        self.form: list[Any] = []
         self.errors = tempfile.TemporaryFile("w+")
         self.specs, self.env = specs, env
 
     def __enter__(self) -> Workers:
         try:
             self.start(self.specs[:1])  # its compiled program is in the cache when the others look for it
-            self.start(self.specs[1:])
+            few = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # a pool of compilers for each of them would be a crowd
+            self.start([{**spec, "form": self.form} for spec in self.specs[1:]], few)
         except BaseException:
             self.__exit__()
             raise
@@ -66,12 +68,12 @@ class Workers:
             process.stdout.close()
         self.errors.close()
 
-    def start(self, specs: Sequence[Mapping[str, Any]]) -> None:
+    def start(self, specs: Sequence[Mapping[str, Any]], env: Mapping[str, str] | None = None) -> None:
         command = [sys.executable, "-m", "experiments.peers_worker"]
         new = [
             subprocess.Popen(
                 [*command, json.dumps(spec)],
-                env=dict(self.env),
+                env={**(env or {}), **self.env},
                 cwd=Path(__file__).parent.parent,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -81,7 +83,9 @@ class Workers:
             for spec in specs
         ]
         self.processes += new
-        self.outputs += [np.array(answer, np.float64) for answer in self.answers(new)]
+        for answer in self.answers(new):
+            self.form = answer["form"]
+            self.outputs.append(np.array(answer["outputs"], np.float64))
 
     def answers(self, processes: Sequence[subprocess.Popen[str]]) -> list[Any]:
         """A line from each; one that is silent for too long is killed, which ends its output."""
@@ -155,6 +159,9 @@ def processes(cell: Cell, engine: str, env: Mapping[str, str]) -> Iterator[Burst
         return workers.outputs
 
     how = "JAX executables" if engine == "jax" else "PyTorch CUDA graphs"
+    if workers.form:
+        weights, compiled = workers.form
+        how += f", weights {weights}{', compiled' * bool(compiled)}"
     yield Burst(Candidate(f"{how}, bursts of {requests} requests", run), requests, latencies)
 
 

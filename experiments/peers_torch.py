@@ -19,6 +19,8 @@ from experiments.peers_common import CannotRun, Cell, Configurations
 
 Call = Callable[[], Any]  # one tenant's outputs
 Round = Callable[[], list[Any]]  # each tenant's outputs
+Compiled = bool | str  # by torch.compile, and if so perhaps in a mode of its own
+AUTOTUNED = "max-autotune-no-cudagraphs"  # times kernels of its own for every product; the graph is ours
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,11 @@ class Parts:
     trees: list[Any]
     requests: list[Any]
 
-    def calls(self, compiled: bool = False) -> list[Call]:
+    def calls(self, compiled: Compiled = False) -> list[Call]:
         import torch  # pyright: ignore[reportMissingImports]
 
-        call = torch.compile(self.apply, fullgraph=True, dynamic=False) if compiled else self.apply
+        mode = compiled if isinstance(compiled, str) else None
+        call = torch.compile(self.apply, fullgraph=True, dynamic=False, mode=mode) if compiled else self.apply
         return [partial(call, tree, *request) for tree, request in zip(self.trees, self.requests, strict=True)]
 
 
@@ -111,9 +114,11 @@ def variants(cell: Cell, traced: bool = False) -> tuple[str, ...]:
     return variants(cell.model, traced)
 
 
-def forms(cell: Cell) -> list[tuple[str, bool]]:
+def forms(cell: Cell) -> list[tuple[str, Compiled]]:
     """(weights, whether compiled)."""
-    return [*((weights, False) for weights in variants(cell)), (variants(cell, traced=True)[-1], True)]
+    traced = variants(cell, traced=True)[-1]
+    compiled: list[Compiled] = [True, AUTOTUNED] if cell.autotune else [True]
+    return [*((weights, False) for weights in variants(cell)), *((traced, how) for how in compiled)]
 
 
 def graph_each(calls: Sequence[Call]) -> Iterator[Candidate]:

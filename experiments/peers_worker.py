@@ -1,6 +1,7 @@
 """One process of experiments/peers_processes.py: serves one tenant's requests, as many as each line of its input says.
 
-Its first line of output holds the outputs of one request, the others the seconds that each request of a burst took.
+Its first line of output says in which form it serves, and holds the outputs of one request; the others hold the seconds
+that each request of a burst took. A form that is not given is the fastest of those that there are.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
+from statistics import median
 from typing import Any
 
 import jax
@@ -28,14 +31,17 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries may print what they like
     if spec["precision"]:
         jax.config.update("jax_default_matmul_precision", spec["precision"])
-    candidate = build(spec)
+    form, candidate = build(spec)
     outputs = [float(x) for x in on_host(candidate)[0]]
-    print(json.dumps(outputs), file=answers)
+    print(json.dumps({"form": form, "outputs": outputs}), file=answers)
     for line in sys.stdin:
         print(json.dumps([seconds(candidate) for _ in range(int(line))]), file=answers)
 
 
-def build(spec: dict[str, Any]) -> Candidate:
+Form = list[Any]  # of PyTorch: what its weights are, and whether and how the model is compiled; of JAX nothing
+
+
+def build(spec: dict[str, Any]) -> tuple[Form, Candidate]:
     """The tenant of that number, as experiments/cells.py draws it, served as the spec says."""
     fields = {name: tuples(value) for name, value in spec["fields"].items()}
     model = by_name(spec["model"], dtype=spec["dtype"], param_dtype=spec["dtype"], **fields)
@@ -43,10 +49,33 @@ def build(spec: dict[str, Any]) -> Candidate:
     request = jax.jit(partial(model.example, batch=spec["batch"]))(jax.random.key(spec["tenant"]))
     tenants = Tenants(model.apply, [draw(shapes, spec["tenant"])], [request])
     if spec["engine"] == "jax":
-        return next(methods.sequential(tenants, spec["options"]))
+        return [], next(methods.sequential(tenants, spec["options"]))
     cell = Cell(model, fields, spec["dtype"], spec["batch"], spec["precision"], tenants, [], ExitStack())
-    weights = peers_torch.variants(cell)[-1]
-    return next(peers_torch.graph_each(peers_torch.prepared_cell(cell)(weights).calls()))
+    parts = peers_torch.prepared_cell(cell)
+    if form := spec.get("form"):
+        return form, served(parts, *form)
+    return fastest({form: partial(served, parts, *form) for form in peers_torch.forms(cell)})
+
+
+def served(parts: Callable[[str], peers_torch.Parts], weights: str, compiled: peers_torch.Compiled) -> Candidate:
+    return next(peers_torch.graph_each(parts(weights).calls(compiled)))
+
+
+def fastest(forms: Mapping[tuple[Any, ...], Callable[[], Candidate]], requests: int = 30) -> tuple[Form, Candidate]:
+    """By the median of some requests, with nobody else under way; a form that does not run is left out."""
+    found: list[tuple[float, Form, Candidate]] = []
+    broken: list[Exception] = []
+    for form, of in forms.items():
+        try:
+            candidate = of()
+            seconds(candidate)
+            found.append((median(seconds(candidate) for _ in range(requests)), [*form], candidate))
+        except Exception as e:  # whatever a framework raises
+            broken.append(e)
+    if not found:
+        raise broken[0]
+    _, form, candidate = min(found, key=lambda one: one[0])
+    return form, candidate
 
 
 def tuples(value: Any) -> Any:

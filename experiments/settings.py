@@ -9,10 +9,12 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import app, flags, logging
 
 from experiments.methods import Options
@@ -65,10 +67,21 @@ def wanted(methods: Iterable[str]) -> list[str]:
 
 def options_to_try() -> list[Options]:
     on_gpu = jax.default_backend() == "gpu"
+    if on_gpu:
+        wake_cudnn()
     given = FLAGS.compiler_options
     options = json.loads(given) if given is not None else COMMAND_BUFFERS if on_gpu else {}
     others: list[Options] = [{}, ONE_BY_ONE] if on_gpu else [{}]
     return [options, *others] if FLAGS.try_options and options else [options]
+
+
+def wake_cudnn() -> None:
+    """A convolution outside of any CUDA graph. cuDNN's handle cannot be made while a graph is recorded, which is the
+    first that happens where executables with COMMAND_BUFFERS come from JAX's compilation cache and nothing is tuned."""
+    image, kernel = jnp.ones((1, 8, 8, 8)), jnp.ones((3, 3, 8, 8))
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    convolve = partial(jax.lax.conv_general_dilated, window_strides=(1, 1), padding="SAME")
+    jax.block_until_ready(jax.jit(partial(convolve, dimension_numbers=dimensions))(image, kernel))
 
 
 def own_executables() -> bool:

@@ -23,6 +23,7 @@ from coalesce.models.vgg import VGG
 from coalesce.models.vit import ViT
 
 Tensors = Mapping[str, Any]  # a tree of tensors, by flax's names
+HEADS = ("query", "key", "value")
 Apply = Callable[..., Any]
 
 
@@ -115,10 +116,10 @@ def mobilenet(stages: tuple[tuple[int, int, int, int], ...], p: Tensors, x: Any)
 
 
 def attention(p: Tensors, heads: int, x: Any, mask: Any = None) -> Any:
-    def by_head(name: str) -> Any:
-        return dense(p[name], x).unflatten(-1, (heads, -1)).transpose(-3, -2)
-
-    y = F.scaled_dot_product_attention(by_head("query"), by_head("key"), by_head("value"), attn_mask=mask)
+    """`prepare` may have made one product of three."""
+    joined = dense(p["joined"], x).chunk(3, -1) if "joined" in p else [dense(p[name], x) for name in HEADS]
+    query, key, value = (y.unflatten(-1, (heads, -1)).transpose(-3, -2) for y in joined)
+    y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return dense(p["out"], y.transpose(-3, -2).flatten(-2))
 
 

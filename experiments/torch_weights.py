@@ -12,6 +12,8 @@ from coalesce.models import Model
 from coalesce.models.mobilenet import MobileNet
 from coalesce.models.recurrent import Recurrent
 from coalesce.models.resnet import ResNet
+from coalesce.models.transformer import Bert
+from coalesce.models.vit import ViT
 
 
 def tensor(x: Any, device: str) -> Any:
@@ -70,15 +72,18 @@ def variants(model: Model, traced: bool = False) -> tuple[str, ...]:
     """The forms of a model's weights: as converted, and prepared where that makes a difference. `traced`: those that
     vmap and torch.compile can read, to which cuDNN's LSTM is closed."""
     network = model.network
-    prepares = isinstance(network, ResNet | MobileNet) or (isinstance(network, Recurrent) and not traced)
+    prepares = isinstance(network, ResNet | MobileNet | Bert | ViT) or (isinstance(network, Recurrent) and not traced)
     return ("plain", "prepared") if prepares else ("plain",)
 
 
 def prepare(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """What may be worked out ahead: batch normalisation folded into convolutions, LSTM weights as cuDNN lays them."""
+    """What may be worked out ahead: batch normalisation folded into convolutions, LSTM weights as cuDNN lays them, and
+    the weights of attention's query, key and value as those of one product."""
     done = {key: prepare(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
     if "BatchNorm_0" in done and "Conv_0" in done:
         return {"Conv_0": folded(done["Conv_0"]["kernel"], done["BatchNorm_0"])}
+    if done.keys() >= {"query", "key", "value"}:
+        return {"joined": joined([done[name] for name in ("query", "key", "value")]), "out": done["out"]}
     cells = [done.pop(f"OptimizedLSTMCell_{i}") for i in range(sum(key.startswith("OptimizedLSTM") for key in done))]
     return done | {"flat": flat_lstm(cells)} if cells else done
 
@@ -88,6 +93,10 @@ def folded(kernel: Any, norm: Mapping[str, Any]) -> dict[str, Any]:
     weight = (kernel.float() * scale[:, None, None, None]).to(kernel.dtype)
     bias = (norm["bias"] - norm["mean"] * scale).to(kernel.dtype)
     return {"kernel": weight.contiguous(memory_format=torch.channels_last), "bias": bias}
+
+
+def joined(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: torch.cat([layer[name] for layer in layers]) for name in ("kernel", "bias")}
 
 
 def flat_lstm(cells: Sequence[Mapping[str, Any]]) -> list[Any]:

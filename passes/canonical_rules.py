@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -200,6 +201,18 @@ def same_type(view: View) -> Answer:
     return [operand] if not isinstance(operand, J.Literal) and operand.aval.dtype == out.aval.dtype else None
 
 
+def number_of_type(view: View) -> Answer:
+    """A number that is cast is another number, where a cast rounds alike everywhere."""
+    (operand,), out = view.operands, view.result.aval
+    if not isinstance(operand, J.Literal) or not jnp.issubdtype(out.dtype, jnp.floating) or out.shape:
+        return None
+    value = np.asarray(J.literal_value(operand))
+    if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
+        return None
+    with np.errstate(over="ignore"):
+        return [J.constant(value.astype(out.dtype), out)]
+
+
 def first_operand(view: View) -> Answer:
     return [view.operands[0]]
 
@@ -235,7 +248,7 @@ RULES: Rules = {
     "squeeze": (as_reshape,),
     "reshape": (merge_reshapes,),
     "transpose": (as_reshape, merge_transposes),
-    "convert_element_type": (same_type,),
+    "convert_element_type": (same_type, number_of_type),
     "copy": (first_operand,),
     "slice": (whole_slice,),
     "add": (commute,),

@@ -8,7 +8,8 @@ Before                              After
       -> %4
 
 Two equations are equal if primitive, parameters, context and operands are; literals compare by their bytes. Equations
-with effects never merge, nor do callbacks, which the user may count.
+with effects never merge, nor do callbacks, which the user may count. Broadcasts of a number stay with their readers,
+each of which may run in a kernel of its own (fuse_epilogues); what reads equal ones is equal.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def cse(program: Program) -> Program:
 
 def merge(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
     env: dict[Any, J.Atom] = {}
+    number: dict[Any, J.Var] = {}  # of broadcasts of one number, the first
     seen: dict[Key, list[J.Var]] = {}
     eqns: list[J.Eqn] = []
     changed = False
@@ -47,13 +49,21 @@ def merge(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
         if not may_merge(eqn):
             eqns.append(eqn)
             continue
-        key = (eqn_key(eqn), tuple(literal_key(a) if isinstance(a, J.Literal) else a for a in ins))
+        key = (eqn_key(eqn), tuple(literal_key(a) if isinstance(a, J.Literal) else number.get(a, a) for a in ins))
         first = seen.setdefault(key, eqn.outvars)
         if first is eqn.outvars:
             eqns.append(eqn)
+        elif is_number(eqn):
+            eqns.append(eqn)
+            number[eqn.outvars[0]] = first[0]
         elif any(J.is_drop(f) and not J.is_drop(v) for f, v in zip(first, eqn.outvars, strict=True)):
             eqns.append(eqn)  # the first one threw away what this one is read for
         else:
             changed = True
             env.update((v, f) for v, f in zip(eqn.outvars, first, strict=True) if not J.is_drop(v))
     return J.close(J.invars(jaxpr), eqns, [J.read(env, a) for a in J.outvars(jaxpr)]) if changed else jaxpr
+
+
+def is_number(eqn: J.Eqn) -> bool:
+    """Whether it is a broadcast of one."""
+    return eqn.primitive.name == "broadcast_in_dim" and [J.shape(a) for a in eqn.invars] == [()]

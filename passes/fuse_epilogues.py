@@ -8,10 +8,10 @@ Before                                            After
     f0: %6:f32[2,8] = max %5 0                          then f0: %6:f32[2,8] = max %5 0
 
 A tail is equations of the pack's family that take its result, element by element, to one value that the rest of the
-program reads; their other operands are literals, values of the result's shape that are there when the pack runs (a
-residual), and vectors over its columns (a bias), whose broadcast moves along. It does not end with a cast that widens:
-half as much is written if whoever reads the value casts it. Relies on: every pack has its kernel. Gives: no value
-inside a tail but the last has another reader. The order of everything else stays.
+program reads; their other operands are numbers, values of the result's shape that are there when the pack runs (a
+residual), and vectors over its columns (a bias); broadcasts of these move along. It does not end with a cast that
+widens: half as much is written if whoever reads the value casts it. Relies on: every pack has its kernel. Gives: no
+value inside a tail but the last has another reader. The order of everything else stays.
 """
 
 from __future__ import annotations
@@ -135,15 +135,20 @@ class Scope:
         return found
 
     def is_column(self, name: Name, pack: Pack, begin: int) -> bool:
-        """Whether a value is a broadcast, over all rows, of a vector over the pack's columns that is there already."""
+        """Whether a value is a broadcast, over all rows, of a number or of a vector over the pack's columns that is
+        there already."""
         step = self.items[self.made[name]] if name in self.made else None
         if not isinstance(step, Step) or step.each or step.eqn.primitive.name != "broadcast_in_dim":
             return False
         vector, *sizes = step.eqn.invars
-        if sizes or isinstance(vector, J.Literal) or self.made.get((step.family, vector), -1) >= begin:
+        if sizes or J.shape(step.eqn.outvars[0]) != pack.op.out.shape or J.shape(vector) == pack.op.out.shape:
             return False
-        if J.shape(step.eqn.outvars[0]) != pack.op.out.shape or J.shape(vector) == pack.op.out.shape:
+        if isinstance(vector, J.Literal):
+            return J.shape(vector) == ()
+        if self.made.get((step.family, vector), -1) >= begin:
             return False
+        if J.shape(vector) == ():
+            return True
         return spans_columns(J.shape(vector), step.eqn.params["broadcast_dimensions"], pack)
 
     def is_closed(self, chosen: set[int], inside: set[Name], last: Name) -> bool:
@@ -178,10 +183,10 @@ def names(eqn: J.Eqn) -> list[J.Var]:
 
 
 def fits(shape: tuple[int, ...], pack: Pack) -> bool:
-    """Whether an operand has an element for each of the result, or for each of its columns."""
-    return shape == pack.op.out.shape or (
-        len(shape) == len(pack.op.out.shape) and spans_columns(shape, range(len(shape)), pack)
-    )
+    """Whether an operand is a number, or has an element for each of the result or for each of its columns."""
+    if shape == pack.op.out.shape or shape == ():
+        return True
+    return len(shape) == len(pack.op.out.shape) and (prod(shape) == 1 or spans_columns(shape, range(len(shape)), pack))
 
 
 def spans_columns(vector: Sequence[int], dims: Sequence[int], pack: Pack) -> bool:

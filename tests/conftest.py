@@ -76,6 +76,14 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 10, 10)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def set_aside() -> Iterator[None]:
+    """Nor at what earlier files left with JAX: tests that ask for a collection waited a second for each."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 def compile_cheaply() -> None:
     """Compiling is most of what the tests take. XLA's passes over a program decide what is computed, and stay as they
     are; what makes machine code of it does so in a hurry, in the processes that tests start too."""

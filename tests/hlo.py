@@ -1,27 +1,33 @@
-"""Reading optimised HLO text: instructions with their result sizes."""
+"""Reading programs: the operations of StableHLO text, the instructions of optimised HLO text with their sizes."""
 
 import re
 from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple
 
-# `%name = f32[2,3]{1,0} opcode(...)`
-INSTRUCTION = re.compile(r"= (\w+)\[([\d,]*)\](?:\{[^}]*\})? ([\w-]+)\(")
+# `%name = f32[2,3]{1,0} opcode(...)`, or with several results `%name = (f32[2,3]{1,0}, u32[]) opcode(...)`
+INSTRUCTION = re.compile(r"= (\(.*?\)|\w+\[[\d,]*\](?:\{[^}]*\})?) ([\w-]+)\(")
+SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 
 
 class Instruction(NamedTuple):
     opcode: str
-    elements: int
+    elements: int  # of its largest result
     text: str
 
 
+def operations(text: str) -> set[str]:
+    """Of StableHLO, as in "gather"; some are printed in quotes, and some with their operands right behind them."""
+    return set(re.findall(r"\bstablehlo\.(\w+)", text))
+
+
 def instructions(text: str) -> Iterator[Instruction]:
-    """Every instruction with one array for a result, those inside fusions too."""
+    """Every instruction that has an array for a result, those inside fusions too."""
     for line in text.splitlines():
         found = INSTRUCTION.search(line)
-        if found:
-            shape = [int(d) for d in found[2].split(",") if d]
-            yield Instruction(found[3], prod(shape), line.strip())
+        if found and (shapes := SHAPE.findall(found[1])):
+            largest = max(prod(int(d) for d in shape.split(",") if d) for shape in shapes)
+            yield Instruction(found[2], largest, line.strip())
 
 
 def moves_of_size(text: str, elements: int) -> list[str]:

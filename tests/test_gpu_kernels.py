@@ -14,7 +14,7 @@ import coalesce
 from coalesce.blocks import Blocks
 from coalesce.bundle import packs
 from coalesce.heavy import heavy_op, HeavyOp
-from coalesce.kernels import horizontal, indexed_gemm, indexed_matvec, mosaic_gemm
+from coalesce.kernels import horizontal, indexed_gemm, indexed_matvec, KERNELS, mosaic_gemm
 from coalesce.kernels.mosaic_tile import tile_of
 from coalesce.slab import Cut, Picked
 from tests.heavy_cases import indexed
@@ -194,19 +194,24 @@ def test_a_poisoned_tenant_reaches_no_other_through_a_launch():
         assert distance(dirty[lane], clean[lane]) <= 1e-5
 
 
-def test_a_bank_of_more_than_two_billion_elements():
+@pytest.mark.parametrize("cut", [False, True], ids=["array", "slab"])
+@pytest.mark.parametrize("kernel", ["indexed_gemm", "indexed_matvec", "mosaic_gemm"])
+def test_a_bank_of_more_than_two_billion_elements(kernel, cut):
     """Its last row lies beyond what 32 bits can address."""
-    size = 1024
+    if kernel == "mosaic_gemm" and not on_hopper():
+        pytest.skip("needs wgmma and TMA")
+    size, m = 1024, 1 if kernel == "indexed_matvec" else 256
     rows = 2**31 // size**2 + 2
-    product = partial(lax.dot, preferred_element_type=jnp.float32)
-    struct = jax.ShapeDtypeStruct((size, size), jnp.bfloat16)
-    last = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
-    fill = jax.jit(lambda row: jnp.zeros((rows, size, size), jnp.bfloat16).at[-1].set(row))
-    x = jax.random.normal(jax.random.key(1), (2, 1, size, size), jnp.bfloat16)
-    run = jax.jit(partial(indexed_gemm.run, op_of(product, struct, struct)))
-    got = run(x, Picked(fill(last), jnp.asarray([rows - 1, 0])))
-    assert distance(got[0, 0], product(x[0, 0], last)) <= 1e-3
-    assert not np.asarray(got[1]).any()
+    product = partial(lax.dot, preferred_element_type=jnp.float32 if kernel != "mosaic_gemm" else None)
+    left, right = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((m, size), (size, size)))
+    op, x = op_of(product, left, right), jax.random.normal(jax.random.key(1), (2, 1, m, size), jnp.bfloat16)
+    last = jax.random.normal(jax.random.key(0), right.shape, jnp.bfloat16)
+    row = KERNELS[kernel].layout(op)(last)
+    fill = jax.jit(lambda row: jnp.zeros((rows, *row.shape), jnp.bfloat16).at[-1].set(row))
+    bank = Cut(fill(row.reshape(-1)), 0, row.shape) if cut else fill(row)
+    got = jax.jit(partial(KERNELS[kernel].run, op))(x, Picked(bank, jnp.asarray([rows - 1, 0])))
+    assert distance(got[0, 0], product(x[0, 0], last)) <= (1e-2 if kernel == "mosaic_gemm" else 1e-3)
+    assert not np.asarray(got[1], np.float32).any()
 
 
 def test_no_move_of_the_size_of_a_bank():

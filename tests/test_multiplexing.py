@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from coalesce.models import by_name
-from experiments import methods, pairs, peers_torch
+from experiments import methods, pairs, peers_torch, peers_worker
 from experiments.cells import tenants_of
 from experiments.floor import Ceilings, floor_row, heavy_work
 from experiments.measure import Timing
@@ -140,6 +140,19 @@ def test_a_burst_is_several_rounds():
     assert pairs.each_round(Timing(40.0, 20.0, 60.0, 80.0, 7), 10) == Timing(4.0, 2.0, 6.0, 8.0, 7)
 
 
+def test_a_process_serves_in_its_fastest_form(monkeypatch):
+    def broken() -> Candidate:
+        raise RuntimeError("does not compile")
+
+    took = {"plain": 2.0, "prepared": 1.0}
+    monkeypatch.setattr(peers_worker, "seconds", lambda candidate: took[candidate.how])
+    forms = {(how, False): lambda how=how: Candidate(how, list) for how in took}
+    form, candidate = peers_worker.fastest({("prepared", True): broken, **forms})
+    assert form == ["prepared", False] and candidate.how == "prepared"
+    with pytest.raises(RuntimeError, match="does not compile"):
+        peers_worker.fastest({("prepared", True): broken})
+
+
 def test_rounds_in_a_row_are_waited_for_once():
     calls: list[str] = []
 
@@ -224,7 +237,7 @@ def test_torch_models_compute_what_flax_does(name):
                 np.testing.assert_allclose(call().numpy(), output, rtol=0, atol=2e-5 * np.abs(output).max())
 
 
-@pytest.mark.parametrize("name", ["mlp", "resnet18", "lstm"])
+@pytest.mark.parametrize("name", ["mlp", "resnet18", "bert_base", "lstm"])
 def test_torch_peers_agree_with_jax(name, monkeypatch):
     """All that they do but record CUDA graphs, on a CPU."""
     torch = pytest.importorskip("torch")

@@ -160,7 +160,7 @@ def test_registers_are_changed_in_place():
 
 def assert_nothing_as_large_as_a_pool(executable: Executable, pool: Pool) -> None:
     """But the pool itself: arguments, and what is scattered into them."""
-    passed = ("parameter", "scatter", "dynamic-update-slice", "get-tuple-element", "fusion", "call", "while", "bitcast")
+    passed = "parameter scatter dynamic-update-slice tuple get-tuple-element fusion call while bitcast".split()
     size = min(x.size for x in pool.registers)
     text = executable.compiled.as_text()
     assert not [i.text for i in instructions(text) if i.elements >= size and i.opcode not in passed]

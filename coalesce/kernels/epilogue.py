@@ -4,27 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import factorial, pi, sqrt
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
 from coalesce import jaxpr as J
 
 WHOLE, COLUMN = "whole", "column"
 
-# What a kernel can do to a tile: elementwise, and known to Pallas' GPU backends.
+# What a kernel can do to a tile: elementwise, and known to Pallas' Triton backend or written below.
 TILEWISE = frozenset(
-    """abs add and convert_element_type cos div eq exp ge gt integer_pow le log log1p logistic lt max min mul ne neg not
-    or rsqrt select_n sign sin sqrt square sub tanh""".split()
+    """abs acos acosh add and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type cos cosh div eq erf
+    erfc exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg not or pow round
+    rsqrt select_n sign sin sinh sqrt square sub tan tanh""".split()
 )
 # Of these, what a GPU has no units for in 16 bits: it is computed in 32 and rounded.
-WIDENED = frozenset("cos div exp integer_pow log log1p logistic rsqrt sin sqrt tanh".split())
+WIDENED = frozenset(
+    """acos acosh asin asinh atan atan2 atanh cbrt cos cosh div erf erfc exp exp2 expm1 integer_pow log log1p logistic
+    pow round rsqrt sin sinh sqrt tan tanh""".split()
+)
 
-
-# Of 16 bits alone: by products, quotients and an exponential in 32, right to 1.5e-7 (Abramowitz and Stegun, 7.1.26).
-NARROW = frozenset({"erf", "erfc"})
-SCALE = 0.3275911
-SERIES = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)  # of powers, the highest first
+# erfc(z) = t exp(-z^2 + series of t) with t = 1 / (1 + z/2), right to 1.2e-7 of itself (Numerical Recipes, 6.2); of
+# powers of t, the highest first.
+CHEBYSHEV = (
+    0.17087277, -0.82215223, 1.48851587, -1.13520398, 0.27886807, -0.18628806, 0.09678418, 0.37409196, 1.00002368,
+    -1.26551223,
+)  # fmt: skip
+TERMS = 8  # of erf's series at zero, in float32 exact below
+NEAR_ZERO = 0.5
 
 
 @dataclass(frozen=True)
@@ -41,35 +50,77 @@ class Epilogue:
 
 
 def runs_on_tiles(eqn: J.Eqn) -> bool:
-    name = eqn.primitive.name
-    return name in TILEWISE or (name in NARROW and J.dtype(eqn.outvars[0]) in ("bfloat16", "float16"))
+    return eqn.primitive.name in TILEWISE
 
 
 def on_tile(eqn: J.Eqn, args: list[Any]) -> Any:
     """The result of an equation that runs on tiles."""
-    dtype = J.dtype(eqn.outvars[0])
-    if eqn.primitive.name == "integer_pow" and eqn.params["y"] > 1:  # which not every backend has
-        return power(jnp.asarray(args[0], jnp.promote_types(dtype, jnp.float32)), eqn.params["y"]).astype(dtype)
-    if eqn.primitive.name in ("max", "min") and jnp.issubdtype(dtype, jnp.floating):
-        a, b = args  # Triton's own give the number where one of them is a NaN, XLA's and everybody else's the NaN
-        first = a > b if eqn.primitive.name == "max" else a < b
-        return jnp.where(first | (a != a), a, b)
-    if eqn.primitive.name in NARROW:
-        rest = complementary_error(jnp.asarray(args[0], jnp.float32))
-        return (rest if eqn.primitive.name == "erfc" else 1.0 - rest).astype(dtype)
-    if eqn.primitive.name not in WIDENED or dtype not in ("bfloat16", "float16"):
-        return J.bind(eqn, args)[0]
-    return J.bind(eqn, [jnp.asarray(x, jnp.float32) for x in args])[0].astype(dtype)
+    name, dtype = eqn.primitive.name, J.dtype(eqn.outvars[0])
+    if name in WIDENED and dtype in ("bfloat16", "float16"):
+        return in_float(eqn, [jnp.asarray(x, jnp.float32) for x in args]).astype(dtype)
+    return in_float(eqn, args)
+
+
+def in_float(eqn: J.Eqn, args: list[Any]) -> Any:
+    """An equation on floats that a GPU computes with, by operations that the backend has."""
+    match eqn.primitive.name:
+        case "integer_pow" if eqn.params["y"] > 1:  # which not every backend has
+            return power(args[0], eqn.params["y"])
+        case "max" if jnp.issubdtype(J.dtype(eqn.outvars[0]), jnp.floating):
+            return larger(*args)
+        case "min" if jnp.issubdtype(J.dtype(eqn.outvars[0]), jnp.floating):
+            return smaller(*args)
+        case "clamp":
+            least, x, most = args
+            return smaller(larger(x, least), most)
+        case "erf":
+            return error_function(args[0])
+        case "erfc":
+            return complementary_error(args[0])
+        case "round":
+            return rounded(args[0], to_even=eqn.params["rounding_method"] == lax.RoundingMethod.TO_NEAREST_EVEN)
+    return J.bind(eqn, args)[0]
+
+
+# Triton's own give the number where one of them is a NaN, XLA's and everybody else's the NaN.
+
+
+def larger(a: Any, b: Any) -> Any:
+    return jnp.where((a > b) | (a != a), a, b)
+
+
+def smaller(a: Any, b: Any) -> Any:
+    return jnp.where((a < b) | (a != a), a, b)
 
 
 def complementary_error(x: Any) -> Any:
-    """erfc(x) in float32."""
-    t = 1.0 / (1.0 + SCALE * jnp.abs(x))
+    """erfc(x) of float32."""
+    z = jnp.abs(x)
+    t = 1.0 / (1.0 + 0.5 * z)
     series = jnp.zeros_like(x)
-    for factor in SERIES:
-        series = (series + factor) * t
-    positive = series * jnp.exp(-(x * x))
+    for factor in CHEBYSHEV:
+        series = series * t + factor
+    positive = t * jnp.exp(series - z * z)
     return jnp.where(x < 0, 2.0 - positive, positive)
+
+
+def error_function(x: Any) -> Any:
+    """erf(x) of float32; near zero, where a difference from 1 would say little, by its series."""
+    square, series = x * x, jnp.zeros_like(x)
+    for n in reversed(range(TERMS)):
+        series = series * square + (-1) ** n * 2 / sqrt(pi) / (factorial(n) * (2 * n + 1))
+    return jnp.where(jnp.abs(x) < NEAR_ZERO, x * series, 1.0 - complementary_error(x))
+
+
+def rounded(x: Any, to_even: bool) -> Any:
+    """To the nearest integer; of two that are as near to the even one, or else to the one that is farther from zero."""
+    size = jnp.abs(x)
+    below = jnp.floor(size)
+    over = size - below
+    odd = below - 2.0 * jnp.floor(0.5 * below) == 1.0
+    between = (over == 0.5) & odd if to_even else over == 0.5
+    nearest = jnp.where((over > 0.5) | between, below + 1.0, below)
+    return jnp.where(x < 0, -nearest, nearest)
 
 
 def power(x: Any, n: int) -> Any:

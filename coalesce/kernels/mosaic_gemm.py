@@ -23,7 +23,7 @@ from coalesce import jaxpr as J
 from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import indexed_gemm
-from coalesce.kernels.epilogue import Epilogue, TILEWISE, WHOLE
+from coalesce.kernels.epilogue import Epilogue, WHOLE
 from coalesce.kernels.mosaic import call, ROW_BYTES, TOGETHER
 from coalesce.kernels.mosaic_program import IMAGE, PART, Program, Source, TILE
 from coalesce.kernels.mosaic_tile import Tile, tile_of, VECTORS
@@ -36,9 +36,10 @@ from coalesce.tf32 import multiplies, nearest
 
 FLOATS = ("float32", "bfloat16", "float16")
 # Of what an epilogue may have, what the backend lowers on a tile, in all versions that are supported.
-LOWERED = (TILEWISE - {"cos", "integer_pow", "log1p", "sin", "sqrt"}) | {
-    "bitcast_convert_type", "broadcast_in_dim", "jit", "pjit"
-}  # fmt: skip
+LOWERED = frozenset(
+    """abs add and bitcast_convert_type broadcast_in_dim convert_element_type div eq exp ge gt jit le log logistic lt
+    max min mul ne neg not or pjit rsqrt select_n sign square sub tanh""".split()
+)
 
 
 def supports(op: HeavyOp) -> bool:
