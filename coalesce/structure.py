@@ -61,8 +61,8 @@ def value_key(value: Any, literals: bool = True) -> Key:
         return tuple((k, value_key(v, literals)) for k, v in sorted(value.items()))
     if isinstance(value, np.ndarray):
         return (value.dtype.name, value.shape, value.tobytes())
-    if isinstance(value, bool | int | float):
-        return (type(value).__name__, value)
+    if isinstance(value, bool | int | float):  # what is no number is unlike itself, unless it is the same object
+        return (type(value).__name__, value if value == value else "nan")
     try:
         hash(value)
     except TypeError:

@@ -21,6 +21,8 @@ class Reason(Enum):
     SHUTDOWN = "the runtime was closed"
     DEVICE = "the device failed, or did not answer"
 
+    __hash__ = object.__hash__  # there is one of each; Enum's own is a function of Python's, for every request refused
+
 
 class Dispatch(NamedTuple):
     """Run a bundle, after those that were dispatched before it."""

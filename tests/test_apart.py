@@ -4,10 +4,13 @@ the interpreter is handed on."""
 import gc
 import logging
 import math
+import operator
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -19,8 +22,12 @@ import pytest
 from coalesce.errors import TraceError
 from coalesce.runtime import apart, gil
 from coalesce.runtime.apart import Apart, exported, WANTED
+from coalesce.runtime.compiler import settings
 from coalesce.runtime.gil import EAGER_S, GIVEN_S, giving_way, handing_on, LATELY_S, NAP_S
 from coalesce.runtime.runtime import Runtime
+from coalesce.serving import executable
+from coalesce.serving.making import Jitted, Recipe
+from tests.serving import fit_of, serve
 
 SLO = 30.0
 
@@ -91,7 +98,7 @@ def test_while_others_are_served_it_is_compiled_elsewhere(wanted, caplog):
         rt.warm_up(120.0)
         process = own._process
         assert process is not None and process.poll() is None
-        assert not any("compiled where it is served" in r.getMessage() for r in caplog.records)
+        assert not any("where it is served" in r.getMessage() for r in caplog.records)
         check(rt, "first", net, 0)
         check(rt, "second", net, 1)
         rt.add_tenant("calls", calls_back, params_of(2), example=(row(0),), slo=SLO)
@@ -108,10 +115,10 @@ def test_it_makes_the_same_executable_bit_by_bit_also_where_others_leave_it_no_t
     """It takes what others leave; where they leave nothing, another one takes a little."""
     jitted, x = jax.jit(net), row(1)
     structs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (params_of(0), x))
-    own = Apart()
+    own, recipe = Apart(), lambda: Jitted(jitted, structs)
 
     def check_made() -> subprocess.Popen[bytes]:
-        made = own.compile(jax.devices()[0], jitted, structs, ())
+        made = own.compile(jax.devices()[0], recipe)
         assert made is not None and own._process is not None
         np.testing.assert_array_equal(made(params_of(0), x), jitted(params_of(0), x))
         return own._process
@@ -124,14 +131,43 @@ def test_it_makes_the_same_executable_bit_by_bit_also_where_others_leave_it_no_t
         own._is_idle = True
         with caplog.at_level(logging.INFO, "coalesce.runtime"):
             assert check_made() is not first and first.poll() is not None
-        assert [r.getMessage()[:37] for r in caplog.records] == ["others leave the compiler no time: it"]
-        check_left_here(own, jitted, structs, monkeypatch, caplog)
+        texts = [r.getMessage() for r in caplog.records]
+        assert "<lambda>" in texts[0] and texts[0].startswith("traced where it is served")
+        assert [text[:37] for text in texts[1:]] == ["others leave the compiler no time: it"]
+        check_left_here(own, recipe, monkeypatch, caplog)
     finally:
         own.close()
-    assert own.compile(jax.devices()[0], jitted, structs, ()) is None
+    assert own.compile(jax.devices()[0], recipe) is None
 
 
-def check_left_here(own: Apart, jitted: Any, structs: Any, monkeypatch: Any, caplog: Any) -> None:
+def test_what_serves_is_planned_traced_and_lowered_elsewhere_too_to_the_same_executable(monkeypatch):
+    """Under the settings that hold here, whatever those of its start were; what raises there raises here."""
+    fits = [fit_of(net, params_of(seed), (row(seed),)) for seed in range(2)]
+    serving = serve(fits)
+    here, own = serving.executable(2), Apart()
+    recipe = partial(executable.executable_recipe, (serving.lanes(2),), None)
+    traced = list[str]()
+    monkeypatch.setattr(executable, "plan_lanes", lambda *_: traced.append("here") or [])
+    try:
+        made = own.compile(jax.devices()[0], recipe)
+        there = replace(here, compiled=made)
+        lanes = [(i, (row(i + 5),)) for i in range(2)]
+        for got, want in zip(serving.call(there, lanes), serving.call(here, lanes), strict=True):
+            np.testing.assert_array_equal(got, want)
+        assert not traced
+        assert own.call(settings)["jax_enable_x64"] is False
+        with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+            told = own.call(settings)
+        assert told["jax_enable_x64"] is True and told["jax_default_matmul_precision"] == "highest"
+        assert own.call(settings)["jax_default_matmul_precision"] != "highest"
+        assert own.call(operator.truediv, 1, 0) is None and own.call(operator.truediv, 1, 2) == 0.5
+        assert own.call(lambda: 1) is None
+    finally:
+        own.close()
+    assert own.call(operator.truediv, 1, 2) is None
+
+
+def check_left_here(own: Apart, recipe: Recipe, monkeypatch: Any, caplog: Any) -> None:
     """What the other process has no device for, and what does not load."""
 
     def other(*_: Any, **__: Any) -> Any:
@@ -139,10 +175,10 @@ def check_left_here(own: Apart, jitted: Any, structs: Any, monkeypatch: Any, cap
 
     caplog.clear()
     with caplog.at_level(logging.INFO, "coalesce.runtime"):
-        assert own.compile(SimpleNamespace(id=99), jitted, structs, ()) is None
+        assert own.compile(SimpleNamespace(id=99), recipe) is None
         monkeypatch.setattr(apart, "deserialize_and_load", other)
-        assert own.compile(jax.devices()[0], jitted, structs, ()) is None
-    none, cannot = [r.getMessage() for r in caplog.records]
+        assert own.compile(jax.devices()[0], recipe) is None
+    none, cannot = [r.getMessage() for r in caplog.records if not r.getMessage().startswith("traced")]
     assert "LookupError: there is no device 99" in none and "cannot be loaded: KeyError: 0" in cannot
 
 

@@ -44,6 +44,15 @@ def test_kept_apart(name):
     assert families((one, array(4, 4), (X,)), (other, array(4, 4), (X,))) == 2
 
 
+def test_what_is_no_number_keeps_nobody_apart():
+    """Two NaNs are not equal, and neither are two tenants' objects of one."""
+
+    def taking(nan):
+        return lambda w, x: x + jnp.take(w, jnp.argmax(x, 1) * 3, axis=0, fill_value=nan)
+
+    assert families(*((taking(float(nan)), array(4, 4), (X,)) for nan in ("nan", "-nan"))) == 1
+
+
 @pytest.mark.parametrize(
     ("w", "x"), [((4, 5), (2, 4)), ((4, 4), (3, 4)), ((4, 4), (4,))], ids=["weights", "inputs", "ranks"]
 )

@@ -13,7 +13,7 @@ import pytest
 from coalesce.runtime import making
 from coalesce.runtime.making import Making
 from coalesce.runtime.runtime import Runtime
-from coalesce.serving.making import make_here
+from coalesce.serving import making as serving
 
 
 class Jitted:
@@ -40,7 +40,7 @@ UNTIMED = {"xla_gpu_autotune_level": 0}
 def test_nothing_is_timed_on_a_gpu_that_serves_nor_where_kernels_are_to_be_the_same(platform, serves, same, options):
     make, jitted = Making(SimpleNamespace(platform=platform), None, same), Jitted()
     make.serves = serves
-    assert make(jitted, (), ()) == "made"
+    assert make(lambda: serving.Jitted(jitted, ())) == "made"
     assert jitted.options == [options]
 
 
@@ -62,9 +62,9 @@ def test_from_the_first_request_on_until_all_have_left_every_compiler_is_told_th
     """Also of what `verify` has a tenant compute alone. Trying a tenant out serves nobody."""
     made, compiled = list[str](), list[str]()
 
-    def recorded(jitted: Any, *rest: Any) -> Any:
-        made.append(jitted.__name__)
-        return make_here(jitted, *rest)
+    def recorded(recipe: serving.Recipe, *rest: Any) -> Any:
+        made.append((jitted := recipe()).function.__name__)
+        return serving.make_here(lambda: jitted, *rest)
 
     def seen(event: str, *_: Any, **__: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":

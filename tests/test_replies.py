@@ -1,7 +1,7 @@
 """What `submit` returns is a future of concurrent.futures, whose functions for many futures take it."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed, Future, wait
 from typing import Any
 
@@ -45,12 +45,26 @@ class Nobody:
     def call_back(self, callback: Callable[[Any], Any], reply: Future[Any]) -> None:
         callback(reply)
 
+    def call_all_back(self, replies: Sequence[Reply]) -> None:
+        raise AssertionError("nobody has ended one")
+
 
 def outcome(step: Callable[[Any], Any], own: Future[Any]) -> Any:
     try:
         return step(own)
     except Exception as e:
         return type(e)
+
+
+def end(own: Future[Any], result: Any, error: Exception | None) -> None:
+    """As whoever serves it does."""
+    if isinstance(own, Reply) and own.end_alone(result, error):
+        for callback in own.callbacks:
+            callback(own)
+    elif error is not None:
+        own.set_exception(error)
+    else:
+        own.set_result(result)
 
 
 STEPS: dict[str, Callable[[Any], Any]] = {
@@ -64,6 +78,8 @@ STEPS: dict[str, Callable[[Any], Any]] = {
     "begin": lambda own: own.set_running_or_notify_cancel(),
     "give": lambda own: own.set_result(7),
     "fail": lambda own: own.set_exception(ValueError()),
+    "end": lambda own: end(own, 8, None),
+    "end badly": lambda own: end(own, None, ValueError()),
     "wait": lambda own: len(wait([own], 0).done),
 }
 

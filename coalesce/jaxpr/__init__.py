@@ -20,6 +20,11 @@ from coalesce.jaxpr.build import (
     stage as stage,
     under as under,
 )
+from coalesce.jaxpr.carried import (
+    dumps as dumps,
+    loads as loads,
+    Uncarried as Uncarried,
+)
 from coalesce.jaxpr.control import (
     as_cond as as_cond,
     as_scan as as_scan,

@@ -1,10 +1,14 @@
 """Compiling for a CPU in a process of its own, so that it takes no time from who serves.
 
 XLA's compiler for CPUs works on the threads that programs run on, and at their priority: whoever is asked for anything
-meanwhile would wait for it. The other process gets the traced program and gives the executable back. It is started when
-it is first needed, takes the time that others leave, and ends with this one; where they leave none, another is started
-that takes a little. Where it cannot be used, what it was asked for is compiled here: a program that calls back into
-Python belongs to its process, and some platforms have no other.
+meanwhile would wait for it. What comes before, the passes over a program, tracing and lowering, takes the interpreter's
+lock from who serves. So the other process gets the recipe (coalesce.serving.making) with the tenants' jaxprs in it, and
+gives the executable back. What cannot be brought there so (`dumps` in coalesce.jaxpr says what) is traced and lowered
+here, and goes there as JAX exports it.
+
+It is started when it is first needed, takes the time that others leave, and ends with this one; where they leave none,
+another is started that takes a little. Where it cannot be used, what it was asked for is compiled here: a program that
+calls back into Python belongs to its process, and some platforms have no other.
 """
 
 from __future__ import annotations
@@ -13,10 +17,12 @@ import gc
 import logging
 import math
 import os
+import pickle
 import select
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +30,10 @@ import jax
 from jax import export
 from jax.experimental.serialize_executable import deserialize_and_load
 
+from coalesce import jaxpr as J
 from coalesce.errors import Shutdown
-from coalesce.runtime.compiler import IDLE, read, write
+from coalesce.runtime.compiler import IDLE, read, settings, write
+from coalesce.serving.making import Recipe
 
 PATIENCE_S = 10.0
 STARVED_S = 5.0  # that it gets less than SHARE of a processor for
@@ -44,26 +52,16 @@ class Apart:
         self._is_useless = self._is_closed = False
         self._is_idle = hasattr(os, "SCHED_IDLE")  # it takes only what others leave
 
-    def compile(self, device: Any, jitted: Any, arguments: tuple[Any, ...], donated: tuple[int, ...]) -> Any:
-        """`jitted.lower(*arguments).compile()`, or None if it cannot be made there."""
+    def compile(self, device: Any, recipe: Recipe) -> Any:
+        """What `make_here` makes of it, or None if it cannot be made there."""
         if self._is_useless:
             return None
         try:
-            program = exported(jitted, arguments)
-        except Exception as e:  # it depends on this process
-            LOG.info("compiled where it is served: %s: %s", type(e).__name__, str(e)[:200])
-            return None
-        if not self._lock.acquire(timeout=PATIENCE_S):
-            return None
-        try:
-            answer = self._answer((program, donated, device.id))
-        finally:
-            self._lock.release()
-        if answer is None:
-            return None
-        kind, made = answer
-        if kind == "failed":  # if it is the program's fault it fails here too, and says so
-            LOG.info("compiled where it is served: %s", made)
+            made = self._answer("compile", J.dumps((recipe, device.id)))
+        except J.Uncarried as e:
+            LOG.info("traced where it is served: %s", e)
+            made = self._compile_traced(device, recipe)
+        if made is None:
             return None
         try:
             return deserialize_and_load(*made, backend=device.client, execution_devices=[device])
@@ -71,8 +69,45 @@ class Apart:
             LOG.info("compiled where it is served, since what was made cannot be loaded: %s: %s", type(e).__name__, e)
             return None
 
-    def _answer(self, request: Any) -> tuple[str, Any] | None:
-        """None if there is no use in asking."""
+    def _compile_traced(self, device: Any, recipe: Recipe) -> Any:
+        try:
+            jitted = recipe()
+            program = exported(jitted.function, jitted.arguments)
+        except Exception as e:  # it depends on this process
+            LOG.info("compiled where it is served: %s: %s", type(e).__name__, str(e)[:200])
+            return None
+        return self._answer("compile_exported", pickle.dumps((program, jitted.donated, device.id)))
+
+    def call(self, function: Callable[..., Any], *given: Any, known: Sequence[object] = ()) -> Any:
+        """What a function returns, with the objects of `known` as they are; None if it cannot be called there, or
+        raises."""
+        if self._is_useless:
+            return None
+        try:
+            request = J.dumps((function, given, known))
+        except J.Uncarried as e:
+            LOG.info("done where it is served: %s", e)
+            return None
+        answer = self._answer("call", request)
+        return None if answer is None else J.loads(answer, known)
+
+    def _answer(self, what: str, request: bytes) -> Any:
+        """None if there is no use in asking, or nothing came of it."""
+        if not self._lock.acquire(timeout=PATIENCE_S):
+            return None
+        try:
+            answer = self._asked((what, request, settings()))
+        finally:
+            self._lock.release()
+        if answer is None:
+            return None
+        kind, found = answer
+        if kind == "failed":  # if it is the program's fault it fails here too, and says so
+            LOG.info("compiled where it is served: %s", found)
+            return None
+        return found
+
+    def _asked(self, request: Any) -> tuple[str, Any] | None:
         if self._is_useless:
             return None
         try:
@@ -152,8 +187,7 @@ def processor_s(pid: int) -> float:
 
 
 def started(idle: bool) -> subprocess.Popen[bytes]:
-    own = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": str(int(jax.config.jax_enable_x64))}  # pyright: ignore
-    own["JAX_NUM_CPU_DEVICES"] = str(jax.config.jax_num_cpu_devices)  # pyright: ignore
+    own = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(jax.config.jax_num_cpu_devices)}  # pyright: ignore
     own["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     return subprocess.Popen(
         [sys.executable, "-m", "coalesce.runtime.compiler", *([IDLE] if idle else [])],

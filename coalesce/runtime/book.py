@@ -33,8 +33,8 @@ class Book:
         """They have ended, and whoever waits for them was told."""
         for ticket in tickets:
             self.tickets.pop(ticket.request.id, None)
-        with self._ended:
-            if self._waiting:
+        if self._waiting:  # whoever begins to wait after this sees that they are gone
+            with self._ended:
                 self._ended.notify_all()
 
     def end_all(self, error: ServingError, reason: Reason) -> None:

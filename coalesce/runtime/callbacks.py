@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from coalesce.runtime.attendant import Attendant
+from coalesce.runtime.reply import Reply
 
 LOG = logging.getLogger("coalesce.runtime")
+
+Call = tuple[Callable[[Any], Any], Future[Any]]  # what is called, and what it is given
 
 
 class Callbacks(Attendant):
@@ -35,13 +38,22 @@ class Callbacks(Attendant):
 
     def call(self, callback: Callable[[Any], Any], reply: Future[Any]) -> None:
         """On this thread; on the caller's if this one has ended, when a driver that hung comes back."""
+        self._put([(callback, reply)])
+
+    def call_all(self, replies: Sequence[Reply]) -> None:
+        """What is to be called when these have ended, one after another."""
+        self._put([(callback, reply) for reply in replies for callback in reply.callbacks])
+
+    def _put(self, calls: list[Call]) -> None:
+        """All at once: each time that something is put may wake the thread up."""
         with self._lock:
             stopped = self._stopped
             if not stopped:
-                self.asked += 1
-                self.inbox.put((callback, reply))
+                self.asked += len(calls)
+                self.inbox.put(calls)
         if stopped:
-            call(callback, reply)
+            for one in calls:
+                call(*one)
 
     def wait_called(self, timeout_s: float | None) -> bool:
         """Whether what was to be called by now has been, after at most so long, or once nothing is called any more.
@@ -55,12 +67,14 @@ class Callbacks(Attendant):
                 self._waiting -= 1
             return self._called >= due
 
-    def handle(self, item: tuple[Callable[[Any], Any], Future[Any]]) -> None:
-        call(*item)
-        self._called += 1
-        if self._waiting:  # whoever begins to wait after this has seen the count
-            with self._changed:
-                self._changed.notify_all()
+    def handle(self, item: list[Call]) -> None:
+        item.reverse()
+        while item:
+            call(*item.pop())  # out of the list, and let go
+            self._called += 1
+            if self._waiting:  # whoever begins to wait after this has seen the count
+                with self._changed:
+                    self._changed.notify_all()
 
     def _loop(self) -> None:
         try:

@@ -1,10 +1,15 @@
-"""The other end of coalesce.runtime.apart: reads exported programs from its standard input, and writes what XLA made.
+"""The other end of coalesce.runtime.apart: reads requests from its standard input, and writes what came of them.
 
-    request   size, then pickled (program, donated arguments, number of the device that it is for)
-    answer    size, then pickled ("made", (executable, trees of arguments and results)), or ("failed", why)
+    request   size, then pickled (what, what for, settings)
+        "compile"            a recipe, and the number of the device that it is for
+        "compile_exported"   an exported program, its donated arguments, the device
+        "call"               a function, what it takes, and objects that the other end has
+    answer    size, then pickled ("made", it), or ("failed", why)
 
-It ends with its input, so that it never outlives who started it. Started as `idle` it runs only while nobody else wants
-to, where the system has such a class: a niced process may keep its processor for milliseconds when somebody wakes up.
+What was compiled goes back as (executable, trees of arguments and results). Everything is done under the settings of
+JAX that whoever asks has. It ends with its input, so that it never outlives who started it. Started as `idle` it runs
+only while nobody else wants to, where the system has such a class: a niced process may keep its processor for
+milliseconds when somebody wakes up.
 """
 
 from __future__ import annotations
@@ -13,11 +18,13 @@ import os
 import pickle
 import struct
 import sys
+from collections.abc import Callable
 from typing import Any, IO
 
 LESS_URGENT = 10  # than who serves: the highest would get nothing where others leave nothing
 IDLE = "idle"
 SIZE = struct.Struct("<q")
+OWN = ("cache", "platform", "device", "distributed", "dump", "log", "profil", "debug", "coordination")
 
 
 def read(stream: IO[bytes]) -> Any:
@@ -36,25 +43,71 @@ def write(stream: IO[bytes], message: Any) -> None:
     stream.flush()
 
 
-def compiled(program: bytes, donated: tuple[int, ...], number: int) -> Any:
+def settings() -> dict[str, Any]:
+    """What JAX is told in this thread that may change what a program becomes. Not what of it is a process's own."""
     import jax  # not before `main` has stepped back: to load it takes seconds
-    from jax import export
-    from jax.experimental.serialize_executable import serialize
 
+    return {
+        name: value
+        for name, value in jax.config.values.items()
+        if isinstance(value, bool | int | float | str | None) and not any(part in name for part in OWN)
+    }
+
+
+def under(told: dict[str, Any]) -> None:
+    """Settings as there."""
+    import jax
+
+    mine = settings()
+    for name, value in told.items():
+        if name in mine and mine[name] != value:
+            jax.config.update(name, value)
+
+
+def compile(carried: bytes) -> Any:
+    from coalesce.jaxpr import loads
+
+    recipe, number = loads(carried)
+    jitted = recipe()
+    return executable(jitted.function, jitted.arguments, number)
+
+
+def compile_exported(carried: bytes) -> Any:
+    import jax
+    from jax import export
+
+    program, donated, number = pickle.loads(carried)
     exported = export.deserialize(bytearray(program))
     structs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in exported.in_avals]
     arguments, _ = jax.tree.unflatten(exported.in_tree, structs)
+    return executable(jax.jit(exported.call, donate_argnums=donated), arguments, number)
+
+
+def executable(function: Any, arguments: Any, number: int) -> Any:
+    import jax
+    from jax.experimental.serialize_executable import serialize
+
     devices = {own.id: own for own in jax.devices()}
     if number not in devices:  # an executable knows which one it is for
         raise LookupError(f"there is no device {number}")
     with jax.default_device(devices[number]):
-        made = jax.jit(exported.call, donate_argnums=donated).lower(*arguments).compile()
-    return serialize(made)
+        return serialize(function.lower(*arguments).compile())
 
 
-def answer(program: bytes, donated: tuple[int, ...], number: int) -> tuple[str, Any]:
+def call(carried: bytes) -> bytes:
+    from coalesce.jaxpr import dumps, loads
+
+    function, given, known = loads(carried)
+    return dumps(function(*given), known)
+
+
+does: dict[str, Callable[[bytes], Any]] = {"compile": compile, "compile_exported": compile_exported, "call": call}
+
+
+def answer(what: str, request: bytes, told: dict[str, Any]) -> tuple[str, Any]:
     try:
-        return "made", compiled(program, donated, number)
+        under(told)
+        return "made", does[what](request)
     except Exception as e:
         return "failed", f"{type(e).__name__}: {e}"
 

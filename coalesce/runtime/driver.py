@@ -60,7 +60,8 @@ class Driver:
         self._clock = clock
         self._finisher = Finisher(self.inbox, observers, clock, self.book)
         self.callbacks = Callbacks()
-        self.call_back = self.callbacks.call  # whoever ends a request may be about to end one that this waits for
+        # whoever ends a request may be about to end one that a callback waits for
+        self.call_back, self.call_all_back = self.callbacks.call, self.callbacks.call_all
         self._watchdog = Watchdog(self._overdue, self.lose, hang_s)
         self._hang_ns = int(hang_s * 1e9)
         self._launcher = Launcher(machine, self._finisher, clock, self._hang_ns)
@@ -72,7 +73,6 @@ class Driver:
         self._thread = threading.Thread(target=self._loop, name="coalesce-driver", daemon=True)
         self._does: dict[type, Callable[[Any, int], None]] = {
             Dispatch: self._dispatch,
-            Reject: self._reject,
             WakeAt: self._wake_at,
             Want: lambda command, now_ns: self._maker.want(command),
             Quarantine: self._report,
@@ -240,8 +240,13 @@ class Driver:
         self._wake_ns = None
         commands = self._policy.on_event(event, now_ns)
         self._observers.decided(event, now_ns, commands)
+        refused = [command for command in commands if type(command) is Reject]
+        stopped = self._stop(refused) if refused else []
         for command in commands:
-            self._does[type(command)](command, now_ns)
+            if type(command) is not Reject:
+                self._does[type(command)](command, now_ns)
+        if stopped:  # after what is dispatched, for which the device may be waiting
+            self._reject(stopped, now_ns)
 
     # Commands
 
@@ -249,14 +254,18 @@ class Driver:
         entries = [[self.book.tickets[i] for i in lanes] for lanes in command.lanes]
         self._launcher.launch(Leaving(command, self._forms[command.executable], entries, now_ns))
 
-    def _reject(self, command: Reject, now_ns: int) -> None:
-        ticket = self.book.tickets.get(command.request)
-        if ticket is None or not self.book.claim([ticket]):
-            return
-        self._machine.release([ticket])
-        self._observers.rejected(ticket, command.reason, now_ns)
-        tell([Ending(ticket, None, error_of(ticket, command.reason, now_ns))])
-        self.book.forget([ticket])
+    def _stop(self, refused: Sequence[Reject]) -> list[tuple[Ticket, Reason]]:
+        """Who is to be told why; what they held on the device is free for others."""
+        known = [(own, command.reason) for command in refused if (own := self.book.tickets.get(command.request))]
+        claimed = set(self.book.claim([ticket for ticket, _ in known]))
+        self._machine.release(list(claimed))
+        return [own for own in known if own[0] in claimed]
+
+    def _reject(self, stopped: Sequence[tuple[Ticket, Reason]], now_ns: int) -> None:
+        for ticket, reason in stopped:
+            self._observers.rejected(ticket, reason, now_ns)
+        tell([Ending(ticket, None, error_of(ticket, reason, now_ns)) for ticket, reason in stopped])
+        self.book.forget([ticket for ticket, _ in stopped])
 
     def _wake_at(self, command: WakeAt, now_ns: int) -> None:
         self._wake_ns = command.time_ns

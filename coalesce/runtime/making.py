@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from coalesce.runtime.apart import Apart, is_wanted
-from coalesce.serving.making import make_here, UNTIMED
+from coalesce.serving.making import make_here, Recipe, UNTIMED
 
 
 class Making:
@@ -20,11 +20,11 @@ class Making:
         self.apart = apart if is_wanted(at.platform) else None
         self.serves = False
 
-    def __call__(self, jitted: Any, arguments: tuple[Any, ...], donated: tuple[int, ...]) -> Any:
+    def __call__(self, recipe: Recipe) -> Any:
         """JAX's Compiled. While others are served it is made in a process of its own, or, on a GPU, without kernels
         being timed there to choose among them: which is chosen differs from time to time, too."""
         made = None
         if self.apart is not None and self.serves:
-            made = self.apart.compile(self._at, jitted, arguments, donated)
+            made = self.apart.compile(self._at, recipe)
         untimed = self._at.platform == "gpu" and (self.serves or self._same)
-        return made if made is not None else make_here(jitted, arguments, donated, UNTIMED if untimed else None)
+        return made if made is not None else make_here(recipe, UNTIMED if untimed else None)

@@ -3,22 +3,22 @@
 Of the requests of a bundle somebody waits for one, mostly, and looks at the others when they have ended too. What a
 `Future` does for every request so that somebody may wait for it is done here for those that are waited for: a
 `Condition`, which is made of Python's own functions, is there when it is first asked for, over a lock that was always
-there; where nobody has, nobody is woken. Whoever finds that a reply has ended takes no lock: how it ended does not
-change. All else is what `Future` does, under the same lock, so that `wait` and `as_completed`, which know the same
-attributes of a future as this does, take it too.
+there; where nobody has, nobody is woken (`end_alone`). Whoever finds that a reply has ended takes no lock: how it ended
+does not change. All else is what `Future` does, under the same lock, so that `wait` and `as_completed`, which know the
+same attributes of a future as this does, take it too.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING
-from functools import partial
 from typing import Any, Protocol, runtime_checkable, TYPE_CHECKING
 
 STOPPED = frozenset({CANCELLED, CANCELLED_AND_NOTIFIED})
 ENDED = STOPPED | {FINISHED}
+OPEN = frozenset({PENDING, RUNNING})
 Lock = type(threading.RLock())  # to call it is quicker than the function that chooses it
 
 
@@ -34,6 +34,10 @@ class Server(Protocol):
         """The request has ended: call it, on a thread that nobody else waits for."""
         ...
 
+    def call_all_back(self, replies: Sequence[Reply]) -> None:
+        """The same, of all callbacks of several of its requests."""
+        ...
+
 
 class Reply(Future[Any]):
     """`cancel()` works until a bundle with the request is on its way to the device."""
@@ -47,7 +51,7 @@ class Reply(Future[Any]):
         self._waiters: list[Any] = []
         self._done_callbacks: list[Callable[[Any], Any]] = []
         self.request = request  # its id, for Runtime.explain
-        self._server = server
+        self.server = server
 
     if TYPE_CHECKING:  # what it is to others
         _condition: threading.Condition
@@ -77,7 +81,7 @@ class Reply(Future[Any]):
     def cancel(self) -> bool:
         if not super().cancel():
             return False
-        self._server.withdraw(self.request)
+        self.server.withdraw(self.request)
         return True
 
     def add_done_callback(self, fn: Callable[[Any], Any]) -> None:
@@ -85,7 +89,7 @@ class Reply(Future[Any]):
         with self._lock:
             has_ended = self._state in ENDED
             if not has_ended:
-                self._done_callbacks.append(partial(self._server.call_back, fn))
+                self._done_callbacks.append(fn)
         if has_ended:
             super().add_done_callback(fn)
 
@@ -98,13 +102,20 @@ class Reply(Future[Any]):
                 return True
         return super().set_running_or_notify_cancel()
 
-    def set_result(self, result: Any) -> None:
+    def end_alone(self, result: Any, error: BaseException | None) -> bool:
+        """Ends it, if nobody may be waiting for it, also in `_waiters`; its `callbacks` are left to be called then.
+        Else nothing is done: `set_result` and `set_exception` wake whoever waits."""
         with self._lock:
-            is_alone = self._state == RUNNING and self._made is None  # else somebody may wait, also in `_waiters`
-            if is_alone:
-                self._result, self._state = result, FINISHED
-        if not is_alone:
-            super().set_result(result)
-            return
-        for call_back in self._done_callbacks:  # which are all the server's, and raise nothing
-            call_back(self)
+            if self._made is not None or self._state not in OPEN:
+                return False
+            self._result, self._exception, self._state = result, error, FINISHED
+        return True
+
+    @property
+    def callbacks(self) -> Sequence[Callable[[Any], Any]]:
+        return self._done_callbacks
+
+    def _invoke_callbacks(self) -> None:
+        """Of all other ways in which it ends, that `Future` has."""
+        for fn in self._done_callbacks:
+            self.server.call_back(fn, self)

@@ -56,14 +56,20 @@ class Ending(NamedTuple):
 
 
 def tell(endings: Iterable[Ending]) -> None:
-    """Tell everybody who waits; whoever gave up waiting is told nothing."""
+    """Tell everybody who waits, of requests of one driver; whoever gave up waiting is told nothing."""
     by_loop: dict[asyncio.AbstractEventLoop, list[Ending]] = {}
+    called: list[Reply] = []
     for ending in endings:
-        loop = ending.ticket.loop
-        if loop is not None:
-            by_loop.setdefault(loop, []).append(ending)
-        else:
-            settle(ending.ticket.waiter, ending)
+        ticket, result, error = ending
+        waiter = ticket.waiter
+        if ticket.loop is not None:
+            by_loop.setdefault(ticket.loop, []).append(ending)
+        elif not isinstance(waiter, Reply) or not waiter.end_alone(result, error):
+            settle(waiter, ending)
+        elif waiter.callbacks:
+            called.append(waiter)
+    if called:  # one item for the thread that calls them, instead of one each
+        called[0].server.call_all_back(called)
     for loop, own in by_loop.items():
         try:
             loop.call_soon_threadsafe(settle_all, own)

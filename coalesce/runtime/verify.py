@@ -20,7 +20,7 @@ from coalesce import jaxpr as J
 from coalesce.bank import on_device
 from coalesce.errors import InvalidInput
 from coalesce.program import Program
-from coalesce.serving.making import Make, make_here
+from coalesce.serving.making import Jitted, Make, make_here
 
 RELATIVE = 1e-5
 TIMES = 1.5
@@ -100,7 +100,7 @@ class Alone:
         def alone(leaves: list[Any]) -> list[Any]:
             return jax.tree.leaves(self._fn(*jax.tree.unflatten(tree, leaves)))
 
-        return flat(self._make(jax.jit(alone), (leaves,), ())(leaves))
+        return flat(self._make(lambda: Jitted(jax.jit(alone), (leaves,)))(leaves))
 
 
 def sums_floats(program: Program) -> list[bool]:

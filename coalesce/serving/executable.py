@@ -15,7 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +27,7 @@ from coalesce.lower import run_stacked
 from coalesce.passes.join_arrays import row_bytes, SMALL_ROW
 from coalesce.serving.as_it_is import run_one
 from coalesce.serving.fit import Template
-from coalesce.serving.making import Make, make_here
+from coalesce.serving.making import Jitted, Make, make_here
 from coalesce.serving.pool import Pool
 from coalesce.serving.returned import Returned
 from coalesce.serving.schema import plan_lanes, Schema, weight_of
@@ -61,11 +61,15 @@ class Lanes(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Executable:
     lanes: tuple[Lanes, ...]
-    bundle: Bundle  # of tenants that stand for the lanes
     staging: Staging
     states: States
     returned: Returned
     compiled: Any
+
+    @cached_property
+    def bundle(self) -> Bundle:
+        """Of tenants that stand for the lanes: planned anew for whoever asks."""
+        return bundle_of(self.lanes)
 
     @cached_property
     def ends(self) -> tuple[bool, ...]:
@@ -107,43 +111,45 @@ class Executable:
         return self.returned.fetch(outputs)
 
 
+class Frame(NamedTuple):
+    """How an executable is called."""
+
+    staging: Staging
+    states: States
+    returned: Returned
+
+
 class Traced(NamedTuple):
     """An executable before it is lowered for a platform."""
 
     bundle: Bundle
-    staging: Staging
     states: States
-    returned: Returned
     function: Any  # JAX's Traced
-    jitted: Any  # of it
-    arguments: tuple[Any, ...]
 
 
 WRITTEN = 2  # the argument that is donated
 
 
 def compile_executable(lanes: Sequence[Lanes], packed: bool | None = None, make: Make = make_here) -> Executable:
-    """Plan and compile; `packed` as in `trace_executable`."""
-    traced = trace_executable(lanes, packed)
+    """Plan and compile; `packed` as in `frame_of`."""
+    frame = frame_of(lanes, packed)
     with J.precision_as_traced():
-        made = make(traced.jitted, traced.arguments, (WRITTEN,))
-    traced.staging.make_ready()
-    return Executable(tuple(lanes), traced.bundle, traced.staging, traced.states, traced.returned, made)
+        made = make(partial(executable_recipe, tuple(lanes), packed))
+    frame.staging.make_ready()
+    return Executable(tuple(lanes), *frame, made)
 
 
 def trace_executable(lanes: Sequence[Lanes], packed: bool | None = None) -> Traced:
-    """Plan and trace. `packed` says whether what a call brings lies in one buffer, and what it gives back; None: unless
-    it runs on a CPU."""
-    steps = plan_lanes([(own.schema, own.program, own.width) for own in lanes], [held(own.schema) for own in lanes])
-    bundle = steps[-1].bundle
+    """To look at; `packed` as in `frame_of`."""
+    with J.precision_as_traced():
+        jitted = executable_recipe(lanes, packed)
+        return Traced(bundle_of(lanes), frame_of(lanes, packed).states, jitted.function.trace(*jitted.arguments))
+
+
+def frame_of(lanes: Sequence[Lanes], packed: bool | None) -> Frame:
+    """`packed` says whether what a call brings lies in one buffer, and what it gives back; None: unless it runs on a
+    CPU."""
     inputs = [() if own.segment else stacks(own.program.inputs, own.width) for own in lanes]
-    states = States(
-        tuple(own.segments for own in lanes), tuple(own.segment for own in lanes), tuple(own.slots for own in lanes)
-    )
-    as_it_is = lanes[0].schema.options.as_it_is
-    assert not as_it_is or lanes[0].width == 1, f"{lanes[0].width} lanes of a program that runs as it is"
-    cut = [own.segments for own in lanes if own.slots]
-    assert len(set(cut)) == len(cut), "two segments of one program in one executable, whose pool would be copied"
     packed = lanes[0].schema.options.platform != "cpu" if packed is None else packed
     staging = Staging(
         tuple(own.width for own in lanes),
@@ -151,9 +157,27 @@ def trace_executable(lanes: Sequence[Lanes], packed: bool | None = None) -> Trac
         tuple(own.slots if len(own.segments) > 1 else 0 for own in lanes),
         packed and all(map(can_pack, inputs)),
     )
+    states = States(
+        tuple(own.segments for own in lanes), tuple(own.segment for own in lanes), tuple(own.slots for own in lanes)
+    )
     returned = Returned(
         tuple(stacks(own.program.outputs, own.width) if own.is_last else None for own in lanes), copied=packed
     )
+    return Frame(staging, states, returned)
+
+
+def bundle_of(lanes: Sequence[Lanes]) -> Bundle:
+    steps = plan_lanes([(own.schema, own.program, own.width) for own in lanes], [held(own.schema) for own in lanes])
+    return steps[-1].bundle
+
+
+def executable_recipe(lanes: Sequence[Lanes], packed: bool | None) -> Jitted:
+    bundle = bundle_of(lanes)
+    as_it_is = lanes[0].schema.options.as_it_is
+    assert not as_it_is or lanes[0].width == 1, f"{lanes[0].width} lanes of a program that runs as it is"
+    cut = [own.segments for own in lanes if own.slots]
+    assert len(set(cut)) == len(cut), "two segments of one program in one executable, whose pool would be copied"
+    staging, states, returned = frame_of(lanes, packed)
 
     def serve(banks: Sequence[Sequence[Any]], kept: Any, written: Any, arguments: Any) -> tuple[list[Any], list[Any]]:
         given = staging.unpack(arguments)
@@ -167,10 +191,8 @@ def trace_executable(lanes: Sequence[Lanes], packed: bool | None = None) -> Trac
         return after, returned.pack(last)
 
     registers = [states.structs(places) for places in (states.kept, states.written)]
-    with J.precision_as_traced():
-        banks = [own.schema.structs(own.capacity) for own in lanes]
-        jitted, arguments = jax.jit(serve, donate_argnums=WRITTEN), (banks, *registers, staging.structs)
-        return Traced(bundle, staging, states, returned, jitted.trace(*arguments), jitted, arguments)
+    banks = [own.schema.structs(own.capacity) for own in lanes]
+    return Jitted(jax.jit(serve, donate_argnums=WRITTEN), (banks, *registers, staging.structs), (WRITTEN,))
 
 
 def stacks(values: Sequence[jax.ShapeDtypeStruct], width: int) -> tuple[jax.ShapeDtypeStruct, ...]:

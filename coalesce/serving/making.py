@@ -1,21 +1,33 @@
-"""How something is compiled: `make(jitted, arguments, donated)` is JAX's Compiled, for values or structs of arguments.
+"""How something is compiled: `make(recipe)` is JAX's Compiled.
 
-`donated` are the positions of arguments that `jitted` donates, for who takes it elsewhere.
+A recipe says what is to be compiled, and traces nothing before it is called: whoever compiles in another process has it
+traced and lowered there too, if it can be brought there. So recipes are partial functions of what coalesce.jaxpr's
+`dumps` takes, where that can be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-Make = Callable[[Any, tuple[Any, ...], tuple[int, ...]], Any]
+
+class Jitted(NamedTuple):
+    """A function of `jax.jit`, with values or structs of its arguments; `donated` are the positions of those that it
+    donates, for who takes it elsewhere."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    donated: tuple[int, ...] = ()
+
+
+Recipe = Callable[[], Jitted]
+Make = Callable[[Recipe], Any]
 
 
 # XLA times kernels on the device to choose among them: whoever is served there meanwhile would wait for these.
 UNTIMED: Mapping[str, Any] = {"xla_gpu_autotune_level": 0}
 
 
-def make_here(
-    jitted: Any, arguments: tuple[Any, ...], donated: tuple[int, ...] = (), options: Mapping[str, Any] | None = None
-) -> Any:
-    return jitted.lower(*arguments).compile(compiler_options=dict(options) if options else None)
+def make_here(recipe: Recipe, options: Mapping[str, Any] | None = None) -> Any:
+    jitted = recipe()
+    return jitted.function.lower(*jitted.arguments).compile(compiler_options=dict(options) if options else None)

@@ -5,7 +5,7 @@ It is a function of the tenant's raw weights alone, so that it can run on any th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,12 +13,18 @@ import jax.numpy as jnp
 
 from coalesce import jaxpr as J
 from coalesce.serving.fit import Fit
+from coalesce.serving.making import Jitted
 from coalesce.serving.schema import Schema
 
 
-def lay_out(schema: Schema, fit: Fit) -> Callable[[Sequence[Sequence[Any]]], list[jax.Array]]:
-    """The raw weights of each of the tenant's programs -> [1, ...] for each argument of the bank. It keeps none."""
-    prepares, sources = [program.prepare for program in fit.programs], fit.sources
+def rows_recipe(
+    schema: Schema,
+    prepares: Sequence[Any],
+    sources: Sequence[tuple[int, int]],
+    leaves: list[list[jax.ShapeDtypeStruct]],
+) -> Jitted:
+    """The raw weights of each of a tenant's programs, which `prepares` prepare -> [1, ...] for each argument of the
+    bank. `sources` as in `Fit`."""
 
     def rows(leaves: Sequence[Sequence[Any]]) -> list[jax.Array]:
         prepared = [
@@ -41,7 +47,7 @@ def lay_out(schema: Schema, fit: Fit) -> Callable[[Sequence[Sequence[Any]]], lis
         parts.append(jnp.zeros(slab.size - end, parts[0].dtype))
         return jnp.concatenate(parts)[None]
 
-    return jax.jit(rows)
+    return Jitted(jax.jit(rows), (leaves,))
 
 
 def leaves_of(fit: Fit) -> list[list[Any]]:

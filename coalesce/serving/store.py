@@ -24,8 +24,8 @@ from jax import lax
 from coalesce import jaxpr as J
 from coalesce.bank import default_device, on_device, prepare_key
 from coalesce.serving.fit import Fit
-from coalesce.serving.making import Make, make_here
-from coalesce.serving.rows import lay_out, leaves_of
+from coalesce.serving.making import Jitted, Make, make_here
+from coalesce.serving.rows import leaves_of, rows_recipe
 from coalesce.serving.schema import Schema
 
 Rows = list[jax.Array]  # [1, ...] for each argument of the bank
@@ -66,13 +66,11 @@ class Store:
         bank = [self.schema.structs(capacity)[i] for i in self._owned]
         rows = [self.schema.structs(1)[i] for i in self._owned]
         if capacity not in self._writers:
-            slot = jax.ShapeDtypeStruct((), np.int32)
-            self._writers[capacity] = self._make(jax.jit(write_rows, donate_argnums=0), (bank, rows, slot), (0,))
+            self._writers[capacity] = self._make(partial(writer_recipe, bank, rows))
         change = (self.capacity, capacity)
         if capacity > self.capacity and change not in self._growers:
             old = [self.schema.structs(self.capacity)[i] for i in self._owned]
-            grow = jax.jit(partial(grown, capacity=capacity))
-            self._growers[change] = [self._make(grow, (one,), ()) for one in old]
+            self._growers[change] = [self._make(partial(grower_recipe, one, capacity)) for one in old]
 
     def grow(self, capacity: int) -> None:
         """Make room for more tenants; each keeps its slot. One array after the other, so that few lie twice."""
@@ -101,7 +99,20 @@ def blank(structs: Sequence[jax.ShapeDtypeStruct], make: Make) -> list[jax.Array
     the copy."""
     if default_device().platform == "cpu":
         return [jax.device_put(np.zeros(s.shape, s.dtype), may_alias=False) for s in structs]
-    return make(jax.jit(lambda: [jnp.zeros(s.shape, s.dtype) for s in structs]), (), ())()
+    return make(partial(blank_recipe, structs))()
+
+
+def blank_recipe(structs: Sequence[jax.ShapeDtypeStruct]) -> Jitted:
+    return Jitted(jax.jit(lambda: [jnp.zeros(s.shape, s.dtype) for s in structs]), ())
+
+
+def writer_recipe(bank: list[jax.ShapeDtypeStruct], rows: list[jax.ShapeDtypeStruct]) -> Jitted:
+    slot = jax.ShapeDtypeStruct((), np.int32)
+    return Jitted(jax.jit(write_rows, donate_argnums=0), (bank, rows, slot), (0,))
+
+
+def grower_recipe(old: jax.ShapeDtypeStruct, capacity: int) -> Jitted:
+    return Jitted(jax.jit(partial(grown, capacity=capacity)), (old,))
 
 
 def write_rows(bank: list[jax.Array], rows: Rows, slot: Any) -> list[jax.Array]:
@@ -124,7 +135,9 @@ class Preparer:
         leaves = [on_device(own) for own in leaves_of(fit)]
         with J.precision_as_traced():
             if key not in self._compiled:
-                self._compiled[key] = self._make(lay_out(self.schema, fit), (leaves,), ())
+                structs = [[J.aval_struct(jax.typeof(x)) for x in own] for own in leaves]
+                prepares = tuple(program.prepare for program in fit.programs)
+                self._compiled[key] = self._make(partial(rows_recipe, self.schema, prepares, fit.sources, structs))
             return self._compiled[key](leaves)
 
 
