@@ -96,6 +96,7 @@ def add_tune(commands: Any) -> None:
     command.add_argument("--workers", type=int, default=0, help="processes that compile at once (default: this one)")
     command.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after so many")
     command.add_argument("--force", action="store_true", help="measure again what is known")
+    command.add_argument("--company", action="store_true", help="also measure the best beside another launch (GPU)")
     command.add_argument("--kernels", metavar="NAMES", help="measure only these, with commas between (default: all)")
     command.add_argument(
         "--show", nargs="?", const="", metavar="FILE", help="print a database; what fuse uses, if no file is given"
@@ -147,7 +148,7 @@ def tuned(options: argparse.Namespace) -> None:
     kernels = options.kernels.split(",") if options.kernels else []
     if unknown := sorted(set(kernels) - set(KERNELS)):
         raise UsageError(f"there is no kernel {unknown[0]!r}; there are {', '.join(KERNELS)}")
-    limits = {"workers": options.workers, "seconds": options.seconds, "force": options.force}
+    limits = {name: getattr(options, name) for name in ("workers", "seconds", "force", "company")}
     database = tune(source, out, kernels=kernels, **limits)
     if not database.entries:
         raise TuningError("nothing was measured, so nothing was written")

@@ -26,11 +26,12 @@ def concurrent(cell: Cell) -> Configurations:
     """All tenants in one program whose independent kernels XLA may run side by side, as branches of a CUDA graph."""
     if jax.default_backend() != "gpu":
         raise CannotRun("needs a GPU: command buffers are CUDA graphs")
-    for also in ("", ",CONVOLUTION"):  # convolutions cut a command buffer, unless XLA may record them too
-        options = {**cell.options[0], "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
-        if also:
-            options[COMMANDS] = options.get(COMMANDS, "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL") + also
-        yield options, partial(methods.one_program, cell.tenants, options)
+    options = {**cell.options[0], "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+    recorded = options.get(COMMANDS, "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL")
+    # Convolutions cut a command buffer, unless XLA records them too, which not all of them allow.
+    for also in [recorded] if "CONVOLUTION" in recorded else [recorded, f"{recorded},CONVOLUTION"]:
+        tried = {**options, COMMANDS: also}
+        yield tried, partial(methods.one_program, cell.tenants, tried)
 
 
 def vmap(cell: Cell) -> Configurations:

@@ -9,7 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from coalesce.measuring.profile import Launch as Launch, launches as launches, traced as traced
+from coalesce.measuring.profile import (
+    Launch as Launch,
+    launches as launches,
+    span as span,
+    total as total,
+    traced as traced,
+)
 
 PAUSE_S = 0.04  # with the device idle, between two runs of a trace; a host is rarely this slow to dispatch a round
 
@@ -75,11 +81,6 @@ def lines(launches: Sequence[Launch], rounds: int) -> list[Line]:
     return sorted(found, key=lambda line: (-line.us, line.name))
 
 
-def total(launches: Sequence[Launch]) -> float:
-    """Microseconds, of all launches."""
-    return sum(launch.us for launch in launches)
-
-
 def gaps(launches: Sequence[Launch]) -> list[Line]:
     """Where the device stands idle between launches, ordered by start: what it waits for, and how long each time."""
     found: list[Line] = []
@@ -89,8 +90,3 @@ def gaps(launches: Sequence[Launch]) -> list[Line]:
             found.append(Line(launch.name, 1, launch.start_us - end))
         end = max(end, launch.start_us + launch.us)
     return found
-
-
-def span(launches: Sequence[Launch]) -> float:
-    """Microseconds from the start of the first launch to the end of the last."""
-    return max(launch.start_us + launch.us for launch in launches) - launches[0].start_us

@@ -1,6 +1,7 @@
 """`tune` from programs to a database, and from a database to kernels and blocks in a fused program."""
 
 import contextlib
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,8 @@ from coalesce.measuring import (
     tune as tune_module,
 )
 from coalesce.measuring.case import cases
-from coalesce.measuring.measure import bank_count, entry_of, measure
-from coalesce.measuring.profile import between_marks, kernels_us, Launch, MARK
+from coalesce.measuring.measure import bank_count, entry_of, measure, worth_trying
+from coalesce.measuring.profile import between_marks, kernels_us, Launch, MARK, span, total
 from coalesce.measuring.tune import tune
 from coalesce.tuning import Database, Entry, load, packaged
 from tests.alone import array
@@ -143,7 +144,9 @@ def test_all_kernels_of_a_case_do_the_same_work(place):
 
 def test_kernels_between_marks_belong_to_one_run():
     names = [("a", 1.0), ("b", 2.0), (f"{MARK}_0", 9.0), (MARK, 9.0), ("a", 4.0), (MARK, 9.0), ("left over", 5.0)]
-    assert between_marks([Launch(name, float(i), us) for i, (name, us) in enumerate(names)]) == [3.0, 0.0, 4.0]
+    found = between_marks([Launch(name, float(i), us) for i, (name, us) in enumerate(names)])
+    assert [total(own) for own in found] == [3.0, 0.0, 4.0] and span(found[1]) == 0.0
+    assert span([Launch("a", 10.0, 5.0), Launch("b", 11.0, 2.0), Launch("c", 14.0, 3.0)]) == 7.0  # they overlap
 
 
 def test_making_the_operands_does_not_count(monkeypatch):
@@ -195,7 +198,7 @@ def test_weights_come_from_memory():
 def test_on_a_gpu_each_run_reads_another_bank_and_xla_compiles_alone(monkeypatch):
     """The profiler and the device apart, which are not here."""
     (case, _) = cases(abstract(), "device")
-    held, compiled, results = [], [], []
+    held, compiled, results, measures = [], [], [], []
 
     class Lock(contextlib.AbstractContextManager):
         def __enter__(self):
@@ -204,12 +207,13 @@ def test_on_a_gpu_each_run_reads_another_bank_and_xla_compiles_alone(monkeypatch
         def __exit__(self, *_):
             held.clear()
 
-    def compile_one(case, kernel, blocks):
+    def compile_one(case, kernel, blocks, count):
         compiled.append((kernel, bool(held)))
-        return None if kernel == "separate" else compiled_or_none(case, kernel, blocks)
+        return None if kernel == "separate" else compiled_or_none(case, kernel, blocks, count)
 
-    def kernels_us(programs, operands):
+    def kernels_us(programs, operands, measure):
         assert held
+        measures.append(measure)
         results.extend([program(turn, operands()) for program in programs for turn in (0, 1)])
         return [float(i) for i in range(len(programs))]
 
@@ -220,8 +224,13 @@ def test_on_a_gpu_each_run_reads_another_bank_and_xla_compiles_alone(monkeypatch
     tried = [("batched_dot", None), ("separate", None), ("indexed_gemm", BLOCKS)]
     assert measure(case, tried, Lock()) == {"indexed_gemm 16x32x16 w4 s3": 0.0, "batched_dot": 1.0, "separate": None}
     assert compiled == [("indexed_gemm", False), ("batched_dot", True), ("separate", True)]
-    tiled, *_, xla = results
+    (tiled,), *_, (xla,) = results
     assert tiled.shape == xla.shape == (3, 1, 16, 8)
+    results.clear()
+    assert measure(case, tried, Lock(), beside=True) == {
+        **{"indexed_gemm 16x32x16 w4 s3": 0.0, "batched_dot": 0.5, "separate": None}  # half of both
+    }
+    assert measures == [total, span] and [len(result) for result in results] == [2] * 4
 
 
 def test_what_did_not_run_is_kept_as_such(monkeypatch):
@@ -261,6 +270,36 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len(measured) == 3
     tune(abstract, out, force=True, say=said.append)
     assert len(measured) == 5
+
+
+def test_company_is_measured_once_and_of_what_may_win(tmp_path, monkeypatch):
+    out, said, measured = tmp_path / "tuned.json", [], []
+
+    def times(case, tried, lock=None, beside=False):
+        measured.append((case.op.kind, beside))
+        return {name: 10.0 / (i + 1) if beside else i + 1.0 for i, (name, _) in enumerate(tried)}
+
+    monkeypatch.setattr(tune_module, "measure", times)
+    with pytest.raises(TuningError, match="on a GPU alone"):
+        tune(abstract, out, company=True, say=said.append)
+    monkeypatch.setattr(tune_module, "on_a_gpu", lambda: True)
+    before = tune(abstract, out, say=said.append)
+    after = tune(abstract, out, company=True, say=said.append)
+    assert measured == [("dot", False), ("conv", False), ("dot", True), ("conv", True)]
+    tune(abstract, out, company=True, say=said.append)
+    assert len(measured) == 4 and load(out) == after
+    for key, entry in after.entries.items():
+        assert replace(entry, company={}) == before.entries[key]  # what was measured alone stays
+        assert entry.company[entry.kernel] == 10.0 and len(entry.company) == len(entry.tried)
+    tune(abstract, out, company=True, force=True, say=said.append)
+    assert measured[4:] == [("dot", False), ("dot", True), ("conv", False), ("conv", True)]
+
+
+def test_the_fastest_few_and_one_of_each_kernel_may_win():
+    times = {f"indexed_gemm 16x16x{k} w4 s2": float(k) for k in (16, 32, 64, 128, 256, 512, 1024)}
+    few = worth_trying({"separate": None, "batched_dot": 1e4, "batched_matvec": 1e3, **times})
+    assert [kernel for kernel, _ in few] == ["indexed_gemm"] * 6 + ["batched_dot", "batched_matvec"]
+    assert [blocks.k for _, blocks in few if blocks] == [16, 32, 64, 128, 256, 512]
 
 
 def test_what_cannot_be_measured_is_said_and_left_out(tmp_path, monkeypatch):

@@ -47,7 +47,8 @@ def database(*widths, op=DOT, entry=ENTRY, rows=1):
 
 
 def test_what_is_saved_is_loaded(tmp_path):
-    both = database(16).over(database(4, op=IMAGE, entry=Entry("separate", 3.0, company_us=4.0)))
+    beside = Entry("separate", 3.0, company={"separate": 4.0, "batched_dot": None})
+    both = database(16).over(database(4, op=IMAGE, entry=beside))
     save(both, tmp_path / "new" / "tuned.json")
     assert load(tmp_path / "new" / "tuned.json") == both
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["tuned.json"]
@@ -212,7 +213,8 @@ def test_candidates_elsewhere():
 
 def test_table(golden):
     older = Database({Key(GPU, VERSION - 1, key_of(IMAGE, 4, 2, GPU).op, 4, 2): Entry("separate", 3.0)})
-    golden(table(database(16).over(older)))
+    company = {f"indexed_gemm {LARGE}": 16.0, f"indexed_gemm {SMALL}": 12.0, "separate": None}
+    golden(table(database(16).over(database(2, entry=replace(ENTRY, company=company))).over(older)))
 
 
 def test_without_a_home_there_is_what_comes_along(monkeypatch):

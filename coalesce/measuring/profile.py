@@ -54,10 +54,23 @@ def launches(data: Any) -> Iterator[Launch]:
                 yield from (Launch(event.name, event.start_ns / 1e3, event.duration_ns / 1e3) for event in line.events)
 
 
+def total(launches: Sequence[Launch]) -> float:
+    """Microseconds, of all launches."""
+    return sum((launch.us for launch in launches), 0.0)
+
+
+def span(launches: Sequence[Launch]) -> float:
+    """Microseconds from the start of the first launch, by which they are ordered, to the end of the last."""
+    return max(launch.start_us + launch.us for launch in launches) - launches[0].start_us if launches else 0.0
+
+
 def kernels_us(
-    programs: Sequence[Callable[[int, Any], Any]], operands: Callable[[], Any], rounds: int = 5
+    programs: Sequence[Callable[[int, Any], Any]],
+    operands: Callable[[], Any],
+    rounds: int = 5,
+    measure: Callable[[Sequence[Launch]], float] = total,
 ) -> list[float]:
-    """The median, for each program, of what the kernels of a run take together.
+    """The median, for each program, of what the kernels of a run take together, or of another measure of them.
 
     Args:
       programs: each gets the number of the run, and what `operands` has just made.
@@ -73,23 +86,23 @@ def kernels_us(
             jax.block_until_ready(mark())
             jax.block_until_ready(programs[i % len(programs)](i, made))
             jax.block_until_ready(mark())
-    times = between_marks(found)
+    times = [measure(own) for own in between_marks(found)]
     if len(times) != 2 * runs:
         raise TuningError(f"the profiler's trace has {len(times)} marks for {runs} runs, two for each; try again")
     return [median(times[1::2][i :: len(programs)]) for i in range(len(programs))]
 
 
-def between_marks(found: Sequence[Launch]) -> list[float]:
-    """Microseconds before each mark, from the mark before it."""
-    times: list[float] = []
-    us = 0.0
+def between_marks(found: Sequence[Launch]) -> list[list[Launch]]:
+    """What was launched before each mark, since the mark before it."""
+    runs: list[list[Launch]] = []
+    own: list[Launch] = []
     for launched in found:
         if MARK in launched.name:
-            times.append(us)
-            us = 0.0
+            runs.append(own)
+            own = []
         else:
-            us += launched.us
-    return times
+            own.append(launched)
+    return runs
 
 
 def marker() -> Callable[[], Any]:

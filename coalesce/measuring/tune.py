@@ -11,10 +11,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed, ProcessPoolExecutor
+from dataclasses import replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -22,13 +23,30 @@ from coalesce.bank import default_device
 from coalesce.errors import TuningError
 from coalesce.kernels.mosaic import on_hopper
 from coalesce.measuring.case import Case, cases
-from coalesce.measuring.measure import entry_of, measure, Times
+from coalesce.measuring.measure import entry_of, measure, on_a_gpu, rounded, Times, worth_trying
 from coalesce.program import Program
 from coalesce.tuning import Database, Entry, load, packaged, save, user_file
 from coalesce.tuning.candidates import candidates
 from coalesce.tuning.show import op_name, rivals
 
 Source = Callable[[], Sequence[Program]]  # with workers: hashable, and picklable
+
+
+class Task(NamedTuple):
+    """A case to measure, by its number."""
+
+    case: int
+    kernels: tuple[str, ...]
+    company: bool
+    known: Times | None  # what its candidates took alone
+
+
+class Measured(NamedTuple):
+    alone: Times
+    company: Times
+
+
+Results = Iterator[tuple[int, Measured | str]]
 
 
 def on_stderr(line: str) -> None:
@@ -43,6 +61,7 @@ def tune(
     seconds: float = math.inf,
     force: bool = False,
     kernels: Sequence[str] = (),
+    company: bool = False,
     say: Callable[[str], None] = on_stderr,
 ) -> Database:
     """The database of the file `out`, with entries for what the programs of `source` run on the default device.
@@ -52,22 +71,34 @@ def tune(
       seconds: no case is begun after so many.
       force: measure again what is known.
       kernels: measure only these of the candidates; all, if none are given.
+      company: also measure the best of them beside another launch, where that is not known.
+
+    Raises:
+      TuningError: the file is no database or cannot be written; or there is no GPU, without which nothing has company.
     """
+    if company and not on_a_gpu():
+        raise TuningError("kernels run beside another on a GPU alone; leave --company out")
     start = time.time()
     database = at(out)
     # What is packaged stands behind the user's own file, and behind no other.
     known = (database.over(packaged()) if out == user_file() else database).entries
     everything = cases_of(source)
-    todo = [i for i, case in enumerate(everything) if force or case.key not in known]
+    found = {i: None if force else known.get(case.key) for i, case in enumerate(everything)}
+    todo = [
+        Task(i, tuple(kernels), company, {**entry.tried} if entry else None)
+        for i, entry in found.items()
+        if entry is None or (company and not entry.company)
+    ]
     say(f"{len(everything)} cases on {default_device().device_kind}, {len(everything) - len(todo)} of them known")
     results = at_once if workers else in_turn
-    for done, (i, times) in enumerate(results(source, todo, start + seconds, workers, tuple(kernels)), start=1):
+    for done, (i, times) in enumerate(results(source, todo, start + seconds, workers), start=1):
         case = everything[i]
         left = (time.time() - start) / done * (len(todo) - done)
         where = f"{done}/{len(todo)}, {left / 60:.0f} min left"
-        if isinstance(times, str) or (entry := entry_of(case, times)) is None:
+        if isinstance(times, str) or (entry := found[i] or entry_of(case, times.alone)) is None:
             say(f"[{where}] {case_name(case)}: {times if isinstance(times, str) else 'no candidate ran'}")
             continue
+        entry = replace(entry, company=rounded(times.company))
         database = at(out).with_entry(case.key, entry)  # another run may have written meanwhile
         save(database, out)
         say(f"[{where}] {line(case, entry)}")
@@ -93,36 +124,35 @@ def cases_of(source: Source) -> list[Case]:
     return cases(source(), default_device().device_kind)
 
 
-def candidate_times(source: Source, i: int, kernels: Sequence[str], lock: Any = None) -> Times | str:
+def candidate_times(source: Source, task: Task, lock: Any = None) -> Measured | str:
     """What the candidates of a case took, or why they could not be measured."""
-    case = cases_of(source)[i]
-    everything = candidates(case.op, case.key.width, case.key.rows, jax.default_backend(), on_hopper(default_device()))
-    tried = [one for one in everything if not kernels or one[0] in kernels]
+    case = cases_of(source)[task.case]
+    platform, hopper = jax.default_backend(), on_hopper(default_device())
+    everything = candidates(case.op, case.key.width, case.key.rows, platform, hopper)
+    tried = [one for one in everything if not task.kernels or one[0] in task.kernels]
     if not tried:
-        return f"not measured: {', '.join(kernels)} cannot run it"
+        return f"not measured: {', '.join(task.kernels)} cannot run it"
     try:
-        return measure(case, tried, lock)
+        alone = task.known if task.known is not None else measure(case, tried, lock)
+        few = worth_trying(alone) if task.company else []
+        return Measured(alone, measure(case, few, lock, beside=True) if few else {})
     except (jax.errors.JaxRuntimeError, TuningError) as e:  # such as: operands that memory does not hold
         return f"not measured: {str(e).splitlines()[0]}"
 
 
-def in_turn(
-    source: Source, todo: Sequence[int], until: float, workers: int, kernels: Sequence[str]
-) -> Iterator[tuple[int, Times | str]]:
-    for i in todo:
+def in_turn(source: Source, todo: Sequence[Task], until: float, workers: int) -> Results:
+    for task in todo:
         if time.time() > until:
             return
-        yield i, candidate_times(source, i, kernels)
+        yield task.case, candidate_times(source, task)
 
 
-def at_once(
-    source: Source, todo: Sequence[int], until: float, workers: int, kernels: Sequence[str]
-) -> Iterator[tuple[int, Times | str]]:
+def at_once(source: Source, todo: Sequence[Task], until: float, workers: int) -> Results:
     context = get_context("spawn")  # what has touched a GPU must not fork
     # A process for each case: one keeps the memory of the device that it had, and VGG-16 has 3 GB in several layouts.
     with context.Manager() as manager, ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
         lock = manager.Lock()
-        begun = {pool.submit(unless_late, source, i, until, kernels, lock): i for i in todo}
+        begun = {pool.submit(unless_late, source, task, until, lock): task.case for task in todo}
         try:
             for future in as_completed(begun):
                 if not future.cancelled() and (times := future.result()) is not None:
@@ -133,5 +163,5 @@ def at_once(
             pool.shutdown(cancel_futures=True)  # what waits; an interrupt ends what runs
 
 
-def unless_late(source: Source, i: int, until: float, kernels: Sequence[str], lock: Any) -> Times | str | None:
-    return candidate_times(source, i, kernels, lock) if time.time() <= until else None
+def unless_late(source: Source, task: Task, until: float, lock: Any) -> Measured | str | None:
+    return candidate_times(source, task, lock) if time.time() <= until else None

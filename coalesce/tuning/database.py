@@ -105,10 +105,14 @@ def save(database: Database, path: Path) -> None:
 
 def row(key: Key, entry: Entry) -> dict[str, Any]:
     """An entry as JSON, without what it does not have."""
-    tried = {name: us for name, us in sorted(entry.tried.items(), key=lambda item: (item[1] is None, item[1], item[0]))}
     blocks = str(entry.blocks) if entry.blocks else None
-    fields = {**asdict(key), **asdict(entry), "blocks": blocks, "tried": tried}
+    times = {"tried": fastest_first(entry.tried), "company": fastest_first(entry.company)}
+    fields = {**asdict(key), **asdict(entry), "blocks": blocks, **times}
     return {name: value for name, value in fields.items() if value not in (None, "", {})}
+
+
+def fastest_first(times: Mapping[str, float | None]) -> dict[str, float | None]:
+    return dict(sorted(times.items(), key=lambda item: (item[1] is None, item[1], item[0])))
 
 
 def entry_of(row: Mapping[str, Any]) -> tuple[Key, Entry]:
@@ -116,10 +120,7 @@ def entry_of(row: Mapping[str, Any]) -> tuple[Key, Entry]:
     key = Key(str(row["device"]), int(row["version"]), str(row["op"]), int(row["width"]), int(row["rows"]))
     if min(key.width, key.rows) < 1:
         raise ValueError(f"width {key.width} and rows {key.rows} must be 1 at least")
-    tried = {str(name): None if us is None else float(us) for name, us in row.get("tried", {}).items()}
-    for name in tried:
-        named(name)
-    company = row.get("company_us")
+    tried, company = times_of(row.get("tried", {})), times_of(row.get("company", {}))
     entry = Entry(
         kernel=str(row["kernel"]),
         us=float(row["us"]),
@@ -127,6 +128,12 @@ def entry_of(row: Mapping[str, Any]) -> tuple[Key, Entry]:
         tried=tried,
         epilogue=str(row.get("epilogue", "")),
         jax=str(row.get("jax", "")),
-        company_us=None if company is None else float(company),
+        company=company,
     )
     return key, entry
+
+
+def times_of(found: Mapping[str, Any]) -> dict[str, float | None]:
+    for name in found:
+        named(name)
+    return {str(name): None if us is None else float(us) for name, us in found.items()}

@@ -36,7 +36,7 @@ class Entry:
     tried: Mapping[str, float | None] = field(default_factory=dict)  # every candidate, the winner too
     epilogue: str = ""  # the elementwise work that was measured with it: names of primitives
     jax: str = ""  # the version of JAX
-    company_us: float | None = None  # beside another kernel; None: not measured
+    company: Mapping[str, float | None] = field(default_factory=dict)  # of some of those tried, beside another launch
 
     def best(self, kernel: str) -> tuple[Blocks | None, float] | None:
         """(blocks, microseconds) of the fastest candidate of a kernel."""
