@@ -54,7 +54,7 @@ class Requests:
     def submit(self, requests: Iterable[Request], start: Start, now_ns: int) -> None:
         """`start` is when the device can begin with them."""
         queues, watch, lanes, closed = self._queues, self._watch, self.lanes, self.closed
-        admission, accounts, excess_of, admit = self._admission, self._accounts, self._shares.excess, self._admission.admit
+        admission, accounts, excess_of = self._admission, self._accounts, self._shares.excess
         suspected, before, queue = watch.standings, None, None
         for request in requests:
             number, name, family, _, deadline_ns, priority = request
@@ -68,7 +68,7 @@ class Requests:
                 before, queue = kind, queues.first(*kind)
             excess = excess_of(account, now_ns)
             queue.note_arrival(now_ns, excess)
-            refused = admit(request, account, queue, excess, start, now_ns)
+            refused = admission.admit(request, account, queue, excess, start, now_ns)
             if refused is None:
                 account.waiting += 1
                 account.pending += 1
