@@ -325,13 +325,13 @@ class Refusing(Coalescing):
 def test_who_is_refused_is_told_though_what_is_done_with_it_hangs_or_raises(hangs: bool, caplog):
     stuck = threading.Event()
 
-    def want(_: Want) -> None:
+    def wants(want: Want) -> None:
         if hangs:
             stuck.wait()
         raise ZeroDivisionError
 
     served = Served(FakeMachine(), policy=Refusing(), hang_s=0.2)
-    served.maker.want = want
+    served.maker.want = wants
     with caplog.at_level(logging.CRITICAL, "coalesce.runtime"):
         replies = [served.submit("t1", 1), served.submit("t0", 0)]
         assert not wait(replies, 10).not_done

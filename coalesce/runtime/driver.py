@@ -241,7 +241,7 @@ class Driver:
         commands = self._policy.on_event(event, now_ns)
         self._observers.decided(event, now_ns, commands)
         refused = [command for command in commands if type(command) is Reject]
-        stopped = self._stop(refused) if refused else []
+        stopped = self._stop(refused) if refused else {}
         for command in commands:
             if type(command) is not Reject:
                 self._does[type(command)](command, now_ns)
