@@ -86,7 +86,7 @@ class Admission:
         self, request: Request, queue: Queue, start: Start, over: bool, careful: bool, now_ns: int
     ) -> bool:
         level, items, due_ns = queue.level, queue.items, request.deadline_ns
-        if start.is_idle and not queue.lot and not any([own.order for own in (level, *level.above)]):
+        if start.is_idle and not level.order and not queue.lot and not any([own.order for own in level.above]):
             return start.free_ns + queue.costs.alone.l50_ns <= due_ns
         kept_ns = kept(due_ns - now_ns, queue, False) if over and queue.lot else 0
         is_last = not items or items[-1] < (due_ns, request.id)

@@ -29,14 +29,11 @@ def pace_of(queue: Queue, kinds: int) -> Pace:
 
 
 class Limit(NamedTuple):
-    """Of a run whose head was promised to be in time."""
+    """Of a run whose head was promised to be in time: with so much of what may go wrong, no longer than that."""
 
     left_ns: int  # until it is due
     slip_ns: float  # by how much the run may begin later
     risk: float  # how much of what may go wrong counts
-
-    def allows(self, option: Option) -> bool:
-        return option.mostly_ns + self.risk * hypot(option.slip_ns, self.slip_ns) <= self.left_ns
 
 
 NONE = Limit(FAR, 0.0, 0.0)
@@ -55,21 +52,22 @@ def hoped(
 
     Of these, `taken` have a place already; with them that have one then.
     """
-    per_ns, most = pace
+    (per_ns, most), (left_ns, slip_ns, risk) = pace, limit
     coming = int(until_ns * per_ns * MORE) - taken
     lanes = waiting
     if coming > 0:
         lanes = waiting + coming if waiting + coming < most else most
         lanes = lanes if lanes > waiting else waiting
-    width = option.width
+    width = best_width = option.width
     best, best_ns = option, option.mostly_ns / (width if width < lanes else lanes)
-    for wider in options:
+    for wider in options if options[-1].width > width else ():
         wide = wider.width
         if wide > width:
-            lane_ns = wider.mostly_ns / (wide if wide < lanes else lanes)
-            if lane_ns <= best_ns and limit.allows(wider):
-                best, best_ns = wider, lane_ns
-    placed = (best.width if best.width < lanes else lanes) - waiting
+            mostly_ns = wider.mostly_ns
+            lane_ns = mostly_ns / (wide if wide < lanes else lanes)
+            if lane_ns <= best_ns and mostly_ns + risk * hypot(wider.slip_ns, slip_ns) <= left_ns:
+                best, best_ns, best_width = wider, lane_ns, wide
+    placed = (best_width if best_width < lanes else lanes) - waiting
     return best, taken + placed if placed > 0 else taken
 
 
@@ -84,13 +82,13 @@ def most_lanes(queue: Queue, per_ns: float) -> int:
     slo_ns, uneven = queue.costs.slo_ns, 2 * queue.others.per_ns < per_ns
     found, best = 1, 0.0
     for option in queue.costs.options:
-        run_ns = option.through_ns
+        width, run_ns = option.width, option.through_ns
         come = (run_ns if run_ns < slo_ns - run_ns else slo_ns - run_ns) * per_ns
-        served = (option.width if option.width <= come else come) / run_ns
+        served = (width if width <= come else come) / run_ns
         if uneven and 2 * run_ns > slo_ns:
             served -= served / MARKEDLY
         if served >= best:
-            found, best = option.width, served
+            found, best = width, served
     return found
 
 

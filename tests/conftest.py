@@ -27,7 +27,7 @@ import jax
 import pytest
 from hypothesis import settings
 
-from tests.annotations import check_all
+from tests.annotations import check_again, check_all
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -66,6 +66,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
     if config.getoption("--xla") == "cheap" and jax.default_backend() == "cpu":
         compile_cheaply()
+
+
+def pytest_runtest_setup() -> None:
+    check_again()
 
 
 def pytest_collection_finish() -> None:

@@ -1,5 +1,6 @@
 """What tests/annotations.py has checked as the others run is checked: functions, methods and what dataclasses hold."""
 
+import inspect
 import random
 from typing import Any
 
@@ -9,6 +10,7 @@ from beartype.roar import BeartypeCallHintViolation
 from coalesce.bank import places_by_tenant
 from coalesce.costs import Costs, device_of
 from coalesce.slab import Slab
+from tests.annotations import check_again, FIRST
 
 pytestmark = pytest.mark.once
 WRONG: Any = 3
@@ -27,6 +29,20 @@ def test_so_is_one_of_a_method():
 def test_so_is_a_dataclass_that_holds_something_else():
     with pytest.raises(BeartypeCallHintViolation, match=r"Slab.__init__.* size='3' "):
         Slab((0,), (0,), size=str(WRONG))  # pyright: ignore[reportArgumentType]
+
+
+def test_the_first_calls_of_each_test_are_checked():
+    for _ in range(FIRST):
+        places_by_tenant([])
+    with pytest.raises(TypeError, match="not iterable"):
+        places_by_tenant(WRONG)
+    check_again()  # as before each test
+    test_a_call_that_breaks_an_annotation_is_an_error()
+
+
+def test_a_function_looks_as_it_is_written():
+    assert list(inspect.signature(places_by_tenant).parameters) == ["arrays"]
+    assert str(places_by_tenant.__code__.co_filename).endswith("bank.py")
 
 
 def test_checking_draws_nothing_where_others_draw():

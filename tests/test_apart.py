@@ -6,8 +6,10 @@ import logging
 import math
 import operator
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -19,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coalesce.errors import TraceError
-from coalesce.runtime import apart, gil
+from coalesce.errors import Shutdown, TraceError
+from coalesce.runtime import apart, gil, tenancy
 from coalesce.runtime.apart import Apart, exported, WANTED
 from coalesce.runtime.compiler import settings
 from coalesce.runtime.gil import EAGER_S, GIVEN_S, giving_way, handing_on, LATELY_S, NAP_S
 from coalesce.runtime.runtime import Runtime
-from coalesce.serving import executable
+from coalesce.serving import executable, schema
 from coalesce.serving.making import Jitted, Recipe
 from tests.serving import fit_of, serve
 
@@ -87,20 +89,35 @@ def what(x: Any) -> str:
     return str(x.__module__) if isinstance(x, FunctionType) else ""
 
 
-def test_while_others_are_served_it_is_compiled_elsewhere(wanted, caplog):
+def doubled(params: Any, x: jax.Array) -> jax.Array:
+    return jax.nn.relu(net(params, x)) * 2  # a call with derivatives of its own
+
+
+def test_while_others_are_served_it_is_planned_and_compiled_elsewhere(wanted, caplog, monkeypatch):
     """Also what is cut into segments, whose registers are donated. A compiler that dies is done without."""
+    here = list[str]()
+
+    def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given: here.append(name) or function(*given)
+
+    monkeypatch.setattr(tenancy, "normalise", noting("normalise", tenancy.normalise))
+    monkeypatch.setattr(schema, "plan_lanes", noting("plan", schema.plan_lanes))
+    monkeypatch.setattr(executable, "plan_lanes", noting("plan", executable.plan_lanes))
     with caplog.at_level(logging.INFO, "coalesce.runtime"), Runtime(widths=(1, 2), segments=2, compiled=False) as rt:
         own = rt._process.apart
         rt.add_tenant("first", net, params_of(0), example=(row(0),), slo=SLO)
         assert own._process is None  # nobody was served meanwhile
         check(rt, "first", net, 0)
-        rt.add_tenant("second", net, params_of(1), example=(row(0),), slo=SLO)
+        assert {"normalise", "plan"} == set(here)
+        here.clear()
+        rt.add_tenant("second", doubled, params_of(1), example=(row(0),), slo=SLO)
         rt.warm_up(120.0)
+        assert not here
         process = own._process
         assert process is not None and process.poll() is None
         assert not any("where it is served" in r.getMessage() for r in caplog.records)
         check(rt, "first", net, 0)
-        check(rt, "second", net, 1)
+        check(rt, "second", doubled, 1)
         rt.add_tenant("calls", calls_back, params_of(2), example=(row(0),), slo=SLO)
         assert any("compiled where it is served" in r.getMessage() for r in caplog.records)
         check(rt, "calls", calls_back, 2)
@@ -108,6 +125,7 @@ def test_while_others_are_served_it_is_compiled_elsewhere(wanted, caplog):
         rt.add_tenant("third", lambda p, x: net(p, x) + 1, params_of(3), example=(row(0),), slo=SLO)
         assert any("no compiler in a process of its own" in r.getMessage() for r in caplog.records)
         check(rt, "third", lambda p, x: net(p, x) + 1, 3)
+        assert {"normalise", "plan"} == set(here)
     assert process.poll() is not None
 
 
@@ -165,6 +183,47 @@ def test_what_serves_is_planned_traced_and_lowered_elsewhere_too_to_the_same_exe
     finally:
         own.close()
     assert own.call(operator.truediv, 1, 2) is None
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="processes cannot be stopped here")
+def test_a_compiler_that_hangs_keeps_nobody_waiting_for_ever_and_leaves_nothing_behind(monkeypatch, caplog):
+    """One that takes what is left is started anew first, as where nothing is left; so is none after `close`."""
+    monkeypatch.setattr(apart, "STARVED_S", 0.05)
+    monkeypatch.setattr(apart, "STUCK_S", 0.05)
+    started, seen = apart.started, list[subprocess.Popen[bytes]]()
+
+    def stopped(idle: bool) -> subprocess.Popen[bytes]:
+        seen.append(started(idle))
+        os.kill(seen[-1].pid, signal.SIGSTOP)
+        return seen[-1]
+
+    monkeypatch.setattr(apart, "started", stopped)
+    own = Apart()
+    with caplog.at_level(logging.INFO, "coalesce.runtime"):
+        assert own.call(operator.truediv, 1, 2) is None
+    assert "it did nothing for 0.05 s" in caplog.text and own.call(operator.truediv, 1, 2) is None
+    assert len(seen) == 1 + hasattr(os, "SCHED_IDLE")
+    own.close()
+    monkeypatch.setattr(apart, "STUCK_S", 60.0)
+    monkeypatch.setattr(apart, "STARVED_S", 60.0)
+    other, raised = Apart(), list[Exception]()
+
+    def wait() -> None:
+        try:
+            other.call(operator.truediv, 1, 2)
+        except Exception as e:
+            raised.append(e)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    while other._process is None:
+        waiting.join(0.01)
+    other.close()
+    waiting.join(60)
+    assert [type(e) for e in raised] == [Shutdown] and not waiting.is_alive()
+    for process in seen:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(process.pid, os.WNOHANG)
 
 
 def check_left_here(own: Apart, recipe: Recipe, monkeypatch: Any, caplog: Any) -> None:

@@ -31,6 +31,7 @@ def test_operations_are_those_they_are_named_after():
     }
 
 
+@pytest.mark.once  # kernels that tests of their own run on both interpreters
 @pytest.mark.parametrize("op", [dot(20, 24, 18, "float32"), conv(5, 8, "float32")])
 def test_every_setting_computes_all_problems(op):
     draw = partial(jax.random.normal, dtype="float32")

@@ -33,23 +33,25 @@ def cases(draw: st.DrawFn, ops: int, families: int = 2, dtypes: Sequence[Any] = 
     return case_of(pick, found)
 
 
-@fewer(0.6)
-@given(cases(ops=4))
-def test_each_tenant_gets_what_it_gets_alone(case: Case) -> None:
+@fewer(0.5)
+@given(cases(ops=4), st.sampled_from([True, False, False]))
+def test_each_tenant_gets_what_it_gets_alone(case: Case, permuted: bool) -> None:
     """And nothing else: isolation is tested here too, since what costs time is to compile the fused program. Permuting
-    tenants permutes results."""
+    tenants permutes results: asked of a third, as it is a second program to compile."""
     program = fuse(case.found, case.options)
     results = program(inputs_of(case.found))
     for tenant, got in zip(case.found, results, strict=True):
         assert_same(got, alone(tenant), tenant.model.exact)
     assert_inputs_isolated(case, program, results)
     assert_weights_isolated(case, program, results)
+    if not permuted:
+        return
     shuffled = [case.found[i] for i in case.order]
     for i, got in zip(case.order, fuse(shuffled, case.options)(inputs_of(shuffled)), strict=True):
         assert_same(got, results[i], case.found[i].model.exact)
 
 
-@fewer(0.6)
+@fewer(0.3)
 @given(cases(ops=2, families=1, dtypes=(jnp.bfloat16, jnp.float16)))
 def test_low_precision_is_as_good_as_alone(case: Case) -> None:
     program = fuse(case.found, case.options)

@@ -57,6 +57,7 @@ def test_tenant_scaling_writes_a_row_a_method_and_cell(scale, tmp_path, capsys):
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".png"}
 
 
+@pytest.mark.once  # the methods that the test above times
 def test_tenant_scaling_goes_on_where_it_stopped(scale, tmp_path):
     scale(*QUICK, f"--out={tmp_path}", "--budget_s=0")
     assert not list(tmp_path.glob("*.json"))

@@ -182,7 +182,11 @@ def test_an_epilogue_that_hides_what_others_read_is_refused():
 
 @pytest.mark.parametrize(
     ("name", "fields"),
-    [("resnet18", {"image_size": 16, "width": 8, "classes": 10}), ("lstm", {"steps": 2, "hidden": 16})],
+    [
+        # many kernels that are interpreted, each of a kind that tests above run on both interpreters
+        pytest.param("resnet18", {"image_size": 16, "width": 8, "classes": 10}, marks=pytest.mark.once),
+        ("lstm", {"steps": 2, "hidden": 16}),
+    ],
 )
 def test_models(name, fields):
     model = by_name(name, **fields)

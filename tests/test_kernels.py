@@ -26,13 +26,13 @@ PALLAS = {"indexed_gemm", "indexed_matvec", "mosaic_gemm"}  # interpreted on a C
 seeds, poisons = st.integers(0, 99), st.sampled_from([np.nan, np.inf])
 
 
-@settings(max_examples=settings().max_examples // 4)  # each runs three kernels
+@settings(max_examples=settings().max_examples // 8)  # each runs three kernels
 @given(case=dots() | convs(), seed=seeds, poison=poisons)
 def test_kernel_is_the_plain_operation_of_each_lane(case: Case, seed: int, poison: float) -> None:
     check(case, KERNELS.keys() - PALLAS, seed, poison)
 
 
-@settings(max_examples=settings().max_examples // 8)
+@settings(max_examples=settings().max_examples // 12)
 @given(case=(dots() | convs()).filter(lambda case: not PALLAS.isdisjoint(case.kernels)), seed=seeds, poison=poisons)
 def test_pallas_kernel_is_the_plain_operation_of_each_lane(case: Case, seed: int, poison: float) -> None:
     check(case, PALLAS, seed, poison)

@@ -33,6 +33,7 @@ def test_serve_demo_shows_every_tenant(capsys, tmp_path):
     assert len(json.loads((tmp_path / "trace.json").read_text())["traceEvents"]) > 20
 
 
+@pytest.mark.once  # what it serves with is tested on both interpreters
 def test_isolation_has_a_row_for_each_number_and_method(tmp_path, capsys):
     tiny = ["--fields=width=8,layers=2", "--duration=0.1", f"--out={tmp_path}", "--most_processes=1"]
     isolation.main([*tiny, "--tenants=1,2", "--methods=fifo", "--budget_s=0"])

@@ -48,10 +48,13 @@ class Elsewhere:
     """In place of the compiler in another process, which is asked while somebody is served: it has none."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.asked = self.called = 0
 
     def compile(self, *_: Any) -> None:
         self.asked += 1
+
+    def call(self, *_: Any, **__: Any) -> None:
+        self.called += 1
 
 
 def net(params: Any, x: jax.Array) -> jax.Array:
@@ -83,7 +86,7 @@ def test_from_the_first_request_on_until_all_have_left_every_compiler_is_told_th
             rt.warm_up(60.0)
             return len(made)
 
-        assert add("a", net) and not elsewhere.asked
+        assert add("a", net) and not elsewhere.asked and not elsewhere.called
         assert "alone" in made
         rt.submit("a", x).result(60)
         jax.monitoring.register_event_duration_secs_listener(seen)
@@ -91,7 +94,7 @@ def test_from_the_first_request_on_until_all_have_left_every_compiler_is_told_th
             asked = add("b", lambda p, x: net(p, x) + 1)
         finally:
             jax.monitoring.unregister_event_duration_listener(seen)
-        assert "alone" in made and elsewhere.asked == asked
+        assert "alone" in made and elsewhere.asked == asked and elsewhere.called == 2  # its passes, its plan
         assert 0 < len(compiled) <= asked, "something was compiled that no compiler was asked for"
         rt.remove_tenant("a")
         assert add("c", lambda p, x: net(p, x) + 2) and elsewhere.asked == asked + len(made)

@@ -132,7 +132,7 @@ def test_tables_cover_every_model():
     assert set(NAMES) == set(PARAMETERS) == set(HEAVY)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_parameters(name):
     assert size(shapes(name)["params"]) == PARAMETERS[name]
     assert size(shapes(name).get("batch_stats", {})) == STATISTICS.get(name, 0)

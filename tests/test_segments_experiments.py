@@ -4,8 +4,12 @@ import json
 import time
 from pathlib import Path
 
+import pytest
+
 from coalesce.runtime.bundle import Bundle
 from experiments import banked, mixed_family, segments
+
+pytestmark = pytest.mark.once  # of the runtime and its executables, which tests of their own run on both interpreters
 
 
 def saved(folder: Path) -> list[dict]:

@@ -59,6 +59,7 @@ def build_wheel(folder: Path) -> Path:
     return wheel
 
 
+@pytest.mark.once  # one wheel is for all
 @pytest.mark.wheel
 def test_wheel_is_complete_and_works_elsewhere(tmp_path):
     wheel = build_wheel(tmp_path)

@@ -28,6 +28,9 @@ from jax.core import ShapedArray
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend.core import ClosedJaxpr, JaxprEqn as Eqn, Primitive
 
+from coalesce.jaxpr.read import is_jaxpr
+
+DERIVED = ("custom_jvp_call", "custom_vjp_call")
 ROOTS = frozenset("builtins coalesce collections copyreg functools jax jaxlib ml_dtypes numpy operator".split())
 
 
@@ -35,10 +38,12 @@ class Uncarried(Exception):
     """Says what cannot be brought to another process."""
 
 
-def dumps(value: Any, known: Sequence[object] = ()) -> bytes:
+def dumps(value: Any, known: Sequence[object] = (), inlined: bool = False) -> bytes:
+    """`inlined`: calls with derivatives of their own, which are closures, are carried without these, for who puts what
+    they call in their place."""
     stream = io.BytesIO()
     try:
-        Packer(stream, known).dump(value)
+        Packer(stream, known, inlined).dump(value)
     except Exception as e:  # whoever made an object may raise anything when it is asked what it is made of
         raise Uncarried(f"{type(e).__name__}: {str(e)[:200]}") from e
     return stream.getvalue()
@@ -49,15 +54,17 @@ def loads(carried: bytes, known: Sequence[object] = ()) -> Any:
 
 
 class Packer(pickle.Pickler):
-    def __init__(self, stream: io.BytesIO, known: Sequence[object]) -> None:
+    def __init__(self, stream: io.BytesIO, known: Sequence[object], inlined: bool) -> None:
         super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
-        self._known = {id(x): i for i, x in enumerate(known)}
+        self._known, self._inlined = {id(x): i for i, x in enumerate(known)}, inlined
         self._names: Mapping[int, tuple[str, str]] = {}
 
     def persistent_id(self, obj: object) -> int | None:
         return self._known.get(id(obj)) if self._known else None
 
     def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, Eqn) and obj.primitive.name in DERIVED and not self._inlined:
+            raise pickle.PicklingError(f"{obj.primitive.name} has derivatives of its own")
         rule = carried_rules.get(type(obj))
         if rule is not None:
             return rule(obj)
@@ -113,8 +120,10 @@ def find(module: str, name: str) -> Any:
 def carried_eqn(eqn: Eqn) -> Any:
     if eqn.effects:
         raise pickle.PicklingError(f"{eqn.primitive.name} has an effect on this process")
-    stack = eqn.source_info.name_stack
-    return equation, (list(eqn.invars), list(eqn.outvars), eqn.primitive, eqn.params, eqn.effects, stack, context(eqn))
+    params, stack = eqn.params, eqn.source_info.name_stack
+    if eqn.primitive.name in DERIVED:
+        params = {k: v if is_jaxpr(v) or isinstance(v, int) else None for k, v in params.items()}
+    return equation, (list(eqn.invars), list(eqn.outvars), eqn.primitive, params, eqn.effects, stack, context(eqn))
 
 
 def context(eqn: Eqn) -> Any:

@@ -38,6 +38,7 @@ from coalesce.serving.making import Recipe
 PATIENCE_S = 10.0
 STARVED_S = 5.0  # that it gets less than SHARE of a processor for
 SHARE = 0.2
+STUCK_S, NOTHING = 60.0, 0.001  # and the same of one that takes a little: it hangs
 WANTED = "COALESCE_APART"  # an environment variable: 0 for never
 
 LOG = logging.getLogger("coalesce.runtime")
@@ -78,13 +79,15 @@ class Apart:
             return None
         return self._answer("compile_exported", pickle.dumps((program, jitted.donated, device.id)))
 
-    def call(self, function: Callable[..., Any], *given: Any, known: Sequence[object] = ()) -> Any:
+    def call(
+        self, function: Callable[..., Any], *given: Any, known: Sequence[object] = (), inlined: bool = False
+    ) -> Any:
         """What a function returns, with the objects of `known` as they are; None if it cannot be called there, or
-        raises."""
+        raises. `inlined` as in `dumps`."""
         if self._is_useless:
             return None
         try:
-            request = J.dumps((function, given, known))
+            request = J.dumps((function, given, known), inlined=inlined)
         except J.Uncarried as e:
             LOG.info("done where it is served: %s", e)
             return None
@@ -121,12 +124,15 @@ class Apart:
 
     def _ask(self, request: Any) -> tuple[str, Any]:
         process = self._sent(request)
-        if self._is_idle and is_starved(process):
+        if self._is_idle and is_starved(process, STARVED_S, SHARE):
             LOG.info("others leave the compiler no time: it is started anew, to take some")
             self._is_idle = False
             end(process)
             self._process = None
             process = self._sent(request)
+        if not self._is_idle and is_starved(process, STUCK_S, NOTHING):
+            end(process)
+            raise EOFError(f"it did nothing for {STUCK_S:g} s")
         assert process.stdout is not None, "the compiler has no pipes"
         answer = read(process.stdout)
         if answer is None:
@@ -139,7 +145,7 @@ class Apart:
             self._process = started(self._is_idle)
         process = self._process
         if self._is_closed:
-            process.kill()
+            end(process)
         assert process.stdin is not None, "the compiler has no pipes"
         write(process.stdin, request)
         return process
@@ -166,13 +172,13 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.communicate()
 
 
-def is_starved(process: subprocess.Popen[bytes]) -> bool:
-    """Waits until it answers, or ends; True if that will take too long, since it gets next to no time."""
+def is_starved(process: subprocess.Popen[bytes], window_s: float, share: float) -> bool:
+    """Waits until it answers, or ends; True once it gets less than a share of a processor for so long."""
     assert process.stdout is not None, "the compiler has no pipes"
     used_s = processor_s(process.pid)
-    while not select.select([process.stdout], [], [], STARVED_S)[0]:
+    while not select.select([process.stdout], [], [], window_s)[0]:
         before_s, used_s = used_s, processor_s(process.pid)
-        if used_s - before_s < SHARE * STARVED_S:
+        if used_s - before_s < share * window_s:
             return True
     return False
 

@@ -38,17 +38,19 @@ class Bundle:
         self._device, self._executable, self._pools = device, executable, pools
         self._filled: Filled | None = filled
         self._outputs, self._entries = outputs, entries
-        self._at_once = device.platform == "cpu" and all(executable.ends)
+        self._is_here = device.platform == "cpu"  # what it computes lies where it is wanted
         self._fetched: list[Any] | None = None
 
     def wait(self) -> None:
-        """On a CPU results lie where they were computed: who has them has waited."""
+        """For results, where all lanes have some: to wait for the device, and then for what follows its last kernel, is
+        to wait for the interpreter's lock twice. They are sent here: the driver has more to do than who waits."""
         filled, self._filled = self._filled, None  # so that no two calls get it, however often this one is waited for
         try:
-            if self._at_once:
+            if not self._is_here:
+                self._executable.send_back(self._outputs)
+            if all(self._executable.ends):
                 self._fetched = self._executable.fetch(self._outputs)
             else:
-                self._executable.send_back(self._outputs)  # here, since the driver has more to do than who waits
                 for own in self._outputs:
                     for x in own:  # JAX's function for trees holds the interpreter's lock longer than all of these
                         x.block_until_ready()
@@ -65,7 +67,7 @@ class Bundle:
 
     def is_at_hand(self, within_s: float) -> bool:
         """On a CPU programs of less than 1,000 operations run where they are called, others on a thread of XLA's."""
-        if not self._at_once:
+        if not self._is_here or not all(self._executable.ends):
             return False
         for tickets in self._entries:
             for ticket in tickets:

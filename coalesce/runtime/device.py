@@ -72,14 +72,15 @@ class Device:
         return jax.default_device(self.at)
 
     def plan(self, fit: Fit, segments: int | None, patience_us: float | None) -> Schema:
-        return plan_schema(fit, self._options, segments, patience_us)
+        return plan_schema(fit, self._options, segments, patience_us, self.make.call)
 
     def plan_as_it_is(self, fit: Fit) -> Schema:
         return plan_schema(fit, replace(self._options, as_it_is=True))
 
     def cut(self, template: Template, patience_us: float, slower: float) -> Segments:
         """A program in other segments than it was planned with; see `segment`."""
-        return cut(template, self._options, None, patience_us, slower)
+        given = template, self._options, None, patience_us, slower
+        return self.make.call(cut, *given, known=(template, self._options))
 
     def compile(self, entries: tuple[Entry, ...], capacities: tuple[int, ...]) -> Executable:
         lanes = [self._lanes(*both) for both in zip(entries, capacities, strict=True)]

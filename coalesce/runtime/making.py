@@ -1,4 +1,4 @@
-"""How programs are compiled for a device, by whether somebody is served there meanwhile.
+"""How programs are planned and compiled for a device, by whether somebody is served there meanwhile.
 
 It serves from the first request of a tenant on, and as long as tenants are here, who may ask for something at any time:
 nobody knows when a compiler begins whether requests will come before it ends.
@@ -6,6 +6,7 @@ nobody knows when a compiler begins whether requests will come before it ends.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from coalesce.runtime.apart import Apart, is_wanted
@@ -28,3 +29,13 @@ class Making:
             made = self.apart.compile(self._at, recipe)
         untimed = self._at.platform == "gpu" and (self.serves or self._same)
         return made if made is not None else make_here(recipe, UNTIMED if untimed else None)
+
+    def call(
+        self, function: Callable[..., Any], *given: Any, known: Sequence[object] = (), inlined: bool = False
+    ) -> Any:
+        """What a function returns, which holds the interpreter's lock for long and returns something. While others are
+        served it is called where executables are made, if it can be; see `Apart.call`."""
+        found = None
+        if self.apart is not None and self.serves:
+            found = self.apart.call(function, *given, known=known, inlined=inlined)
+        return found if found is not None else function(*given)

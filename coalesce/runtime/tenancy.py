@@ -16,7 +16,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from coalesce.errors import InvalidInput
-from coalesce.passes.pipeline import normalise, Normalised
+from coalesce.passes.pipeline import normalise
+from coalesce.program import Program
 from coalesce.runtime.gil import handing_on
 from coalesce.runtime.quarters import Resident
 from coalesce.runtime.station import Station
@@ -48,7 +49,7 @@ class Tenancy:
         self.residents: dict[str, Resident] = {}  # that requests are taken for
         self._names: set[str] = set()  # those, and who comes or goes
         self._homes: dict[Hashable, list[Station]] = {}  # of each schema its device, once for each of its tenants
-        self._normalised: OrderedDict[int, tuple[Any, Normalised]] = OrderedDict()
+        self._normalised: OrderedDict[int, tuple[Any, Normal]] = OrderedDict()
         self._lock = threading.Lock()
 
     def add(self, wanted: Wanted, wait: bool) -> Future[None]:
@@ -183,21 +184,40 @@ class Tenancy:
         for shape in resident.shapes:
             program = trace(resident.fn, params, *shape, name=resident.name, shared=shared)
             if not resident.alone:
-                done = self._normalise(program)
-                program = program.with_jaxpr(done.program.jaxpr, done.program.prepare)
+                program = program.with_jaxpr(*self._normalise(program))
             programs.append(program)
         fitted = fit(programs)
         return replace(fitted, key=("alone", resident.name, fitted.key)) if resident.alone else fitted
 
-    def _normalise(self, program: Any) -> Normalised:
+    def _normalise(self, program: Program) -> Normal:
         """Tenants with one traced function differ in weights alone: the passes run once for all of them."""
         with self._lock:
             known = self._normalised.get(id(program.jaxpr))
         if known is not None:
             return known[1]
-        done = normalise(program.without_values())
+        makers = [station.device.make for station in self._stations]
+        maker = next((make for make in makers if make.serves), makers[0])
+        done = maker.call(normal_form, bare(program), inlined=True)
         with self._lock:
             self._normalised[id(program.jaxpr)] = (program.jaxpr, done)
             if len(self._normalised) > REMEMBERED:
                 self._normalised.popitem(last=False)
         return done
+
+
+class Normal(NamedTuple):
+    """A program as the passes leave it."""
+
+    jaxpr: Any
+    prepare: Any
+
+
+def normal_form(program: Program) -> Normal:
+    done = normalise(program).program
+    return Normal(done.jaxpr, done.prepare)
+
+
+def bare(program: Program) -> Program:
+    """Without what is not for a pass to know: weights' values, and the tenant's own containers and kinds of keys."""
+    inputs, outputs = (tuple(replace(s, key_impl=None) for s in slots) for slots in (program.inputs, program.outputs))
+    return replace(program.without_values(), inputs=inputs, outputs=outputs, in_tree=None, out_tree=None)

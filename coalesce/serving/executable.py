@@ -134,7 +134,7 @@ def compile_executable(lanes: Sequence[Lanes], packed: bool | None = None, make:
     """Plan and compile; `packed` as in `frame_of`."""
     frame = frame_of(lanes, packed)
     with J.precision_as_traced():
-        made = make(partial(executable_recipe, tuple(lanes), packed))
+        made = make(partial(executable_recipe, tuple(own._replace(schema=own.schema.bank) for own in lanes), packed))
     frame.staging.make_ready()
     return Executable(tuple(lanes), *frame, made)
 

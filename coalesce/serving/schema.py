@@ -9,7 +9,7 @@ is an array of one row. Programs may be cut into segments, all of which read the
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -64,6 +64,11 @@ class Schema:
     slabs: tuple[Slab, ...] = ()  # every array is in one
     places: dict[tuple[int, Layout], Place] = field(default_factory=dict)
 
+    @property
+    def bank(self) -> Schema:
+        """What of it says where weights lie. Executables are made of that and of their own programs."""
+        return replace(self, key=None, templates=(), segments=())
+
     def owned(self, argument: int) -> bool:
         """Whether an argument has a row for each slot, rather than one that all share."""
         return self.own[self.arrays[self.slabs[argument].arrays[0]].rows[0][1]]
@@ -86,12 +91,35 @@ class Schema:
         return sum(nbytes(s) for i, s in enumerate(self.structs(1)) if not self.owned(i))
 
 
-def plan_schema(fit: Fit, options: Options, segments: int | None = 1, patience_us: float | None = None) -> Schema:
-    """The schema of all tenants that fit like this one; `segments` and `patience_us` as in `segment`."""
-    cuts = tuple(cut(template, options, segments, patience_us) for template in fit.templates)
-    schema = Schema(fit.key, fit.templates, cuts, fit.own, options)
+def call_here(function: Callable[..., Any], *given: Any, known: Sequence[object] = ()) -> Any:
+    return function(*given)
+
+
+def plan_schema(
+    fit: Fit,
+    options: Options,
+    segments: int | None = 1,
+    patience_us: float | None = None,
+    call: Callable[..., Any] = call_here,
+) -> Schema:
+    """The schema of all tenants that fit like this one; `segments` and `patience_us` as in `segment`. `call` may plan
+    in another process, and gives back the objects of `known` as they are."""
+    given = fit.templates, fit.own, options, segments, patience_us
+    return replace(call(planned, *given, known=(options, *fit.templates)), key=fit.key)
+
+
+def planned(
+    templates: tuple[Template, ...],
+    own: tuple[bool, ...],
+    options: Options,
+    segments: int | None,
+    patience_us: float | None,
+) -> Schema:
+    """Without a key, which is about the process that it is for."""
+    cuts = tuple(cut(template, options, segments, patience_us) for template in templates)
+    schema = Schema(None, templates, cuts, own, options)
     arrays: dict[tuple[int, Layout], Array] = {}
-    for template in (template for own in cuts for template in own.templates):
+    for template in (template for whole in cuts for template in whole.templates):
         for width in (REFERENCE, 1):  # one lane walks into what several run lane by lane
             held: dict[int, list[Layout]] = {}
             for weight, layout in arrays:
@@ -99,14 +127,14 @@ def plan_schema(fit: Fit, options: Options, segments: int | None = 1, patience_u
             for array in plan_lanes([(schema, template, width)], [held])[-1].bundle.arrays:
                 weight, layout = weight_of(array)
                 arrays.setdefault((weight, layout), Array(((0, weight),), array.shape, array.dtype, (layout,)))
-    slabs = laid_out(list(arrays.values()), fit.own)
+    slabs = laid_out(list(arrays.values()), own)
     places = {
         weight_of(array): Place(i, slab.starts[slab.arrays.index(a)])
         for i, slab in enumerate(slabs)
         for a, array in enumerate(arrays.values())
         if a in slab.arrays
     }
-    return Schema(fit.key, fit.templates, cuts, fit.own, options, tuple(arrays.values()), slabs, places)
+    return Schema(None, templates, cuts, own, options, tuple(arrays.values()), slabs, places)
 
 
 def cut(

@@ -137,7 +137,7 @@ class Preparer:
             if key not in self._compiled:
                 structs = [[J.aval_struct(jax.typeof(x)) for x in own] for own in leaves]
                 prepares = tuple(program.prepare for program in fit.programs)
-                self._compiled[key] = self._make(partial(rows_recipe, self.schema, prepares, fit.sources, structs))
+                self._compiled[key] = self._make(partial(rows_recipe, self.schema.bank, prepares, fit.sources, structs))
             return self._compiled[key](leaves)
 
 
