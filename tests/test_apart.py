@@ -180,6 +180,9 @@ def test_what_serves_is_planned_traced_and_lowered_elsewhere_too_to_the_same_exe
         assert own.call(settings)["jax_default_matmul_precision"] != "highest"
         assert own.call(operator.truediv, 1, 0) is None and own.call(operator.truediv, 1, 2) == 0.5
         assert own.call(lambda: 1) is None
+        monkeypatch.setattr(apart, "BRIEF_S", 0.01)
+        with own._lock:  # it is at work for somebody else
+            assert own.call(operator.truediv, 1, 2) is None
     finally:
         own.close()
     assert own.call(operator.truediv, 1, 2) is None

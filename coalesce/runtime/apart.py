@@ -35,7 +35,8 @@ from coalesce.errors import Shutdown
 from coalesce.runtime.compiler import IDLE, read, settings, write
 from coalesce.serving.making import Recipe
 
-PATIENCE_S = 10.0
+PATIENCE_S = 10.0  # while it is at work for somebody else
+BRIEF_S = 3.0  # for what takes no compiler
 STARVED_S = 5.0  # that it gets less than SHARE of a processor for
 SHARE = 0.2
 STUCK_S, NOTHING = 60.0, 0.001  # and the same of one that takes a little: it hangs
@@ -91,12 +92,12 @@ class Apart:
         except J.Uncarried as e:
             LOG.info("done where it is served: %s", e)
             return None
-        answer = self._answer("call", request)
+        answer = self._answer("call", request, BRIEF_S)
         return None if answer is None else J.loads(answer, known)
 
-    def _answer(self, what: str, request: bytes) -> Any:
+    def _answer(self, what: str, request: bytes, patience_s: float = PATIENCE_S) -> Any:
         """None if there is no use in asking, or nothing came of it."""
-        if not self._lock.acquire(timeout=PATIENCE_S):
+        if not self._lock.acquire(timeout=patience_s):
             return None
         try:
             answer = self._asked((what, request, settings()))
@@ -106,7 +107,7 @@ class Apart:
             return None
         kind, found = answer
         if kind == "failed":  # if it is the program's fault it fails here too, and says so
-            LOG.info("compiled where it is served: %s", found)
+            LOG.info("%s where it is served: %s", "done" if what == "call" else "compiled", found)
             return None
         return found
 
