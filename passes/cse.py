@@ -8,18 +8,20 @@ Before                              After
       -> %4
 
 Two equations are equal if primitive, parameters, context and operands are; literals compare by their bytes. Equations
-with effects never merge, nor do callbacks, which the user may count. Broadcasts of a number stay with their readers,
-each of which may run in a kernel of its own (fuse_epilogues); what reads equal ones is equal.
+with effects never merge, nor do callbacks, which the user may count. A broadcast of a number is no work, and stands
+before each of its readers, which may run in kernels of their own (fuse_epilogues).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr
 
 from coalesce import jaxpr as J
 from coalesce.behaviour import may_merge
+from coalesce.bundle import same
 from coalesce.program import Program
 from coalesce.structure import eqn_key, Key, literal_key
 
@@ -34,34 +36,64 @@ def cse(program: Program) -> Program:
 
 def merge(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
     env: dict[Any, J.Atom] = {}
-    number: dict[Any, J.Var] = {}  # of broadcasts of one number, the first
     seen: dict[Key, list[J.Var]] = {}
+    numbers = Numbers()
     eqns: list[J.Eqn] = []
-    changed = False
-    for eqn in jaxpr.jaxpr.eqns:
-        ins = [J.read(env, a) for a in eqn.invars]
-        inner = J.regions(eqn)
-        merged = tuple(map(merge, inner))
-        if any(a is not b for a, b in zip(inner, merged, strict=True)) or any(
-            a is not b for a, b in zip(ins, eqn.invars, strict=True)
-        ):
-            eqn, changed = J.respell(eqn, ins, eqn.outvars, merged or None), True
-        if not may_merge(eqn):
-            eqns.append(eqn)
-            continue
-        key = (eqn_key(eqn), tuple(literal_key(a) if isinstance(a, J.Literal) else number.get(a, a) for a in ins))
-        first = seen.setdefault(key, eqn.outvars)
-        if first is eqn.outvars:
-            eqns.append(eqn)
-        elif is_number(eqn):
-            eqns.append(eqn)
-            number[eqn.outvars[0]] = first[0]
-        elif any(J.is_drop(f) and not J.is_drop(v) for f, v in zip(first, eqn.outvars, strict=True)):
-            eqns.append(eqn)  # the first one threw away what this one is read for
+    for old in jaxpr.jaxpr.eqns:
+        ins = [J.read(env, a) for a in old.invars]
+        eqn = respelled(old, ins, tuple(map(merge, J.regions(old))))
+        key = (eqn_key(eqn), tuple(literal_key(a) if isinstance(a, J.Literal) else numbers.first(a) for a in ins))
+        first = seen.setdefault(key, eqn.outvars) if may_merge(eqn) else eqn.outvars
+        if is_number(eqn):
+            numbers.add(eqn, first[0])
+        elif first is eqn.outvars or any(
+            J.is_drop(f) and not J.is_drop(v) for f, v in zip(first, eqn.outvars, strict=True)
+        ):  # the first one threw away what this one is read for
+            own = numbers.before(ins, eqns)
+            eqns.append(eqn if same(own, ins) else J.respell(eqn, own, eqn.outvars))
         else:
-            changed = True
             env.update((v, f) for v, f in zip(eqn.outvars, first, strict=True) if not J.is_drop(v))
-    return J.close(J.invars(jaxpr), eqns, [J.read(env, a) for a in J.outvars(jaxpr)]) if changed else jaxpr
+    outs = numbers.before([J.read(env, a) for a in J.outvars(jaxpr)], eqns)
+    if same(eqns, jaxpr.jaxpr.eqns) and same(outs, J.outvars(jaxpr)):
+        return jaxpr
+    return J.close(J.invars(jaxpr), eqns, outs)
+
+
+def respelled(eqn: J.Eqn, ins: Sequence[J.Atom], inner: Sequence[ClosedJaxpr]) -> J.Eqn:
+    """The same object if nothing is new."""
+    if same(ins, eqn.invars) and same(inner, J.regions(eqn)):
+        return eqn
+    return J.respell(eqn, ins, eqn.outvars, inner or None)
+
+
+class Numbers:
+    """Broadcasts of numbers of one scope, and which of them stand before a reader yet."""
+
+    def __init__(self) -> None:
+        self.made: dict[J.Atom, J.Eqn] = {}
+        self.firsts: dict[J.Atom, J.Var] = {}  # of those that are equal
+        self.placed: set[J.Atom] = set()
+
+    def add(self, eqn: J.Eqn, first: J.Var) -> None:
+        (var,) = eqn.outvars
+        self.made[var], self.firsts[var] = eqn, first
+
+    def first(self, atom: J.Atom) -> J.Atom:
+        return self.firsts.get(atom, atom)
+
+    def before(self, ins: Sequence[J.Atom], eqns: list[J.Eqn]) -> list[J.Atom]:
+        """A reader's operands, with a broadcast of its own for those that are one; it stands at the end of `eqns`."""
+        own: dict[J.Atom, J.Var] = {}
+        for var in ins:
+            if isinstance(var, J.Literal) or var not in self.made or self.firsts[var] in own:
+                continue
+            made = self.made[var]
+            if var in self.placed:
+                made = J.respell(made, made.invars, [J.fresh(var)])
+            self.placed.add(var)
+            eqns.append(made)
+            own[self.firsts[var]] = made.outvars[0]
+        return [a if isinstance(a, J.Literal) else own.get(self.first(a), a) for a in ins]
 
 
 def is_number(eqn: J.Eqn) -> bool:

@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import coalesce
+from coalesce.passes.canonicalize import canonicalize
 from coalesce.passes.cse import cse
 from coalesce.passes.inline import inline
 from tests.alone import array
@@ -97,3 +98,30 @@ def test_precision_is_kept():
 def test_a_program_without_equal_equations_is_left_alone():
     program = coalesce.trace(lambda w, x: lax.dot(x, w), array(3, 3), array(2, 3))
     assert cse(program) is program
+
+
+def test_a_number_stands_before_each_of_its_readers():
+    """However the tenant wrote it down: once for both, or once for each."""
+
+    def once(w, x):
+        half = jnp.full((2, 3), 0.5)
+        return jnp.maximum(lax.dot(x, w), half) * jnp.minimum(lax.dot(x, w), half)
+
+    def twice(w, x):
+        return jnp.maximum(lax.dot(x, w), jnp.full((2, 3), 0.5)) * jnp.minimum(lax.dot(x, w), jnp.full((2, 3), 0.5))
+
+    programs = [coalesce.trace(fn, array(4, 3), array(2, 4), name=fn.__name__) for fn in (once, twice)]
+    for program in programs:
+        found = cse(canonicalize(inline(program)))
+        assert names(found) == ["dot_general", "broadcast_in_dim", "max", "broadcast_in_dim", "min", "mul"]
+        assert cse(found) is found
+    assert len(coalesce.fuse(programs).bundle.families) == 1
+
+
+def test_equal_numbers_that_are_results_are_one():
+    def apply(w, x):
+        return jnp.full((2,), 0.5), jnp.full((2,), 0.5), jnp.full((2,), 0.5) * x
+
+    found = cse(inline(coalesce.trace(apply, (), array(2), name="a")))
+    first, second, _ = found.jaxpr.jaxpr.outvars
+    assert first is second and cse(found) is found
