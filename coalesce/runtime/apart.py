@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,11 @@ class Apart:
             LOG.info("done where it is served: %s", e)
             return None
         answer = self._answer("call", request, BRIEF_S)
-        return None if answer is None else J.loads(answer, known)
+        try:
+            return None if answer is None else J.loads(answer, known)
+        except Exception as e:
+            LOG.info("done where it is served, since what was done cannot be loaded: %s: %s", type(e).__name__, e)
+            return None
 
     def _answer(self, what: str, request: bytes, patience_s: float = PATIENCE_S) -> Any:
         """None if there is no use in asking, or nothing came of it."""
@@ -147,8 +152,8 @@ class Apart:
         process = self._process
         if self._is_closed:
             end(process)
-        assert process.stdin is not None, "the compiler has no pipes"
-        write(process.stdin, request)
+        # A pipe holds little: to write what one that hangs does not read would take for ever.
+        threading.Thread(target=send, args=(process, request), name="coalesce-compiler-asked", daemon=True).start()
         return process
 
     def close(self) -> None:
@@ -166,6 +171,13 @@ def exported(jitted: Any, arguments: tuple[Any, ...]) -> bytes:
         return bytes(export.export(jitted)(*arguments).serialize())
     finally:
         gc.collect(0)
+
+
+def send(process: subprocess.Popen[bytes], request: Any) -> None:
+    """Whoever waits for the answer of one that has ended is told."""
+    assert process.stdin is not None, "the compiler has no pipes"
+    with suppress(OSError, ValueError):
+        write(process.stdin, request)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
