@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from coalesce import jaxpr as J
 from coalesce.errors import Shutdown, TraceError
 from coalesce.runtime import apart, gil, tenancy
 from coalesce.runtime.apart import Apart, exported, WANTED
@@ -180,6 +181,11 @@ def test_what_serves_is_planned_traced_and_lowered_elsewhere_too_to_the_same_exe
         assert own.call(settings)["jax_default_matmul_precision"] != "highest"
         assert own.call(operator.truediv, 1, 0) is None and own.call(operator.truediv, 1, 2) == 0.5
         assert own.call(lambda: 1) is None
+        monkeypatch.setattr(apart, "BRIEF_S", 0.01)
+        with own._lock:  # it is at work for somebody else
+            assert own.call(operator.truediv, 1, 2) is None
+        monkeypatch.setattr(J, "loads", lambda carried, known: [][0])
+        assert own.call(operator.truediv, 1, 2) is None
     finally:
         own.close()
     assert own.call(operator.truediv, 1, 2) is None
@@ -200,7 +206,7 @@ def test_a_compiler_that_hangs_keeps_nobody_waiting_for_ever_and_leaves_nothing_
     monkeypatch.setattr(apart, "started", stopped)
     own = Apart()
     with caplog.at_level(logging.INFO, "coalesce.runtime"):
-        assert own.call(operator.truediv, 1, 2) is None
+        assert own.call(len, bytes(2**20)) is None  # more than a pipe holds
     assert "it did nothing for 0.05 s" in caplog.text and own.call(operator.truediv, 1, 2) is None
     assert len(seen) == 1 + hasattr(os, "SCHED_IDLE")
     own.close()

@@ -23,7 +23,7 @@ from coalesce.runtime.observer import Observer
 from coalesce.runtime.orders import Order
 from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler.coalescing import Coalescing
-from coalesce.scheduler.commands import Command, Reason
+from coalesce.scheduler.commands import Command, Dispatch, Reason, Reject, Want
 from coalesce.scheduler.events import Closed, Completed, Event, Submitted, TenantRemoved
 from tests.fake_machine import FakeLaunched, FakeMachine, Served
 
@@ -302,6 +302,42 @@ def test_a_bug_in_the_policy_leaves_nobody_waiting(caplog):
         assert "driver failed" in str(errors[-1]) and len(machine.launches) <= 11
         assert isinstance(served.submit("t0", 1).exception(10), DeviceError)
         assert not served.driver.book.tickets
+
+
+class Refusing(Coalescing):
+    """Refuses requests of `t1` together with the next bundle, and then wants something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refused = list[int]()
+
+    def on_event(self, event: Event, now_ns: int) -> Sequence[Command]:
+        if isinstance(event, Submitted):
+            self.refused += [request.id for request in event.requests if request.tenant == "t1"]
+            event = Submitted(tuple(request for request in event.requests if request.tenant != "t1"))
+        commands = super().on_event(event, now_ns)
+        if not any(isinstance(command, Dispatch) for command in commands):
+            return commands
+        return [*(Reject(number, Reason.QUEUE_FULL) for number in self.refused), *commands, Want(())]
+
+
+@pytest.mark.parametrize("hangs", [True, False], ids=["hangs", "raises"])
+def test_who_is_refused_is_told_though_what_is_done_with_it_hangs_or_raises(hangs: bool, caplog):
+    stuck = threading.Event()
+
+    def wants(want: Want) -> None:
+        if hangs:
+            stuck.wait()
+        raise ZeroDivisionError
+
+    served = Served(FakeMachine(), policy=Refusing(), hang_s=0.2)
+    served.maker.want = wants
+    with caplog.at_level(logging.CRITICAL, "coalesce.runtime"):
+        replies = [served.submit("t1", 1), served.submit("t0", 0)]
+        assert not wait(replies, 10).not_done
+        assert isinstance(replies[0].exception(0), DeviceError)
+        served.driver.stop()
+        stuck.set()
 
 
 def test_a_bug_in_what_is_done_between_bundles_leaves_nobody_waiting(caplog):

@@ -63,6 +63,20 @@ def test_large_rows_are_not_sliced(monkeypatch):
     assert sorted(prod(bundle.arrays[i].shape) for i in slab.arrays) == [8, 8, 24]
 
 
+@pytest.mark.parametrize(("most", "expected"), [(1000, [[8, 8], [40, 40]]), (64, [[8, 8]])])
+def test_what_much_is_read_of_lies_in_smaller_slabs(monkeypatch, most, expected):
+    """XLA slices it in a kernel of its own otherwise. Of 40 elements 1,280 bytes are read, of 8 elements 256."""
+    library = planned(*[tenant(width=40)] * 2, choice=lambda op, groups, platform: "batched_dot")
+    monkeypatch.setattr(passes, "SLICED", ((256, passes.LARGEST), (2**63, most)))
+
+    def sizes(bundle):
+        slabs = join_arrays(bundle, platform="gpu").slabs
+        return sorted(sorted(prod(bundle.arrays[i].shape) for i in slab.arrays) for slab in slabs)
+
+    assert sizes(library) == expected
+    assert len(sizes(planned(*[tenant(width=40)] * 2))) == 1  # in their epilogues kernels read where it lies
+
+
 def test_a_slab_holds_arrays_of_the_same_tenants_alone():
     head = array(40, 8)
     bundle = join_arrays(planned(tenant(head=head), tenant(head=head)), platform="cpu")

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ from coalesce.errors import Shutdown
 from coalesce.runtime.compiler import IDLE, read, settings, write
 from coalesce.serving.making import Recipe
 
-PATIENCE_S = 10.0
+PATIENCE_S = 10.0  # while it is at work for somebody else
+BRIEF_S = 3.0  # for what takes no compiler
 STARVED_S = 5.0  # that it gets less than SHARE of a processor for
 SHARE = 0.2
 STUCK_S, NOTHING = 60.0, 0.001  # and the same of one that takes a little: it hangs
@@ -91,12 +93,16 @@ class Apart:
         except J.Uncarried as e:
             LOG.info("done where it is served: %s", e)
             return None
-        answer = self._answer("call", request)
-        return None if answer is None else J.loads(answer, known)
+        answer = self._answer("call", request, BRIEF_S)
+        try:
+            return None if answer is None else J.loads(answer, known)
+        except Exception as e:
+            LOG.info("done where it is served, since what was done cannot be loaded: %s: %s", type(e).__name__, e)
+            return None
 
-    def _answer(self, what: str, request: bytes) -> Any:
+    def _answer(self, what: str, request: bytes, patience_s: float = PATIENCE_S) -> Any:
         """None if there is no use in asking, or nothing came of it."""
-        if not self._lock.acquire(timeout=PATIENCE_S):
+        if not self._lock.acquire(timeout=patience_s):
             return None
         try:
             answer = self._asked((what, request, settings()))
@@ -106,7 +112,7 @@ class Apart:
             return None
         kind, found = answer
         if kind == "failed":  # if it is the program's fault it fails here too, and says so
-            LOG.info("compiled where it is served: %s", found)
+            LOG.info("%s where it is served: %s", "done" if what == "call" else "compiled", found)
             return None
         return found
 
@@ -146,8 +152,8 @@ class Apart:
         process = self._process
         if self._is_closed:
             end(process)
-        assert process.stdin is not None, "the compiler has no pipes"
-        write(process.stdin, request)
+        # A pipe holds little: to write what one that hangs does not read would take for ever.
+        threading.Thread(target=send, args=(process, request), name="coalesce-compiler-asked", daemon=True).start()
         return process
 
     def close(self) -> None:
@@ -165,6 +171,13 @@ def exported(jitted: Any, arguments: tuple[Any, ...]) -> bytes:
         return bytes(export.export(jitted)(*arguments).serialize())
     finally:
         gc.collect(0)
+
+
+def send(process: subprocess.Popen[bytes], request: Any) -> None:
+    """Whoever waits for the answer of one that has ended is told."""
+    assert process.stdin is not None, "the compiler has no pipes"
+    with suppress(OSError, ValueError):
+        write(process.stdin, request)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

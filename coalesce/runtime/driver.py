@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
@@ -241,11 +241,11 @@ class Driver:
         commands = self._policy.on_event(event, now_ns)
         self._observers.decided(event, now_ns, commands)
         refused = [command for command in commands if type(command) is Reject]
-        stopped = self._stop(refused) if refused else []
+        stopped = self._stop(refused) if refused else {}
         for command in commands:
             if type(command) is not Reject:
                 self._does[type(command)](command, now_ns)
-        if stopped:  # after what is dispatched, for which the device may be waiting
+        if stopped:  # after what is dispatched, for which the device may be waiting; who hangs there has claimed none
             self._reject(stopped, now_ns)
 
     # Commands
@@ -254,18 +254,18 @@ class Driver:
         entries = [[self.book.tickets[i] for i in lanes] for lanes in command.lanes]
         self._launcher.launch(Leaving(command, self._forms[command.executable], entries, now_ns))
 
-    def _stop(self, refused: Sequence[Reject]) -> list[tuple[Ticket, Reason]]:
+    def _stop(self, refused: Sequence[Reject]) -> dict[Ticket, Reason]:
         """Who is to be told why; what they held on the device is free for others."""
-        known = [(own, command.reason) for command in refused if (own := self.book.tickets.get(command.request))]
-        claimed = set(self.book.claim([ticket for ticket, _ in known]))
-        self._machine.release(list(claimed))
-        return [own for own in known if own[0] in claimed]
+        known = {own: command.reason for command in refused if (own := self.book.tickets.get(command.request))}
+        self._machine.release([ticket for ticket in known if not ticket.claimed])
+        return known
 
-    def _reject(self, stopped: Sequence[tuple[Ticket, Reason]], now_ns: int) -> None:
-        for ticket, reason in stopped:
-            self._observers.rejected(ticket, reason, now_ns)
-        tell([Ending(ticket, None, error_of(ticket, reason, now_ns)) for ticket, reason in stopped])
-        self.book.forget([ticket for ticket, _ in stopped])
+    def _reject(self, stopped: Mapping[Ticket, Reason], now_ns: int) -> None:
+        claimed = self.book.claim(stopped)
+        for ticket in claimed:
+            self._observers.rejected(ticket, stopped[ticket], now_ns)
+        tell([Ending(ticket, None, error_of(ticket, stopped[ticket], now_ns)) for ticket in claimed])
+        self.book.forget(claimed)
 
     def _wake_at(self, command: WakeAt, now_ns: int) -> None:
         self._wake_ns = command.time_ns
