@@ -53,20 +53,16 @@ class Requests:
 
     def submit(self, requests: Iterable[Request], start: Start, now_ns: int) -> None:
         """`start` is when the device can begin with them."""
-        queues, watch, lanes, closed = self._queues, self._watch, self.lanes, self.closed
-        admission, accounts, excess_of = self._admission, self._accounts, self._shares.excess
-        suspected, before, queue = watch.standings, None, None
+        queues, watch, admission, lanes = self._queues, self._watch, self._admission, self.lanes
         for request in requests:
             number, name, family, _, deadline_ns, priority = request
-            account = accounts.get(name)
-            if closed or account is None or account.leaving:
+            account = self._accounts.get(name)
+            if self.closed or account is None or account.leaving:
                 self.out.append(Reject(number, self._why_closed(account)))
                 continue
-            lot = watch.lot(name) if suspected else 0
-            kind = (family, lot, account.tenant.priority + priority)
-            if kind != before or queue is None:  # most of those that come together go to one queue
-                before, queue = kind, queues.first(*kind)
-            excess = excess_of(account, now_ns)
+            lot = watch.lot(name) if watch.standings else 0
+            queue = queues.first(family, lot, account.tenant.priority + priority)
+            excess = self._shares.excess(account, now_ns)
             queue.note_arrival(now_ns, excess)
             refused = admission.admit(request, account, queue, excess, start, now_ns)
             if refused is None:
@@ -77,7 +73,6 @@ class Requests:
                 continue
             self.out.append(made(Reject, (number, refused)))
             if lot:
-                before = None
                 queues.discard(queue)
                 watch.hope(name, now_ns)
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,8 +21,14 @@ from coalesce import jaxpr as J
 from coalesce.passes.inline import flatten
 from coalesce.passes.pipeline import normalise
 from coalesce.program import Program
+from coalesce.runtime.tenancy import bare, normal_form
+from coalesce.serving.executable import executable_recipe, Lanes
+from coalesce.serving.fit import fit
+from coalesce.serving.making import Recipe
+from coalesce.serving.schema import plan_schema
 from coalesce.structure import canonical
 from coalesce.text import program_lines
+from tests.serving import CPU
 
 WEIGHTS = [np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32) for _ in range(2)]
 X = np.random.default_rng(1).standard_normal((2, 4)).astype(np.float32)
@@ -55,7 +62,7 @@ def solves(ws: Any, x: jax.Array) -> jax.Array:
 def convolves(ws: Any, x: jax.Array) -> jax.Array:
     with jax.named_scope("image"):
         image = jnp.astype(x.reshape(1, 2, 4, 1), jnp.bfloat16)
-    return lax.conv(image, jnp.astype(ws[0].reshape(2, 1, 2, 4), jnp.bfloat16).transpose(0, 1, 2, 3), (1, 1), "SAME")
+    return lax.conv(image, jnp.astype(ws[0].reshape(2, 2, 2, 2), jnp.bfloat16), (1, 1), "SAME")
 
 
 def traced(fn: Callable[..., Any]) -> Program:
@@ -76,6 +83,35 @@ def test_what_comes_back_is_the_same_program(fn):
     given = [np.ones(J.shape(v), J.dtype(v)) for v in J.invars(program.jaxpr)]
     for got, want in zip(J.evaluate(back[0], given), J.evaluate(program.jaxpr, given), strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("fn", [scans, loops, takes, draws, convolves])
+def test_recipes_and_plans_are_the_same_there(fn):
+    """From the traced program to what XLA gets, each step on what the step before it sent."""
+    program = coalesce.trace(fn, WEIGHTS, X, name="t")
+    call, given, _ = J.loads(J.dumps((normal_form, (bare(program),), ()), inlined=True))
+    normal = J.loads(J.dumps(call(*given)))
+    here, there = (fit([program.with_jaxpr(*own)]) for own in (normal_form(bare(program)), normal))
+    assert here.key == there.key
+    plans = [plan_schema(there, CPU, 2), plan_schema(there, CPU, 2, call=sent)]
+    assert len({str([own.slabs, own.arrays, own.places, own.segments[0].registers]) for own in plans}) == 1
+    assert plans[1].templates[0] is there.templates[0] and plans[1].options is CPU
+    at = len(plans[1].segments[0]) - 1
+    lanes = Lanes(plans[1].bank, plans[1].segments[0], 2, 4, at, 8 if at else 0)
+    recipe = partial(executable_recipe, (lanes,), None)
+    assert lowered(recipe) == lowered(J.loads(J.dumps(recipe)))
+
+
+def sent(function: Callable[..., Any], *given: Any, known: Any) -> Any:
+    """As coalesce.runtime.apart and its other end do it."""
+    function, given, there = J.loads(J.dumps((function, given, known)))
+    return J.loads(J.dumps(function(*given), there), known)
+
+
+def lowered(recipe: Recipe) -> str:
+    jitted = recipe()
+    with J.precision_as_traced():
+        return jitted.function.lower(*jitted.arguments).as_text()
 
 
 def test_what_both_have_is_not_sent():
@@ -143,8 +179,14 @@ READER = """
 import sys
 import threading
 from coalesce.jaxpr import loads
+from coalesce.runtime.tenancy import bare, normal_form
+from coalesce.serving.executable import executable_recipe, Lanes
+from coalesce.serving.fit import fit
+from coalesce.serving.making import Recipe
+from coalesce.serving.schema import plan_schema
 from coalesce.structure import canonical
 from coalesce.text import program_lines
+from tests.serving import CPU
 
 print("\\n".join(program_lines("t", loads(sys.stdin.buffer.read()), 2)))
 """
