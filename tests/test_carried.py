@@ -54,6 +54,11 @@ def draws(ws: Any, x: jax.Array) -> jax.Array:
     return x + jax.random.uniform(keys[0], x.shape) @ ws[0] + jax.random.normal(keys[1], x.shape)
 
 
+def solves(ws: Any, x: jax.Array) -> jax.Array:
+    """With calls in its parameters, of which nobody has said where they run: JAX has one word for that."""
+    return jnp.linalg.solve(ws[0] + 4 * jnp.eye(4), x.T)
+
+
 def convolves(ws: Any, x: jax.Array) -> jax.Array:
     with jax.named_scope("image"):
         image = jnp.astype(x.reshape(1, 2, 4, 1), jnp.bfloat16)
@@ -64,7 +69,7 @@ def traced(fn: Callable[..., Any]) -> Program:
     return normalise(coalesce.trace(fn, WEIGHTS, X, name="t")).program
 
 
-@pytest.mark.parametrize("fn", [scans, loops, takes, draws, convolves])
+@pytest.mark.parametrize("fn", [scans, loops, takes, draws, solves, convolves])
 def test_what_comes_back_is_the_same_program(fn):
     """Of one family with what was sent, also by a reader that has seen neither; with the same results."""
     program = traced(fn)

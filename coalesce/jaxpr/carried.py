@@ -31,6 +31,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn as Eqn, Primitive
 from coalesce.jaxpr.read import is_jaxpr
 
 DERIVED = ("custom_jvp_call", "custom_vjp_call")
+NAMED = type, FunctionType, BuiltinFunctionType, MethodType  # what pickle finds by its name
 ROOTS = frozenset("builtins coalesce collections copyreg functools jax jaxlib ml_dtypes numpy operator".split())
 
 
@@ -68,28 +69,31 @@ class Packer(pickle.Pickler):
         rule = carried_rules.get(type(obj))
         if rule is not None:
             return rule(obj)
+        place = self._place(obj)
+        if place is not None:
+            return find, place
         if isinstance(obj, Primitive):
-            return self._primitive(obj)
+            raise pickle.PicklingError(f"the primitive {obj.name} is of no module that both processes have")
         if isinstance(obj, np.ndarray) and type(obj) is not np.ndarray:  # JAX's own literals
             return type(obj), (np.asarray(obj), jax.typeof(obj))
         if isinstance(obj, jax.Array):
             raise pickle.PicklingError(f"an array of {obj.dtype}{list(obj.shape)} on a device")
-        if isinstance(obj, type | FunctionType | BuiltinFunctionType | MethodType):
+        if isinstance(obj, NAMED):
             module = getattr(obj, "__module__", None) or "builtins"
             if module.partition(".")[0].lstrip("_") not in ROOTS:
                 raise pickle.PicklingError(f"{obj!r} is of a module that the other process does not have")
         return NotImplemented
 
-    def _primitive(self, primitive: Primitive) -> Any:
-        """By where it is found, which no two primitives share."""
-        if "callback" in primitive.name:
-            raise pickle.PicklingError(f"{primitive.name} calls back into this process")
+    def _place(self, obj: Any) -> tuple[str, str] | None:
+        """Where it is found there too, if it is like nothing but itself; of primitives no two share a place."""
+        if isinstance(obj, Primitive) and "callback" in obj.name:
+            raise pickle.PicklingError(f"{obj.name} calls back into this process")
+        if not is_one_of_a_kind(obj):
+            return None
         if not self._names:
             self._names = places(len(sys.modules))
-        place = self._names.get(id(primitive))
-        if place is None:
-            raise pickle.PicklingError(f"the primitive {primitive.name} is of no module that both processes have")
-        return find, place
+        place = self._names.get(id(obj))
+        return place if place is not None and find(*place) is obj else None
 
 
 class Unpacker(pickle.Unpickler):
@@ -101,15 +105,20 @@ class Unpacker(pickle.Unpickler):
         return self._known[pid]
 
 
+def is_one_of_a_kind(x: object) -> bool:
+    """Whether a copy would be another: primitives, and JAX's words for what nobody has said, say."""
+    return type(x).__eq__ is object.__eq__ and not isinstance(x, NAMED)
+
+
 @lru_cache(maxsize=1)
 def places(modules: int) -> Mapping[int, tuple[str, str]]:
-    """Of each primitive, by its id, the module and the name; looked for again when there are more modules."""
+    """Of each such object, by its id, the module and the name; looked for again when there are more modules."""
     return {
         id(value): (name, attribute)
         for name, module in list(sys.modules.items())
         if name.partition(".")[0] in ROOTS
         for attribute, value in list(vars(module).items())
-        if isinstance(value, Primitive)
+        if is_one_of_a_kind(value)
     }
 
 
