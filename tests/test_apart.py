@@ -247,6 +247,31 @@ def check_left_here(own: Apart, recipe: Recipe, monkeypatch: Any, caplog: Any) -
     assert "LookupError: there is no device 99" in none and "cannot be loaded: KeyError: 0" in cannot
 
 
+FACTORS = """
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from coalesce.runtime.apart import Apart
+from coalesce.serving.making import Jitted
+
+own, square = Apart(), jax.ShapeDtypeStruct((2, 2), jnp.float32)
+own._compile_traced = None  # nothing is lowered here
+made = own.compile(jax.devices()[0], partial(Jitted, jnp.linalg.cholesky, (square,)))
+own.close()
+assert made is not None
+np.testing.assert_array_equal(made(4 * np.eye(2, dtype=np.float32)), 2 * np.eye(2))
+"""
+
+
+def test_what_calls_lapack_finds_it_where_nothing_that_does_was_ever_lowered():
+    """In a process of its own, which it ended."""
+    found = subprocess.run([sys.executable, "-c", FACTORS], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+
+
 def test_what_a_process_had_of_the_processor_is_known():
     assert 0 < apart.processor_s(os.getpid()) < math.inf and apart.processor_s(-1) == math.inf
 

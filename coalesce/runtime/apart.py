@@ -24,10 +24,12 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax import export
 from jax.experimental.serialize_executable import deserialize_and_load
 
@@ -42,6 +44,8 @@ STARVED_S = 5.0  # that it gets less than SHARE of a processor for
 SHARE = 0.2
 STUCK_S, NOTHING = 60.0, 0.001  # and the same of one that takes a little: it hangs
 WANTED = "COALESCE_APART"  # an environment variable: 0 for never
+
+LAPACK = b"lapack_"  # in an executable that calls a function of it
 
 LOG = logging.getLogger("coalesce.runtime")
 
@@ -67,6 +71,8 @@ class Apart:
         if made is None:
             return None
         try:
+            if LAPACK in made[0]:
+                find_lapack()
             return deserialize_and_load(*made, backend=device.client, execution_devices=[device])
         except Exception as e:  # it is for another processor, or another device
             LOG.info("compiled where it is served, since what was made cannot be loaded: %s: %s", type(e).__name__, e)
@@ -171,6 +177,13 @@ def exported(jitted: Any, arguments: tuple[Any, ...]) -> bytes:
         return bytes(export.export(jitted)(*arguments).serialize())
     finally:
         gc.collect(0)
+
+
+@cache
+def find_lapack() -> None:
+    """JAX looks for it when it lowers the first program that calls it, as the other process did. To call what was not
+    found ends this one."""
+    jax.jit(jax.lax.linalg.cholesky).lower(jax.ShapeDtypeStruct((1, 1), np.float32))
 
 
 def send(process: subprocess.Popen[bytes], request: Any) -> None:
