@@ -295,6 +295,21 @@ def test_company_is_measured_once_and_of_what_may_win(tmp_path, monkeypatch):
     assert measured[4:] == [("dot", False), ("dot", True), ("conv", False), ("conv", True)]
 
 
+def test_without_memory_for_company_what_was_measured_alone_is_kept(tmp_path, monkeypatch):
+    def times(case, tried, lock=None, beside=False):
+        if beside:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nand much more")
+        return {name: i + 1.0 for i, (name, _) in enumerate(tried)}
+
+    said = []
+    monkeypatch.setattr(tune_module, "measure", times)
+    monkeypatch.setattr(tune_module, "on_a_gpu", lambda: True)
+    found = tune(abstract, tmp_path / "tuned.json", company=True, say=said.append)
+    assert [(entry.us, entry.company) for entry in found.entries.values()] == [(1.0, {})] * 2
+    again = tune(abstract, tmp_path / "tuned.json", company=True, say=said.append)
+    assert again == found and said[-1].endswith("x3: not measured: RESOURCE_EXHAUSTED: out of memory")
+
+
 def test_the_fastest_few_and_one_of_each_kernel_may_win():
     times = {f"indexed_gemm 16x16x{k} w4 s2": float(k) for k in (16, 32, 64, 128, 256, 512, 1024)}
     few = worth_trying({"separate": None, "batched_dot": 1e4, "batched_matvec": 1e3, **times})

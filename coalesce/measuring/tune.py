@@ -132,12 +132,15 @@ def candidate_times(source: Source, task: Task, lock: Any = None) -> Measured | 
     tried = [one for one in everything if not task.kernels or one[0] in task.kernels]
     if not tried:
         return f"not measured: {', '.join(task.kernels)} cannot run it"
+    alone = task.known
     try:
-        alone = task.known if task.known is not None else measure(case, tried, lock)
+        alone = measure(case, tried, lock) if alone is None else alone
         few = worth_trying(alone) if task.company else []
         return Measured(alone, measure(case, few, lock, beside=True) if few else {})
     except (jax.errors.JaxRuntimeError, TuningError) as e:  # such as: operands that memory does not hold
-        return f"not measured: {str(e).splitlines()[0]}"
+        if alone is None or alone is task.known:
+            return f"not measured: {str(e).splitlines()[0]}"
+        return Measured(alone, {})  # memory did not hold them twice; those alone are kept
 
 
 def in_turn(source: Source, todo: Sequence[Task], until: float, workers: int) -> Results:
