@@ -97,5 +97,6 @@ class Numbers:
 
 
 def is_number(eqn: J.Eqn) -> bool:
-    """Whether it is a broadcast of one."""
-    return eqn.primitive.name == "broadcast_in_dim" and [J.shape(a) for a in eqn.invars] == [()]
+    """Whether it is a broadcast of one, to more than one number."""
+    is_broadcast = eqn.primitive.name == "broadcast_in_dim" and [J.shape(a) for a in eqn.invars] == [()]
+    return is_broadcast and J.shape(eqn.outvars[0]) != ()

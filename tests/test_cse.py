@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import coalesce
+from coalesce import jaxpr as J
 from coalesce.passes.canonicalize import canonicalize
 from coalesce.passes.cse import cse
 from coalesce.passes.inline import inline
@@ -66,6 +67,19 @@ APART = {
 def test_kept_apart(name):
     program = coalesce.trace(APART[name], array(3), X)
     assert cse(program) is program
+
+
+def test_a_number_that_is_broadcast_to_a_number_is_there_for_who_reads_it():
+    """As other passes may leave it; JAX does not."""
+
+    def apply(_, s, x):
+        return x * lax.broadcast_in_dim(lax.neg(s), (3,), ())
+
+    program = coalesce.trace(apply, (), np.float32(2), X)
+    negated, broadcast, product = equations(program)
+    own = broadcast.replace(invars=negated.invars, outvars=negated.outvars, params={**broadcast.params, "shape": ()})
+    jaxpr = J.close(J.invars(program.jaxpr), [own, broadcast, product], J.outvars(program.jaxpr))
+    checked(cse, program.with_jaxpr(jaxpr))
 
 
 def test_callbacks_and_effects_are_kept_apart():
