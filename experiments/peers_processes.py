@@ -146,6 +146,7 @@ def processes(cell: Cell, engine: str, env: Mapping[str, str]) -> Iterator[Burst
         "engine": engine,
         "options": cell.options[0],
         "precision": cell.precision,
+        "autotune": cell.autotune,
     }
     workers = cell.until_end.enter_context(Workers([common | {"tenant": i} for i in range(cell.count)], env))
     workers.burst(3)

@@ -50,7 +50,8 @@ def build(spec: dict[str, Any]) -> tuple[Form, Candidate]:
     tenants = Tenants(model.apply, [draw(shapes, spec["tenant"])], [request])
     if spec["engine"] == "jax":
         return [], next(methods.sequential(tenants, spec["options"]))
-    cell = Cell(model, fields, spec["dtype"], spec["batch"], spec["precision"], tenants, [], ExitStack())
+    given = model, fields, spec["dtype"], spec["batch"], spec["precision"], tenants
+    cell = Cell(*given, [], ExitStack(), spec["autotune"])
     parts = peers_torch.prepared_cell(cell)
     if form := spec.get("form"):
         return form, served(parts, *form)

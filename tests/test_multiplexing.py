@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 
 from coalesce.models import by_name
-from experiments import methods, pairs, peers_torch, peers_worker
+from experiments import methods, pairs, peers_processes, peers_torch, peers_worker
 from experiments.cells import tenants_of
 from experiments.floor import Ceilings, floor_row, heavy_work
 from experiments.measure import Timing
@@ -151,6 +153,26 @@ def test_a_process_serves_in_its_fastest_form(monkeypatch):
     assert form == ["prepared", False] and candidate.how == "prepared"
     with pytest.raises(RuntimeError, match="does not compile"):
         peers_worker.fastest({("prepared", True): broken})
+
+
+@pytest.mark.parametrize("autotune", [False, True])
+def test_processes_try_all_forms_that_streams_do(autotune, monkeypatch):
+    cell, specs = replace(cell_of("mlp"), autotune=autotune), []
+
+    def workers(given: Any, env: Any) -> Any:
+        specs.extend(given)
+        return nullcontext(SimpleNamespace(burst=lambda requests: [], outputs=[], form=[]))
+
+    monkeypatch.setattr(peers_torch, "check", lambda cell: None)
+    monkeypatch.setattr(peers_torch, "prepared_cell", lambda cell: None)
+    monkeypatch.setattr(peers_torch, "variants", lambda cell, traced=False: ("plain",))
+    monkeypatch.setattr(peers_processes, "Workers", workers)
+    monkeypatch.setattr(peers_worker, "fastest", lambda forms: ([*forms], None))
+    with cell.until_end:
+        next(peers_processes.processes(cell, "torch", {}))
+    forms, _ = peers_worker.build(json.loads(json.dumps(specs[0])))
+    assert forms == peers_torch.forms(cell)
+    assert [how for _, how in forms].count(peers_torch.AUTOTUNED) == autotune
 
 
 def test_rounds_in_a_row_are_waited_for_once():
