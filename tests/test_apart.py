@@ -97,6 +97,8 @@ def doubled(params: Any, x: jax.Array) -> jax.Array:
 def test_while_others_are_served_it_is_planned_and_compiled_elsewhere(wanted, caplog, monkeypatch):
     """Also what is cut into segments, whose registers are donated. A compiler that dies is done without."""
     here = list[str]()
+    for name in ("PATIENCE_S", "BRIEF_S"):  # however busy this machine is
+        monkeypatch.setattr(apart, name, 300.0)
 
     def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *given: here.append(name) or function(*given)

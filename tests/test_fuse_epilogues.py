@@ -20,7 +20,7 @@ from coalesce.bundle import Bundle, packs, Step
 from coalesce.bundle_check import check_bundle
 from coalesce.errors import IRError
 from coalesce.kernels import choose
-from coalesce.kernels.epilogue import on_tile, runs_on_tiles, TILEWISE
+from coalesce.kernels.epilogue import on_tile, rounded, runs_on_tiles, TILEWISE
 from coalesce.kernels.triton import launch
 from coalesce.models import by_name
 from coalesce.passes.choose_kernels import choose_kernels
@@ -379,3 +379,10 @@ def test_a_tail_does_not_end_with_a_cast_that_widens():
     (pack,) = packs(coalesce.fuse(programs, choose_kernel=indexed).bundle.schedule)
     steps = [step.eqn.primitive.name for step in pack.epilogue]
     assert steps == ["convert_element_type", "mul", "convert_element_type", "add"]
+
+
+@pytest.mark.parametrize("to_even", [True, False])
+def test_rounding_keeps_the_sign_of_zero(to_even):
+    x = jnp.array([-0.0, 0.0, -0.3, 0.3, -jnp.inf, -2.5], jnp.float32)
+    np.testing.assert_array_equal(np.signbit(rounded(x, to_even)), np.signbit(x))
+    np.testing.assert_array_equal(rounded(x, to_even)[4:], [-np.inf, -2.0 if to_even else -3.0])

@@ -120,7 +120,7 @@ def rounded(x: Any, to_even: bool) -> Any:
     odd = below - 2.0 * jnp.floor(0.5 * below) == 1.0
     between = (over == 0.5) & odd if to_even else over == 0.5
     nearest = jnp.where((over > 0.5) | between, below + 1.0, below)
-    return jnp.where(x < 0, -nearest, nearest)
+    return jnp.where(over == 0.0, x, jnp.where(x < 0, -nearest, nearest))  # -0.0 keeps its sign
 
 
 def power(x: Any, n: int) -> Any:

@@ -64,7 +64,7 @@ class Apart:
         if self._is_useless:
             return None
         try:
-            made = self._answer("compile", J.dumps((recipe, device.id)))
+            made = self._answer("compile", J.dumps((recipe, device.id)), PATIENCE_S)
         except J.Uncarried as e:
             LOG.info("traced where it is served: %s", e)
             made = self._compile_traced(device, recipe)
@@ -85,7 +85,7 @@ class Apart:
         except Exception as e:  # it depends on this process
             LOG.info("compiled where it is served: %s: %s", type(e).__name__, str(e)[:200])
             return None
-        return self._answer("compile_exported", pickle.dumps((program, jitted.donated, device.id)))
+        return self._answer("compile_exported", pickle.dumps((program, jitted.donated, device.id)), PATIENCE_S)
 
     def call(
         self, function: Callable[..., Any], *given: Any, known: Sequence[object] = (), inlined: bool = False
@@ -106,7 +106,7 @@ class Apart:
             LOG.info("done where it is served, since what was done cannot be loaded: %s: %s", type(e).__name__, e)
             return None
 
-    def _answer(self, what: str, request: bytes, patience_s: float = PATIENCE_S) -> Any:
+    def _answer(self, what: str, request: bytes, patience_s: float) -> Any:
         """None if there is no use in asking, or nothing came of it."""
         if not self._lock.acquire(timeout=patience_s):
             return None
