@@ -9,7 +9,8 @@
     Bundle      families, schedule and arrays: everything that lowering needs, and nothing about values
 
 A schedule is a topological order: whatever an item reads is bound by an item before it, or is an argument. Packs of one
-launch stand side by side, and none reads what another computes. (family, variable) names a value in every scope.
+launch stand side by side, and none reads what another computes, unless it is chained to it. (family, variable) names a
+value in every scope.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Pack:
     rounds: bool = False  # its result to TF32; set by round_results
     rounded: bool = False  # its left operand comes so
     launch: int | None = None  # of packs that one kernel launch runs, the index of the first; set by share_launches
+    chained: bool = False  # it reads what the pack before it in its launch computes, tile by tile; set by chain_products
+    inner: bool = False  # what it computes is read in its launch alone, and is not written
 
     @property
     def width(self) -> int:
@@ -236,6 +239,11 @@ def equations(item: Item) -> list[tuple[int, J.Eqn]]:
     return [(item.family, item.eqn)]
 
 
+def last_eqn(pack: Pack) -> J.Eqn:
+    """Whose result is what a pack of one member leaves."""
+    return (pack.epilogue[-1] if pack.epilogue else pack.members[0]).eqn
+
+
 def epilogue_reads(pack: Pack) -> list[J.Var]:
     """What a pack's epilogue reads besides its result, each once; if of another shape, a vector over its columns."""
     own = {v for m in pack.members for v in m.eqn.outvars} | {v for step in pack.epilogue for v in step.eqn.outvars}
@@ -285,16 +293,3 @@ def map_bodies(item: Item, change: Callable[[Schedule], Schedule]) -> Item:
 def same(new: Sequence[object], old: Sequence[object]) -> bool:
     """Whether both hold the same objects."""
     return len(new) == len(old) and all(a is b for a, b in zip(new, old, strict=True))
-
-
-def rows_of_parts(step: JointStep, operand: int, bundle: Bundle) -> tuple[int, ...]:
-    """Which row of its array each lane reads, for an operand that is a weight of each part."""
-    rows: list[int] = []
-    start = 0
-    for part in step.parts:
-        family = bundle.families[part.family]
-        w = part.weights[operand]
-        assert w is not None, f"operand {operand} of the step at {part.site} is no weight"
-        rows += [start + row for row in family.rows[w]]
-        start += len(family.owners[w])
-    return tuple(rows)

@@ -27,10 +27,17 @@ def check_bundle(bundle: Bundle) -> None:
 def check_schedule(schedule: Schedule, scopes: Sequence[tuple[int, list[J.Var], object]]) -> None:
     bound = {(f, v) for f, args, _ in scopes for v in args}
     want = {(f, id(eqn)): eqn for f, _, jaxpr in scopes for eqn in jaxpr.jaxpr.eqns}  # type: ignore[attr-defined]
-    for unit in units(schedule):  # packs of one launch see nothing of each other
+    for unit in units(schedule):
         if isinstance(first := unit[0], Pack) and first.launch not in (None, first.index):
             raise IRError(f"pack {first.index} is in launch {first.launch}, whose packs stand apart or are misnumbered")
-        bound |= set().union(*(check_item(item, bound, want) for item in unit))
+        left: set[Name] = set()  # packs of one launch see nothing of each other, unless they are chained
+        inner: set[Name] = set()
+        for item in unit:
+            chained = isinstance(item, Pack) and item.chained
+            made = check_item(item, bound | left if chained else bound, want)
+            left |= made
+            inner |= made if isinstance(item, Pack) and item.inner else set()
+        bound |= left - inner
     if want:
         names = sorted(eqn.primitive.name for eqn in want.values())
         raise IRError(f"never scheduled: {', '.join(names)}")

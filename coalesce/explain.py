@@ -168,7 +168,8 @@ def pack_text(pack: Pack, bundle: Bundle) -> str:
     where = " + ".join(member_text(m, bundle) for m in pack.members)
     kernel = f": {pack.kernel_text}" if pack.kernel else ""
     form = f" {pack.form}" if pack.form else ""
-    launch = f" in launch {pack.launch}" if pack.launch is not None else ""
+    launch = f"{' chained' * pack.chained} in launch {pack.launch}" if pack.launch is not None else ""
+    launch += ", not written" * pack.inner
     array = f" on array {pack.array}" if pack.array is not None else ""
     return f"pack {pack.index} x{pack.width} {pack.op.shape}{form}{kernel}{launch}{array}{shared}{waste} [{where}]"
 

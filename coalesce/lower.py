@@ -20,14 +20,14 @@ from coalesce.bundle import (
     epilogue_reads,
     JointLoop,
     JointStep,
+    last_eqn,
     Loop,
     Pack,
-    rows_of_parts,
     Schedule,
     Step,
     units,
 )
-from coalesce.joint import moves_apart, run
+from coalesce.joint import moves_apart, rows_of_parts, run
 from coalesce.lanes import (
     apply,
     apply_each,
@@ -226,11 +226,11 @@ class Walk:
         if len(packs) == 1 and packs[0].width == 1 and packs[0].kernel in AS_WRITTEN:
             self.as_written(packs[0], env)
             return
-        ready = [self.operands(pack, env) for pack in packs]
+        ready = [self.operands(pack, env, before) for pack, before in zip(packs, (None, *packs), strict=False)]
         results = lower_packs([pack for pack, _ in ready], self.bundle.families, [own for _, own in ready])
         for pack, outs in zip(packs, results, strict=True):
-            for m, out in zip(pack.members, outs, strict=True):
-                self.bind(env, m.family, pack.epilogue[-1].eqn if pack.epilogue else m.eqn, [out])
+            for m, out in zip(pack.members, outs, strict=not pack.inner):
+                self.bind(env, m.family, last_eqn(pack) if pack.epilogue else m.eqn, [out])
 
     def as_written(self, pack: Pack, env: Env) -> None:
         """Nothing to stack: the tenant's own equation."""
@@ -239,19 +239,23 @@ class Walk:
         weights = Banked(self.arrays[pack.array], (0,)) if pack.array is not None else self.read(env, m.family, rhs)
         self.bind(env, m.family, m.eqn, apply(m.eqn, [self.read(env, m.family, lhs), weights]))
 
-    def operands(self, pack: Pack, env: Env) -> tuple[Pack, Operands]:
-        """What a pack reads, and the pack as it reads that: an image rather than a slice of it, where it can."""
+    def operands(self, pack: Pack, env: Env, before: Pack | None) -> tuple[Pack, Operands]:
+        """What a pack reads, and the pack as it reads that: an image rather than a slice of it, where it can. None is
+        what the pack before it computes, if it is chained to that."""
+        inner = last_eqn(before).outvars[0] if before and pack.chained else None
         found = in_place(pack, self.slices)
         image = env.get((pack.members[0].family, found[1])) if found else None
         if found and image is not None:
             pack, left = found[0], [image]
         else:
-            left = [self.read(env, m.family, m.eqn.invars[0]) for m in pack.members]
+            atoms = [(m.family, m.eqn.invars[0]) for m in pack.members]
+            left = [None if a is inner else self.read(env, f, a) for f, a in atoms]
         if pack.array is not None:
             right = self.arrays[pack.array]
         else:
             right = [self.read(env, m.family, m.eqn.invars[1]) for m in pack.members]
-        given = [self.read(env, pack.members[0].family, atom) for atom in epilogue_reads(pack)]
+        family = pack.members[0].family
+        given = [None if a is inner else self.read(env, family, a) for a in epilogue_reads(pack)]
         return pack, Operands(left, right, given)
 
     def together(self, step: JointStep, env: Env) -> None:

@@ -14,6 +14,7 @@ from coalesce.costs import Costs
 from coalesce.errors import IRError, PassError, PlanError
 from coalesce.kernels import choose
 from coalesce.passes.align import align
+from coalesce.passes.chain_products import chain_products
 from coalesce.passes.choose_kernels import Choice, choose_kernels
 from coalesce.passes.cluster import cluster
 from coalesce.passes.cut_executables import cut_executables
@@ -64,6 +65,7 @@ def bundle_passes(
     share = (partial(share_launches, costs=costs, tuned=tuned, **sharing),)
     last = (
         fuse_epilogues,  # what these do to their results: after the kernels, not all of which can
+        partial(chain_products, tuned=tuned),  # which of them run as one, tile by tile: with what they do by then
         partial(round_results, costs=costs, tuned=tuned, choice=choice),  # and for whom: what is left is known by then
         plan_layouts,  # where the weights lie: after the kernels, which say how they read them
         partial(join_arrays, platform=platform),  # which of these arrays are one argument
@@ -92,6 +94,7 @@ def serving_passes(
         # of several families: what reads the bank in place runs side by side, as it is
         partial(share_launches, costs=costs, tuned=tuned),
         fuse_epilogues,
+        partial(chain_products, tuned=tuned),
         plan_layouts,
     )
 
