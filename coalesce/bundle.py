@@ -55,7 +55,7 @@ class Pack:
     rounds: bool = False  # its result to TF32; set by round_results
     rounded: bool = False  # its left operand comes so
     launch: int | None = None  # of packs that one kernel launch runs, the index of the first; set by share_launches
-    chained: bool = False  # it reads what the pack before it in its launch computes, tile by tile; set by chain_products
+    chained: bool = False  # it reads what packs before it in its launch compute, tile by tile; set by chain_products
     inner: bool = False  # what it computes is read in its launch alone, and is not written
 
     @property

@@ -226,7 +226,7 @@ class Walk:
         if len(packs) == 1 and packs[0].width == 1 and packs[0].kernel in AS_WRITTEN:
             self.as_written(packs[0], env)
             return
-        ready = [self.operands(pack, env, before) for pack, before in zip(packs, (None, *packs), strict=False)]
+        ready = [self.operands(pack, env, packs[:i] if pack.chained else ()) for i, pack in enumerate(packs)]
         results = lower_packs([pack for pack, _ in ready], self.bundle.families, [own for _, own in ready])
         for pack, outs in zip(packs, results, strict=True):
             for m, out in zip(pack.members, outs, strict=not pack.inner):
@@ -239,23 +239,23 @@ class Walk:
         weights = Banked(self.arrays[pack.array], (0,)) if pack.array is not None else self.read(env, m.family, rhs)
         self.bind(env, m.family, m.eqn, apply(m.eqn, [self.read(env, m.family, lhs), weights]))
 
-    def operands(self, pack: Pack, env: Env, before: Pack | None) -> tuple[Pack, Operands]:
+    def operands(self, pack: Pack, env: Env, before: Sequence[Pack] = ()) -> tuple[Pack, Operands]:
         """What a pack reads, and the pack as it reads that: an image rather than a slice of it, where it can. None is
-        what the pack before it computes, if it is chained to that."""
-        inner = last_eqn(before).outvars[0] if before and pack.chained else None
+        what one of those computes that stand before it in its chain."""
+        inner = {last_eqn(other).outvars[0] for other in before}
         found = in_place(pack, self.slices)
         image = env.get((pack.members[0].family, found[1])) if found else None
         if found and image is not None:
             pack, left = found[0], [image]
         else:
             atoms = [(m.family, m.eqn.invars[0]) for m in pack.members]
-            left = [None if a is inner else self.read(env, f, a) for f, a in atoms]
+            left = [None if a in inner else self.read(env, f, a) for f, a in atoms]
         if pack.array is not None:
             right = self.arrays[pack.array]
         else:
             right = [self.read(env, m.family, m.eqn.invars[1]) for m in pack.members]
         family = pack.members[0].family
-        given = [None if a is inner else self.read(env, family, a) for a in epilogue_reads(pack)]
+        given = [None if a in inner else self.read(env, family, a) for a in epilogue_reads(pack)]
         return pack, Operands(left, right, given)
 
     def together(self, step: JointStep, env: Env) -> None:

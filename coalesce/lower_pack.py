@@ -71,6 +71,7 @@ def superkernel(packs: Sequence[Pack], args: Sequence[Sequence[Any]]) -> list[An
                 chained.Link(pack.op, x, w, epilogue_of(pack), given, not pack.inner)
                 for pack, (x, w, *given) in zip(packs, args, strict=True)
             ]
+            assert packs[0].blocks, f"a chain without blocks: {packs[0].name}"
             return chained.run(links, packs[0].blocks)
         products = [
             product_of(pack.op, x, w, epilogue=epilogue_of(pack), operands=given, blocks=pack.blocks)

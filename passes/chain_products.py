@@ -9,16 +9,18 @@ Before                                            After
     pack 4 x2 dot ...: indexed_gemm                     f0: %11:bf16[..] = dot_general %9 %4
       f0: %11:bf16[..] = dot_general %9 %4            f0: %10:bf16[..] = slice %9
 
-A wide product runs with the next one, which multiplies its result (the 1x1 convolutions between two bottlenecks), with
-the one before, whose result its epilogue alone reads (a shortcut), or with both: see coalesce/kernels/chained.py. Which
-it is the tuning database says; what was not measured is not chained, and what wins nothing neither. Relies on: kernels
-are chosen, and epilogues are theirs. Gives: a pack that is chained stands behind what it reads; nothing else moves.
+A wide product runs with the one that multiplies its result, with one whose result its epilogue alone reads (as a
+shortcut's), and with one whose result it alone multiplies: of a ResNet all that lies between two residuals (see
+coalesce/kernels/chained.py). Which of them, the tuning database says: what was not measured is not chained, nor what
+was and did not win. Relies on: kernels are chosen, and epilogues are theirs. Gives: packs of a chain stand where its
+wide product stood, each behind what it reads; nothing else moves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from typing import Any, NamedTuple
 
 from coalesce import jaxpr as J
@@ -38,6 +40,7 @@ class Found(NamedTuple):
     """Packs that may run in one launch, by their places."""
 
     feed: int | None
+    head: int | None
     wide: int
     narrow: int | None
 
@@ -82,19 +85,27 @@ class Scope:
     def chains(self) -> Iterator[Found]:
         """Each that could run: of every wide product the longest, and its parts."""
         for at in self.packs:
-            feed, narrow = self.feed(at), self.narrow(at)
-            each = [Found(feed, at, narrow), Found(feed, at, None), Found(None, at, narrow)]
-            yield from (found for found in dict.fromkeys(each) if len(found.places) > 1)
+            feeds, heads, narrows = ((part(at), None) for part in (self.feed, self.head, self.narrow))
+            each = {Found(feed, head, at, narrow): None for feed, head, narrow in product(feeds, heads, narrows)}
+            yield from (found for found in each if len(found.places) > 1 and self.fits(found))
 
     def feed(self, at: int) -> int | None:
         """The product whose result is there for the epilogue of the one at a place alone."""
         pack = self.packs[at]
         for atom in epilogue_reads(pack):
-            before = self.made.get((pack.members[0].family, atom), at)
-            own = before in self.packs and atom is last_eqn(self.packs[before]).outvars[0]
-            if own and atom not in pack.members[0].eqn.invars and self.fits(Found(before, at, None)):
-                return before if self.readers_but(before, at) == set() else None
+            before = self.maker(pack, atom)
+            alone = before is not None and not self.readers_but(before, at)
+            if alone and atom not in pack.members[0].eqn.invars and self.fits(Found(before, None, at, None)):
+                return before
         return None
+
+    def head(self, at: int) -> int | None:
+        """The product whose result is there for the one at a place alone to multiply."""
+        pack = self.packs[at]
+        atom = pack.members[0].eqn.invars[0]
+        before = self.maker(pack, atom)
+        alone = before is not None and not self.readers_but(before, at)
+        return before if alone and atom not in epilogue_reads(pack) else None
 
     def narrow(self, at: int) -> int | None:
         """The product that multiplies the result of the one at a place, and else reads what was there before."""
@@ -105,15 +116,20 @@ class Scope:
             if other is None or other.members[0].eqn.invars[0] is not result:
                 continue
             there = all(self.made.get((f, atom), -1) < at for atom in epilogue_reads(other))
-            if there and self.fits(Found(None, at, after)):
+            if there and self.fits(Found(None, None, at, after)):
                 return after
         return None
+
+    def maker(self, pack: Pack, atom: J.Atom) -> int | None:
+        """The product of which a value is the result."""
+        before = self.made.get((pack.members[0].family, atom))
+        return before if before in self.packs and atom is last_eqn(self.packs[before]).outvars[0] else None
 
     def readers_but(self, at: int, reader: int) -> set[int]:
         """Who else reads a pack's result; -1 is whoever called the program."""
         pack = self.packs[at]
         name = pack.members[0].family, last_eqn(pack).outvars[0]
-        return (self.readers[name] | ({-1} if name in self.left else set())) - {reader}
+        return (self.readers.get(name, set()) | ({-1} if name in self.left else set())) - {reader}
 
     def fits(self, found: Found) -> bool:
         """Whether lanes lie alike in all of them, and the kernel can run them."""
@@ -124,21 +140,21 @@ class Scope:
         return chained.supports(*self.chain(found))
 
     def chain(self, found: Found) -> Chain:
-        feed, narrow = (None if at is None else self.packs[at].op for at in (found.feed, found.narrow))
-        return Chain(feed, self.packs[found.wide].op, narrow)
+        feed, head, wide, narrow = (None if at is None else self.packs[at].op for at in found)
+        assert wide is not None, "a chain without its middle"
+        return Chain(feed, head, wide, narrow)
 
     def size(self, found: Found) -> tuple[Chain, int, int]:
         return self.chain(found), *problems(self.packs[found.wide], self.families)
 
     def launch(self, found: Found, blocks: Blocks) -> list[Pack]:
-        inner = {found.feed}
+        inner = {found.feed, found.head}
         if found.narrow is not None and not self.readers_but(found.wide, found.narrow):
             inner.add(found.wide)
         first = self.packs[found.places[0]].index
         how = {"kernel": chained.KERNEL, "blocks": blocks, "launch": first}
-        return [
-            replace(self.packs[at], **how, chained=at != found.places[0], inner=at in inner) for at in found.places
-        ]
+        reads = {found.wide: len(found.places) > 1 + (found.narrow is not None), found.narrow: True}
+        return [replace(self.packs[at], **how, chained=reads.get(at, False), inner=at in inner) for at in found.places]
 
 
 def can_chain(pack: Pack) -> bool:

@@ -58,7 +58,7 @@ def check_scopes(schedule: Schedule, scopes: Sequence[Scope]) -> None:
 
 
 def check_launches(schedule: Schedule, level: Sequence[list[Key]], before: dict[Key, set[Key]]) -> None:
-    """Packs of one launch stand side by side, and no path leads from one to another."""
+    """Packs of one launch stand side by side; no path leads from one to another, but to one that is chained."""
     found: dict[int, list[int]] = {}
     for i, item in enumerate(schedule):
         if isinstance(item, Pack) and item.launch is not None:
@@ -66,6 +66,12 @@ def check_launches(schedule: Schedule, level: Sequence[list[Key]], before: dict[
     for at in found.values():
         assert at == list(range(at[0], at[0] + len(at))), "something stands between packs of one launch"
         for i in at:
+            item = schedule[i]
+            if isinstance(item, Pack) and item.chained:
+                assert reaches(before, level[i][0], {key for j in at if j < i for key in level[j]}) or any(
+                    reaches(before, key, {key for j in at if j < i for key in level[j]}) for key in level[i]
+                ), "a chained pack reads nothing of its chain"
+                continue
             others = {key for j in at if j != i for key in level[j]}
             assert not any(reaches(before, key, others) for key in level[i]), "a launch waits for itself"
 

@@ -113,6 +113,9 @@ def count(item: Item) -> int:
 
 def heavy_us(unit: Sequence[Item], families: Sequence[Family], costs: Costs) -> float:
     packs = [item for item in unit if isinstance(item, Pack)]
+    if any(pack.chained for pack in packs):  # what they read and write less is measured, not modelled
+        each = [costs.op(pack.op, *problems(pack, families), kernel=pack.kernel) for pack in packs]
+        return sum(each) - costs.launch * (len(packs) - 1)
     if len(packs) > 1:
         return costs.together([(pack.op, *problems(pack, families)) for pack in packs])
     match item := unit[0]:

@@ -67,7 +67,7 @@ class Tuned:
     def chain(self, chain: Chain, width: int, rows: int) -> tuple[Blocks, float] | None:
         """The blocks of products that run as one, and the microseconds that it wins; None if it wins none, or nothing
         like it was measured. At a smaller width it has fewer programs than what it replaces, and may lose."""
-        entry = self.nearest(chain, width, rows, least=1)
+        entry = self.nearest(chain, width, rows, least=1.0)
         blocks = entry.blocks if entry and entry.kernel == CHAINED else None
         apart = entry.best(APART) if entry else None
         if entry is None or blocks is None or apart is None:
