@@ -20,19 +20,23 @@ from coalesce.bundle_check import check_bundle
 from coalesce.errors import IRError
 from coalesce.explain import bundle_text
 from coalesce.html import html_page
-from coalesce.kernels import VERSION
+from coalesce.kernels import chained, VERSION
 from coalesce.lower import lower_stacked
+from coalesce.measuring import tune
+from coalesce.measuring.chain_case import ChainCase, chains_in
 from coalesce.passes.chain_products import chain_products, Scope
 from coalesce.passes.choose_kernels import choose_kernels
 from coalesce.passes.form_packs import form_packs
 from coalesce.passes.fuse_epilogues import fuse_epilogues
 from coalesce.passes.plan_layouts import plan_layouts
+from coalesce.program import Program
 from coalesce.tuning import Database, Entry, Key, Tuned
 from tests.alone import alone, array, Tenant
 from tests.bundles import bundle_of, replanned
 from tests.compare import assert_as_good
 from tests.dataflow import check_plan
 from tests.heavy_cases import indexed
+from tests.serving import BY_SLOT, fit_of, serve
 
 BLOCKS = Blocks(16, 16, 16)
 
@@ -86,7 +90,9 @@ def measured(bundle: Bundle, most: int = 4, gain: float = 1.0, width: int = 0) -
         chain, lanes, rows = scope.size(one)
         us = 10.0 - gain * len(one.places) if len(one.places) <= most else 11.0
         key = Key("cpu", VERSION, str(chain), width or lanes, rows)
-        found[key] = Entry("chained" if us < 10 else "apart", min(us, 10.0), BLOCKS if us < 10 else None, {"apart": 10.0})
+        found[key] = Entry(
+            "chained" if us < 10 else "apart", min(us, 10.0), BLOCKS if us < 10 else None, {"apart": 10.0}
+        )
     return Database(found)
 
 
@@ -99,8 +105,7 @@ def run(bundle: Bundle, **options: Any) -> Any:
 
 
 def fused(tenants: list[Tenant], **options: Any) -> coalesce.Fused:
-    programs = [coalesce.trace(fn, params, *xs, name=f"t{i}") for i, (fn, params, xs) in enumerate(tenants)]
-    return coalesce.fuse(programs, choose_kernel=indexed, strict=True, **options)
+    return coalesce.fuse(programs_of(tenants), choose_kernel=indexed, strict=True, **options)
 
 
 def check(tenants: list[Tenant], **options: Any) -> list[list[Pack]]:
@@ -109,11 +114,15 @@ def check(tenants: list[Tenant], **options: Any) -> list[list[Pack]]:
     program = fused(tenants, tuned=database)
     check_plan(program.bundle, 0.0)
     for tenant, got in zip(tenants, program([xs for _, _, xs in tenants]), strict=True):
-        fn, params, xs = tenant
-        exactly = alone((fn, *jax.tree.map(lambda x: x.astype(jnp.float32), (params, xs))))
-        own = alone(tenant)
-        assert_as_good(got, own, exactly, [False] * len(jax.tree.leaves(own)))
+        assert_as_alone(got, tenant)
     return chains(program.bundle)
+
+
+def assert_as_alone(got: Any, tenant: Tenant) -> None:
+    fn, params, xs = tenant
+    exactly = alone((fn, *jax.tree.map(lambda x: x.astype(jnp.float32), (params, xs))))
+    own = alone(tenant)
+    assert_as_good(got, own, exactly, [False] * len(jax.tree.leaves(own)))
 
 
 def test_a_bottleneck(golden):
@@ -163,15 +172,12 @@ def test_the_chain_that_wins_most_goes_first():
 
 NEVER = {
     "float32": two(chain_alone, "wide narrow", IMAGE, dtype=jnp.float32),
-    "another op between them": two(
-        lambda p, x: lax.cumsum(relu(x @ p["wide"]), 1) @ p["narrow"], "wide narrow", IMAGE
-    ),
+    "another op between them": two(lambda p, x: lax.cumsum(relu(x @ p["wide"]), 1) @ p["narrow"], "wide narrow", IMAGE),
     "a product of two results": two(lambda p, x: (x @ p["wide"]) @ (x @ p["wide"]).mT, "wide", (5, 16)),
-    "one program": two(chain_alone, "wide narrow", IMAGE)[:1],
 }
 
 
-@pytest.mark.parametrize("tenants", list(NEVER.values())[:3], ids=list(NEVER)[:3])
+@pytest.mark.parametrize("tenants", NEVER.values(), ids=NEVER)
 def test_what_cannot_be_chained(tenants):
     assert list(Scope(planned(*tenants)).chains()) == []
 
@@ -227,3 +233,48 @@ def test_it_is_one_kernel_of_a_gpu_program():
         traced = jax.jit(lower_stacked(bundle)).trace(arrays, inputs)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@__gpu$xla.gpu.triton(") == 1
+
+
+def test_lanes_that_read_a_bank_by_slot(monkeypatch):
+    ran: list[int] = []
+    monkeypatch.setattr(
+        chained, "run", lambda links, blocks, run=chained.run: ran.append(len(links)) or run(links, blocks)
+    )
+    tuned = Tuned(measured(planned(*BOTTLENECKS)), "cpu")
+    serving = serve([fit_of(*tenant) for tenant in BOTTLENECKS], capacity=3, options=replace(BY_SLOT, tuned=tuned))
+    lanes = [(1, BOTTLENECKS[1][2]), (0, BOTTLENECKS[0][2])]
+    executable = serving.executable(2)
+    assert set(ran) == {4}
+    for (t, _), got in zip(lanes, serving.call(executable, lanes), strict=True):
+        assert_as_alone(got, BOTTLENECKS[t])
+
+
+def test_what_is_measured_does_the_same_work():
+    """Chained, and one after the other."""
+    cases = chains_in(planned(*BOTTLENECKS), "cpu")
+    longest = max(cases, key=lambda case: len(case.products))
+    assert [product.written for product in longest.products] == [False, False, True, True]
+    assert longest.steps == "add; max; add max; max" and longest.candidates("cpu", False) == []
+    tried = longest.candidates("gpu", True)
+    assert tried[0] == ("apart", None) and len(set(tried)) == len(tried) > 1
+    assert all(blocks is None or 32 % blocks.n == 0 for _, blocks in tried)
+    structs = (longest.lhs, longest.rhs("chained"), *longest.reads)
+    given = [array(*s.shape).astype(s.dtype) * 0.3 for s in structs]
+    each = [jax.jit(longest.run(*how))(*given) for how in (("apart", None), ("chained", BLOCKS))]
+    for a, b in zip(*each, strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=0.02, atol=0.05)
+
+
+def test_a_gpu_measures_chains_too(monkeypatch):
+    source = partial(programs_of, BOTTLENECKS)
+    for gpu, found in ((False, 0), (True, len(chains_in(planned(*BOTTLENECKS), "cpu")))):
+        monkeypatch.setattr(tune, "on_a_gpu", lambda gpu=gpu: gpu)
+        tune.cases_of.cache_clear()
+        cases = tune.cases_of(source)
+        assert sum(isinstance(case, ChainCase) for case in cases) == found
+        assert not found or " into conv" in tune.case_name(max(cases, key=lambda case: len(case.key.op)))
+    tune.cases_of.cache_clear()
+
+
+def programs_of(tenants: list[Tenant]) -> list[Program]:
+    return [coalesce.trace(fn, params, *xs, name=f"t{i}") for i, (fn, params, xs) in enumerate(tenants)]

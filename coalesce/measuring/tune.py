@@ -122,7 +122,7 @@ def case_name(case: Case | ChainCase) -> str:
 @cache  # for this process; those that measure are given a case by its number
 def cases_of(source: Source) -> list[Case | ChainCase]:
     bundle, device = plan_of(source()), default_device().device_kind
-    return [*cases_in(bundle, device), *chains_in(bundle, device)]
+    return [*cases_in(bundle, device), *(chains_in(bundle, device) if on_a_gpu() else ())]
 
 
 def candidate_times(source: Source, task: Task, lock: Any = None) -> Measured | str:

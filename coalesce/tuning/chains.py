@@ -42,6 +42,6 @@ def tiles(chain: Chain, rows: int) -> Iterator[Blocks]:
     _, _, wide, narrow = chain
     for (m, warps), n, k, stages in product(((64, 4), (128, 8)), (16, 32, 64, 128), (32, 64), (2, 3, 4)):
         fetched = (wide.k + m + (tile(narrow.n) if narrow else 0)) * n * wide.lhs.dtype.itemsize
-        whole = wide.n % n == 0 and m <= tile(rows * wide.m)
+        whole = wide.n % n == 0 and m <= max(64, tile(rows * wide.m))
         if whole and fetched * stages <= SHARED_BYTES and (n >= 32 or stages > 2):
             yield Blocks(m, n, k, warps, stages)
