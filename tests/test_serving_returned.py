@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from coalesce.serving.executable import compile_executable, Executable
 from coalesce.serving.staging import Lane
 from coalesce.serving.words import can_pack, from_words, to_words, views, words
 from tests.alone import array
-from tests.serving import assert_alone, fit_of, results, serve, Serving
+from tests.serving import assert_alone, CPU, fit_of, results, serve, Serving
 from tests.serving_models import tenants
 
 SLO = 30.0
@@ -105,6 +106,27 @@ def test_what_the_host_reads_by_itself_is_not_packed():
     outputs = executable.run([serving.store.bank], [None], executable.stage([[serving.lane(0, found[0][2])]]))
     executable.send_back(outputs)
     assert not executable.returned.packed and "sent" not in log
+
+
+@pytest.mark.parametrize(("name", "packed"), [("mlp", True), ("convnet", False)])
+def test_results_that_are_left_on_the_host_are_read_where_they_lie(name, packed):
+    found = tenants(name, 2)
+    serving = serve([fit_of(fn, p, x) for fn, p, x in found], options=dataclasses.replace(CPU, left=True))
+    executable = serving.executable(4, packed=True)
+    assert executable.returned.packed == packed
+    outputs = executable.run(
+        [serving.store.bank], [None], executable.stage([[serving.lane(t, found[t][2]) for t in (1, 0)]])
+    )
+    left = jax.tree.leaves(outputs)
+    assert [x.sharding.memory_kind for x in left] == ["pinned_host"]
+    executable.send_back(outputs)  # nothing: they are there
+    (got,) = executable.fetch(outputs)
+    addresses = [x.unsafe_buffer_pointer() for x in left]
+    assert min(x.ctypes.data for x in got) == addresses[0]
+    del outputs, left
+    gc.collect()
+    for i, t in enumerate((1, 0)):  # they are kept as long as anybody looks at them
+        assert_alone(results(serving.fits[t], [x[i] for x in got]), found[t])
 
 
 def test_arrays_of_all_dtypes_and_sizes_become_words_and_arrays_again():
