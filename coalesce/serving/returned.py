@@ -78,6 +78,6 @@ class Returned:
 def seen(x: jax.Array) -> np.ndarray:
     """What lies on the host, where it lies: JAX would have the device copy it once more. Waits."""
     x.block_until_ready()
-    memory = (ctypes.c_uint8 * x.nbytes).from_address(x.unsafe_buffer_pointer())
+    memory: Any = (ctypes.c_uint8 * x.nbytes).from_address(x.unsafe_buffer_pointer())
     memory.array = x  # which is there as long as somebody looks at it
     return np.ndarray(x.shape, x.dtype, memory)
