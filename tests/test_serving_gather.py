@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from coalesce.serving import gather as module
 from coalesce.serving.gather import gather, is_worth_it, LARGE, reader
