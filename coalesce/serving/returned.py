@@ -7,6 +7,7 @@ On a CPU they lie where they were computed.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,7 @@ class Returned:
 
     parts: tuple[tuple[jax.ShapeDtypeStruct, ...] | None, ...]
     copied: bool
+    left: bool = False  # the program itself ends with bringing them into page-locked memory of the host
 
     @cached_property
     def all_parts(self) -> list[jax.ShapeDtypeStruct]:
@@ -40,28 +42,42 @@ class Returned:
         """Inside the program: what it returns for the outputs of each entry; the buffer behind them, if there is one,
         with nothing in the place of what is in it."""
         if not self.packed:
-            return [list(own) for own in outputs]
+            ended = [part is not None for part in self.parts]
+            return [self._placed(own) if ends else list(own) for ends, own in zip(ended, outputs, strict=True)]
         own_words = [to_words(x, part) for x, part in zip(self._results(outputs), self.all_parts, strict=True)]
         rest = [[] if part is not None else list(own) for part, own in zip(self.parts, outputs, strict=True)]
-        return [*rest, [jnp.concatenate(own_words)]]
+        return [*rest, self._placed([jnp.concatenate(own_words)])]
+
+    def _placed(self, results: Sequence[Any]) -> list[Any]:
+        """Inside the program: where the host looks for them."""
+        return [jax.device_put(x, jax.memory.Space.Host) if self.left else x for x in results]
 
     def send(self, outputs: Sequence[Sequence[jax.Array]]) -> None:
         """So that results follow the last kernel to the host, instead of waiting until somebody asks for them."""
-        if self.copied:
+        if self.copied and not self.left:
             for x in outputs[-1] if self.packed else self._results(outputs):
                 x.copy_to_host_async()
 
     def fetch(self, outputs: Sequence[Sequence[jax.Array]]) -> list[list[np.ndarray] | None]:
         """As NumPy arrays; waits."""
+        as_array = seen if self.left else np.asarray
         if self.packed:
-            flat = iter(views(np.asarray(outputs[-1][0]), self.all_parts))
+            flat = iter(views(as_array(outputs[-1][0]), self.all_parts))
         else:
             results = self._results(outputs)
             if len(results) > 1 and not self.copied:  # else `send` has
                 for x in results:
                     x.copy_to_host_async()
-            flat = map(np.asarray, results)
+            flat = map(as_array, results)
         return [None if own is None else [next(flat) for _ in own] for own in self.parts]
 
     def _results(self, outputs: Sequence[Sequence[Any]]) -> list[Any]:
         return list(chain.from_iterable(own for part, own in zip(self.parts, outputs, strict=True) if part is not None))
+
+
+def seen(x: jax.Array) -> np.ndarray:
+    """What lies on the host, where it lies: JAX would have the device copy it once more. Waits."""
+    x.block_until_ready()
+    memory: Any = (ctypes.c_uint8 * x.nbytes).from_address(x.unsafe_buffer_pointer())
+    memory.array = x  # which is there as long as somebody looks at it
+    return np.ndarray(x.shape, x.dtype, memory)
