@@ -17,6 +17,7 @@ from coalesce.runtime import device as device_module
 from coalesce.runtime.bundle import copied
 from coalesce.runtime.runtime import Runtime
 from coalesce.serving.executable import compile_executable, Executable
+from coalesce.serving.page_locked import can_leave
 from coalesce.serving.staging import Lane
 from coalesce.serving.words import can_pack, from_words, to_words, views, words
 from tests.alone import array
@@ -160,6 +161,16 @@ def together(arrays: Any, parts: Any) -> jax.Array:
 def test_what_words_cannot_hold_is_not_packed():
     assert not can_pack([jax.ShapeDtypeStruct((2,), np.complex64)])
     assert not can_pack([jax.ShapeDtypeStruct((2,), jnp.int4)])
+
+
+def test_whether_results_can_be_left_there_is_tried(monkeypatch):
+    assert can_leave(jax.devices()[0])
+    monkeypatch.setattr("coalesce.serving.page_locked.seen", lambda x: np.zeros(4, np.int32))
+    assert not can_leave(jax.devices()[0]), "nothing arrives"
+    monkeypatch.setattr("coalesce.serving.page_locked.KIND", "another")
+    assert not can_leave(jax.devices()[0]), "it is elsewhere"
+    monkeypatch.delattr(jax, "memory")
+    assert not can_leave(jax.devices()[0]), "JAX has no name for it"
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
