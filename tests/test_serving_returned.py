@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import math
 from functools import partial
 from typing import Any
 
@@ -12,12 +14,14 @@ import numpy as np
 import pytest
 
 from coalesce.runtime import device as device_module
+from coalesce.runtime.bundle import copied
 from coalesce.runtime.runtime import Runtime
 from coalesce.serving.executable import compile_executable, Executable
+from coalesce.serving.page_locked import can_leave
 from coalesce.serving.staging import Lane
 from coalesce.serving.words import can_pack, from_words, to_words, views, words
 from tests.alone import array
-from tests.serving import assert_alone, fit_of, results, serve, Serving
+from tests.serving import assert_alone, CPU, fit_of, results, serve, Serving
 from tests.serving_models import tenants
 
 SLO = 30.0
@@ -107,6 +111,27 @@ def test_what_the_host_reads_by_itself_is_not_packed():
     assert not executable.returned.packed and "sent" not in log
 
 
+@pytest.mark.parametrize(("name", "packed"), [("mlp", True), ("convnet", False)])
+def test_results_that_are_left_on_the_host_are_read_where_they_lie(name, packed):
+    found = tenants(name, 2)
+    serving = serve([fit_of(fn, p, x) for fn, p, x in found], options=dataclasses.replace(CPU, left=True))
+    executable = serving.executable(4, packed=True)
+    assert executable.returned.packed == packed
+    outputs = executable.run(
+        [serving.store.bank], [None], executable.stage([[serving.lane(t, found[t][2]) for t in (1, 0)]])
+    )
+    left = jax.tree.leaves(outputs)
+    assert [x.sharding.memory_kind for x in left] == ["pinned_host"]
+    executable.send_back(outputs)  # nothing: they are there
+    (got,) = executable.fetch(outputs)
+    addresses = [x.unsafe_buffer_pointer() for x in left]
+    assert min(x.ctypes.data for x in got) == addresses[0]
+    del outputs, left
+    gc.collect()
+    for i, t in enumerate((1, 0)):  # they are kept as long as anybody looks at them
+        assert_alone(results(serving.fits[t], [x[i] for x in got]), found[t])
+
+
 def test_arrays_of_all_dtypes_and_sizes_become_words_and_arrays_again():
     dtypes = [np.bool_, np.int8, np.uint16, jnp.bfloat16, np.float16, jnp.float8_e4m3fn, np.int32, np.float32]
     shapes = [(), (2, 0), (5,), (3, 4)]
@@ -136,6 +161,28 @@ def together(arrays: Any, parts: Any) -> jax.Array:
 def test_what_words_cannot_hold_is_not_packed():
     assert not can_pack([jax.ShapeDtypeStruct((2,), np.complex64)])
     assert not can_pack([jax.ShapeDtypeStruct((2,), jnp.int4)])
+
+
+def test_whether_results_can_be_left_there_is_tried(monkeypatch):
+    assert can_leave(jax.devices()[0])
+    monkeypatch.setattr("coalesce.serving.page_locked.seen", lambda x: np.zeros(4, np.int32))
+    assert not can_leave(jax.devices()[0]), "nothing arrives"
+    monkeypatch.setattr("coalesce.serving.page_locked.KIND", "another")
+    assert not can_leave(jax.devices()[0]), "it is elsewhere"
+    monkeypatch.delattr(jax, "memory")
+    assert not can_leave(jax.devices()[0]), "JAX has no name for it"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(), (3,), (1, 501), (40, 30), (100, 100)])
+def test_rows_of_results_are_copies_of_their_own(shape, dtype):
+    stack = np.arange(6 * math.prod(shape)).reshape(6, *shape).astype(dtype)
+    for rows in (stack, stack[::2], stack[..., ::-1] if shape else stack):
+        got = copied(rows, 2)
+        assert len(got) == 2
+        for row, want in zip(got, rows, strict=False):
+            assert row.base is None and row.flags.owndata and row.flags.writeable and row.dtype == dtype
+            np.testing.assert_array_equal(row, want, strict=True)
 
 
 def deep(params: Any, x: jax.Array) -> dict[str, jax.Array]:

@@ -161,7 +161,9 @@ def frame_of(lanes: Sequence[Lanes], packed: bool | None) -> Frame:
         tuple(own.segments for own in lanes), tuple(own.segment for own in lanes), tuple(own.slots for own in lanes)
     )
     returned = Returned(
-        tuple(stacks(own.program.outputs, own.width) if own.is_last else None for own in lanes), copied=packed
+        tuple(stacks(own.program.outputs, own.width) if own.is_last else None for own in lanes),
+        copied=packed,
+        left=packed and lanes[0].schema.options.left,
     )
     return Frame(staging, states, returned)
 

@@ -44,6 +44,7 @@ class Options:
     tuned: Tuned = UNTUNED
     pack_unbounded_loops: bool = False
     as_it_is: bool = False  # one lane at a time, and nothing rewritten
+    left: bool = False  # programs leave their results on the host: see `Returned`
 
 
 class Place(NamedTuple):
