@@ -58,8 +58,8 @@ class Elsewhere:
         (commands,) = self.on_events([event], now_ns)
         return commands
 
-    def on_events(self, events: Sequence[Event], now_ns: int) -> Sequence[Sequence[Command]]:
-        """Those upon each: what is told together is asked once."""
+    def on_events(self, events: Sequence[Any], now_ns: int) -> Sequence[Sequence[Command]]:
+        """Those upon each: what is told together is asked once. Events are whatever the policy there takes for one."""
         if not self.close.alive:
             raise EOFError("the process of the policy was ended")
         send(self._to, (events, now_ns))
