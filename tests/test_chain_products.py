@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AbstractDevice, AbstractMesh
 
 import coalesce
 from coalesce.blocks import Blocks
@@ -21,14 +20,12 @@ from coalesce.errors import IRError
 from coalesce.explain import bundle_text
 from coalesce.html import html_page
 from coalesce.kernels import chained, VERSION
-from coalesce.lower import lower_stacked
 from coalesce.measuring import tune
 from coalesce.measuring.chain_case import ChainCase, chains_in
 from coalesce.passes.chain_products import chain_products, Scope
 from coalesce.passes.choose_kernels import choose_kernels
 from coalesce.passes.form_packs import form_packs
 from coalesce.passes.fuse_epilogues import fuse_epilogues
-from coalesce.passes.plan_layouts import plan_layouts
 from coalesce.program import Program
 from coalesce.tuning import Database, Entry, Key, Tuned
 from tests.alone import alone, array, Tenant
@@ -220,19 +217,6 @@ def test_it_is_said():
     assert "chained in launch 0" in bundle_text(program.bundle)
     assert program.report.superkernels == 1 and program.report.launches_shared == 1
     assert "launch: with pack 1" in html_page(program)
-
-
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # by JAX 0.11 and newer
-def test_it_is_one_kernel_of_a_gpu_program():
-    """Lowered for a GPU on a machine without one."""
-    bundle = plan_layouts(run(planned(*BOTTLENECKS)))
-    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
-    arrays = [jax.ShapeDtypeStruct((len(a.rows), *a.shape), a.dtype) for a in bundle.arrays]
-    inputs = [[jax.ShapeDtypeStruct((2, *IMAGE), jnp.bfloat16)]]
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        traced = jax.jit(lower_stacked(bundle)).trace(arrays, inputs)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@__gpu$xla.gpu.triton(") == 1
 
 
 def test_lanes_that_read_a_bank_by_slot(monkeypatch):

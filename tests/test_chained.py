@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
@@ -81,8 +82,10 @@ def in_turn(chain: list[Link]) -> list[Any]:
 
 
 def check(chain: list[Link], blocks: Blocks = BLOCKS) -> None:
-    each = jax.jit(lambda: chained.run(chain, blocks))()
-    for link, got, want in zip(chain, each, jax.jit(lambda: in_turn(chain))(), strict=True):
+    arrays = arrays_of(chain)
+    each = jax.jit(lambda arrays: chained.run(placed(chain, arrays), blocks))(arrays)
+    wanted = jax.jit(lambda arrays: in_turn(placed(chain, arrays)))(arrays)
+    for link, got, want in zip(chain, each, wanted, strict=True):
         assert (got is not None) == link.written
         if got is not None:
             np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=0.02, atol=0.05)
@@ -138,6 +141,25 @@ def test_a_nan_stays_in_its_lane():
     want, got = (np.asarray(chained.run(each, BLOCKS)[-1]) for each in (chain, list(map(poisoned, chain))))
     np.testing.assert_array_equal(got[::2], want[::2])
     assert not np.array_equal(got[1], want[1])
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # by JAX 0.11 and newer
+def test_it_is_one_kernel_of_a_gpu_program():
+    """Lowered for a GPU on a machine without one."""
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+    chain = links(True, True, True)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        traced = jax.jit(lambda arrays: chained.run(placed(chain, arrays), BLOCKS)).trace(arrays_of(chain))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__gpu$xla.gpu.triton(") == 1
+
+
+def arrays_of(chain: list[Link]) -> list[Any]:
+    return [(link.lhs, link.rhs, link.operands) for link in chain]
+
+
+def placed(chain: list[Link], arrays: list[Any]) -> list[Link]:
+    return [replace(k, lhs=x, rhs=w, operands=given) for k, (x, w, given) in zip(chain, arrays, strict=True)]
 
 
 def test_what_is_supported():
