@@ -16,18 +16,19 @@ from jax import lax
 from coalesce import jaxpr as J
 from coalesce.bundle import (
     arguments,
+    Attention,
     Bundle,
     epilogue_reads,
     JointLoop,
     JointStep,
     Loop,
     Pack,
-    rows_of_parts,
+    place_of,
     Schedule,
     Step,
     units,
 )
-from coalesce.joint import moves_apart, run
+from coalesce.joint import moves_apart, rows_of_parts, run
 from coalesce.lanes import (
     apply,
     apply_each,
@@ -44,6 +45,7 @@ from coalesce.lanes import (
     stacked,
     take,
 )
+from coalesce.lower_attention import lower_attention, made_in
 from coalesce.lower_control import lower_loop
 from coalesce.lower_pack import lower_packs, Operands
 from coalesce.lower_scans import lower_scans
@@ -165,6 +167,7 @@ class Walk:
     def __init__(self, bundle: Bundle, arrays: Sequence[Any]) -> None:
         self.bundle, self.arrays = bundle, arrays
         self.slices = slices_in(bundle)
+        self.made = made_in(bundle)
 
     def width(self, family: int) -> int:
         return self.bundle.families[family].width
@@ -192,6 +195,8 @@ class Walk:
                     args = [self.read(env, family, a) for a in eqn.invars]
                     outs = apply_each(eqn, args, self.width(family)) if each else apply(eqn, args)
                     self.bind(env, family, eqn, outs)
+                case Attention():
+                    self.bind(env, place_of(item)[0], *lower_attention(self, item, env))
                 case JointStep():
                     self.together(item, env)
                 case Loop(family, _, eqn):
