@@ -53,27 +53,31 @@ class Admission:
     ) -> Reason | None:
         """Why it is refused; `start` is when the device can begin with it, `excess` what its tenant has had."""
         self.foreseen = False
-        deadline_ns, costs, shares = request.deadline_ns, queue.costs, self._shares
-        if deadline_ns <= now_ns:
+        number, _, _, _, due_ns, _ = request
+        costs, shares = queue.costs, self._shares
+        if due_ns <= now_ns:
             return Reason.EXPIRED
-        if account.waiting >= account.tenant.quota:
+        if account.waiting >= account.quota:
             return Reason.QUEUE_FULL
         if not costs.options:  # it waits for one that the driver makes
             return None
-        items, work_ns = queue.items, costs.lane_ns
+        items, level, work_ns = queue.items, queue.level, costs.lane_ns
         self._load.ask(work_ns, now_ns)
-        over = excess > CLOSE
+        over, careful = excess > CLOSE, False
         if over:
             careful = shares.is_careful(account, excess, work_ns)
         else:
-            careful = False
             queue.others.note(now_ns, costs.slo_ns)
-        if not items or deadline_ns < items[0][0]:
+        is_last = not items or items[-1] < (due_ns, number)
+        if not items or (not is_last and due_ns < items[0][0]):
             work_ns += costs.first_ns
-        if queue.level.spare > 0 or is_few(queue.level):
-            fits = self._fits_outlook(request, queue, start, over, careful, now_ns)
+        if level.spare > 0 or is_few(level):
+            if is_last and items and not over and has_room(queue, due_ns, start, now_ns):
+                fits = self.foreseen = True
+            else:
+                fits = self._fits_outlook(request, queue, start, is_last, over, careful, now_ns)
         else:
-            kept_ns = kept(deadline_ns - now_ns, queue, careful) if over else 0
+            kept_ns = kept(due_ns - now_ns, queue, careful) if over else 0
             fits = fits_demand(request, queue, kept_ns, work_ns + kept_ns, self._load, start.free_ns, now_ns)
         if fits:
             shares.charge(account, work_ns, over)
@@ -83,14 +87,15 @@ class Admission:
         return INFEASIBLE
 
     def _fits_outlook(
-        self, request: Request, queue: Queue, start: Start, over: bool, careful: bool, now_ns: int
+        self, request: Request, queue: Queue, start: Start, is_last: bool, over: bool, careful: bool, now_ns: int
     ) -> bool:
+        """Of one that is not known to come to a run that is there anyway."""
         level, items, due_ns = queue.level, queue.items, request.deadline_ns
         if start.is_idle and not level.order and not queue.lot and not any([own.order for own in level.above]):
             return start.free_ns + queue.costs.alone.l50_ns <= due_ns
         kept_ns = kept(due_ns - now_ns, queue, False) if over and queue.lot else 0
-        is_last = not items or items[-1] < (due_ns, request.id)
-        if is_last and not careful and has_room(queue, due_ns - kept_ns, start, now_ns):
+        is_asked = over or not items  # else `admit` has
+        if is_asked and is_last and not careful and has_room(queue, due_ns - kept_ns, start, now_ns):
             self.foreseen = True
             return True
         at = len(items) if is_last else bisect_left(items, (due_ns, request.id))

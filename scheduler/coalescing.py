@@ -44,7 +44,7 @@ from coalesce.scheduler.laying import Start
 from coalesce.scheduler.load import Load
 from coalesce.scheduler.patience import wait_until
 from coalesce.scheduler.quarantine import Watch
-from coalesce.scheduler.queues import Queues
+from coalesce.scheduler.queues import Queues, UNKNOWN
 from coalesce.scheduler.requests import Requests
 from coalesce.scheduler.shares import Shares
 from coalesce.scheduler.slots import Slots
@@ -78,7 +78,7 @@ class Coalescing:
             self._queues, self._slots, self._tenancy, self._watch, self._shares, self._costs, self._load
         )
         self._bundles = 0
-        self._wake = WakeAt(0)  # the last one
+        self._wake_ns, self._wake = 0, WakeAt(0)  # the last one
         self._doubt = Doubt(self._costs, self._tenancy)
         self._trial = Trial(self._costs, self._tenancy, self._lag)
         self._handlers: dict[type, Callable[[Any, int], None]] = {
@@ -92,15 +92,13 @@ class Coalescing:
         }
 
     def on_event(self, event: Event, now_ns: int) -> Sequence[Command]:
+        requests, queues, starting, lag = self._requests, self._queues, self._starting, self._lag
         out: list[Command] = []
-        flying, queues, doubt, requests = self._flight.bundles, self._queues, self._doubt, self._requests
-        starting = self._starting
-        self._out = requests.out = out
-        lag = self._lag
+        requests.out = out
         ready_ns = lag.ready_ns = lag.begin(event, now_ns) if lag.counts else now_ns
         if isinstance(event, Submitted):
-            if not flying and not requests.lanes and not requests.closed:
-                self._moved_of(doubt.arise(event.requests, now_ns))
+            if not requests.lanes and not self._flight.bundles and not requests.closed:
+                self._moved_of(self._doubt.arise(event.requests, now_ns))
                 if lag.counts and self._trial.arise(event.requests, now_ns):
                     ready_ns = now_ns
                     starting.forget()
@@ -111,25 +109,28 @@ class Coalescing:
         else:
             self._handlers[type(event)](event, now_ns)
             start = starting.find(now_ns)
-        if queues.hopeless_ns <= start.free_ns:
-            self._drop_hopeless(start.free_ns, now_ns)
+        if queues.hopeless_ns <= starting.free_ns and queues.find_hopeless() <= starting.free_ns:
+            self._drop_hopeless(starting.free_ns, now_ns)
         next_ns = starting.next_ns
         if next_ns <= ready_ns:
             is_followed = isinstance(event, Completed) and event.followed
             next_ns = now_ns if is_followed else self._dispatch(start, now_ns)
-        if doubt.hoped:
-            self._moved_of(doubt.settle(flying[0].executable if flying else None, self.waiting))
+        if self._doubt.hoped:
+            flying = self._flight.bundles
+            self._moved_of(self._doubt.settle(flying[0].executable if flying else None, self.waiting))
         if lag.is_tried:
             lag.end_trial()
             starting.forget()
         wake_ns = queues.hopeless_ns
+        if wake_ns == UNKNOWN:
+            wake_ns = queues.find_hopeless()
         if wake_ns != FAR:  # somebody waits
             if next_ns < wake_ns:
                 wake_ns = next_ns
             if wake_ns <= now_ns:
                 wake_ns = now_ns + 1
-            if wake_ns != self._wake.time_ns:
-                self._wake = made(WakeAt, (wake_ns,))
+            if wake_ns != self._wake_ns:
+                self._wake_ns, self._wake = wake_ns, made(WakeAt, (wake_ns,))
             out.append(self._wake)
         return out
 
@@ -155,7 +156,7 @@ class Coalescing:
         took_ns = event.end_ns - event.start_ns
         run = Prediction(bundle.id, bundle.executable, bundle.lanes, bundle.l50_ns, bundle.l99_ns, took_ns)
         tenants = dict.fromkeys([lane.request.tenant for _, lanes in bundle.parts for lane in lanes])
-        self._out += self._watch.see(list(tenants), took_ns, bundle.clean_l99_ns, now_ns)
+        self._requests.out += self._watch.see(list(tenants), took_ns, bundle.clean_l99_ns, now_ns)
         if self.latency.observe(run, self._watch.blamed):
             self._moved(None if self.latency.others_moved else frozenset(place[0] for place, _ in bundle.parts))
         if self.latency.came_true:
@@ -260,14 +261,14 @@ class Coalescing:
 
     def _go(self, run: Run, now_ns: int) -> None:
         head = run.parts[0].queue
-        self._out += self._wants.for_queue(head, self._costs.cap_ns, now_ns)
+        self._requests.out += self._wants.for_queue(head, self._costs.cap_ns, now_ns)
         if len(run.parts) == 1:
             self._want_both(run.parts[0], now_ns)
         parts = tuple((w.queue.place, self._take(w.queue, w.first, w.end, w.width)) for w in run.parts)
         clean_ns = self.latency.learnt(run.executable).l99_ns
         bundle = Bundle(self._bundles, run.executable, parts, run.l50_ns, run.l99_ns, clean_ns)
         lanes = tuple([tuple([lane.request.id for lane in lanes]) for _, lanes in parts])
-        self._out.append(Dispatch(bundle.id, run.executable, lanes, run.l50_ns, run.l99_ns, run.why))
+        self._requests.out.append(Dispatch(bundle.id, run.executable, lanes, run.l50_ns, run.l99_ns, run.why))
         self._flight.add(bundle, self._lag.ready_ns)
         self._lag.send()
         self._starting.forget()
@@ -277,7 +278,7 @@ class Coalescing:
         """Whoever else is waiting now will run after this one: both could go together."""
         for _, _, queue in part.queue.level.order[:NEXT]:
             if queue is not part.queue and queue.ready():
-                self._out += self._wants.for_both(part.queue, part.end - part.first, queue, now_ns)
+                self._requests.out += self._wants.for_both(part.queue, part.end - part.first, queue, now_ns)
                 return
 
     def _take(self, queue: Queue, first: int, end: int, width: int) -> list[Lane]:

@@ -7,6 +7,7 @@ The widest run of them goes first. What is asked for again and again is worked o
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import hypot
 from typing import NamedTuple
 
@@ -23,21 +24,57 @@ class Option(NamedTuple):
     slip_ns: int  # the difference
 
 
+class Sums:
+    """Of runs, by how many lanes they are for: how long they take, and which one is the first; as far as asked for."""
+
+    __slots__ = ("mostly", "times", "firsts", "untils", "_at", "_narrower")
+
+    def __init__(self, mostly: list[tuple[int, int]]) -> None:
+        self.mostly = mostly  # width and time, the narrowest first
+        self.times = [0]
+        self.firsts = [0]  # their numbers; for no lanes, which nobody asks for, the narrowest
+        self.untils: dict[int, int] = {}
+        self._at = 0  # the narrowest that has places for one more
+        self._narrower: list[tuple[int, int, int]] = []  # with their numbers, the widest first
+
+    def extend(self, lanes: int) -> None:
+        """Of runs that are as good the widest goes first."""
+        times, firsts, mostly, at = self.times, self.firsts, self.mostly, self._at
+        for n in range(len(times), lanes + 1):
+            while at < len(mostly) and mostly[at][0] < n:
+                self._narrower.insert(0, (at, *mostly[at]))
+                at = self._at = at + 1
+            best, best_ns = (at, mostly[at][1]) if at < len(mostly) else (0, FAR)
+            for number, width, ns in self._narrower:
+                ns += times[n - width]
+                if ns < best_ns:
+                    best, best_ns = number, ns
+            times.append(best_ns)
+            firsts.append(best)
+
+
+class Wider(NamedTuple):
+    """An option, and what of it is looked at."""
+
+    width: int
+    mostly_ns: int
+    slip_ns: int
+    option: Option
+
+
 class Cover:
-    __slots__ = ("options", "widest", "_mostly", "_times", "_firsts", "_most", "_untils")
+    __slots__ = ("options", "widest", "ascends", "_most", "_sums", "_times", "_firsts", "_wider")
 
     def __init__(self, options: tuple[Option, ...], before: Cover | None = None) -> None:
         """`before`: another one, perhaps of the same times; what was worked out for it is not worked out again."""
         self.options = options
         self.widest = options[-1].width if options else 1
         self._most = 2 * options[-1].width if options else 0
-        self._mostly = [(option.width, option.mostly_ns) for option in options]
-        if before is not None and before._mostly == self._mostly:
-            self._times, self._firsts, self._untils = before._times, before._firsts, before._untils
-            return
-        self._times = [0]
-        self._firsts = [0]  # their numbers; for no lanes, which nobody asks for, the narrowest
-        self._untils: dict[int, int] = {}
+        mostly = [(option.width, option.mostly_ns) for option in options]
+        self.ascends = all([ns < wider_ns for (_, ns), (_, wider_ns) in pairwise(mostly)])  # a wider one takes longer
+        self._wider: dict[int, tuple[Wider, ...]] = {}
+        self._sums = sums = before._sums if before is not None and before._sums.mostly == mostly else Sums(mostly)
+        self._times, self._firsts = sums.times, sums.firsts
 
     def first(self, lanes: int) -> Option:
         """The run to begin with."""
@@ -45,21 +82,29 @@ class Cover:
         if lanes >= len(firsts):
             lanes = lanes if lanes < self._most else self._most
             if lanes >= len(firsts):
-                self._extend(lanes)
+                self._sums.extend(lanes)
         return self.options[firsts[lanes]]
 
     def until(self, lanes: int) -> int:
         """Up to how many lanes this stays so."""
         if lanes >= self._most:
             return FAR
-        known = self._untils.get(lanes)
+        known = self._sums.untils.get(lanes)
         if known is None:
             option, upto = self.first(lanes), lanes
             while upto < self._most and self.first(upto + 1) is option:
                 upto += 1
             known = FAR if upto == self._most else upto
-            self._untils.update(dict.fromkeys(range(lanes, upto + 1), known))
+            self._sums.untils.update(dict.fromkeys(range(lanes, upto + 1), known))
         return known
+
+    def wider(self, width: int) -> tuple[Wider, ...]:
+        """All that are wider, the narrowest first."""
+        found = self._wider.get(width)
+        if found is None:
+            wider = [o for o in self.options if o.width > width]
+            found = self._wider[width] = tuple([Wider(o.width, o.mostly_ns, o.slip_ns, o) for o in wider])
+        return found
 
     def within(self, left_ns: int, lanes: int, slip_ns: float | None = None) -> Option:
         """The one to begin with of those that are done in time; the narrowest where none is. With `slip_ns`, by how
@@ -83,24 +128,8 @@ class Cover:
         if lanes > self._most:
             return self._time(self._most) * lanes // self._most
         if lanes >= len(self._firsts):
-            self._extend(lanes)
+            self._sums.extend(lanes)
         return self._times[lanes]
-
-    def _extend(self, lanes: int) -> None:
-        times, firsts, runs = self._times, self._firsts, self._mostly
-        for n in range(len(times), lanes + 1):
-            best, best_ns, at = 0, FAR, 0
-            for width, ns in runs:
-                if width >= n:
-                    if ns <= best_ns:
-                        best, best_ns = at, ns
-                    break
-                ns += times[n - width]
-                if ns <= best_ns:
-                    best, best_ns = at, ns
-                at += 1
-            times.append(best_ns)
-            firsts.append(best)
 
 
 NOTHING = Cover(())

@@ -54,8 +54,12 @@ class Demand:
     def remove(self, bucket: int, work_ns: int) -> None:
         if work_ns < 0:  # what was counted was too little
             self.add(bucket, -work_ns)
-        elif work_ns:  # a bucket without work is forgotten
-            self._work[bucket] -= work_ns
+        elif work_ns:
+            left_ns = self._work[bucket] - work_ns
+            if left_ns:
+                self._work[bucket] = left_ns
+            else:  # it may be long until the next summing up
+                del self._work[bucket]
             self._stale = True
 
     def around(self, bucket: int) -> Around:

@@ -7,7 +7,7 @@ from math import hypot
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from coalesce.scheduler.costs import MARKEDLY
-from coalesce.scheduler.cover import FAR, Option
+from coalesce.scheduler.cover import Cover, FAR, Option
 from coalesce.scheduler.lanes import Queue
 from coalesce.scheduler.tuples import made
 
@@ -40,13 +40,7 @@ NONE = Limit(FAR, 0.0, 0.0)
 
 
 def hoped(
-    options: Sequence[Option],
-    option: Option,
-    waiting: int,
-    until_ns: int,
-    taken: int,
-    pace: Pace,
-    limit: Limit = NONE,
+    cover: Cover, option: Option, waiting: int, until_ns: int, taken: int, pace: Pace, limit: Limit = NONE
 ) -> tuple[Option, int]:
     """A run, or a wider one that does more lanes a second if all come until then that are expected.
 
@@ -59,14 +53,17 @@ def hoped(
         lanes = waiting + coming if waiting + coming < most else most
         lanes = lanes if lanes > waiting else waiting
     width = best_width = option.width
-    best, best_ns = option, option.mostly_ns / (width if width < lanes else lanes)
-    for wider in options if options[-1].width > width else ():
-        wide = wider.width
-        if wide > width:
-            mostly_ns = wider.mostly_ns
+    best, ascends = option, cover.ascends
+    if not ascends or lanes > width:
+        best_ns = option.mostly_ns / (width if width < lanes else lanes)
+        for wide, mostly_ns, wider_slip_ns, wider in cover.wider(width):
+            is_last = ascends and wide >= lanes
             lane_ns = mostly_ns / (wide if wide < lanes else lanes)
-            if lane_ns <= best_ns and mostly_ns + risk * hypot(wider.slip_ns, slip_ns) <= left_ns:
-                best, best_ns, best_width = wider, lane_ns, wide
+            if lane_ns <= best_ns:
+                if mostly_ns + risk * hypot(wider_slip_ns, slip_ns) <= left_ns:
+                    best, best_ns, best_width = wider, lane_ns, wide
+            elif is_last:
+                break
     placed = (best_width if best_width < lanes else lanes) - waiting
     return best, taken + placed if placed > 0 else taken
 
@@ -119,5 +116,5 @@ def has_time(queue: Queue, done_ns: float, now_ns: int, kinds: int) -> bool:
     if not costs.options:
         return True
     pace = pace_of(queue, kinds)
-    option, _ = hoped(costs.cover.options, costs.cover.first(1), 1, int(done_ns) - now_ns, 0, pace)
+    option, _ = hoped(costs.cover, costs.cover.first(1), 1, int(done_ns) - now_ns, 0, pace)
     return done_ns + option.through_ns <= now_ns + costs.slo_ns

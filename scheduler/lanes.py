@@ -26,13 +26,15 @@ Item = tuple[int, int, "Lane"]  # deadline, id: no two are equal, so that lanes 
 class Lane:
     __slots__ = ("request", "account", "level", "bucket", "charge_ns", "queue", "ending", "begun", "again")
 
-    def __init__(self, request: Request, account: Account, level: Level, bucket: int):
+    def __init__(
+        self, request: Request, account: Account, level: Level, bucket: int, charge_ns: int, queue: Queue | None
+    ) -> None:
         self.request = request
         self.account = account
         self.level = level
         self.bucket = bucket  # of its deadline
-        self.charge_ns = 0  # what the demand test counts for it, until it is done
-        self.queue: Queue | None = None  # None on the device
+        self.charge_ns = charge_ns  # what the demand test counts for it, until it is done
+        self.queue = queue  # None on the device
         self.ending: Reason | None = None  # why it goes no further than the bundle that it is in
         self.begun = False
         self.again = False  # its last bundle failed, and who of it was the reason is not known yet

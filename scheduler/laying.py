@@ -219,7 +219,7 @@ def lay(found: Outlook, heap: list[Waiting], new: Newcomer | None, now_ns: int, 
         is_given_up = is_pressed and time_ns + option.mostly_ns > due_ns
         if pace is not None and not is_given_up:
             limit = NONE if all_hope or served == at else made(Limit, (due_ns - time_ns, slip_ns, risk))
-            option, taken = hoped(queue.costs.cover.options, option, waiting, time_ns - now_ns, taken, pace, limit)
+            option, taken = hoped(queue.costs.cover, option, waiting, time_ns - now_ns, taken, pace, limit)
         if option is not whole:
             end_ns, later_ns = time_ns + option.mostly_ns, hypot(option.slip_ns, slip_ns)
         tardy_after_ns, latest_ns = tardy_ns, end_ns + risk * later_ns

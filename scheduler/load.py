@@ -14,6 +14,7 @@ MOST_NS = WHOLE_NS - 2_000_000  # that is asked of it before it is asked for mor
 
 class Load:
     def __init__(self) -> None:
+        self.room_ns = 0  # if it is more than nothing, so much may be asked until that could be too much
         self._epoch = 0
         self._asked_ns = 0  # in this epoch
         self._before_ns = 0  # in the one before it
@@ -24,10 +25,16 @@ class Load:
             self._before_ns = self._asked_ns if epoch == self._epoch + 1 else 0
             self._asked_ns, self._epoch = 0, epoch
         self._asked_ns += work_ns
+        self.room_ns -= work_ns
 
     def is_over(self, now_ns: int) -> bool:
         """Whether nearly all of the device's time was asked for lately, or more."""
+        if self.room_ns > 0:  # what was asked for counts less and less
+            return False
         asked_ns, left_ns = self._asked_ns, WHOLE_NS - (now_ns & WITHIN)
         if now_ns >> EPOCH == self._epoch:
-            return asked_ns + (self._before_ns * left_ns >> EPOCH) > MOST_NS
-        return now_ns >> EPOCH == self._epoch + 1 and asked_ns * left_ns >> EPOCH > MOST_NS
+            asked_ns += self._before_ns * left_ns >> EPOCH
+        else:
+            asked_ns = asked_ns * left_ns >> EPOCH if now_ns >> EPOCH == self._epoch + 1 else 0
+        self.room_ns = MOST_NS - asked_ns
+        return self.room_ns < 0

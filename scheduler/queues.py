@@ -6,9 +6,13 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Container, Iterable, Sequence
 
 from coalesce.scheduler.costs import Place, PlaceCosts
-from coalesce.scheduler.demand import FAR
-from coalesce.scheduler.lanes import Lane, Level, Queue
+from coalesce.scheduler.demand import bucket_of, FAR
+from coalesce.scheduler.lanes import Item, Lane, Level, Queue
+from coalesce.scheduler.request import Request
+from coalesce.scheduler.shares import Account
 from coalesce.scheduler.slots import Slots
+
+UNKNOWN = -1
 
 
 class Queues:
@@ -19,14 +23,12 @@ class Queues:
         self._levels: dict[int, Level] = {}
         self._queues: dict[tuple[int, int, int, int], Queue] = {}  # family, segment, lot, priority
         self._serial = 0
-        self._hopeless_ns: int | None = None  # as it was worked out last, with the heads and costs as they are
+        self.hopeless_ns = UNKNOWN  # as it was found last, with the heads and costs as they are
 
-    @property
-    def hopeless_ns(self) -> int:
+    def find_hopeless(self) -> int:
         """From when on a head would be late even if it ran alone, as long as runs mostly take; FAR without heads."""
-        if self._hopeless_ns is None:
-            self._hopeless_ns = min((level.hopeless_ns() for level in self.levels), default=FAR)
-        return self._hopeless_ns
+        self.hopeless_ns = min([level.hopeless_ns() for level in self.levels], default=FAR)
+        return self.hopeless_ns
 
     def level(self, priority: int) -> Level:
         known = self._levels.get(priority)
@@ -59,19 +61,36 @@ class Queues:
         found = (self._queues.get((*queue.place, queue.lot, level.priority)) for level in self.levels)
         return [q for q in found if q is not None and q.level.priority < queue.level.priority]
 
-    def put(self, lane: Lane, queue: Queue, foreseen: bool = False) -> None:
-        """Puts it in at its deadline, and counts what it has ahead. `foreseen`: the outlook has it already."""
+    def add(self, request: Request, account: Account, queue: Queue, now_ns: int, foreseen: bool) -> Lane:
+        """A new one. `foreseen`: the outlook has it already."""
+        number, _, _, _, deadline_ns, _ = request
+        level, lane_ns, bucket = queue.level, queue.costs.lane_ns, bucket_of(deadline_ns, now_ns)
         if not foreseen or len(self.levels) > 1:
-            self._surprise(lane.level, foreseen)
-        level, request, items, lane_ns = lane.level, lane.request, queue.items, queue.costs.lane_ns
-        level.spare -= 1
+            self._surprise(level, foreseen)
+        account.waiting += 1
+        account.pending += 1
+        lane = Lane(request, account, level, bucket, lane_ns, queue)
+        if lane_ns:
+            for demand in level.counted:
+                demand.add(bucket, lane_ns)
+        self._insert((deadline_ns, number, lane), queue)
+        return lane
+
+    def put(self, lane: Lane, queue: Queue) -> None:
+        """Puts it in at its deadline, and counts what it has ahead."""
+        self._surprise(lane.level)
+        level, request, lane_ns = lane.level, lane.request, queue.costs.lane_ns
         lane.queue = queue
         change = lane_ns - lane.charge_ns
         if change:
             lane.charge_ns, bucket = lane_ns, lane.bucket
             for demand in level.counted:
                 demand.add(bucket, change)
-        item = (request.deadline_ns, request.id, lane)
+        self._insert((request.deadline_ns, request.id, lane), queue)
+
+    def _insert(self, item: Item, queue: Queue) -> None:
+        items = queue.items
+        queue.level.spare -= 1
         queue.waits = queue.hopes = None
         if items and item > items[-1]:
             items.append(item)
@@ -162,7 +181,7 @@ class Queues:
     def rank(self, queue: Queue) -> None:
         """Finds its place in its level anew: its head or its costs have changed."""
         level = queue.level
-        self._hopeless_ns = None
+        self.hopeless_ns = UNKNOWN
         if queue.rank is not None:
             del level.order[bisect_left(level.order, queue.rank)]
             level.starting -= queue.place[1] == 0

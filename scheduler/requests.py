@@ -15,7 +15,6 @@ from collections.abc import Iterable, Sequence
 from coalesce.scheduler.admission import Admission
 from coalesce.scheduler.commands import Command, Reason, Reject
 from coalesce.scheduler.costs import Costs, Place
-from coalesce.scheduler.demand import bucket_of
 from coalesce.scheduler.flight import Bundle
 from coalesce.scheduler.lanes import Lane
 from coalesce.scheduler.laying import Start
@@ -55,21 +54,18 @@ class Requests:
         """`start` is when the device can begin with them."""
         queues, watch, admission, lanes = self._queues, self._watch, self._admission, self.lanes
         for request in requests:
-            number, name, family, _, deadline_ns, priority = request
+            number, name, family, _, _, priority = request
             account = self._accounts.get(name)
             if self.closed or account is None or account.leaving:
                 self.out.append(Reject(number, self._why_closed(account)))
                 continue
             lot = watch.lot(name) if watch.standings else 0
-            queue = queues.first(family, lot, account.tenant.priority + priority)
+            queue = queues.first(family, lot, account.priority + priority)
             excess = self._shares.excess(account, now_ns)
             queue.note_arrival(now_ns, excess)
             refused = admission.admit(request, account, queue, excess, start, now_ns)
             if refused is None:
-                account.waiting += 1
-                account.pending += 1
-                lane = lanes[number] = Lane(request, account, queue.level, bucket_of(deadline_ns, now_ns))
-                queues.put(lane, queue, admission.foreseen)
+                lanes[number] = queues.add(request, account, queue, now_ns, admission.foreseen)
                 continue
             self.out.append(made(Reject, (number, refused)))
             if lot:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from coalesce.scheduler.commands import Command, Reason
 from coalesce.scheduler.events import Event
 from coalesce.scheduler.request import Request
+from coalesce.scheduler.tuples import made
 
 SECOND = 1_000_000_000
 
@@ -38,7 +39,7 @@ Watcher = Callable[[Event, int, Sequence[Command]], object]
 class Run:
     """Lists have an element for each request, by its id; times are of the simulation's clock, which starts at 0."""
 
-    requests: list[Request] = field(default_factory=list)
+    rows: list[tuple[int, str, int, int, int, int]] = field(default_factory=list)  # what `requests` are made of
     outcomes: list[Outcome] = field(default_factory=list)
     ends_ns: list[int] = field(default_factory=list)  # when its client knew; 0 for what has not ended
     reasons: dict[int, Reason] = field(default_factory=dict)  # of those that were refused, dropped, cancelled or failed
@@ -51,6 +52,13 @@ class Run:
     decisions: int = 0
     mixed: int = 0  # bundles of several families
     log: list[Decision] = field(default_factory=list)  # if it was asked for
+    _requests: list[Request] = field(default_factory=list)
+
+    @property
+    def requests(self) -> list[Request]:
+        """Made when they are asked for: plain rows are nothing that a garbage collection looks at again and again."""
+        self._requests += [made(Request, row) for row in self.rows[len(self._requests) :]]
+        return self._requests
 
     def counts(
         self, tenants: Iterable[str] | None = None, since_ns: int = 0, until_ns: int = 1 << 62

@@ -26,10 +26,23 @@ CHANCE = 2  # standard deviations
 class Account:
     """A tenant, and what it holds."""
 
-    __slots__ = ("tenant", "leaving", "waiting", "pending", "used_ns", "epoch", "window", "asked", "asked_before")
+    __slots__ = (
+        "tenant",
+        "priority",
+        "quota",
+        "weight",
+        "leaving",
+        "waiting",
+        "pending",
+        "used_ns",
+        "epoch",
+        "window",
+        "asked",
+        "asked_before",
+    )
 
     def __init__(self, tenant: Tenant):
-        self.tenant = tenant
+        self.change(tenant)
         self.leaving = False  # removed, and what it had submitted is still to end
         self.waiting = 0  # requests that have not begun
         self.pending = 0  # requests that have not ended
@@ -38,6 +51,10 @@ class Account:
         self.window = -1  # in which it last asked
         self.asked = 0  # for so much
         self.asked_before: int | None = None  # in the one before it
+
+    def change(self, tenant: Tenant) -> None:
+        self.tenant = tenant
+        self.priority, self.quota, self.weight = tenant.priority, tenant.quota, tenant.weight
 
 
 class Shares:
@@ -54,14 +71,15 @@ class Shares:
         epoch = now_ns >> EPOCH
         if epoch != self._epoch:
             self._begin(epoch)
-        weight = account.tenant.weight
+        weight = account.weight
         if account.epoch != epoch:
             passed = epoch - account.epoch
             account.used_ns >>= passed if passed < 63 else 63
             account.epoch = epoch
             self._weights += weight
-        if account.window != now_ns >> WINDOW:
-            self._compare(account, now_ns >> WINDOW)
+        window = now_ns >> WINDOW
+        if account.window != window:
+            self._compare(account, window)
         account.asked += 1
         used_ns = self._used_ns
         if not used_ns:
@@ -92,8 +110,8 @@ class Shares:
     def worth(self, account: Account) -> float:
         """Of one lane, where not everybody can be served: twice the weight for whom the device owes something."""
         weights = max(self._weights, self._weights_before)
-        owed = account.used_ns * weights < self._used_ns * account.tenant.weight
-        return 2 * account.tenant.weight if owed else account.tenant.weight
+        owed = account.used_ns * weights < self._used_ns * account.weight
+        return 2 * account.weight if owed else account.weight
 
     def _compare(self, account: Account, window: int) -> None:
         """By how much it asked more or less than before: squared that is what it asked in both together, if requests

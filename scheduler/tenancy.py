@@ -25,7 +25,8 @@ class Tenancy:
         if known is None:
             self.accounts[tenant.name] = Account(tenant)
         else:
-            gone, known.tenant = known.tenant, tenant
+            gone = known.tenant
+            known.change(tenant)
             known.leaving = False
             loosened = self._loosen(gone)
         for family in tenant.families:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 from functools import partial
 from typing import Any
 
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 
 from coalesce.runtime import device as device_module
+from coalesce.runtime.bundle import copied
 from coalesce.runtime.runtime import Runtime
 from coalesce.serving.executable import compile_executable, Executable
+from coalesce.serving.page_locked import can_leave
 from coalesce.serving.staging import Lane
 from coalesce.serving.words import can_pack, from_words, to_words, views, words
 from tests.alone import array
@@ -158,6 +161,28 @@ def together(arrays: Any, parts: Any) -> jax.Array:
 def test_what_words_cannot_hold_is_not_packed():
     assert not can_pack([jax.ShapeDtypeStruct((2,), np.complex64)])
     assert not can_pack([jax.ShapeDtypeStruct((2,), jnp.int4)])
+
+
+def test_whether_results_can_be_left_there_is_tried(monkeypatch):
+    assert can_leave(jax.devices()[0])
+    monkeypatch.setattr("coalesce.serving.page_locked.seen", lambda x: np.zeros(4, np.int32))
+    assert not can_leave(jax.devices()[0]), "nothing arrives"
+    monkeypatch.setattr("coalesce.serving.page_locked.KIND", "another")
+    assert not can_leave(jax.devices()[0]), "it is elsewhere"
+    monkeypatch.delattr(jax, "memory")
+    assert not can_leave(jax.devices()[0]), "JAX has no name for it"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(), (3,), (1, 501), (40, 30), (100, 100)])
+def test_rows_of_results_are_copies_of_their_own(shape, dtype):
+    stack = np.arange(6 * math.prod(shape)).reshape(6, *shape).astype(dtype)
+    for rows in (stack, stack[::2], stack[..., ::-1] if shape else stack):
+        got = copied(rows, 2)
+        assert len(got) == 2
+        for row, want in zip(got, rows, strict=False):
+            assert row.base is None and row.flags.owndata and row.flags.writeable and row.dtype == dtype
+            np.testing.assert_array_equal(row, want, strict=True)
 
 
 def deep(params: Any, x: jax.Array) -> dict[str, jax.Array]:

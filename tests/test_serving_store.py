@@ -107,8 +107,11 @@ def test_kernels_of_a_gpu_read_the_bank_in_place(name):
     assert not [line for line in gathers if f"tensor<{bank.shape[0]}x{bank.shape[1]}xf32>" in line]
 
 
-def test_what_a_call_brings_may_lie_in_one_buffer():
-    """Of all dtypes; as it does where there is a transfer."""
+@pytest.mark.parametrize("gathered", [False, True])
+def test_what_a_call_brings_may_lie_in_one_buffer(gathered, monkeypatch):
+    """Of all dtypes; as it does where there is a transfer. Its rows may be copied by one call."""
+    monkeypatch.setattr("coalesce.serving.gather.LARGE", 0)
+    monkeypatch.setattr("coalesce.serving.staging.is_worth_it", lambda: gathered)
     for name in ("mixed", "noisy"):
         found = tenants(name, 2)
         serving = serve([fit_of(fn, p, x) for fn, p, x in found])

@@ -236,9 +236,7 @@ class Metrics(Observer, Collector):
         ratio = HistogramMetricFamily(
             "coalesce_bundle_actual_to_predicted_ratio", "Time on the device over the expected median.", labels=by
         )
-        executables = GaugeMetricFamily(
-            "coalesce_executables", "Executables that are offered.", labels=[*by, "width"]
-        )
+        executables = GaugeMetricFamily("coalesce_executables", "Executables that are offered.", labels=[*by, "width"])
         for number, own in self._devices.items():
             device = str(number)
             for (width, lanes), count in own.bundles.items():

@@ -28,6 +28,7 @@ from coalesce.scheduler import catalog
 from coalesce.scheduler.catalog import Catalog, Entry
 from coalesce.serving.executable import compile_executable, Executable, Lanes
 from coalesce.serving.fit import Fit, Template
+from coalesce.serving.page_locked import can_leave
 from coalesce.serving.schema import cut, Options, plan_schema, Schema
 from coalesce.serving.segments import Segments
 from coalesce.serving.staging import Filled
@@ -55,7 +56,8 @@ class Device:
         self._memory_limit, self._same = memory_limit, same
         with self.here():
             measured = default_tuned(None, None)
-            self._options = Options(self.at.platform, default_costs(None, measured), tuned=measured)
+            left = self.copies and can_leave(self.at)
+            self._options = Options(self.at.platform, default_costs(None, measured), tuned=measured, left=left)
         self.hosts: dict[Any, Host] = {}  # by the schema's key
         self._homes: dict[int, Home] = {}  # of each family
         self._families = itertools.count()

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from coalesce.runtime.accounts import Accounts
 from coalesce.runtime.device import Device
 from coalesce.runtime.driver import Driver
+from coalesce.runtime.elsewhere import Elsewhere
 from coalesce.runtime.foundry import Foundry
 from coalesce.runtime.health import Health
 from coalesce.runtime.history import History
@@ -44,7 +45,7 @@ class Station:
         clock: Callable[[], int],
         setup: Setup,
     ) -> None:
-        self.number, self.device = number, device
+        self.number, self.device, self._policy = number, device, policy
         self.history = History()
         watching = Observers([accounts, self.history, *(observer.on(number) for observer in observers)])
         self.foundry = Foundry(device, setup.widths, setup.executables, setup.stall_s, setup.around)
@@ -65,6 +66,8 @@ class Station:
             self.driver.book.wait_empty(None)
         self.foundry.stop()
         self.driver.stop()
+        if isinstance(self._policy, Elsewhere):
+            self._policy.close()
 
 
 def wait_ended(drivers: Sequence[Driver], timeout_s: float | None) -> bool:

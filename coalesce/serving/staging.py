@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from coalesce.serving.gather import gather, is_worth_it
 from coalesce.serving.page_locked import Locked, page_locked
 from coalesce.serving.words import from_words, views, WORD, words
 
@@ -126,7 +127,10 @@ class Staging:
 
     def make_ready(self) -> None:
         """Memory for the first calls, which were slower if they had to ask for it."""
-        for _ in range(SPARES if self.packed else 0):
+        if not self.packed:
+            return
+        is_worth_it()  # to find out takes a few milliseconds
+        for _ in range(SPARES):
             filled = self.buffers(page_locked(self.structs.size, WORD))
             filled.clear()
             self.take_back(filled)
@@ -155,8 +159,10 @@ class Staging:
                 states[:count] = [lane.state for lane in lanes]
                 states[count:] = range(pool + count, pool + len(states))
             for k, stack in enumerate(inputs):
-                for i, lane in enumerate(lanes):  # one call for all lanes is no quicker
-                    stack[i] = lane.inputs[k]
+                rows = [lane.inputs[k] for lane in lanes]
+                if not (self.packed and is_worth_it() and gather(rows, stack[:count])):
+                    for i, row in enumerate(rows):  # one call of NumPy for all of them is no quicker
+                        stack[i] = row
                 if before > count:
                     zero(stack[count:before])
             filled.used[e] = count

@@ -1,0 +1,81 @@
+"""A policy in a process of its own decides as it would here, and ends with the runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from random import Random
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coalesce.runtime.elsewhere import Elsewhere
+from coalesce.runtime.runtime import Runtime
+from coalesce.scheduler.coalescing import Coalescing
+from coalesce.scheduler.events import Completed, Timer
+from coalesce.scheduler.machine import Line, line_catalog
+from coalesce.scheduler.request import Tenant
+from coalesce.scheduler.simulator import simulate
+from coalesce.scheduler.workloads import arrive_apart
+
+US = 1_000
+CATALOG = line_catalog({0: Line(100 * US, 900 * US)}, (1, 2, 4), spread=1.0)
+TENANTS = [Tenant(f"t{i}", (0,), 2_500 * US) for i in range(4)]
+
+
+@contextmanager
+def elsewhere(*given: object) -> Iterator[Elsewhere]:
+    policy = Elsewhere(*given)  # pyright: ignore
+    try:
+        yield policy
+    finally:
+        policy.close()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("awake_s", [0.0, 1e-3])
+def test_it_decides_the_same(awake_s):
+    def log(policy: object) -> object:
+        arrivals = arrive_apart(Random(3), 1.0, {tenant.name: 400.0 for tenant in TENANTS}, 300_000 * US)
+        return simulate(policy, TENANTS, CATALOG, arrivals, keep_log=True).log  # pyright: ignore
+
+    with elsewhere(partial(Coalescing, lead_ns=50 * US), awake_s) as policy:
+        assert log(policy) == log(Coalescing(lead_ns=50 * US))
+
+
+@pytest.mark.once
+def test_what_it_raises_is_raised_here_and_it_goes_on():
+    unknown = Completed(7, 0, 1)
+    with pytest.raises(Exception) as here:
+        Coalescing().on_event(unknown, 2)
+    with elsewhere() as policy:
+        with pytest.raises(type(here.value)):
+            policy.on_event(unknown, 2)
+        assert list(policy.on_event(Timer(), 3)) == []
+
+
+@pytest.mark.once
+def test_one_that_has_ended_is_an_error():
+    with elsewhere() as policy:
+        policy._process.kill()
+        policy._process.wait()
+        with pytest.raises((EOFError, OSError)):
+            policy.on_event(Timer(), 1)
+
+
+def test_a_runtime_is_served_from_there_and_ends_it():
+    x = np.ones((1, 4), np.float32)
+    made: list[Elsewhere] = []
+
+    def make() -> Elsewhere:
+        made.append(Elsewhere())
+        return made[-1]
+
+    with Runtime(policy=make, widths=(1, 2), segments=1, compiled=False) as rt:
+        for i in range(2):
+            rt.add_tenant(f"t{i}", lambda w, x: x @ w, jnp.eye(4) * (i + 1), example=(x,), slo=60.0)
+        got = [reply.result(60) for reply in [rt.submit(f"t{i % 2}", x) for i in range(6)]]
+    assert [float(y[0, 0]) for y in got] == [1.0, 2.0] * 3
+    assert made[0]._process.poll() is not None
