@@ -200,6 +200,7 @@ class Column:
                 prefix = f"{site}.{label.replace(' ', '')}."  # as form_packs numbers the sites of a region
                 inner += [self.arguments(label, region), self.scheduled(region, body, prefix)]
             return el("li", self.line(eqn, site, ["unrolled"] * item.unrolled), *inner)
+        assert isinstance(item, Step), f"{type(item).__name__} has its own rows"
         line = self.line(eqn, site, [f"lane by lane: {item.each}"] * bool(item.each), "each" * bool(item.each))
         return el("li", line, *self.inside(eqn, item, iter(item.alone)))
 

@@ -88,6 +88,7 @@ def rowwise(item: Attention, reads: Sequence[J.Var], end: J.Atom, scores: Any, *
         args = [J.literal_value(a) if isinstance(a, J.Literal) else as_read(known[a], a) for a in step.eqn.invars]
         turned = step.eqn.primitive.name == "transpose"  # for the second product, which is told so
         known[step.eqn.outvars[0]] = args[0] if turned else on_rows(step.eqn, args, valid)
+    assert not isinstance(end, J.Literal), "what is multiplied by values came of scores"
     return jnp.broadcast_to(known[end], scores.shape)
 
 

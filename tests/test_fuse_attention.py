@@ -28,7 +28,7 @@ from tests.bundles import bundle_of, replanned
 from tests.compare import assert_as_good, assert_same
 from tests.dataflow import check_plan
 
-BATCHED = {"platform": "gpu", "choose_kernel": lambda op, groups, platform: "batched_dot", "policy": "never"}
+BATCHED: dict[str, Any] = {"platform": "gpu", "choose_kernel": lambda op, groups, platform: "batched_dot", "policy": "never"}
 
 
 def softmax(q: Any, k: Any, v: Any) -> Any:
@@ -234,7 +234,7 @@ def test_networks(model, dtype):
     programs = [
         coalesce.trace(own.apply, p, *x, name=f"t{i}") for i, (p, x) in enumerate(zip(params, inputs, strict=True))
     ]
-    fused = coalesce.fuse(programs, tuned=False, **BATCHED | {"choose_kernel": dots_by_xla})
+    fused = coalesce.fuse(programs, tuned=False, platform="gpu", policy="never", choose_kernel=dots_by_xla)
     assert len(attentions(fused.bundle)) == 1
     for p, x, got in zip(params, inputs, fused(inputs), strict=True):
         want = jax.jit(own.apply)(p, *x)
