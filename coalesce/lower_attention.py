@@ -36,15 +36,18 @@ class Walk(Protocol):
 
 def made_in(bundle: Bundle) -> Made:
     steps = (item for item in items(bundle.schedule) if isinstance(item, Step) and not item.each)
-    return {(s.family, s.eqn.outvars[0]): s.eqn for s in steps if s.eqn.primitive.name in MOVES or made_of_tiles(s.eqn)}
+    own = (s for s in steps if s.eqn.primitive.name in MOVES or made_of_tiles(s.eqn))
+    return {(s.family, s.eqn.outvars[0]): s.eqn for s in own}
 
 
 def made_of_tiles(eqn: J.Eqn) -> bool:
     """Whether it is elementwise work on values of one shape, on those of one row or column, and on numbers."""
+    if not runs_on_tiles(eqn):
+        return False
     out = J.shape(eqn.outvars[0])
     dtypes = {J.dtype(v) for v in [*eqn.invars, *eqn.outvars]}
     fit = (J.shape(a) == () or (not isinstance(a, J.Literal) and len(J.shape(a)) == len(out)) for a in eqn.invars)
-    return runs_on_tiles(eqn) and len(out) > 0 and dtypes <= DTYPES and all(fit)
+    return len(out) > 0 and dtypes <= DTYPES and all(fit)
 
 
 def lower_attention(walk: Walk, item: Attention, env: Env) -> tuple[J.Eqn, list[LaneValue]]:

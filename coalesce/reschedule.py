@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from coalesce.bundle import Item, JointLoop, JointStep, Loop, Pack, Schedule
+from coalesce.bundle import Attention, Item, JointLoop, JointStep, Loop, Pack, Schedule
 
 
 def map_schedule(schedule: Schedule, change: Callable[[Pack | JointStep], Item]) -> Schedule:
@@ -21,7 +21,7 @@ def map_schedule(schedule: Schedule, change: Callable[[Pack | JointStep], Item])
 
 
 def map_bodies(item: Item, change: Callable[[Schedule], Schedule]) -> Item:
-    """The item with the schedule of each of its regions changed; the same object if none was."""
+    """The item with the schedule of each of its regions changed, or its packs; the same object if none was."""
     match item:
         case Loop():
             bodies = tuple(map(change, item.bodies))
@@ -29,6 +29,12 @@ def map_bodies(item: Item, change: Callable[[Schedule], Schedule]) -> Item:
         case JointLoop():
             body = change(item.body)
             return item if body is item.body else replace(item, body=body)
+        case Attention():
+            inside = change(item.inside)
+            if same(inside, item.inside):
+                return item
+            scores, values = (part for part in inside if isinstance(part, Pack))
+            return replace(item, scores=scores, values=values)
     return item
 
 
