@@ -28,7 +28,7 @@ from tests.bundles import bundle_of, replanned
 from tests.compare import assert_as_good, assert_same
 from tests.dataflow import check_plan
 
-BATCHED: dict[str, Any] = {"platform": "gpu", "choose_kernel": lambda op, groups, platform: "batched_dot", "policy": "never"}
+BATCHED: dict[str, Any] = {"platform": "gpu", "choose_kernel": lambda *op: "batched_dot", "policy": "never"}
 
 
 def softmax(q: Any, k: Any, v: Any) -> Any:
