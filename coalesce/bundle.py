@@ -5,6 +5,7 @@
     Pack        heavy ops that one superkernel runs; members may come from any family
     JointStep   equal equations of several members' families that run as one, on what a pack left stacked
     JointLoop   scans of several families that run as one, with one schedule for their bodies
+    Attention   two packs and what is done to each row of the first's result, in one kernel
     Array       one stacked array of weights: row r is one tenant's prepared weight, in the layout its readers want
     Bundle      families, schedule and arrays: everything that lowering needs, and nothing about values
 
@@ -15,8 +16,8 @@ value in every scope.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from math import prod
 from typing import TypeVar
@@ -132,8 +133,23 @@ class JointLoop:
         return max(J.as_scan(part.eqn).length for part in self.parts)
 
 
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Products of one family, batched over heads say: `values` multiplies what `rowwise` makes of each row of `scores`.
+    One kernel runs all of it, and leaves what the second computes, transposed if `after` says so."""
+
+    scores: Pack
+    rowwise: tuple[Step, ...]
+    values: Pack
+    after: tuple[Step, ...] = ()  # one transposition at most
+
+    @property
+    def inside(self) -> Schedule:
+        return self.scores, *self.rowwise, self.values, *self.after
+
+
 Place = tuple[int, str]  # (family, site)
-Item = Step | JointStep | Loop | JointLoop | Pack
+Item = Step | JointStep | Loop | JointLoop | Pack | Attention
 Schedule = tuple[Item, ...]
 T = TypeVar("T")
 
@@ -194,6 +210,8 @@ def bodies(item: Item) -> tuple[Schedule, ...]:
             return item.bodies
         case JointLoop():
             return (item.body,)
+        case Attention():
+            return (item.inside,)
     return ()
 
 
@@ -222,6 +240,8 @@ def units(items: Iterable[T]) -> Iterator[tuple[T, ...]]:
 def place_of(item: Item) -> Place:
     """What a pack or loop is called: the place of its first member."""
     match item:
+        case Attention():
+            return place_of(item.scores)
         case Pack():
             return item.members[0].family, item.members[0].site
         case JointLoop() | JointStep():
@@ -236,6 +256,8 @@ def equations(item: Item) -> list[tuple[int, J.Eqn]]:
             return [(m.family, m.eqn) for m in item.members] + [(step.family, step.eqn) for step in item.epilogue]
         case JointStep() | JointLoop():
             return [(part.family, part.eqn) for part in item.parts]
+        case Attention():
+            return [pair for part in item.inside for pair in equations(part)]
     return [(item.family, item.eqn)]
 
 
@@ -264,32 +286,3 @@ def problems(pack: Pack, families: Sequence[Family]) -> tuple[int, int]:
     if pack.form == "product":
         return sum(how.groups * m.op.batch for m, how in zip(pack.members, folds, strict=True)), 1
     return sum(how.groups for how in folds), folds[0].per_group
-
-
-def map_schedule(schedule: Schedule, change: Callable[[Pack | JointStep], Item]) -> Schedule:
-    """The schedule with every pack and joint step changed, regions included; the same object if none was."""
-
-    def one(item: Item) -> Item:
-        if isinstance(item, Pack | JointStep):
-            return change(item)
-        return map_bodies(item, lambda body: map_schedule(body, change))
-
-    changed = tuple(map(one, schedule))
-    return schedule if same(changed, schedule) else changed
-
-
-def map_bodies(item: Item, change: Callable[[Schedule], Schedule]) -> Item:
-    """The item with the schedule of each of its regions changed; the same object if none was."""
-    match item:
-        case Loop():
-            bodies = tuple(map(change, item.bodies))
-            return item if same(bodies, item.bodies) else replace(item, bodies=bodies)
-        case JointLoop():
-            body = change(item.body)
-            return item if body is item.body else replace(item, body=body)
-    return item
-
-
-def same(new: Sequence[object], old: Sequence[object]) -> bool:
-    """Whether both hold the same objects."""
-    return len(new) == len(old) and all(a is b for a, b in zip(new, old, strict=True))

@@ -16,6 +16,7 @@ from jax import lax
 from coalesce import jaxpr as J
 from coalesce.bundle import (
     arguments,
+    Attention,
     Bundle,
     epilogue_reads,
     JointLoop,
@@ -23,6 +24,7 @@ from coalesce.bundle import (
     last_eqn,
     Loop,
     Pack,
+    place_of,
     Schedule,
     Step,
     units,
@@ -44,6 +46,7 @@ from coalesce.lanes import (
     stacked,
     take,
 )
+from coalesce.lower_attention import lower_attention, made_in
 from coalesce.lower_control import lower_loop
 from coalesce.lower_pack import lower_packs, Operands
 from coalesce.lower_scans import lower_scans
@@ -165,6 +168,7 @@ class Walk:
     def __init__(self, bundle: Bundle, arrays: Sequence[Any]) -> None:
         self.bundle, self.arrays = bundle, arrays
         self.slices = slices_in(bundle)
+        self.made = made_in(bundle)
 
     def width(self, family: int) -> int:
         return self.bundle.families[family].width
@@ -192,6 +196,8 @@ class Walk:
                     args = [self.read(env, family, a) for a in eqn.invars]
                     outs = apply_each(eqn, args, self.width(family)) if each else apply(eqn, args)
                     self.bind(env, family, eqn, outs)
+                case Attention():
+                    self.bind(env, place_of(item)[0], *lower_attention(self, item, env))
                 case JointStep():
                     self.together(item, env)
                 case Loop(family, _, eqn):

@@ -19,6 +19,7 @@ from coalesce.passes.choose_kernels import Choice, choose_kernels
 from coalesce.passes.cluster import cluster
 from coalesce.passes.cut_executables import cut_executables
 from coalesce.passes.form_packs import form_packs
+from coalesce.passes.fuse_attention import fuse_attention
 from coalesce.passes.fuse_epilogues import fuse_epilogues
 from coalesce.passes.join_arrays import join_arrays
 from coalesce.passes.keep_layouts import Held, keep_layouts
@@ -64,6 +65,7 @@ def bundle_passes(
     sharing = {"policy": policy, "within_program": within_program, "may_launch": may_launch}
     share = (partial(share_launches, costs=costs, tuned=tuned, **sharing),)
     last = (
+        partial(fuse_attention, platform=platform),  # products that need not write what the next one reads
         fuse_epilogues,  # what these do to their results: after the kernels, not all of which can
         partial(chain_products, tuned=tuned),  # which of them run as one, tile by tile: with what they do by then
         partial(round_results, costs=costs, tuned=tuned, choice=choice),  # and for whom: what is left is known by then
@@ -93,6 +95,7 @@ def serving_passes(
         partial(keep_layouts, held=held, platform=platform, costs=costs, choice=choice, tuned=tuned),
         # of several families: what reads the bank in place runs side by side, as it is
         partial(share_launches, costs=costs, tuned=tuned),
+        partial(fuse_attention, platform=platform),
         fuse_epilogues,
         partial(chain_products, tuned=tuned),
         plan_layouts,
