@@ -230,7 +230,8 @@ def lay(found: Outlook, waits: list[Waiting], new: Newcomer | None, now_ns: int,
             found.late += 1
             served += 1
         else:
-            own = due_ns, serial, queue, served, waiting, option, option is whole, is_pressed, time_ns, slip_ns, tardy_ns
+            is_whole = option is whole
+            own = due_ns, serial, queue, served, waiting, option, is_whole, is_pressed, time_ns, slip_ns, tardy_ns
             append(made(Turn, own))
             time_ns, slip_ns = end_ns, later_ns
             served += width
