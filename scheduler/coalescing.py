@@ -104,7 +104,7 @@ class Coalescing:
                     starting.forget()
             start, load = starting.known, self._load
             is_over = load.room_ns <= 0 and load.is_over(now_ns)
-            if start is None or ready_ns >= starting.fixed_ns or is_over is start.is_calm:
+            if start is None or ready_ns >= starting.fixed_ns or is_over is starting.is_calm:
                 start = starting.find(now_ns)
             requests.submit(event.requests, start, now_ns)
         else:
