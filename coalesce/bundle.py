@@ -5,17 +5,19 @@
     Pack        heavy ops that one superkernel runs; members may come from any family
     JointStep   equal equations of several members' families that run as one, on what a pack left stacked
     JointLoop   scans of several families that run as one, with one schedule for their bodies
+    Attention   two packs and what is done to each row of the first's result, in one kernel
     Array       one stacked array of weights: row r is one tenant's prepared weight, in the layout its readers want
     Bundle      families, schedule and arrays: everything that lowering needs, and nothing about values
 
 A schedule is a topological order: whatever an item reads is bound by an item before it, or is an argument. Packs of one
-launch stand side by side, and none reads what another computes. (family, variable) names a value in every scope.
+launch stand side by side, and none reads what another computes, unless it is chained to it. (family, variable) names a
+value in every scope.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from math import prod
 from typing import TypeVar
@@ -54,6 +56,8 @@ class Pack:
     rounds: bool = False  # its result to TF32; set by round_results
     rounded: bool = False  # its left operand comes so
     launch: int | None = None  # of packs that one kernel launch runs, the index of the first; set by share_launches
+    chained: bool = False  # it reads what packs before it in its launch compute, tile by tile; set by chain_products
+    inner: bool = False  # what it computes is read in its launch alone, and is not written
 
     @property
     def width(self) -> int:
@@ -129,8 +133,23 @@ class JointLoop:
         return max(J.as_scan(part.eqn).length for part in self.parts)
 
 
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Products of one family, batched over heads say: `values` multiplies what `rowwise` makes of each row of `scores`.
+    One kernel runs all of it, and leaves what the second computes, transposed if `after` says so."""
+
+    scores: Pack
+    rowwise: tuple[Step, ...]
+    values: Pack
+    after: tuple[Step, ...] = ()  # one transposition at most
+
+    @property
+    def inside(self) -> Schedule:
+        return self.scores, *self.rowwise, self.values, *self.after
+
+
 Place = tuple[int, str]  # (family, site)
-Item = Step | JointStep | Loop | JointLoop | Pack
+Item = Step | JointStep | Loop | JointLoop | Pack | Attention
 Schedule = tuple[Item, ...]
 T = TypeVar("T")
 
@@ -191,6 +210,8 @@ def bodies(item: Item) -> tuple[Schedule, ...]:
             return item.bodies
         case JointLoop():
             return (item.body,)
+        case Attention():
+            return (item.inside,)
     return ()
 
 
@@ -219,6 +240,8 @@ def units(items: Iterable[T]) -> Iterator[tuple[T, ...]]:
 def place_of(item: Item) -> Place:
     """What a pack or loop is called: the place of its first member."""
     match item:
+        case Attention():
+            return place_of(item.scores)
         case Pack():
             return item.members[0].family, item.members[0].site
         case JointLoop() | JointStep():
@@ -233,7 +256,14 @@ def equations(item: Item) -> list[tuple[int, J.Eqn]]:
             return [(m.family, m.eqn) for m in item.members] + [(step.family, step.eqn) for step in item.epilogue]
         case JointStep() | JointLoop():
             return [(part.family, part.eqn) for part in item.parts]
+        case Attention():
+            return [pair for part in item.inside for pair in equations(part)]
     return [(item.family, item.eqn)]
+
+
+def last_eqn(pack: Pack) -> J.Eqn:
+    """Whose result is what a pack of one member leaves."""
+    return (pack.epilogue[-1] if pack.epilogue else pack.members[0]).eqn
 
 
 def epilogue_reads(pack: Pack) -> list[J.Var]:
@@ -256,45 +286,3 @@ def problems(pack: Pack, families: Sequence[Family]) -> tuple[int, int]:
     if pack.form == "product":
         return sum(how.groups * m.op.batch for m, how in zip(pack.members, folds, strict=True)), 1
     return sum(how.groups for how in folds), folds[0].per_group
-
-
-def map_schedule(schedule: Schedule, change: Callable[[Pack | JointStep], Item]) -> Schedule:
-    """The schedule with every pack and joint step changed, regions included; the same object if none was."""
-
-    def one(item: Item) -> Item:
-        if isinstance(item, Pack | JointStep):
-            return change(item)
-        return map_bodies(item, lambda body: map_schedule(body, change))
-
-    changed = tuple(map(one, schedule))
-    return schedule if same(changed, schedule) else changed
-
-
-def map_bodies(item: Item, change: Callable[[Schedule], Schedule]) -> Item:
-    """The item with the schedule of each of its regions changed; the same object if none was."""
-    match item:
-        case Loop():
-            bodies = tuple(map(change, item.bodies))
-            return item if same(bodies, item.bodies) else replace(item, bodies=bodies)
-        case JointLoop():
-            body = change(item.body)
-            return item if body is item.body else replace(item, body=body)
-    return item
-
-
-def same(new: Sequence[object], old: Sequence[object]) -> bool:
-    """Whether both hold the same objects."""
-    return len(new) == len(old) and all(a is b for a, b in zip(new, old, strict=True))
-
-
-def rows_of_parts(step: JointStep, operand: int, bundle: Bundle) -> tuple[int, ...]:
-    """Which row of its array each lane reads, for an operand that is a weight of each part."""
-    rows: list[int] = []
-    start = 0
-    for part in step.parts:
-        family = bundle.families[part.family]
-        w = part.weights[operand]
-        assert w is not None, f"operand {operand} of the step at {part.site} is no weight"
-        rows += [start + row for row in family.rows[w]]
-        start += len(family.owners[w])
-    return tuple(rows)

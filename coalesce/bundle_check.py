@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Bundle, equations, Item, JointLoop, Loop, Pack, packs, Schedule, units
+from coalesce.bundle import Attention, Bundle, equations, Item, JointLoop, Loop, Pack, packs, Schedule, units
 from coalesce.errors import IRError
 
 Name = tuple[int, J.Var]  # (family, variable)
@@ -27,10 +27,17 @@ def check_bundle(bundle: Bundle) -> None:
 def check_schedule(schedule: Schedule, scopes: Sequence[tuple[int, list[J.Var], object]]) -> None:
     bound = {(f, v) for f, args, _ in scopes for v in args}
     want = {(f, id(eqn)): eqn for f, _, jaxpr in scopes for eqn in jaxpr.jaxpr.eqns}  # type: ignore[attr-defined]
-    for unit in units(schedule):  # packs of one launch see nothing of each other
+    for unit in units(schedule):
         if isinstance(first := unit[0], Pack) and first.launch not in (None, first.index):
             raise IRError(f"pack {first.index} is in launch {first.launch}, whose packs stand apart or are misnumbered")
-        bound |= set().union(*(check_item(item, bound, want) for item in unit))
+        left: set[Name] = set()  # packs of one launch see nothing of each other, unless they are chained
+        inner: set[Name] = set()
+        for item in unit:
+            chained = isinstance(item, Pack) and item.chained
+            made = check_item(item, bound | left if chained else bound, want)
+            left |= made
+            inner |= made if isinstance(item, Pack) and item.inner else set()
+        bound |= left - inner
     if want:
         names = sorted(eqn.primitive.name for eqn in want.values())
         raise IRError(f"never scheduled: {', '.join(names)}")
@@ -43,13 +50,14 @@ def check_schedule(schedule: Schedule, scopes: Sequence[tuple[int, list[J.Var], 
 
 def check_item(item: Item, bound: set[Name], want: dict[tuple[int, int], J.Eqn]) -> set[Name]:
     """What an item leaves bound, from what is `bound` before it; takes what it runs from `want`."""
-    together = len(item.members) if isinstance(item, Pack) else len(equations(item))
+    together = reading_nothing_inside(item)
     inside = set(bound)
     left: set[Name] = set()
     for i, (f, eqn) in enumerate(equations(item)):
         if want.pop((f, id(eqn)), None) is None:
             raise IRError(f"family {f}: {eqn.primitive.name} is scheduled twice or is not of this scope")
-        # Members of a pack see nothing of each other, its epilogue what came before; only its end is left.
+        # Members of a pack see nothing of each other, what else its kernel runs sees what came before; only its end is
+        # left.
         for atom in eqn.invars:
             if not isinstance(atom, J.Literal) and (f, atom) not in (bound if i < together else inside):
                 raise IRError(f"family {f}: {eqn.primitive.name} runs before what it reads")
@@ -65,3 +73,13 @@ def check_item(item: Item, bound: set[Name], want: dict[tuple[int, int], J.Eqn])
         for body, region in zip(item.bodies, J.regions(item.eqn), strict=True):
             check_schedule(body, [(item.family, J.invars(region), region)])
     return left
+
+
+def reading_nothing_inside(item: Item) -> int:
+    """How many of an item's equations, the first ones, see nothing of the others."""
+    match item:
+        case Pack():
+            return len(item.members)
+        case Attention():
+            return 1
+    return len(equations(item))

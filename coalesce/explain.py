@@ -9,6 +9,7 @@ import jax
 from coalesce import jaxpr as J
 from coalesce.bundle import (
     Aligned,
+    Attention,
     Bundle,
     items,
     JointLoop,
@@ -136,6 +137,9 @@ def schedule_lines(bundle: Bundle, schedule: Schedule, names: dict[int, Names], 
                 yield from (f"{indent}  f{m.family}: {equation(m.eqn, names[m.family])}" for m in item.members)
                 yield from (f"{indent}  then f{s.family}: {equation(s.eqn, names[s.family])}" for s in item.epilogue)
                 yield from (f"{indent}  then rounded to TF32",) if item.rounds else ()
+            case Attention(inside=inside):
+                yield f"{indent}attention"
+                yield from schedule_lines(bundle, inside, names, indent + "  ")
             case Step(family, _, eqn, each):
                 yield f"{indent}f{family}: {equation(eqn, names[family])}{f'  # lane by lane: {each}' if each else ''}"
             case JointStep(parts):
@@ -168,7 +172,8 @@ def pack_text(pack: Pack, bundle: Bundle) -> str:
     where = " + ".join(member_text(m, bundle) for m in pack.members)
     kernel = f": {pack.kernel_text}" if pack.kernel else ""
     form = f" {pack.form}" if pack.form else ""
-    launch = f" in launch {pack.launch}" if pack.launch is not None else ""
+    launch = f"{' chained' * pack.chained} in launch {pack.launch}" if pack.launch is not None else ""
+    launch += ", not written" * pack.inner
     array = f" on array {pack.array}" if pack.array is not None else ""
     return f"pack {pack.index} x{pack.width} {pack.op.shape}{form}{kernel}{launch}{array}{shared}{waste} [{where}]"
 

@@ -18,6 +18,7 @@ from jax.extend.core import ClosedJaxpr
 
 from coalesce import jaxpr as J
 from coalesce.bundle import (
+    Attention,
     Bundle,
     equations,
     Item,
@@ -175,7 +176,8 @@ class Column:
 
     def scheduled(self, jaxpr: ClosedJaxpr, schedule: Schedule, prefix: str) -> Html:
         """The equations of a region that the schedule walks into."""
-        items: dict[int, Item] = {id(eqn): item for item in schedule for f, eqn in equations(item) if f == self.index}
+        level = [part for item in schedule for part in (item.inside if isinstance(item, Attention) else (item,))]
+        items: dict[int, Item] = {id(eqn): item for item in level for f, eqn in equations(item) if f == self.index}
         rows = [self.row(eqn, f"{prefix}{i}", items[id(eqn)]) for i, eqn in enumerate(jaxpr.jaxpr.eqns)]
         return el("ol", *rows, self.results(jaxpr))
 
@@ -198,6 +200,7 @@ class Column:
                 prefix = f"{site}.{label.replace(' ', '')}."  # as form_packs numbers the sites of a region
                 inner += [self.arguments(label, region), self.scheduled(region, body, prefix)]
             return el("li", self.line(eqn, site, ["unrolled"] * item.unrolled), *inner)
+        assert isinstance(item, Step), f"{type(item).__name__} has its own rows"
         line = self.line(eqn, site, [f"lane by lane: {item.each}"] * bool(item.each), "each" * bool(item.each))
         return el("li", line, *self.inside(eqn, item, iter(item.alone)))
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from coalesce import jaxpr as J
+from coalesce.bundle import Bundle, JointStep
 from coalesce.lanes import Joint, masked
 from coalesce.structure import eqn_key, value_key
 from coalesce.unify import largest
@@ -242,3 +243,16 @@ RULES: Mapping[str, Rule] = {
     "reduce_and": reduction(all_bits),
     "reduce_or": reduction(lambda dtype: 0),
 }
+
+
+def rows_of_parts(step: JointStep, operand: int, bundle: Bundle) -> tuple[int, ...]:
+    """Which row of its array each lane reads, for an operand that is a weight of each part."""
+    rows: list[int] = []
+    start = 0
+    for part in step.parts:
+        family = bundle.families[part.family]
+        w = part.weights[operand]
+        assert w is not None, f"operand {operand} of the step at {part.site} is no weight"
+        rows += [start + row for row in family.rows[w]]
+        start += len(family.owners[w])
+    return tuple(rows)

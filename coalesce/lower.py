@@ -16,18 +16,20 @@ from jax import lax
 from coalesce import jaxpr as J
 from coalesce.bundle import (
     arguments,
+    Attention,
     Bundle,
     epilogue_reads,
     JointLoop,
     JointStep,
+    last_eqn,
     Loop,
     Pack,
-    rows_of_parts,
+    place_of,
     Schedule,
     Step,
     units,
 )
-from coalesce.joint import moves_apart, run
+from coalesce.joint import moves_apart, rows_of_parts, run
 from coalesce.lanes import (
     apply,
     apply_each,
@@ -44,6 +46,7 @@ from coalesce.lanes import (
     stacked,
     take,
 )
+from coalesce.lower_attention import lower_attention, made_in
 from coalesce.lower_control import lower_loop
 from coalesce.lower_pack import lower_packs, Operands
 from coalesce.lower_scans import lower_scans
@@ -165,6 +168,7 @@ class Walk:
     def __init__(self, bundle: Bundle, arrays: Sequence[Any]) -> None:
         self.bundle, self.arrays = bundle, arrays
         self.slices = slices_in(bundle)
+        self.made = made_in(bundle)
 
     def width(self, family: int) -> int:
         return self.bundle.families[family].width
@@ -192,6 +196,8 @@ class Walk:
                     args = [self.read(env, family, a) for a in eqn.invars]
                     outs = apply_each(eqn, args, self.width(family)) if each else apply(eqn, args)
                     self.bind(env, family, eqn, outs)
+                case Attention():
+                    self.bind(env, place_of(item)[0], *lower_attention(self, item, env))
                 case JointStep():
                     self.together(item, env)
                 case Loop(family, _, eqn):
@@ -226,11 +232,11 @@ class Walk:
         if len(packs) == 1 and packs[0].width == 1 and packs[0].kernel in AS_WRITTEN:
             self.as_written(packs[0], env)
             return
-        ready = [self.operands(pack, env) for pack in packs]
+        ready = [self.operands(pack, env, packs[:i] if pack.chained else ()) for i, pack in enumerate(packs)]
         results = lower_packs([pack for pack, _ in ready], self.bundle.families, [own for _, own in ready])
         for pack, outs in zip(packs, results, strict=True):
-            for m, out in zip(pack.members, outs, strict=True):
-                self.bind(env, m.family, pack.epilogue[-1].eqn if pack.epilogue else m.eqn, [out])
+            for m, out in zip(pack.members, outs, strict=not pack.inner):
+                self.bind(env, m.family, last_eqn(pack) if pack.epilogue else m.eqn, [out])
 
     def as_written(self, pack: Pack, env: Env) -> None:
         """Nothing to stack: the tenant's own equation."""
@@ -239,19 +245,23 @@ class Walk:
         weights = Banked(self.arrays[pack.array], (0,)) if pack.array is not None else self.read(env, m.family, rhs)
         self.bind(env, m.family, m.eqn, apply(m.eqn, [self.read(env, m.family, lhs), weights]))
 
-    def operands(self, pack: Pack, env: Env) -> tuple[Pack, Operands]:
-        """What a pack reads, and the pack as it reads that: an image rather than a slice of it, where it can."""
+    def operands(self, pack: Pack, env: Env, before: Sequence[Pack] = ()) -> tuple[Pack, Operands]:
+        """What a pack reads, and the pack as it reads that: an image rather than a slice of it, where it can. None is
+        what one of those computes that stand before it in its chain."""
+        inner = {last_eqn(other).outvars[0] for other in before}
         found = in_place(pack, self.slices)
         image = env.get((pack.members[0].family, found[1])) if found else None
         if found and image is not None:
             pack, left = found[0], [image]
         else:
-            left = [self.read(env, m.family, m.eqn.invars[0]) for m in pack.members]
+            atoms = [(m.family, m.eqn.invars[0]) for m in pack.members]
+            left = [None if a in inner else self.read(env, f, a) for f, a in atoms]
         if pack.array is not None:
             right = self.arrays[pack.array]
         else:
             right = [self.read(env, m.family, m.eqn.invars[1]) for m in pack.members]
-        given = [self.read(env, pack.members[0].family, atom) for atom in epilogue_reads(pack)]
+        family = pack.members[0].family
+        given = [None if a in inner else self.read(env, family, a) for a in epilogue_reads(pack)]
         return pack, Operands(left, right, given)
 
     def together(self, step: JointStep, env: Env) -> None:

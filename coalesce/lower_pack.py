@@ -18,7 +18,7 @@ from coalesce import jaxpr as J
 from coalesce.bundle import epilogue_reads, folds_of, Pack
 from coalesce.family import Family
 from coalesce.heavy import HeavyOp
-from coalesce.kernels import as_product, FUSING, horizontal, KERNELS, mosaic_gemm
+from coalesce.kernels import as_product, chained, FUSING, horizontal, KERNELS, mosaic_gemm
 from coalesce.kernels.epilogue import COLUMN, Epilogue, on_tile, WHOLE
 from coalesce.kernels.indexed_gemm import product_of
 from coalesce.lanes import Banked, join, Joint, LaneValue, masked, plain, Shared, Stacked, stacked, take
@@ -31,11 +31,12 @@ from coalesce.unify import contracted
 
 @dataclass(frozen=True)
 class Operands:
-    """What a pack reads: its array or the right operands of all members, and what its epilogue reads."""
+    """What a pack reads, as LaneValues: its array or the right operands of all members, and what its epilogue reads.
+    None is what the pack computes that it is chained to."""
 
-    lhs: Sequence[LaneValue]
+    lhs: Sequence[Any]
     rhs: Any
-    given: Sequence[LaneValue] = ()
+    given: Sequence[Any] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def lower_packs(
     rules = {"": of_a_family, "equal": stacked_pack, "padded": stacked_pack, "product": product_pack}
     calls = [rules[pack.form](pack, folds_of(pack, families), own) for pack, own in zip(packs, operands, strict=True)]
     outs = superkernel(packs, [(call.lhs, call.rhs, *call.given) for call in calls])
-    return [call.results(out) for call, out in zip(calls, outs, strict=True)]
+    return [[] if pack.inner else call.results(out) for pack, call, out in zip(packs, calls, outs, strict=True)]
 
 
 def superkernel(packs: Sequence[Pack], args: Sequence[Sequence[Any]]) -> list[Any]:
@@ -65,6 +66,13 @@ def superkernel(packs: Sequence[Pack], args: Sequence[Sequence[Any]]) -> list[An
         if len(packs) == 1:
             ((pack, own),) = zip(packs, args, strict=True)
             return [run_kernel(pack, *own)]
+        if any(pack.chained for pack in packs):
+            links = [
+                chained.Link(pack.op, x, w, epilogue_of(pack), given, not pack.inner)
+                for pack, (x, w, *given) in zip(packs, args, strict=True)
+            ]
+            assert packs[0].blocks, f"a chain without blocks: {packs[0].name}"
+            return chained.run(links, packs[0].blocks)
         products = [
             product_of(pack.op, x, w, epilogue=epilogue_of(pack), operands=given, blocks=pack.blocks)
             for pack, (x, w, *given) in zip(packs, args, strict=True)
@@ -124,8 +132,10 @@ def of_a_family(pack: Pack, folds: Sequence[Fold], own: Operands) -> Call:
     return Call(concatenated(left), rhs, operands, partial(unfolded, members=pack.members, folds=folds))
 
 
-def left_of(value: LaneValue, how: Fold) -> Any:
+def left_of(value: LaneValue | None, how: Fold) -> Any:
     """The left operand as [G, R, ...]."""
+    if value is None:
+        return None
     value = plain(value)
     if isinstance(value, Shared):
         return jnp.broadcast_to(value.value, (how.groups, how.per_group, *jnp.shape(value.value)))
@@ -133,7 +143,7 @@ def left_of(value: LaneValue, how: Fold) -> Any:
     return x.reshape(how.groups, how.per_group, *x.shape[1:])
 
 
-def column_of(value: LaneValue, size: int, how: Fold, op: HeavyOp) -> Any:
+def column_of(value: LaneValue | None, size: int, how: Fold, op: HeavyOp) -> Any:
     """A vector over a result's columns, or a number for all of them, as [G, R, N]; a vector out of a bank as it lies,
     if problem g reads row g of it."""
     if size == op.n and isinstance(value, Banked) and isinstance(value.array, Cut | Picked):

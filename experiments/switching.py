@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
+from coalesce.runtime.elsewhere import Elsewhere
 from coalesce.scheduler.catalog import Catalog
 from coalesce.scheduler.commands import Command, Dispatch, Want
 from coalesce.scheduler.events import CatalogChanged, Completed, Event, Submitted, TenantAdded, TenantRemoved
 from coalesce.scheduler.policy import Policy
 from coalesce.scheduler.request import Tenant
+
+
+class Change(NamedTuple):
+    """An event of a `Switching` that is elsewhere."""
+
+    make: Callable[[], Policy]
 
 
 class Switching:
@@ -30,7 +39,10 @@ class Switching:
         """From the next request on; called on any thread, when every request has ended."""
         self._next = make
 
-    def on_event(self, event: Event, now_ns: int) -> Sequence[Command]:
+    def on_event(self, event: Event | Change, now_ns: int) -> Sequence[Command]:
+        if isinstance(event, Change):
+            self.change(event.make)
+            return []
         if self._next is not None and isinstance(event, Submitted):
             self._begin(self._next, now_ns)
         self._remember(event)
@@ -61,6 +73,23 @@ class Switching:
         self._bundles += 1
         self._under_way += 1
         return command._replace(bundle=command.bundle + self._before)
+
+
+class SwitchingElsewhere(Elsewhere):
+    """The same in a process of its own; policies go there pickled."""
+
+    def __init__(self, make: Callable[[], Policy], mixed: bool = True) -> None:
+        super().__init__(partial(Switching, make, mixed))
+        self._change: Change | None = None
+
+    def change(self, make: Callable[[], Policy]) -> None:
+        self._change = Change(make)
+
+    def on_events(self, events: Sequence[Any], now_ns: int) -> Sequence[Sequence[Command]]:
+        change, self._change = self._change, None
+        if change is None:
+            return super().on_events(events, now_ns)
+        return super().on_events([change, *events], now_ns)[1:]
 
 
 def wants_several(command: Command) -> bool:

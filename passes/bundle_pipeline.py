@@ -14,10 +14,12 @@ from coalesce.costs import Costs
 from coalesce.errors import IRError, PassError, PlanError
 from coalesce.kernels import choose
 from coalesce.passes.align import align
+from coalesce.passes.chain_products import chain_products
 from coalesce.passes.choose_kernels import Choice, choose_kernels
 from coalesce.passes.cluster import cluster
 from coalesce.passes.cut_executables import cut_executables
 from coalesce.passes.form_packs import form_packs
+from coalesce.passes.fuse_attention import fuse_attention
 from coalesce.passes.fuse_epilogues import fuse_epilogues
 from coalesce.passes.join_arrays import join_arrays
 from coalesce.passes.keep_layouts import Held, keep_layouts
@@ -63,7 +65,9 @@ def bundle_passes(
     sharing = {"policy": policy, "within_program": within_program, "may_launch": may_launch}
     share = (partial(share_launches, costs=costs, tuned=tuned, **sharing),)
     last = (
+        partial(fuse_attention, platform=platform),  # products that need not write what the next one reads
         fuse_epilogues,  # what these do to their results: after the kernels, not all of which can
+        partial(chain_products, tuned=tuned),  # which of them run as one, tile by tile: with what they do by then
         partial(round_results, costs=costs, tuned=tuned, choice=choice),  # and for whom: what is left is known by then
         plan_layouts,  # where the weights lie: after the kernels, which say how they read them
         partial(join_arrays, platform=platform),  # which of these arrays are one argument
@@ -91,7 +95,9 @@ def serving_passes(
         partial(keep_layouts, held=held, platform=platform, costs=costs, choice=choice, tuned=tuned),
         # of several families: what reads the bank in place runs side by side, as it is
         partial(share_launches, costs=costs, tuned=tuned),
+        partial(fuse_attention, platform=platform),
         fuse_epilogues,
+        partial(chain_products, tuned=tuned),
         plan_layouts,
     )
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from coalesce.bundle import Bundle, Item, JointStep, map_schedule, Pack, problems
+from coalesce.bundle import Bundle, Item, JointStep, Pack, problems
 from coalesce.errors import PlanError
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import choose, KERNELS
+from coalesce.reschedule import map_schedule
 from coalesce.tuning import Tuned, UNTUNED
 
 Choice = Callable[[HeavyOp, int, str], str]

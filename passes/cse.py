@@ -21,8 +21,8 @@ from jax.extend.core import ClosedJaxpr
 
 from coalesce import jaxpr as J
 from coalesce.behaviour import may_merge
-from coalesce.bundle import same
 from coalesce.program import Program
+from coalesce.reschedule import same
 from coalesce.structure import eqn_key, Key, literal_key
 
 

@@ -25,7 +25,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Bundle, equations, same, Schedule
+from coalesce.bundle import Bundle, equations, Schedule
 from coalesce.costs import Costs
 from coalesce.costs.schedule import Stretch, stretches
 from coalesce.passes.components import best_order, Component, components, Job
@@ -35,6 +35,7 @@ from coalesce.passes.launch_cuts import choose_parts, listed, SURE
 from coalesce.passes.live import lifetimes, live_before
 from coalesce.passes.segment import kept_apart
 from coalesce.passes.share_launches import numbered
+from coalesce.reschedule import same
 
 
 def cut_executables(bundle: Bundle, *, platform: str, costs: Costs, executables: int | None = None) -> Bundle:

@@ -22,9 +22,10 @@ from math import prod
 from typing import Any
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Bundle, equations, Item, Loop, Pack, packs, same, Schedule, Step, units
+from coalesce.bundle import Bundle, equations, Item, Loop, Pack, packs, Schedule, Step, units
 from coalesce.kernels import FUSING
 from coalesce.kernels.epilogue import runs_on_tiles
+from coalesce.reschedule import same
 
 DTYPES = ("float32", "bfloat16", "float16", "bool")
 

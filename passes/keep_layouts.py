@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
-from coalesce.bundle import Bundle, Item, JointStep, map_schedule, Pack, problems
+from coalesce.bundle import Bundle, Item, JointStep, Pack, problems
 from coalesce.costs import Costs
 from coalesce.errors import PlanError
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import choose, FUSING, KERNELS, ON_HOPPER
 from coalesce.layout import Layout
+from coalesce.reschedule import map_schedule
 from coalesce.tf32 import multiplies
 from coalesce.tuning import Tuned, UNTUNED
 from coalesce.weigh import nbytes

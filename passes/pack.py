@@ -29,7 +29,6 @@ from coalesce.bundle import (
     JointLoop,
     JointStep,
     Loop,
-    map_schedule,
     Pack,
     packs,
     Place,
@@ -41,6 +40,7 @@ from coalesce.errors import IRError
 from coalesce.member import fold
 from coalesce.passes.interleave import Interleave, Unit
 from coalesce.passes.stacks import Name, Stacks
+from coalesce.reschedule import map_schedule
 from coalesce.unify import unify
 
 

@@ -19,13 +19,14 @@ from typing import Any
 from coalesce import jaxpr as J
 from coalesce.bundle import (
     Array,
+    Attention,
     Bundle,
     epilogue_reads,
+    equations,
     Item,
     JointLoop,
     JointStep,
     Loop,
-    map_schedule,
     Pack,
     Schedule,
     STACKED,
@@ -34,6 +35,7 @@ from coalesce.family import Family
 from coalesce.kernels import as_product, KERNELS
 from coalesce.layout import AS_IS, Layout
 from coalesce.member import Member
+from coalesce.reschedule import map_schedule
 from coalesce.unify import largest
 
 
@@ -127,6 +129,8 @@ def read_by(schedule: Schedule, family: int, outs: Sequence[J.Atom]) -> set[Any]
         elif isinstance(item, JointLoop):
             parts = [part for part in item.parts if part.family == family]
             atoms = [a for part in parts for a in region_reads(part.eqn, (item.body,), family)]
+        elif isinstance(item, Attention):
+            atoms = [a for f, eqn in equations(item) if f == family for a in eqn.invars]
         elif item.family != family:
             continue
         elif isinstance(item, Loop):

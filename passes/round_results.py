@@ -22,21 +22,11 @@ from dataclasses import replace
 from typing import Any
 
 from coalesce import jaxpr as J
-from coalesce.bundle import (
-    Bundle,
-    epilogue_reads,
-    equations,
-    Item,
-    JointStep,
-    map_schedule,
-    Pack,
-    packs,
-    problems,
-    Step,
-)
+from coalesce.bundle import Bundle, epilogue_reads, equations, Item, JointStep, Pack, packs, problems, Step
 from coalesce.costs import Costs
 from coalesce.kernels import choose, FUSING
 from coalesce.passes.choose_kernels import Choice
+from coalesce.reschedule import map_schedule
 from coalesce.tf32 import multiplies
 from coalesce.tuning import Tuned, UNTUNED
 

@@ -20,25 +20,12 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
-from coalesce.bundle import (
-    Bundle,
-    Item,
-    JointStep,
-    map_bodies,
-    map_schedule,
-    Pack,
-    packs,
-    Place,
-    place_of,
-    problems,
-    same,
-    Schedule,
-    units,
-)
+from coalesce.bundle import Bundle, Item, JointStep, Pack, packs, Place, place_of, problems, Schedule, units
 from coalesce.costs import Costs
 from coalesce.kernels import horizontal, indexed_gemm
 from coalesce.passes.run_order import RunOrder
 from coalesce.record import Launched
+from coalesce.reschedule import map_bodies, map_schedule, same
 from coalesce.tuning import Tuned, UNTUNED
 from coalesce.weigh import MayLaunch, no_launch
 

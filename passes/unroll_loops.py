@@ -16,9 +16,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Bundle, Item, JointLoop, Loop, map_bodies, same, Schedule
+from coalesce.bundle import Bundle, Item, JointLoop, Loop, Schedule
 from coalesce.costs import Costs
 from coalesce.costs.program import equations_us
+from coalesce.reschedule import map_bodies, same
 
 MOST = 2000
 SHARE = 0.1  # of a step, which its part in the loop must be worth

@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Bundle, Item, JointLoop, JointStep, Loop, Pack, Schedule, Step
+from coalesce.bundle import Attention, Bundle, Item, JointLoop, JointStep, Loop, Pack, Schedule, Step
 from coalesce.family import Family
 from coalesce.heavy import HeavyOp
 from coalesce.member import Member
@@ -41,7 +41,8 @@ def check_scopes(schedule: Schedule, scopes: Sequence[Scope]) -> None:
     ran: set[Key] = set()
     check_launches(schedule, level, before)
     for item, keys in zip(schedule, level, strict=True):
-        tail = keys[len(item.members) :] if isinstance(item, Pack) else []
+        first = len(item.members) if isinstance(item, Pack) else 1 if isinstance(item, Attention) else len(keys)
+        tail = keys[first:]
         for i, key in enumerate(tail):
             assert before[key] <= ran | set(keys[: len(keys) - len(tail) + i]), f"{key} runs before what it reads"
         keys = keys[: len(keys) - len(tail)]
@@ -58,7 +59,7 @@ def check_scopes(schedule: Schedule, scopes: Sequence[Scope]) -> None:
 
 
 def check_launches(schedule: Schedule, level: Sequence[list[Key]], before: dict[Key, set[Key]]) -> None:
-    """Packs of one launch stand side by side, and no path leads from one to another."""
+    """Packs of one launch stand side by side; no path leads from one to another, but to one that is chained."""
     found: dict[int, list[int]] = {}
     for i, item in enumerate(schedule):
         if isinstance(item, Pack) and item.launch is not None:
@@ -66,6 +67,12 @@ def check_launches(schedule: Schedule, level: Sequence[list[Key]], before: dict[
     for at in found.values():
         assert at == list(range(at[0], at[0] + len(at))), "something stands between packs of one launch"
         for i in at:
+            item = schedule[i]
+            if isinstance(item, Pack) and item.chained:
+                assert reaches(before, level[i][0], {key for j in at if j < i for key in level[j]}) or any(
+                    reaches(before, key, {key for j in at if j < i for key in level[j]}) for key in level[i]
+                ), "a chained pack reads nothing of its chain"
+                continue
             others = {key for j in at if j != i for key in level[j]}
             assert not any(reaches(before, key, others) for key in level[i]), "a launch waits for itself"
 
@@ -76,6 +83,8 @@ def equations_of(item: Item) -> list[J.Eqn]:
             return [m.eqn for m in item.members] + [step.eqn for step in item.epilogue]
         case JointStep() | JointLoop():
             return [part.eqn for part in item.parts]
+        case Attention():
+            return [eqn for part in item.inside for eqn in equations_of(part)]
         case Step() | Loop():
             return [item.eqn]
 
@@ -105,6 +114,7 @@ def all_of(kind: type, schedule: Schedule) -> Iterator[Any]:
         if isinstance(item, kind):
             yield item
         inner = item.bodies if isinstance(item, Loop) else (item.body,) if isinstance(item, JointLoop) else ()
+        inner = (item.inside,) if isinstance(item, Attention) else inner
         for body in inner:
             yield from all_of(kind, body)
 

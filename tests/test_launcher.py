@@ -1,12 +1,14 @@
 """Launching where the host takes a while for it: the next bundle is decided by as much earlier."""
 
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import wait
 
 import pytest
 
-from coalesce.errors import TenantFailure
+from coalesce.errors import TenantClosed, TenantFailure
+from coalesce.runtime.elsewhere import Elsewhere
 from coalesce.runtime.observer import Observer
 from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler.catalog import Catalog, Entry, Executable
@@ -21,23 +23,75 @@ MS = 1_000_000
 
 
 class Slow(FakeMachine):
-    """The host takes `launch_s` to bring it a bundle."""
+    """The host takes `launch_s` to bring it a bundle, and can be held at it; `at_work` says whether it is."""
 
     copies = True
 
     def __init__(self, launch_s: float = 0.0) -> None:
         super().__init__(takes_s=0.0005)
-        self.launch_s = launch_s
+        self.launch_s, self.at_work, self.threads = launch_s, False, set[str]()
+        self.may_launch = threading.Event()
+        self.may_launch.set()
 
     def launch(self, executable: int, entries: Sequence[Sequence[Ticket]]) -> FakeLaunched:
+        self.threads.add(threading.current_thread().name)
+        self.at_work = True
+        self.may_launch.wait()
         time.sleep(self.launch_s)
+        self.at_work = False
         if any(ticket.inputs[0] == "broken" for tickets in entries for ticket in tickets):
             raise ValueError("nobody can stage that")
         return super().launch(executable, entries)
 
 
-def test_what_cannot_be_launched_fails_alone():
-    with Served(Slow(), tenants=8) as served:
+@pytest.fixture
+def elsewhere():
+    policy = Elsewhere()
+    yield policy
+    policy.close()
+
+
+def test_with_a_policy_elsewhere_the_driver_decides_while_a_bundle_is_launched(elsewhere):
+    machine = Slow()
+    machine.may_launch.clear()
+    with Served(machine, policy=elsewhere) as served:
+        reply = served.submit("t0", 1)
+        while not machine.at_work:
+            time.sleep(0.001)
+        assert isinstance(served.submit("nobody", 2).exception(10), TenantClosed)
+        assert not reply.done()
+        machine.may_launch.set()
+        assert reply.result(10) == ("result", 1)
+    assert machine.threads == {"coalesce-launcher"}
+
+
+def test_orders_find_everything_launched_that_was_decided(elsewhere):
+    machine = Slow(launch_s=0.002)
+    found: list[tuple[bool, int, int]] = []
+    dispatched: list[int] = []
+
+    class Count(Observer):
+        def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
+            dispatched.extend(c.bundle for c in commands if isinstance(c, Dispatch))
+
+    def look() -> Sequence[Event]:
+        found.append((machine.at_work, len(dispatched), len(machine.launches)))
+        return ()
+
+    with Served(machine, observers=[Count()], policy=elsewhere) as served:
+        replies = []
+        for i in range(60):
+            replies.append(served.submit(f"t{i % 4}", i))
+            if i % 10 == 5:
+                served.driver.carry_out(look)
+        assert [reply.result(10) for reply in replies] == [("result", i) for i in range(60)]
+    assert len(found) == 6 and found[-1][1] > 0
+    assert all(not at_work and decided == launched for at_work, decided, launched in found)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_cannot_be_launched_fails_alone(apart, elsewhere):
+    with Served(Slow(), tenants=8, policy=elsewhere if apart else None) as served:
         replies = [served.submit(f"t{i}", "broken" if i == 3 else i) for i in range(8)]
         wait(replies, 10)
         with pytest.raises(TenantFailure, match="nobody can stage that"):

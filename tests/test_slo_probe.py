@@ -18,7 +18,7 @@ from coalesce.scheduler.request import Request, Tenant
 from experiments.results import Row
 from experiments.slo_probe import admitted_in_time, Bracket, Counts, probe, search
 from experiments.slo_queue import EdfQueue
-from experiments.switching import Switching
+from experiments.switching import Switching, SwitchingElsewhere
 
 pytestmark = pytest.mark.once
 
@@ -166,9 +166,10 @@ def test_a_search_gives_up():
     assert found.best is None and found.low == 0
 
 
-def test_policies_take_turns_in_one_runtime():
+@pytest.mark.parametrize("kind", [Switching, SwitchingElsewhere])
+def test_policies_take_turns_in_one_runtime(kind):
     catalog = Catalog(tuple(Executable(i, (Entry(0, 0, 2**i),), 100, 100) for i in range(2)))
-    policy = Switching(Edf)
+    policy = kind(Edf)
 
     def sent(*numbers: int) -> Submitted:
         return Submitted(tuple(Request(n, "a", 0, 0, 10**9) for n in numbers))
@@ -184,6 +185,8 @@ def test_policies_take_turns_in_one_runtime():
     policy.on_event(Completed(1, 200, 300), 300)
     third = [c for c in policy.on_event(sent(3, 4), 400) if isinstance(c, Dispatch)]
     assert [c.bundle for c in third] == [2, 3] and all(len(c.lanes[0]) == 1 for c in third)
+    if kind is SwitchingElsewhere:
+        policy.close()
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Item, JointLoop, JointStep, Loop, Pack, problems, Schedule, Step, units
+from coalesce.bundle import Attention, Item, JointLoop, JointStep, Loop, Pack, problems, Schedule, Step, units
 from coalesce.costs.model import Costs
 from coalesce.costs.program import equation_us, TRIPS
 from coalesce.family import Family
@@ -113,11 +113,16 @@ def count(item: Item) -> int:
 
 def heavy_us(unit: Sequence[Item], families: Sequence[Family], costs: Costs) -> float:
     packs = [item for item in unit if isinstance(item, Pack)]
+    if any(pack.chained for pack in packs):  # what they read and write less is measured, not modelled
+        each = [costs.op(pack.op, *problems(pack, families), kernel=pack.kernel) for pack in packs]
+        return sum(each) - costs.launch * (len(packs) - 1)
     if len(packs) > 1:
         return costs.together([(pack.op, *problems(pack, families)) for pack in packs])
     match item := unit[0]:
         case Pack():
             return costs.op(item.op, *problems(item, families), kernel=item.kernel or None)
+        case Attention():  # as two products, whose rows' work is in registers
+            return sum(heavy_us([pack], families, costs) for pack in (item.scores, item.values))
         case Loop() | JointLoop():
             inside = [schedule_us(body, families, costs) for body in bodies_of(item)]
             once = isinstance(item, Loop) and item.eqn.primitive.name == "cond" and not item.decides

@@ -135,15 +135,19 @@ def product_of(
 ) -> Product:
     """What `run` runs, with the same arguments."""
     groups, per_group = lhs.shape[:2]
-    windows = windows_of(op)
-    if op.kind == "dot":
-        x = as_product.left(op, lhs)
-    else:
-        x = lhs.reshape(groups, -1, op.lhs.shape[-1])
-        x = pad_to(x, (*x.shape[:-1], row_of(op).channels)).reshape(groups, -1, windows.channels)
+    x = positions(op, lhs)
     if blocks is None:
-        blocks = blocks_for(per_group * op.m, op.n, windows, x.shape[0])
+        blocks = blocks_for(per_group * op.m, op.n, windows_of(op), x.shape[0])
     return Product(Tiled(op, per_group, blocks, epilogue), groups, x, by_problem(op, rhs, epilogue, operands))
+
+
+def positions(op: HeavyOp, lhs: Any) -> Any:
+    """[G,R,*lhs] -> [P, positions, C]."""
+    if op.kind == "dot":
+        return as_product.left(op, lhs)
+    x = lhs.reshape(lhs.shape[0], -1, op.lhs.shape[-1])
+    x = pad_to(x, (*x.shape[:-1], row_of(op).channels))
+    return x.reshape(lhs.shape[0], -1, windows_of(op).channels)
 
 
 def by_problem(op: HeavyOp, rhs: Any, epilogue: Epilogue | None, operands: Sequence[Any]) -> Operands:

@@ -123,13 +123,26 @@ class Tiled:
         what the epilogue reads, a row of [P, rows, N] if WHOLE, else a vector of [P, N], or [P, lanes, N] if several
         lanes share a problem.
         """
-        op, blocks = self.op, self.blocks
+        blocks = self.blocks
         m = div(tile, self.across) * blocks.m + jnp.arange(blocks.m, dtype=jnp.int32)
         n = rem(tile, self.across) * blocks.n + jnp.arange(blocks.n, dtype=jnp.int32)
-        rows, columns = below(m, self.rows, blocks.m), below(n, op.n, blocks.n)
+        rows, columns = self.masks(m, n)
+        result = self.finished(self.product(problem, x, w, m, n, rows, columns), given, m, n)
+        store(y, (problem, m[:, None], n[None, :]), result, both(down(rows), along(columns)))
+
+    def masks(self, m: Any, n: Any) -> tuple[Any, Any]:
+        """Which rows and columns of a tile there are."""
+        return below(m, self.rows, self.blocks.m), below(n, self.op.n, self.blocks.n)
+
+    def finished(self, total: Any, given: Sequence[Source | jax.Array], m: Any, n: Any) -> Any:
+        """Rows m and columns n of the result, from those of the product; what the epilogue reads may be a tile."""
+        op, blocks = self.op, self.blocks
+        rows, columns = self.masks(m, n)
         mask = both(down(rows), along(columns))
 
-        def operand(source: Source, kind: str) -> Any:
+        def operand(source: Source | jax.Array, kind: str) -> Any:
+            if not isinstance(source, Source):
+                return source
             if kind == WHOLE:
                 return source.load((m[:, None], n[None, :]), op.n, mask)
             if self.per_group > 1:
@@ -137,11 +150,8 @@ class Tiled:
             vector = source.load((n[None, :],), op.n, along(columns))
             return jnp.broadcast_to(vector, (blocks.m, blocks.n))
 
-        result = self.product(problem, x, w, m, n, rows, columns).astype(op.out.dtype)
-        if self.epilogue:
-            operands = map(operand, given, self.epilogue.kinds)
-            result = self.epilogue.apply(result, *operands)
-        store(y, (problem, m[:, None], n[None, :]), result, mask)
+        result = total.astype(op.out.dtype)
+        return self.epilogue.apply(result, *map(operand, given, self.epilogue.kinds)) if self.epilogue else result
 
     def product(self, problem: Any, x: Any, w: Source, m: Any, n: Any, rows: Any, columns: Any) -> jax.Array:
         """Rows m and columns n of a problem's product, in float32; masks say which of them there are."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from coalesce import jaxpr as J
 from coalesce.blocks import Blocks
-from coalesce.bundle import epilogue_reads, Pack, packs, problems
+from coalesce.bundle import Bundle, epilogue_reads, Pack, packs, problems
 from coalesce.compile import fuse
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import choose, FUSING, indexed_gemm, KERNELS, mosaic_gemm
@@ -24,6 +24,7 @@ from coalesce.kernels.epilogue import Epilogue, WHOLE
 from coalesce.lower_pack import epilogue_of
 from coalesce.program import Program
 from coalesce.tuning import Key, key_of
+from coalesce.tuning.candidates import Candidate, candidates
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,12 @@ class Case:
     key: Key
     op: HeavyOp
     epilogue: Epilogue | None
-    steps: str  # the epilogue's primitives
     reads: tuple[jax.ShapeDtypeStruct, ...]  # what the epilogue reads, for all lanes
+    steps: str  # the epilogue's primitives
     times: int  # how many packs of the programs are this one
+
+    def candidates(self, platform: str, on_hopper: bool) -> list[Candidate]:
+        return candidates(self.op, self.key.width, self.key.rows, platform, on_hopper)
 
     @property
     def lhs(self) -> jax.ShapeDtypeStruct:
@@ -82,10 +86,18 @@ def wherever_it_can(op: HeavyOp, groups: int, platform: str) -> str:
     return "indexed_gemm" if indexed_gemm.supports(op) else choose(op, groups, platform)
 
 
+def plan_of(programs: Sequence[Program], platform: str | None = None) -> Bundle:
+    """The fused programs as nothing was tuned, with what elementwise work follows each op."""
+    return fuse(programs, choose_kernel=wherever_it_can, platform=platform, tuned=False).bundle
+
+
 def cases(programs: Sequence[Program], device: str, platform: str | None = None) -> list[Case]:
-    """What the packs of the fused programs are, each once, in the order of the program. Of packs that differ in their
-    elementwise work alone, the work that most of them have."""
-    bundle = fuse(programs, choose_kernel=wherever_it_can, platform=platform, tuned=False).bundle
+    return cases_in(plan_of(programs, platform), device)
+
+
+def cases_in(bundle: Bundle, device: str) -> list[Case]:
+    """What the packs of a plan are, each once, in the order of the program. Of packs that differ in their elementwise
+    work alone, the work that most of them have."""
     found: dict[Key, list[Pack]] = {}
     for pack in packs(bundle.schedule):
         if not pack.op.empty:
@@ -97,12 +109,17 @@ def cases(programs: Sequence[Program], device: str, platform: str | None = None)
 def case(key: Key, same: Sequence[Pack]) -> Case:
     ((steps, _),) = Counter(steps_of(pack) for pack in same).most_common(1)
     pack = next(pack for pack in same if steps_of(pack) == steps)
+    return Case(key, pack.op, *work_of(pack, key), steps, len(same))
+
+
+def work_of(pack: Pack, key: Key) -> tuple[Epilogue | None, tuple[jax.ShapeDtypeStruct, ...]]:
+    """A pack's epilogue, and what it reads for all lanes."""
     epilogue = epilogue_of(pack) if pack.epilogue else None
-    lanes, reads = (key.width, key.rows), []
+    reads: list[jax.ShapeDtypeStruct] = []
     for atom, kind in zip(epilogue_reads(pack), epilogue.kinds if epilogue else (), strict=True):
         own = pack.op.out.shape if kind == WHOLE else (pack.op.n,)
-        reads.append(jax.ShapeDtypeStruct((*lanes, *own), J.dtype(atom)))
-    return Case(key, pack.op, epilogue, steps, tuple(reads), len(same))
+        reads.append(jax.ShapeDtypeStruct((key.width, key.rows, *own), J.dtype(atom)))
+    return epilogue, tuple(reads)
 
 
 def steps_of(pack: Pack) -> str:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from coalesce.blocks import Blocks
 from coalesce.kernels import FUSING
 from coalesce.measuring.case import Case
+from coalesce.measuring.chain_case import ChainCase
 from coalesce.measuring.in_program import array, in_program_us, Work
 from coalesce.measuring.profile import kernels_us, span, total
 from coalesce.tuning import candidate_name, Entry, named
@@ -39,7 +40,10 @@ Times = dict[str, float | None]  # by candidate; None: it did not compile or run
 
 
 def measure(
-    case: Case, tried: Sequence[Candidate], lock: AbstractContextManager[Any] | None = None, beside: bool = False
+    case: Case | ChainCase,
+    tried: Sequence[Candidate],
+    lock: AbstractContextManager[Any] | None = None,
+    beside: bool = False,
 ) -> Times:
     """Candidates may be compiled while others use the device; `lock` is held where the device is needed.
 
@@ -71,7 +75,7 @@ def on_a_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
-def entry_of(case: Case, times: Times) -> Entry | None:
+def entry_of(case: Case | ChainCase, times: Times) -> Entry | None:
     """What goes into the database; None if nothing ran."""
     tried = rounded(times)
     ran = {name: us for name, us in tried.items() if us is not None}
@@ -86,7 +90,7 @@ def rounded(times: Times) -> Times:
     return {name: None if us is None else round(us, 3) for name, us in times.items()}
 
 
-def compiled_or_none(case: Case, kernel: str, blocks: Blocks | None, count: int = 1) -> Any:
+def compiled_or_none(case: Case | ChainCase, kernel: str, blocks: Blocks | None, count: int = 1) -> Any:
     """A program of `count` packs alike, each with operands of its own, which may run at once."""
     structs, run = (case.lhs, case.rhs(kernel), *case.reads), case.run(kernel, blocks)
 
@@ -99,7 +103,7 @@ def compiled_or_none(case: Case, kernel: str, blocks: Blocks | None, count: int 
         return None
 
 
-def on_gpu(case: Case, compiled: Mapping[Candidate, Any], count: int = 1) -> list[float]:
+def on_gpu(case: Case | ChainCase, compiled: Mapping[Candidate, Any], count: int = 1) -> list[float]:
     given = [[array(case.lhs), *map(array, case.reads)] for _ in range(count)]
     written = jax.jit(lambda given: jax.tree.map(jnp.copy, given))
     layouts = {case.rhs(kernel) for kernel, _ in compiled}
@@ -120,7 +124,7 @@ def bank_count(struct: jax.ShapeDtypeStruct) -> int:
     return max(3, min(MOST_BANKS, -(-CACHE_BYTES // nbytes)))
 
 
-def in_program(case: Case, *candidate: Any) -> float | None:
+def in_program(case: Case | ChainCase, *candidate: Any) -> float | None:
     run = case.run(*candidate)
     work = Work(lambda x, ws: run(x, *ws), case.lhs, (case.rhs(candidate[0]), *case.reads))
     try:

@@ -22,11 +22,11 @@ import jax
 from coalesce.bank import default_device
 from coalesce.errors import TuningError
 from coalesce.kernels.mosaic import on_hopper
-from coalesce.measuring.case import Case, cases
+from coalesce.measuring.case import Case, cases_in, plan_of
+from coalesce.measuring.chain_case import ChainCase, chains_in
 from coalesce.measuring.measure import entry_of, measure, on_a_gpu, rounded, Times, worth_trying
 from coalesce.program import Program
 from coalesce.tuning import Database, Entry, load, packaged, save, user_file
-from coalesce.tuning.candidates import candidates
 from coalesce.tuning.show import op_name, rivals
 
 Source = Callable[[], Sequence[Program]]  # with workers: hashable, and picklable
@@ -109,26 +109,27 @@ def at(path: Path) -> Database:
     return load(path) if path.exists() else Database()
 
 
-def line(case: Case, entry: Entry) -> str:
+def line(case: Case | ChainCase, entry: Entry) -> str:
     ran = sum(us is not None for us in entry.tried.values())
     best, other = rivals(entry)
     return f"{case_name(case)}: {best}, then {other or 'nothing'} ({ran} of {len(entry.tried)} ran)"
 
 
-def case_name(case: Case) -> str:
+def case_name(case: Case | ChainCase) -> str:
     return f"{case.times} x {op_name(case.key)} x{case.key.width}"
 
 
 @cache  # for this process; those that measure are given a case by its number
-def cases_of(source: Source) -> list[Case]:
-    return cases(source(), default_device().device_kind)
+def cases_of(source: Source) -> list[Case | ChainCase]:
+    bundle, device = plan_of(source()), default_device().device_kind
+    return [*cases_in(bundle, device), *(chains_in(bundle, device) if on_a_gpu() else ())]
 
 
 def candidate_times(source: Source, task: Task, lock: Any = None) -> Measured | str:
     """What the candidates of a case took, or why they could not be measured."""
     case = cases_of(source)[task.case]
     platform, hopper = jax.default_backend(), on_hopper(default_device())
-    everything = candidates(case.op, case.key.width, case.key.rows, platform, hopper)
+    everything = case.candidates(platform, hopper)
     tried = [one for one in everything if not task.kernels or one[0] in task.kernels]
     if not tried:
         return f"not measured: {', '.join(task.kernels)} cannot run it"

@@ -2,7 +2,7 @@
 
     Runtime      what users hold: tenants, requests, and what is known of both
     Driver       one thread that asks a policy of coalesce.scheduler what to do, and does it
-    Launcher     puts bundles on the device, on the driver's thread
+    Launcher     puts bundles on the device, on the driver's thread or one of its own
     Finisher     one thread that waits for bundles and hands out their results
     Callbacks    one thread that calls users back
     Foundry      one thread that makes executables before they are needed

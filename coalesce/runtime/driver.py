@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 from coalesce.errors import DeviceError, ServingError, Shutdown
 from coalesce.runtime.book import Book
 from coalesce.runtime.callbacks import Callbacks
+from coalesce.runtime.elsewhere import Elsewhere
 from coalesce.runtime.endings import error_of
 from coalesce.runtime.finisher import Exhausted, Finisher, Lost, Probe, Probing
 from coalesce.runtime.gil import handing_on
@@ -27,7 +27,7 @@ from coalesce.runtime.orders import Order, Orders
 from coalesce.runtime.ticket import Ending, tell, Ticket
 from coalesce.runtime.watchdog import Watchdog
 from coalesce.scheduler.catalog import Entry
-from coalesce.scheduler.commands import Dispatch, Quarantine, Readmit, Reason, Reject, WakeAt, Want
+from coalesce.scheduler.commands import Command, Dispatch, Quarantine, Readmit, Reason, Reject, WakeAt, Want
 from coalesce.scheduler.events import Cancelled, CatalogChanged, Completed, Event, Submitted, Timer
 from coalesce.scheduler.policy import Policy
 from coalesce.scheduler.request import Request
@@ -57,6 +57,7 @@ class Driver:
         self.failure: ServingError | None = None  # of the device, for good
         self.stopped = False  # from then on nobody looks at the inbox
         self._policy, self._machine, self._maker, self._observers = policy, machine, maker, observers
+        self._elsewhere = policy if isinstance(policy, Elsewhere) else None
         self._clock = clock
         self._finisher = Finisher(self.inbox, observers, clock, self.book)
         self.callbacks = Callbacks()
@@ -64,7 +65,7 @@ class Driver:
         self.call_back, self.call_all_back = self.callbacks.call, self.callbacks.call_all
         self._watchdog = Watchdog(self._overdue, self.lose, hang_s)
         self._hang_ns = int(hang_s * 1e9)
-        self._launcher = Launcher(machine, self._finisher, clock, self._hang_ns)
+        self._launcher = Launcher(machine, self._finisher, clock, self._hang_ns, self._elsewhere is not None)
         self._busy_since_ns: int | None = None  # with what it took from the inbox
         self._forms: dict[int, Sequence[Entry]] = {}  # of the executables that are offered
         self._wake_ns: int | None = None
@@ -82,6 +83,7 @@ class Driver:
     def start(self) -> None:
         self.callbacks.start()
         self._finisher.start()
+        self._launcher.start()
         self._watchdog.start()
         self._thread.start()
 
@@ -89,13 +91,15 @@ class Driver:
         """Ends the threads, after everything that was put into the inbox; a device that is lost is not waited for."""
         self.inbox.put(Stop())
         self._join(self._thread)
+        self._launcher.stop()
+        self._join(self._launcher.thread)
         self._finisher.stop()
         self._join(self._finisher.thread)
         self._watchdog.stop()
         self._watchdog.thread.join(JOIN_S)
         self.stopped = True
-        self._orders.fail_all(self._last_error)
-        self.book.end_all(self._last_error, Reason.SHUTDOWN)
+        self._orders.fail_all(self.last_error)
+        self.book.end_all(self.last_error, Reason.SHUTDOWN)
         self.book.wait_empty(JOIN_S)  # whoever sends too late may be ending what was sent
         self.callbacks.stop()
         self._join(self.callbacks.thread)  # the last: they may have waited for what has ended just now
@@ -109,11 +113,12 @@ class Driver:
 
     @property
     def threads(self) -> tuple[threading.Thread, ...]:
-        others = (self._finisher, self._watchdog, self.callbacks)
-        return self._thread, *(other.thread for other in others)
+        own = self._launcher, self._finisher, self._watchdog, self.callbacks
+        return self._thread, *(each.thread for each in own)
 
     @property
-    def _last_error(self) -> ServingError:
+    def last_error(self) -> ServingError:
+        """Why nothing is done any more."""
         return self.failure or Shutdown("the runtime is closed")
 
     def send(self, ticket: Ticket) -> None:
@@ -123,7 +128,7 @@ class Driver:
         self.book.tickets[ticket.request.id] = ticket
         self.inbox.put(ticket.request)
         if self.stopped:  # it may have come after the last look at the inbox
-            self.book.end_all(self._last_error, Reason.SHUTDOWN)
+            self.book.end_all(self.last_error, Reason.SHUTDOWN)
 
     def withdraw(self, request: int) -> None:
         """Nobody waits for a request any more."""
@@ -132,30 +137,6 @@ class Driver:
     def carry_out(self, do: Callable[[], Sequence[Event]]) -> None:
         """Have something done on this thread and the policy told what follows; called on any other, which waits."""
         self._orders.carry_out(self.inbox.put, do)
-
-    def run(self, launches: Sequence[Callable[[], Any]]) -> Any:
-        """Dispatch some bundles one after another, for nothing, and wait; returns the last. Called on any other thread.
-
-        Raises what they raise, or why nothing runs any more.
-        """
-        launched: list[Any] = []
-        ended: SimpleQueue[int | Exception] = SimpleQueue()
-
-        def launch() -> Any:
-            launched.extend(one() for one in launches)
-            return launched[-1]
-
-        self.carry_out(lambda: self.probe(Probe(launch, ended.put)) or ())
-        while True:
-            try:
-                outcome = ended.get(timeout=JOIN_S)
-            except Empty:
-                if self.failure is not None or self.stopped:
-                    raise self._last_error from None
-                continue
-            if isinstance(outcome, Exception):
-                raise outcome
-            return launched[-1]
 
     def probe(self, probe: Probe) -> None:
         """Run something for nothing; called on this thread."""
@@ -207,8 +188,7 @@ class Driver:
             together.clear()
             if isinstance(item, Order | Exhausted):
                 self._launcher.hand_out(everything=True)  # an order takes as long as it likes
-                is_order = isinstance(item, Order)
-                for event in item.do() if is_order else self._maker.exhausted(*item):
+                for event in item.do() if isinstance(item, Order) else self._maker.exhausted(*item):
                     self._tell(event)
             elif isinstance(item, Lost):
                 self.lose(str(item.error))
@@ -219,26 +199,40 @@ class Driver:
     def _tell_together(self, together: Sequence[Request | Completed]) -> None:
         """The ends first: requests are admitted by what is known of the device."""
         arrived = tuple([item for item in together if type(item) is Request])
-        for item in together:
-            if isinstance(item, Completed):
-                self._tell(item._replace(followed=True) if arrived else item)
+        ended = [item for item in together if type(item) is Completed]
+        events: list[Event] = [own._replace(followed=True) for own in ended] if arrived else [*ended]
         if arrived:
-            self._tell(Submitted(arrived))
-
-    def _tell(self, event: Event) -> None:
-        now_ns = self._clock()
-        if isinstance(event, CatalogChanged):
-            self._forms = {e.id: e.entries for e in event.catalog.executables}
-            self._launcher.forget_all_but(self._forms)
-        if self.failure is not None:
-            if isinstance(event, Submitted):  # so that it counts, before it ends
-                self._observers.decided(event, now_ns, ())
-            self.book.end_all(self.failure, Reason.DEVICE)
+            events.append(Submitted(arrived))
+        if arrived and self._elsewhere is not None:  # it is asked once: upon ends that are followed nothing is launched
+            self._tell(*events)
             return
-        if isinstance(event, Completed):
-            self._launcher.note_completed()
+        for event in events:
+            self._tell(event)
+
+    def _tell(self, *events: Event) -> None:
+        """At one time; several only where the policy is elsewhere."""
+        now_ns = self._clock()
         self._wake_ns = None
-        commands = self._policy.on_event(event, now_ns)
+        for event in events:
+            if isinstance(event, CatalogChanged):
+                self._forms = {e.id: e.entries for e in event.catalog.executables}
+                self._launcher.forget_all_but(self._forms)
+            elif self.failure is None and isinstance(event, Completed):
+                self._launcher.note_completed()
+            elif self.failure is not None and isinstance(event, Submitted):  # so that it counts, before it ends
+                self._observers.decided(event, now_ns, ())
+        if self.failure is not None:
+            self.book.end_all(self.failure, Reason.DEVICE)
+        elif self._elsewhere is None:
+            (event,) = events
+            self._follow(event, now_ns, self._policy.on_event(event, now_ns))
+        else:
+            for event, commands in zip(events, self._elsewhere.on_events(events, now_ns), strict=True):
+                self._wake_ns = None  # each asks anew
+                self._follow(event, now_ns, commands)
+
+    def _follow(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
+        """What the policy has answered."""
         self._observers.decided(event, now_ns, commands)
         refused = [command for command in commands if type(command) is Reject]
         stopped = self._stop(refused) if refused else {}
@@ -271,11 +265,10 @@ class Driver:
         self._wake_ns = command.time_ns
 
     def _report(self, command: Quarantine | Readmit, now_ns: int) -> None:
-        name = command.tenant
         if isinstance(command, Quarantine):
-            LOG.warning("tenant %r runs alone for now: bundles with it took far longer than predicted", name)
+            LOG.warning("tenant %r runs alone for now: bundles took far longer with it than predicted", command.tenant)
         else:
-            LOG.info("tenant %r shares bundles again, on probation", name)
+            LOG.info("tenant %r shares bundles again, on probation", command.tenant)
 
     # The end of all
 

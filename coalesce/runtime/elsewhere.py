@@ -7,8 +7,9 @@ for a device, and the finisher and whoever sends requests work meanwhile. It dec
 
     with coalesce.Runtime(policy=Elsewhere) as rt: ...
 
-    message   size, then pickled: what makes the policy, and `awake_s`; then (event, time), over and over
-    answer    size, then pickled: commands, or what the policy raised
+    argument  pickled, in hexadecimal: what makes the policy, and `awake_s`
+    message   size, then pickled: (events, time); the next one comes after the answer
+    answer    size, then pickled: the commands upon each event, or what the policy raised
 
 It ends with its input, so that it never outlives who started it.
 """
@@ -17,19 +18,24 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import select
+import struct
 import subprocess
 import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from coalesce.runtime.compiler import read, write
 from coalesce.runtime.frozen import RARELY, SELDOM
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.commands import Command
 from coalesce.scheduler.events import Event
 from coalesce.scheduler.policy import Policy
+
+SIZE = struct.Struct("<q")
+MUCH = 65_536  # bytes: a pipe holds no more
 
 
 class Elsewhere:
@@ -38,19 +44,26 @@ class Elsewhere:
 
     def __init__(self, make: Callable[[], Policy] = Coalescing, awake_s: float = 0.0) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "coalesce.runtime.elsewhere"],
+            [sys.executable, "-m", "coalesce.runtime.elsewhere", pickle.dumps((make, awake_s)).hex()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            bufsize=0,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
         self.close = weakref.finalize(self, end, self._process)
         assert self._process.stdin is not None and self._process.stdout is not None, "the policy has no pipes"
-        self._to, self._from = self._process.stdin, self._process.stdout
-        write(self._to, (make, awake_s))
+        self._to, self._from = self._process.stdin.fileno(), self._process.stdout.fileno()
 
     def on_event(self, event: Event, now_ns: int) -> Sequence[Command]:
-        write(self._to, (event, now_ns))
-        answer = read(self._from)
+        (commands,) = self.on_events([event], now_ns)
+        return commands
+
+    def on_events(self, events: Sequence[Any], now_ns: int) -> Sequence[Sequence[Command]]:
+        """Those upon each: what is told together is asked once. Events are whatever the policy there takes for one."""
+        if not self.close.alive:
+            raise EOFError("the process of the policy was ended")
+        send(self._to, (events, now_ns))
+        answer = receive(self._from)
         if isinstance(answer, list):
             return answer
         raise answer or EOFError(f"the process of the policy ended with {self._process.wait()}")
@@ -61,21 +74,45 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.communicate()
 
 
+def send(to: int, message: Any) -> None:
+    """In one call of the system, mostly: each gives the interpreter's lock away."""
+    content = pickle.dumps(message)
+    left = SIZE.pack(len(content)) + content
+    while left:
+        left = left[os.write(to, left) :]
+
+
+def receive(source: int) -> Any:
+    """Of who sends one message at a time. None at the end, also in the middle of a message."""
+    parts = [os.read(source, MUCH)]
+    if len(parts[0]) < SIZE.size:
+        return None
+    (size,) = SIZE.unpack_from(parts[0])
+    left = SIZE.size + size - len(parts[0])
+    while left:
+        parts.append(os.read(source, min(left, MUCH)))
+        if not parts[-1]:
+            return None
+        left -= len(parts[-1])
+    return pickle.loads(memoryview(b"".join(parts))[SIZE.size :])
+
+
 def main() -> None:
-    told, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    answers = os.dup(1)
     os.dup2(2, 1)  # what anybody prints is no answer
-    make, awake_s = read(told)
+    make, awake_s = pickle.loads(bytes.fromhex(sys.argv[1]))
     policy = make()
     gc.freeze()
     gc.set_threshold(RARELY, 10, SELDOM)  # as in the process that serves
-    while (asked := read(told)) is not None:
+    while (told := receive(0)) is not None:
+        events, now_ns = told
         try:
-            answer = list(policy.on_event(*asked))
+            answer = [list(policy.on_event(event, now_ns)) for event in events]
         except Exception as e:
             answer = e
-        write(answers, answer)
+        send(answers, answer)
         until_s = time.perf_counter() + awake_s
-        while time.perf_counter() < until_s and not select.select([told], [], [], 0)[0]:
+        while time.perf_counter() < until_s and not select.select([0], [], [], 0)[0]:
             continue
 
 

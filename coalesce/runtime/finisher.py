@@ -153,9 +153,8 @@ class Finisher(Attendant):
         self, results: Sequence[Sequence[Any] | None], entries: Sequence[Sequence[Ticket]], now_ns: int
     ) -> None:
         ended = [(tickets, own) for tickets, own in zip(entries, results, strict=True) if own is not None]
-        lanes = [lane for both in ended for lane in zip(*both, strict=True)]
-        endings = [made(Ending, (ticket, result, None)) for ticket, result in lanes]
-        claimed = self._book.claim([ticket for ticket, _ in lanes])
+        endings = [made(Ending, (*lane, None)) for both in ended for lane in zip(*both, strict=True)]
+        claimed = self._book.claim([ending.ticket for ending in endings])
         if len(claimed) < len(endings):
             own = set(claimed)
             endings = [ending for ending in endings if ending.ticket in own]

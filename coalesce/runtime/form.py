@@ -42,8 +42,11 @@ class Form:
 
     def takes(self, inputs: tuple[Any, ...]) -> list[np.ndarray] | None:
         """The inputs, flat, if they are plainly the NumPy arrays that the tenant was traced with; else None."""
-        leaves = list(inputs) if self._is_flat else self._flattened(inputs)
         wants = self._wants
+        if self._is_flat and len(inputs) == len(wants) == 1:  # as for most
+            (leaf,) = inputs
+            return [leaf] if type(leaf) is np.ndarray and (leaf.shape, leaf.dtype) == wants[0] else None
+        leaves = list(inputs) if self._is_flat else self._flattened(inputs)
         if leaves is None or len(leaves) != len(wants):
             return None
         for i, leaf in enumerate(leaves):

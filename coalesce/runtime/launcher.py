@@ -1,11 +1,13 @@
 """Puts bundles on the device, and knows which are there.
 
-The driver's thread does it. Where requests are copied on their way (`copies`) that takes as long as some runs, and the
-policy is told so, which decides the next bundle by as much earlier: it is brought while the one before it runs. With a
-thread of its own for it, which stages while the driver decides, both wait for the interpreter's lock at every copy: of
-3,000 requests a second for 16 ResNet-50, on two hosts with an H200, 92% and 99.2% were in time with one, 100% and 99.5%
-without. Nor is it better that clients copy what they ask for into page-locked memory themselves, or two threads do so
-in their stead: of 6,000, 72% and 64% were in time, where 95% are so; nor that the lock is held meanwhile (80%).
+Where requests are copied on their way (`copies`) that takes as long as some runs, and the policy is told so, which
+decides the next bundle by as much earlier: it is brought while the one before it runs. The driver's thread does it. A
+thread of its own would stage while the driver decides, and wait for the interpreter's lock, which the policy has most
+of the time: it pays only with a policy that thinks elsewhere. Nor is it better that clients copy what they ask for into
+page-locked memory themselves, or two threads do so in their stead: of 6,000 requests a second for 16 ResNet-50 on an
+H200, 72% and 64% were in time, where 95% are so; nor that the lock is held meanwhile (80%). With a thread of its own
+the driver does whatever else is done at the machine when that has nothing left to do (`hand_out`), so that each has the
+machine for itself.
 
 A bundle that is done when its launch returns, or BRIEF_S later, as small ones are on a CPU, is not worth another
 thread's waking up: the policy is told at once, and its results are handed out when the driver has done what the policy
@@ -14,12 +16,15 @@ answered. That is for bundles with no other before them, and with no code of a t
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Container, Sequence
 from itertools import chain
 from typing import NamedTuple
 
+from coalesce.runtime.attendant import Attendant
 from coalesce.runtime.finisher import Finisher, Flight
+from coalesce.runtime.gil import handing_on
 from coalesce.runtime.machine import Launched, Machine
 from coalesce.runtime.reply import Reply
 from coalesce.runtime.ticket import Ticket
@@ -48,13 +53,25 @@ class Leaving(NamedTuple):
     decided_ns: int
 
 
-class Launcher:
-    def __init__(self, machine: Machine, finisher: Finisher, clock: Callable[[], int], hang_ns: int) -> None:
+class Launcher(Attendant):
+    """`elsewhere`: the policy is in another process."""
+
+    def __init__(
+        self, machine: Machine, finisher: Finisher, clock: Callable[[], int], hang_ns: int, elsewhere: bool = False
+    ) -> None:
+        super().__init__("launcher")
+        self._apart = elsewhere and machine.copies  # on a thread of its own
         self._machine, self._finisher, self._clock, self._hang_ns = machine, finisher, clock, hang_ns
         self._aloft: deque[Aloft] = deque()
         self._vain: dict[int, int] = {}  # of each executable, how often this was of no use since it last was
         self._landed: list[Flight] = []  # done, and nobody has their results yet
         self._due: list[Flight] = []  # those of them whose ends were in the inbox when the driver looked there
+
+    def start(self) -> None:
+        if self._apart:
+            super().start()
+
+    # On the driver's thread
 
     def launch(self, leaving: Leaving) -> None:
         bundle = leaving.dispatch.bundle
@@ -64,11 +81,12 @@ class Launcher:
                 waiter.set_running_or_notify_cancel()
             bundles.append(bundle)
         overdue_ns = leaving.decided_ns + self._hang_ns
-        begun_ns = self._clock()
-        launched = self._launched(leaving)
-        copies = self._machine.copies
-        host_ns, since_ns = (self._clock() - begun_ns, begun_ns) if copies else (0, leaving.decided_ns)
-        flight = Flight(leaving.dispatch, leaving.form, leaving.entries, since_ns, launched, host_ns)
+        if self._apart:
+            self._aloft.append(Aloft(overdue_ns, landed=False))
+            self.inbox.put(leaving)
+            return
+        flight = self._flight(leaving)
+        launched = flight.launched
         is_first = all([own.landed for own in self._aloft])
         lands = is_first and not isinstance(launched, Exception) and self._is_at_hand(launched, leaving.dispatch)
         self._aloft.append(Aloft(overdue_ns, lands))
@@ -92,11 +110,19 @@ class Launcher:
         self._landed.clear()
 
     def hand_out(self, everything: bool) -> None:
-        """What has landed: after what the policy answered to its end, or all of it, where that would take long."""
+        """What has landed: after what the policy answered to its end, or all of it, where that would take long. Then
+        everything is launched, too, that is to be."""
         if everything:
             self.begin_turn()
+            self._settle()
         while self._due:
             self._finisher.hand_out(self._due.pop(0))
+
+    def _settle(self) -> None:
+        if self._apart:
+            done = threading.Event()
+            self.inbox.put(done)
+            done.wait()
 
     def is_overdue(self, now_ns: int) -> bool:
         """Called on the watchdog's thread, which sees bundles come and go."""
@@ -113,8 +139,27 @@ class Launcher:
             self._vain[dispatch.executable] = vain + 1
         return found
 
+    # On either
+
+    def _flight(self, leaving: Leaving) -> Flight:
+        begun_ns = self._clock()
+        launched = self._launched(leaving)
+        copies = self._machine.copies
+        host_ns, since_ns = (self._clock() - begun_ns, begun_ns) if copies else (0, leaving.decided_ns)
+        return Flight(leaving.dispatch, leaving.form, leaving.entries, since_ns, launched, host_ns)
+
     def _launched(self, leaving: Leaving) -> Launched | Exception:
         try:
             return self._machine.launch(leaving.dispatch.executable, leaving.entries)
         except Exception as e:
             return e
+
+    # On its own
+
+    def handle(self, item: Leaving | threading.Event) -> None:
+        if isinstance(item, threading.Event):
+            item.set()
+            return
+        handing_on.begin(self)
+        self._finisher.inbox.put(self._flight(item))
+        handing_on.end(self)

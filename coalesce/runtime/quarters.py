@@ -21,6 +21,7 @@ from coalesce.runtime.driver import Driver
 from coalesce.runtime.form import Form
 from coalesce.runtime.foundry import Foundry
 from coalesce.runtime.host import Course, courses_of, first_capacity, Host, pool_bytes, reserve
+from coalesce.runtime.rehearse import rehearse
 from coalesce.runtime.site import Site
 from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler.catalog import Entry
@@ -86,7 +87,7 @@ class Quarters:
         for ticket in tickets:
             ticket.bundles.append(-1)
         numbers = [self._device.number_of((Entry(course.family, s, width),)) for s in range(len(course.segments))]
-        bundle = self._driver.run([lambda n=n: self._device.try_out(n, [tickets]) for n in numbers])
+        bundle = rehearse(self._driver, [lambda n=n: self._device.try_out(n, [tickets]) for n in numbers])
         (results,) = bundle.results()
         assert results is not None, f"tenant {resident.name!r}: the last segment has no results"
         return list(results)

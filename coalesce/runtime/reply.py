@@ -42,12 +42,15 @@ class Server(Protocol):
 class Reply(Future[Any]):
     """`cancel()` works until a bundle with the request is on its way to the device."""
 
+    # what each is at first, without a line of its own for every request
+    _made: threading.Condition | None = None
+    _state: str = PENDING
+    _result: Any = None
+    _exception: BaseException | None = None
+
     def __init__(self, request: int, server: Server) -> None:
         # instead of Future's own, which makes the condition
         self._lock = Lock()
-        self._made: threading.Condition | None = None
-        self._state: str = PENDING
-        self._result = self._exception = None
         self._waiters: list[Any] = []
         self._done_callbacks: list[Callable[[Any], Any]] = []
         self.request = request  # its id, for Runtime.explain

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 from coalesce.kernels import VERSION
 from coalesce.tuning.database import Database
 from coalesce.tuning.entry import candidate_name, Entry, Key
 
+PARAMETERS = re.compile(r" \[[^\]]*\]")  # shapes follow their dtype without a space
 HEADER = ("op", "dtype", "width", "kernel", "blocks", "us", "next best", "best beside another", "device")
 
 
@@ -29,8 +32,8 @@ def dtype(key: Key) -> str:
 
 
 def op_name(key: Key) -> str:
-    """An op without its parameters, and without the dtype that its operands share."""
-    return key.op.split(" [")[0].replace(f" {dtype(key)}[", " [")
+    """An op, or those of a chain, without parameters, and without the dtype that operands share."""
+    return PARAMETERS.sub("", key.op).replace(f" {dtype(key)}[", " [")
 
 
 def rivals(entry: Entry) -> tuple[str, str]:

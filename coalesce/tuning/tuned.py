@@ -14,6 +14,7 @@ from coalesce.blocks import Blocks
 from coalesce.errors import TuningError
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import KERNELS, VERSION
+from coalesce.tuning.chains import APART, Chain, CHAINED
 from coalesce.tuning.database import Database, known, load
 from coalesce.tuning.entry import Entry, op_text
 from coalesce.tuning.estimate import best_blocks, KERNEL
@@ -63,21 +64,32 @@ class Tuned:
         best = entry.best(kernel) if entry else None
         return best[1] if best else None
 
-    def nearest(self, op: HeavyOp, width: int, rows: int) -> Entry | None:
+    def chain(self, chain: Chain, width: int, rows: int) -> tuple[Blocks, float] | None:
+        """The blocks of products that run as one, and the microseconds that it wins; None if it wins none, or nothing
+        like it was measured. At a smaller width it has fewer programs than what it replaces, and may lose."""
+        entry = self.nearest(chain, width, rows, least=1.0)
+        blocks = entry.blocks if entry and entry.kernel == CHAINED else None
+        apart = entry.best(APART) if entry else None
+        if entry is None or blocks is None or apart is None:
+            return None
+        return blocks, apart[1] - entry.us
+
+    def nearest(self, op: HeavyOp | Chain, width: int, rows: int, least: float = 1 / WITHIN) -> Entry | None:
+        """At a width that is at least so many times that of the measurement."""
         for entries in (self.own, self.kin):
             found = self.of(op, rows, entries)
-            near = [w for w in found if w <= WITHIN * width and width <= WITHIN * w]
+            near = [w for w in found if w * least <= width <= WITHIN * w]
             if near:
                 return found[min(near, key=lambda w: (max(w, width) / min(w, width), w))]
         return None
 
-    def of(self, op: HeavyOp, rows: int, entries: Widths) -> dict[int, Entry]:
+    def of(self, op: HeavyOp | Chain, rows: int, entries: Widths) -> dict[int, Entry]:
         """Entries by width."""
         if not entries:
             return {}
         text = self.texts.get(op.key)
         if text is None:
-            text = self.texts[op.key] = op_text(op)
+            text = self.texts[op.key] = op_text(op) if isinstance(op, HeavyOp) else str(op)
         return entries.get((text, rows), {})
 
 

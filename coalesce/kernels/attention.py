@@ -1,0 +1,221 @@
+"""Two products and what is done to each row between them as one Pallas kernel, in which no score is written to memory.
+
+    grid (blocks of rows, lanes x heads)
+    a program: scores = q [m, k] * k [k, n]; weights = rowwise(scores), whole rows at once; weights * v [n, d]
+
+The rows' work is the tenant's own equations, on scores rounded as its own product rounds them: a softmax, with whatever
+scale, bias or mask. Every operand is read where it lies, whatever the order of its dimensions, and so is the result
+written. Rows are whole, so what a core holds bounds how many columns there can be (`fits`); longer ones would want a
+softmax that is known to be one (Dao et al., FlashAttention, arXiv 2205.14135).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+
+from coalesce import jaxpr as J
+from coalesce.heavy import HeavyOp
+from coalesce.kernels.epilogue import on_tile
+from coalesce.kernels.tiles import along, below, down
+from coalesce.kernels.triton import both, div, dot, launch, load, rem, store
+from coalesce.kernels.windows import power
+
+ROW, COLUMN = "row", "column"
+Dim = int | str | None  # what a dimension counts: one of the batch, rows or columns of the tile; None: of size one
+
+HELD_BYTES = 160 * 1024  # of the right operands of a head, in the memory of a core
+TILE = 16384  # scores in registers
+
+# What makes one number of each row, and what padding counts as.
+REDUCTIONS = {"reduce_max": -np.inf, "reduce_min": np.inf, "reduce_sum": 0.0}
+# What changes nothing but the shape.
+SAME = frozenset({"broadcast_in_dim", "copy", "expand_dims", "reshape", "squeeze", "stop_gradient"})
+
+
+@dataclass(frozen=True)
+class Place:
+    """An array [lanes, *dims], or one without lanes; what is read of it begins at `starts`. With a `cut` it lies flat
+    in an array [lanes, size]: where, and in which shape."""
+
+    array: Any
+    dims: tuple[Dim, ...]
+    by_lane: bool = True
+    starts: tuple[int, ...] = ()
+    cut: tuple[int, tuple[int, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tile that is made of tiles of some arrays: by `make`, or of one array as it is."""
+
+    places: tuple[Place, ...]
+    make: Callable[[Sequence[Any]], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Of each head of a lane: scores [m, n] over k, results [m, d]. `rowwise(scores, *given, valid)` -> weights, all
+    [m, n]; `valid` masks the columns that there are, or is None."""
+
+    scores: HeavyOp
+    values: HeavyOp
+    d: int
+    rowwise: Callable[..., Any]
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        return self.scores.out.shape[:-2]
+
+    @property
+    def rows(self) -> int:
+        """Of a program: as many as registers hold."""
+        return max(16, min(64, power(self.scores.m), TILE // padded(self.scores.n)))
+
+
+def fits(scores: HeavyOp, d: int) -> bool:
+    """Whether a core holds the right operands of a head, and some whole rows of scores."""
+    n = padded(scores.n)
+    held = n * (padded(scores.k) + padded(d)) * scores.lhs.dtype.itemsize
+    return held <= HELD_BYTES and 16 * n <= TILE
+
+
+def run(what: Attention, operands: Sequence[Operand], out: Place, lanes: int) -> Any:
+    """The result, as `out.array` says, a ShapeDtypeStruct.
+
+    `operands` are q, k, v and what the rows' work reads. By rows and columns of their tiles: q [m, k], k [k, n],
+    v [n, d], out [m, d]; the others [m, n], or of one row or column.
+    """
+    scores, heads, block = what.scores, prod(what.batch), what.rows
+    places = [place for operand in operands for place in operand.places]
+    counts = [len(operand.places) for operand in operands]
+    firsts = [sum(counts[:i]) for i in range(len(counts))]
+
+    def kernel(*refs: Any) -> None:
+        problem = pl.program_id(1)
+        at = At(div(problem, heads), unraveled(rem(problem, heads), what.batch))
+        m = Axis(pl.program_id(0) * block + jnp.arange(block, dtype=jnp.int32), scores.m, block)
+        k, n, d = map(all_of, (scores.k, scores.n, what.d))
+
+        def tile(which: int, rows: Axis, columns: Axis) -> Any:
+            first, operand = firsts[which], operands[which]
+            found = at.tile(operand, refs[first : first + counts[which]], rows, columns)
+            return jnp.broadcast_to(found, (rows.block, columns.block))
+
+        found = dot(tile(0, m, k), tile(1, k, n), precision_of(scores)).astype(scores.out.dtype)
+        given = [tile(i, m, n) for i in range(3, len(operands))]
+        valid = along(n.inside)
+        weights = what.rowwise(found, *given, valid=valid)
+        if valid is not None:  # what comes of padding may be no number
+            weights = jnp.where(valid, weights, jnp.zeros_like(weights))
+        result = dot(weights, tile(2, n, d), precision_of(what.values))
+        index, mask = at.place(out, m, d)
+        store(refs[-1], index, result.astype(out.array.dtype), mask)
+
+    (result,) = launch(
+        kernel,
+        (pl.cdiv(scores.m, block), lanes * heads),
+        [jax.ShapeDtypeStruct(out.array.shape, out.array.dtype)],
+        [place.array for place in places],
+        name=f"attention_{lanes * heads}x{scores.m}x{scores.n}x{scores.k}",
+        warps=8 if block * padded(scores.n) > TILE // 2 else 4,
+        stages=1,
+    )
+    return result
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The rows or columns of a tile: which they are, of how many."""
+
+    index: Any
+    size: int
+    block: int
+
+    @property
+    def inside(self) -> Any:
+        return below(self.index, self.size, self.block)
+
+
+@dataclass(frozen=True)
+class At:
+    """A head of a lane."""
+
+    lane: Any
+    batch: Sequence[Any]
+
+    def place(self, place: Place, rows: Axis, columns: Axis) -> tuple[tuple[Any, ...], Any]:
+        """(index, mask) of a tile's elements."""
+        at: dict[Dim, Any] = {ROW: rows.index[:, None], COLUMN: columns.index[None, :], None: full(0)}
+        own = [full(self.batch[dim]) if isinstance(dim, int) else at[dim] for dim in place.dims]
+        if place.starts:
+            own = [index + start if start else index for index, start in zip(own, place.starts, strict=True)]
+        row_mask = down(rows.inside) if ROW in place.dims else None
+        mask = both(row_mask, along(columns.inside) if COLUMN in place.dims else None)
+        if place.cut:
+            start, shape = place.cut
+            own = [sum((i * prod(shape[at + 1 :]) for at, i in enumerate(own)), full(start))]
+        return tuple([full(self.lane), *own] if place.by_lane else own), mask
+
+    def tile(self, operand: Operand, refs: Sequence[Any], rows: Axis, columns: Axis) -> Any:
+        tiles = [load(ref, *self.place(p, rows, columns)) for p, ref in zip(operand.places, refs, strict=True)]
+        if operand.make is None:
+            return tiles[0]
+        made, inside = jnp.asarray(operand.make(tiles)), both(down(rows.inside), along(columns.inside))
+        return made if inside is None else jnp.where(inside, made, jnp.zeros_like(made))  # what was made of padding
+
+
+def full(number: Any) -> Any:
+    return jnp.full((1, 1), number, jnp.int32)
+
+
+def all_of(size: int) -> Axis:
+    return Axis(jnp.arange(padded(size), dtype=jnp.int32), size, padded(size))
+
+
+def padded(size: int) -> int:
+    """What a tile needs for so many: the next power of two, 16 at least."""
+    return max(16, power(size))
+
+
+def unraveled(number: Any, sizes: Sequence[int]) -> list[Any]:
+    """The index of each dimension."""
+    found: list[Any] = []
+    for size in reversed(sizes):
+        found.insert(0, rem(number, size))
+        number = div(number, size)
+    return found
+
+
+def precision_of(op: HeavyOp) -> Any:
+    return op.precision[0] if isinstance(op.precision, tuple) else op.precision
+
+
+def on_rows(eqn: J.Eqn, args: Sequence[Any], valid: Any) -> Any:
+    """An equation on tiles: [m, n], or [m, 1] and [1, n] of what is one number for each row or column."""
+    name, dtype = eqn.primitive.name, J.dtype(eqn.outvars[0])
+    if name in SAME:
+        return args[0]
+    if name in REDUCTIONS:
+        return reduced(name, args[0], valid).astype(dtype)
+    shape = jnp.broadcast_shapes(*map(jnp.shape, args))
+    return on_tile(eqn, [jnp.broadcast_to(x, shape) for x in args])
+
+
+def reduced(name: str, x: Any, valid: Any) -> Any:
+    """Each row's number, in float32 as XLA computes it: [m, n] -> [m, 1]."""
+    x = x.astype(jnp.float32)
+    kept = x if valid is None else jnp.where(valid, x, jnp.full_like(x, REDUCTIONS[name]))
+    if name == "reduce_sum":
+        return jnp.sum(kept, axis=1)[:, None]
+    least = (jnp.max if name == "reduce_max" else jnp.min)(kept, axis=1)[:, None]
+    # Triton's own passes over what is no number, XLA's does not.
+    no_number = jnp.max(jnp.where(kept == kept, 0.0, 1.0), axis=1)[:, None]
+    return jnp.where(no_number > 0.0, jnp.full_like(least, np.nan), least)

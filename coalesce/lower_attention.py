@@ -1,0 +1,190 @@
+"""Two packs and what lies between them, as one kernel. It reads its operands from what they are made of, where that is
+little: a part of a product of queries, keys and values, a bias, a scale. Whoever made them otherwise is then unread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from coalesce import jaxpr as J
+from coalesce.bundle import Attention, Bundle, items, Step
+from coalesce.kernels import attention
+from coalesce.kernels.attention import COLUMN, Dim, on_rows, Operand, Place, ROW
+from coalesce.kernels.epilogue import runs_on_tiles
+from coalesce.lanes import Banked, Env, LaneValue, plain, Shared, Stacked
+from coalesce.slab import Cut
+
+Made = Mapping[tuple[int, Any], J.Eqn]  # what makes a family's variable, where a kernel can do it as it reads
+
+MOVES = ("broadcast_in_dim", "slice", "transpose")
+DTYPES = {"float32", "bfloat16", "float16", "bool"}
+MOST = 4  # arrays that an operand is made of
+
+
+@runtime_checkable
+class Walk(Protocol):
+    made: Made
+
+    def width(self, family: int) -> int: ...
+    def read(self, env: Env, family: int, atom: J.Atom) -> LaneValue: ...
+
+
+def made_in(bundle: Bundle) -> Made:
+    steps = (item for item in items(bundle.schedule) if isinstance(item, Step) and not item.each)
+    own = (s for s in steps if s.eqn.primitive.name in MOVES or made_of_tiles(s.eqn))
+    return {(s.family, s.eqn.outvars[0]): s.eqn for s in own}
+
+
+def made_of_tiles(eqn: J.Eqn) -> bool:
+    """Whether it is elementwise work on values of one shape, on those of one row or column, and on numbers."""
+    if not runs_on_tiles(eqn):
+        return False
+    out = J.shape(eqn.outvars[0])
+    dtypes = {J.dtype(v) for v in [*eqn.invars, *eqn.outvars]}
+    fit = (J.shape(a) == () or (not isinstance(a, J.Literal) and len(J.shape(a)) == len(out)) for a in eqn.invars)
+    return len(out) > 0 and dtypes <= DTYPES and all(fit)
+
+
+def lower_attention(walk: Walk, item: Attention, env: Env) -> tuple[J.Eqn, list[LaneValue]]:
+    """The last equation, and its result."""
+    scores, values = item.scores.members[0], item.values.members[0]
+    f, lanes = scores.family, walk.width(scores.family)
+    heads: tuple[Dim, ...] = tuple(range(len(scores.op.out.shape) - 2))
+    last = item.after[-1].eqn if item.after else values.eqn
+    inside = {v for eqn in (scores.eqn, *(step.eqn for step in item.rowwise)) for v in eqn.outvars}
+    left = values.eqn.invars[0] in inside  # the weights, which the second product has transposed on its right otherwise
+    reads = reads_of(item, inside)
+    operands = [
+        operand(walk, env, f, scores.eqn.invars[0], (*heads, ROW, COLUMN)),
+        operand(walk, env, f, scores.eqn.invars[1], (*heads, ROW, COLUMN)),
+        operand(walk, env, f, values.eqn.invars[left], (*heads, ROW, COLUMN) if left else (*heads, COLUMN, ROW)),
+        *(operand(walk, env, f, atom, tile_dims(atom, (*heads, ROW, COLUMN))) for atom in reads),
+    ]
+    dims: Sequence[Dim] = (*heads, ROW, COLUMN) if left else (*heads, COLUMN, ROW)
+    for step in item.after:
+        dims = [dims[d] for d in step.eqn.params["permutation"]]
+    out = J.aval_struct(last.outvars[0].aval)
+    target = Place(jax.ShapeDtypeStruct((lanes, *out.shape), out.dtype), tuple(dims))
+    work = partial(rowwise, item, reads, values.eqn.invars[not left])
+    what = attention.Attention(scores.op, values.op, values.op.n if left else values.op.m, work)
+
+    def run(arrays: Sequence[Sequence[Any]]) -> Any:
+        given = [with_arrays(own, found) for own, found in zip(operands, arrays, strict=True)]
+        return attention.run(what, given, target, lanes)
+
+    name = f"{'superkernel' if lanes > 1 else 'alone'}{item.values.index}_attention"
+    run.__name__ = run.__qualname__ = name
+    with J.context_of(values.eqn), jax.named_scope(name):
+        result = jax.jit(run)([[place.array for place in own.places] for own in operands])
+    return last, [Stacked(result) if lanes > 1 else Shared(result.reshape(out.shape))]
+
+
+def rowwise(item: Attention, reads: Sequence[J.Var], end: J.Atom, scores: Any, *tiles: Any, valid: Any) -> Any:
+    """What becomes of a tile of scores, on tiles of what it reads besides."""
+    known = dict(zip(reads, tiles, strict=True)) | {item.scores.members[0].eqn.outvars[0]: scores}
+    for step in item.rowwise:
+        args = [J.literal_value(a) if isinstance(a, J.Literal) else as_read(known[a], a) for a in step.eqn.invars]
+        turned = step.eqn.primitive.name == "transpose"  # for the second product, which is told so
+        known[step.eqn.outvars[0]] = args[0] if turned else on_rows(step.eqn, args, valid)
+    assert not isinstance(end, J.Literal), "what is multiplied by values came of scores"
+    return jnp.broadcast_to(known[end], scores.shape)
+
+
+def operand(walk: Walk, env: Env, family: int, atom: J.Atom, dims: Sequence[Dim]) -> Operand:
+    """How a tile of a value is read: `dims` says what its dimensions count. From what it was moved from, or of what
+    little it was made of, where that is there."""
+    reader = Reader(walk, env, family)
+    make = reader.read(atom, dims, [0] * len(dims))
+    if len(reader.places) > MOST:
+        reader = Reader(walk, env, family)
+        make = reader.leaf(atom, dims, [0] * len(dims))
+    return Operand(tuple(reader.places), make if reader.made else None)
+
+
+class Reader:
+    """Finds what an operand is made of; gives how to make its tile of theirs."""
+
+    def __init__(self, walk: Walk, env: Env, family: int) -> None:
+        self.walk, self.env, self.family = walk, env, family
+        self.lanes = walk.width(family)
+        self.places: list[Place] = []
+        self.made = False
+
+    def read(self, atom: J.Atom, dims: Sequence[Dim], starts: Sequence[int]) -> Callable[[Sequence[Any]], Any]:
+        if isinstance(atom, J.Literal):
+            self.made = True
+            return lambda tiles: J.literal_value(atom)
+        eqn = self.walk.made.get((self.family, atom))
+        if eqn is None or not all(isinstance(a, J.Literal) or (self.family, a) in self.env for a in eqn.invars):
+            return self.leaf(atom, dims, starts)
+        source, *rest = eqn.invars
+        match eqn.primitive.name:
+            case "transpose":
+                order = [eqn.params["permutation"].index(i) for i in range(len(dims))]
+                return self.read(source, [dims[i] for i in order], [starts[i] for i in order])
+            case "slice" if set(eqn.params["strides"] or (1,)) == {1}:
+                return self.read(
+                    source, dims, [a + b for a, b in zip(starts, eqn.params["start_indices"], strict=True)]
+                )
+            case "broadcast_in_dim" if not rest:
+                kept, sizes = eqn.params["broadcast_dimensions"], J.shape(source)
+                one = [size == 1 for size in sizes]
+                own = [None if single else dims[at] for at, single in zip(kept, one, strict=True)]
+                return self.read(source, own, [0 if x else starts[at] for at, x in zip(kept, one, strict=True)])
+        if eqn.primitive.name in MOVES:
+            return self.leaf(atom, dims, starts)
+        args = [self.read(a, *self.one_for_all(a, dims, starts)) for a in eqn.invars]
+        self.made = True
+        return lambda tiles: on_rows(
+            eqn, [as_read(arg(tiles), a) for arg, a in zip(args, eqn.invars, strict=True)], None
+        )
+
+    @staticmethod
+    def one_for_all(atom: J.Atom, dims: Sequence[Dim], starts: Sequence[int]) -> tuple[list[Dim], list[int]]:
+        """What an elementwise equation's operand counts: nothing in dimensions of size one."""
+        sizes = J.shape(atom)
+        own = [dim if size > 1 else None for size, dim in zip(sizes, dims, strict=False)]
+        return own, [start if size > 1 else 0 for size, start in zip(sizes, starts, strict=False)]
+
+    def leaf(self, atom: J.Atom, dims: Sequence[Dim], starts: Sequence[int]) -> Callable[[Sequence[Any]], Any]:
+        value = self.walk.read(self.env, self.family, atom)
+        if isinstance(value, Banked) and isinstance(cut := value.array, Cut) and value.rows == tuple(range(self.lanes)):
+            at = len(self.places)
+            place = Place(cut.slab, tuple(dims), True, tuple(starts), (cut.start, cut.shape))
+            self.places.append(place)
+            return lambda tiles: tiles[at]
+        value = plain(value)
+        by_lane, array, at = isinstance(value, Stacked), jnp.asarray(value.value), len(self.places)
+        if array.dtype == bool:
+            array = array.astype(jnp.int8)  # kernels load no truth values
+        if array.shape == ():
+            array, dims, starts = array.reshape(1), [None], [0]
+        self.places.append(Place(array, tuple(dims), by_lane, tuple(starts)))
+        return lambda tiles: tiles[at]
+
+
+def with_arrays(operand: Operand, arrays: Sequence[Any]) -> Operand:
+    places = [replace(place, array=array) for place, array in zip(operand.places, arrays, strict=True)]
+    return replace(operand, places=tuple(places))
+
+
+def tile_dims(atom: J.Var, counted: Sequence[Dim]) -> list[Dim]:
+    """What the dimensions of an operand of the rows' work count."""
+    sizes = J.shape(atom)
+    return [dim if size > 1 else None for size, dim in zip(sizes, counted, strict=True)] if sizes else []
+
+
+def reads_of(item: Attention, inside: set[Any]) -> list[J.Var]:
+    """What the rows' work reads besides the scores, each once."""
+    read = [a for step in item.rowwise for a in step.eqn.invars if not isinstance(a, J.Literal)]
+    return list(dict.fromkeys(a for a in read if a not in inside))
+
+
+def as_read(x: Any, atom: J.Atom) -> Any:
+    """A tile in the dtype of its value."""
+    return x != 0 if J.dtype(atom) == "bool" and jnp.asarray(x).dtype != bool else x

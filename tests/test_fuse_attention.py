@@ -1,0 +1,282 @@
+"""fuse_attention: two products and the rows' work between them are one kernel, which computes what each tenant does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from jax import lax
+
+import coalesce
+from coalesce.bundle import Attention, Bundle, items
+from coalesce.bundle_check import check_bundle
+from coalesce.errors import IRError
+from coalesce.kernels.attention import fits
+from coalesce.models import by_name
+from coalesce.passes.choose_kernels import choose_kernels
+from coalesce.passes.form_packs import form_packs
+from coalesce.passes.fuse_attention import fuse_attention
+from tests.alone import alone, array, check_fused, fuse_tenants, Tenant
+from tests.bundles import bundle_of, replanned
+from tests.compare import assert_as_good, assert_same
+from tests.dataflow import check_plan
+
+BATCHED: dict[str, Any] = {"platform": "gpu", "choose_kernel": lambda *op: "batched_dot", "policy": "never"}
+
+
+def softmax(q: Any, k: Any, v: Any) -> Any:
+    """[heads, m, d], [heads, n, d], [heads, n, e] -> [heads, m, e]."""
+    weights = jax.nn.softmax(jnp.einsum("hmd,hnd->hmn", q, k) * 0.5, axis=-1)
+    return jnp.einsum("hmn,hne->hme", weights, v)
+
+
+def two(fn: Callable[..., Any], *shapes: tuple[int, ...]) -> list[Tenant]:
+    """Two tenants without weights."""
+    return [(lambda p, *xs: fn(*xs), {}, tuple(array(*shape) for shape in shapes)) for _ in range(2)]
+
+
+def attentions(bundle: Bundle) -> list[Attention]:
+    return [item for item in items(bundle.schedule) if isinstance(item, Attention)]
+
+
+def found(tenants: list[Tenant], **options: Any) -> int:
+    """How many there are in a program that is right."""
+    fused = check_fused(tenants, **{**BATCHED, **options})
+    check_plan(fused.bundle, 0.0)
+    return len(attentions(fused.bundle))
+
+
+QKV = (3, 5, 4), (3, 6, 4), (3, 6, 2)
+
+
+def test_a_softmax(golden):
+    bundle = choose_kernels(form_packs(bundle_of(*two(softmax, *QKV))), platform="gpu", choice=lambda *_: "batched_dot")
+    golden(replanned(partial(fuse_attention, platform="gpu"), bundle))
+
+
+def test_it_is_one_kernel_on_a_gpu_and_none_on_a_cpu():
+    assert found(two(softmax, *QKV)) == 1
+    assert found(two(softmax, *QKV), platform="cpu") == 0
+
+
+def test_one_tenant():
+    assert found(two(softmax, *QKV)[:1]) == 1
+
+
+def test_lanes_that_share_what_they_multiply():
+    """Keys and values of all tenants, queries of each."""
+    k, v = array(3, 6, 4), array(3, 6, 2)
+    tenants = [(lambda p, q: softmax(q, p["k"], p["v"]), {"k": k, "v": v}, (array(3, 5, 4),)) for _ in range(3)]
+    assert found(tenants) == 0  # products by weights
+    by_input = [(lambda p, q: softmax(q, p["k"] * q[:, :1, :1], v), {"k": k}, (array(3, 5, 4),)) for _ in range(3)]
+    assert found(by_input) == 0
+
+
+def test_keys_that_weights_make():
+    """The product of all three, its biases and the scale are read where they lie."""
+
+    def layer(p, x):
+        y = jnp.einsum("td,dchk->tchk", x, p["w"])
+        q, k, v = (y[:, c] + p["b"][c][None] for c in range(3))
+        weights = jax.nn.softmax(jnp.einsum("mhd,nhd->hmn", q / 2.0, k), axis=-1)
+        return jnp.einsum("hmn,nhd->mhd", weights, v)
+
+    def tenant() -> Tenant:
+        return layer, {"w": array(8, 3, 2, 4), "b": array(3, 2, 4)}, (array(7, 8),)
+
+    assert found([tenant() for _ in range(3)]) == 1
+
+
+def test_masks_and_biases():
+    """Of each score, of each column, of all lanes, and numbers."""
+
+    def masked(q, k, v, keep, bias):
+        scores = jnp.einsum("hmd,hnd->hmn", q, k) + bias
+        causal = jnp.tril(jnp.ones((5, 6), bool))
+        scores = jnp.where(causal[None] & (keep > 0)[None, None], scores, -1e9)
+        return jnp.einsum("hmn,hne->hme", jax.nn.softmax(scores, axis=-1), v)
+
+    assert found(two(masked, *QKV, (6,), (1, 5, 6))) == 1
+
+
+def test_rows_that_are_masked_as_a_whole_are_no_numbers():
+    def masked(q, k, v, keep):
+        scores = jnp.where(keep[None, :, None] > 0, jnp.einsum("hmd,hnd->hmn", q, k), -jnp.inf)
+        return jnp.einsum("hmn,hne->hme", jax.nn.softmax(scores, axis=-1), v)
+
+    tenants = two(masked, *QKV, (5,))
+    assert found(tenants) == 1
+    assert any(np.isnan(alone(tenant)).any() for tenant in tenants)
+
+
+def test_what_is_no_number_stays_so():
+    (fn, _, (q, k, v)), other = two(softmax, *QKV)
+    assert found([(fn, {}, (q.at[1, 2, 0].set(jnp.nan), k, v)), other]) == 1
+    assert found([(fn, {}, (q, k, v.at[0, 1].set(jnp.nan))), other]) == 1
+
+
+def test_rows_without_a_softmax():
+    def linear(q, k, v):
+        scores = jnp.square(jnp.einsum("hmd,hnd->hmn", q, k))
+        scores = scores / (1.0 + scores.sum(-1, keepdims=True)) - scores.min(-1, keepdims=True)
+        return jnp.einsum("hmn,hne->hme", scores, v)
+
+    def none(q, k, v):
+        return jnp.einsum("hmn,hne->hme", jnp.einsum("hmd,hnd->hmn", q, k), v)
+
+    assert found(two(linear, *QKV)) == 1
+    assert found(two(none, *QKV)) == 1
+
+
+def test_keys_made_by_more_than_moves():
+    """Padding is made to nothing again, whatever it became: exp(0) is one."""
+
+    def features(q, k, v):
+        return softmax(jnp.exp(q), jnp.exp(k), jnp.log(jnp.square(v)))
+
+    assert found(two(features, *QKV)) == 1
+
+
+def test_values_in_any_order_of_dimensions():
+    def run(q, k, v):
+        weights = jax.nn.softmax(jnp.einsum("mhd,dnh->hmn", q, k), axis=-1)
+        return jnp.einsum("hmn,enh->emh", weights, v).transpose(2, 0, 1)
+
+    assert found(two(run, (5, 3, 4), (4, 6, 3), (2, 6, 3))) == 1
+
+
+def test_one_that_reads_what_another_leaves():
+    def run(q, k, v):
+        return softmax(softmax(q, k, v), v, k)
+
+    assert found(two(run, (3, 5, 4), (3, 6, 4), (3, 6, 4))) == 2
+
+
+def test_steps_of_a_loop():
+    def run(q, k, v):
+        return lax.fori_loop(0, 3, lambda i, x: softmax(x, k, v), q)
+
+    assert found(two(run, (3, 5, 4), (3, 6, 4), (3, 6, 4))) == 1
+
+
+def test_scores_and_weights_that_somebody_reads_stay():
+    def with_weights(q, k, v):
+        weights = jax.nn.softmax(jnp.einsum("hmd,hnd->hmn", q, k), axis=-1)
+        return jnp.einsum("hmn,hne->hme", weights, v), weights
+
+    def with_sum(q, k, v):
+        scores = jnp.einsum("hmd,hnd->hmn", q, k)
+        return jnp.einsum("hmn,hne->hme", jax.nn.softmax(scores, axis=-1), v) + scores.sum()
+
+    assert found(two(with_weights, *QKV)) == 0
+    assert found(two(with_sum, *QKV)) == 0
+
+
+def test_work_that_mixes_rows_stays():
+    def over_rows(q, k, v):
+        weights = jax.nn.softmax(jnp.einsum("hmd,hnd->hmn", q, k), axis=-2)
+        return jnp.einsum("hmn,hne->hme", weights, v)
+
+    def sorted_rows(q, k, v):
+        weights = jnp.sort(jnp.einsum("hmd,hnd->hmn", q, k), axis=-1)
+        return jnp.einsum("hmn,hne->hme", weights, v)
+
+    def over_heads(q, k, v):
+        weights = jnp.einsum("hmd,hnd->hmn", q, k)
+        return jnp.einsum("hmn,gne->gme", jax.nn.softmax(weights, axis=-1), v).sum(0)
+
+    assert [found(two(fn, *QKV)) for fn in (over_rows, sorted_rows, over_heads)] == [0, 0, 0]
+
+
+def test_other_kernels_and_long_rows_stay():
+    def chosen(op: Any, groups: int, platform: str) -> str:
+        return "indexed_gemm"
+
+    assert found(two(softmax, *QKV), choose_kernel=chosen) == 0
+    assert found(two(softmax, (1, 2, 4), (1, 1030, 4), (1, 1030, 4))) == 0
+    fused = fuse_tenants(two(softmax, *QKV), **BATCHED)
+    (one,) = attentions(fused.bundle)
+    assert fits(one.scores.op, 128) and not fits(replace(one.scores.op, n=2000), 64)
+    assert not fits(replace(one.scores.op, n=1000, k=128), 128)
+
+
+def test_the_plan_says_so():
+    fused = fuse_tenants(two(softmax, *QKV), **BATCHED)
+    assert "\n  attention\n    pack 0 x2 dot" in str(fused) or "attention" in fused.explain()
+    report = fused.report
+    assert report.heavy_ops == 4 and report.superkernels == 2
+
+
+def test_a_bundle_with_one_that_reads_too_late_is_broken():
+    bundle = fuse_tenants(two(softmax, *QKV), **BATCHED).bundle
+    (one,) = attentions(bundle)
+    swapped = replace(one, rowwise=one.rowwise[::-1])
+    with pytest.raises(IRError, match="runs before what it reads"):
+        check_bundle(replace(bundle, schedule=tuple(swapped if item is one else item for item in bundle.schedule)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model", ["bert_small", "vit_ti16"])
+def test_networks(model, dtype):
+    """In 16 bits as near to the network in float32 as each alone is."""
+    small = {"layers": 1, "hidden": 32, "heads": 2}
+    fields = small | ({"vocabulary": 50, "length": 24} if model == "bert_small" else {"image_size": 48})
+    own = by_name(model, dtype=dtype, param_dtype=dtype, **fields)
+    params = [own.init(jax.random.key(i)) for i in range(2)]
+    inputs = [own.example(jax.random.key(i + 7)) for i in range(2)]
+    programs = [
+        coalesce.trace(own.apply, p, *x, name=f"t{i}") for i, (p, x) in enumerate(zip(params, inputs, strict=True))
+    ]
+    fused = coalesce.fuse(programs, tuned=False, platform="gpu", policy="never", choose_kernel=dots_by_xla)
+    assert len(attentions(fused.bundle)) == 1
+    for p, x, got in zip(params, inputs, fused(inputs), strict=True):
+        want = jax.jit(own.apply)(p, *x)
+        if dtype == "float32":
+            assert_same(got, want)
+        else:
+            assert_as_good(got, want, exact_of(model, fields, p, x), [False])
+
+
+def dots_by_xla(op: Any, groups: int, platform: str) -> str:
+    return "batched_dot" if op.kind == "dot" else "conv_slices"
+
+
+def exact_of(model: str, fields: Any, params: Any, inputs: Any) -> Any:
+    wide = by_name(model, dtype="float32", param_dtype="float32", **fields)
+    widened = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, (params, inputs))
+    return jax.jit(wide.apply)(widened[0], *widened[1])
+
+
+@settings(max_examples=12)
+@given(
+    heads=st.lists(st.integers(1, 3), max_size=2),
+    m=st.integers(1, 70),
+    n=st.integers(2, 40),
+    d=st.integers(2, 33),
+    e=st.integers(1, 20),
+    lanes=st.integers(1, 3),
+    turned=st.booleans(),
+    scaled=st.booleans(),
+    data=st.data(),
+)
+def test_it_computes_what_each_alone_does(heads, m, n, d, e, lanes, turned, scaled, data):
+    order = data.draw(st.permutations(range(len(heads) + 2)))
+
+    def run(p, q, k, v, bias):
+        scores = jnp.einsum("...md,...nd->...mn", q.transpose(np.argsort(order)), k)
+        weights = jax.nn.softmax(scores * 0.3 + bias if scaled else scores, axis=-1)
+        return jnp.einsum("...mn,...ne->...em" if turned else "...mn,...ne->...me", weights, v)
+
+    def tenant() -> Tenant:
+        sizes = [*heads, m, d]
+        shapes = [sizes[i] for i in order], (*heads, n, d), (*heads, n, e), (*[1] * len(heads), 1, n)
+        return run, {}, tuple(array(*shape) for shape in shapes)
+
+    check_fused([tenant() for _ in range(lanes)], **BATCHED)
