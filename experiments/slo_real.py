@@ -29,7 +29,7 @@ from experiments.cells import tenants_of
 from experiments.live import settle
 from experiments.simulated import POLICIES
 from experiments.slo_probe import Counts
-from experiments.switching import Switching
+from experiments.switching import Switching, SwitchingElsewhere
 
 FIRST = "FIFO, one by one"  # the policy while tenants move in
 PATIENT_S = 60.0
@@ -104,7 +104,7 @@ class Service:
     def __init__(
         self,
         runtime: Runtime,
-        switch: Switching,
+        switch: Switching | SwitchingElsewhere,
         offered: Offered,
         owned: Sequence[Owned],
         widths: Sequence[int],
@@ -163,10 +163,11 @@ def serving(
     start_s: float = START_S,
     segments: int | None = None,
     mixed: bool = True,
+    elsewhere: bool = False,
 ) -> Iterator[Service]:
     """With room for all tenants at once, so that no executable is made twice; they are waited for `start_s`. Unless
-    `mixed` no executables of several families are made."""
-    offered, policy = Offered(), Switching(POLICIES[FIRST], mixed)
+    `mixed` no executables of several families are made. Policies may think `elsewhere`, in a process of their own."""
+    offered, policy = Offered(), (SwitchingElsewhere if elsewhere else Switching)(POLICIES[FIRST], mixed)
     capacity = max(Counter(own.kind.name for own in owned).values())
     options = {"widths": widths, "capacity": capacity, "segments": segments}
     with Runtime(policy=policy, observers=[offered], **options) as rt:

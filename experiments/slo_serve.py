@@ -21,6 +21,7 @@ import jax
 from absl import flags, logging
 
 from coalesce.models import by_name
+from coalesce.serving.gather import is_worth_it
 from experiments import slo_torch
 from experiments.peers_common import CannotRun
 from experiments.results import device_name, header, load_rows, Row, save_rows
@@ -52,6 +53,7 @@ def define_flags() -> None:
     flags.DEFINE_float("within", 0.05, "real: how near a search comes to the rate, as a share of it")
     flags.DEFINE_integer("segments", None, "real: that programs are cut into; as cost and SLOs ask for if not given")
     flags.DEFINE_bool("mixed", True, "real: make executables of several families while others are served")
+    flags.DEFINE_bool("elsewhere", False, "real: policies think in a process of their own")
     flags.DEFINE_list("lanes", ["1", "2", "4", "8", "16", "32"], "real: widths of executables")
 
 
@@ -138,6 +140,8 @@ def serve_all() -> None:
         within=FLAGS.within,
         **({} if FLAGS.segments is None else {"segments": FLAGS.segments}),
         **({} if FLAGS.mixed else {"mixed": False}),
+        **({"elsewhere": True} if FLAGS.elsewhere else {}),
+        **({} if jax.default_backend() == "cpu" else {"gathers": is_worth_it()}),
     )
     path = folder() / f"slo_attainment_{'_'.join(FLAGS.models)}_{FLAGS.dtype}.json"
     sheet = Sheet(path, head, FLAGS.budget_s, begun_s)
@@ -190,7 +194,9 @@ def fill(sheet: Sheet, policies: Sequence[str], kinds: Sequence[Kind], widths: S
     if ours:
         only_single = {cell.policy for cell in ours} <= set(REAL[1:])
         chosen = widths[:1] if only_single else widths
-        with serving(owned, chosen, min(START_S, sheet.left_s), FLAGS.segments, FLAGS.mixed) as service:
+        with serving(
+            owned, chosen, min(START_S, sheet.left_s), FLAGS.segments, FLAGS.mixed, FLAGS.elsewhere
+        ) as service:
             say(sheet, f"{service.runtime.health().executables} executables are ready: {service.offered.times()} ns")
             for cell in ours:
                 service.policy = cell.policy

@@ -25,7 +25,7 @@ def flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
         models=["mlp"], fields=["mlp.width=8", "mlp.layers=2"], dtype="float32", tenants=2, slo_scale=1e5,
         alone="program", cvs=["1"], overloads=["2"], loads=["0.02"], probe_s=0.02, tries=1, within=0.5,
         lanes=["1", "2"], policies=None, budget_s=None, device_name=None, note="", force=False, precision=None,
-        segments=None, mixed=True,
+        segments=None, mixed=True, elsewhere=False,
     )  # fmt: skip
     monkeypatch.setattr(slo_serve, "FLAGS", own)
     monkeypatch.setattr(slo_serve, "command", lambda *_: "the command")
