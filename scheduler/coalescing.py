@@ -92,7 +92,7 @@ class Coalescing:
         }
 
     def on_event(self, event: Event, now_ns: int) -> Sequence[Command]:
-        requests, queues, starting, lag = self._requests, self._queues, self._starting, self._lag
+        requests, starting, lag = self._requests, self._starting, self._lag
         out: list[Command] = []
         requests.out = out
         ready_ns = lag.ready_ns = lag.begin(event, now_ns) if lag.counts else now_ns
@@ -102,13 +102,15 @@ class Coalescing:
                 if lag.counts and self._trial.arise(event.requests, now_ns):
                     ready_ns = now_ns
                     starting.forget()
-            start = starting.known
-            if start is None or ready_ns >= starting.fixed_ns or self._load.is_over(now_ns) is start.is_calm:
+            start, load = starting.known, self._load
+            is_over = load.room_ns <= 0 and load.is_over(now_ns)
+            if start is None or ready_ns >= starting.fixed_ns or is_over is starting.is_calm:
                 start = starting.find(now_ns)
             requests.submit(event.requests, start, now_ns)
         else:
             self._handlers[type(event)](event, now_ns)
             start = starting.find(now_ns)
+        queues = self._queues
         if queues.hopeless_ns <= starting.free_ns and queues.find_hopeless() <= starting.free_ns:
             self._drop_hopeless(starting.free_ns, now_ns)
         next_ns = starting.next_ns
@@ -124,14 +126,15 @@ class Coalescing:
         wake_ns = queues.hopeless_ns
         if wake_ns == UNKNOWN:
             wake_ns = queues.find_hopeless()
-        if wake_ns != FAR:  # somebody waits
-            if next_ns < wake_ns:
-                wake_ns = next_ns
-            if wake_ns <= now_ns:
-                wake_ns = now_ns + 1
-            if wake_ns != self._wake_ns:
-                self._wake_ns, self._wake = wake_ns, made(WakeAt, (wake_ns,))
-            out.append(self._wake)
+        if wake_ns == FAR:  # nobody waits
+            return out
+        if next_ns < wake_ns:
+            wake_ns = next_ns
+        if wake_ns <= now_ns:
+            wake_ns = now_ns + 1
+        if wake_ns != self._wake_ns:
+            self._wake_ns, self._wake = wake_ns, made(WakeAt, (wake_ns,))
+        out.append(self._wake)
         return out
 
     @property

@@ -22,11 +22,12 @@ from typing import NamedTuple
 from coalesce.scheduler.tuples import made
 
 FAR = 1 << 62
+GRID_BITS = 5  # of what is left until a deadline, that matter
 
 
 def bucket_of(deadline_ns: int, now_ns: int) -> int:
     """The deadline, earlier by at most 1/16 of what is left until then."""
-    bits = (deadline_ns - now_ns).bit_length() - 5
+    bits = (deadline_ns - now_ns).bit_length() - GRID_BITS
     return deadline_ns & -(1 << bits) if bits > 0 else deadline_ns
 
 

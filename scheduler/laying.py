@@ -6,8 +6,8 @@ request is laid from the first turn that it changes: mostly it comes last, and m
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Collection
-from heapq import heapify, heappop, heapreplace
 from math import hypot
 from typing import NamedTuple
 
@@ -106,18 +106,18 @@ def laid(level: Level, start: Start, new: Newcomer | None, now_ns: int, hope: bo
     """The outlook of one level."""
     begun = start.begun
     found = Outlook(start.free_ns, start.slip_ns, start.is_calm)
-    heap = [Waiting(own.due_ns, -i, None, 0, 0, FAR, own.option, 0, None) for i, own in enumerate(begun)]
+    waits = [Waiting(own.due_ns, -i, None, 0, 0, FAR, own.option, 0, None) for i, own in enumerate(begun)]
     kinds = len(level.firsts) if hope else 0
     newcomer = new.queue if new is not None else None
     for _, _, queue in level.order:
         if queue.costs.options:
             if queue is newcomer or kinds == 1:  # how many come to the only one has more reasons to change
-                heap.append(waiting_in(queue, 0, new if queue is newcomer else None, kinds))
+                waits.append(waiting_in(queue, 0, new if queue is newcomer else None, kinds))
             else:
-                heap.append(beginning_of(queue, kinds))
+                waits.append(beginning_of(queue, kinds))
     if newcomer is not None and not newcomer.items:
-        heap.append(waiting_in(newcomer, 0, new, kinds))
-    lay(found, heap, new, now_ns, hope)
+        waits.append(waiting_in(newcomer, 0, new, kinds))
+    lay(found, waits, new, now_ns, hope)
     return found
 
 
@@ -128,21 +128,21 @@ def with_one_more(sure: Outlook, new: Newcomer, now_ns: int) -> Outlook:
     found = Outlook(sure.end_ns, sure.slip_ns, sure.is_calm)
     found.tardy_ns = sure.tardy_ns
     found.turns = turns[:at]
-    heap: list[Waiting] = []
+    waits: list[Waiting] = []
     if at < len(turns):
         changed = turns[at]
         found.end_ns, found.slip_ns, found.tardy_ns = changed.start_ns, changed.slip_ns, changed.tardy_ns
         seen = {new.queue.serial}
         for turn in turns[at:]:
             if turn.queue is None:
-                heap.append(Waiting(turn.due_ns, turn.serial, None, 0, 0, FAR, turn.option, 0, None))
+                waits.append(Waiting(turn.due_ns, turn.serial, None, 0, 0, FAR, turn.option, 0, None))
             elif turn.serial not in seen:
                 seen.add(turn.serial)
                 own, served_yet = turn.queue, turn.served
-                heap.append(waiting_in(own, served_yet, None, 0) if served_yet else beginning_of(own, 0))
+                waits.append(waiting_in(own, served_yet, None, 0) if served_yet else beginning_of(own, 0))
     if served <= len(new.queue.items):
-        heap.append(waiting_in(new.queue, served, new, 0))
-    lay(found, heap, new, now_ns, False)
+        waits.append(waiting_in(new.queue, served, new, 0))
+    lay(found, waits, new, now_ns, False)
     return found
 
 
@@ -194,39 +194,38 @@ def due_at(queue: Queue, new: Newcomer | None, at: int, number: int) -> int:
     return new.due_ns if number == at else queue.items[number - 1][0]
 
 
-def lay(found: Outlook, heap: list[Waiting], new: Newcomer | None, now_ns: int, hope: bool) -> None:
+def lay(found: Outlook, waits: list[Waiting], new: Newcomer | None, now_ns: int, hope: bool) -> None:
     """All that waits."""
-    time_ns, slip_ns, tardy_ns, turns = found.end_ns, found.slip_ns, found.tardy_ns, found.turns
-    append, is_one = turns.append, len(heap) == 1
+    time_ns, slip_ns, tardy_ns, append = found.end_ns, found.slip_ns, found.tardy_ns, found.turns.append
     risk = CALM if found.is_calm else 1.0
     lenient = hope or found.is_calm  # who is in time is, in whatever run
     all_hope = new is not None and not new.is_owed
-    if not is_one:
-        heapify(heap)
-    while heap:
-        due_ns, serial, queue, served, count, at, whole, taken, pace = heap[0]
+    waits.sort()
+    for i, (due_ns, serial, queue, served, count, at, whole, taken, pace) in enumerate(waits):
+        width, _, _, _, _, mostly_ns, own_slip_ns = option = whole
+        end_ns, later_ns = time_ns + mostly_ns, hypot(own_slip_ns, slip_ns)
         if queue is None:
             append(Turn(due_ns, serial, None, 0, 0, whole, True, False, time_ns, slip_ns, tardy_ns))
-            time_ns += whole.mostly_ns
-            slip_ns = hypot(slip_ns, whole.slip_ns)
-            heappop(heap)
+            time_ns, slip_ns = end_ns, later_ns
             continue
-        waiting, option, later_ns = count - served, whole, hypot(whole.slip_ns, slip_ns)
-        end_ns = time_ns + whole.mostly_ns
-        is_pressed = end_ns + later_ns > due_ns and not queue.place[1]  # lanes that have begun stay together
+        waiting, tardy_after_ns, is_given_up = count - served, tardy_ns, False
+        is_sure = end_ns + later_ns <= due_ns
+        is_pressed = not is_sure and not queue.place[1]  # lanes that have begun stay together
         if is_pressed:
             option = fitting(queue.costs.cover, whole, waiting, due_ns - time_ns, slip_ns)
-        is_given_up = is_pressed and time_ns + option.mostly_ns > due_ns
+            is_given_up = time_ns + option.mostly_ns > due_ns
         if pace is not None and not is_given_up:
             limit = NONE if all_hope or served == at else made(Limit, (due_ns - time_ns, slip_ns, risk))
             option, taken = hoped(queue.costs.cover, option, waiting, time_ns - now_ns, taken, pace, limit)
         if option is not whole:
-            end_ns, later_ns = time_ns + option.mostly_ns, hypot(option.slip_ns, slip_ns)
-        tardy_after_ns, latest_ns = tardy_ns, end_ns + risk * later_ns
-        if latest_ns > due_ns:
-            tardy_after_ns = tardy_ns + (latest_ns - due_ns)
-        if end_ns > due_ns or (option is not whole and not lenient and is_inefficient(option, whole, waiting)):
-            found.hurried = {serial, *found.hurried}
+            width, _, _, _, _, mostly_ns, own_slip_ns = option
+            end_ns, later_ns, is_sure = time_ns + mostly_ns, hypot(own_slip_ns, slip_ns), False
+        if not is_sure:
+            latest_ns = end_ns + risk * later_ns
+            if latest_ns > due_ns:
+                tardy_after_ns = tardy_ns + (latest_ns - due_ns)
+            if end_ns > due_ns or (option is not whole and not lenient and is_inefficient(option, whole, waiting)):
+                found.hurried = {serial, *found.hurried}
         if is_given_up:
             found.late += 1
             served += 1
@@ -235,18 +234,12 @@ def lay(found: Outlook, heap: list[Waiting], new: Newcomer | None, now_ns: int, 
             own = due_ns, serial, queue, served, waiting, option, is_whole, is_pressed, time_ns, slip_ns, tardy_ns
             append(made(Turn, own))
             time_ns, slip_ns = end_ns, later_ns
-            served += option.width
+            served += width
         tardy_ns = tardy_after_ns
-        if served >= count:
-            heappop(heap)
-            continue
-        whole = queue.costs.cover.first(count - served)
-        due_ns = queue.items[served][0] if served < at else due_at(queue, new, at, served)
-        after = made(Waiting, (due_ns, serial, queue, served, count, at, whole, taken, pace))
-        if is_one:
-            heap[0] = after
-        else:
-            heapreplace(heap, after)
+        if served < count:
+            whole = queue.costs.cover.first(count - served)
+            due_ns = queue.items[served][0] if served < at else due_at(queue, new, at, served)
+            insort(waits, made(Waiting, (due_ns, serial, queue, served, count, at, whole, taken, pace)), i + 1)
     found.end_ns, found.slip_ns, found.tardy_ns = time_ns, slip_ns, tardy_ns
 
 

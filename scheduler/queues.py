@@ -6,7 +6,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Container, Iterable, Sequence
 
 from coalesce.scheduler.costs import Place, PlaceCosts
-from coalesce.scheduler.demand import bucket_of, FAR
+from coalesce.scheduler.demand import FAR, GRID_BITS
 from coalesce.scheduler.lanes import Item, Lane, Level, Queue
 from coalesce.scheduler.request import Request
 from coalesce.scheduler.shares import Account
@@ -64,7 +64,9 @@ class Queues:
     def add(self, request: Request, account: Account, queue: Queue, now_ns: int, foreseen: bool) -> Lane:
         """A new one. `foreseen`: the outlook has it already."""
         number, _, _, _, deadline_ns, _ = request
-        level, lane_ns, bucket = queue.level, queue.costs.lane_ns, bucket_of(deadline_ns, now_ns)
+        level, lane_ns = queue.level, queue.costs.lane_ns
+        bits = (deadline_ns - now_ns).bit_length() - GRID_BITS
+        bucket = deadline_ns & -(1 << bits) if bits > 0 else deadline_ns  # as `bucket_of`, for every request
         if not foreseen or len(self.levels) > 1:
             self._surprise(level, foreseen)
         account.waiting += 1
@@ -138,7 +140,8 @@ class Queues:
                 lane.begun = True
                 lane.account.waiting -= 1
                 begin += 1
-        self._slots.take(queue.place[0], begin)
+        if begin:
+            self._slots.take(queue.place[0], begin)
         queue.level.release(bucket, work_ns)
         self._cut(queue, first, end)
         return lanes

@@ -18,7 +18,7 @@ from coalesce.scheduler.events import Cancelled, CatalogChanged, Completed, Even
 from coalesce.scheduler.faults import Faults
 from coalesce.scheduler.machine import Compiler, HostTimes, PROMPT, Takes
 from coalesce.scheduler.policy import Policy
-from coalesce.scheduler.request import Request, Tenant
+from coalesce.scheduler.request import Request
 from coalesce.scheduler.run import Decision, Outcome, Run, Watcher
 from coalesce.scheduler.tuples import made
 from coalesce.scheduler.workloads import Arrival
@@ -54,7 +54,7 @@ class Simulation:
         self._rows, self._outcomes, self._ends_ns = run.rows, run.outcomes, run.ends_ns
         self.heap: list[tuple[int, int, Event | Made]] = []
         self._serial = 0  # of what is in it
-        self._tenants: dict[str, Tenant] = {}
+        self._usual: dict[str, tuple[int, int]] = {}  # of tenants: what is allowed, and of which family a request is
         self._catalog = Catalog()
         self._executables: dict[int, Executable] = {}
         self._bundles: dict[int, Dispatch] = {}  # on the device or behind it
@@ -77,11 +77,11 @@ class Simulation:
     def request(self, arrival: Arrival) -> Request:
         """It waits, for all that anybody knows."""
         time_ns, name, allowed_ns, priority, family = arrival
-        rows, tenant = self._rows, self._tenants[name]
+        rows, (slo_ns, first) = self._rows, self._usual[name]
         if allowed_ns is None:
-            allowed_ns = tenant.slo_ns
+            allowed_ns = slo_ns
         if family is None:
-            family = tenant.families[0]
+            family = first
         row = len(rows), name, family, time_ns, time_ns + allowed_ns, priority
         rows.append(row)
         self._outcomes.append(PENDING)
@@ -96,7 +96,7 @@ class Simulation:
             if event.request < len(self._rows):
                 self._withdrawn.add(event.request)
         elif isinstance(event, TenantAdded):
-            self._tenants[event.tenant.name] = event.tenant
+            self._usual[event.tenant.name] = event.tenant.slo_ns, event.tenant.families[0]
         elif isinstance(event, CatalogChanged):
             self._catalog = event.catalog
             self._executables.update(event.catalog.by_id)

@@ -15,7 +15,7 @@ from coalesce.scheduler.tuples import made
 class Starting:
     def __init__(self, flight: Flight[Bundle], costs: Costs, load: Load, lag: Lag) -> None:
         self.known: Start | None = None  # as it was last, where nothing of the flight or of costs has changed
-        self.free_ns = 0  # of it
+        self.free_ns, self.is_calm = 0, True  # of it
         self.fixed_ns = 0  # until when it may stay the same
         self.next_ns = 0  # the next bundle goes no sooner, as long as that is so
         self._flight, self._costs, self._load, self._lag = flight, costs, load, lag
@@ -32,10 +32,11 @@ class Starting:
         if known is not None:
             if known.free_ns == free_ns and known.is_calm == is_calm:
                 return known
-            self.next_ns, self.free_ns = 0, free_ns
+            self.next_ns, self.free_ns, self.is_calm = 0, free_ns, is_calm
             self.known = made(Start, (free_ns, known.begun, self._slip(), is_calm, known.is_idle))
             return self.known
-        self.fixed_ns, self.next_ns, self.free_ns = self._flight.fixed_until_ns, 0, free_ns
+        self.free_ns, self.is_calm = free_ns, is_calm
+        self.fixed_ns, self.next_ns = self._flight.fixed_until_ns, 0
         begun = self._begun()
         self.known = Start(free_ns, tuple(begun), self._slip(), is_calm, not self._flight.bundles)
         return self.known
