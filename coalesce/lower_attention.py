@@ -17,7 +17,7 @@ from coalesce.kernels import attention
 from coalesce.kernels.attention import COLUMN, Dim, on_rows, Operand, Place, ROW
 from coalesce.kernels.epilogue import runs_on_tiles
 from coalesce.lanes import Banked, Env, LaneValue, plain, Shared, Stacked
-from coalesce.slab import Cut
+from coalesce.slab import Cut, Picked
 
 Made = Mapping[tuple[int, Any], J.Eqn]  # what makes a family's variable, where a kernel can do it as it reads
 
@@ -80,7 +80,7 @@ def lower_attention(walk: Walk, item: Attention, env: Env) -> tuple[J.Eqn, list[
     name = f"{'superkernel' if lanes > 1 else 'alone'}{item.values.index}_attention"
     run.__name__ = run.__qualname__ = name
     with J.context_of(values.eqn), jax.named_scope(name):
-        result = jax.jit(run)([[place.array for place in own.places] for own in operands])
+        result = jax.jit(run)([own.arrays for own in operands])
     return last, [Stacked(result) if lanes > 1 else Shared(result.reshape(out.shape))]
 
 
@@ -153,23 +153,37 @@ class Reader:
 
     def leaf(self, atom: J.Atom, dims: Sequence[Dim], starts: Sequence[int]) -> Callable[[Sequence[Any]], Any]:
         value = self.walk.read(self.env, self.family, atom)
-        if isinstance(value, Banked) and isinstance(cut := value.array, Cut) and value.rows == tuple(range(self.lanes)):
-            at = len(self.places)
-            place = Place(cut.slab, tuple(dims), True, tuple(starts), (cut.start, cut.shape))
-            self.places.append(place)
-            return lambda tiles: tiles[at]
+        own_rows = isinstance(value, Banked) and value.rows == tuple(range(self.lanes))
+        if isinstance(value, Banked) and own_rows and J.dtype(atom) != "bool":
+            return self.placed(in_bank(value.array, dims, starts))
         value = plain(value)
-        by_lane, array, at = isinstance(value, Stacked), jnp.asarray(value.value), len(self.places)
+        by_lane, array = isinstance(value, Stacked), jnp.asarray(value.value)
         if array.dtype == bool:
             array = array.astype(jnp.int8)  # kernels load no truth values
         if array.shape == ():
             array, dims, starts = array.reshape(1), [None], [0]
-        self.places.append(Place(array, tuple(dims), by_lane, tuple(starts)))
+        return self.placed(Place(array, tuple(dims), by_lane, tuple(starts)))
+
+    def placed(self, place: Place) -> Callable[[Sequence[Any]], Any]:
+        at = len(self.places)
+        self.places.append(place)
         return lambda tiles: tiles[at]
 
 
+def in_bank(array: Any, dims: Sequence[Dim], starts: Sequence[int]) -> Place:
+    """Where weights lie, of which each lane reads a row of its own."""
+    slots = array.slots if isinstance(array, Picked) else None
+    lies = array.array if isinstance(array, Picked) else array
+    if isinstance(lies, Cut):
+        return Place(lies.slab, tuple(dims), True, tuple(starts), (lies.start, lies.shape), slots)
+    return Place(lies, tuple(dims), True, tuple(starts), None, slots)
+
+
 def with_arrays(operand: Operand, arrays: Sequence[Any]) -> Operand:
-    places = [replace(place, array=array) for place, array in zip(operand.places, arrays, strict=True)]
+    found, places = iter(arrays), []
+    for place in operand.places:
+        array = next(found)
+        places.append(replace(place, array=array, slots=None if place.slots is None else next(found)))
     return replace(operand, places=tuple(places))
 
 

@@ -17,16 +17,20 @@ from jax import lax
 import coalesce
 from coalesce.bundle import Attention, Bundle, items
 from coalesce.bundle_check import check_bundle
+from coalesce.costs import Costs, device_of
 from coalesce.errors import IRError
 from coalesce.kernels.attention import fits
 from coalesce.models import by_name
 from coalesce.passes.choose_kernels import choose_kernels
 from coalesce.passes.form_packs import form_packs
 from coalesce.passes.fuse_attention import fuse_attention
+from coalesce.serving.executable import executable_recipe
+from coalesce.serving.schema import Options
 from tests.alone import alone, array, check_fused, fuse_tenants, Tenant
 from tests.bundles import bundle_of, replanned
 from tests.compare import assert_as_good, assert_same
 from tests.dataflow import check_plan
+from tests.serving import fit_of, plain, serve
 
 BATCHED: dict[str, Any] = {"platform": "gpu", "choose_kernel": lambda *op: "batched_dot", "policy": "never"}
 
@@ -280,3 +284,23 @@ def test_it_computes_what_each_alone_does(heads, m, n, d, e, lanes, turned, scal
         return run, {}, tuple(array(*shape) for shape in shapes)
 
     check_fused([tenant() for _ in range(lanes)], **BATCHED)
+
+
+def test_tenants_in_a_bank():
+    """Lanes read by slot what their queries, keys and values are made of."""
+
+    def layer(p, x):
+        y = jnp.einsum("td,dchk->tchk", x, p["w"])
+        q, k, v = (y[:, c] + p["b"][c][None] for c in range(3))
+        weights = jax.nn.softmax(jnp.einsum("mhd,nhd->hmn", q / 2.0, k), axis=-1)
+        return jnp.einsum("hmn,nhd->mhd", weights, v)
+
+    tenants: list[Tenant] = [(layer, {"w": array(8, 3, 2, 4), "b": array(3, 2, 4)}, (array(7, 8),)) for _ in range(3)]
+    options = Options("gpu", Costs(device_of("cpu")), choice=dots_by_xla)
+    serving = serve([fit_of(fn, p, x, name=f"t{i}") for i, (fn, p, x) in enumerate(tenants)], 5, options)
+    recipe = executable_recipe([serving.lanes(2)], True)
+    assert str(recipe.function.trace(*recipe.arguments).jaxpr).count("name=superkernel2_attention") == 1
+    executable = serving.executable(2)
+    for lanes in ([2, 0], [1, 2], [0, 0]):
+        for i, got in zip(lanes, serving.call(executable, [(i, tenants[i][2]) for i in lanes]), strict=True):
+            assert_same(got, plain(alone(tenants[i])))

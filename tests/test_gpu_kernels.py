@@ -12,7 +12,7 @@ from jax import lax
 
 import coalesce
 from coalesce.blocks import Blocks
-from coalesce.bundle import packs
+from coalesce.bundle import Attention, items, packs
 from coalesce.heavy import heavy_op, HeavyOp
 from coalesce.kernels import horizontal, indexed_gemm, indexed_matvec, KERNELS, mosaic_gemm
 from coalesce.kernels.mosaic_tile import tile_of
@@ -212,6 +212,32 @@ def test_a_bank_of_more_than_two_billion_elements(kernel, cut):
     got = jax.jit(partial(KERNELS[kernel].run, op))(x, Picked(bank, jnp.asarray([rows - 1, 0])))
     assert distance(got[0, 0], product(x[0, 0], last)) <= (1e-2 if kernel == "mosaic_gemm" else 1e-3)
     assert not np.asarray(got[1], np.float32).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("columns", [50, 128, 197])
+def test_attention(dtype, columns):
+    """Rows as long as tiles are, and not; padding, a mask and a bias."""
+
+    def attention(p, x, keep):
+        q, k, v = (jnp.einsum("td,dhk->thk", x, p["w"][i]) + p["b"][i][None] for i in range(3))
+        scores = jnp.where(keep[None, None] > 0, jnp.einsum("mhd,nhd->hmn", q / 8.0, k), -1e9)
+        return jnp.einsum("hmn,nhd->mhd", jax.nn.softmax(scores, axis=-1), v)
+
+    def tenant(i: int) -> tuple[Any, Any]:
+        w, b, x = jax.random.split(jax.random.key(i), 3)
+        weights = {"w": jax.random.normal(w, (3, 96, 4, 64)) / 10, "b": jax.random.normal(b, (3, 4, 64))}
+        keep = jnp.arange(columns) < columns - i - 1
+        return jax.tree.map(lambda a: a.astype(dtype), (weights, (jax.random.normal(x, (columns, 96)), keep)))
+
+    tenants = [tenant(i) for i in range(3)]
+    programs = [coalesce.trace(attention, p, *x, name=f"t{i}") for i, (p, x) in enumerate(tenants)]
+    fused = coalesce.fuse(programs, choose_kernel=lambda *op: "batched_dot")
+    assert sum(isinstance(item, Attention) for item in items(fused.bundle.schedule)) == 1
+    for (p, x), got in zip(tenants, fused([x for _, x in tenants]), strict=True):
+        with jax.default_matmul_precision("highest"):
+            want = jax.jit(attention)(*jax.tree.map(lambda a: a.astype(jnp.float32), (p, *x)))
+        assert distance(got, want) <= (2e-2 if dtype == "bfloat16" else 2e-3)
 
 
 def test_no_move_of_the_size_of_a_bank():

@@ -12,7 +12,7 @@ softmax that is known to be one (Dao et al., FlashAttention, arXiv 2205.14135).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -43,13 +43,18 @@ SAME = frozenset({"broadcast_in_dim", "copy", "expand_dims", "reshape", "squeeze
 @dataclass(frozen=True)
 class Place:
     """An array [lanes, *dims], or one without lanes; what is read of it begins at `starts`. With a `cut` it lies flat
-    in an array [lanes, size]: where, and in which shape."""
+    in an array [lanes, size]: where, and in which shape. With `slots` [lanes] lane i reads row slots[i]."""
 
     array: Any
     dims: tuple[Dim, ...]
     by_lane: bool = True
     starts: tuple[int, ...] = ()
     cut: tuple[int, tuple[int, ...]] | None = None
+    slots: Any = None
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        return (self.array,) if self.slots is None else (self.array, self.slots)
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,10 @@ class Operand:
 
     places: tuple[Place, ...]
     make: Callable[[Sequence[Any]], Any] | None = None
+
+    @property
+    def arrays(self) -> list[Any]:
+        return [array for place in self.places for array in place.arrays]
 
 
 @dataclass(frozen=True)
@@ -94,8 +103,7 @@ def run(what: Attention, operands: Sequence[Operand], out: Place, lanes: int) ->
     v [n, d], out [m, d]; the others [m, n], or of one row or column.
     """
     scores, heads, block = what.scores, prod(what.batch), what.rows
-    places = [place for operand in operands for place in operand.places]
-    counts = [len(operand.places) for operand in operands]
+    counts = [len(operand.arrays) for operand in operands]
     firsts = [sum(counts[:i]) for i in range(len(counts))]
 
     def kernel(*refs: Any) -> None:
@@ -123,7 +131,7 @@ def run(what: Attention, operands: Sequence[Operand], out: Place, lanes: int) ->
         kernel,
         (pl.cdiv(scores.m, block), lanes * heads),
         [jax.ShapeDtypeStruct(out.array.shape, out.array.dtype)],
-        [place.array for place in places],
+        [array for operand in operands for array in operand.arrays],
         name=f"attention_{lanes * heads}x{scores.m}x{scores.n}x{scores.k}",
         warps=8 if block * padded(scores.n) > TILE // 2 else 4,
         stages=1,
@@ -165,7 +173,11 @@ class At:
         return tuple([full(self.lane), *own] if place.by_lane else own), mask
 
     def tile(self, operand: Operand, refs: Sequence[Any], rows: Axis, columns: Axis) -> Any:
-        tiles = [load(ref, *self.place(p, rows, columns)) for p, ref in zip(operand.places, refs, strict=True)]
+        found, tiles = iter(refs), []
+        for place in operand.places:
+            ref = next(found)
+            at = self if place.slots is None else replace(self, lane=next(found)[self.lane])
+            tiles.append(load(ref, *at.place(place, rows, columns)))
         if operand.make is None:
             return tiles[0]
         made, inside = jnp.asarray(operand.make(tiles)), both(down(rows.inside), along(columns.inside))
