@@ -15,7 +15,7 @@ from coalesce.blocks import Blocks
 from coalesce.bundle import Attention, items, packs
 from coalesce.heavy import heavy_op, HeavyOp
 from coalesce.kernels import chained, horizontal, indexed_gemm, indexed_matvec, KERNELS, mosaic_gemm
-from coalesce.kernels.epilogue import COLUMN, Epilogue, WHOLE
+from coalesce.kernels.epilogue import COLUMN, Epilogue, larger, WHOLE
 from coalesce.kernels.mosaic_tile import tile_of
 from coalesce.slab import Cut, Picked
 from tests.heavy_cases import indexed
@@ -254,8 +254,8 @@ def test_no_move_of_the_size_of_a_bank():
 )
 def test_chained_products(blocks):
     """A bottleneck with its shortcut and the next product, of odd sizes, against each product by itself."""
-    relu = Epilogue(lambda y, bias: jnp.maximum(y + bias, 0), (COLUMN,), jnp.bfloat16)
-    total = Epilogue(lambda y, bias, other: jnp.maximum(y + bias + other, 0), (COLUMN, WHOLE), jnp.bfloat16)
+    relu = Epilogue(lambda y, bias: larger(y + bias, jnp.zeros_like(y)), (COLUMN,), jnp.bfloat16)
+    total = Epilogue(lambda y, bias, other: larger(y + bias + other, jnp.zeros_like(y)), (COLUMN, WHOLE), jnp.bfloat16)
     dot = partial(lax.dot_general, dimension_numbers=(((3,), (0,)), ((), ())))
     conv = partial(
         lax.conv_general_dilated, window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
