@@ -33,6 +33,7 @@ from coalesce.scheduler.outlook import (
     outlook,
     outlook_with,
     remember,
+    remembered,
 )
 from coalesce.scheduler.request import Request
 from coalesce.scheduler.shares import Account, CLOSE, Shares
@@ -103,16 +104,17 @@ class Admission:
         is_far = due_ns - now_ns >= FAR_OFF * queue.costs.slo_ns
         if is_far and is_last and not careful and not queue.lot and can_wait(new, start, now_ns):
             return True
-        if is_closed(level, start, new):
+        found = remembered(level, start)
+        if found.closed and is_closed(found, new):
             return False
-        after = outlook_with(level, start, now_ns, new)
+        after = outlook_with(found, level, start, now_ns, new)
         if not after.is_good(queue) and not known(level, start, now_ns).bears(queue, after):
-            return close(level, start, new, after.tardy_ns - known(level, start, now_ns).tardy_ns)
-        hoped = None if careful or self._load.is_over(now_ns) else hoped_with(level, start, new)
+            return close(found, new, after.tardy_ns - known(level, start, now_ns).tardy_ns)
+        hoped = None if careful or self._load.is_over(now_ns) else hoped_with(found, new)
         if hoped is None:
             hoped = outlook(level, start, now_ns, new, hope=True)
             if not hoped.is_good(queue) and not known_hoped(level, start, now_ns).bears(queue, hoped):
-                return close(level, start, new, hoped.tardy_ns - known_hoped(level, start, now_ns).tardy_ns)
+                return close(found, new, hoped.tardy_ns - known_hoped(level, start, now_ns).tardy_ns)
         if careful and not keeps_room(hoped, level, now_ns):
             return False
         if not kept_ns:
@@ -130,7 +132,7 @@ def can_wait(new: Newcomer, start: Start, now_ns: int) -> bool:
         return False
     if level.order and level.order[0][2] is queue and len(level.order) == 1:
         return True
-    after = outlook_with(level, start, now_ns, new)
+    after = outlook_with(remembered(level, start), level, start, now_ns, new)
     return after.tardy_ns <= sure.tardy_ns and after.late <= sure.late
 
 

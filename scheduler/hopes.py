@@ -78,8 +78,7 @@ def most_lanes(queue: Queue, per_ns: float) -> int:
     """
     slo_ns, uneven = queue.costs.slo_ns, 2 * queue.others.per_ns < per_ns
     found, best = 1, 0.0
-    for option in queue.costs.options:
-        width, run_ns = option.width, option.through_ns
+    for width, _, _, _, run_ns, _, _ in queue.costs.options:
         come = (run_ns if run_ns < slo_ns - run_ns else slo_ns - run_ns) * per_ns
         served = (width if width <= come else come) / run_ns
         if uneven and 2 * run_ns > slo_ns:

@@ -64,8 +64,12 @@ def is_few(level: Level) -> bool:
 def known(level: Level, start: Start, now_ns: int) -> Outlook:
     """As it was laid last, where nothing has changed since."""
     found = remembered(level, start)
-    if found.sure is None:
-        found.sure = outlook(level, start, now_ns)
+    return found.sure or sure_of(found, level, start, now_ns)
+
+
+def sure_of(found: Known, level: Level, start: Start, now_ns: int) -> Outlook:
+    """Laid for the first time."""
+    found.sure = outlook(level, start, now_ns)
     return found.sure
 
 
@@ -95,26 +99,26 @@ def outlook(level: Level, start: Start, now_ns: int, new: Newcomer | None = None
     return laid(level, start, new, now_ns, hope)
 
 
-def outlook_with(level: Level, start: Start, now_ns: int, new: Newcomer) -> Outlook:
+def outlook_with(found: Known, level: Level, start: Start, now_ns: int, new: Newcomer) -> Outlook:
     """With one more, laid from where that makes a difference."""
-    sure = known(level, start, now_ns)
-    if sure.late or sure.hurried or remembered(level, start).is_loose:
+    sure = found.sure or sure_of(found, level, start, now_ns)
+    if sure.late or sure.hurried or found.is_loose:
         return outlook(level, start, now_ns, new)
     return with_one_more(sure, new, now_ns)
 
 
-def close(level: Level, start: Start, new: Newcomer, tardy_ns: float) -> bool:
+def close(found: Known, new: Newcomer, tardy_ns: float) -> bool:
     """One was refused that would make others, or be itself, late by so much: who comes behind it would too, unless it
     is due later by that."""
     if new.at == len(new.queue.items) and tardy_ns > 0:
-        remembered(level, start).closed[new.queue.serial] = new.due_ns + tardy_ns
+        found.closed[new.queue.serial] = new.due_ns + tardy_ns
     return False
 
 
-def is_closed(level: Level, start: Start, new: Newcomer) -> bool:
-    if new.at < len(new.queue.items):
-        return False
-    return new.due_ns < remembered(level, start).closed.get(new.queue.serial, 0.0)
+def is_closed(found: Known, new: Newcomer) -> bool:
+    """Whether one was refused before it that is due as late."""
+    queue, due_ns, at, _ = new
+    return at >= len(queue.items) and due_ns < found.closed.get(queue.serial, 0.0)
 
 
 def has_room(queue: Queue, due_ns: int, start: Start, now_ns: int) -> bool:
@@ -148,10 +152,10 @@ def room(sure: Outlook, queue: Queue) -> tuple[int, int, bool]:
     return (most if most < last else last, end_ns, is_tight) if end_ns < FAR else (0, FAR, False)
 
 
-def hoped_with(level: Level, start: Start, new: Newcomer) -> Outlook | None:
+def hoped_with(found: Known, new: Newcomer) -> Outlook | None:
     """As it was laid last, if one more was hoped for in it: it takes one of the places that were kept."""
     queue, due_ns, at, _ = new
-    hoped = remembered(level, start).hoped
+    hoped = found.hoped
     if hoped is None or hoped.late or queue.serial in hoped.hurried or at < len(queue.items):
         return None
     for turn in reversed(hoped.turns):

@@ -14,7 +14,8 @@ import coalesce
 from coalesce.blocks import Blocks
 from coalesce.bundle import Attention, items, packs
 from coalesce.heavy import heavy_op, HeavyOp
-from coalesce.kernels import horizontal, indexed_gemm, indexed_matvec, KERNELS, mosaic_gemm
+from coalesce.kernels import chained, horizontal, indexed_gemm, indexed_matvec, KERNELS, mosaic_gemm
+from coalesce.kernels.epilogue import COLUMN, Epilogue, larger, WHOLE
 from coalesce.kernels.mosaic_tile import tile_of
 from coalesce.slab import Cut, Picked
 from tests.heavy_cases import indexed
@@ -246,3 +247,45 @@ def test_no_move_of_the_size_of_a_bank():
     fused = fused_of(model, params, inputs, choose_kernel=indexed)
     largest = max(int(np.prod((len(a.rows), *a.shape))) for a in fused.bundle.arrays)
     assert moves_of_size(fused.as_text(), largest) == []
+
+
+@pytest.mark.parametrize(
+    "blocks", [Blocks(64, 64, 64, 4, 2), Blocks(64, 32, 64, 4, 3), Blocks(128, 64, 64, 8, 3)], ids=str
+)
+def test_chained_products(blocks):
+    """A bottleneck with its shortcut and the next product, of odd sizes, against each product by itself."""
+    relu = Epilogue(lambda y, bias: larger(y + bias, jnp.zeros_like(y)), (COLUMN,), jnp.bfloat16)
+    total = Epilogue(lambda y, bias, other: larger(y + bias + other, jnp.zeros_like(y)), (COLUMN, WHOLE), jnp.bfloat16)
+    dot = partial(lax.dot_general, dimension_numbers=(((3,), (0,)), ((), ())))
+    conv = partial(
+        lax.conv_general_dilated, window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    keys = iter(jax.random.split(jax.random.key(0), 20))
+    slots = jnp.asarray([3, 0, 4])
+
+    def link(call: Any, k: int, n: int, *window: int, inner: bool = False, epilogue: Any = relu) -> chained.Link:
+        x, w = ((1, 13, 11, k), (*window, k, n))
+        op = op_of(call, jax.ShapeDtypeStruct(x, jnp.bfloat16), jax.ShapeDtypeStruct(w, jnp.bfloat16))
+        lhs = None if inner else jax.random.normal(next(keys), (3, 1, *x), jnp.bfloat16)
+        bank = jax.vmap(indexed_gemm.layout(op))(jax.random.normal(next(keys), (5, *w), jnp.bfloat16) / 8)
+        given = [Picked(jax.random.normal(next(keys), (5, n), jnp.bfloat16), slots)]
+        rest = [None] if epilogue is total else []
+        return chained.Link(op, lhs, Picked(bank, slots), epilogue, [*given, *rest])
+
+    chain = [
+        link(dot, 48, 128),
+        link(conv, 64, 64, 3, 3),
+        link(dot, 64, 128, inner=True, epilogue=total),
+        link(dot, 128, 72, inner=True),
+    ]
+
+    def in_turn() -> list[Any]:
+        done: list[Any] = []
+        for own in chain:
+            lhs = done[-1] if own.lhs is None else own.lhs
+            operands = [done[0] if y is None else y for y in own.operands]
+            done.append(indexed_gemm.run(own.op, lhs, own.rhs, epilogue=own.epilogue, operands=operands))
+        return done
+
+    for got, want in zip(jax.jit(lambda: chained.run(chain, blocks))(), jax.jit(in_turn)(), strict=True):
+        assert distance(got, want) <= 1e-2

@@ -15,7 +15,7 @@ from coalesce.scheduler.cover import Cover, Option
 from coalesce.scheduler.lanes import Level
 from coalesce.scheduler.laying import Newcomer, Outlook, Start
 from coalesce.scheduler.machine import Host, Line, line_catalog
-from coalesce.scheduler.outlook import outlook, outlook_with
+from coalesce.scheduler.outlook import Known, outlook, outlook_with
 from coalesce.scheduler.request import Tenant
 from coalesce.scheduler.run import Outcome
 from coalesce.scheduler.shares import Account, Shares
@@ -37,9 +37,9 @@ def said(ahead: Outlook) -> tuple[object, ...]:
 def test_a_newcomer_is_laid_as_if_all_were_laid_anew(seed, monkeypatch):
     asked = kept = 0
 
-    def both_ways(level: Level, start: Start, now_ns: int, new: Newcomer) -> Outlook:
+    def both_ways(before: Known, level: Level, start: Start, now_ns: int, new: Newcomer) -> Outlook:
         nonlocal asked, kept
-        found, anew = outlook_with(level, start, now_ns, new), outlook(level, start, now_ns, new)
+        found, anew = outlook_with(before, level, start, now_ns, new), outlook(level, start, now_ns, new)
         assert said(found) == said(anew)
         asked += 1
         kept += len(found.turns) > 1
