@@ -41,8 +41,8 @@ class Returned:
 
     @cached_property
     def in_place(self) -> bool:
-        """Whether the program brings them to the host, which reads them as they lie: numbers of less than a byte have one
-        each in NumPy, and not there."""
+        """Whether the program brings them to the host, which reads them as they lie: numbers of less than a byte have
+        one each in NumPy, and not there."""
         return self.left and not any(is_narrow(part.dtype) for part in self.all_parts)
 
     def pack(self, outputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
