@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from coalesce import jaxpr as J
 from coalesce.bundle import Attention, Bundle, items, Step
 from coalesce.kernels import attention
-from coalesce.kernels.attention import COLUMN, Dim, on_rows, Operand, Place, ROW
+from coalesce.kernels.attention import COLUMN, Dim, on_rows, Operand, Place, REDUCTIONS, ROW
 from coalesce.kernels.epilogue import runs_on_tiles
 from coalesce.lanes import Banked, Env, LaneValue, plain, Shared, Stacked
 from coalesce.slab import Cut, Picked
@@ -89,6 +89,8 @@ def rowwise(item: Attention, reads: Sequence[J.Var], end: J.Atom, scores: Any, *
     known = dict(zip(reads, tiles, strict=True)) | {item.scores.members[0].eqn.outvars[0]: scores}
     for step in item.rowwise:
         args = [J.literal_value(a) if isinstance(a, J.Literal) else as_read(known[a], a) for a in step.eqn.invars]
+        if step.eqn.primitive.name in REDUCTIONS:  # a number may stand for all of its row
+            args = [jnp.broadcast_to(args[0], scores.shape)]
         turned = step.eqn.primitive.name == "transpose"  # for the second product, which is told so
         known[step.eqn.outvars[0]] = args[0] if turned else on_rows(step.eqn, args, valid)
     assert not isinstance(end, J.Literal), "what is multiplied by values came of scores"
@@ -119,6 +121,8 @@ class Reader:
         if isinstance(atom, J.Literal):
             self.made = True
             return lambda tiles: J.literal_value(atom)
+        if len(self.places) > MOST:  # already too many: what reads a value twice, over and over, would never end
+            return self.leaf(atom, dims, starts)
         eqn = self.walk.made.get((self.family, atom))
         if eqn is None or not all(isinstance(a, J.Literal) or (self.family, a) in self.env for a in eqn.invars):
             return self.leaf(atom, dims, starts)

@@ -75,7 +75,7 @@ def distance(a: Any, b: Any) -> float:
     odd = ~np.isfinite(a) | ~np.isfinite(b)
     if not np.array_equal(a[odd], b[odd], equal_nan=True):
         return float("inf")
-    return float(np.linalg.norm((a - b)[~odd]))
+    return float(np.linalg.norm(a[~odd] - b[~odd]))
 
 
 def norm(x: Any) -> float:

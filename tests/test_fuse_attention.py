@@ -20,6 +20,7 @@ from coalesce.bundle_check import check_bundle
 from coalesce.costs import Costs, device_of
 from coalesce.errors import IRError
 from coalesce.kernels.attention import fits
+from coalesce.lower_attention import Reader
 from coalesce.models import by_name
 from coalesce.passes.choose_kernels import choose_kernels
 from coalesce.passes.form_packs import form_packs
@@ -146,6 +147,38 @@ def test_keys_made_by_more_than_moves():
         return softmax(jnp.exp(q), jnp.exp(k), jnp.log(jnp.square(v)))
 
     assert found(two(features, *QKV)) == 1
+
+
+def test_numbers_that_stand_for_a_whole_row_or_column():
+    """What is multiplied ends where it does, also if all of a row is one number; so does what is summed."""
+
+    def spread(q, k, v):
+        scores = jnp.einsum("hmd,hnd->hmn", jnp.broadcast_to(q, (3, 5, 4)), jnp.broadcast_to(k, (3, 16, 4)))
+        largest = jnp.exp(0.1 * jnp.broadcast_to(scores.max(-1, keepdims=True), scores.shape))
+        weights = largest / largest.sum(-1, keepdims=True) + scores
+        return jnp.einsum("hmn,hne->hme", weights, v)
+
+    assert found(two(spread, (3, 5, 1), (3, 16, 1), (3, 16, 2))) == 1
+
+
+def test_infinite_values_that_all_rows_share():
+    (fn, _, (q, k, _)), other = two(lambda q, k, v: softmax(q, k, jnp.broadcast_to(v, (3, 6, 2))), *QKV[:2], (3, 1, 2))
+    assert found([(fn, {}, (q, k, jnp.full((3, 1, 2), jnp.inf))), other]) == 1
+
+
+def test_what_is_made_of_much_is_read_as_it_is(monkeypatch):
+    """Where each step reads the one before it twice, nobody looks at all of 2^12 ways."""
+    leaves = []
+    leaf = Reader.leaf
+    monkeypatch.setattr(Reader, "leaf", lambda *own: leaves.append(own) or leaf(*own))
+
+    def deep(q, k, v):
+        for _ in range(12):
+            q = q * jnp.sin(q)
+        return softmax(q, k, v)
+
+    assert found(two(deep, *QKV)) == 1
+    assert len(leaves) < 50
 
 
 def test_values_in_any_order_of_dimensions():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -54,6 +55,12 @@ def test_what_it_raises_is_raised_here_and_it_goes_on():
         with pytest.raises(type(here.value)):
             policy.on_event(unknown, 2)
         assert list(policy.on_event(Timer(), 3)) == []
+
+
+@pytest.mark.once
+def test_a_terminal_interrupts_who_serves_alone():
+    with elsewhere() as policy:
+        assert os.getpgid(policy._process.pid) != os.getpgid(0)
 
 
 @pytest.mark.once

@@ -132,6 +132,17 @@ def test_results_that_are_left_on_the_host_are_read_where_they_lie(name, packed)
         assert_alone(results(serving.fits[t], [x[i] for x in got]), found[t])
 
 
+def test_numbers_of_less_than_a_byte_are_asked_for():
+    """NumPy has a byte for each, the device has not."""
+    x = np.arange(6, dtype=np.int8).reshape(1, 6)
+    serving = serve([fit_of(lambda p, x: x.astype(jnp.int4), {}, (x,))], options=dataclasses.replace(CPU, left=True))
+    executable = serving.executable(1, packed=True)
+    outputs = executable.run([serving.store.bank], [None], executable.stage([[serving.lane(0, (x,))]]))
+    executable.send_back(outputs)
+    ((got,),) = executable.fetch(outputs)
+    np.testing.assert_array_equal(got[0].astype(np.int8), x)
+
+
 def test_arrays_of_all_dtypes_and_sizes_become_words_and_arrays_again():
     dtypes = [np.bool_, np.int8, np.uint16, jnp.bfloat16, np.float16, jnp.float8_e4m3fn, np.int32, np.float32]
     shapes = [(), (2, 0), (5,), (3, 4)]

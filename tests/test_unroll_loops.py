@@ -38,7 +38,6 @@ def loops(fused: coalesce.Fused) -> list[bool]:
     return [item.unrolled for item in found]
 
 
-
 def scans(fused: coalesce.Fused) -> list[Any]:
     """The lengths of the scans of the fused program, in how many steps at once they run."""
     found = [eqn for eqn in fused.jaxpr.jaxpr.eqns if eqn.primitive.name == "scan"]

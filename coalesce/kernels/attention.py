@@ -114,7 +114,7 @@ def run(what: Attention, operands: Sequence[Operand], out: Place, lanes: int) ->
 
         def tile(which: int, rows: Axis, columns: Axis) -> Any:
             first, operand = firsts[which], operands[which]
-            found = at.tile(operand, refs[first : first + counts[which]], rows, columns)
+            found = at.tile(operand, refs[first : first + counts[which]], rows, columns, multiplied=which < 3)
             return jnp.broadcast_to(found, (rows.block, columns.block))
 
         found = dot(tile(0, m, k), tile(1, k, n), precision_of(scores)).astype(scores.out.dtype)
@@ -172,16 +172,18 @@ class At:
             own = [sum((i * prod(shape[at + 1 :]) for at, i in enumerate(own)), full(start))]
         return tuple([full(self.lane), *own] if place.by_lane else own), mask
 
-    def tile(self, operand: Operand, refs: Sequence[Any], rows: Axis, columns: Axis) -> Any:
+    def tile(self, operand: Operand, refs: Sequence[Any], rows: Axis, columns: Axis, multiplied: bool) -> Any:
+        """Of what is multiplied, padding is zero."""
         found, tiles = iter(refs), []
         for place in operand.places:
             ref = next(found)
             at = self if place.slots is None else replace(self, lane=next(found)[self.lane])
             tiles.append(load(ref, *at.place(place, rows, columns)))
-        if operand.make is None:
+        if operand.make is None and (not multiplied or {ROW, COLUMN} <= set(operand.places[0].dims)):
             return tiles[0]
-        made, inside = jnp.asarray(operand.make(tiles)), both(down(rows.inside), along(columns.inside))
-        return made if inside is None else jnp.where(inside, made, jnp.zeros_like(made))  # what was made of padding
+        made = tiles[0] if operand.make is None else jnp.asarray(operand.make(tiles))
+        inside = both(down(rows.inside), along(columns.inside))  # a number for a whole row or column says nothing of it
+        return made if inside is None else jnp.where(inside, made, jnp.zeros_like(made))
 
 
 def full(number: Any) -> Any:

@@ -49,6 +49,7 @@ class Elsewhere:
             stdout=subprocess.PIPE,
             bufsize=0,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            start_new_session=True,  # Ctrl-C is for who serves, and may want to serve what waits before it ends
         )
         self.close = weakref.finalize(self, end, self._process)
         assert self._process.stdin is not None and self._process.stdout is not None, "the policy has no pipes"

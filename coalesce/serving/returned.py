@@ -2,9 +2,8 @@
 
 Every transfer costs the host some 80 us, however little it brings. So where the device has memory of its own and there
 are several, the program lays them side by side in one buffer of words, in which the host looks at them where they lie.
-A program
-may also bring them into page-locked memory of the host itself, where they are read in place: to ask for them holds the
-interpreter's lock for 0.1 ms on a GPU's host. On a CPU they lie where they were computed.
+A program may also bring them into page-locked memory of the host itself, where they are read in place: to ask for them
+holds the interpreter's lock for 0.1 ms on a GPU's host. On a CPU they lie where they were computed.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from coalesce.serving.page_locked import seen
-from coalesce.serving.words import can_pack, to_words, views
+from coalesce.serving.words import can_pack, is_narrow, to_words, views
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +28,7 @@ class Returned:
 
     parts: tuple[tuple[jax.ShapeDtypeStruct, ...] | None, ...]
     copied: bool
-    left: bool = False  # the program itself ends with bringing them into page-locked memory of the host
+    left: bool = False  # the program itself may end with bringing them into page-locked memory of the host
 
     @cached_property
     def all_parts(self) -> list[jax.ShapeDtypeStruct]:
@@ -39,6 +38,12 @@ class Returned:
     def packed(self) -> bool:
         """Whether they lie in one buffer."""
         return self.copied and len(self.all_parts) > 1 and can_pack(self.all_parts)
+
+    @cached_property
+    def in_place(self) -> bool:
+        """Whether the program brings them to the host, which reads them as they lie: numbers of less than a byte have one
+        each in NumPy, and not there."""
+        return self.left and not any(is_narrow(part.dtype) for part in self.all_parts)
 
     def pack(self, outputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
         """Inside the program: what it returns for the outputs of each entry; the buffer behind them, if there is one,
@@ -52,17 +57,17 @@ class Returned:
 
     def _placed(self, results: Sequence[Any]) -> list[Any]:
         """Inside the program: where the host looks for them."""
-        return [jax.device_put(x, jax.memory.Space.Host) if self.left else x for x in results]
+        return [jax.device_put(x, jax.memory.Space.Host) if self.in_place else x for x in results]
 
     def send(self, outputs: Sequence[Sequence[jax.Array]]) -> None:
         """So that results follow the last kernel to the host, instead of waiting until somebody asks for them."""
-        if self.copied and not self.left:
+        if self.copied and not self.in_place:
             for x in outputs[-1] if self.packed else self._results(outputs):
                 x.copy_to_host_async()
 
     def fetch(self, outputs: Sequence[Sequence[jax.Array]]) -> list[list[np.ndarray] | None]:
         """As NumPy arrays; waits."""
-        as_array = seen if self.left else np.asarray
+        as_array = seen if self.in_place else np.asarray
         if self.packed:
             flat = iter(views(as_array(outputs[-1][0]), self.all_parts))
         else:
