@@ -69,7 +69,7 @@ class Admission:
             careful = shares.is_careful(account, excess, work_ns)
         else:
             queue.others.note(now_ns, costs.slo_ns)
-        is_last = not items or items[-1] < (due_ns, number)
+        is_last = not items or items[-1][0] < due_ns or items[-1] < (due_ns, number)
         if not items or (not is_last and due_ns < items[0][0]):
             work_ns += costs.first_ns
         if level.spare > 0 or is_few(level):
