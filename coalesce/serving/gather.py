@@ -3,8 +3,8 @@
 NumPy gives the lock away for each array of some size that it copies, and has to get it back, for which it waits until
 another thread gives it away: of eight requests of 300 kB each, the driver of a busy runtime waited twice as long as it
 copied. Linux has a call that copies any number of pieces of a process's memory, also of the caller's own. It takes up
-to 1.4 times as long as NumPy on the hosts of an H200; of 8,000 requests a second for 16 ResNet-50 there 98.8% were in
-time with it, and 87.5% without. A function in C that copies row by row did no better (96% to 98%).
+to 1.4 times as long as NumPy on the hosts of an H200; of 8,000 requests a second for 16 ResNet-50 98.8% were in time
+with it, and on another such host 87.5% without. A function in C that copies row by row was level with it (96% to 99%).
 """
 
 from __future__ import annotations
