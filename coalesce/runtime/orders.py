@@ -1,7 +1,7 @@
 """What others want done on the driver's thread, between two dispatches.
 
-Order        to be done; the policy is told the events that it returns
-Orders       those that somebody waits for: they end with an error when the driver does, or hangs
+    Order        to be done; the policy is told the events that it returns
+    Orders       those that somebody waits for: they end with an error when the driver does, or hangs
 """
 
 from __future__ import annotations
