@@ -428,3 +428,14 @@ def test_reproducible_results_do_not_depend_on_company():
         for result in together[3:6]:
             np.testing.assert_array_equal(result, alone)
         assert {e.entries[0].width for e in rt._stations[0].device.catalog.executables} == {4}
+
+
+def test_a_runtime_that_is_closed_leaves_no_thread():
+    """Nor what one would hold, as the weights on the device."""
+    before = set(threading.enumerate())
+    with Runtime(widths=(1,)):
+        own = set(threading.enumerate()) - before
+        assert len(own) > 3
+    for thread in own:
+        thread.join(10)
+        assert not thread.is_alive(), thread.name

@@ -78,6 +78,7 @@ class Foundry:
         """Nobody waits for what is ordered; called on any thread."""
         with self._change:
             self._over = self._over or why
+            self._change.notify_all()  # also who starts what is ordered, where nothing is
             waiting = [key for key, made in self._made.items() if not made.done()]
         for key in waiting:
             self._finish(key, why)
