@@ -66,15 +66,18 @@ def test_a_softmax(golden):
     golden(replanned(partial(fuse_attention, platform="gpu"), bundle))
 
 
+@pytest.mark.once
 def test_it_is_one_kernel_on_a_gpu_and_none_on_a_cpu():
     assert found(two(softmax, *QKV)) == 1
     assert found(two(softmax, *QKV), platform="cpu") == 0
 
 
+@pytest.mark.once
 def test_one_tenant():
     assert found(two(softmax, *QKV)[:1]) == 1
 
 
+@pytest.mark.once
 def test_lanes_that_share_what_they_multiply():
     """Keys and values of all tenants, queries of each."""
     k, v = array(3, 6, 4), array(3, 6, 2)
@@ -111,6 +114,7 @@ def test_masks_and_biases():
     assert found(two(masked, *QKV, (6,), (1, 5, 6))) == 1
 
 
+@pytest.mark.once
 def test_rows_that_are_masked_as_a_whole_are_no_numbers():
     def masked(q, k, v, keep):
         scores = jnp.where(keep[None, :, None] > 0, jnp.einsum("hmd,hnd->hmn", q, k), -jnp.inf)
@@ -127,6 +131,7 @@ def test_what_is_no_number_stays_so():
     assert found([(fn, {}, (q, k, v.at[0, 1].set(jnp.nan))), other]) == 1
 
 
+@pytest.mark.once
 def test_rows_without_a_softmax():
     def linear(q, k, v):
         scores = jnp.square(jnp.einsum("hmd,hnd->hmn", q, k))
@@ -181,6 +186,7 @@ def test_what_is_made_of_much_is_read_as_it_is(monkeypatch):
     assert len(leaves) < 50
 
 
+@pytest.mark.once
 def test_values_in_any_order_of_dimensions():
     def run(q, k, v):
         weights = jax.nn.softmax(jnp.einsum("mhd,dnh->hmn", q, k), axis=-1)
@@ -189,6 +195,7 @@ def test_values_in_any_order_of_dimensions():
     assert found(two(run, (5, 3, 4), (4, 6, 3), (2, 6, 3))) == 1
 
 
+@pytest.mark.once
 def test_one_that_reads_what_another_leaves():
     def run(q, k, v):
         return softmax(softmax(q, k, v), v, k)
@@ -203,6 +210,7 @@ def test_steps_of_a_loop():
     assert found(two(run, (3, 5, 4), (3, 6, 4), (3, 6, 4))) == 1
 
 
+@pytest.mark.once
 def test_scores_and_weights_that_somebody_reads_stay():
     def with_weights(q, k, v):
         weights = jax.nn.softmax(jnp.einsum("hmd,hnd->hmn", q, k), axis=-1)
@@ -216,6 +224,7 @@ def test_scores_and_weights_that_somebody_reads_stay():
     assert found(two(with_sum, *QKV)) == 0
 
 
+@pytest.mark.once
 def test_work_that_mixes_rows_stays():
     def over_rows(q, k, v):
         weights = jax.nn.softmax(jnp.einsum("hmd,hnd->hmn", q, k), axis=-2)
@@ -232,6 +241,7 @@ def test_work_that_mixes_rows_stays():
     assert [found(two(fn, *QKV)) for fn in (over_rows, sorted_rows, over_heads)] == [0, 0, 0]
 
 
+@pytest.mark.once
 def test_other_kernels_and_long_rows_stay():
     def chosen(op: Any, groups: int, platform: str) -> str:
         return "indexed_gemm"
@@ -244,6 +254,7 @@ def test_other_kernels_and_long_rows_stay():
     assert not fits(replace(one.scores.op, n=1000, k=128), 128)
 
 
+@pytest.mark.once
 def test_the_plan_says_so():
     fused = fuse_tenants(two(softmax, *QKV), **BATCHED)
     assert "\n  attention\n    pack 0 x2 dot" in str(fused)
@@ -251,6 +262,7 @@ def test_the_plan_says_so():
     assert report.heavy_ops == 4 and report.superkernels == 2
 
 
+@pytest.mark.once
 def test_a_bundle_with_one_that_reads_too_late_is_broken():
     bundle = fuse_tenants(two(softmax, *QKV), **BATCHED).bundle
     (one,) = attentions(bundle)
@@ -259,8 +271,7 @@ def test_a_bundle_with_one_that_reads_too_late_is_broken():
         check_bundle(replace(bundle, schedule=tuple(swapped if item is one else item for item in bundle.schedule)))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("model", ["bert_small", "vit_ti16"])
+@pytest.mark.parametrize(("model", "dtype"), [("bert_small", "float32"), ("vit_ti16", "bfloat16")])
 def test_networks(model, dtype):
     """In 16 bits as near to the network in float32 as each alone is."""
     small = {"layers": 1, "hidden": 32, "heads": 2}
