@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from coalesce import jaxpr as J
@@ -26,30 +27,26 @@ from coalesce.bundle import Attention, Bundle, equations, Item, Loop, Pack, pack
 from coalesce.kernels import indexed_gemm
 from coalesce.kernels.attention import fits, REDUCTIONS, SAME
 from coalesce.kernels.epilogue import runs_on_tiles
+from coalesce.passes.scopes import left_by, Name, names, with_bodies
 from coalesce.reschedule import same
 
 BEFORE = "batched_dot"  # the kernel of packs that may be fused so
 DTYPES = ("float32", "bfloat16", "float16", "bool")
 WHOLE, NUMBER, TURNED = "whole", "number", "turned"  # a value for each score, for each row, and scores transposed
 
-Name = tuple[int, Any]  # (family, variable)
 
 
 def fuse_attention(bundle: Bundle, *, platform: str) -> Bundle:
     if platform == "cpu" or sum(can_be_inside(bundle, pack) for pack in packs(bundle.schedule)) < 2:
         return bundle
-    left = {name for f, family in enumerate(bundle.families) for name in results(f, family.jaxpr)}
-    schedule = fused(bundle, bundle.schedule, left)
+    schedule = fused(bundle, bundle.schedule, left_by(bundle))
     return bundle if schedule is bundle.schedule else replace(bundle, schedule=schedule)
 
-
-def results(family: int, jaxpr: Any) -> set[Name]:
-    return {(family, v) for v in J.outvars(jaxpr) if not isinstance(v, J.Literal)}
 
 
 def fused(bundle: Bundle, schedule: Schedule, left: set[Name]) -> Schedule:
     """One scope, and those inside it; `left` is what it leaves to others. The same object if nothing changed."""
-    inner = tuple(with_bodies(bundle, item) if isinstance(item, Loop) else item for item in schedule)
+    inner = tuple(with_bodies(item, partial(fused, bundle)) if isinstance(item, Loop) else item for item in schedule)
     scope = Scope(bundle, inner, left)
     for place, item in enumerate(inner):
         if isinstance(item, Pack) and place not in scope.moved:
@@ -57,11 +54,6 @@ def fused(bundle: Bundle, schedule: Schedule, left: set[Name]) -> Schedule:
     changed = scope.schedule()
     return schedule if same(changed, schedule) else changed
 
-
-def with_bodies(bundle: Bundle, loop: Loop) -> Loop:
-    regions = zip(loop.bodies, J.regions(loop.eqn), strict=True)
-    bodies = tuple(fused(bundle, body, results(loop.family, region)) for body, region in regions)
-    return loop if same(bodies, loop.bodies) else replace(loop, bodies=bodies)
 
 
 def can_be_inside(bundle: Bundle, pack: Pack) -> bool:
@@ -157,9 +149,6 @@ class Scope:
         ]
         return tuple(kept)
 
-
-def names(eqn: J.Eqn) -> list[J.Var]:
-    return [a for a in eqn.invars if not isinstance(a, J.Literal)]
 
 
 def kind_of(step: Step, kinds: dict[Any, str], scores: Pack) -> str | None:

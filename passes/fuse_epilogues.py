@@ -18,13 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
-from typing import Any
 
 from coalesce import jaxpr as J
 from coalesce.bundle import Bundle, equations, Item, Loop, Pack, packs, Schedule, Step, units
 from coalesce.kernels import FUSING
 from coalesce.kernels.epilogue import runs_on_tiles
+from coalesce.passes.scopes import left_by, Name, names, with_bodies
 from coalesce.reschedule import same
 
 DTYPES = ("float32", "bfloat16", "float16", "bool")
@@ -33,17 +34,15 @@ DTYPES = ("float32", "bfloat16", "float16", "bool")
 def fuse_epilogues(bundle: Bundle) -> Bundle:
     if not any(pack.kernel in FUSING for pack in packs(bundle.schedule)):
         return bundle
-    left = {name for f, family in enumerate(bundle.families) for name in results(f, family.jaxpr)}
-    schedule = fused(bundle, bundle.schedule, left)
+    schedule = fused(bundle, bundle.schedule, left_by(bundle))
     return bundle if schedule is bundle.schedule else replace(bundle, schedule=schedule)
 
 
-Name = tuple[int, Any]  # (family, variable)
 
 
 def fused(bundle: Bundle, schedule: Schedule, left: set[Name]) -> Schedule:
     """One scope, and those inside it; `left` is what it leaves to others. The same object if nothing moved."""
-    inner = tuple(with_bodies(bundle, item) if isinstance(item, Loop) else item for item in schedule)
+    inner = tuple(with_bodies(item, partial(fused, bundle)) if isinstance(item, Loop) else item for item in schedule)
     scope = Scope(inner, left)
     for place, item in enumerate(inner):
         if isinstance(item, Pack) and can_take(bundle, item):
@@ -52,14 +51,6 @@ def fused(bundle: Bundle, schedule: Schedule, left: set[Name]) -> Schedule:
     return schedule if same(changed, schedule) else changed
 
 
-def results(family: int, jaxpr: Any) -> set[Name]:
-    return {(family, v) for v in J.outvars(jaxpr) if not isinstance(v, J.Literal)}
-
-
-def with_bodies(bundle: Bundle, loop: Loop) -> Loop:
-    regions = zip(loop.bodies, J.regions(loop.eqn), strict=True)
-    bodies = tuple(fused(bundle, body, results(loop.family, region)) for body, region in regions)
-    return loop if same(bodies, loop.bodies) else replace(loop, bodies=bodies)
 
 
 def can_take(bundle: Bundle, pack: Pack) -> bool:
@@ -178,9 +169,6 @@ def widens(eqn: J.Eqn) -> bool:
     """Whether it is a cast after which the same values take more bytes."""
     return eqn.primitive.name == "convert_element_type" and J.nbytes(eqn.outvars[0].aval) > J.nbytes(eqn.invars[0].aval)
 
-
-def names(eqn: J.Eqn) -> list[J.Var]:
-    return [a for a in eqn.invars if not isinstance(a, J.Literal)]
 
 
 def fits(shape: tuple[int, ...], pack: Pack) -> bool:

@@ -42,6 +42,14 @@ def softmax(q: Any, k: Any, v: Any) -> Any:
     return jnp.einsum("hmn,hne->hme", weights, v)
 
 
+def layer(p: Any, x: Any) -> Any:
+    """[time, features] -> [time, heads, size], by one product for queries, keys and values."""
+    y = jnp.einsum("td,dchk->tchk", x, p["w"])
+    q, k, v = (y[:, c] + p["b"][c][None] for c in range(3))
+    weights = jax.nn.softmax(jnp.einsum("mhd,nhd->hmn", q / 2.0, k), axis=-1)
+    return jnp.einsum("hmn,nhd->mhd", weights, v)
+
+
 def two(fn: Callable[..., Any], *shapes: tuple[int, ...]) -> list[Tenant]:
     """Two tenants without weights."""
     return [(lambda p, *xs: fn(*xs), {}, tuple(array(*shape) for shape in shapes)) for _ in range(2)]
@@ -89,12 +97,6 @@ def test_lanes_that_share_what_they_multiply():
 
 def test_keys_that_weights_make():
     """The product of all three, its biases and the scale are read where they lie."""
-
-    def layer(p, x):
-        y = jnp.einsum("td,dchk->tchk", x, p["w"])
-        q, k, v = (y[:, c] + p["b"][c][None] for c in range(3))
-        weights = jax.nn.softmax(jnp.einsum("mhd,nhd->hmn", q / 2.0, k), axis=-1)
-        return jnp.einsum("hmn,nhd->mhd", weights, v)
 
     def tenant() -> Tenant:
         return layer, {"w": array(8, 3, 2, 4), "b": array(3, 2, 4)}, (array(7, 8),)
@@ -332,12 +334,6 @@ def test_it_computes_what_each_alone_does(heads, m, n, d, e, lanes, turned, scal
 
 def test_tenants_in_a_bank():
     """Lanes read by slot what their queries, keys and values are made of."""
-
-    def layer(p, x):
-        y = jnp.einsum("td,dchk->tchk", x, p["w"])
-        q, k, v = (y[:, c] + p["b"][c][None] for c in range(3))
-        weights = jax.nn.softmax(jnp.einsum("mhd,nhd->hmn", q / 2.0, k), axis=-1)
-        return jnp.einsum("hmn,nhd->mhd", weights, v)
 
     tenants: list[Tenant] = [(layer, {"w": array(8, 3, 2, 4), "b": array(3, 2, 4)}, (array(7, 8),)) for _ in range(3)]
     options = Options("gpu", Costs(device_of("cpu")), choice=dots_by_xla)

@@ -20,6 +20,7 @@ from coalesce.kernels.mosaic_tile import tile_of
 from coalesce.slab import Cut, Picked
 from tests.heavy_cases import indexed
 from tests.hlo import moves_of_size
+from tests.test_chained import in_turn
 from tests.test_gpu import distance, fused_of, setup, widened
 
 pytestmark = [
@@ -279,13 +280,5 @@ def test_chained_products(blocks):
         link(dot, 128, 72, inner=True),
     ]
 
-    def in_turn() -> list[Any]:
-        done: list[Any] = []
-        for own in chain:
-            lhs = done[-1] if own.lhs is None else own.lhs
-            operands = [done[0] if y is None else y for y in own.operands]
-            done.append(indexed_gemm.run(own.op, lhs, own.rhs, epilogue=own.epilogue, operands=operands))
-        return done
-
-    for got, want in zip(jax.jit(lambda: chained.run(chain, blocks))(), jax.jit(in_turn)(), strict=True):
+    for got, want in zip(jax.jit(lambda: chained.run(chain, blocks))(), jax.jit(lambda: in_turn(chain))(), strict=True):
         assert distance(got, want) <= 1e-2

@@ -24,7 +24,8 @@ from jax.experimental import pallas as pl
 from coalesce import jaxpr as J
 from coalesce.heavy import HeavyOp
 from coalesce.kernels.epilogue import on_tile
-from coalesce.kernels.tiles import along, below, down
+from coalesce.kernels.indexed_gemm import tile as tile_size
+from coalesce.kernels.tiles import along, below, down, precision_of
 from coalesce.kernels.triton import both, div, dot, launch, load, rem, store
 from coalesce.kernels.windows import power
 
@@ -86,13 +87,13 @@ class Attention:
     @property
     def rows(self) -> int:
         """Of a program: as many as registers hold."""
-        return max(16, min(64, power(self.scores.m), TILE // padded(self.scores.n)))
+        return max(16, min(64, power(self.scores.m), TILE // tile_size(self.scores.n)))
 
 
 def fits(scores: HeavyOp, d: int) -> bool:
     """Whether a core holds the right operands of a head, and some whole rows of scores."""
-    n = padded(scores.n)
-    held = n * (padded(scores.k) + padded(d)) * scores.lhs.dtype.itemsize
+    n = tile_size(scores.n)
+    held = n * (tile_size(scores.k) + tile_size(d)) * scores.lhs.dtype.itemsize
     return held <= HELD_BYTES and 16 * n <= TILE
 
 
@@ -133,7 +134,7 @@ def run(what: Attention, operands: Sequence[Operand], out: Place, lanes: int) ->
         [jax.ShapeDtypeStruct(out.array.shape, out.array.dtype)],
         [array for operand in operands for array in operand.arrays],
         name=f"attention_{lanes * heads}x{scores.m}x{scores.n}x{scores.k}",
-        warps=8 if block * padded(scores.n) > TILE // 2 else 4,
+        warps=8 if block * tile_size(scores.n) > TILE // 2 else 4,
         stages=1,
     )
     return result
@@ -191,12 +192,7 @@ def full(number: Any) -> Any:
 
 
 def all_of(size: int) -> Axis:
-    return Axis(jnp.arange(padded(size), dtype=jnp.int32), size, padded(size))
-
-
-def padded(size: int) -> int:
-    """What a tile needs for so many: the next power of two, 16 at least."""
-    return max(16, power(size))
+    return Axis(jnp.arange(tile_size(size), dtype=jnp.int32), size, tile_size(size))
 
 
 def unraveled(number: Any, sizes: Sequence[int]) -> list[Any]:
@@ -206,10 +202,6 @@ def unraveled(number: Any, sizes: Sequence[int]) -> list[Any]:
         found.insert(0, rem(number, size))
         number = div(number, size)
     return found
-
-
-def precision_of(op: HeavyOp) -> Any:
-    return op.precision[0] if isinstance(op.precision, tuple) else op.precision
 
 
 def on_rows(eqn: J.Eqn, args: Sequence[Any], valid: Any) -> Any:

@@ -27,7 +27,7 @@ from coalesce.kernels.epilogue import Epilogue, WHOLE
 from coalesce.kernels.mosaic import call, ROW_BYTES, TOGETHER
 from coalesce.kernels.mosaic_program import IMAGE, PART, Program, Source, TILE
 from coalesce.kernels.mosaic_tile import Tile, tile_of, VECTORS
-from coalesce.kernels.tiles import operands_of
+from coalesce.kernels.tiles import operands_of, precision_of
 from coalesce.kernels.windows import windows_of
 from coalesce.layout import Layout
 from coalesce.slab import Cut, Picked
@@ -47,7 +47,7 @@ def supports(op: HeavyOp) -> bool:
     if len(dtypes) > 1 or op.batch > 1 or not indexed_gemm.supports(op):
         return False
     row = ROW_BYTES // op.lhs.dtype.itemsize
-    precision = op.precision[0] if isinstance(op.precision, tuple) else op.precision
+    precision = precision_of(op)
     if op.lhs.dtype.itemsize == 4 and precision == lax.Precision.HIGHEST:  # wgmma takes no more than TF32
         return False
     windows = windows_of(op)

@@ -38,6 +38,11 @@ class Source:
         return load(self.ref, (self.row, flat + self.start), mask)
 
 
+def precision_of(op: HeavyOp) -> Any:
+    """Of both operands, which is one for all that the kernels run."""
+    return op.precision[0] if isinstance(op.precision, tuple) else op.precision
+
+
 def by_columns(op: HeavyOp) -> bool:
     """Whether a right operand lies as [N, K] rather than [K, N]: tensor cores take 32-bit operands along K alone, and
     to turn a tile takes longer than its product. With batch dimensions it is no weight, and lies as it came."""
@@ -160,7 +165,7 @@ class Tiled:
         channels = windows.channels
         by_tap, whole_taps = pl.cdiv(channels, blocks.k), self.whole_taps
         ranged = jnp.arange(blocks.k, dtype=jnp.int32)
-        precision = self.op.precision[0] if isinstance(self.op.precision, tuple) else self.op.precision
+        precision = precision_of(self.op)
 
         def step(i: Any, total: Any) -> Any:
             if whole_taps:

@@ -1,0 +1,34 @@
+"""What a pass that looks at a scope by itself needs: what it leaves to others, and the scopes inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from coalesce import jaxpr as J
+from coalesce.bundle import Bundle, Loop, Schedule
+from coalesce.reschedule import same
+
+Name = tuple[int, Any]  # (family, variable)
+
+
+def left_by(bundle: Bundle) -> set[Name]:
+    """The results of the families' programs."""
+    return {name for f, family in enumerate(bundle.families) for name in results(f, family.jaxpr)}
+
+
+def results(family: int, jaxpr: Any) -> set[Name]:
+    return {(family, v) for v in J.outvars(jaxpr) if not isinstance(v, J.Literal)}
+
+
+def with_bodies(loop: Loop, change: Callable[[Schedule, set[Name]], Schedule]) -> Loop:
+    """A loop with each region changed, given what that leaves to others; the same object if none was."""
+    regions = zip(loop.bodies, J.regions(loop.eqn), strict=True)
+    bodies = tuple(change(body, results(loop.family, region)) for body, region in regions)
+    return loop if same(bodies, loop.bodies) else replace(loop, bodies=bodies)
+
+
+def names(eqn: J.Eqn) -> list[J.Var]:
+    """What an equation reads but literals."""
+    return [a for a in eqn.invars if not isinstance(a, J.Literal)]
