@@ -78,7 +78,8 @@ def fuse(
 
     Raises:
       PlanError: no programs, two of one name, an option that means nothing, a program of 64-bit types without
-        jax_enable_x64, a weight that was deleted (donated) since it was traced, or a kernel that does not support an op.
+        jax_enable_x64, a weight that was deleted (donated) since it was traced, or a kernel that does not support an
+        op.
       TuningError: the file of a tuning database is broken or of another format, or `tuned` is something else.
       PassError: a compiler pass failed; it names the pass, those before it and the tenant.
     """

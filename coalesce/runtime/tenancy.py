@@ -120,7 +120,13 @@ class Tenancy:
 
         driver.carry_out(lambda: [TenantRemoved(resident.name, drain)])
         threading.Thread(target=free, name=f"coalesce-remove-{resident.name}", daemon=True).start()
-        left.result(timeout_s)
+        try:
+            left.result(timeout_s)
+        except TimeoutError:
+            if left.done():
+                raise  # what let it go
+            late = f"tenant {resident.name!r} has not left after {timeout_s} s; it leaves when it can"
+            raise TimeoutError(late) from None
 
     @property
     def alone(self) -> dict[str, str]:
