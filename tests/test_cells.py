@@ -114,6 +114,15 @@ def test_a_step_reads_its_inputs_where_they_lie():
         assert [J.shape(v) for v in call.outvars] == [(3, 1, 8)] * 2
 
 
+def test_it_reads_slices_of_them_there_too():
+    """The gates of a GRU, whose inputs' products were merged: a step reads columns of rows of one array."""
+    model = by_name("gru", hidden=16, features=12, steps=3, classes=5)
+    tenants = [(model.apply, model.init(jax.random.key(i)), model.example(jax.random.key(9 + i))) for i in range(2)]
+    fused = check_fused(tenants, platform="gpu", policy="never")
+    calls = [eqn for eqn in J.walk(fused.jaxpr) if eqn.primitive.name == "pallas_call"]
+    assert calls and all([J.shape(a) for a in call.invars].count((2, 3, 48)) == 3 for call in calls)
+
+
 def test_a_gated_unit_is_one_kernel():
     fused = check_fused(gated(3, jax.nn.gelu), choose_kernel=indexed)
     first, _ = packs(fused.bundle.schedule)

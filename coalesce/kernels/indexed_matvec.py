@@ -56,6 +56,8 @@ def run(
     reads = indexed_gemm.by_problem(op, rhs, epilogue, operands)
     first, count, left = len(reads.scalars), len(work.left), epilogue.left if epilogue else (End(op.out.dtype),)
     strip, columns = op.n // work.parts, share(blocks.n, work.parts)
+    x = as_product.left(op, lhs)  # of one lane as its vectors are, which may be the same zeros
+    x = x.reshape(problems, op.k) if per_group == 1 else x
 
     def kernel(*refs: Any) -> None:
         block, problem = pl.program_id(0), pl.program_id(1)
@@ -85,7 +87,7 @@ def run(
         kernel,
         (pl.cdiv(strip, columns), problems),
         [jax.ShapeDtypeStruct((problems, per_group, end.strips * strip), end.dtype) for end in left],
-        [*reads.scalars, as_product.left(op, lhs), *reads.arrays],
+        [*reads.scalars, x, *reads.arrays],
         name=f"matvec_{problems}x{per_group}x{op.n}x{op.k}",
         warps=blocks.warps,
         stages=blocks.stages,
@@ -106,7 +108,8 @@ def products(
         fits = below(k, op.k, block)
         inside = both(down(mask), along(fits))
         weights = [w.load((n[:, None], k[None, :]), op.k, inside).astype(jnp.float32) for n in strips]
-        rows = [load(x, (problem, jnp.full_like(k, lane), k), fits).astype(jnp.float32) for lane in range(lanes)]
+        each = [(jnp.full_like(k, lane),) if lanes > 1 else () for lane in range(lanes)]
+        rows = [load(x, (problem, *lane, k), fits).astype(jnp.float32) for lane in each]
         return tuple(
             tuple(total + each * row[None, :] for total, each in zip(own, weights, strict=True))
             for own, row in zip(totals, rows, strict=True)
