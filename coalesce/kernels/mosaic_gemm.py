@@ -27,7 +27,8 @@ from coalesce.kernels.epilogue import Epilogue, WHOLE
 from coalesce.kernels.mosaic import call, ROW_BYTES, TOGETHER
 from coalesce.kernels.mosaic_program import IMAGE, PART, Program, Source, TILE
 from coalesce.kernels.mosaic_tile import Tile, tile_of, VECTORS
-from coalesce.kernels.tiles import operands_of, precision_of
+from coalesce.kernels.operands import operands_of
+from coalesce.kernels.tiles import precision_of
 from coalesce.kernels.windows import windows_of
 from coalesce.layout import Layout
 from coalesce.slab import Cut, Picked
