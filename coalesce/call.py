@@ -91,7 +91,7 @@ def checked(tenant: str, leaf: Any, slot: Slot) -> Any:
         leaf = jax.random.key_data(leaf)
     elif isinstance(leaf, bool | int | float | complex):
         leaf = number(tenant, leaf, slot)
-    elif not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+    elif isinstance(leaf, jax.ShapeDtypeStruct) or not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
         raise InvalidInput(f"tenant {tenant!r}: input{slot.path} is a {type(leaf).__name__}, expected {J.short(want)}")
     if leaf.shape == want.shape and leaf.dtype == want.dtype:
         return leaf

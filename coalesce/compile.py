@@ -31,6 +31,8 @@ from coalesce.report import Report, report_of
 from coalesce.staged import Staged
 from coalesce.tuning import Database, Tuned, tuned_on, UNTUNED
 
+PLATFORMS = ("cpu", "gpu")  # that there are kernels and costs for
+
 
 def fuse(
     programs: Sequence[Program],
@@ -75,8 +77,9 @@ def fuse(
       strict: run JAX's own type check after every pass (for tests and for writing passes; slow).
 
     Raises:
-      PlanError: no programs, two of one name, a program of 64-bit types without jax_enable_x64, a weight that was
-        deleted (donated) since it was traced, or a kernel that does not support an op.
+      PlanError: no programs, two of one name, an option that means nothing, a program of 64-bit types without
+        jax_enable_x64, a weight that was deleted (donated) since it was traced, or a kernel that does not support an
+        op.
       TuningError: the file of a tuning database is broken or of another format, or `tuned` is something else.
       PassError: a compiler pass failed; it names the pass, those before it and the tenant.
     """
@@ -90,6 +93,8 @@ def fuse(
         raise PlanError(f"executables is {executables!r}; a program is compiled in one or more, or None for what wins")
     if not 0 <= waste_bound < 1:
         raise PlanError(f"waste_bound is {waste_bound}; it is a share of the work and lies in [0, 1)")
+    if platform not in (None, *PLATFORMS, jax.default_backend()):
+        raise PlanError(f"platform is {platform!r}; expected one of {', '.join(map(repr, PLATFORMS))}, or None")
     check_usable(programs)
     memo: dict[int, Normalised] = {}
     normalised = []

@@ -37,6 +37,8 @@ def trace(
     Raises:
       TraceError: `fn` cannot be staged, has an ordered or I/O effect, or `shared` is not a part of `params`.
     """
+    if not isinstance(name, str):
+        raise TraceError(f"tenant {name!r}: a name is a str, not a {type(name).__name__}")
     param_leaves, params_tree = jax.tree_util.tree_flatten_with_path(params)
     is_array = [staged(leaf) for _, leaf in param_leaves]
     arrays = [leaf for (_, leaf), ok in zip(param_leaves, is_array, strict=True) if ok]
@@ -61,7 +63,7 @@ def trace(
     refuse_effects(name, jaxpr)
     jaxpr, constants = J.separate_consts(jaxpr)
     out_leaves, out_tree = jax.tree_util.tree_flatten_with_path(out)
-    declared = declared_shared(name, arrays, shared)
+    declared = declared_shared(name, [leaf for _, leaf in param_leaves], shared)
     paths = [jax.tree_util.keystr(path) for (path, _), ok in zip(param_leaves, is_array, strict=True) if ok]
     leaves = [constant_leaf(i, value) for i, value in enumerate(constants)]
     leaves += [param_leaf(p, leaf, id(leaf) in declared) for p, leaf in zip(paths, arrays, strict=True)]
@@ -138,9 +140,9 @@ def refuse_effects(name: str, jaxpr: ClosedJaxpr) -> None:
             )
 
 
-def declared_shared(name: str, arrays: list[Any], shared: Any) -> set[int]:
-    ids = {id(leaf) for leaf in arrays}
-    chosen = {id(leaf): path for path, leaf in jax.tree_util.tree_leaves_with_path(shared) if staged(leaf)}
+def declared_shared(name: str, leaves: list[Any], shared: Any) -> set[int]:
+    ids = {id(leaf) for leaf in leaves}
+    chosen = {id(leaf): path for path, leaf in jax.tree_util.tree_leaves_with_path(shared)}
     for leaf, path in chosen.items():
         if leaf not in ids:
             raise TraceError(

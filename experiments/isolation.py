@@ -36,7 +36,7 @@ from coalesce.runtime.runtime import Runtime
 from experiments import own_flags, peers_torch
 from experiments.isolation_report import plot, report
 from experiments.live import Kind, Live, move_in, quantile_ms, Seen, tenants
-from experiments.peers_common import CannotRun
+from experiments.peers_common import CannotRun, OneTenant
 from experiments.peers_processes import mps, mps_control, Workers
 from experiments.policies import POLICIES
 from experiments.results import device_name, header, load_rows, Row, save_rows
@@ -121,9 +121,8 @@ def in_processes(count: int, under_mps: bool) -> Mapping[str, list[int]]:
         }
         if FLAGS.engine == "torch":
             cache["JAX_PLATFORMS"] = "cpu"  # JAX draws the weights only
-        spec = {"model": FLAGS.model, "fields": fields(), "dtype": FLAGS.dtype, "batch": 1, "engine": FLAGS.engine}
-        specs = [{**spec, "options": {}, "precision": None, "tenant": i} for i in range(count)]
-        workers = stack.enter_context(Workers(specs, {**env, **cache}))
+        tenants = [OneTenant(FLAGS.model, fields(), FLAGS.dtype, i, FLAGS.engine) for i in range(count)]
+        workers = stack.enter_context(Workers(tenants, {**env, **cache}))
         workers.burst(3)
         begin = time.perf_counter()
         workers.burst(20)

@@ -40,6 +40,22 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class OneTenant:
+    """What a process of its own, experiments/peers_worker.py, is told of the tenant that it serves; as JSON."""
+
+    model: str
+    fields: dict[str, Any]
+    dtype: str
+    tenant: int  # as experiments/cells.py draws it
+    engine: str  # jax or torch
+    batch: int = 1
+    options: Options = field(default_factory=dict)
+    precision: str | None = None
+    autotune: bool = False
+    form: list[Any] = field(default_factory=list)  # of PyTorch's weights and compiler; none: the quickest is looked for
+
+
+@dataclass(frozen=True)
 class Burst:
     """A candidate one call of which is several rounds in a row; requests time themselves."""
 

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import numpy as np
 
 from experiments import peers_torch
 from experiments.methods import Candidate
-from experiments.peers_common import Burst, CannotRun, Cell, Configurations
+from experiments.peers_common import Burst, CannotRun, Cell, Configurations, OneTenant
 
 START_S = 240.0  # a worker that is not ready by then, or takes as long for a burst, is given up
 END_S = 20.0
@@ -36,18 +37,18 @@ BURST = 50  # most requests of a burst
 class Workers:
     """The processes of a cell, each of them ready; all of them serve in the form that the first one chose."""
 
-    def __init__(self, specs: Sequence[Mapping[str, Any]], env: Mapping[str, str]) -> None:
+    def __init__(self, tenants: Sequence[OneTenant], env: Mapping[str, str]) -> None:
         self.processes: list[subprocess.Popen[str]] = []
         self.outputs: list[np.ndarray] = []
         self.form: list[Any] = []
         self.errors = tempfile.TemporaryFile("w+")
-        self.specs, self.env = specs, env
+        self.tenants, self.env = tenants, env
 
     def __enter__(self) -> Workers:
         try:
-            self.start(self.specs[:1])  # its compiled program is in the cache when the others look for it
+            self.start(self.tenants[:1])  # its compiled program is in the cache when the others look for it
             few = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # a pool of compilers for each of them would be a crowd
-            self.start([{**spec, "form": self.form} for spec in self.specs[1:]], few)
+            self.start([replace(tenant, form=self.form) for tenant in self.tenants[1:]], few)
         except BaseException:
             self.__exit__()
             raise
@@ -68,11 +69,11 @@ class Workers:
             process.stdout.close()
         self.errors.close()
 
-    def start(self, specs: Sequence[Mapping[str, Any]], env: Mapping[str, str] | None = None) -> None:
+    def start(self, tenants: Sequence[OneTenant], env: Mapping[str, str] | None = None) -> None:
         command = [sys.executable, "-m", "experiments.peers_worker"]
         new = [
             subprocess.Popen(
-                [*command, json.dumps(spec)],
+                [*command, json.dumps(asdict(tenant))],
                 env={**(env or {}), **self.env},
                 cwd=Path(__file__).parent.parent,
                 stdin=subprocess.PIPE,
@@ -80,7 +81,7 @@ class Workers:
                 stderr=self.errors,
                 text=True,
             )
-            for spec in specs
+            for tenant in tenants
         ]
         self.processes += new
         for answer in self.answers(new):
@@ -138,17 +139,10 @@ def processes(cell: Cell, engine: str, env: Mapping[str, str]) -> Iterator[Burst
     }
     if engine == "torch":
         env["JAX_PLATFORMS"] = "cpu"  # JAX draws the weights only
-    common = {
-        "model": cell.model.name,
-        "fields": cell.fields,
-        "dtype": cell.dtype,
-        "batch": cell.batch,
-        "engine": engine,
-        "options": cell.options[0],
-        "precision": cell.precision,
-        "autotune": cell.autotune,
-    }
-    workers = cell.until_end.enter_context(Workers([common | {"tenant": i} for i in range(cell.count)], env))
+    given = cell.model.name, cell.fields, cell.dtype
+    others = cell.batch, cell.options[0], cell.precision, cell.autotune
+    tenants = [OneTenant(*given, i, engine, *others) for i in range(cell.count)]
+    workers = cell.until_end.enter_context(Workers(tenants, env))
     workers.burst(3)
     start = time.perf_counter()
     workers.burst(5)

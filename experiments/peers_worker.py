@@ -22,16 +22,16 @@ from coalesce.models import by_name
 from experiments import methods, peers_torch
 from experiments.cells import draw, on_host
 from experiments.methods import Candidate, Tenants
-from experiments.peers_common import Cell
+from experiments.peers_common import Cell, OneTenant
 
 
 def main() -> None:
-    spec = json.loads(sys.argv[1])
+    one = OneTenant(**json.loads(sys.argv[1]))
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries may print what they like
-    if spec["precision"]:
-        jax.config.update("jax_default_matmul_precision", spec["precision"])
-    form, candidate = build(spec)
+    if one.precision:
+        jax.config.update("jax_default_matmul_precision", one.precision)
+    form, candidate = build(one)
     outputs = [float(x) for x in on_host(candidate)[0]]
     print(json.dumps({"form": form, "outputs": outputs}), file=answers)
     for line in sys.stdin:
@@ -41,20 +41,19 @@ def main() -> None:
 Form = list[Any]  # of PyTorch: what its weights are, and whether and how the model is compiled; of JAX nothing
 
 
-def build(spec: dict[str, Any]) -> tuple[Form, Candidate]:
-    """The tenant of that number, as experiments/cells.py draws it, served as the spec says."""
-    fields = {name: tuples(value) for name, value in spec["fields"].items()}
-    model = by_name(spec["model"], dtype=spec["dtype"], param_dtype=spec["dtype"], **fields)
+def build(one: OneTenant) -> tuple[Form, Candidate]:
+    """A tenant, served by its engine."""
+    fields = {name: tuples(value) for name, value in one.fields.items()}
+    model = by_name(one.model, dtype=one.dtype, param_dtype=one.dtype, **fields)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    request = jax.jit(partial(model.example, batch=spec["batch"]))(jax.random.key(spec["tenant"]))
-    tenants = Tenants(model.apply, [draw(shapes, spec["tenant"])], [request])
-    if spec["engine"] == "jax":
-        return [], next(methods.sequential(tenants, spec["options"]))
-    given = model, fields, spec["dtype"], spec["batch"], spec["precision"], tenants
-    cell = Cell(*given, [], ExitStack(), spec["autotune"])
+    request = jax.jit(partial(model.example, batch=one.batch))(jax.random.key(one.tenant))
+    tenants = Tenants(model.apply, [draw(shapes, one.tenant)], [request])
+    if one.engine == "jax":
+        return [], next(methods.sequential(tenants, one.options))
+    cell = Cell(model, fields, one.dtype, one.batch, one.precision, tenants, [], ExitStack(), one.autotune)
     parts = peers_torch.prepared_cell(cell)
-    if form := spec.get("form"):
-        return form, served(parts, *form)
+    if one.form:
+        return one.form, served(parts, *one.form)
     return fastest({form: partial(served, parts, *form) for form in peers_torch.forms(cell)})
 
 

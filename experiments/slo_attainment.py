@@ -18,6 +18,11 @@ On a GPU, where minutes are dear, in this order; each goes on where it had to st
     MIX="--models=resnet18,resnet50,mobilenetv2,bert_small --lanes=1,2,4 --cvs=1 --segments=1 --nomixed"
     python -m experiments.slo_attainment $GPU $MIX --policies=coalescing,edf,fifo
     python -m experiments.slo_attainment $GPU $MIX --policies=torch_edf
+
+At given rates policies take turns, coalescing also with the policy in a process of its own (`elsewhere`):
+
+    RATES="--real --models=resnet50 --dtype=bfloat16 --lanes=1,4,16 --segments=1 --nomixed --probe_s=2 --cvs=1"
+    python -m experiments.slo_attainment $RATES --rates=6000,7500,9000,15000 --policies=coalescing,elsewhere
 """
 
 from __future__ import annotations

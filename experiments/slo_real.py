@@ -32,6 +32,7 @@ from experiments.slo_probe import Counts
 from experiments.switching import Switching, SwitchingElsewhere
 
 FIRST = "FIFO, one by one"  # the policy while tenants move in
+ELSEWHERE = "coalescing, elsewhere"  # that of the first name, in a process of its own
 PATIENT_S = 60.0
 START_S = 900.0
 KNOWN = FEW + 1  # runs
@@ -118,7 +119,7 @@ class Service:
     def begin(self) -> None:
         """A policy that knows how long executables take with requests in them, which the warm-up did not have."""
         self.drain()
-        self._switch.change(POLICIES[self.policy])
+        self._switch.change(POLICIES[self.policy.removesuffix(", elsewhere")])
         widths = self._widths[:1] if is_single(self.policy) else self._widths
         alike: dict[str, list[str]] = {}
         for own in self._owned:

@@ -9,6 +9,7 @@ from typing import Any
 from experiments.results import Row, table
 from experiments.simulated import POLICIES
 from experiments.slo_probe import admitted_in_time, LINE
+from experiments.slo_real import ELSEWHERE
 from experiments.slo_report import style
 
 OURS, PEER = "coalescing", "torch_edf"
@@ -16,7 +17,8 @@ OURS, PEER = "coalescing", "torch_edf"
 
 def policies_in(rows: Sequence[Row]) -> list[str]:
     found = {row["policy"] for row in rows}
-    return [name for name in (*POLICIES, PEER) if name in found]
+    first, *others = POLICIES
+    return [name for name in (first, ELSEWHERE, *others, PEER) if name in found]
 
 
 def report(head: Mapping[str, Any], rows: Sequence[Row], why: str = "") -> str:
@@ -34,14 +36,24 @@ def report(head: Mapping[str, Any], rows: Sequence[Row], why: str = "") -> str:
         f"The SLO is {settings['slo_scale']:g} times what {whose} takes, from submit to result, for who waits: "
         f"{'; '.join(slos)}. Requests are submitted at the times of Gamma processes, one a tenant, by a thread of the "
         f"same process. A rate is tried for {settings['probe_s']:g} s; the best of {settings['tries']} tries counts in "
-        "a search. *One by one*: the same runtime without coalescing. *torch_edf*: a PyTorch CUDA graph a tenant "
-        "behind an EDF queue.",
+        "a search. *One by one*: the same runtime without coalescing. *Elsewhere*: the policy in a process of its own. "
+        "*torch_edf*: a PyTorch CUDA graph a tenant behind an EDF queue.",
+    ]
+    found = [row for row in rows if row["kind"] == "search"]
+    text += [
         f"## The rate at which {100 * LINE:.0f}% of the requests are in time",
-        search_table([row for row in rows if row["kind"] == "search"]),
+        search_table(found),
         f"In parentheses, how many times that {OURS} serves. *Bound*: of the device with these executables, for any "
         "scheduler.",
-        *([f"{PEER} is missing: {why}."] if why else []),
-    ]
+    ] * bool(found)
+    text += [f"{PEER} is missing: {why}."] * bool(why)
+    at_rates = [row for row in rows if row["kind"] == "rate"]
+    text += [
+        "## At given rates, in turns",
+        rates_table(at_rates),
+        "The middle one of its tries, and from the least to the most of all of them. *p99 of results*: of what was "
+        "admitted and has one. *Admitted in time*: whoever was admitted and dropped later is not.",
+    ] * bool(at_rates)
     over = [row for row in rows if row["kind"] == "overload"]
     text += ["## More than that", overload_table(over)] * bool(over)
     for cv in sorted({row["cv"] for row in rows}):
@@ -88,6 +100,30 @@ def overload_table(rows: Sequence[Row]) -> str:
     return table([*columns, "admitted in time"], lines)
 
 
+def rates_table(rows: Sequence[Row]) -> str:
+    """Policies beside each other at every rate."""
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["cv"], row["value"], policies_in(rows).index(row["policy"]))):
+        share = row["slo_share_p99"]
+        lines.append([
+            row["policy"],
+            f"{row['cv']:g}",
+            f"{row['value']:,.0f}",
+            f"{row['goodput']:,.0f}{around(row, 'goodput', 1, ',.0f')}",
+            "-" if share is None else f"{100 * share:.0f}%{around(row, 'slo_share_p99', 100, '.0f')}",
+            f"{100 * row['refused'] / max(1, row['requests']):.1f}%",
+            f"{100 * admitted_in_time(row):.1f}%{around(row, 'kept', 100, '.1f')}",
+        ])  # fmt: skip
+    columns = ["policy", "CV", "requests a second", "in time", "p99 of results, of the SLO", "refused at submit"]
+    return table([*columns, "admitted in time"], lines)
+
+
+def around(row: Row, key: str, unit: float, form: str) -> str:
+    """The range of all tries."""
+    found = [unit * one[key] for one in row["tries"] if one[key] is not None]
+    return f" ({min(found):{form}} to {max(found):{form}})" if len(found) > 1 else ""
+
+
 def rate_table(rows: Sequence[Row]) -> str:
     names, lines = policies_in(rows), []
     for load in sorted({row["value"] for row in rows}):
@@ -129,4 +165,6 @@ def plot(path: Path, rows: Sequence[Row]) -> str:
 
 
 def line(name: str) -> dict[str, Any]:
-    return {"color": "black", "linewidth": 1.2} if name == PEER else style(name)
+    if name == PEER:
+        return {"color": "black", "linewidth": 1.2}
+    return {**style(OURS), "linestyle": "--"} if name == ELSEWHERE else style(name)

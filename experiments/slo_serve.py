@@ -1,9 +1,9 @@
 """slo_attainment on the device at hand: its flags, its cells, and who serves them.
 
-A cell is a policy, a CV and one of three things: the `search` for the rate at which 99% are in time, `overload`, a
-multiple of the rate that was found, and `load`, a rate in requests per time alone. All policies of the runtime share
-one runtime, with executables that are made once; torch_edf comes after it, where it runs. What is there is not measured
-again, and a search that ran out of --budget_s goes on from what it knew.
+All policies of the runtime share one runtime, with executables that are made once, but for the one that thinks
+elsewhere, which has a runtime beside it; torch_edf comes after them, where it runs. At `--rates` nothing is searched
+for: policies take turns (experiments/slo_turns.py), with one SLO for all. What is there is not measured again, and a
+search that ran out of --budget_s goes on from what it knew.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, ExitStack
+from dataclasses import asdict
+from typing import Any
 
 import jax
 from absl import flags, logging
@@ -24,19 +24,20 @@ from coalesce.models import by_name
 from coalesce.serving.gather import is_worth_it
 from experiments import slo_torch
 from experiments.peers_common import CannotRun
-from experiments.results import device_name, header, load_rows, Row, save_rows
+from experiments.results import device_name, header, load_rows, Row
 from experiments.settings import command, FLAGS, folder, named, tolerance
 from experiments.simulated import POLICIES
 from experiments.slo_probe import Bracket, LINE, OutOfTime, probe, search, Served
-from experiments.slo_real import is_single, Kind, owners, serving, START_S, time_alone_ns
+from experiments.slo_real import ELSEWHERE, is_single, Kind, Owned, owners, Service, serving, START_S, time_alone_ns
 from experiments.slo_real_report import plot, report
+from experiments.slo_sheet import Cell, Sheet
+from experiments.slo_turns import SEED, take_turns
 
 REAL = ("coalescing", "EDF, one by one", "FIFO, one by one")  # ours, and the same runtime without coalescing
-SHORT: dict[str, str] = dict(zip(("coalescing", "edf", "fifo"), REAL, strict=True))
-ALL = (*POLICIES, slo_torch.NAME)
-COMPILED = "/jax/core/compile/backend_compile_duration"  # what JAX calls it
+OURS = (*REAL, ELSEWHERE)
+SHORT: dict[str, str] = dict(zip(("coalescing", "edf", "fifo", "elsewhere"), OURS, strict=True))
+ALL = (*POLICIES, ELSEWHERE, slo_torch.NAME)
 FIRST = 0.9  # of what seems possible: the rate that a search tries first
-SEED = 100  # of a probe's arrivals, and the next one's
 
 
 def define_flags() -> None:
@@ -48,29 +49,22 @@ def define_flags() -> None:
     flags.DEFINE_list("cvs", ["1", "4"], "real: coefficients of variation of each tenant's gaps")
     flags.DEFINE_list("overloads", ["2"], "real: multiples of each policy's own rate")
     flags.DEFINE_list("loads", ["0.25", "0.5", "1", "2", "4", "8"], "real: rates, in requests per time alone")
+    flags.DEFINE_list("rates", [], "real: requests a second at which policies take turns, instead of all else")
     flags.DEFINE_float("probe_s", 5.0, "real: how long a rate is tried")
-    flags.DEFINE_integer("tries", 2, "real: of a rate; the best counts: a hiccup of the host is nobody's policy")
+    flags.DEFINE_integer(
+        "tries", 2, "real: of a rate; in a search the best counts, since a hiccup of the host is nobody's policy"
+    )
     flags.DEFINE_float("within", 0.05, "real: how near a search comes to the rate, as a share of it")
     flags.DEFINE_integer("segments", None, "real: that programs are cut into; as cost and SLOs ask for if not given")
     flags.DEFINE_bool("mixed", True, "real: make executables of several families while others are served")
-    flags.DEFINE_bool("elsewhere", False, "real: policies think in a process of their own")
     flags.DEFINE_list("lanes", ["1", "2", "4", "8", "16", "32"], "real: widths of executables")
-
-
-class Cell(NamedTuple):
-    policy: str
-    cv: float
-    kind: str  # search, overload or load
-    value: float = 0.0
-
-
-def cell_of(row: Row) -> Cell:
-    return Cell(row["policy"], row["cv"], row["kind"], row["value"])
 
 
 def cells(policies: Sequence[str]) -> list[Cell]:
     """What matters most comes first."""
     kinds = {"search": ["0"], "overload": FLAGS.overloads, "load": FLAGS.loads}
+    if FLAGS.rates:
+        kinds = {"rate": FLAGS.rates}
     return [
         Cell(name, float(cv), kind, float(value))
         for kind, values in kinds.items()
@@ -78,44 +72,6 @@ def cells(policies: Sequence[str]) -> list[Cell]:
         for cv in FLAGS.cvs
         for value in values
     ]
-
-
-@dataclass
-class Sheet:
-    """The rows of a file, and how long there may be more of them."""
-
-    path: Path
-    head: Mapping[str, Any]
-    budget_s: float | None
-    begun_s: float = field(default_factory=time.monotonic)
-    rows: list[Row] = field(default_factory=list)
-    compiles_s: list[float] = field(default_factory=list)
-
-    def count(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == COMPILED:
-            self.compiles_s.append(duration_secs)
-
-    def missing(self, wanted: Sequence[Cell]) -> list[Cell]:
-        done = {cell_of(row) for row in self.rows if not row.get("unfinished")}
-        return [cell for cell in wanted if cell not in done]
-
-    def find(self, cell: Cell) -> Row | None:
-        return next((row for row in self.rows if cell_of(row) == cell), None)
-
-    def add(self, cell: Cell, row: Row) -> None:
-        whole = {**cell._asdict(), **row, "value": cell.value}
-        self.rows = [other for other in self.rows if cell_of(other) != cell] + [whole]
-        print(whole, file=sys.stderr, flush=True)
-        save_rows(self.path, self.head, self.rows)
-
-    @property
-    def left_s(self) -> float:
-        budget_s = float("inf") if self.budget_s is None else self.budget_s
-        return budget_s - (time.monotonic() - self.begun_s)
-
-    def check_time(self, needed_s: float = 0.0) -> None:
-        if self.left_s <= needed_s:
-            raise OutOfTime
 
 
 def serve_all() -> None:
@@ -140,10 +96,10 @@ def serve_all() -> None:
         within=FLAGS.within,
         **({} if FLAGS.segments is None else {"segments": FLAGS.segments}),
         **({} if FLAGS.mixed else {"mixed": False}),
-        **({"elsewhere": True} if FLAGS.elsewhere else {}),
         **({} if jax.default_backend() == "cpu" else {"gathers": is_worth_it()}),
     )
-    path = folder() / f"slo_attainment_{'_'.join(FLAGS.models)}_{FLAGS.dtype}.json"
+    name = "slo_rates" if FLAGS.rates else "slo_attainment"
+    path = folder() / f"{name}_{'_'.join(FLAGS.models)}_{FLAGS.dtype}.json"
     sheet = Sheet(path, head, FLAGS.budget_s, begun_s)
     sheet.rows = [] if FLAGS.force else load_rows(path, head)
     jax.monitoring.register_event_duration_secs_listener(sheet.count)
@@ -190,30 +146,59 @@ def fill(sheet: Sheet, policies: Sequence[str], kinds: Sequence[Kind], widths: S
     sheet.check_time()
     owned = owners(kinds, FLAGS.tenants)
     times = {"alone_us": [k.alone_ns / 1e3 for k in kinds], "slo_us": [k.slo_ns / 1e3 for k in kinds]}
-    say(sheet, f"tenants are drawn; {times}")
+    sheet.say(f"tenants are drawn; {times}")
     if ours:
-        only_single = {cell.policy for cell in ours} <= set(REAL[1:])
-        chosen = widths[:1] if only_single else widths
-        with serving(
-            owned, chosen, min(START_S, sheet.left_s), FLAGS.segments, FLAGS.mixed, FLAGS.elsewhere
-        ) as service:
-            say(sheet, f"{service.runtime.health().executables} executables are ready: {service.offered.times()} ns")
-            for cell in ours:
-                service.policy = cell.policy
-                most = widths[0] if is_single(cell.policy) else None
-                facts = {**times, "bound": service.bound()}
-                measure(sheet, cell, service, service.bound(most), facts)
+        only_single = all(is_single(cell.policy) for cell in ours)
+        with runtimes(sheet, owned, widths[:1] if only_single else widths, ours) as services:
+            measure_ours(sheet, ours, services, widths, times)
     if not peer:
         return ""
     try:
         with slo_torch.queue_of(owned, FLAGS.precision, tolerance()) as (queued, chosen):
-            say(sheet, f"{slo_torch.NAME}: {chosen}")
+            sheet.say(f"{slo_torch.NAME}: {chosen}")
             facts = {**times, "depth": chosen.depth, "depths": chosen.a_second}
+            if FLAGS.rates:
+                take_turns(sheet, peer, lambda cell: queued, facts, FLAGS.probe_s, FLAGS.tries)
+                return ""
             for cell in peer:
                 measure(sheet, cell, queued, max(chosen.a_second.values()), facts)
     except CannotRun as e:
         return str(e)
     return ""
+
+
+@contextmanager
+def runtimes(
+    sheet: Sheet, owned: Sequence[Owned], widths: Sequence[int], cells: Sequence[Cell]
+) -> Iterator[dict[str, Service]]:
+    """Who serves, by policy. All are there before the first request, which ends the choice of kernels by time."""
+    with ExitStack() as stack:
+        made: dict[bool, Service] = {}
+        for elsewhere in sorted({cell.policy == ELSEWHERE for cell in cells}):
+            start_s = min(START_S, sheet.left_s)
+            with_it = serving(owned, widths, start_s, FLAGS.segments, FLAGS.mixed, elsewhere)
+            service = made[elsewhere] = stack.enter_context(with_it)
+            ready = service.runtime.health().executables
+            where = " elsewhere" if elsewhere else ""
+            sheet.say(f"{ready} executables are ready{where}: {service.offered.times()} ns")
+        yield {cell.policy: made[cell.policy == ELSEWHERE] for cell in cells}
+
+
+def measure_ours(
+    sheet: Sheet, cells: Sequence[Cell], services: Mapping[str, Service], widths: Sequence[int], times: Row
+) -> None:
+    def served_by(cell: Cell) -> Service:
+        service = services[cell.policy]
+        service.policy = cell.policy
+        return service
+
+    if FLAGS.rates:
+        take_turns(sheet, cells, served_by, times, FLAGS.probe_s, FLAGS.tries)
+        return
+    for cell in cells:
+        service = served_by(cell)
+        most = widths[0] if is_single(cell.policy) else None
+        measure(sheet, cell, service, service.bound(most), {**times, "bound": service.bound()})
 
 
 def measure(sheet: Sheet, cell: Cell, served: Served, possible: float, facts: Row) -> None:
@@ -249,8 +234,3 @@ def look(sheet: Sheet, cell: Cell, served: Served, possible: float, facts: Row) 
         raise
     best = found.best or {"rate": 0.0, "pace": 1.0, "attainment": None}
     sheet.add(cell, {**best, "rate": best["rate"] * min(1.0, best["pace"]), **facts})
-
-
-def say(sheet: Sheet, what: str) -> None:
-    compiled = f"{len(sheet.compiles_s)} programs compiled, {sum(sheet.compiles_s):.1f} s"
-    print(f"after {time.monotonic() - sheet.begun_s:.1f} s, {compiled}: {what}", file=sys.stderr, flush=True)

@@ -127,6 +127,8 @@ def test_shared_that_is_no_part_of_params():
     copied = {"backbone": {"w": jnp.array(W, copy=True)}}
     with pytest.raises(coalesce.TraceError, match=r"tenant 'a': shared\['backbone'\]\['w'\] is not a leaf of params; "):
         coalesce.trace(lambda p, x: x @ p["backbone"]["w"] @ p["head"], params, X, name="a", shared=copied)
+    with pytest.raises(coalesce.TraceError, match=r"tenant 'a': shared is not a leaf of params; .*\['backbone'\]"):
+        coalesce.trace(lambda p, x: x @ p["backbone"]["w"] @ p["head"], params, X, name="a", shared="backbone")
 
 
 # ---- lists of programs that contradict each other ------------------------------------------------------------------
@@ -150,6 +152,7 @@ def test_two_programs_of_one_name():
         ({"waste_bound": 1.0}, r"waste_bound is 1.0; it is a share of the work and lies in \[0, 1\)"),
         ({"waste_bound": -0.1}, r"waste_bound is -0.1; .*"),
         ({"waste_bound": float("nan"), "policy": "never"}, r"waste_bound is nan; .*"),
+        ({"platform": "cuda"}, r"platform is 'cuda'; expected one of 'cpu', 'gpu', or None"),
     ],
 )
 def test_options_that_mean_nothing(options, text):

@@ -45,6 +45,10 @@ BAD = {
         r"tenant 'a': input\[0\]\['x'\] is bfloat16\[2, 4\], traced with float32\[2, 4\]; cast",
     ),
     "text": ([GOOD, replaced(0, {"x": "text"})], r"tenant 'b': input\[0\]\['x'\] is a str, expected f32\[2,4\]"),
+    "no values": (
+        [GOOD, replaced(0, {"x": jax.ShapeDtypeStruct((2, 4), jnp.float32)})],
+        r"tenant 'b': input\[0\]\['x'\] is a ShapeDtypeStruct, expected f32\[2,4\]",
+    ),
     "key implementation": (
         [replaced(1, jax.random.key(0, impl="rbg")), GOOD],
         r"tenant 'a': input\[1\] is not a PRNG key of threefry2x32, as it was traced with",

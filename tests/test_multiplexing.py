@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +22,7 @@ from experiments.floor import Ceilings, floor_row, heavy_work
 from experiments.measure import Timing
 from experiments.methods import Candidate
 from experiments.multiplexing_report import reasons, report, Times
-from experiments.peers_common import Burst, CannotRun, Cell, Peer
+from experiments.peers_common import Burst, CannotRun, Cell, OneTenant, Peer
 from experiments.peers_jax import own_batch
 
 ROOT = Path(__file__).parent.parent
@@ -170,7 +170,7 @@ def test_processes_try_all_forms_that_streams_do(autotune, monkeypatch):
     monkeypatch.setattr(peers_worker, "fastest", lambda forms: ([*forms], None))
     with cell.until_end:
         next(peers_processes.processes(cell, "torch", {}))
-    forms, _ = peers_worker.build(json.loads(json.dumps(specs[0])))
+    forms, _ = peers_worker.build(OneTenant(**json.loads(json.dumps(asdict(specs[0])))))
     assert forms == peers_torch.forms(cell)
     assert [how for _, how in forms].count(peers_torch.AUTOTUNED) == autotune
 

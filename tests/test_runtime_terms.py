@@ -148,3 +148,17 @@ def test_a_bundle_that_takes_longer_than_hang_s_is_a_device_that_hangs(gate):
         with pytest.raises(DeviceError):
             rt.submit("t", vector(1))
         gate.set()
+
+
+def test_a_tenant_that_does_not_leave_in_time_leaves_when_it_can(gate):
+    with checked_runtime(widths=(1,), compiled=False) as rt:
+        rt.add_tenant("t", add, vector(1), example=(vector(0),), slo=SLO)
+        gate.clear()
+        reply = rt.submit("t", vector(1))
+        with pytest.raises(TimeoutError, match="tenant 't' has not left after 0.01 s"):
+            rt.remove_tenant("t", timeout=0.01)
+        gate.set()
+        np.testing.assert_array_equal(reply.result(60), vector(2))
+        while "t" in rt.stats().tenants:
+            threading.Event().wait(0.001)
+        rt.add_tenant("t", add, vector(2), example=(vector(0),), slo=SLO)

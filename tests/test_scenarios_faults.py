@@ -211,7 +211,7 @@ def test_without_memory_for_many_lanes_fewer_run_together(monkeypatch, segments:
 
 
 def test_policies_are_made_for_each_of_several_devices():
-    with pytest.raises(InvalidInput, match="give at least one device"):
+    with pytest.raises(InvalidInput, match="a list of at least one JAX device"):
         Runtime(devices=[])
 
 

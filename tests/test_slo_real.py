@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from coalesce.models import by_name
-from experiments import slo_serve, slo_torch
+from experiments import slo_real, slo_serve, slo_torch, slo_turns
 from experiments.peers_common import CannotRun
 from experiments.results import Row
-from experiments.slo_probe import probe, search
+from experiments.slo_probe import OutOfTime, probe, search
 from experiments.slo_real import Kind, owners
+from experiments.slo_sheet import Cell, Sheet
 
 TINY = by_name("mlp", width=8, layers=2)
 
@@ -25,7 +26,7 @@ def flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
         models=["mlp"], fields=["mlp.width=8", "mlp.layers=2"], dtype="float32", tenants=2, slo_scale=1e5,
         alone="program", cvs=["1"], overloads=["2"], loads=["0.02"], probe_s=0.02, tries=1, within=0.5,
         lanes=["1", "2"], policies=None, budget_s=None, device_name=None, note="", force=False, precision=None,
-        segments=None, mixed=True, elsewhere=False,
+        segments=None, mixed=True, rates=[],
     )  # fmt: skip
     monkeypatch.setattr(slo_serve, "FLAGS", own)
     monkeypatch.setattr(slo_serve, "command", lambda *_: "the command")
@@ -62,6 +63,45 @@ def test_slo_attainment_serves_with_every_policy(flags, tmp_path, capsys):
         slo_serve.named_policies(["nobody"])
 
 
+def test_policies_take_turns_at_given_rates(flags, tmp_path, monkeypatch, capsys):
+    """One of them thinks in a process of its own."""
+    turns: list[str] = []
+
+    def probed(served: Any, *given: Any, **options: Any) -> Row:
+        turns.append(served.policy)
+        return probe(served, *given, **options)
+
+    monkeypatch.setattr(slo_turns, "probe", probed)
+    flags.rates, flags.tries, flags.policies = ["40", "80"], 2, ["elsewhere", "coalescing"]
+    slo_serve.serve_all()
+    assert turns == ["coalescing", slo_real.ELSEWHERE] * 4
+    rows = saved(tmp_path)
+    assert [(row["policy"], row["kind"], row["value"]) for row in rows] == [
+        (policy, "rate", rate) for rate in (40.0, 80.0) for policy in turns[:2]
+    ]
+    assert len({tuple(row["slo_us"]) for row in rows}) == 1
+    for row in rows:
+        assert [one["attainment"] for one in row["tries"]] == [1.0, 1.0] and row["attainment"] == 1
+    assert "## At given rates, in turns" in capsys.readouterr().out
+    slo_serve.serve_all()
+    assert len(turns) == 8, "what is there was measured again"
+
+
+def test_turns_that_a_budget_ends_are_taken_again(flags, tmp_path, monkeypatch):
+    left = iter([9.0, 9.0, 9.0, 0.0])
+    monkeypatch.setattr(Sheet, "left_s", property(lambda sheet: next(left)))
+    row = {"slo_share_p99": 0.5, "goodput": 1.0, "late": 0, "dropped": 0, "refused": 0, "requests": 10}
+    shares = iter([0.9, 0.8, 0.7])
+    monkeypatch.setattr(slo_turns, "probe", lambda *_: {**row, "attainment": next(shares)})
+    sheet = Sheet(tmp_path / "rows.json", {}, 1.0)
+    cells = [Cell(name, 1.0, "rate", 5.0) for name in "ab"]
+    served: Any = None
+    with pytest.raises(OutOfTime):
+        slo_turns.take_turns(sheet, cells, lambda cell: served, {}, 1.0, 2)
+    assert [(own["attainment"], len(own["tries"])) for own in sheet.rows] == [(0.7, 2), (0.8, 1)]
+    assert sheet.missing(cells) == cells[1:]
+
+
 def test_a_search_that_runs_out_of_time_goes_on(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(slo_serve, "search", search)
     tried: list[float] = []
@@ -73,11 +113,11 @@ def test_a_search_that_runs_out_of_time_goes_on(flags, tmp_path, monkeypatch):
         return {"rate": rate, "cv": 1.0, "attainment": float(rate < 70), "pace": 0.5}
 
     monkeypatch.setattr(slo_serve, "probe", probed)
-    sheet = slo_serve.Sheet(tmp_path / "rows.json", {}, None)
+    sheet = Sheet(tmp_path / "rows.json", {}, None)
     served: Any = None
-    cell, facts = slo_serve.Cell("EDF packing", 1.0, "search"), {"bound": 1.0}
+    cell, facts = Cell("EDF packing", 1.0, "search"), {"bound": 1.0}
     flags.within = 0.05
-    with pytest.raises(slo_serve.OutOfTime):
+    with pytest.raises(OutOfTime):
         slo_serve.look(sheet, cell, served, 1000.0, facts)
     assert sheet.rows[0]["unfinished"] and sheet.missing([cell]) == [cell] and len(tried) == 4
     sheet.rows, sheet.budget_s = json.loads((tmp_path / "rows.json").read_text())["rows"], None

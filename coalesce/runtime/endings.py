@@ -30,7 +30,7 @@ def error_of(ticket: Ticket, reason: Reason, now_ns: int) -> ServingError:
                 f"{who}: {reason.value}, {allowed_ms:.3g} ms from submit; allow more time, or send less"
             )
         case Reason.EXPIRED if allowed_ms <= 0:
-            return DeadlineExceeded(f"{who}: its deadline had passed {-allowed_ms:.3g} ms before submit")
+            return DeadlineExceeded(f"{who}: its deadline had passed {abs(allowed_ms):.3g} ms before submit")
         case Reason.EXPIRED:
             return DeadlineExceeded(f"{who}: {reason.value}: it had {allowed_ms:.3g} ms and waited {waited_ms:.3g} ms")
         case Reason.UNKNOWN_TENANT | Reason.TENANT_CLOSED:

@@ -68,8 +68,12 @@ class Form:
                 f"tenant {self.tenant!r}: inputs are {tree}, traced with {self._in_tree}; give one for each input "
                 "after params"
             )
-        pairs = zip(leaves, self.inputs, strict=True)
-        return [np.asarray(checked(self.tenant, leaf, slot)) for leaf, slot in pairs]
+        return [self._value(leaf, slot) for leaf, slot in zip(leaves, self.inputs, strict=True)]
+
+    def _value(self, leaf: Any, slot: Slot) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            raise InvalidInput(f"tenant {self.tenant!r}: input{slot.path} was deleted (donated?); give one that lives")
+        return np.asarray(checked(self.tenant, leaf, slot))
 
     def ordered(self, flat: list[np.ndarray]) -> list[np.ndarray]:
         """Flat inputs as the family takes them."""

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from coalesce.errors import CompileError, InvalidInput
+from coalesce.errors import CompileError
 from coalesce.runtime.accounts import Accounts
 from coalesce.runtime.cutting import look_again, tenant_of
 from coalesce.runtime.device import Device
@@ -57,8 +57,6 @@ class Quarters:
         capacity: int | None,
         segments: int | None,
     ) -> None:
-        if segments is not None and segments < 1:
-            raise InvalidInput(f"segments is {segments}; give a number of parts, at least 1, or None")
         self._site = Site(device, driver, foundry, widths)
         self._device, self._driver, self._foundry, self._accounts = device, driver, foundry, accounts
         self._capacity, self._segments = capacity, segments

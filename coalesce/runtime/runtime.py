@@ -19,18 +19,19 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal
 
-from coalesce.errors import InvalidInput, Shutdown, TenantClosed
+from coalesce.errors import Shutdown, TenantClosed
 from coalesce.runtime.accounts import Accounts, Stats
 from coalesce.runtime.device import Device
 from coalesce.runtime.form import match
 from coalesce.runtime.health import Health
 from coalesce.runtime.observer import Observer
+from coalesce.runtime.options import check_options, made_policies
 from coalesce.runtime.quarters import Resident
 from coalesce.runtime.reply import Reply
 from coalesce.runtime.station import health_of, Setup, Station, wait_ended
 from coalesce.runtime.surroundings import Surroundings
 from coalesce.runtime.tenancy import Tenancy, Wanted
-from coalesce.runtime.terms import allowed_ns, left_s, terms_of
+from coalesce.runtime.terms import allowed_ns, left_s, priority_of, shapes_of, terms_of
 from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.events import Closed
@@ -75,25 +76,17 @@ class Runtime:
         observers: Sequence[Observer] = (),
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        if devices is not None and (not devices or (len(devices) > 1 and not callable(policy))):
-            raise InvalidInput("give at least one device; with several, give policy= as a function that makes one")
-        self._clock = clock
+        counts = capacity, segments, memory_limit, executables
+        check_options(policy, devices, widths, *counts, compiled, hang_s, stall_s, observers)
+        policies, self._clock = made_policies(policy, devices), clock
         self._accounts, self._process = Accounts(), Surroundings(compiled)
         if reproducible:  # cuts depend on who else is here
             widths, segments = (max(widths),), 1 if segments is None else segments
         setup = Setup(tuple(sorted(widths)), capacity, segments, executables, hang_s, stall_s, self._process.around)
-        self._stations = [
-            Station(
-                number,
-                Device(memory_limit, at, number, self._process.apart, reproducible),
-                policy() if callable(policy) else policy,
-                self._accounts,
-                observers,
-                clock,
-                setup,
-            )
-            for number, at in enumerate(devices or [None])
-        ]
+        self._stations = list[Station]()
+        for number, (at, own) in enumerate(zip(devices or [None], policies, strict=True)):
+            device = Device(memory_limit, at, number, self._process.apart, reproducible)
+            self._stations.append(Station(number, device, own, self._accounts, observers, clock, setup))
         self._tenancy = Tenancy(self._stations)
         self._ids = itertools.count()
         self._sending = threading.RLock()  # ending one of them may call whoever submits another
@@ -140,10 +133,8 @@ class Runtime:
           OutOfDeviceMemory: its weights do not fit; says how many bytes are needed and free.
         """
         self._check_open()
-        if (example is None) == (examples is None):
-            raise InvalidInput(f"tenant {name!r}: give either example=(inputs...) or examples=[(inputs...), ...]")
-        shapes = [tuple(e) for e in (examples if examples is not None else [example or ()])]
-        wanted = Wanted(name, fn, params, shapes, shared, terms_of(name, slo, priority, weight, quota), verify)
+        shapes, terms = shapes_of(name, example, examples), terms_of(name, slo, priority, weight, quota)
+        wanted = Wanted(name, fn, params, shapes, shared, terms, verify)
         added = self._tenancy.add(wanted, wait)
         if wait:
             added.result()
@@ -222,6 +213,8 @@ class Runtime:
         form = resident.forms[0]
         if (flat := form.takes(inputs)) is None:
             form, flat = match(resident.name, resident.forms, inputs)
+        if type(priority) is not int:
+            priority = priority_of(resident.name, priority)
         left_ns = resident.terms["slo_ns"] if deadline is None else allowed_ns(resident.name, deadline)
         with self._sending:  # the driver sees requests in the order of their numbers
             number, now_ns = next(self._ids), self._clock()

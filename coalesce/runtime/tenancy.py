@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from coalesce.errors import InvalidInput
+from coalesce.errors import InvalidInput, TraceError
 from coalesce.passes.pipeline import normalise
 from coalesce.program import Program
 from coalesce.runtime.gil import handing_on
@@ -90,8 +90,11 @@ class Tenancy:
         LOG.info("tenant %r is served: %s, slot %d of %d", wanted.name, resident.host, resident.slot, slots)
 
     def update(self, resident: Resident, params: Any, shared: Any) -> None:
-        with handing_on():
-            fitted = self._fit(resident, params, shared)
+        try:
+            with handing_on():
+                fitted = self._fit(resident, params, shared)
+        except TraceError as e:
+            raise InvalidInput(f"{e}; give params of the tree, shapes and dtypes that it was added with") from e
         if fitted.key != resident.host.schema.key:
             raise InvalidInput(
                 f"tenant {resident.name!r}: with these params it would be another program, or share other weights;"
@@ -117,7 +120,13 @@ class Tenancy:
 
         driver.carry_out(lambda: [TenantRemoved(resident.name, drain)])
         threading.Thread(target=free, name=f"coalesce-remove-{resident.name}", daemon=True).start()
-        left.result(timeout_s)
+        try:
+            left.result(timeout_s)
+        except TimeoutError:
+            if left.done():
+                raise  # what let it go
+            late = f"tenant {resident.name!r} has not left after {timeout_s} s; it leaves when it can"
+            raise TimeoutError(late) from None
 
     @property
     def alone(self) -> dict[str, str]:
@@ -183,6 +192,10 @@ class Tenancy:
         programs = []
         for shape in resident.shapes:
             program = trace(resident.fn, params, *shape, name=resident.name, shared=shared)
+            if program.abstract:
+                raise InvalidInput(
+                    f"tenant {resident.name!r}: params hold a ShapeDtypeStruct, which has no values; give arrays"
+                )
             if not resident.alone:
                 program = program.with_jaxpr(*self._normalise(program))
             programs.append(program)

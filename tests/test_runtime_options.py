@@ -1,0 +1,127 @@
+"""What a runtime, a tenant and a request are told is checked before anything starts, and nobody else notices."""
+
+import re
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from coalesce.errors import InvalidInput
+from coalesce.runtime.runtime import Runtime
+from tests.annotations import nothing_checked
+from tests.checked import checked_runtime
+
+X = np.ones((1, 4), np.float32)
+W = np.eye(4, dtype=np.float32)
+
+
+def dense(w: Any, x: Any) -> Any:
+    return x @ w
+
+
+@pytest.fixture(autouse=True, scope="module")
+def as_users_call() -> Iterator[None]:
+    with nothing_checked():
+        yield
+
+
+@pytest.fixture(scope="module")
+def rt() -> Iterator[Runtime]:
+    with checked_runtime(widths=(1,), compiled=False) as rt:
+        rt.add_tenant("good", dense, W, example=(X,), slo=60.0)
+        yield rt
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"widths": ()}, r"widths is \(\)"),
+        ({"widths": (0, 1)}, r"widths is \(0, 1\)"),
+        ({"widths": (1.5,)}, r"widths is \(1.5,\)"),
+        ({"widths": 4}, "widths is 4"),
+        ({"capacity": 0}, "capacity is 0"),
+        ({"segments": 0}, "segments is 0"),
+        ({"executables": 0}, "executables is 0"),
+        ({"memory_limit": -1}, "memory_limit is -1"),
+        ({"hang_s": 0}, "hang_s is 0"),
+        ({"hang_s": float("nan")}, "hang_s is nan"),
+        ({"stall_s": "long"}, "stall_s is 'long'"),
+        ({"compiled": True}, "compiled is True"),
+        ({"policy": None}, "policy is None"),
+        ({"policy": lambda: "fifo"}, "policy is 'fifo'"),
+        ({"observers": [SimpleNamespace()]}, "observers is "),
+        ({"devices": []}, r"devices is \[\]"),
+        ({"devices": "cpu"}, "devices is 'cpu'"),
+    ],
+)
+def test_options_that_mean_nothing(options, text):
+    with pytest.raises(InvalidInput, match=f"^{text}"):
+        Runtime(**options)
+
+
+@pytest.mark.parametrize(
+    ("terms", "text"),
+    [
+        ({"name": 3}, "tenant 3: a name is a str"),
+        ({"slo": "5"}, "tenant 'new': slo is '5'"),
+        ({"priority": "high"}, "tenant 'new': priority is 'high'"),
+        ({"priority": 0.5}, "tenant 'new': priority is 0.5"),
+        ({"quota": 1.5}, "tenant 'new': quota is 1.5"),
+        ({"weight": None}, "tenant 'new': weight is None"),
+        ({"example": X}, "tenant 'new': an example is of ndarray"),
+        ({"example": None, "examples": []}, "tenant 'new': give either example="),
+        ({"example": None, "examples": (X,)}, "tenant 'new': an example is of ndarray"),
+        ({"params": jax.ShapeDtypeStruct((4, 4), jnp.float32)}, "tenant 'new': params hold a ShapeDtypeStruct"),
+    ],
+)
+def test_terms_that_mean_nothing(rt, terms, text):
+    with pytest.raises(InvalidInput, match=re.escape(text)):
+        rt.add_tenant(**{"name": "new", "fn": dense, "params": W, "example": (X,), "slo": 60.0, **terms})
+    assert set(rt.stats().tenants) == {"good"}
+
+
+@pytest.mark.parametrize(
+    ("params", "text"),
+    [
+        ({"w": W}, "cannot be traced: .*; give params of the tree"),
+        (W[:3], "cannot be traced: .*; give params of the tree"),
+        (np.eye(4, 5, dtype=np.float32), "another program"),
+        (jax.ShapeDtypeStruct((4, 4), jnp.float32), "params hold a ShapeDtypeStruct"),
+    ],
+)
+def test_weights_that_are_not_the_tenants(rt, params, text):
+    with pytest.raises(InvalidInput, match=f"tenant 'good': .*{text}"):
+        rt.update_tenant("good", params)
+    np.testing.assert_array_equal(rt.submit("good", X).result(60), X)
+
+
+@pytest.mark.parametrize("terms", [{"priority": "high"}, {"priority": 0.5}, {"priority": None}, {"deadline": "soon"}])
+def test_terms_of_a_request_that_mean_nothing_end_nobody_else(rt, terms):
+    (name,) = terms
+    with pytest.raises(InvalidInput, match=f"tenant 'good': {name} is "):
+        rt.submit("good", X, **terms)
+    np.testing.assert_array_equal(rt.submit("good", X, priority=np.int64(3)).result(60), X)
+    assert rt.health().status == "serving"
+
+
+def deleted() -> jax.Array:
+    gone = jnp.asarray(X)
+    gone.delete()
+    return gone
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: jax.ShapeDtypeStruct(X.shape, X.dtype), "is a ShapeDtypeStruct"),
+        (deleted, "was deleted"),
+    ],
+    ids=["struct", "deleted"],
+)
+def test_inputs_without_values_are_refused_at_submit(rt, make, text):
+    with pytest.raises(InvalidInput, match=rf"tenant 'good': input\[0\] {text}"):
+        rt.submit("good", make())
