@@ -18,6 +18,7 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -42,9 +43,9 @@ def gather(rows: Sequence[np.ndarray], place: np.ndarray) -> bool:
     return read(os.getpid(), to, 1, struct.pack(f"{len(pieces)}N", *pieces), len(rows), 0) == place.nbytes
 
 
-def join(rows: Sequence[np.ndarray], place: np.ndarray) -> bool:
-    """Whether the rows, of its dtype, lie at the beginning of `place` now; else nothing was done. Not a few, nor large
-    ones, nor any that are in several pieces."""
+def join(rows: Sequence[Any], place: np.ndarray) -> bool:
+    """Whether the rows, arrays of its dtype, lie at the beginning of `place` now; else nothing was done. Not a few, nor
+    large ones, nor any that are in several pieces."""
     size = place.nbytes // len(place) * len(rows)
     if len(rows) < SEVERAL or not 0 < size <= SMALL:
         return False
