@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from coalesce import jaxpr as J
+from coalesce.kernels.halves import FUNCTIONS
 
 WHOLE, COLUMN = "whole", "column"
 
@@ -95,7 +96,8 @@ def on_tile(eqn: J.Eqn, args: list[Any]) -> Any:
     """The result of an equation that runs on tiles."""
     name, dtype = eqn.primitive.name, J.dtype(eqn.outvars[0])
     if name in WIDENED and dtype in ("bfloat16", "float16"):
-        return in_float(eqn, [jnp.asarray(x, jnp.float32) for x in args]).astype(dtype)
+        wide = [jnp.asarray(x, jnp.float32) for x in args]
+        return (FUNCTIONS[name](*wide) if name in FUNCTIONS else in_float(eqn, wide)).astype(dtype)
     return in_float(eqn, args)
 
 
