@@ -38,7 +38,7 @@ STACKED = ("equal", "padded")  # forms whose results stay stacked
 @dataclass(frozen=True, eq=False)
 class Pack:
     """One superkernel, or one heavy op alone (`width` 1). Its kernel runs `epilogue` on the result of its one member
-    before it writes it, and what the last of these steps computes is all that it leaves.
+    before it writes it, and `results` of what these steps compute are all that it leaves.
 
     `form` says how members of different shapes share it (see coalesce.unify); "" is a pack of one family, whose lanes
     share operands as `fold` says. Results of the forms "equal" and "padded" stay stacked.
@@ -53,6 +53,7 @@ class Pack:
     reason: str = ""  # of width 1: why nothing else is in it
     array: int | None = None  # the array its right operands lie in, set by plan_layouts
     epilogue: tuple[Step, ...] = ()  # set by fuse_epilogues
+    results: tuple[J.Var, ...] = ()  # what others read of it, set with it
     rounds: bool = False  # its result to TF32; set by round_results
     rounded: bool = False  # its left operand comes so
     launch: int | None = None  # of packs that one kernel launch runs, the index of the first; set by share_launches
@@ -261,9 +262,15 @@ def equations(item: Item) -> list[tuple[int, J.Eqn]]:
     return [(item.family, item.eqn)]
 
 
-def last_eqn(pack: Pack) -> J.Eqn:
-    """Whose result is what a pack of one member leaves."""
-    return (pack.epilogue[-1] if pack.epilogue else pack.members[0]).eqn
+def results_of(pack: Pack) -> tuple[J.Var, ...]:
+    """What a pack of one member leaves."""
+    return pack.results if pack.epilogue else tuple(pack.members[0].eqn.outvars)
+
+
+def result_of(pack: Pack) -> J.Var | None:
+    """What a pack of one member leaves, if that is one value."""
+    found = results_of(pack)
+    return found[0] if len(found) == 1 else None
 
 
 def epilogue_reads(pack: Pack) -> list[J.Var]:

@@ -6,7 +6,19 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Attention, Bundle, equations, Item, JointLoop, Loop, Pack, packs, Schedule, units
+from coalesce.bundle import (
+    Attention,
+    Bundle,
+    equations,
+    Item,
+    JointLoop,
+    Loop,
+    Pack,
+    packs,
+    place_of,
+    Schedule,
+    units,
+)
 from coalesce.errors import IRError
 
 Name = tuple[int, J.Var]  # (family, variable)
@@ -43,27 +55,25 @@ def check_schedule(schedule: Schedule, scopes: Sequence[tuple[int, list[J.Var], 
         raise IRError(f"never scheduled: {', '.join(names)}")
     for f, _, jaxpr in scopes:
         if any(not isinstance(v, J.Literal) and (f, v) not in bound for v in jaxpr.jaxpr.outvars):  # type: ignore[attr-defined]
-            raise IRError(
-                f"family {f}: a result of the program is inside an epilogue, which leaves its last value alone"
-            )
+            raise IRError(f"family {f}: a result of the program is inside an epilogue, which does not leave it")
 
 
 def check_item(item: Item, bound: set[Name], want: dict[tuple[int, int], J.Eqn]) -> set[Name]:
     """What an item leaves bound, from what is `bound` before it; takes what it runs from `want`."""
     together = reading_nothing_inside(item)
     inside = set(bound)
-    left: set[Name] = set()
     for i, (f, eqn) in enumerate(equations(item)):
         if want.pop((f, id(eqn)), None) is None:
             raise IRError(f"family {f}: {eqn.primitive.name} is scheduled twice or is not of this scope")
-        # Members of a pack see nothing of each other, what else its kernel runs sees what came before; only its end is
-        # left.
+        # Members of a pack see nothing of each other, what else its kernel runs sees what came before; only its results
+        # are left.
         for atom in eqn.invars:
             if not isinstance(atom, J.Literal) and (f, atom) not in (bound if i < together else inside):
                 raise IRError(f"family {f}: {eqn.primitive.name} runs before what it reads")
-        outs = {(f, v) for v in eqn.outvars}
-        inside |= outs
-        left = left | outs if i < together else outs
+        inside |= {(f, v) for v in eqn.outvars}
+    left = leaves(item)
+    if not left <= inside - bound or (isinstance(item, Pack) and not left):
+        raise IRError(f"{place_of(item)}: it leaves nothing, or what it does not compute")
     if isinstance(item, JointLoop):
         inner = [(part.family, J.as_scan(part.eqn).body) for part in item.parts]
         check_schedule(item.body, [(f, J.invars(body), body) for f, body in inner])
@@ -73,6 +83,16 @@ def check_item(item: Item, bound: set[Name], want: dict[tuple[int, int], J.Eqn])
         for body, region in zip(item.bodies, J.regions(item.eqn), strict=True):
             check_schedule(body, [(item.family, J.invars(region), region)])
     return left
+
+
+def leaves(item: Item) -> set[Name]:
+    """What others may read of an item."""
+    match item:
+        case Pack(epilogue=(_, *_), results=results):
+            return {(item.members[0].family, v) for v in results}
+        case Attention():
+            return {(f, v) for f, eqn in equations(item)[-1:] for v in eqn.outvars}
+    return {(f, v) for f, eqn in equations(item) for v in eqn.outvars}
 
 
 def reading_nothing_inside(item: Item) -> int:

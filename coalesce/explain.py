@@ -136,6 +136,8 @@ def schedule_lines(bundle: Bundle, schedule: Schedule, names: dict[int, Names], 
                 yield indent + pack_text(item, bundle)
                 yield from (f"{indent}  f{m.family}: {equation(m.eqn, names[m.family])}" for m in item.members)
                 yield from (f"{indent}  then f{s.family}: {equation(s.eqn, names[s.family])}" for s in item.epilogue)
+                if leaves_more(item):
+                    yield f"{indent}  then it leaves {', '.join(map(names[item.members[0].family], item.results))}"
                 yield from (f"{indent}  then rounded to TF32",) if item.rounds else ()
             case Attention(inside=inside):
                 yield f"{indent}attention"
@@ -161,6 +163,11 @@ def schedule_lines(bundle: Bundle, schedule: Schedule, names: dict[int, Names], 
                     yield f"{indent}  ({', '.join(map(names[family].typed, J.invars(region)))})"
                     yield from schedule_lines(bundle, body, names, indent + "    ")
                     yield f"{indent}    -> {', '.join(map(names[family], J.outvars(region)))}"
+
+
+def leaves_more(pack: Pack) -> bool:
+    """Whether a pack leaves another value than what its last step computes."""
+    return bool(pack.epilogue) and pack.results != tuple(pack.epilogue[-1].eqn.outvars)
 
 
 def pack_text(pack: Pack, bundle: Bundle) -> str:

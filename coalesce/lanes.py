@@ -1,7 +1,7 @@
 """Values during lowering, seen by all lanes of a family at once.
 
     Shared    one value for all lanes; the only kind in a family of one lane
-    Stacked   one value a lane, on a leading axis
+    Stacked   one value a lane, on a leading axis; Stepped, if it is what a step of a loop reads
     Banked    an array of weights, and the row of it that each lane reads
     Part      one member's lanes of a `Joint`, the padded stack that a pack of several members leaves behind
 
@@ -32,6 +32,22 @@ class Shared:
 @dataclass(frozen=True)
 class Stacked:
     value: Any  # [L, ...]
+
+
+@dataclass(frozen=True)
+class Stepped(Stacked):
+    """One step's part of what was computed for all steps: `value` is a slice, and a kernel may rather read it there."""
+
+    steps: Any  # [L, steps, ...]
+    at: Any  # int32
+
+
+@dataclass(frozen=True)
+class SharedStep(Shared):
+    """The same, of one value for all lanes."""
+
+    steps: Any  # [steps, ...]
+    at: Any
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from coalesce.bundle import (
     epilogue_reads,
     JointLoop,
     JointStep,
-    last_eqn,
     Loop,
     Pack,
     place_of,
+    result_of,
     Schedule,
     Step,
     units,
@@ -235,8 +235,9 @@ class Walk:
         ready = [self.operands(pack, env, packs[:i] if pack.chained else ()) for i, pack in enumerate(packs)]
         results = lower_packs([pack for pack, _ in ready], self.bundle.families, [own for _, own in ready])
         for pack, outs in zip(packs, results, strict=True):
-            for m, out in zip(pack.members, outs, strict=not pack.inner):
-                self.bind(env, m.family, last_eqn(pack) if pack.epilogue else m.eqn, [out])
+            names = [(pack.members[0].family, v) for v in pack.results]
+            names = names if pack.epilogue else [(m.family, m.eqn.outvars[0]) for m in pack.members]
+            env.update(zip(names, outs, strict=not pack.inner))
 
     def as_written(self, pack: Pack, env: Env) -> None:
         """Nothing to stack: the tenant's own equation."""
@@ -248,7 +249,7 @@ class Walk:
     def operands(self, pack: Pack, env: Env, before: Sequence[Pack] = ()) -> tuple[Pack, Operands]:
         """What a pack reads, and the pack as it reads that: an image rather than a slice of it, where it can. None is
         what one of those computes that stand before it in its chain."""
-        inner = {last_eqn(other).outvars[0] for other in before}
+        inner = {result_of(other) for other in before}
         found = in_place(pack, self.slices)
         image = env.get((pack.members[0].family, found[1])) if found else None
         if found and image is not None:

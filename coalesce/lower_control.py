@@ -11,7 +11,7 @@ from jax import lax
 
 from coalesce import jaxpr as J
 from coalesce.bundle import Loop, Schedule
-from coalesce.lanes import Banked, Env, InPacks, LaneValue, Part, plain, Shared, Stacked, stacked
+from coalesce.lanes import Banked, Env, InPacks, LaneValue, Part, plain, Shared, SharedStep, Stacked, stacked, Stepped
 from coalesce.slab import Picked, whole
 
 
@@ -63,20 +63,21 @@ def scan(walk: Walk, loop: Loop, env: Env) -> list[LaneValue]:
     consts = invariants(walk, loop, env, parts.consts)
     init = as_flagged(operands(walk, loop, env, parts.init), flags, lanes)
     xs = [one_value(walk.read(env, loop.family, a)) for a in parts.xs]
+    scanned = not loop.unrolled  # what all lanes share; without a loop it is read where it lies
     y_flags: list[bool] = []
 
     def step(carry: Any, shared: Any) -> Any:
         i, values = carry
         at = parts.length - 1 - i if parts.reverse else i
         rest = iter(shared)
-        x = [Shared(next(rest)) if isinstance(v, Shared) else step_of(v, at) for v in xs]
+        x = [Shared(next(rest)) if isinstance(v, Shared) and scanned else step_of(v, at) for v in xs]
         outs = region(walk, loop, loop.bodies[0], parts.body, [*consts, *from_flags(values, flags), *x])
         new, ys = outs[: len(values)], outs[len(values) :]
         y_flags[:] = [isinstance(y, Stacked) for y in ys]
         return (i + 1, like(as_flagged(new, flags, lanes), values)), [y.value for y in ys]
 
     with J.context_of(loop.eqn):
-        shared = [x.value for x in xs if isinstance(x, Shared)]
+        shared = [x.value for x in xs if isinstance(x, Shared) and scanned]
         start = (jnp.zeros((), jnp.int32), init)
         unroll = loop.unrolled or parts.unroll
         (_, carry), ys = lax.scan(step, start, shared, parts.length, parts.reverse, unroll)
@@ -96,7 +97,10 @@ def step_of(value: LaneValue, at: Any) -> LaneValue:
     if isinstance(value, Banked):
         picked = isinstance(value.array, Picked)
         return Banked(value.array.step(at) if picked else index_behind(whole(value.array), at), value.rows)
-    return Stacked(index_behind(plain(value).value, at))
+    own = plain(value)
+    if isinstance(own, Shared):
+        return SharedStep(index_behind(own.value[None], at)[0], own.value, at)
+    return Stepped(index_behind(own.value, at), own.value, at)
 
 
 def index_behind(x: Any, at: Any) -> Any:

@@ -15,7 +15,7 @@ from jax import lax
 
 from coalesce import jaxpr as J
 from coalesce.bundle import JointLoop, Loop
-from coalesce.lanes import Env, InPacks, join, Joint, LaneValue, plain, Shared, Stacked
+from coalesce.lanes import Env, InPacks, join, Joint, LaneValue, plain, Stacked
 from coalesce.lower_control import (
     as_flagged,
     from_flags,
@@ -106,13 +106,8 @@ class ScanPart:
         values: list[tuple[Any, LaneValue | InPacks]] = list(zip(args[:c], self.consts, strict=True))
         own = from_flags(carry, [self.flags[k] for k in self.own])
         values += zip((args[c + k] for k in self.own), own, strict=True)
-        values += [(arg, self.at_step(x, at)) for arg, x in zip(args[c + n :], self.xs, strict=True)]
+        values += [(arg, step_of(x, at)) for arg, x in zip(args[c + n :], self.xs, strict=True)]
         return {(self.loop.family, arg): value for arg, value in values if not isinstance(value, InPacks)}
-
-    def at_step(self, x: LaneValue, at: Any) -> LaneValue:
-        if isinstance(x, Shared):
-            return Shared(lax.dynamic_index_in_dim(x.value, at, 0, keepdims=False))
-        return step_of(x, at)
 
     def results(self, inner: Env) -> tuple[list[Any], list[Any]]:
         """(the next carries of its own, the ys)."""

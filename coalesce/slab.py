@@ -3,6 +3,7 @@
 Slab    where arrays of one dtype, whose rows belong to the same tenants, lie side by side
 Cut     one of these arrays, as a kernel gets it: the slab, and where in its rows to read
 Picked  the rows of an array, or of a cut, that a call reads: lanes come and go, and no weight moves
+Turn    what one step of a loop reads of an array of all steps, where it lies
 """
 
 from __future__ import annotations
@@ -62,6 +63,15 @@ class Picked:
             own = self.array.shape[1:]
             return gathered(self.array.slab, self.slots, self.array.start + at * prod(own), own)
         return self.array.at[self.slots, at].get(mode="promise_in_bounds")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["steps", "at"], meta_fields=[])
+@dataclass(frozen=True)
+class Turn:
+    """[L, ...]: row i is steps[i, at]."""
+
+    steps: Any  # [L, steps, ...]
+    at: Any  # int32
 
 
 def gathered(slab: Any, rows: Any, start: Any, shape: tuple[int, ...]) -> Any:

@@ -12,7 +12,6 @@ lane computes is compared with its tenant alone.
 
 from __future__ import annotations
 
-import ast
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -71,8 +70,7 @@ def main(argv: Sequence[str]) -> None:
     own_flags.parse("banked", FLAGS, argv)
     if FLAGS.tenants < FLAGS.lanes:
         raise SystemExit(f"--tenants={FLAGS.tenants} are fewer than --lanes={FLAGS.lanes}")
-    given = (item.split("=", 1) for item in FLAGS.fields)
-    fields = {name: ast.literal_eval(value) for name, value in given}
+    fields = own_flags.fields_of(FLAGS.fields)
     model = by_name(FLAGS.model, dtype=FLAGS.dtype, param_dtype=FLAGS.dtype, **fields)
     conditions = {"model": FLAGS.model, "fields": fields, "dtype": FLAGS.dtype}
     conditions |= {"lanes": FLAGS.lanes, "tenants": FLAGS.tenants, "tolerance": TOLERANCE[FLAGS.dtype]}

@@ -17,6 +17,7 @@ from absl import app, flags
 
 import coalesce
 from coalesce.models import by_name, Model, NAMES
+from experiments.own_flags import counts_of
 from experiments.results import device_folder, device_name, header, Row, save_rows, table
 
 MODEL = flags.DEFINE_enum("model", "resnet50", NAMES, "model of coalesce.models")
@@ -45,11 +46,12 @@ def measure(model: Model, tenants: int, own_functions: bool) -> dict[str, float]
 
 
 def main(argv: list[str]) -> None:
-    del argv
+    if len(argv) > 1:
+        raise app.UsageError(f"what is {argv[1]}?")
     model = by_name(MODEL.value)
     rows: list[Row] = []
     for own_functions in (False, True):
-        for tenants in map(int, TENANTS.value):
+        for tenants in counts_of(TENANTS.value):
             runs = [measure(model, tenants, own_functions) for _ in range(REPEATS.value)]
             best = min(runs, key=lambda run: sum(run.values()))
             rows.append({"model": model.name, "tenants": tenants, "own_functions": own_functions, **best})

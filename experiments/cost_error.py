@@ -29,6 +29,7 @@ from coalesce.models import NAMES
 from experiments.cells import brief
 from experiments.cost_cases import Case, kernels_of, model_ops, movement_cases, op_cases, sample, write_only
 from experiments.cost_report import fastest, name_of, report, scatter
+from experiments.own_flags import counts_of
 from experiments.recorded_gpu import records
 from experiments.results import device_folder, device_name, header, load_rows, Row, save_rows
 
@@ -56,7 +57,7 @@ def cases(costs: Costs, platform: str) -> Iterator[Case]:
     yield from movement_cases(costs)
     dtypes = FLAGS.dtypes or (["float32", "bfloat16"] if platform == "gpu" else ["float32"])
     count = FLAGS.ops if FLAGS.ops is not None else (24 if platform == "gpu" else 36)
-    groups = list(map(int, FLAGS.groups))
+    groups = counts_of(FLAGS.groups)
     for op in sample([op for dtype in dtypes for op in model_ops(dtype, FLAGS.models)], count):
         for kernel in kernels_of(op, groups, platform):
             yield from op_cases(op, kernel, groups, costs)

@@ -209,7 +209,7 @@ def main(argv: Sequence[str]) -> None:
     own_flags.parse("host_time", FLAGS, argv)
     head = header(own_flags.command("host_time", FLAGS), FLAGS.device_name or device_name(), FLAGS.note, lanes=LANES)
     path = own_flags.folder(FLAGS) / "host_time.json"
-    sizes, stages = ([int(b) for b in given] for given in (FLAGS.bytes, FLAGS.staged))
+    sizes, stages = map(own_flags.counts_of, (FLAGS.bytes, FLAGS.staged))
     for rows in measured(sizes, stages, FLAGS.requests, FLAGS.repeats):
         save_rows(path, head, rows)
         text = text_of(rows)

@@ -18,7 +18,6 @@ Rows that the results have are not measured again, so that the same command goes
 
 from __future__ import annotations
 
-import ast
 import os
 import sys
 import tempfile
@@ -64,8 +63,7 @@ class Cell(NamedTuple):
 
 
 def fields() -> dict[str, Any]:
-    pairs = (item.split("=", 1) for item in FLAGS.fields if item)
-    return {name: ast.literal_eval(value) for name, value in pairs}
+    return own_flags.fields_of(FLAGS.fields)
 
 
 def closed_loop(rt: Runtime, lives: Sequence[Live], duration_s: float) -> None:
@@ -172,7 +170,7 @@ def main(argv: Sequence[str]) -> None:
     title = f"Latency of {FLAGS.model} as tenants are added"
     rows = load_rows(path, head)
     done = {Cell(row["tenants"], row["method"]) for row in rows}
-    wanted = [Cell(int(n), method) for n in FLAGS.tenants for method in FLAGS.methods]
+    wanted = [Cell(n, method) for n in own_flags.counts_of(FLAGS.tenants) for method in FLAGS.methods]
     missing = [cell for cell in wanted if cell not in done]
     served = in_runtime([cell for cell in missing if cell.method in POLICIES])
     for cell, latencies in chain(served, apart([cell for cell in missing if cell.method not in POLICIES])):

@@ -14,7 +14,6 @@ The rows say how many bundles ran in such executables, and what these take again
 
 from __future__ import annotations
 
-import ast
 import logging
 import sys
 import time
@@ -24,7 +23,6 @@ from typing import Any
 
 from absl import flags
 
-from coalesce.models import by_name
 from coalesce.runtime.runtime import Runtime
 from coalesce.scheduler.catalog import Catalog, Entry, text_of
 from coalesce.scheduler.coalescing import Coalescing
@@ -32,7 +30,7 @@ from coalesce.scheduler.commands import Command, Dispatch
 from coalesce.scheduler.events import Event
 from experiments import own_flags
 from experiments.isolation import closed_loop
-from experiments.live import Kind, Live, move_in, quantile_ms, Seen, tenants
+from experiments.live import Kind, Live, move_in, quantile_ms, read_kind, Seen, tenants
 from experiments.results import device_name, header, Row, save_rows, table
 from experiments.switching import Switching
 
@@ -67,13 +65,6 @@ class Counted(Seen):
         self.dispatches.update(c.executable for c in commands if isinstance(c, Dispatch))
 
 
-def read_kind(text: str) -> Kind:
-    what, count = text.rsplit(":", 1)
-    model, _, own = what.partition(".")
-    fields = {name: ast.literal_eval(value) for name, value in (pair.split("=", 1) for pair in own.split(";") if pair)}
-    return Kind(what, by_name(model, **fields), int(count), PATIENT_S)
-
-
 class DoneWithout(logging.Handler):
     """What the runtime says of executables that take no less than their families one after another."""
 
@@ -94,7 +85,7 @@ class Served:
         self.method, self.seen = method, Counted()
         self.lives: list[Live] = tenants(kinds)
         policy = Switching(Coalescing, mixed=method == "mixed")
-        self.rt = Runtime(policy=policy, widths=tuple(map(int, FLAGS.widths)), observers=[self.seen])
+        self.rt = Runtime(policy=policy, widths=own_flags.counts_of(FLAGS.widths), observers=[self.seen])
         move_in(self.rt, self.lives)
         for _ in range(6):  # whoever waits for whom is seen, and what is wanted for them is made
             closed_loop(self.rt, self.lives, min(1.0, FLAGS.duration))
@@ -177,7 +168,7 @@ def main(argv: Sequence[str]) -> None:
         raise SystemExit(f"what is {unknown.pop()}? Methods: {', '.join(METHODS)}")
     settings = {"kinds": FLAGS.kinds, "duration_s": FLAGS.duration, "repeats": FLAGS.repeats}
     head = header(own_flags.command("mixed_family", FLAGS), FLAGS.device_name or device_name(), FLAGS.note, **settings)
-    kinds = [read_kind(text) for text in FLAGS.kinds]
+    kinds = [read_kind(f"{text}:{1e3 * PATIENT_S:g}") for text in FLAGS.kinds]
     log, without = logging.getLogger("coalesce.runtime"), DoneWithout()
     level = log.level
     log.addHandler(without)

@@ -33,6 +33,7 @@ from coalesce.models import by_name, Model, NAMES
 from experiments import floor, pairs, peers_jax, peers_processes, peers_torch, settings
 from experiments.cells import brief, tenants_of
 from experiments.multiplexing_report import plot, report
+from experiments.own_flags import counts_of
 from experiments.pairs import Best, Limits
 from experiments.peers_common import Cell, Peer
 from experiments.results import device_name, header, load_rows, Row, save_rows
@@ -111,10 +112,10 @@ def main(argv: Sequence[str]) -> None:
 def wanted() -> list[Pair]:
     """Pairs of one model, dtype and number of tenants in a row: they share what `Bench` holds."""
     return [
-        Pair(model, dtype, int(count), method)
+        Pair(model, dtype, count, method)
         for model in FLAGS.models
         for dtype in FLAGS.dtypes
-        for count in FLAGS.tenants or TENANTS.get(model, (1, 8, 32))
+        for count in counts_of(FLAGS.tenants or ()) or TENANTS.get(model, (1, 8, 32))
         for method in METHODS
         if FLAGS.methods is None or method in FLAGS.methods
     ]

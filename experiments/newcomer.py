@@ -15,7 +15,6 @@ made before anything is measured: users have them, and here JAX compiles for the
 
 from __future__ import annotations
 
-import ast
 import itertools
 import subprocess
 import sys
@@ -97,7 +96,9 @@ class Clients:
 
 def family(more: int, count: int) -> Tenants:
     """Tenants of one family, with the field that varies so much larger."""
-    fields = {name: ast.literal_eval(value) for name, value in (item.split("=", 1) for item in FLAGS.fields)}
+    fields = own_flags.fields_of(FLAGS.fields)
+    if FLAGS.vary not in fields:
+        raise SystemExit(f"what is {FLAGS.vary}? --vary is one of --fields")
     fields[FLAGS.vary] += more
     return tenants_of(by_name(FLAGS.model, dtype=FLAGS.dtype, param_dtype=FLAGS.dtype, **fields), count, batch=1)
 
@@ -122,7 +123,7 @@ def computing() -> Iterator[None]:
 
 def measure() -> Iterator[Row]:
     """What is known after each turn."""
-    widths = tuple(map(int, FLAGS.widths))
+    widths = own_flags.counts_of(FLAGS.widths)
     quiet: list[float] = []
     beside: list[float] = []
     busy: list[float] = []

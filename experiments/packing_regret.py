@@ -112,7 +112,8 @@ def summary(rows: list[Row]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    del argv
+    if len(argv) > 1:
+        raise app.UsageError(f"what is {argv[1]}?")
     rows = measure(INSTANCES.value, FIRST_SEED.value)
     folder = Path(OUT.value) if OUT.value else Path(__file__).parent / "results" / "packing_regret"
     command = " ".join(["python -m experiments.packing_regret", *sys.argv[1:]])

@@ -17,7 +17,6 @@ takes. Served three ways, with the same arrivals:
 
 from __future__ import annotations
 
-import ast
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -64,7 +63,7 @@ flags.DEFINE_integer("repeats", 3, "runs of each method, with arrivals of their 
 
 
 def model_of(layers: int) -> Model:
-    fields = {name: ast.literal_eval(value) for name, value in (item.split("=", 1) for item in FLAGS.fields if item)}
+    fields = own_flags.fields_of(FLAGS.fields)
     return by_name(FLAGS.model, dtype=FLAGS.dtype, param_dtype=FLAGS.dtype, **{FLAGS.longer: layers}, **fields)
 
 
@@ -115,7 +114,7 @@ def measure(method: str, short: Kind, long: Kind, rates: dict[str, float]) -> It
     seen = Seen()
     kinds = {kind.text: lives_of(kind) for kind in (short, long)}
     lives = [live for own in kinds.values() for live in own]
-    with Runtime(widths=tuple(map(int, FLAGS.widths)), segments=METHODS[method], observers=[seen]) as rt:
+    with Runtime(widths=own_flags.counts_of(FLAGS.widths), segments=METHODS[method], observers=[seen]) as rt:
         move_in(rt, lives)
         if METHODS[method] is None:
             settle(rt, lambda: seen.catalog)

@@ -155,7 +155,7 @@ def main(argv: Sequence[str]) -> None:
     lives = tenants([read_kind(text) for text in FLAGS.tenants])
     with Runtime(
         policy=POLICIES[FLAGS.policy](),
-        widths=tuple(map(int, FLAGS.widths)),
+        widths=own_flags.counts_of(FLAGS.widths),
         observers=[seen, *([trace] if trace else [])],
     ) as rt:
         console.print(f"{len(lives)} tenants on a {device_name()}: tracing, compiling and warming up")

@@ -148,7 +148,8 @@ def report(rows: list[Row]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    del argv
+    if len(argv) > 1:
+        raise app.UsageError(f"what is {argv[1]}?")
     folder = Path(OUT.value) if OUT.value else Path(__file__).parent / "results" / device_folder()
     command = " ".join(["python -m experiments.simulator_speed", *sys.argv[1:]])
     rows = [*map(measure_speed, SPEED), *map(measure_decisions, DECISIONS)]

@@ -23,6 +23,7 @@ from coalesce.models import by_name, Model, NAMES
 from experiments import methods, settings
 from experiments.cells import measure_cell, tenants_of
 from experiments.methods import Method, Tenants
+from experiments.own_flags import counts_of
 from experiments.results import device_name, header, plot, Row
 from experiments.scaling_report import report
 
@@ -91,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
     rows = settings.measure_cells(
         path,
         head,
-        list(map(int, FLAGS.tenants)),
+        counts_of(FLAGS.tenants),
         cell_of=lambda row: row["tenants"],
         methods=chosen_methods,
         measure=measure,

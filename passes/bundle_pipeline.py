@@ -66,7 +66,8 @@ def bundle_passes(
     share = (partial(share_launches, costs=costs, tuned=tuned, **sharing),)
     last = (
         partial(fuse_attention, platform=platform),  # products that need not write what the next one reads
-        fuse_epilogues,  # what these do to their results: after the kernels, not all of which can
+        # what these do to their results: after the kernels, not all of which can
+        partial(fuse_epilogues, choice=choice, tuned=tuned),
         partial(chain_products, tuned=tuned),  # which of them run as one, tile by tile: with what they do by then
         partial(round_results, costs=costs, tuned=tuned, choice=choice),  # and for whom: what is left is known by then
         plan_layouts,  # where the weights lie: after the kernels, which say how they read them
@@ -96,7 +97,7 @@ def serving_passes(
         # of several families: what reads the bank in place runs side by side, as it is
         partial(share_launches, costs=costs, tuned=tuned),
         partial(fuse_attention, platform=platform),
-        fuse_epilogues,
+        partial(fuse_epilogues, choice=choice, tuned=tuned),
         partial(chain_products, tuned=tuned),
         plan_layouts,
     )

@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 
 from coalesce import jaxpr as J
 from coalesce.blocks import Blocks
-from coalesce.bundle import Bundle, epilogue_reads, equations, folds_of, Item, last_eqn, Pack, problems
+from coalesce.bundle import Bundle, epilogue_reads, equations, folds_of, Item, Pack, problems, result_of
 from coalesce.kernels import chained
+from coalesce.kernels.strips import edges
 from coalesce.passes.share_launches import numbered
 from coalesce.tuning import Tuned, UNTUNED
 from coalesce.tuning.chains import Chain
@@ -110,7 +111,7 @@ class Scope:
     def narrow(self, at: int) -> int | None:
         """The product that multiplies the result of the one at a place, and else reads what was there before."""
         pack = self.packs[at]
-        f, result = pack.members[0].family, last_eqn(pack).outvars[0]
+        f, result = pack.members[0].family, result_of(pack)
         for after in sorted(self.readers.get((f, result), ())):
             other = self.packs.get(after)
             if other is None or other.members[0].eqn.invars[0] is not result:
@@ -123,12 +124,12 @@ class Scope:
     def maker(self, pack: Pack, atom: J.Atom) -> int | None:
         """The product of which a value is the result."""
         before = self.made.get((pack.members[0].family, atom))
-        return before if before in self.packs and atom is last_eqn(self.packs[before]).outvars[0] else None
+        return before if before in self.packs and atom is result_of(self.packs[before]) else None
 
     def readers_but(self, at: int, reader: int) -> set[int]:
         """Who else reads a pack's result; -1 is whoever called the program."""
         pack = self.packs[at]
-        name = pack.members[0].family, last_eqn(pack).outvars[0]
+        name = pack.members[0].family, result_of(pack)
         return (self.readers.get(name, set()) | ({-1} if name in self.left else set())) - {reader}
 
     def fits(self, found: Found) -> bool:
@@ -158,8 +159,11 @@ class Scope:
 
 
 def can_chain(pack: Pack) -> bool:
-    """A pack of one family that is in no launch, whose lanes have weights and results of their own."""
+    """A pack of one family that is in no launch, whose lanes have weights and results of their own, all columns of one
+    result."""
     if pack.kernel not in KERNELS or pack.form or len(pack.members) != 1 or pack.launch is not None:
+        return False
+    if result_of(pack) is None or any(edges(step.eqn) is not None for step in pack.epilogue):
         return False
     return pack.members[0].varies and pack.members[0].weight is not None
 

@@ -10,55 +10,87 @@ Before                                            After
 A tail is equations of the pack's family that take its result, element by element, to one value that the rest of the
 program reads; their other operands are numbers, values of the result's shape that are there when the pack runs (a
 residual), and vectors over its columns (a bias); broadcasts of these move along. It does not end with a cast that
-widens: half as much is written if whoever reads the value casts it. Relies on: every pack has its kernel. Gives: no
-value inside a tail but the last has another reader. The order of everything else stays.
+widens: half as much is written if whoever reads the value casts it.
+
+Some kernels take the columns apart, and leave several values, so that a recurrent cell or a gated unit is one kernel:
+
+    pack 1 x8 dot M=1 N=2048 K=512 ...: indexed_matvec     pack 1 x8 dot M=1 N=2048 K=512 ...: indexed_matvec
+      f0: %17:bf16[1,2048] = dot_general %15 %12             f0: %17:bf16[1,2048] = dot_general %15 %12
+    f0: %19, %20, %21, %22 = split %17                       then f0: %19, %20, %21, %22 = split %17
+    ...                                                      ...
+    f0: %38:bf16[1,512] = mul %37 %30                        then f0: %38:bf16[1,512] = mul %37 %30
+    -> %37, %38                                              then it leaves %37, %38
+
+XLA runs what has one row, and does to its result what keeps its shape, in one kernel too, but not this: there
+indexed_matvec takes the place of batched_matvec, unless that was measured or named by a caller. Of one row, what is
+computed for the tail alone moves into it. Relies on: every pack has its kernel. Gives: no value inside a tail but its
+results has another reader. The order of everything else stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
-from math import prod
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Bundle, equations, Item, Loop, Pack, packs, Schedule, Step, units
-from coalesce.kernels import FUSING
-from coalesce.kernels.epilogue import runs_on_tiles
+from coalesce.bundle import Bundle, equations, Item, Loop, Pack, packs, problems, Schedule, Step, units
+from coalesce.kernels import choose, FUSING, indexed_matvec
+from coalesce.passes.choose_kernels import Choice
 from coalesce.passes.scopes import left_by, Name, names, with_bodies
+from coalesce.passes.tails import Shapes, Tail
 from coalesce.reschedule import same
+from coalesce.tuning import Tuned, UNTUNED
 
-DTYPES = ("float32", "bfloat16", "float16", "bool")
+BY_XLA, OURS = "batched_matvec", "indexed_matvec"  # which lay a weight alike
 
 
-def fuse_epilogues(bundle: Bundle) -> Bundle:
-    if not any(pack.kernel in FUSING for pack in packs(bundle.schedule)):
+def fuse_epilogues(bundle: Bundle, *, choice: Choice = choose, tuned: Tuned = UNTUNED) -> Bundle:
+    """`choice` and `tuned` as in choose_kernels."""
+    may_change = choice is choose
+    if not any(pack.kernel in FUSING or (may_change and pack.kernel == BY_XLA) for pack in packs(bundle.schedule)):
         return bundle
-    schedule = fused(bundle, bundle.schedule, left_by(bundle))
+    fuser = Fuser(bundle, may_change, tuned)
+    schedule = fuser.fused(bundle.schedule, left_by(bundle))
     return bundle if schedule is bundle.schedule else replace(bundle, schedule=schedule)
 
 
+class Fuser:
+    def __init__(self, bundle: Bundle, may_change: bool, tuned: Tuned) -> None:
+        self.bundle, self.may_change, self.tuned = bundle, may_change, tuned
 
+    def fused(self, schedule: Schedule, left: set[Name]) -> Schedule:
+        """One scope, and those inside it; `left` is what it leaves to others. The same object if nothing moved."""
+        inner = tuple(with_bodies(item, self.fused) if isinstance(item, Loop) else item for item in schedule)
+        scope = Scope(inner, left)
+        for place, item in enumerate(inner):
+            if isinstance(item, Pack) and (kernel := self.kernel(item)):
+                shapes = Shapes(item, kernel)
+                tail = scope.tail(place, item, shapes)
+                if kernel == item.kernel or shapes.parts(scope.eqns(tail.places)) > 1:
+                    scope.move(place, tail, self.with_kernel(item, kernel))
+        changed = scope.schedule()
+        return schedule if same(changed, schedule) else changed
 
-def fused(bundle: Bundle, schedule: Schedule, left: set[Name]) -> Schedule:
-    """One scope, and those inside it; `left` is what it leaves to others. The same object if nothing moved."""
-    inner = tuple(with_bodies(item, partial(fused, bundle)) if isinstance(item, Loop) else item for item in schedule)
-    scope = Scope(inner, left)
-    for place, item in enumerate(inner):
-        if isinstance(item, Pack) and can_take(bundle, item):
-            scope.move(place, scope.tail(place, item))
-    changed = scope.schedule()
-    return schedule if same(changed, schedule) else changed
+    def kernel(self, pack: Pack) -> str:
+        """The kernel that would run a pack's tail, for lanes that have results of their own; empty if there is none."""
+        if pack.epilogue or pack.form or len(pack.members) != 1:
+            return ""
+        member = pack.members[0]
+        if not member.varies and self.bundle.families[member.family].width > 1:
+            return ""
+        if pack.kernel in FUSING:
+            return pack.kernel
+        free = self.may_change and pack.kernel == BY_XLA and self.tuned.kernel(pack.op, *self.problems(pack)) is None
+        alike = member.weight is not None and indexed_matvec.supports(pack.op) and pack.op.batch == 1
+        return OURS if free and alike else ""
 
+    def with_kernel(self, pack: Pack, kernel: str) -> Pack:
+        if kernel == pack.kernel:
+            return pack
+        return replace(pack, kernel=kernel, blocks=self.tuned.blocks(pack.op, *self.problems(pack), kernel))
 
-
-
-def can_take(bundle: Bundle, pack: Pack) -> bool:
-    """Whether a pack's kernel can run elementwise work, for lanes that have results of their own."""
-    if pack.kernel not in FUSING or pack.epilogue or pack.form or len(pack.members) != 1:
-        return False
-    member = pack.members[0]
-    return member.varies or bundle.families[member.family].width == 1
+    def problems(self, pack: Pack) -> tuple[int, int]:
+        return problems(pack, self.bundle.families)
 
 
 class Scope:
@@ -68,8 +100,8 @@ class Scope:
         self.items, self.left = items, left
         self.made: dict[Name, int] = {}  # arguments of the scope are made before everything
         self.readers: dict[Name, list[int]] = {}
-        self.tails: dict[int, tuple[Step, ...]] = {}
         self.moved: set[int] = set()
+        self.packs: dict[int, Pack] = {}  # with their tails
         self.begin: list[int] = []  # where each item runs: with the first of its launch
         for unit in units(items):
             self.begin += [len(self.begin)] * len(unit)
@@ -80,112 +112,102 @@ class Scope:
                     if not isinstance(atom, J.Literal):
                         self.readers.setdefault((f, atom), []).append(place)
 
-    def tail(self, place: int, pack: Pack) -> list[int]:
-        """The places of the longest tail that a pack can take, each after what it reads."""
+    def steps(self, places: Iterable[int]) -> list[Step]:
+        return [item for at in places if isinstance(item := self.items[at], Step)]
+
+    def eqns(self, places: Iterable[int]) -> list[J.Eqn]:
+        return [step.eqn for step in self.steps(places)]
+
+    def tail(self, place: int, pack: Pack, shapes: Shapes) -> Tail:
+        """The longest tail that a pack can take."""
         (member,) = pack.members
         f, start = member.family, member.eqn.outvars[0]
         inside = {(f, start)}
         chosen: list[int] = []
-        best: list[int] = []
+        best = Tail()
         first = min(self.readers.get((f, start), [len(self.items)]))
         for at in range(first, len(self.items)):
             step = self.items[at]
-            if at in self.moved or not any((f, a) in inside for g, e in equations(step) if g == f for a in names(e)):
+            if (
+                at in self.moved
+                or at in chosen
+                or not any((f, a) in inside for g, e in equations(step) if g == f for a in names(e))
+            ):
                 continue
-            columns = self.columns(step, pack, inside, self.begin[place]) if isinstance(step, Step) else None
-            if columns is None or not isinstance(step, Step):
+            found = self.joining(at, shapes, inside, self.begin[place]) if isinstance(step, Step) else None
+            new = [b for b in dict.fromkeys(found or ()) if b not in chosen]
+            if found is None or not shapes.few_parts(self.eqns([*chosen, *new])):
+                if shapes.apart:
+                    continue
                 break
-            new = [*(b for b in dict.fromkeys(columns) if b not in chosen), at]
             chosen += new
-            inside |= {(f, v) for b in new for _, e in equations(self.items[b]) for v in e.outvars}
-            last = (f, step.eqn.outvars[0])
-            whole = self.is_closed({*chosen, place}, inside, last) and J.dtype(last[1]) in DTYPES[:3]
-            if whole and not widens(step.eqn):
-                best = list(chosen)
-        return best
+            inside |= {(f, v) for eqn in self.eqns(new) for v in eqn.outvars}
+            best = self.closed(place, chosen, f, start, shapes) or best
+        return self.with_feeders(place, best, f, start, shapes) if shapes.one_row and best.places else best
 
-    def columns(self, step: Step, pack: Pack, inside: set[Name], begin: int) -> list[int] | None:
-        """The broadcasts that have to move along with a step; None if it cannot run on tiles of the pack's result."""
-        eqn, shape = step.eqn, J.shape(pack.members[0].eqn.outvars[0])
-        if step.each or not runs_on_tiles(eqn) or J.shape(eqn.outvars[0]) != shape:
-            return None
-        if any(J.dtype(a) not in DTYPES for a in [*eqn.invars, *eqn.outvars]):
+    def joining(self, at: int, shapes: Shapes, inside: set[Name], begin: int) -> list[int] | None:
+        """The places that have to be in a tail for a step to be, its own the last; None if it cannot be."""
+        (step,) = self.steps([at])
+        if not shapes.runs(step):
             return None
         found: list[int] = []
-        for atom in eqn.invars:
-            if isinstance(atom, J.Literal):
-                if J.shape(atom):
-                    return None
-                continue
+        for atom in names(step.eqn):
             name = (step.family, atom)
-            if name in inside:
-                continue
-            if self.is_column(name, pack, begin):
-                found.append(self.made[name])
-            elif self.made.get(name, -1) >= begin or not fits(J.shape(atom), pack):
+            needed = [] if name in inside else self.brought(name, shapes, begin)
+            if needed is None:
                 return None
-        return found
+            found += needed
+        return [*found, at]
 
-    def is_column(self, name: Name, pack: Pack, begin: int) -> bool:
-        """Whether a value is a broadcast, over all rows, of a number or of a vector over the pack's columns that is
-        there already."""
-        step = self.items[self.made[name]] if name in self.made else None
-        if not isinstance(step, Step) or step.each or step.eqn.primitive.name != "broadcast_in_dim":
-            return False
-        vector, *sizes = step.eqn.invars
-        if sizes or J.shape(step.eqn.outvars[0]) != pack.op.out.shape or J.shape(vector) == pack.op.out.shape:
-            return False
-        if isinstance(vector, J.Literal):
-            return J.shape(vector) == ()
-        if self.made.get((step.family, vector), -1) >= begin:
-            return False
-        if J.shape(vector) == ():
-            return True
-        return spans_columns(J.shape(vector), step.eqn.params["broadcast_dimensions"], pack)
+    def brought(self, name: Name, shapes: Shapes, begin: int) -> list[int] | None:
+        """What has to move along for a tail to read a value; None if the tail cannot."""
+        at = self.made.get(name, -1)
+        steps = self.steps([at]) if at >= 0 else []
+        if steps and shapes.is_column(steps[0]):
+            atoms = names(steps[0].eqn)
+            return [at] if all(self.made.get((name[0], a), -1) < begin for a in atoms) else None
+        if at < begin:
+            return [] if shapes.fits(J.shape(name[1])) else None
+        return self.joining(at, shapes, set(), begin) if steps and shapes.apart and at not in self.moved else None
 
-    def is_closed(self, chosen: set[int], inside: set[Name], last: Name) -> bool:
-        """Whether nobody else reads what lies inside, but for the last value."""
-        return all(
-            name == last or (name not in self.left and chosen.issuperset(self.readers.get(name, ()))) for name in inside
+    def closed(self, place: int, chosen: Sequence[int], f: int, start: J.Var, shapes: Shapes) -> Tail | None:
+        """The tail of some steps, if it may leave what others read of it."""
+        eqns = self.eqns(chosen)
+        made = {v: eqn for eqn in eqns for v in eqn.outvars}
+        tail = {*chosen, place}
+        results = tuple(
+            v for v in (start, *made) if (f, v) in self.left or not tail.issuperset(self.readers.get((f, v), ()))
         )
+        return Tail(tuple(chosen), results) if shapes.may_leave(results, made) else None
 
-    def move(self, place: int, tail: Sequence[int]) -> None:
-        steps = [item for at in tail if isinstance(item := self.items[at], Step)]
-        self.moved |= set(tail)
-        self.tails[place] = tuple(steps)
+    def with_feeders(self, place: int, tail: Tail, f: int, start: J.Var, shapes: Shapes) -> Tail:
+        """The tail with the steps before the pack that compute what it alone reads."""
+        while True:
+            read = dict.fromkeys(a for eqn in self.eqns(tail.places) for a in names(eqn))
+            feeders = {self.made.get((f, a), -1) for a in read} - {*tail.places, place, -1}
+            longer = (self.with_feeder(at, place, tail, f, start, shapes) for at in sorted(feeders))
+            found = next(filter(None, longer), None)
+            if found is None:
+                return tail
+            tail = found
+
+    def with_feeder(self, at: int, place: int, tail: Tail, f: int, start: J.Var, shapes: Shapes) -> Tail | None:
+        if at in self.moved or not self.steps([at]):
+            return None
+        needed = self.joining(at, shapes, set(), place)
+        if needed is None or self.moved.intersection(needed):
+            return None
+        places = dict.fromkeys([*needed, *tail.places])
+        found = self.closed(place, list(places), f, start, shapes) if shapes.few_parts(self.eqns(places)) else None
+        return found if found and found.results == tail.results else None
+
+    def move(self, place: int, tail: Tail, pack: Pack) -> None:
+        if not tail.places:
+            return
+        steps = self.steps(tail.places)
+        self.moved |= set(tail.places)
+        self.packs[place] = replace(pack, epilogue=tuple(steps), results=tail.results)
         self.made.update(((s.family, v), place) for s in steps for v in s.eqn.outvars)
 
     def schedule(self) -> Schedule:
-        out: list[Item] = []
-        for place, item in enumerate(self.items):
-            if place in self.moved:
-                continue
-            tail = self.tails.get(place)
-            out.append(replace(item, epilogue=tail) if tail and isinstance(item, Pack) else item)
-        return tuple(out)
-
-
-def widens(eqn: J.Eqn) -> bool:
-    """Whether it is a cast after which the same values take more bytes."""
-    return eqn.primitive.name == "convert_element_type" and J.nbytes(eqn.outvars[0].aval) > J.nbytes(eqn.invars[0].aval)
-
-
-
-def fits(shape: tuple[int, ...], pack: Pack) -> bool:
-    """Whether an operand is a number, or has an element for each of the result or for each of its columns."""
-    if shape == pack.op.out.shape or shape == ():
-        return True
-    return len(shape) == len(pack.op.out.shape) and (prod(shape) == 1 or spans_columns(shape, range(len(shape)), pack))
-
-
-def spans_columns(vector: Sequence[int], dims: Sequence[int], pack: Pack) -> bool:
-    """Whether a broadcast keeps every column of the pack's result and repeats over all of its rows."""
-    op = pack.op
-    shape = op.out.shape
-    own = 1
-    if op.kind == "dot":
-        ((contracted, _), (batch, _)) = op.params["dimension_numbers"]
-        own = len(op.rhs.shape) - len(batch) - len(contracted)
-    columns = set(range(len(shape) - own, len(shape)))
-    kept = {dim for size, dim in zip(vector, dims, strict=True) if size == shape[dim] and size > 1}
-    return bool(columns) and prod(vector) == op.n and kept == {dim for dim in columns if shape[dim] > 1}
+        return tuple(self.packs.get(at, item) for at, item in enumerate(self.items) if at not in self.moved)

@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Any
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Bundle, epilogue_reads, equations, Item, JointStep, Pack, packs, problems, Step
+from coalesce.bundle import Bundle, epilogue_reads, equations, Item, JointStep, Pack, packs, problems, result_of, Step
 from coalesce.costs import Costs
 from coalesce.kernels import choose, FUSING
 from coalesce.passes.choose_kernels import Choice
@@ -81,7 +81,9 @@ def found(bundle: Bundle) -> tuple[set[int], set[int]]:
     for at, item in enumerate(bundle.schedule):
         if not isinstance(item, Pack) or item.kernel not in FUSING or item.form or len(item.members) != 1:
             continue
-        last = (item.epilogue[-1] if item.epilogue else item.members[0]).eqn.outvars[0]
+        last = result_of(item)
+        if last is None:
+            continue
         ends = multiplied((item.members[0].family, last), readers, kept)
         who = {end for end in ends or () if cuts(pack_at(bundle, end))}
         if who and str(J.dtype(last)) == "float32":

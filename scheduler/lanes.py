@@ -107,7 +107,18 @@ class Queue:
 
 
 class Level:
-    __slots__ = ("priority", "order", "starting", "demand", "counted", "above", "outlook", "spare", "firsts")
+    __slots__ = (
+        "priority",
+        "order",
+        "starting",
+        "demand",
+        "counted",
+        "above",
+        "outlook",
+        "spare",
+        "is_crowded",
+        "firsts",
+    )
 
     def __init__(self, priority: int):
         self.priority = priority
@@ -117,6 +128,7 @@ class Level:
         self.above: tuple[Level, ...] = ()  # higher priorities, highest first
         self.outlook: Any = None  # what is to come, as far as it is known: see `outlook`
         self.spare = 0  # so many lanes may come before it is asked anew whether few runs are to come
+        self.is_crowded = False  # more are, until some lanes go
         self.demand = Demand()  # of this priority and all higher ones
         self.counted: tuple[Demand, ...] = (self.demand,)  # those in which its lanes count: its own and all lower ones
 

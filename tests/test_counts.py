@@ -1,7 +1,8 @@
 """Heavy ops and superkernels of every model, asserted exactly and derived a second time from `fused.jaxpr`.
 
-On the platform "gpu" every superkernel lowers to one dot_general, to one grouped convolution, or to a depthwise one's
-taps, so that counting the equations of the rewritten jaxpr gives the number of superkernels without asking the plan.
+On the platform "gpu" every superkernel lowers to one dot_general, to one grouped convolution, to a depthwise one's
+taps, or to the kernel of a recurrent cell, so that counting the equations of the rewritten jaxpr gives the number of
+superkernels without asking the plan.
 """
 
 from functools import cache
@@ -13,6 +14,7 @@ import pytest
 
 import coalesce
 from coalesce.bundle import Attention, items
+from coalesce.jaxpr import walk
 from coalesce.models import by_name, Model, NAMES
 
 TENANTS = 3
@@ -72,9 +74,11 @@ ATTENTION = {"vit_ti16": 12, "vit_b16": 12, "bert_base": 12, "bert_small": 4}  #
 
 
 def products(fused: coalesce.Fused) -> int:
-    """Heavy equations, those of an attention once: its kernel is written for CUDA, for ROCm and interpreted."""
+    """Heavy equations, those of an attention once: its kernel is written for CUDA, for ROCm and interpreted; and the
+    kernels of recurrent cells, which multiply and add."""
     inside = sum(isinstance(item, Attention) for item in items(fused.bundle.schedule))
-    return count(fused.jaxpr, HEAVY) - 2 * 2 * inside
+    cells = sum(eqn.params.get("name", "").endswith("_indexed_matvec") for eqn in walk(fused.jaxpr))
+    return count(fused.jaxpr, HEAVY) - 2 * 2 * inside + cells
 
 
 def taps(jaxpr: Any, name: str) -> int:

@@ -175,7 +175,8 @@ def test_an_epilogue_that_hides_what_others_read_is_refused():
         bundle = planned(*two(fn, (4, 3), (2, 4)))
         pack, *rest = bundle.schedule
         (step,) = [item for item in rest if isinstance(item, Step) and item.eqn.primitive.name == moved]
-        schedule = (replace(pack, epilogue=(step,)), *(item for item in rest if item is not step))
+        pack = replace(pack, epilogue=(step,), results=tuple(step.eqn.outvars))
+        schedule = (pack, *(item for item in rest if item is not step))
         with pytest.raises(IRError, match=message):
             check_bundle(replace(bundle, schedule=schedule))
 

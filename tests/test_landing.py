@@ -17,9 +17,10 @@ from coalesce.runtime.reply import Reply
 from coalesce.runtime.ticket import Ending, Ticket
 from coalesce.scheduler.catalog import Catalog
 from coalesce.scheduler.events import CatalogChanged, Event
-from tests.fake_machine import catalog_of, FakeLaunched, FakeMachine, Served
+from tests.fake_machine import catalog_of, FakeLaunched, FakeMachine, Served, WIDTHS
 
 pytestmark = pytest.mark.once
+WIDEST = WIDTHS[-1]
 
 
 class Where(Observer):
@@ -201,6 +202,31 @@ def test_what_has_landed_is_handed_out_before_an_order(count):
         go.set()
         assert [reply.result(10) for reply in replies] == [("result", i) for i in range(count)]
     assert found[0], "it was launched before the order, and done then"
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_results_wait_for_those_of_full_bundles_right_behind(waits, monkeypatch):
+    """A while: else each is handed out when what follows its end is launched. A bundle with room keeps nobody waiting,
+    and in the end nobody waits for anything."""
+    monkeypatch.setattr("coalesce.runtime.launcher.TOGETHER_NS", 10**11 if waits else 0)
+    seen: list[str] = []
+
+    class Quick(FakeMachine):
+        def launch(self, executable: int, entries: Sequence[Sequence[Ticket]]) -> FakeLaunched:
+            seen.append("full" if sum(map(len, entries)) == WIDEST else "other")
+            return super().launch(executable, entries)
+
+    class Ends(Observer):
+        def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
+            seen.append("ended")
+
+    with Served(Quick(takes_s=2e-5, is_quick=True), observers=[Ends()]) as served:
+        go, replies = held(served, 8 * WIDEST + 1)
+        go.set()
+        assert [reply.result(10) for reply in replies] == [("result", i) for i in range(len(replies))]
+        assert served.driver.book.wait_empty(5.0)
+    assert seen.count("full") == 8 and seen.count("other") == 1 and seen.count("ended") == 9
+    assert seen.index("other") == 8 if waits else seen.index("ended") < 8
 
 
 def test_what_was_of_no_use_is_forgotten_with_its_executable_and_when_it_is_of_use():

@@ -182,7 +182,7 @@ def test_page_locked_memory_outlives_calls_that_fail(monkeypatch):
                 bundle.wait()
     for _ in range(SPARES + 1):
         with pytest.raises((ValueError, TypeError)):
-            executable.stage([[own, own, own._replace(inputs=["nobody can stage that"] * len(own.inputs))]])
+            executable.stage([[own, own, own._replace(inputs=[np.zeros((7, 7))] * len(own.inputs))]])
     assert len(executable.staging._spare) == SPARES, "none is there twice"
     again = executable.stage([[own]])
     assert not any(np.any(x[1:].view(np.uint8)) for x in again.given[0].inputs)

@@ -73,6 +73,9 @@ FUSING: Mapping[str, FusingKernel] = {
     "mosaic_gemm": mosaic_gemm,
 }
 
+# Of these, what may take a result's columns apart, leave several values, and read what a loop's step reads in place.
+TAKES_APART = ("indexed_gemm", "indexed_matvec")
+
 # What runs on some GPUs alone: only where it was measured, or a caller asks for it.
 ON_HOPPER = ("mosaic_gemm",)
 

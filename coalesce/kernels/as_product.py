@@ -39,9 +39,11 @@ def right(op: HeavyOp, w: Any) -> Any:
 def rows(op: HeavyOp, y: Any) -> Any:
     """[G,R,*out] -> [G*B, R*M, N], as `result` takes it back."""
     g, r = y.shape[:2]
-    return jnp.moveaxis(y.reshape(g, r, op.batch, op.m, op.n), 1, 2).reshape(g * op.batch, r * op.m, op.n)
+    return jnp.moveaxis(y.reshape(g, r, op.batch, op.m, -1), 1, 2).reshape(g * op.batch, r * op.m, -1)
 
 
 def result(op: HeavyOp, y: Any, groups: int, rows: int) -> Any:
-    y = y.reshape(groups, op.batch, rows, op.m, op.n)
-    return jnp.moveaxis(y, 2, 1).reshape(groups, rows, *op.out.shape)
+    """Of some of the columns too, where they are one dimension."""
+    columns = y.shape[-1]
+    shape = op.out.shape if columns == op.n else (*op.out.shape[:-1], columns)
+    return jnp.moveaxis(y.reshape(groups, op.batch, rows, op.m, columns), 2, 1).reshape(groups, rows, *shape)

@@ -28,7 +28,8 @@ from coalesce.heavy import HeavyOp
 from coalesce.kernels import indexed_gemm
 from coalesce.kernels.epilogue import Epilogue
 from coalesce.kernels.indexed_gemm import by_problem, positions, tile
-from coalesce.kernels.tiles import along, down, Operands, Tiled
+from coalesce.kernels.operands import Operands
+from coalesce.kernels.tiles import along, down, Tiled
 from coalesce.kernels.triton import both, div, dot, launch, load, rem, store
 
 KERNEL = "indexed_gemm"  # whose weights these are
@@ -78,7 +79,7 @@ def run(links: Sequence[Link], blocks: Blocks) -> list[Any]:
     """Of each link its result [G,R,*out], or None if it is not written."""
     chain = chain_of(links, blocks)
     written = [link.written for link in links]
-    outs = [part.tiled.out(chain.problems) for part, own in zip(chain.parts, written, strict=True) if own]
+    outs = [part.tiled.outs(chain.problems)[0] for part, own in zip(chain.parts, written, strict=True) if own]
 
     def kernel(*refs: Any) -> None:
         given, results = iter(refs[: -len(outs)]), iter(refs[-len(outs) :])
@@ -107,7 +108,7 @@ class Part:
     @property
     def args(self) -> tuple[Any, ...]:
         left = () if self.left is None else (self.left,)
-        return (*self.operands.slots, *left, *self.operands.arrays)
+        return (*self.operands.scalars, *left, *self.operands.arrays)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,9 +123,9 @@ class Place:
     def sources(self) -> tuple[Any, Any, list[Any]]:
         """The left operand, the weights, and what the epilogue reads."""
         operands, has_left = self.part.operands, self.part.left is not None
-        slots, rest = self.refs[: len(operands.slots)], self.refs[len(operands.slots) + has_left :]
-        weights, *given = operands.sources(rest, slots, self.problem)
-        return (self.refs[len(slots)] if has_left else None), weights, given
+        first = len(operands.scalars)
+        weights, *given = operands.sources(self.refs[first + has_left :], self.refs[:first], self.problem)
+        return (self.refs[first] if has_left else None), weights, given
 
     def rows(self, m: Any) -> Any:
         """All of the left operand's columns."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import factorial, pi, sqrt
 from typing import Any
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from coalesce import jaxpr as J
+from coalesce.kernels.halves import FUNCTIONS
 
 WHOLE, COLUMN = "whole", "column"
 
@@ -37,16 +38,54 @@ NEAR_ZERO = 0.5
 
 
 @dataclass(frozen=True)
+class End:
+    """A result of an epilogue."""
+
+    dtype: Any
+    strips: int = 1
+
+
+@dataclass(frozen=True)
 class Epilogue:
     """`apply(tile, *operand tiles)`, all [m, n] and each in its operand's dtype, the tile in the op's own.
 
     An operand is WHOLE, [G,R,*op.out.shape], or one COLUMN vector for all rows of a lane, [G,R,N]; a cut of a slab is
     one for all rows of a problem, [G,N].
+
+    Of some kernels it may take the result's columns in `parts` strips of equal width, and leave several results. A tile
+    is then one of a strip, there are `strips[i]` of operand i, whose last dimension is as many strips wide, and `apply`
+    gives all of the first of `ends`, then those of the second, and so on.
     """
 
     apply: Callable[..., Any]
     kinds: tuple[str, ...]  # of the operands
-    dtype: Any  # of the result
+    dtype: Any  # of the result, or the first of several
+    parts: int = 1
+    strips: tuple[int, ...] = ()
+    ends: tuple[End, ...] = ()  # none: one result, as wide as the op's
+
+    @property
+    def plain(self) -> bool:
+        """Whether it takes the columns as they are, and leaves one result of that width."""
+        return self.parts == 1 and not self.ends
+
+    @property
+    def left(self) -> tuple[End, ...]:
+        return self.ends or (End(self.dtype, self.parts),)
+
+    def strips_of(self, operand: int) -> int:
+        return self.strips[operand] if self.strips else 1
+
+    def results(self, tiles: Sequence[Any], given: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """The strips of each result, from those of the product and of each operand."""
+        found = self.apply(*tiles, *(tile for strips in given for tile in strips))
+        if self.plain:
+            return [[found]]
+        rest = iter(found)
+        return [[next(rest) for _ in range(end.strips)] for end in self.left]
+
+
+NONE = Epilogue(lambda y: y, (), None)
 
 
 def runs_on_tiles(eqn: J.Eqn) -> bool:
@@ -57,7 +96,8 @@ def on_tile(eqn: J.Eqn, args: list[Any]) -> Any:
     """The result of an equation that runs on tiles."""
     name, dtype = eqn.primitive.name, J.dtype(eqn.outvars[0])
     if name in WIDENED and dtype in ("bfloat16", "float16"):
-        return in_float(eqn, [jnp.asarray(x, jnp.float32) for x in args]).astype(dtype)
+        wide = [jnp.asarray(x, jnp.float32) for x in args]
+        return (FUNCTIONS[name](*wide) if name in FUNCTIONS else in_float(eqn, wide)).astype(dtype)
     return in_float(eqn, args)
 
 

@@ -36,13 +36,13 @@ def run(products: Sequence[Product]) -> list[Any]:
 
             @pl.when((at >= 0) & (program < end))
             def _(part: Product = part, i: int = i, at: Any = at, count: int = count) -> None:
-                part.write(rem(at, count), div(at, count), refs[cuts[i] : cuts[i + 1]], refs[cuts[-1] + i])
+                part.write(rem(at, count), div(at, count), refs[cuts[i] : cuts[i + 1]], [refs[cuts[-1] + i]])
 
     blocks = [part.tiled.blocks for part in parts]
     results = launch(
         kernel,
         (ends[-1],),
-        [part.out for part in parts],
+        [out for part in parts for out in part.outs],  # one of each
         [arg for part in parts for arg in part.args],
         name="_".join(part.name for part in parts),
         warps=max(block.warps for block in blocks),  # enough registers for each

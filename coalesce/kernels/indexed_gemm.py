@@ -22,11 +22,12 @@ from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import as_product
 from coalesce.kernels.epilogue import Epilogue, WHOLE
-from coalesce.kernels.tiles import by_columns, Operands, operands_of, Tiled
+from coalesce.kernels.operands import Operands, operands_of
+from coalesce.kernels.tiles import by_columns, Tiled
 from coalesce.kernels.triton import launch
 from coalesce.kernels.windows import power, row_of, Windows, windows_of
 from coalesce.layout import AS_IS, Layout, pad_to
-from coalesce.slab import Cut, Picked
+from coalesce.slab import Cut, Picked, Turn
 
 FLOATS = ("float32", "bfloat16", "float16")
 PRECISIONS = (None, lax.Precision.DEFAULT, lax.Precision.HIGHEST)  # others sum several products of parts
@@ -70,7 +71,7 @@ def run(
     operands: Sequence[Any] = (),
     blocks: Blocks | None = None,
 ) -> Any:
-    """lhs [G,R,*lhs] x rhs [G,*layout] -> [G,R,*out].
+    """lhs [G,R,*lhs] x rhs [G,*layout] -> [G,R,*out], or a list of what an epilogue leaves that takes columns apart.
 
     The rows of `rhs` may be picked. It, and `operands` that are vectors [G,N], may be cuts of a slab and picked from
     cuts where the op has no batch dimensions.
@@ -78,13 +79,13 @@ def run(
     product = product_of(op, lhs, rhs, epilogue, operands, blocks)
 
     def kernel(*refs: Any) -> None:
-        product.write(pl.program_id(0), pl.program_id(1), refs[:-1], refs[-1])
+        count = len(product.args)
+        product.write(pl.program_id(0), pl.program_id(1), refs[:count], refs[count:])
 
     grid, blocks = (product.tiled.count, product.problems), product.tiled.blocks
-    (y,) = launch(
-        kernel, grid, [product.out], product.args, name=product.name, warps=blocks.warps, stages=blocks.stages
-    )
-    return product.result(y)
+    ys = launch(kernel, grid, product.outs, product.args, name=product.name, warps=blocks.warps, stages=blocks.stages)
+    results = [product.result(y) for y in ys]
+    return results[0] if epilogue is None or epilogue.plain else results
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +100,7 @@ class Product:
 
     @property
     def args(self) -> tuple[Any, ...]:
-        return (*self.operands.slots, self.lhs, *self.operands.arrays)
+        return (*self.operands.scalars, self.lhs, *self.operands.arrays)
 
     @property
     def problems(self) -> int:
@@ -111,14 +112,14 @@ class Product:
         return f"{op.kind}_{self.problems}x{self.tiled.rows}x{op.n}x{op.k}"
 
     @property
-    def out(self) -> jax.ShapeDtypeStruct:
-        return self.tiled.out(self.problems)
+    def outs(self) -> list[jax.ShapeDtypeStruct]:
+        return self.tiled.outs(self.problems)
 
-    def write(self, tile: Any, problem: Any, refs: Sequence[Any], y: Any) -> None:
-        """Compute a tile of a problem; `refs` are references to `args`, y to the result [P, rows, N]."""
-        first = len(self.operands.slots)
+    def write(self, tile: Any, problem: Any, refs: Sequence[Any], ys: Sequence[Any]) -> None:
+        """Compute a tile of a problem; `refs` are references to `args`, `ys` to the results [P, rows, columns]."""
+        first = len(self.operands.scalars)
         right, *given = self.operands.sources(refs[first + 1 :], refs[:first], problem)
-        self.tiled.run(tile, problem, refs[first], right, given, y)
+        self.tiled.run(tile, problem, refs[first], right, given, ys)
 
     def result(self, y: Any) -> Any:
         """[P, rows, N] -> [G,R,*out]."""
@@ -167,7 +168,10 @@ def as_problems(op: HeavyOp, rhs: Any) -> Any:
 
 
 def as_rows(op: HeavyOp, y: Any, kind: str) -> Any:
-    """An epilogue's operand by problem: [P, R*M, N], or columns [P, N], [P, R, N] for several lanes."""
+    """An epilogue's operand by problem: [P, R*M, N], or columns [P, N], [P, R, N] for several lanes; of what is read
+    step by step [P, steps, size]."""
+    if isinstance(y, Turn):
+        return Turn(y.steps.reshape(*y.steps.shape[:2], -1), y.at)
     if kind == WHOLE:
         return as_product.rows(op, y)
     if isinstance(y, Cut | Picked):

@@ -4,7 +4,9 @@ product of a row and a matrix is as fast as the matrix can be read.
     grid (blocks of columns, problems)
     a program: for its columns, sum over blocks of K of weights [n, k] * row [k], then the epilogue
 
-Lanes that share a right operand are further rows, each with its own sum. Slots, slabs and epilogues as in indexed_gemm.
+Where the epilogue takes the columns apart, as a recurrent cell does its gates, a program has a block of each strip, and
+leaves what the cell does. Lanes that share a right operand are further rows, each with its own sum. Slots, slabs and
+epilogues as in indexed_gemm.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from jax.experimental import pallas as pl
 from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import as_product, indexed_gemm
-from coalesce.kernels.epilogue import Epilogue, WHOLE
-from coalesce.kernels.tiles import along, below, down, Source
+from coalesce.kernels.epilogue import End, Epilogue, NONE, WHOLE
+from coalesce.kernels.operands import Source
+from coalesce.kernels.tiles import along, below, down, share
 from coalesce.kernels.triton import both, launch, load, store
 from coalesce.layout import AS_IS, Layout
 
@@ -32,8 +35,10 @@ def supports(op: HeavyOp) -> bool:
 
 def layout(op: HeavyOp) -> Layout:
     """[B.., K.., N..] -> [N, K], or [B, N, K] with batch dimensions."""
-    batched = AS_IS.reshape((op.batch, op.k, op.n)).transpose((0, 2, 1))
-    return batched if op.batch > 1 else AS_IS.reshape((op.k, op.n)).transpose((1, 0))
+    if op.batch > 1:
+        return AS_IS.reshape((op.batch, op.k, op.n)).transpose((0, 2, 1))
+    flat = AS_IS if op.rhs.shape == (op.k, op.n) else AS_IS.reshape((op.k, op.n))
+    return flat.transpose((1, 0))
 
 
 def run(
@@ -44,57 +49,71 @@ def run(
     operands: Sequence[Any] = (),
     blocks: Blocks | None = None,
 ) -> Any:
-    """lhs [G,R,*lhs] x rhs [G,*layout] -> [G,R,*out]; what may be picked or cut, as in indexed_gemm."""
+    """lhs [G,R,*lhs] x rhs [G,*layout] -> [G,R,*out], or what the epilogue leaves; what may be picked or cut, as in
+    indexed_gemm."""
     groups, per_group = lhs.shape[:2]
-    problems, blocks = groups * op.batch, blocks or blocks_for(op)
+    problems, blocks, work = groups * op.batch, blocks or blocks_for(op), epilogue or NONE
     reads = indexed_gemm.by_problem(op, rhs, epilogue, operands)
-    kinds, first = epilogue.kinds if epilogue else (), len(reads.slots)
+    first, count, left = len(reads.scalars), len(work.left), epilogue.left if epilogue else (End(op.out.dtype),)
+    strip, columns = op.n // work.parts, share(blocks.n, work.parts)
 
     def kernel(*refs: Any) -> None:
         block, problem = pl.program_id(0), pl.program_id(1)
-        weights, *rest = reads.sources(refs[first + 1 : -1], refs[:first], problem)
-        n = block * blocks.n + jnp.arange(blocks.n, dtype=jnp.int32)
-        mask = below(n, op.n, blocks.n)
-        sums = products(op, blocks, problem, refs[first], weights, n, mask, per_group)
-        for lane, total in enumerate(sums):
-            y = jnp.sum(total, axis=1)[None, :].astype(op.out.dtype)
-            if epilogue:
-                y = epilogue.apply(y, *(vector(s, k, lane, n, mask) for s, k in zip(rest, kinds, strict=True)))
-            store(refs[-1], (problem, jnp.full((1, 1), lane, jnp.int32), n[None, :]), y, along(mask))
+        weights, *rest = reads.sources(refs[first + 1 : -count], refs[:first], problem)
+        n = block * columns + jnp.arange(columns, dtype=jnp.int32)
+        mask = below(n, strip, columns)
+        given = [operands_of_lane(rest, lane, n, mask) for lane in range(per_group)]  # on their way meanwhile
+        strips = [n + p * strip if p else n for p in range(work.parts)]
+        sums = products(op, blocks.k, problem, refs[first], weights, strips, mask, per_group)
+        for lane, totals in enumerate(sums):
+            tiles = [jnp.sum(total, axis=1)[None, :].astype(op.out.dtype) for total in totals]
+            at = jnp.full((1, 1), lane, jnp.int32)
+            for y, results in zip(refs[-count:], work.results(tiles, given[lane]), strict=True):
+                for i, result in enumerate(results):
+                    store(y, (problem, at, n[None, :] + i * strip), result, along(mask))
 
-    def vector(source: Source, kind: str, lane: int, n: Any, mask: Any) -> Any:
-        by_lane = kind == WHOLE or per_group > 1
-        place = (jnp.full((1, 1), lane, jnp.int32), n[None, :]) if by_lane else (n[None, :],)
-        return source.load(place, op.n, along(mask))
+    def operands_of_lane(sources: Sequence[Source], lane: int, n: Any, mask: Any) -> list[list[Any]]:
+        found: list[list[Any]] = []
+        for i, (source, kind) in enumerate(zip(sources, work.kinds, strict=True)):
+            by_lane = kind == WHOLE or per_group > 1
+            row, strips = (jnp.full((1, 1), lane, jnp.int32),) if by_lane else (), work.strips_of(i)
+            places = [(*row, n[None, :] + s * strip) for s in range(strips)]
+            found.append([source.load(place, strips * strip, along(mask)) for place in places])
+        return found
 
-    dtype = epilogue.dtype if epilogue else op.out.dtype
-    (y,) = launch(
+    ys = launch(
         kernel,
-        (pl.cdiv(op.n, blocks.n), problems),
-        [jax.ShapeDtypeStruct((problems, per_group, op.n), dtype)],
-        [*reads.slots, as_product.left(op, lhs), *reads.arrays],
+        (pl.cdiv(strip, columns), problems),
+        [jax.ShapeDtypeStruct((problems, per_group, end.strips * strip), end.dtype) for end in left],
+        [*reads.scalars, as_product.left(op, lhs), *reads.arrays],
         name=f"matvec_{problems}x{per_group}x{op.n}x{op.k}",
         warps=blocks.warps,
         stages=blocks.stages,
     )
-    return as_product.result(op, y, groups, per_group)
+    results = [as_product.result(op, y, groups, per_group) for y in ys]
+    return results[0] if work.plain else results
 
 
 def products(
-    op: HeavyOp, blocks: Blocks, problem: Any, x: Any, w: Source, n: Any, mask: Any, lanes: int
-) -> tuple[jax.Array, ...]:
-    """For each lane [n, k] in float32, whose sum over k is its result: sums along K come last, once."""
-    ranged = jnp.arange(blocks.k, dtype=jnp.int32)
+    op: HeavyOp, block: int, problem: Any, x: Any, w: Source, strips: Sequence[Any], mask: Any, lanes: int
+) -> tuple[tuple[jax.Array, ...], ...]:
+    """For each lane, and the columns n of each strip, [n, k] in float32, whose sum over k is its result: sums along K
+    come last, once."""
+    ranged = jnp.arange(block, dtype=jnp.int32)
 
-    def step(i: Any, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        k = i * blocks.k + ranged
-        fits = below(k, op.k, blocks.k)
-        weights = w.load((n[:, None], k[None, :]), op.k, both(down(mask), along(fits))).astype(jnp.float32)
+    def step(i: Any, totals: tuple[tuple[jax.Array, ...], ...]) -> tuple[tuple[jax.Array, ...], ...]:
+        k = i * block + ranged
+        fits = below(k, op.k, block)
+        inside = both(down(mask), along(fits))
+        weights = [w.load((n[:, None], k[None, :]), op.k, inside).astype(jnp.float32) for n in strips]
         rows = [load(x, (problem, jnp.full_like(k, lane), k), fits).astype(jnp.float32) for lane in range(lanes)]
-        return tuple(total + weights * row[None, :] for total, row in zip(totals, rows, strict=True))
+        return tuple(
+            tuple(total + each * row[None, :] for total, each in zip(own, weights, strict=True))
+            for own, row in zip(totals, rows, strict=True)
+        )
 
-    zeros = tuple(jnp.zeros((blocks.n, blocks.k), jnp.float32) for _ in range(lanes))
-    return lax.fori_loop(0, pl.cdiv(op.k, blocks.k), step, zeros)
+    zeros = tuple(tuple(jnp.zeros((len(n), block), jnp.float32) for n in strips) for _ in range(lanes))
+    return lax.fori_loop(0, pl.cdiv(op.k, block), step, zeros)
 
 
 def blocks_for(op: HeavyOp) -> Blocks:

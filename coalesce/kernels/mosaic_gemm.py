@@ -27,7 +27,8 @@ from coalesce.kernels.epilogue import Epilogue, WHOLE
 from coalesce.kernels.mosaic import call, ROW_BYTES, TOGETHER
 from coalesce.kernels.mosaic_program import IMAGE, PART, Program, Source, TILE
 from coalesce.kernels.mosaic_tile import Tile, tile_of, VECTORS
-from coalesce.kernels.tiles import operands_of, precision_of
+from coalesce.kernels.operands import operands_of
+from coalesce.kernels.tiles import precision_of
 from coalesce.kernels.windows import windows_of
 from coalesce.layout import Layout
 from coalesce.slab import Cut, Picked
@@ -37,8 +38,8 @@ from coalesce.tf32 import multiplies, nearest
 FLOATS = ("float32", "bfloat16", "float16")
 # Of what an epilogue may have, what the backend lowers on a tile, in all versions that are supported.
 LOWERED = frozenset(
-    """abs add and bitcast_convert_type broadcast_in_dim convert_element_type div eq exp ge gt jit le log logistic lt
-    max min mul ne neg not or pjit rsqrt select_n sign square sub tanh""".split()
+    """abs add and bitcast_convert_type broadcast_in_dim convert_element_type div eq exp exp2 ge gt jit le log logistic
+    lt max min mul ne neg not or pjit rsqrt select_n sign square sub tanh""".split()
 )
 
 

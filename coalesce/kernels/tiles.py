@@ -16,26 +16,10 @@ from jax.experimental import pallas as pl
 
 from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
-from coalesce.kernels.epilogue import Epilogue, WHOLE
+from coalesce.kernels.epilogue import End, Epilogue, WHOLE
+from coalesce.kernels.operands import Source
 from coalesce.kernels.triton import both, div, dot, load, rem, store
 from coalesce.kernels.windows import Windows, windows_of
-from coalesce.slab import Cut, Picked
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a kernel reads a row of an array from: the array itself, or the slab that it lies in."""
-
-    ref: Any
-    start: int | None
-    row: Any
-
-    def load(self, place: tuple[Any, ...], length: int, mask: Any) -> Any:
-        """The elements of the row at `place`: (i,), or (i, j) where j counts to `length`."""
-        if self.start is None:
-            return load(self.ref, (self.row, *place), mask)
-        flat = place[0] if len(place) == 1 else place[0] * length + place[1]
-        return load(self.ref, (self.row, flat + self.start), mask)
 
 
 def precision_of(op: HeavyOp) -> Any:
@@ -47,34 +31,6 @@ def by_columns(op: HeavyOp) -> bool:
     """Whether a right operand lies as [N, K] rather than [K, N]: tensor cores take 32-bit operands along K alone, and
     to turn a tile takes longer than its product. With batch dimensions it is no weight, and lies as it came."""
     return op.rhs.dtype.itemsize == 4 and op.batch == 1
-
-
-@dataclass(frozen=True)
-class Operands:
-    """What a launch gets for arrays, cuts, and rows of these that are picked: slots, if any are; the arrays to read
-    from; and for each where in it to begin, and whether problem p reads row slots[p] of it rather than row p."""
-
-    slots: tuple[Any, ...]
-    arrays: tuple[Any, ...]
-    starts: tuple[int | None, ...]
-    picked: tuple[bool, ...]
-
-    def sources(self, refs: Sequence[Any], slots: Sequence[Any], problem: Any) -> list[Source]:
-        """Where a problem reads each, from references to `arrays` and to `slots`."""
-        row = slots[0][problem] if slots else problem
-        each = zip(refs, self.starts, self.picked, strict=True)
-        return [Source(ref, start, row if picked else problem) for ref, start, picked in each]
-
-
-def operands_of(values: Sequence[Any]) -> Operands:
-    picked = [v for v in values if isinstance(v, Picked)]
-    lie = [v.array if isinstance(v, Picked) else v for v in values]
-    return Operands(
-        tuple(v.slots.astype(jnp.int32) for v in picked[:1]),  # of one family, whose lanes have one slot each
-        tuple(v.slab if isinstance(v, Cut) else v for v in lie),
-        tuple(v.start if isinstance(v, Cut) else None for v in lie),
-        tuple(isinstance(v, Picked) for v in values),
-    )
 
 
 @dataclass(frozen=True)
@@ -96,8 +52,22 @@ class Tiled:
         return self.per_group * self.op.m
 
     @property
+    def parts(self) -> int:
+        return self.epilogue.parts if self.epilogue else 1
+
+    @property
+    def strip(self) -> int:
+        """Columns of a strip, all of them unless the epilogue takes them apart."""
+        return self.op.n // self.parts
+
+    @property
+    def columns(self) -> int:
+        """Columns that a tile has of each strip, so that it has as many of all as its blocks say."""
+        return self.blocks.n if self.parts == 1 else max(16, share(self.blocks.n, self.parts))
+
+    @property
     def across(self) -> int:
-        return pl.cdiv(self.op.n, self.blocks.n)
+        return pl.cdiv(self.strip, self.columns)
 
     @property
     def count(self) -> int:
@@ -117,49 +87,72 @@ class Tiled:
         windows, k = self.windows, self.blocks.k
         return windows.tap_count * pl.cdiv(windows.channels, k) if self.whole_taps else pl.cdiv(windows.k, k)
 
-    def out(self, problems: int) -> jax.ShapeDtypeStruct:
-        dtype = self.epilogue.dtype if self.epilogue else self.op.out.dtype
-        return jax.ShapeDtypeStruct((problems, self.rows, self.op.n), dtype)
+    def outs(self, problems: int) -> list[jax.ShapeDtypeStruct]:
+        left = self.epilogue.left if self.epilogue else (End(self.op.out.dtype),)
+        return [jax.ShapeDtypeStruct((problems, self.rows, end.strips * self.strip), end.dtype) for end in left]
 
-    def run(self, tile: Any, problem: Any, x: Any, w: Source, given: Sequence[Source], y: Any) -> None:
+    def run(self, tile: Any, problem: Any, x: Any, w: Source, given: Sequence[Source], ys: Sequence[Any]) -> None:
         """Compute a tile of a problem and write it.
 
-        References: x [P, positions, C]; w a row of [S, K, N], or of [S, N, K] (see `by_columns`); y [P, rows, N]; of
-        what the epilogue reads, a row of [P, rows, N] if WHOLE, else a vector of [P, N], or [P, lanes, N] if several
-        lanes share a problem.
+        References: x [P, positions, C]; w a row of [S, K, N], or of [S, N, K] (see `by_columns`); of the results
+        [P, rows, columns]; of what the epilogue reads, a row of [P, rows, columns] if WHOLE, else a vector of
+        [P, columns], or [P, lanes, columns] if several lanes share a problem. All columns are N, or some strips.
         """
-        blocks = self.blocks
-        m = div(tile, self.across) * blocks.m + jnp.arange(blocks.m, dtype=jnp.int32)
-        n = rem(tile, self.across) * blocks.n + jnp.arange(blocks.n, dtype=jnp.int32)
+        m = div(tile, self.across) * self.blocks.m + jnp.arange(self.blocks.m, dtype=jnp.int32)
+        n = rem(tile, self.across) * self.columns + jnp.arange(self.columns, dtype=jnp.int32)
         rows, columns = self.masks(m, n)
-        result = self.finished(self.product(problem, x, w, m, n, rows, columns), given, m, n)
-        store(y, (problem, m[:, None], n[None, :]), result, both(down(rows), along(columns)))
+        mask = both(down(rows), along(columns))
+        totals = self.products(problem, x, w, m, n, rows, columns)
+        for y, tiles in zip(ys, self.results(totals, given, m, n), strict=True):
+            for i, result in enumerate(tiles):
+                store(y, (problem, m[:, None], self.behind(i, n)[None, :]), result, mask)
 
     def masks(self, m: Any, n: Any) -> tuple[Any, Any]:
         """Which rows and columns of a tile there are."""
-        return below(m, self.rows, self.blocks.m), below(n, self.op.n, self.blocks.n)
+        return below(m, self.rows, self.blocks.m), below(n, self.strip, self.columns)
+
+    def behind(self, strips: int, n: Any) -> Any:
+        """Columns that lie so many strips behind n."""
+        return n + strips * self.strip if strips else n
 
     def finished(self, total: Any, given: Sequence[Source | jax.Array], m: Any, n: Any) -> Any:
-        """Rows m and columns n of the result, from those of the product; what the epilogue reads may be a tile."""
-        op, blocks = self.op, self.blocks
+        """Rows m and columns n of the one result, from those of the product; what the epilogue reads may be a tile."""
+        ((result,),) = self.results((total,), given, m, n)
+        return result
+
+    def results(self, totals: Sequence[Any], given: Sequence[Source | jax.Array], m: Any, n: Any) -> list[list[Any]]:
+        """Of each result rows m, and columns n of each strip, from those of the product."""
+        op, epilogue = self.op, self.epilogue
         rows, columns = self.masks(m, n)
         mask = both(down(rows), along(columns))
+        tiles = [total.astype(op.out.dtype) for total in totals]
+        if epilogue is None:
+            return [tiles]
 
-        def operand(source: Source | jax.Array, kind: str) -> Any:
+        def operand(source: Source | jax.Array, kind: str, strips: int, i: int) -> Any:
             if not isinstance(source, Source):
                 return source
+            length, at = strips * self.strip, self.behind(i, n)
             if kind == WHOLE:
-                return source.load((m[:, None], n[None, :]), op.n, mask)
+                return source.load((m[:, None], at[None, :]), length, mask)
             if self.per_group > 1:
-                return source.load((div(m, op.m)[:, None], n[None, :]), op.n, mask)
-            vector = source.load((n[None, :],), op.n, along(columns))
-            return jnp.broadcast_to(vector, (blocks.m, blocks.n))
+                return source.load((div(m, op.m)[:, None], at[None, :]), length, mask)
+            vector = source.load((at[None, :],), length, along(columns))
+            return jnp.broadcast_to(vector, (self.blocks.m, self.columns))
 
-        result = total.astype(op.out.dtype)
-        return self.epilogue.apply(result, *map(operand, given, self.epilogue.kinds)) if self.epilogue else result
+        strips = map(epilogue.strips_of, range(len(given)))
+        each = zip(given, epilogue.kinds, strips, strict=True)
+        return epilogue.results(tiles, [[operand(z, kind, s, i) for i in range(s)] for z, kind, s in each])
 
     def product(self, problem: Any, x: Any, w: Source, m: Any, n: Any, rows: Any, columns: Any) -> jax.Array:
-        """Rows m and columns n of a problem's product, in float32; masks say which of them there are."""
+        """`products` of an epilogue that takes no columns apart."""
+        (total,) = self.products(problem, x, w, m, n, rows, columns)
+        return total
+
+    def products(
+        self, problem: Any, x: Any, w: Source, m: Any, n: Any, rows: Any, columns: Any
+    ) -> tuple[jax.Array, ...]:
+        """Rows m of a problem's product, and columns n of each strip, in float32; masks say which of them there are."""
         windows, blocks = self.windows, self.blocks
         corners = windows.corners(m)
         channels = windows.channels
@@ -167,7 +160,7 @@ class Tiled:
         ranged = jnp.arange(blocks.k, dtype=jnp.int32)
         precision = precision_of(self.op)
 
-        def step(i: Any, total: Any) -> Any:
+        def step(i: Any, totals: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             if whole_taps:
                 c = rem(i, by_tap) * blocks.k + ranged
                 tap = div(i, by_tap)
@@ -181,13 +174,22 @@ class Tiled:
                 spread = image[:, None], [p[:, None] for p in place]
                 position, inside = windows.at(spread, div(k, channels)[None, :])
             a = load(x, (problem, position, c[None, :]), both(inside, down(rows), along(fits)))
+            return tuple(total + times(a, k, fits, self.behind(p, n)) for p, total in enumerate(totals))
+
+        def times(a: Any, k: Any, fits: Any, n: Any) -> Any:
             if by_columns(self.op):
                 b = w.load((n[:, None], k[None, :]), windows.k, both(down(columns), along(fits)))
-                return total + dot(a, b, precision, by_columns=True)
+                return dot(a, b, precision, by_columns=True)
             b = w.load((k[:, None], n[None, :]), self.op.n, both(down(fits), along(columns)))
-            return total + dot(a, b, precision)
+            return dot(a, b, precision)
 
-        return lax.fori_loop(0, self.steps, step, jnp.zeros((blocks.m, blocks.n), jnp.float32))
+        zeros = tuple(jnp.zeros((blocks.m, self.columns), jnp.float32) for _ in range(self.parts))
+        return lax.fori_loop(0, self.steps, step, zeros)
+
+
+def share(size: int, parts: int) -> int:
+    """The largest power of two that goes into a size so many times, 1 at least."""
+    return 1 << max(0, (size // parts).bit_length() - 1)
 
 
 # Masks over rows or columns of a tile; None is one that is set everywhere, and costs nothing.

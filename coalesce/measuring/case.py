@@ -19,9 +19,9 @@ from coalesce.blocks import Blocks
 from coalesce.bundle import Bundle, epilogue_reads, Pack, packs, problems
 from coalesce.compile import fuse
 from coalesce.heavy import HeavyOp
-from coalesce.kernels import choose, FUSING, indexed_gemm, KERNELS, mosaic_gemm
+from coalesce.kernels import choose, FUSING, indexed_gemm, KERNELS, mosaic_gemm, TAKES_APART
 from coalesce.kernels.epilogue import Epilogue, WHOLE
-from coalesce.lower_pack import epilogue_of
+from coalesce.lower_epilogue import epilogue_of
 from coalesce.program import Program
 from coalesce.tuning import Key, key_of
 from coalesce.tuning.candidates import Candidate, candidates
@@ -39,7 +39,9 @@ class Case:
     times: int  # how many packs of the programs are this one
 
     def candidates(self, platform: str, on_hopper: bool) -> list[Candidate]:
-        return candidates(self.op, self.key.width, self.key.rows, platform, on_hopper)
+        apart = self.epilogue is not None and not self.epilogue.plain
+        found = candidates(self.op, self.key.width, self.key.rows, platform, on_hopper)
+        return [one for one in found if one[0] not in FUSING or one[0] in TAKES_APART or not apart]
 
     @property
     def lhs(self) -> jax.ShapeDtypeStruct:
@@ -51,7 +53,7 @@ class Case:
         return jax.ShapeDtypeStruct((self.key.width, *row), self.op.rhs.dtype)
 
     def run(self, kernel: str, blocks: Blocks | None) -> Callable[..., Any]:
-        """(lhs, rhs, *reads) -> what the pack leaves."""
+        """(lhs, rhs, *reads) -> what the pack leaves: a value, or several."""
 
         def fusing(x: Any, w: Any, *given: Any) -> Any:
             how = {"epilogue": self.epilogue, "operands": given, "blocks": blocks}
@@ -60,11 +62,13 @@ class Case:
             return FUSING[kernel].run(self.op, x, w, **how)
 
         def plain(x: Any, w: Any, *given: Any) -> Any:
-            y = KERNELS[kernel].run(self.op, x, w)
-            if self.epilogue is None:
+            y, work = KERNELS[kernel].run(self.op, x, w), self.epilogue
+            if work is None:
                 return y
-            whole = [spread(self.op, z, kind, y.shape) for z, kind in zip(given, self.epilogue.kinds, strict=True)]
-            return self.epilogue.apply(y, *whole)
+            whole = [spread(self.op, z, kind, y.shape) for z, kind in zip(given, work.kinds, strict=True)]
+            strips = [jnp.split(z, work.strips_of(i), axis=-1) for i, z in enumerate(whole)]
+            left = [jnp.concatenate(own, -1) for own in work.results(jnp.split(y, work.parts, axis=-1), strips)]
+            return left[0] if work.plain else left
 
         return fusing if kernel in FUSING else plain
 
@@ -78,7 +82,8 @@ def spread(op: HeavyOp, given: Any, kind: str, shape: Sequence[int]) -> Any:
         ((contracted, _), (batch, _)) = op.params["dimension_numbers"]
         own = len(op.rhs.shape) - len(batch) - len(contracted)
     start = len(shape) - own
-    return jnp.broadcast_to(given.reshape(*shape[:2], *[1] * (start - 2), *shape[start:]), shape)
+    columns = shape[start:] if own != 1 else given.shape[-1:]
+    return jnp.broadcast_to(given.reshape(*shape[:2], *[1] * (start - 2), *columns), (*shape[:start], *columns))
 
 
 def wherever_it_can(op: HeavyOp, groups: int, platform: str) -> str:
@@ -116,8 +121,10 @@ def work_of(pack: Pack, key: Key) -> tuple[Epilogue | None, tuple[jax.ShapeDtype
     """A pack's epilogue, and what it reads for all lanes."""
     epilogue = epilogue_of(pack) if pack.epilogue else None
     reads: list[jax.ShapeDtypeStruct] = []
-    for atom, kind in zip(epilogue_reads(pack), epilogue.kinds if epilogue else (), strict=True):
-        own = pack.op.out.shape if kind == WHOLE else (pack.op.n,)
+    for i, (atom, kind) in enumerate(zip(epilogue_reads(pack), epilogue.kinds if epilogue else (), strict=True)):
+        columns = epilogue.strips_of(i) * pack.op.n // epilogue.parts if epilogue else 0
+        whole = pack.op.out.shape if columns == pack.op.n else (*pack.op.out.shape[:-1], columns)
+        own = whole if kind == WHOLE else (columns,)
         reads.append(jax.ShapeDtypeStruct((key.width, key.rows, *own), J.dtype(atom)))
     return epilogue, tuple(reads)
 

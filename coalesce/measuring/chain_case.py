@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from coalesce.blocks import Blocks
-from coalesce.bundle import Bundle, epilogue_reads, last_eqn, Pack
+from coalesce.bundle import Bundle, epilogue_reads, Pack, result_of
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import chained, FUSING, indexed_gemm, VERSION
 from coalesce.kernels.epilogue import Epilogue
@@ -133,5 +133,5 @@ def products_of(packs: Sequence[Pack], key: Key) -> tuple[Product, ...]:
         reads = tuple(number.get(a, struct) for a, struct in zip(epilogue_reads(pack), arrays, strict=True))
         own = struct if lhs is None else lhs
         products.append(Product(pack.op, epilogue, own, reads, not pack.inner, steps_of(pack)))
-        number[last_eqn(pack).outvars[0]] = i
+        number[result_of(pack)] = i
     return tuple(products)

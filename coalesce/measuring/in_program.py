@@ -45,7 +45,7 @@ def chain(work: Work, runs: int, index: Any, seed: Any, x: Any, *weights: Any) -
     def once(x: Any, ws: Sequence[Any]) -> Any:
         y = work.run(x, ws) if work.run else seed
         y, x = lax.optimization_barrier((y, x))
-        element = lax.dynamic_index_in_dim(y.reshape(-1), index, keepdims=False)
+        element = lax.dynamic_index_in_dim(jax.tree.leaves(y)[0].reshape(-1), index, keepdims=False)
         return lax.optimization_barrier(x.at[(0,) * x.ndim].set((element * 0).astype(x.dtype)))
 
     if work.loop:

@@ -101,19 +101,17 @@ def results_of(tickets: Sequence[Ticket], stacks: Sequence[np.ndarray]) -> list[
 
 
 def copied(stack: np.ndarray, count: int) -> list[np.ndarray]:
-    """The first rows, each by itself. To copy more than FEW elements NumPy gives the interpreter's lock away, for each
-    row anew, and whoever waits for it is woken up: in vain, where that takes longer than the copy."""
+    """The first rows, each in memory of its own. To copy more than FEW elements NumPy gives the interpreter's lock
+    away, for each row anew, and whoever waits for it is woken up: in vain, where that takes longer than the copy.
+    Python copies bytes without."""
     if stack.ndim == 1:  # whose rows are no arrays
         return [np.array(x) for x in stack[:count]]
     each = stack.nbytes // len(stack)
     if each <= FEW * stack.dtype.itemsize or each > MUCH or not stack.flags.c_contiguous:
         return [row.copy() for row in stack[:count]]
-    found, content = [], stack.reshape(-1).view(np.uint8).data
-    for start in range(0, count * each, each):
-        row = np.empty(stack.shape[1:], stack.dtype)
-        row.reshape(-1).view(np.uint8).data[:] = content[start : start + each]
-        found.append(row)
-    return found
+    shape, dtype, content = stack.shape[1:], stack.dtype, stack.reshape(-1).view(np.uint8).data
+    starts = range(0, count * each, each)
+    return [np.ndarray(shape, dtype, bytearray(content[start : start + each])) for start in starts]
 
 
 def result_of(ticket: Ticket, values: Sequence[Any]) -> Any:

@@ -11,7 +11,10 @@ else is done at the machine when that has nothing left to do (`hand_out`), so th
 
 A bundle that is done when its launch returns, or BRIEF_S later, as small ones are on a CPU, is not worth another
 thread's waking up: the policy is told at once, and its results are handed out when the driver has done what the policy
-answered. That is for bundles with no other before them, and with no code of a tenant to run for their results.
+answered. That is for bundles with no other before them, and with no code of a tenant to run for their results. While
+full ones follow one another like that, results wait up to TOGETHER_NS for those right behind: whoever is told wakes up
+on another processor and waits for the interpreter's lock, which the driver gives away for a moment at a time. A third
+of what a request cost the host was such waking up in vain: 42 us of its processors' time became 27.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ SHORT_NS = 1_000_000  # what is expected to take less is looked at for so long, 
 BRIEF_S = 1e-4  # what two threads take to hand a bundle on, when each has to wait for the interpreter's lock
 VAIN = 3  # times that this was of no use: then an executable is looked at so only for one bundle in
 SELDOM = 16
+TOGETHER_NS = 500_000
 
 
 class Aloft(NamedTuple):
@@ -66,6 +70,7 @@ class Launcher(Attendant):
         self._vain: dict[int, int] = {}  # of each executable, how often this was of no use since it last was
         self._landed: list[Flight] = []  # done, and nobody has their results yet
         self._due: list[Flight] = []  # those of them whose ends were in the inbox when the driver looked there
+        self._due_ns = 0  # since when the first of these is
 
     def start(self) -> None:
         if self._apart:
@@ -106,6 +111,10 @@ class Launcher(Attendant):
 
     def begin_turn(self) -> None:
         """The driver is about to look into its inbox, where the ends of all that has landed are."""
+        if not self._landed:
+            return
+        if not self._due:
+            self._due_ns = self._clock()
         self._due += self._landed
         self._landed.clear()
 
@@ -115,6 +124,8 @@ class Launcher(Attendant):
         if everything:
             self.begin_turn()
             self._settle()
+        elif self._landed and is_full(self._landed[-1]) and self._clock() < self._due_ns + TOGETHER_NS:
+            return  # the end of what has landed is in the inbox
         while self._due:
             self._finisher.hand_out(self._due.pop(0))
 
@@ -163,3 +174,8 @@ class Launcher(Attendant):
         handing_on.begin(self)
         self._finisher.inbox.put(self._flight(item))
         handing_on.end(self)
+
+
+def is_full(flight: Flight) -> bool:
+    """Whether nobody else could have gone with it: more may be waiting."""
+    return sum(map(len, flight.entries)) >= sum([entry.width for entry in flight.form])

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from coalesce.serving.gather import gather, is_worth_it
+from coalesce.serving.gather import gather, is_worth_it, join
 from coalesce.serving.page_locked import Locked, page_locked
 from coalesce.serving.words import from_words, views, WORD, words
 
@@ -160,7 +160,7 @@ class Staging:
                 states[count:] = range(pool + count, pool + len(states))
             for k, stack in enumerate(inputs):
                 rows = [lane.inputs[k] for lane in lanes]
-                if not (self.packed and is_worth_it() and gather(rows, stack[:count])):
+                if not (join(rows, stack) or (self.packed and is_worth_it() and gather(rows, stack[:count]))):
                     for i, row in enumerate(rows):  # one call of NumPy for all of them is no quicker
                         stack[i] = row
                 if before > count:

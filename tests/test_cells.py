@@ -1,0 +1,295 @@
+"""fuse_epilogues where columns are taken apart: a recurrent cell, or a gated unit, is one kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from jax import lax
+
+import coalesce
+from coalesce import jaxpr as J
+from coalesce.bundle import Bundle, items, Loop, Pack, packs
+from coalesce.costs import Costs, device_of
+from coalesce.heavy import HeavyOp
+from coalesce.kernels import choose, indexed_matvec, KERNELS
+from coalesce.measuring.case import cases
+from coalesce.models import by_name
+from coalesce.passes.choose_kernels import choose_kernels
+from coalesce.passes.form_packs import form_packs
+from coalesce.passes.fuse_epilogues import fuse_epilogues
+from coalesce.serving.schema import Options
+from tests.alone import alone, array, check_fused, fuse_tenants, Tenant
+from tests.bundles import bundle_of, replanned
+from tests.compare import assert_bitwise, assert_same, distance, matched, norm
+from tests.heavy_cases import indexed
+from tests.programs import Draw
+from tests.serving import assert_alone, fit_of, serve
+
+ON_A_GPU = Options("gpu", Costs(device_of("gpu")))
+
+
+def by_row(op: HeavyOp, groups: int, platform: str) -> str:
+    return "indexed_matvec" if indexed_matvec.supports(op) else indexed(op, groups, platform)
+
+
+def planned(*tenants: Tenant, choice: Any = choose, platform: str = "gpu") -> Bundle:
+    return choose_kernels(form_packs(bundle_of(*tenants)), platform=platform, choice=choice)
+
+
+def lanes(fn: Callable[..., Any], count: int, make: Callable[[], tuple[Any, tuple[Any, ...]]]) -> list[Tenant]:
+    return [(fn, *make()) for _ in range(count)]
+
+
+def lstm(p: Any, xs: Any, c: Any, h: Any) -> Any:
+    """Steps of an LSTM whose inputs' product is one for all steps."""
+
+    def step(carry: Any, x: Any) -> Any:
+        c, h = carry
+        i, f, g, o = jnp.split(h @ p["w"] + p["b"] + x, 4, axis=1)
+        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        h = jax.nn.sigmoid(o) * jnp.tanh(c)
+        return (c, h), h
+
+    return lax.scan(step, (c, h), xs)
+
+
+def lstms(count: int, size: int = 8, steps: int = 3, dtype: Any = np.float32) -> list[Tenant]:
+    def make() -> tuple[Any, tuple[Any, ...]]:
+        params = {"w": array(size, 4 * size, dtype=dtype), "b": array(1, 4 * size, dtype=dtype)}
+        return params, (array(steps, 1, 4 * size, dtype=dtype), *(array(1, size, dtype=dtype) for _ in range(2)))
+
+    return lanes(lstm, count, make)
+
+
+def cells(bundle: Bundle) -> list[Pack]:
+    """The packs that stand in loops."""
+    return [pack for item in items(bundle.schedule) if isinstance(item, Loop) for pack in packs(item.bodies[0])]
+
+
+def test_a_cell(golden):
+    golden(replanned(fuse_epilogues, planned(*lstms(2))))
+
+
+def test_a_gated_unit(golden):
+    golden(replanned(fuse_epilogues, planned(*gated(2, jax.nn.silu), choice=indexed)))
+
+
+def gated(count: int, act: Any, rows: int = 5, width: int = 24, dtype: Any = np.float32) -> list[Tenant]:
+    def unit(p: Any, x: Any) -> Any:
+        gate, up = jnp.split(x @ p["in"] + p["b"], 2, axis=1)
+        return (act(gate) * up) @ p["out"]
+
+    def make() -> tuple[Any, tuple[Any, ...]]:
+        shapes = {"in": (16, 2 * width), "b": (1, 2 * width), "out": (width, 16)}
+        return {k: array(*v, dtype=dtype) for k, v in shapes.items()}, (array(rows, 16, dtype=dtype),)
+
+    return lanes(unit, count, make)
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_step_of_a_model_is_one_kernel(name, count):
+    model = by_name(name, hidden=16, features=12, steps=3, classes=5)
+    tenants = [(model.apply, model.init(jax.random.key(i)), model.example(jax.random.key(9 + i))) for i in range(count)]
+    fused = check_fused(tenants, platform="gpu")
+    (body,) = [item.bodies[0] for item in items(fused.bundle.schedule) if isinstance(item, Loop)]
+    (pack,) = body
+    assert isinstance(pack, Pack) and pack.kernel == "indexed_matvec"
+    assert len(pack.results) == (2 if name == "lstm" else 1)
+
+
+def test_a_step_reads_its_inputs_where_they_lie():
+    """Nothing slices them, or copies what a step computes for the next one."""
+    fused = check_fused(lstms(3), platform="gpu", policy="never")
+    calls = [eqn for eqn in J.walk(fused.jaxpr) if eqn.primitive.name == "pallas_call"]
+    assert calls
+    for call in calls:
+        assert (3, 3, 32) in [J.shape(a) for a in call.invars]  # lanes, steps, columns
+        assert [J.shape(v) for v in call.outvars] == [(3, 1, 8)] * 2
+
+
+def test_a_gated_unit_is_one_kernel():
+    fused = check_fused(gated(3, jax.nn.gelu), choose_kernel=indexed)
+    first, _ = packs(fused.bundle.schedule)
+    assert [J.shape(v) for v in first.results] == [(5, 24)]
+    assert {type(item) for item in fused.bundle.schedule} == {Pack}
+
+
+def test_one_row_of_it_too():
+    fused = check_fused(gated(3, jax.nn.silu, rows=1), platform="gpu")
+    first, second = packs(fused.bundle.schedule)
+    assert (first.kernel, second.kernel) == ("indexed_matvec", "batched_matvec")
+
+
+def test_products_that_were_merged():
+    """Gate and up by weights of their own are one product, whose columns lie side by side."""
+
+    def unit(p: Any, x: Any) -> Any:
+        return (jax.nn.silu(x @ p["gate"]) * (x @ p["up"])) @ p["down"]
+
+    shapes = {"gate": (16, 24), "up": (16, 24), "down": (24, 16)}
+    tenants = lanes(unit, 2, lambda: ({k: array(*v) for k, v in shapes.items()}, (array(4, 16),)))
+    first, _ = packs(check_fused(tenants, choose_kernel=indexed).bundle.schedule)
+    assert [J.shape(v) for v in first.results] == [(4, 24)]
+
+
+def test_a_kernel_that_a_caller_names_stays():
+    def named(op: HeavyOp, groups: int, platform: str) -> str:
+        return choose(op, groups, platform)
+
+    bundle = planned(*lstms(2))
+    assert fuse_epilogues(bundle, choice=named) is bundle
+    assert [pack.kernel for pack in cells(fuse_epilogues(bundle))] == ["indexed_matvec"]
+
+
+def test_columns_are_not_taken_apart_for_others():
+    """Nor for more bytes than the product has, nor into many parts."""
+
+    def slices(p: Any, x: Any) -> Any:
+        a, b = jnp.split(x @ p, 2, axis=1)
+        return a.sum(0), b * 2.0
+
+    def more(p: Any, x: Any) -> Any:
+        y = x @ p
+        return y, jax.nn.silu(y[:, :4]) * y[:, 4:]
+
+    def many(p: Any, x: Any) -> Any:
+        return sum(jnp.split(x @ p, 16, axis=1))
+
+    for fn, n in [(slices, 8), (more, 8), (many, 32)]:
+        tenants = lanes(fn, 2, lambda n=n: (array(6, n), (array(3, 6),)))
+        (pack,) = packs(check_fused(tenants, choose_kernel=indexed, policy="never").bundle.schedule)
+        assert not pack.epilogue, fn.__name__
+
+
+def test_what_leaves_in_the_middle():
+    def unit(p: Any, x: Any) -> Any:
+        a, b, _ = jnp.split(x @ p["w"], 3, axis=1)
+        gate = jax.nn.sigmoid(a)
+        return gate.sum(0), jnp.tanh(b) * gate + 1.0
+
+    tenants = lanes(unit, 2, lambda: ({"w": array(6, 24)}, (array(3, 6),)))
+    (pack,) = packs(check_fused(tenants, choose_kernel=indexed, policy="never").bundle.schedule)
+    assert [J.shape(v) for v in pack.results] == [(3, 8)] * 2
+
+
+UNARY = (jnp.tanh, jax.nn.sigmoid, jax.nn.relu, jnp.negative, jax.nn.gelu, lambda x: x * 0.5, lambda x: 1.0 - x)
+BINARY = (jnp.add, jnp.multiply, jnp.subtract, jnp.maximum, lambda a, b: jnp.where(a > 0, a, b))
+
+
+def random_cell(pick: Draw, dtype: Any) -> tuple[Callable[..., Any], Callable[[], tuple[Any, tuple[Any, ...]]]]:
+    """A cell of random parts: what is done to the parts of one product, and what leaves."""
+    parts, width, rows, k = pick.integer(2, 5), pick.choice([4, 8, 12, 16]), pick.choice([1, 1, 3]), pick.integer(3, 20)
+    n = parts * width
+    wide = pick.choice(["bias", "inputs", ""])
+    steps = [(pick.choice(UNARY), pick.choice(BINARY), pick.random(), pick.random()) for _ in range(pick.integer(1, 6))]
+    first, leaves = pick.integer(0, parts - 1), pick.integer(1, 3)
+    by_slices, casts = pick.flag(), pick.flag()
+
+    def cell(p: Any, x: Any, own: Any, inputs: Any) -> Any:
+        y = x @ p["w"]
+        y = y + jnp.broadcast_to(p["b"], y.shape) if wide == "bias" else y + inputs if wide else y
+        cut = [y[:, i * width : (i + 1) * width] for i in range(parts)] if by_slices else jnp.split(y, parts, axis=1)
+        values = [*cut[first:], own, jnp.broadcast_to(p["small"], own.shape), *cut[:first]]
+        done: list[Any] = []
+        for one, two, a, b in steps:
+            pool = [*done, *values]
+            left, right = pool[int(a * len(pool))], pool[int(b * len(pool))]
+            done.append(two(one(left), right))
+        left = [z.astype(jnp.float32) if casts else z for z in done[-leaves:]]
+        return left, (done[-1].sum() if leaves == 2 else None)
+
+    def make() -> tuple[Any, tuple[Any, ...]]:
+        params = {"w": array(k, n, dtype=dtype), "b": array(n, dtype=dtype), "small": array(width, dtype=dtype)}
+        return params, (array(rows, k, dtype=dtype), array(rows, width, dtype=dtype), array(rows, n, dtype=dtype))
+
+    return cell, make
+
+
+@settings(max_examples=max(5, settings().max_examples // 8))  # interpreted kernels take their time
+@given(seed=st.integers(0, 2**64 - 1))
+def test_random_cells(seed: int) -> None:
+    pick = Draw(seed)
+    dtype = pick.choice([jnp.float32, jnp.float32, jnp.bfloat16])
+    cell, make = random_cell(pick, dtype)
+    tenants = lanes(cell, pick.integer(1, 3), make)
+    if pick.flag():  # weights of one tenant: lanes are rows
+        tenants = [(fn, tenants[0][1], xs) for fn, _, xs in tenants]
+    fused = fuse_tenants(tenants, choose_kernel=by_row, policy="never")
+    results = fused([xs for _, _, xs in tenants])
+    for tenant, result in zip(tenants, results, strict=True):
+        assert_as_alone(tenant, result, dtype)
+    poisoned = [
+        (xs if i else jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), xs)) for i, (*_, xs) in enumerate(tenants)
+    ]
+    for clean, other in list(zip(results, fused(poisoned), strict=True))[1:]:
+        assert_bitwise(other, clean)
+
+
+def assert_as_alone(tenant: Tenant, result: Any, dtype: Any) -> None:
+    """In 16 bits every step of a cell may round, where XLA alone may keep more between two of them."""
+    own = alone(tenant)
+    if dtype == jnp.float32:
+        assert_same(result, own)
+        return
+    for (path, a, b), t in zip(matched(result, own), jax.tree.leaves(truth(tenant)), strict=True):
+        assert distance(a, t) <= 1.5 * distance(b, t) + 8 * float(jnp.finfo(dtype).eps) * norm(t), path
+
+
+def truth(tenant: Tenant) -> Any:
+    """In float32."""
+    fn, params, xs = tenant
+    return alone((fn, *jax.tree.map(lambda x: x.astype(jnp.float32), (params, xs))))
+
+
+@pytest.mark.parametrize("kernel", ["indexed_matvec", "indexed_gemm"])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_lanes_of_a_recurrent_cell(kernel, dtype):
+    """By each kernel, for lanes with weights of their own, and for lanes that share them."""
+    tenants = lstms(3, dtype=dtype)
+    shared = [(fn, tenants[0][1], xs) for fn, _, xs in tenants]
+    for group in (tenants, shared):
+        fused = fuse_tenants(group, choose_kernel=lambda *_: kernel)
+        results = fused([xs for _, _, xs in group])
+        for tenant, result in zip(group, results, strict=True):
+            assert_as_alone(tenant, result, dtype)
+        assert all(pack.kernel == kernel and len(pack.results) == 2 for pack in cells(fused.bundle))
+
+
+@pytest.mark.parametrize("make", [lambda: lstms(3), lambda: gated(3, jax.nn.gelu)])
+def test_what_is_measured_does_the_same_work(make):
+    """By a kernel that takes columns apart, and by one of XLA's with XLA's own work behind it."""
+    programs = [coalesce.trace(fn, params, *xs, name=f"t{i}") for i, (fn, params, xs) in enumerate(make())]
+    case = next(case for case in cases(programs, "cpu") if case.epilogue and not case.epilogue.plain)
+    kernels = [name for name, kernel in KERNELS.items() if kernel.supports(case.op) and name != "mosaic_gemm"]
+    lhs, reads = array(*case.lhs.shape), [array(*read.shape) for read in case.reads]
+    weights = array(len(lhs), *case.op.rhs.shape)
+    want = None
+    for name in kernels:
+        got = case.run(name, None)(lhs, jax.vmap(KERNELS[name].layout(case.op))(weights), *reads)
+        want = got if want is None else want
+        assert_same(got, want)
+    assert {"batched_dot", "indexed_gemm"} <= set(kernels)
+
+
+def test_lanes_that_read_a_bank_by_slot():
+    """Weights and biases, wherever they lie; two requests of one tenant too."""
+    tenants = lstms(3)
+    serving = serve([fit_of(fn, params, xs) for fn, params, xs in tenants], options=ON_A_GPU)
+    order = [2, 0, 0]
+    executable = serving.executable(3)
+    results = serving.call(executable, [(i, tenants[i][2]) for i in order])
+    for i, result in zip(order, results, strict=True):
+        assert_alone(result, tenants[i])
+    assert [len(pack.results) for pack in cells(executable.bundle)] == [2]
+
+
+def test_it_is_said():
+    text = str(fuse_tenants(lstms(2), platform="gpu"))
+    assert text.count("then it leaves") == 1
