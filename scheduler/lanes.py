@@ -24,7 +24,7 @@ Item = tuple[int, int, "Lane"]  # deadline, id: no two are equal, so that lanes 
 
 
 class Lane:
-    __slots__ = ("request", "account", "level", "bucket", "charge_ns", "queue", "ending", "begun", "again")
+    __slots__ = ("request", "account", "level", "bucket", "charge_ns", "queue", "ending", "begun", "again", "kept")
 
     def __init__(
         self, request: Request, account: Account, level: Level, bucket: int, charge_ns: int, queue: Queue | None
@@ -38,6 +38,7 @@ class Lane:
         self.ending: Reason | None = None  # why it goes no further than the bundle that it is in
         self.begun = False
         self.again = False  # its last bundle failed, and who of it was the reason is not known yet
+        self.kept = 0.0  # the share of its time that was kept back when it was taken on: see `promises`
 
 
 class Queue:
@@ -106,7 +107,18 @@ class Queue:
 
 
 class Level:
-    __slots__ = ("priority", "order", "starting", "demand", "counted", "above", "outlook", "spare", "firsts")
+    __slots__ = (
+        "priority",
+        "order",
+        "starting",
+        "demand",
+        "counted",
+        "above",
+        "outlook",
+        "spare",
+        "is_crowded",
+        "firsts",
+    )
 
     def __init__(self, priority: int):
         self.priority = priority
@@ -116,6 +128,7 @@ class Level:
         self.above: tuple[Level, ...] = ()  # higher priorities, highest first
         self.outlook: Any = None  # what is to come, as far as it is known: see `outlook`
         self.spare = 0  # so many lanes may come before it is asked anew whether few runs are to come
+        self.is_crowded = False  # more are, until some lanes go
         self.demand = Demand()  # of this priority and all higher ones
         self.counted: tuple[Demand, ...] = (self.demand,)  # those in which its lanes count: its own and all lower ones
 

@@ -50,14 +50,15 @@ def is_few(level: Level) -> bool:
     """Whether what waits is run in few enough runs to lay them at every turn."""
     if level.spare > 0:  # known since it was last asked
         return True
+    if level.is_crowded:
+        return False
     runs = 0
     for own in (*level.above, level):
         runs += len(own.order)
-        if runs > FEW:
-            return False
-        for _, _, queue in own.order:
+        for _, _, queue in own.order if runs <= FEW else ():
             runs += len(queue.items) // queue.costs.cover.widest
     level.spare = (FEW - runs) // 2 + 1  # a lane is two more at most: that of its queue, and the one that it fills
+    level.is_crowded = runs > FEW
     return runs <= FEW
 
 

@@ -178,6 +178,9 @@ class Queues:
     def _cut(self, queue: Queue, first: int, end: int) -> None:
         del queue.items[first:end]
         queue.waits = queue.hopes = None
+        for other in self.levels:
+            if other.priority <= queue.level.priority:
+                other.is_crowded = False
         if first == 0:
             self.rank(queue)
 
@@ -232,7 +235,7 @@ class Queues:
         self.levels = sorted(self._levels.values(), key=lambda level: -level.priority)
         for at, upper in enumerate(self.levels):
             upper.counted = tuple(below.demand for below in self.levels[at:])
-            upper.above, upper.outlook, upper.spare = tuple(self.levels[:at]), None, 0
+            upper.above, upper.outlook, upper.spare, upper.is_crowded = tuple(self.levels[:at]), None, 0, False
 
     def keep_levels(self, busy: Container[int]) -> None:
         """Forgets the priorities that nobody has any more."""
