@@ -84,6 +84,8 @@ def turn_of(value: LaneValue, how: Fold, pack: Pack, step: Any) -> Turn | None:
     others, if there are any."""
     if not isinstance(value, Stepped | SharedStep) or (step is not None and value.at is not step):
         return None
+    if not value.steps.size:  # a loop of no steps
+        return None
     lanes = range(how.groups) if isinstance(value, Stepped) else [0]
     if pack.kernel not in TAKES_APART or pack.launch is not None or pack.op.batch > 1:
         return None

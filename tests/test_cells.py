@@ -114,6 +114,12 @@ def test_a_step_reads_its_inputs_where_they_lie():
         assert [J.shape(v) for v in call.outvars] == [(3, 1, 8)] * 2
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_few_steps(steps):
+    fused = check_fused(lstms(2, steps=steps), platform="gpu")
+    assert [len(pack.results) for pack in cells(fused.bundle)] == [2]
+
+
 def test_a_gated_unit_is_one_kernel():
     fused = check_fused(gated(3, jax.nn.gelu), choose_kernel=indexed)
     first, _ = packs(fused.bundle.schedule)
@@ -177,6 +183,19 @@ def test_what_leaves_in_the_middle():
     tenants = lanes(unit, 2, lambda: ({"w": array(6, 24)}, (array(3, 6),)))
     (pack,) = packs(check_fused(tenants, choose_kernel=indexed, policy="never").bundle.schedule)
     assert [J.shape(v) for v in pack.results] == [(3, 8)] * 2
+
+
+def test_what_the_product_reads_stays_before_it():
+    """Of one row the tail takes what is computed for it alone, which is not what the product reads too."""
+
+    def unit(p: Any, x: Any) -> Any:
+        x = jnp.tanh(x)
+        a, b = jnp.split(x @ p, 2, axis=1)
+        return a * x + b
+
+    tenants = lanes(unit, 2, lambda: (array(8, 16), (array(1, 8),)))
+    (pack,) = packs(check_fused(tenants, platform="gpu").bundle.schedule)
+    assert [step.eqn.primitive.name for step in pack.epilogue] == ["split", "mul", "add"]
 
 
 UNARY = (jnp.tanh, jax.nn.sigmoid, jax.nn.relu, jnp.negative, jax.nn.gelu, lambda x: x * 0.5, lambda x: 1.0 - x)
