@@ -92,6 +92,12 @@ class DeviceError(ServingError):
     grpc, http = "UNAVAILABLE", 503
 
 
+class PolicyError(ServingError):
+    """The policy, in a process of its own, has ended or does not answer."""
+
+    grpc, http = "UNAVAILABLE", 503
+
+
 class StateLost(ServingError):
     """What a request had computed so far was lost with another bundle, which failed. Send it again."""
 

@@ -1,7 +1,7 @@
 """Values during lowering, seen by all lanes of a family at once.
 
     Shared    one value for all lanes; the only kind in a family of one lane
-    Stacked   one value a lane, on a leading axis; Stepped, if it is what a step of a loop reads
+    Stacked   one value a lane, on a leading axis
     Banked    an array of weights, and the row of it that each lane reads
     Part      one member's lanes of a `Joint`, the padded stack that a pack of several members leaves behind
 
@@ -11,7 +11,7 @@ L lanes; shapes without it are one lane's own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -20,34 +20,30 @@ import numpy as np
 from jax import lax
 
 from coalesce import jaxpr as J, pool
+from coalesce.kernels.strips import edges
 from coalesce.layout import pad_to
 from coalesce.slab import whole
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a value was cut out, for a kernel that rather reads it there."""
+
+    whole: Any  # [steps, .., columns], or [.., columns]; of a value for each lane, behind the lane axis
+    start: int = 0  # the first of its columns
+    at: Any = None  # the step that it is, int32; None if it is of all
+
+
+@dataclass(frozen=True)
 class Shared:
     value: Any
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
 class Stacked:
     value: Any  # [L, ...]
-
-
-@dataclass(frozen=True)
-class Stepped(Stacked):
-    """One step's part of what was computed for all steps: `value` is a slice, and a kernel may rather read it there."""
-
-    steps: Any  # [L, steps, ...]
-    at: Any  # int32
-
-
-@dataclass(frozen=True)
-class SharedStep(Shared):
-    """The same, of one value for all lanes."""
-
-    steps: Any  # [steps, ...]
-    at: Any
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -150,11 +146,22 @@ def from_lanes(values: Sequence[Any]) -> Shared | Stacked:
 def apply(eqn: J.Eqn, args: Sequence[LaneValue]) -> list[LaneValue]:
     """An equation for all lanes at once, by its own batching rule."""
     values = [plain(a) for a in args]
+    origin = origin_of(eqn, values)
     if not any(isinstance(v, Stacked) for v in values):
-        return [Shared(out) for out in one(eqn, [v.value for v in values])]
+        return [Shared(out, origin) for out in one(eqn, [v.value for v in values])]
     axes = tuple(0 if isinstance(v, Stacked) else None for v in values)
     outs = jax.vmap(lambda *xs: one(eqn, xs), in_axes=axes)(*(v.value for v in values))
-    return [Stacked(out) for out in outs]
+    return [Stacked(out, origin) for out in outs]
+
+
+def origin_of(eqn: J.Eqn, values: Sequence[Shared | Stacked]) -> Origin | None:
+    """Where the result of an equation lies that cuts out columns."""
+    cut = edges(eqn) if eqn.primitive.name == "slice" else None
+    if cut is None:
+        return None
+    (value,) = values
+    before = value.origin or Origin(value.value)
+    return replace(before, start=before.start + cut[0])
 
 
 def one(eqn: J.Eqn, args: Sequence[Any]) -> list[Any]:

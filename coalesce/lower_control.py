@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -11,7 +12,7 @@ from jax import lax
 
 from coalesce import jaxpr as J
 from coalesce.bundle import Loop, Schedule
-from coalesce.lanes import Banked, Env, InPacks, LaneValue, Part, plain, Shared, SharedStep, Stacked, stacked, Stepped
+from coalesce.lanes import Banked, Env, InPacks, LaneValue, Origin, Part, plain, Shared, Stacked, stacked
 from coalesce.slab import Picked, whole
 
 
@@ -98,9 +99,10 @@ def step_of(value: LaneValue, at: Any) -> LaneValue:
         picked = isinstance(value.array, Picked)
         return Banked(value.array.step(at) if picked else index_behind(whole(value.array), at), value.rows)
     own = plain(value)
+    origin = replace(own.origin or Origin(own.value), at=at)
     if isinstance(own, Shared):
-        return SharedStep(index_behind(own.value[None], at)[0], own.value, at)
-    return Stepped(index_behind(own.value, at), own.value, at)
+        return Shared(index_behind(own.value[None], at)[0], origin)
+    return Stacked(index_behind(own.value, at), origin)
 
 
 def index_behind(x: Any, at: Any) -> Any:

@@ -65,13 +65,14 @@ class Picked:
         return self.array.at[self.slots, at].get(mode="promise_in_bounds")
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["steps", "at"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["steps", "at"], meta_fields=["start"])
 @dataclass(frozen=True)
 class Turn:
-    """[L, ...]: row i is steps[i, at]."""
+    """[L, ...]: row i is steps[i, at], flat, from `start` on."""
 
     steps: Any  # [L, steps, ...]
     at: Any  # int32
+    start: int = 0
 
 
 def gathered(slab: Any, rows: Any, start: Any, shape: tuple[int, ...]) -> Any:

@@ -22,7 +22,7 @@ def take_turns(
     sheet: Sheet, cells: Sequence[Cell], served_by: Callable[[Cell], Served], facts: Row, seconds: float, tries: int
 ) -> None:
     """What a spent budget leaves out of the last rate is measured when the same is asked for again."""
-    for cv, rate in sorted({(cell.cv, cell.value) for cell in cells}):
+    for cv, rate in dict.fromkeys((cell.cv, cell.value) for cell in cells):
         own = [cell for cell in cells if (cell.cv, cell.value) == (cv, rate)]
         tried: dict[Cell, list[Row]] = {cell: [] for cell in own}
         try:

@@ -2,8 +2,8 @@
 
 It is refused where it could not be done in time beside everything that was promised, where what was promised could not
 be done beside it, where it would make runs narrow that are better wide (`outlook`), and where its tenant has its share
-already and others need the place. Before an idle device where nobody waits there are no others: whoever is in time as
-runs mostly go is taken on.
+already and others need the place. Of its time a part is kept back where promises were not kept lately (`promises`).
+Before an idle device where nobody waits there are no others: whoever is in time as runs mostly go is taken on.
 
 As long as few queues wait, the runs that are to come are laid to see that. Beyond that the demand test answers, with
 what its own run will take: that of the company that it can expect, what waits with it, and what will come. Whoever is
@@ -35,6 +35,7 @@ from coalesce.scheduler.outlook import (
     remember,
     remembered,
 )
+from coalesce.scheduler.promises import Promises
 from coalesce.scheduler.request import Request
 from coalesce.scheduler.shares import Account, CLOSE, Shares
 from coalesce.scheduler.tuples import made
@@ -44,10 +45,10 @@ FAR_OFF = 2  # times the least SLO of its family: who is due so late can wait fo
 
 
 class Admission:
-    def __init__(self, shares: Shares, load: Load) -> None:
+    def __init__(self, shares: Shares, load: Load, promises: Promises) -> None:
         self.foreseen = False  # whether the outlook has who was taken on last
-        self._shares = shares
-        self._load = load
+        self.kept = 0.0  # the share of its time that was kept back
+        self._shares, self._load, self._promises = shares, load, promises
 
     def admit(
         self, request: Request, account: Account, queue: Queue, excess: float, start: Start, now_ns: int
@@ -72,13 +73,18 @@ class Admission:
         is_last = not items or items[-1][0] < due_ns or items[-1] < (due_ns, number)
         if not items or (not is_last and due_ns < items[0][0]):
             work_ns += costs.first_ns
+        kept_ns, self.kept = 0, self._promises.share
+        if self.kept:
+            self.kept = self._promises.kept(due_ns, now_ns)
+            kept_ns = int(self.kept * (due_ns - now_ns))
         if level.spare > 0 or is_few(level):
-            if is_last and items and not over and has_room(queue, due_ns, start, now_ns):
+            if is_last and items and not over and has_room(queue, due_ns - kept_ns, start, now_ns):
                 fits = self.foreseen = True
             else:
-                fits = self._fits_outlook(request, queue, start, is_last, over, careful, now_ns)
+                fits = self._fits_outlook(request, queue, start, is_last, over, careful, kept_ns, now_ns)
         else:
-            kept_ns = kept(due_ns - now_ns, queue, careful) if over else 0
+            if over:
+                kept_ns += kept(due_ns - now_ns, queue, careful)
             fits = fits_demand(request, queue, kept_ns, work_ns + kept_ns, self._load, start.free_ns, now_ns)
         if fits:
             shares.charge(account, work_ns, over)
@@ -88,13 +94,22 @@ class Admission:
         return INFEASIBLE
 
     def _fits_outlook(
-        self, request: Request, queue: Queue, start: Start, is_last: bool, over: bool, careful: bool, now_ns: int
+        self,
+        request: Request,
+        queue: Queue,
+        start: Start,
+        is_last: bool,
+        over: bool,
+        careful: bool,
+        kept_ns: int,
+        now_ns: int,
     ) -> bool:
         """Of one that is not known to come to a run that is there anyway."""
         level, items, due_ns = queue.level, queue.items, request.deadline_ns
         if start.is_idle and not level.order and not queue.lot and not any([own.order for own in level.above]):
             return start.free_ns + queue.costs.alone.l50_ns <= due_ns
-        kept_ns = kept(due_ns - now_ns, queue, False) if over and queue.lot else 0
+        if over and queue.lot:
+            kept_ns += kept(due_ns - now_ns, queue, False)
         is_asked = over or not items  # else `admit` has
         if is_asked and is_last and not careful and has_room(queue, due_ns - kept_ns, start, now_ns):
             self.foreseen = True

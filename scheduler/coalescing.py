@@ -43,6 +43,7 @@ from coalesce.scheduler.latency import LatencyModel, Prediction
 from coalesce.scheduler.laying import Start
 from coalesce.scheduler.load import Load
 from coalesce.scheduler.patience import wait_until
+from coalesce.scheduler.promises import Promises
 from coalesce.scheduler.quarantine import Watch
 from coalesce.scheduler.queues import Queues, UNKNOWN
 from coalesce.scheduler.requests import Requests
@@ -72,11 +73,10 @@ class Coalescing:
         self._shares = Shares()
         self._watch = Watch()
         self._wants = Wants()
-        self._load = Load()
+        self._load, self._promises = Load(), Promises()
         self._starting = Starting(self._flight, self._costs, self._load, self._lag)
-        self._requests = Requests(
-            self._queues, self._slots, self._tenancy, self._watch, self._shares, self._costs, self._load
-        )
+        around = self._shares, self._costs, self._load, self._promises
+        self._requests = Requests(self._queues, self._slots, self._tenancy, self._watch, *around)
         self._bundles = 0
         self._wake_ns, self._wake = 0, WakeAt(0)  # the last one
         self._doubt = Doubt(self._costs, self._tenancy)
@@ -98,6 +98,7 @@ class Coalescing:
         ready_ns = lag.ready_ns = lag.begin(event, now_ns) if lag.counts else now_ns
         if isinstance(event, Submitted):
             if not requests.lanes and not self._flight.bundles and not requests.closed:
+                self._promises.since_ns = now_ns
                 self._moved_of(self._doubt.arise(event.requests, now_ns))
                 if lag.counts and self._trial.arise(event.requests, now_ns):
                     ready_ns = now_ns
@@ -112,7 +113,7 @@ class Coalescing:
             start = starting.find(now_ns)
         queues = self._queues
         if queues.hopeless_ns <= starting.free_ns and queues.find_hopeless() <= starting.free_ns:
-            self._drop_hopeless(starting.free_ns, now_ns)
+            requests.drop_hopeless(starting.free_ns, now_ns)
         next_ns = starting.next_ns
         if next_ns <= ready_ns:
             is_followed = isinstance(event, Completed) and event.followed
@@ -154,6 +155,9 @@ class Coalescing:
             self._learn(bundle, event, now_ns)
         self._requests.complete(bundle, event.failed, now_ns)
         self._requests.move(self._watch.take_moved())
+        (family, segment), lanes = bundle.parts[0]
+        is_done = not event.failed and segment + 1 == self._costs.catalog.segments_of(family)
+        self._promises.end(lanes[0] if is_done else None, event, bool(self._watch.standings))
 
     def _learn(self, bundle: Bundle, event: Completed, now_ns: int) -> None:
         took_ns = event.end_ns - event.start_ns
@@ -211,13 +215,6 @@ class Coalescing:
             self._requests.stop_all(Reason.SHUTDOWN)
 
     # The tick
-
-    def _drop_hopeless(self, start_ns: int, now_ns: int) -> None:
-        """Ends the heads that would be late even if they ran next, and ran no longer than they mostly do."""
-        for level in self._queues.levels:
-            while (lane := level.first_hopeless(start_ns)) is not None:
-                expired = lane.request.deadline_ns <= now_ns
-                self._requests.stop(lane, Reason.EXPIRED if expired else Reason.INFEASIBLE)
 
     def _dispatch(self, start: Start, now_ns: int) -> int:
         """Dispatches what can go now; when the next bundle may go, or until when waiting is better."""

@@ -1,6 +1,7 @@
 """The requests that have not ended, on their way: taken on, waiting, stopped, moved on, run again.
 
     submit      refused at once, or a lane that waits at its family's first segment
+    drop        what could not be in time any more
     cancel      what waits ends now; what is on the device, when its bundle is done
     complete    the last segment: it has ended.  Another one: it waits at the next.  Failed: again, in halves
     move        its tenant was put into quarantine or let out of it: it waits elsewhere
@@ -19,6 +20,7 @@ from coalesce.scheduler.flight import Bundle
 from coalesce.scheduler.lanes import Lane
 from coalesce.scheduler.laying import Start
 from coalesce.scheduler.load import Load
+from coalesce.scheduler.promises import Promises
 from coalesce.scheduler.quarantine import Watch
 from coalesce.scheduler.queues import Queues
 from coalesce.scheduler.request import Request
@@ -40,13 +42,14 @@ class Requests:
         shares: Shares,
         costs: Costs,
         load: Load,
+        promises: Promises,
     ) -> None:
         self.out: list[Command] = []
         self.closed = False
         self._queues, self._tenancy, self._watch = queues, tenancy, watch
         self._accounts, self._slots = tenancy.accounts, slots
-        self._shares, self._costs = shares, costs
-        self._admission = Admission(shares, load)
+        self._shares, self._costs, self._promises = shares, costs, promises
+        self._admission = Admission(shares, load, promises)
         self.lanes: dict[int, Lane] = {}  # by request
         self._most_levels = LEVELS
 
@@ -65,7 +68,9 @@ class Requests:
             queue.note_arrival(now_ns, excess)
             refused = admission.admit(request, account, queue, excess, start, now_ns)
             if refused is None:
-                lanes[number] = queues.add(request, account, queue, now_ns, admission.foreseen)
+                lane = lanes[number] = queues.add(request, account, queue, now_ns, admission.foreseen)
+                if admission.kept:
+                    lane.kept = admission.kept
                 continue
             self.out.append(made(Reject, (number, refused)))
             if lot:
@@ -89,6 +94,17 @@ class Requests:
             return
         self._queues.drop(lane)
         self._reject(lane, reason)
+
+    def drop_hopeless(self, start_ns: int, now_ns: int) -> None:
+        """Ends the heads that would be late even if they ran next, and ran no longer than they mostly do."""
+        first: Lane | None = None  # who comes with it has the same reason
+        for level in self._queues.levels:
+            while (lane := level.first_hopeless(start_ns)) is not None:
+                if first is None and lane.queue is not None:
+                    first = lane
+                    self._promises.note(lane, start_ns + lane.queue.costs.alone.l50_ns)
+                expired = lane.request.deadline_ns <= now_ns
+                self.stop(lane, Reason.EXPIRED if expired else Reason.INFEASIBLE)
 
     def stop_all(self, reason: Reason, account: Account | None = None) -> None:
         """Of one tenant, or of all."""

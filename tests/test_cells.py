@@ -31,11 +31,12 @@ from tests.heavy_cases import indexed
 from tests.programs import Draw
 from tests.serving import assert_alone, fit_of, serve
 
-ON_A_GPU = Options("gpu", Costs(device_of("gpu")))
-
 
 def by_row(op: HeavyOp, groups: int, platform: str) -> str:
     return "indexed_matvec" if indexed_matvec.supports(op) else indexed(op, groups, platform)
+
+
+BY_ROW = Options("gpu", Costs(device_of("gpu")), choice=by_row)
 
 
 def planned(*tenants: Tenant, choice: Any = choose, platform: str = "gpu") -> Bundle:
@@ -73,7 +74,7 @@ def cells(bundle: Bundle) -> list[Pack]:
 
 
 def test_a_cell(golden):
-    golden(replanned(fuse_epilogues, planned(*lstms(2))))
+    golden(replanned(fuse_epilogues, planned(*lstms(2, dtype=jnp.bfloat16))))
 
 
 def test_a_gated_unit(golden):
@@ -97,7 +98,7 @@ def gated(count: int, act: Any, rows: int = 5, width: int = 24, dtype: Any = np.
 def test_a_step_of_a_model_is_one_kernel(name, count):
     model = by_name(name, hidden=16, features=12, steps=3, classes=5)
     tenants = [(model.apply, model.init(jax.random.key(i)), model.example(jax.random.key(9 + i))) for i in range(count)]
-    fused = check_fused(tenants, platform="gpu")
+    fused = check_fused(tenants, choose_kernel=by_row)
     (body,) = [item.bodies[0] for item in items(fused.bundle.schedule) if isinstance(item, Loop)]
     (pack,) = body
     assert isinstance(pack, Pack) and pack.kernel == "indexed_matvec"
@@ -106,7 +107,7 @@ def test_a_step_of_a_model_is_one_kernel(name, count):
 
 def test_a_step_reads_its_inputs_where_they_lie():
     """Nothing slices them, or copies what a step computes for the next one."""
-    fused = check_fused(lstms(3), platform="gpu", policy="never")
+    fused = check_fused(lstms(3), choose_kernel=by_row, policy="never")
     calls = [eqn for eqn in J.walk(fused.jaxpr) if eqn.primitive.name == "pallas_call"]
     assert calls
     for call in calls:
@@ -120,6 +121,16 @@ def test_few_steps(steps):
     assert [len(pack.results) for pack in cells(fused.bundle)] == [2]
 
 
+def test_it_reads_slices_of_them_there_too():
+    """The gates of a GRU, whose inputs' products were merged: a step reads columns of rows of one array."""
+    model = by_name("gru", hidden=16, features=12, steps=3, classes=5)
+    tenants = [(model.apply, model.init(jax.random.key(i)), model.example(jax.random.key(9 + i))) for i in range(2)]
+    fused = check_fused(tenants, choose_kernel=by_row, policy="never")
+    calls = [eqn for eqn in J.walk(fused.jaxpr) if eqn.primitive.name == "pallas_call"]
+    steps = [call for call in calls if [J.shape(v) for v in call.outvars] == [(2, 1, 16)]]
+    assert steps and all([J.shape(a) for a in call.invars].count((2, 3, 48)) == 3 for call in steps)
+
+
 def test_a_gated_unit_is_one_kernel():
     fused = check_fused(gated(3, jax.nn.gelu), choose_kernel=indexed)
     first, _ = packs(fused.bundle.schedule)
@@ -128,9 +139,8 @@ def test_a_gated_unit_is_one_kernel():
 
 
 def test_one_row_of_it_too():
-    fused = check_fused(gated(3, jax.nn.silu, rows=1), platform="gpu")
-    first, second = packs(fused.bundle.schedule)
-    assert (first.kernel, second.kernel) == ("indexed_matvec", "batched_matvec")
+    tenants = gated(3, jax.nn.silu, rows=1)
+    assert [len(pack.results) for pack in packs(check_fused(tenants, choose_kernel=by_row).bundle.schedule)] == [1, 0]
 
 
 def test_products_that_were_merged():
@@ -145,11 +155,20 @@ def test_products_that_were_merged():
     assert [J.shape(v) for v in first.results] == [(4, 24)]
 
 
+def test_where_it_wins_it_is_chosen():
+    """In 16 bits, for products whose columns are taken apart."""
+    for dtype, kernel in [(jnp.bfloat16, "indexed_matvec"), (np.float32, "batched_matvec")]:
+        tenants = gated(3, jax.nn.silu, rows=1, dtype=dtype)
+        first, second = packs(fuse_tenants(tenants, platform="gpu").bundle.schedule)
+        assert (first.kernel, second.kernel) == (kernel, "batched_matvec")
+        assert [pack.kernel for pack in cells(fuse_tenants(lstms(2, dtype=dtype), platform="gpu").bundle)] == [kernel]
+
+
 def test_a_kernel_that_a_caller_names_stays():
     def named(op: HeavyOp, groups: int, platform: str) -> str:
         return choose(op, groups, platform)
 
-    bundle = planned(*lstms(2))
+    bundle = planned(*lstms(2, dtype=jnp.bfloat16))
     assert fuse_epilogues(bundle, choice=named) is bundle
     assert [pack.kernel for pack in cells(fuse_epilogues(bundle))] == ["indexed_matvec"]
 
@@ -300,7 +319,7 @@ def test_what_is_measured_does_the_same_work(make):
 def test_lanes_that_read_a_bank_by_slot():
     """Weights and biases, wherever they lie; two requests of one tenant too."""
     tenants = lstms(3)
-    serving = serve([fit_of(fn, params, xs) for fn, params, xs in tenants], options=ON_A_GPU)
+    serving = serve([fit_of(fn, params, xs) for fn, params, xs in tenants], options=BY_ROW)
     order = [2, 0, 0]
     executable = serving.executable(3)
     results = serving.call(executable, [(i, tenants[i][2]) for i in order])
@@ -310,5 +329,5 @@ def test_lanes_that_read_a_bank_by_slot():
 
 
 def test_it_is_said():
-    text = str(fuse_tenants(lstms(2), platform="gpu"))
+    text = str(fuse_tenants(lstms(2), choose_kernel=by_row))
     assert text.count("then it leaves") == 1

@@ -20,7 +20,7 @@ NAMES = {
     "trace", "fuse", "Fused", "Program", "Report", "Runtime",
     "CoalesceError", "TraceError", "PassError", "PlanError", "InvalidInput",
     "ServingError", "QueueFull", "DeadlineExceeded", "TenantClosed", "TenantFailure", "CompileError",
-    "OutOfDeviceMemory", "DeviceError", "Shutdown", "StateLost",
+    "OutOfDeviceMemory", "DeviceError", "PolicyError", "Shutdown", "StateLost",
 }  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def test_the_runtime_and_its_errors():
     assert list(terms)[1:4] == ["name", "fn", "params"] and terms["slo"].default is inspect.Parameter.empty
     kinds = [getattr(coalesce, name) for name in NAMES]
     errors = {kind for kind in kinds if isinstance(kind, type) and issubclass(kind, coalesce.ServingError)}
-    assert len(errors) == 10
+    assert len(errors) == 11
     assert all(error.grpc.isupper() and 400 <= error.http < 600 for error in errors | {coalesce.InvalidInput})
 
 

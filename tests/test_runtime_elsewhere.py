@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from coalesce.errors import PolicyError
 from coalesce.runtime.elsewhere import Elsewhere
 from coalesce.runtime.runtime import Runtime
 from coalesce.scheduler.coalescing import Coalescing
@@ -20,6 +23,7 @@ from coalesce.scheduler.machine import Line, line_catalog
 from coalesce.scheduler.request import Tenant
 from coalesce.scheduler.simulator import simulate
 from coalesce.scheduler.workloads import arrive_apart
+from tests.fake_machine import FakeMachine, Served
 
 US = 1_000
 CATALOG = line_catalog({0: Line(100 * US, 900 * US)}, (1, 2, 4), spread=1.0)
@@ -68,8 +72,9 @@ def test_one_that_has_ended_is_an_error():
     with elsewhere() as policy:
         policy._process.kill()
         policy._process.wait()
-        with pytest.raises((EOFError, OSError)):
-            policy.on_event(Timer(), 1)
+        for _ in range(2):
+            with pytest.raises(PolicyError, match="policy's process"):
+                policy.on_event(Timer(), 1)
 
 
 def test_a_runtime_is_served_from_there_and_ends_it():
@@ -86,3 +91,23 @@ def test_a_runtime_is_served_from_there_and_ends_it():
         got = [reply.result(60) for reply in [rt.submit(f"t{i % 2}", x) for i in range(6)]]
     assert [float(y[0, 0]) for y in got] == [1.0, 2.0] * 3
     assert made[0]._process.poll() is not None
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("signalled", "why"), [(signal.SIGSTOP, "has not answered"), (signal.SIGKILL, "has ended")])
+def test_a_process_that_hangs_or_ends_is_no_device_that_does(signalled, why):
+    """Whoever waits is told of the policy, and so is whoever comes later; nothing of it is left."""
+    machine = FakeMachine()
+    machine.go.clear()
+    with elsewhere() as policy, Served(machine, policy=policy, hang_s=1.0) as served:
+        running = served.submit("t0", 1)
+        while not machine.launches:
+            time.sleep(0.001)
+        os.kill(policy._process.pid, signalled)
+        machine.go.set()  # the policy is told that this bundle has ended, while the driver does not know yet
+        waits = served.submit("t1", 2)
+        assert running.exception(30) is None
+        for reply in waits, served.submit("t2", 3):
+            error = reply.exception(30)
+            assert isinstance(error, PolicyError) and why in str(error)
+        assert policy._process.wait(30) == -signal.SIGKILL

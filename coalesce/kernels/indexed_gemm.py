@@ -10,7 +10,7 @@ coalesce.slab. Arrays above 4 GiB are addressed with 64 bits, which Pallas decid
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -171,7 +171,7 @@ def as_rows(op: HeavyOp, y: Any, kind: str) -> Any:
     """An epilogue's operand by problem: [P, R*M, N], or columns [P, N], [P, R, N] for several lanes; of what is read
     step by step [P, steps, size]."""
     if isinstance(y, Turn):
-        return Turn(y.steps.reshape(*y.steps.shape[:2], -1), y.at)
+        return replace(y, steps=y.steps.reshape(*y.steps.shape[:2], -1))
     if kind == WHOLE:
         return as_product.rows(op, y)
     if isinstance(y, Cut | Picked):

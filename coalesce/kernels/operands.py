@@ -27,9 +27,8 @@ class Source:
         if self.start is None and self.step is None:
             return load(self.ref, (self.row, *place), mask)
         flat = place[0] if len(place) == 1 else place[0] * length + place[1]
-        if self.step is not None:
-            return load(self.ref, (self.row, self.step, flat), mask)
-        return load(self.ref, (self.row, flat + self.start), mask)
+        flat = flat + self.start if self.start else flat
+        return load(self.ref, (self.row, flat) if self.step is None else (self.row, self.step, flat), mask)
 
 
 @dataclass(frozen=True)
@@ -64,12 +63,12 @@ class Operands:
 def operands_of(values: Sequence[Any]) -> Operands:
     picked = [v for v in values if isinstance(v, Picked)]
     turns = [v for v in values if isinstance(v, Turn)]
-    lie = [v.array if isinstance(v, Picked) else v.steps if isinstance(v, Turn) else v for v in values]
+    own = [v.array if isinstance(v, Picked) else v for v in values]
     return Operands(
         tuple(v.slots.astype(jnp.int32) for v in picked[:1]),  # of one family, whose lanes have one slot each
         tuple(jnp.reshape(v.at, (1,)).astype(jnp.int32) for v in turns[:1]),  # of one loop, whose step all of them read
-        tuple(v.slab if isinstance(v, Cut) else v for v in lie),
-        tuple(v.start if isinstance(v, Cut) else None for v in lie),
+        tuple(v.slab if isinstance(v, Cut) else v.steps if isinstance(v, Turn) else v for v in own),
+        tuple(v.start if isinstance(v, Cut | Turn) else None for v in own),
         tuple(isinstance(v, Picked) for v in values),
         tuple(isinstance(v, Turn) for v in values),
     )

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from coalesce.errors import DeviceError, ServingError, Shutdown
+from coalesce.errors import DeviceError, PolicyError, ServingError, Shutdown
 from coalesce.runtime.book import Book
 from coalesce.runtime.callbacks import Callbacks
 from coalesce.runtime.elsewhere import Elsewhere
@@ -169,10 +169,12 @@ class Driver:
             else:
                 self._handle(items or [Timer()])  # also after a Stop: orders are waited for
             self._launcher.hand_out(everything=is_last)
+        except PolicyError as e:
+            self.lose(e)
         except Exception:  # a bug of ours must not leave everybody waiting for ever
             if self.failure is None:  # else the requests that it was about have ended meanwhile
                 LOG.exception("the driver failed; every request that waits ends with DeviceError")
-            self.lose("the runtime's driver failed; its log has the traceback. Restart the runtime")
+            self.lose(DeviceError("the runtime's driver failed; its log has the traceback. Restart the runtime"))
         self._busy_since_ns = None
         handing_on.end(self)
         return not is_last
@@ -191,7 +193,7 @@ class Driver:
                 for event in item.do() if isinstance(item, Order) else self._maker.exhausted(*item):
                     self._tell(event)
             elif isinstance(item, Lost):
-                self.lose(str(item.error))
+                self.lose(item.error)
             elif not isinstance(item, Stop):
                 self._tell(item)
         self._tell_together(together)
@@ -272,22 +274,27 @@ class Driver:
 
     # The end of all
 
-    def lose(self, why: str) -> None:
-        """The device is gone: nothing will be dispatched any more. Called on any thread."""
+    def lose(self, error: ServingError) -> None:
+        """The device is gone, or who decides: nothing will be dispatched any more. Called on any thread."""
         with self._losing:
-            first, self.failure = self.failure is None, self.failure or DeviceError(why)
+            first, self.failure = self.failure is None, self.failure or error
         if first:
-            LOG.error(why)
+            LOG.error(str(error))
+        if self._elsewhere is not None and isinstance(error, PolicyError):
+            self._elsewhere.close()  # the driver's thread may be waiting for it
         self._wake_ns = None
         self._orders.fail_all(self.failure)
         self._maker.give_up(self.failure)
         self.book.end_all(self.failure, Reason.DEVICE)
 
-    def _overdue(self) -> str | None:
+    def _overdue(self) -> ServingError | None:
         """What hangs, if something does; called on the watchdog's thread."""
         now_ns, since_ns, limit = self._clock(), self._busy_since_ns, f"{self._hang_ns / 1e9:g} s"
+        waits = since_ns is not None and now_ns - since_ns > self._hang_ns
+        if self._elsewhere is not None and self._elsewhere.is_asked:  # it is yet to be told what the device has done
+            slow = f"the policy's process has not answered for {limit}; it hangs. Restart the runtime"
+            return PolicyError(slow) if waits else None
         if self._launcher.is_overdue(now_ns):
-            return f"a bundle is on the device for {limit}; it hangs. Restart the process"
-        if since_ns is not None and now_ns - since_ns > self._hang_ns:
-            return f"the device has kept the runtime's driver waiting for {limit}; it hangs. Restart the process"
-        return None
+            return DeviceError(f"a bundle is on the device for {limit}; it hangs. Restart the process")
+        kept = f"the device has kept the runtime's driver waiting for {limit}; it hangs. Restart the process"
+        return DeviceError(kept) if waits else None

@@ -28,6 +28,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from coalesce.errors import PolicyError
 from coalesce.runtime.frozen import RARELY, SELDOM
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.commands import Command
@@ -51,6 +52,7 @@ class Elsewhere:
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             start_new_session=True,  # Ctrl-C is for who serves, and may want to serve what waits before it ends
         )
+        self.is_asked = False  # and has not answered yet
         self.close = weakref.finalize(self, end, self._process)
         assert self._process.stdin is not None and self._process.stdout is not None, "the policy has no pipes"
         self._to, self._from = self._process.stdin.fileno(), self._process.stdout.fileno()
@@ -60,14 +62,23 @@ class Elsewhere:
         return commands
 
     def on_events(self, events: Sequence[Any], now_ns: int) -> Sequence[Sequence[Command]]:
-        """Those upon each: what is told together is asked once. Events are whatever the policy there takes for one."""
+        """Those upon each: what is told together is asked once. Events are whatever the policy there takes for one.
+
+        Raises:
+          PolicyError: the process has ended. What the policy itself raised is raised here.
+        """
         if not self.close.alive:
-            raise EOFError("the process of the policy was ended")
-        send(self._to, (events, now_ns))
-        answer = receive(self._from)
+            raise PolicyError("the policy's process was ended")
+        try:
+            self.is_asked = True
+            send(self._to, (events, now_ns))
+            answer = receive(self._from)
+            self.is_asked = False
+        except OSError as e:
+            raise PolicyError(f"the policy's process cannot be asked: {e}") from e
         if isinstance(answer, list):
             return answer
-        raise answer or EOFError(f"the process of the policy ended with {self._process.wait()}")
+        raise answer or PolicyError(f"the policy's process has ended, with {self._process.wait()}. Restart the runtime")
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from coalesce.errors import ServingError
+
 LOOKS = 8  # in the time that is too long
 LEAST_S, MOST_S = 0.02, 5.0
 
@@ -15,7 +17,9 @@ LEAST_S, MOST_S = 0.02, 5.0
 class Watchdog:
     """`overdue` says what hangs, or None; `lose` is told of it, once."""
 
-    def __init__(self, overdue: Callable[[], str | None], lose: Callable[[str], None], hang_s: float) -> None:
+    def __init__(
+        self, overdue: Callable[[], ServingError | None], lose: Callable[[ServingError], None], hang_s: float
+    ) -> None:
         self._overdue, self._lose = overdue, lose
         self._interval_s = min(MOST_S, max(LEAST_S, hang_s / LOOKS))
         self._stop = threading.Event()

@@ -1,0 +1,61 @@
+"""How well it is kept what was promised, and what of a request's time is kept back so that it is.
+
+    arrival                            due
+       [------- time for it -------|kept]    taken on if it can be done in that time, as far as anybody knows
+
+What a request needed to be kept back is what was, and by how much it ended late, or less if it ended early. Of the
+first lanes of the last MEMORY bundles all but one in a hundred needed no more than what is kept back now, whatever the
+reasons are: a host that hiccups, results that are late, runs that wait for each other. So one or two hiccups move
+nothing, several in a short time keep back a fifth at most, and where there is time to spare nothing is kept back.
+
+It is kept back only where others would take the place: where somebody was there all the time for as long as the
+request may take. Nobody is refused for it who comes to a device that was idle a moment ago. Where tenants are suspected
+of making runs slow (`quarantine`), promises are not kept for that, and it does not count.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+
+from coalesce.scheduler.events import Completed
+from coalesce.scheduler.lanes import Lane
+
+MEMORY = 256  # bundles
+RARELY = 100
+MOST = 0.2
+
+
+class Promises:
+    def __init__(self) -> None:
+        self.since_ns = 0  # from when on somebody was there all the time
+        self.share = 0.0  # that is kept back of the time of requests that come while somebody is there all the time
+        self._counts = True
+        self._last: deque[float] = deque()
+        self._ascending: list[float] = []
+        self._handed: tuple[Lane, int] | None = None  # the last lane whose run has ended, and when
+
+    def kept(self, due_ns: int, now_ns: int) -> float:
+        """The share of the time of a request that comes now."""
+        return self.share if self._counts and now_ns - self.since_ns >= due_ns - now_ns else 0.0
+
+    def end(self, lane: Lane | None, event: Completed, suspects: bool) -> None:
+        """A bundle has; with the first lane of those that are done, and whether anybody is suspected."""
+        self._counts = not suspects
+        if self._handed is not None:
+            before, end_ns = self._handed
+            self.note(before, end_ns + event.results_ns)
+        self._handed = (lane, event.end_ns) if lane is not None else None
+
+    def note(self, lane: Lane, end_ns: int) -> None:
+        """Its client has results then, or would have."""
+        if not self._counts:
+            return
+        _, _, _, arrival_ns, due_ns, _ = lane.request
+        needed = lane.kept + (end_ns - due_ns) / max(1, due_ns - arrival_ns)
+        last, ascending = self._last, self._ascending
+        last.append(needed)
+        insort(ascending, needed)
+        if len(last) > MEMORY:
+            del ascending[bisect_left(ascending, last.popleft())]
+        self.share = min(MOST, max(0.0, ascending[-1 - len(ascending) // RARELY]))

@@ -1,0 +1,177 @@
+"""What is taken on is in time, at twice of what can be served, on a host that hiccups: what is not kept of promises is
+kept back of the next ones (`promises`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+from statistics import fmean
+
+import pytest
+
+from coalesce.scheduler.catalog import Catalog, Entry, Executable
+from coalesce.scheduler.coalescing import Coalescing
+from coalesce.scheduler.events import Completed
+from coalesce.scheduler.invariants import Checker
+from coalesce.scheduler.lanes import Lane, Level
+from coalesce.scheduler.machine import SerialHost, spread_out
+from coalesce.scheduler.promises import MEMORY, MOST, Promises
+from coalesce.scheduler.request import Request, Tenant
+from coalesce.scheduler.run import Outcome, quantile, Run
+from coalesce.scheduler.shares import Account
+from coalesce.scheduler.simulator import simulate
+from coalesce.scheduler.workloads import arrive, poisson, SECOND
+
+pytestmark = pytest.mark.once
+
+US, MS = 1_000, 1_000_000
+SLO = 10 * MS
+WIDTHS, DEVICE_US = (1, 4, 16), (550, 750, 1300)  # of one segment, as an H200 has 16 ResNet-50
+NAMES = [f"t{i}" for i in range(16)]
+WARM_S = 0.3  # in which the policy gets to know the host
+
+
+@dataclass(frozen=True)
+class Hiccuping(SerialHost):
+    """Whatever it does takes some milliseconds longer once in a while."""
+
+    chance: float = 0.0
+    more_ns: int = 0
+
+    def _drawn(self, ns: int) -> int:
+        own = super()._drawn(ns)
+        return own + int(self.rng.expovariate(1) * self.more_ns) if self.rng.random() < self.chance else own
+
+
+BUSY = (18, 200, 300, 50, 500, 20)  # microseconds, as SerialHost has them: a bundle of 16 takes 2 ms
+QUICK = (12, 150, 250, 35, 350, 10)
+
+
+def serve(micros: tuple[int, ...], hiccups: float, segments: int, rate: float, seed: int, until_s: float = 1.5) -> Run:
+    made = [
+        Executable(i + len(WIDTHS) * s, (Entry(0, s, w),), ns := us * US // segments, ns * 11 // 10)
+        for s in range(segments)
+        for i, (w, us) in enumerate(zip(WIDTHS, DEVICE_US, strict=True))
+    ]
+    times = [us * US for us in micros]
+    host = Hiccuping(Random(seed + 7), *times, wake_ns=60 * US, spread=2.0, chance=hiccups, more_ns=3 * MS)
+    rng, checker = Random(seed), Checker(depth=2)
+    run = simulate(
+        Coalescing(),
+        [Tenant(name, (0,), SLO) for name in NAMES],
+        Catalog(tuple(made), {0: segments}),
+        arrive(rng, poisson(rng, rate), NAMES, round(until_s * SECOND)),
+        takes=lambda executable, rng: spread_out(executable.l50_ns, 1.1, rng),
+        host=host,
+        seed=seed,
+        watchers=[checker.see],
+    )
+    assert checker.finish()[:5] == []
+    return run
+
+
+def taken(run: Run) -> tuple[float, int]:
+    """Of what was taken on: the share that was in time, and the latency of 99% of the results."""
+    since_ns = round(WARM_S * SECOND)
+    counts = run.counts(None, since_ns)
+    waited = sorted(
+        ended_ns - request.arrival_ns
+        for request, outcome, ended_ns in zip(run.requests, run.outcomes, run.ends_ns, strict=True)
+        if request.arrival_ns >= since_ns and outcome in (Outcome.OK, Outcome.LATE)
+    )
+    all_of_them = counts[Outcome.OK] + counts[Outcome.LATE] + counts[Outcome.DROPPED]
+    return counts[Outcome.OK] / all_of_them, quantile(waited, 0.99)
+
+
+@pytest.mark.parametrize(("micros", "hiccups", "segments", "rate", "served"), [
+    (BUSY, 0.002, 1, 14_000.0, 6_900),
+    (BUSY, 0.0, 1, 21_000.0, 5_700),
+    (QUICK, 0.0, 3, 5_600.0, 2_800),
+    (QUICK, 0.0, 3, 8_400.0, 2_900),
+], ids=["hiccups, twice", "thrice", "three segments, twice", "three segments, thrice"])  # fmt: skip
+def test_what_is_taken_on_is_in_time_far_past_what_can_be_served(micros, hiccups, segments, rate, served):
+    """Before anything was kept back 97.9, 93.0, 96.3 and 91.7% of it was, with a p99 above the SLO in ten of twelve
+    runs, and 7,110, 5,720, 2,690 and 2,180 a second were served; since then 99.1% at least, and 7,330, 6,090, 3,040
+    and 3,230."""
+    runs = [serve(micros, hiccups, segments, rate, seed) for seed in (1, 2, 3)]
+    for run in runs:
+        share, p99_ns = taken(run)
+        assert share >= 0.985 and p99_ns <= SLO
+    assert fmean([run.goodput(round(WARM_S * SECOND)) for run in runs]) >= served
+
+
+def a_lane(number: int = 0, kept: float = 0.0, arrival_ns: int = 0) -> Lane:
+    tenant = Tenant("t", (0,), SLO)
+    request = Request(number, "t", 0, arrival_ns, arrival_ns + SLO)
+    lane = Lane(request, Account(tenant), Level(0), 0, 0, None)
+    lane.kept = kept
+    return lane
+
+
+def ended(promises: Promises, late_ns: int, results_ns: int = 0, suspects: bool = False) -> None:
+    """A bundle, whose lane was taken on with what is kept back now. Its results are told with the next one."""
+    lane = a_lane(kept=promises.share)
+    promises.end(lane, Completed(0, 0, SLO + late_ns, results_ns=results_ns), suspects)
+
+
+def shares(lates_ns: list[int]) -> list[float]:
+    """What is kept back after each."""
+    promises, found = Promises(), []
+    for late_ns in [*lates_ns, 0]:
+        ended(promises, late_ns)
+        found.append(promises.share)
+    return found[1:]
+
+
+def test_nothing_is_kept_back_where_everybody_is_in_time():
+    assert set(shares([-MS] * 20 + [0] * 20)) == {0.0}
+
+
+def test_what_was_late_is_kept_back_and_no_more_than_a_fifth():
+    assert shares([MS])[-1] == pytest.approx(0.1)
+    assert shares([90 * MS] * 5)[-1] == MOST
+
+
+def test_who_was_in_time_by_what_was_kept_back_still_needs_it():
+    promises = Promises()
+    for _ in range(MEMORY):
+        promises.note(a_lane(kept=0.1), SLO)
+    assert promises.share == pytest.approx(0.1)
+    for _ in range(MEMORY):  # and who has more time to spare does not
+        promises.note(a_lane(kept=0.1), SLO - 2 * MS)
+    assert promises.share == 0.0
+
+
+def test_one_hiccup_among_many_bundles_keeps_nothing_back():
+    assert set(shares([-MS] * MEMORY + [50 * MS] * 2 + [-MS] * MEMORY)) == {0.0}
+
+
+def test_a_host_that_is_quiet_again_is_believed_after_as_many_bundles_as_are_remembered():
+    assert shares([50 * MS] * MEMORY + [-3 * MS] * (MEMORY - 2))[-1] == 0.0
+
+
+def test_results_that_are_late_count():
+    promises = Promises()
+    ended(promises, -MS)
+    ended(promises, -MS, results_ns=3 * MS)
+    assert promises.share == pytest.approx(0.2)
+
+
+def test_what_is_slow_by_suspects_says_nothing_of_promises():
+    promises = Promises()
+    for _ in range(20):
+        ended(promises, 5 * MS, suspects=True)
+    assert promises.share == 0.0
+    ended(promises, 5 * MS)
+    ended(promises, 5 * MS)
+    assert promises.share and promises.kept(SLO, SLO)
+    ended(promises, 0, suspects=True)
+    assert not promises.kept(SLO, SLO)
+
+
+def test_nothing_is_kept_back_of_who_comes_to_what_was_idle_a_moment_ago():
+    promises = Promises()
+    promises.note(a_lane(), SLO + MS)
+    promises.since_ns = 100 * MS
+    assert promises.kept(105 * MS + SLO, 105 * MS) == 0.0
+    assert promises.kept(110 * MS + SLO, 110 * MS) == pytest.approx(0.1)
