@@ -41,12 +41,12 @@ def lines(programs: Sequence[Program], histories: Sequence[Normalised], steps: S
     yield str(report_of(bundle))
     for history, names in by_history(programs, histories):
         for step in history.steps:
-            unchanged = "" if step.changed else ", nothing to change"
-            yield f"\n# {names}: after {step.name} ({step.seconds * 1e3:.1f} ms{unchanged})"
+            yield f"\n# {names}: {after(step.name, step.seconds, step.changed)}"
             if step.changed:
                 yield str(step.program)
-    for step in steps:
-        yield f"\n# bundle: after {step.name} ({step.seconds * 1e3:.1f} ms)"
+    for before, step in zip([None, *steps], steps, strict=False):
+        changed = before is None or step.bundle is not before.bundle
+        yield f"\n# bundle: {after(step.name, step.seconds, changed)}"
         match step.name:
             case "cluster":
                 yield clusters_text(step.bundle.clusters)
@@ -54,7 +54,7 @@ def lines(programs: Sequence[Program], histories: Sequence[Normalised], steps: S
                 yield from (aligned_text(group) for group in step.bundle.aligned)
             case "cut_executables":
                 yield step.bundle.why_starts
-            case _:
+            case _ if changed:
                 yield bundle_text(step.bundle)
     yield "\n# families"
     yield from family_lines(bundle)
@@ -73,6 +73,10 @@ def lines(programs: Sequence[Program], histories: Sequence[Normalised], steps: S
     for item in items(bundle.schedule):
         if isinstance(item, Step) and item.each:
             yield f"family {item.family} at {item.site}: {item.eqn.primitive.name}: {item.each}"
+
+
+def after(name: str, seconds: float, changed: bool) -> str:
+    return f"after {name} ({seconds * 1e3:.1f} ms{'' if changed else ', nothing to change'})"
 
 
 def place_text(place: Place) -> str:

@@ -99,7 +99,8 @@ def step_of(value: LaneValue, at: Any) -> LaneValue:
         picked = isinstance(value.array, Picked)
         return Banked(value.array.step(at) if picked else index_behind(whole(value.array), at), value.rows)
     own = plain(value)
-    origin = replace(own.origin or Origin(own.value), at=at)
+    before = own.origin if own.origin and own.origin.at is None else None  # not of one step of another loop
+    origin = replace(before or Origin(own.value), at=at)
     if isinstance(own, Shared):
         return Shared(index_behind(own.value[None], at)[0], origin)
     return Stacked(index_behind(own.value, at), origin)

@@ -17,7 +17,7 @@ from coalesce.heavy import HeavyOp
 from coalesce.kernels import TAKES_APART
 from coalesce.kernels.epilogue import COLUMN, End, Epilogue, WHOLE
 from coalesce.kernels.strips import columns_of, has_rows, is_number, on_strips, strip_width
-from coalesce.lanes import Banked, LaneValue, plain, Shared, Stacked, take
+from coalesce.lanes import Banked, LaneValue, Origin, plain, Shared, Stacked, take
 from coalesce.member import Fold
 from coalesce.slab import Cut, Picked, Turn
 from coalesce.tf32 import nearest
@@ -82,16 +82,25 @@ def given_to(pack: Pack, how: Fold, values: Sequence[LaneValue | None]) -> list[
 def turn_of(value: LaneValue, how: Fold, pack: Pack, step: Any) -> Turn | None:
     """What a step of a loop reads, where it lies, if the kernel can read it there; `step` is the one that it reads of
     others, if there are any."""
-    origin = value.origin if isinstance(value, Shared | Stacked) else None
-    if origin is None or origin.at is None or (step is not None and origin.at is not step):
+    if not isinstance(value, Shared | Stacked) or value.origin is None:
         return None
-    op = pack.op
-    if pack.kernel not in TAKES_APART or pack.launch is not None or op.batch > 1 or (origin.start and op.m > 1):
+    origin = value.origin
+    if origin.at is None or (step is not None and origin.at is not step) or not origin.whole.size:
+        return None
+    if pack.kernel not in TAKES_APART or pack.launch is not None or pack.op.batch > 1:
+        return None
+    if not in_one_piece(value, origin):
         return None
     lanes = range(how.groups) if isinstance(value, Stacked) else [0]
     if [lane for group in how.order for lane in group] != list(lanes):
         return None
     return Turn(origin.whole if isinstance(value, Stacked) else origin.whole[None], origin.at, origin.start)
+
+
+def in_one_piece(value: Shared | Stacked, origin: Origin) -> bool:
+    """Whether a value's elements lie one after the other where it was cut out: it is one row, or has all columns."""
+    *rows, columns = jnp.shape(value.value)[isinstance(value, Stacked) :]
+    return prod(rows) == 1 or columns == jnp.shape(origin.whole)[-1]
 
 
 def by_place(value: LaneValue | None, how: Fold) -> Any:

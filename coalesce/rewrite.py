@@ -34,6 +34,7 @@ class View:
     eqn: J.Eqn
     producer: Mapping[Any, J.Eqn]
     weight_only: frozenset[Any] | set[Any]
+    depths: Mapping[Any, int] = field(default_factory=dict)
 
     @property
     def operands(self) -> list[Any]:
@@ -50,6 +51,10 @@ class View:
 
     def is_weight(self, atom: J.Atom) -> bool:
         return isinstance(atom, J.Literal) or atom in self.weight_only
+
+    def depth(self, atom: J.Atom) -> int:
+        """How many of the primitives that count lie on the longest way to `atom`, in its region."""
+        return 0 if isinstance(atom, J.Literal) else self.depths.get(atom, 0)
 
 
 Rules = Mapping[str, Sequence[Callable[[View], Answer]]]
@@ -80,10 +85,11 @@ def region_flags(eqn: J.Eqn, known: set[Any]) -> list[list[bool]]:
 
 
 class Rewriter:
-    """Applies `rules` to a fixpoint. One object a pass call; it keeps the traced fragments."""
+    """Applies `rules` to a fixpoint. One object a pass call; it keeps the traced fragments. Primitives that are
+    `counted` are those of `View.depth`."""
 
-    def __init__(self, rules: Rules) -> None:
-        self.rules = rules
+    def __init__(self, rules: Rules, counted: frozenset[str] = frozenset()) -> None:
+        self.rules, self.counted = rules, counted
         self.fragments: dict[Any, ClosedJaxpr] = {}
 
     def __call__(self, jaxpr: ClosedJaxpr, weight_args: Sequence[bool]) -> ClosedJaxpr:
@@ -97,6 +103,7 @@ class Rewriter:
     def sweep(self, jaxpr: ClosedJaxpr, weight_args: Sequence[bool]) -> ClosedJaxpr:
         env: dict[Any, J.Atom] = {}
         producer: dict[Any, J.Eqn] = {}
+        depths: dict[Any, int] = {}
         known = {v for v, flag in zip(J.invars(jaxpr), weight_args, strict=True) if flag}
         splicer = J.Splicer()
         changed = False
@@ -108,7 +115,7 @@ class Rewriter:
             if any(a is not b for a, b in zip(inner, new_inner, strict=True)):
                 eqn = J.respell(eqn, ins, eqn.outvars, new_inner)
             start = len(splicer.eqns)
-            answer = self.apply(View(eqn, producer, known))
+            answer = self.apply(View(eqn, producer, known, depths))
             changed |= eqn is not old or answer is not None
             if isinstance(answer, Staged):
                 answer = splicer.inline(self.fragment(answer), answer.args, like=eqn)
@@ -118,6 +125,9 @@ class Rewriter:
                 splicer.eqns.append(answer if answer is not None else eqn)
             for made in splicer.eqns[start:]:
                 producer.update((v, made) for v in made.outvars if not J.is_drop(v))
+                before = max((depths.get(a, 0) for a in made.invars if not isinstance(a, J.Literal)), default=0)
+                depth = before + (made.primitive.name in self.counted)
+                depths.update((v, depth) for v in made.outvars if not J.is_drop(v))
                 if depends_on_weights_alone(made, known):
                     known.update(v for v in made.outvars if not J.is_drop(v))
         if not changed:

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from statistics import median
 from typing import Any
@@ -193,7 +193,7 @@ def merged(rows: Sequence[Row]) -> Row:
     }
 
 
-def text_of(rows: Sequence[Row]) -> str:
+def report(head: Mapping[str, Any], rows: Sequence[Row]) -> str:
     def line(row: Row) -> list[str]:
         if row["way"] == "staging":
             return ["staging", f"{row['bytes']:,}", "", "", "", "", f"{row['gbs']:.2f}", f"> {STAGED_GBS:g} GB/s"]
@@ -202,7 +202,13 @@ def text_of(rows: Sequence[Row]) -> str:
         return [row["way"], f"{row['bytes']:,}", *spent, "", target]
 
     spent = ["host time, us", "of Python's threads", "wall, us", "lanes a bundle"]
-    return table(["", "bytes of an input", *spent, "GB/s", "target"], [line(row) for row in rows])
+    text = [
+        "# What a request costs its host",
+        f"{head['device']}, JAX {head['versions']['jax']}, {head['date']}. {head['note']}".rstrip(),
+        f"    {head['command']}",
+        table(["", "bytes of an input", *spent, "GB/s", "target"], [line(row) for row in rows]),
+    ]
+    return "\n\n".join(text) + "\n"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -212,9 +218,9 @@ def main(argv: Sequence[str]) -> None:
     sizes, stages = map(own_flags.counts_of, (FLAGS.bytes, FLAGS.staged))
     for rows in measured(sizes, stages, FLAGS.requests, FLAGS.repeats):
         save_rows(path, head, rows)
-        text = text_of(rows)
-        path.with_suffix(".md").write_text(f"{text}\n", encoding="utf-8")
-        print(f"{text}\n", flush=True)
+        text = report(head, rows)
+        path.with_suffix(".md").write_text(text, encoding="utf-8")
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -177,17 +177,22 @@ def quantiles(latencies_s: Sequence[float]) -> dict[str, Any]:
     return {"requests": len(latencies_s), "p50_ms": p50, "p99_ms": p99, "p999_ms": p999}
 
 
-def text_of(row: Row) -> str:
+def report(head: Mapping[str, Any], row: Row) -> str:
     lines = [
         [text, *(f"{row[f'{kind}_{name}']:,}" for name in ("requests", "p50_ms", "p99_ms", "p999_ms"))]
         for kind, text in (("steady", "steady"), ("beside", "beside a process that computes"), ("adding", "adding"))
     ]
     shown = table(["", "requests", "p50, ms", "p99, ms", "p99.9, ms"], lines)
-    return (
-        f"{shown}\n\np99 while {row['families']} families were added, one in {row['family_s']:.2f} s: "
+    text = [
+        "# What others notice of a newcomer",
+        f"{head['device']}, JAX {head['versions']['jax']}, {head['date']}. {head['note']}".rstrip(),
+        f"    {head['command']}",
+        shown,
+        f"p99 while {row['families']} families were added, one in {row['family_s']:.2f} s: "
         f"{row['p99_ratio']:.2f} times that of steady serving; the target is {TIMES:g}.\n"
-        f"Beside a process that only computes, at the compiler's priority, it is {row['beside_ratio']:.2f} times that."
-    )
+        f"Beside a process that only computes, at the compiler's priority, it is {row['beside_ratio']:.2f} times that.",
+    ]
+    return "\n\n".join(text) + "\n"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -196,9 +201,9 @@ def main(argv: Sequence[str]) -> None:
     path = own_flags.folder(FLAGS) / "newcomer.json"
     for row in measure():
         save_rows(path, head, [row])
-        text = text_of(row)
-        path.with_suffix(".md").write_text(f"{text}\n", encoding="utf-8")
-        print(f"{text}\n", flush=True)
+        text = report(head, row)
+        path.with_suffix(".md").write_text(text, encoding="utf-8")
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ from typing import Any
 from coalesce.models import Model
 from experiments.methods import Candidate, Method, Options, Tenants
 
-KINDS = ("time", "space", "user", "coalesced", "floor")
-
 
 class CannotRun(Exception):
     """Says why a peer, or one configuration of it, does not run here."""

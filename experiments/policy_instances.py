@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from coalesce.scheduler.bounds import best_rate, Linear, SECOND, shared_rate
+from coalesce.scheduler.bounds import best_rate, Linear, shared_rate
 from coalesce.scheduler.catalog import Catalog
 from coalesce.scheduler.machine import Line, line_catalog
 from coalesce.scheduler.request import Tenant
@@ -69,7 +69,3 @@ def capacity(lines: tuple[Line, ...], tenants: list[Tenant], shares: list[float]
     """Requests a second of this mix that could be served for long, if each ran in the best batch of its kind."""
     rates = [best_rate(Linear(*lines[t.families[0]]).times(WIDTHS), t.slo_ns) for t in tenants]
     return shared_rate(shares, rates)
-
-
-def span_s(instance: Instance) -> float:
-    return (instance.arrivals[-1].time_ns - instance.arrivals[0].time_ns) / SECOND

@@ -53,7 +53,6 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "EDF, one by one": Edf,
     "FIFO, one by one": Fifo,
 }
-SHARING = [name for name in POLICIES if not name.endswith(("apart", "one by one"))]
 
 
 @dataclass(frozen=True)

@@ -228,7 +228,8 @@ def commute(view: View) -> Answer:
     def rank(atom: J.Atom) -> int:
         return 2 if isinstance(atom, J.Literal) else int(view.is_weight(atom))
 
-    return J.respell(view.eqn, [rhs, lhs], view.eqn.outvars) if rank(lhs) > rank(rhs) else None
+    longer = rank(lhs) == rank(rhs) and view.depth(lhs) > view.depth(rhs) > 0
+    return J.respell(view.eqn, [rhs, lhs], view.eqn.outvars) if rank(lhs) > rank(rhs) or longer else None
 
 
 def freeze(params: dict[str, Any]) -> dict[str, Any]:

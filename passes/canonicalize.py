@@ -13,7 +13,8 @@ Before                                                     After
   and kernels whose windows do not overlap (stride = kernel, as in a patch embedding) are dots.
 - unit dimensions come and go through reshape alone; reshapes and transposes of themselves merge; what changes nothing
   goes.
-- in commutative equations a literal, else a weight, stands on the right.
+- in commutative equations a literal, else a weight, stands on the right, else what more heavy ops in a row lead to:
+  what is short, as a shortcut, is computed first, and can be read by the last kernel of what is long.
 
 The rules per primitive are in canonical_rules; primitives without one stay as they are. precision and
 preferred_element_type pass through unchanged. Gives: every heavy op is in the form that `coalesce.heavy` reads.
@@ -21,6 +22,7 @@ preferred_element_type pass through unchanged. Gives: every heavy op is in the f
 
 from __future__ import annotations
 
+from coalesce.heavy import HEAVY
 from coalesce.passes.canonical_rules import RULES
 from coalesce.program import Program
 from coalesce.rewrite import Rewriter
@@ -28,5 +30,5 @@ from coalesce.rewrite import Rewriter
 
 def canonicalize(program: Program) -> Program:
     weights = [i < program.n_weights for i in range(len(program.jaxpr.jaxpr.invars))]
-    main = Rewriter(RULES)(program.jaxpr, weights)
+    main = Rewriter(RULES, counted=HEAVY)(program.jaxpr, weights)
     return program if main is program.jaxpr else program.with_jaxpr(main)

@@ -145,7 +145,7 @@ class Scope:
                 break
             chosen += new
             inside |= {(f, v) for eqn in self.eqns(new) for v in eqn.outvars}
-            best = self.closed(place, chosen, f, start, shapes) or best
+            best = self.closed(chosen, f, start, shapes) or best
         return self.with_feeders(place, best, f, start, shapes) if shapes.one_row and best.places else best
 
     def joining(self, at: int, shapes: Shapes, inside: set[Name], begin: int) -> list[int] | None:
@@ -173,11 +173,11 @@ class Scope:
             return [] if shapes.fits(J.shape(name[1])) else None
         return self.joining(at, shapes, set(), begin) if steps and shapes.apart and at not in self.moved else None
 
-    def closed(self, place: int, chosen: Sequence[int], f: int, start: J.Var, shapes: Shapes) -> Tail | None:
+    def closed(self, chosen: Sequence[int], f: int, start: J.Var, shapes: Shapes) -> Tail | None:
         """The tail of some steps, if it may leave what others read of it."""
         eqns = self.eqns(chosen)
         made = {v: eqn for eqn in eqns for v in eqn.outvars}
-        tail = {*chosen, place}
+        tail = set(chosen)  # without the product, which may read what is to move behind it
         results = tuple(
             v for v in (start, *made) if (f, v) in self.left or not tail.issuperset(self.readers.get((f, v), ()))
         )
@@ -201,7 +201,7 @@ class Scope:
         if needed is None or self.moved.intersection(needed):
             return None
         places = dict.fromkeys([*needed, *tail.places])
-        found = self.closed(place, list(places), f, start, shapes) if shapes.few_parts(self.eqns(places)) else None
+        found = self.closed(list(places), f, start, shapes) if shapes.few_parts(self.eqns(places)) else None
         return found if found and found.results == tail.results else None
 
     def move(self, place: int, tail: Tail, pack: Pack) -> None:

@@ -196,6 +196,10 @@ def test_commutation(golden):
     golden(shown(lambda w, x, y: (2.0 * (w + x) * y, w - x, lax.exp(w) * x), array(3), array(3), array(3)))
 
 
+def test_what_fewer_products_lead_to_stands_left(golden):
+    golden(shown(lambda w, x: (x @ w @ w + x @ w.T, x @ w * (x @ w.T), x + x @ w), array(4, 4), array(4, 4)))
+
+
 def test_in_bodies_of_loops_and_branches(golden):
     """What a loop's body gets as constant weights is weights inside, too."""
 

@@ -115,6 +115,12 @@ def test_a_step_reads_its_inputs_where_they_lie():
         assert [J.shape(v) for v in call.outvars] == [(3, 1, 8)] * 2
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_few_steps(steps):
+    fused = check_fused(lstms(2, steps=steps), choose_kernel=by_row)
+    assert [len(pack.results) for pack in cells(fused.bundle)] == [2]
+
+
 def test_it_reads_slices_of_them_there_too():
     """The gates of a GRU, whose inputs' products were merged: a step reads columns of rows of one array."""
     model = by_name("gru", hidden=16, features=12, steps=3, classes=5)
@@ -123,6 +129,36 @@ def test_it_reads_slices_of_them_there_too():
     calls = [eqn for eqn in J.walk(fused.jaxpr) if eqn.primitive.name == "pallas_call"]
     steps = [call for call in calls if [J.shape(v) for v in call.outvars] == [(2, 1, 16)]]
     assert steps and all([J.shape(a) for a in call.invars].count((2, 3, 48)) == 3 for call in steps)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_slices_of_several_rows(rows):
+    """Those that begin with the first column are in several pieces too."""
+
+    def gates(p: Any, xs: Any, h: Any) -> Any:
+        def step(h: Any, x: Any) -> Any:
+            a, b = jnp.split(h @ p, 2, axis=1)
+            h = jax.nn.sigmoid(a + x[0]) * jnp.tanh(b + x[1])
+            return h, h
+
+        return lax.scan(step, h, (xs[..., :8], xs[..., 8:]))
+
+    tenants = lanes(gates, 2, lambda: (array(8, 16), (array(3, rows, 16), array(rows, 8))))
+    assert [len(pack.results) for pack in cells(check_fused(tenants, choose_kernel=by_row).bundle)] == [1]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_steps_of_a_step(rows):
+    """A loop inside a loop goes through what a step of the outer one reads."""
+
+    def blocks(p: Any, xs: Any, c: Any, h: Any) -> Any:
+        return lax.scan(lambda carry, x: lstm(p, x, *carry), (c, h), xs)
+
+    def make() -> tuple[Any, tuple[Any, ...]]:
+        params = {"w": array(8, 32), "b": array(1, 32)}
+        return params, (array(2, 3, rows, 32), array(rows, 8), array(rows, 8))
+
+    check_fused(lanes(blocks, 2, make), choose_kernel=by_row)
 
 
 def test_a_gated_unit_is_one_kernel():
@@ -196,6 +232,19 @@ def test_what_leaves_in_the_middle():
     tenants = lanes(unit, 2, lambda: ({"w": array(6, 24)}, (array(3, 6),)))
     (pack,) = packs(check_fused(tenants, choose_kernel=indexed, policy="never").bundle.schedule)
     assert [J.shape(v) for v in pack.results] == [(3, 8)] * 2
+
+
+def test_what_the_product_reads_stays_before_it():
+    """Of one row the tail takes what is computed for it alone, which is not what the product reads too."""
+
+    def unit(p: Any, x: Any) -> Any:
+        x = jnp.tanh(x)
+        a, b = jnp.split(x @ p, 2, axis=1)
+        return a * x + b
+
+    tenants = lanes(unit, 2, lambda: (array(8, 16), (array(1, 8),)))
+    (pack,) = packs(check_fused(tenants, choose_kernel=by_row).bundle.schedule)
+    assert [step.eqn.primitive.name for step in pack.epilogue] == ["split", "mul", "add"]
 
 
 UNARY = (jnp.tanh, jax.nn.sigmoid, jax.nn.relu, jnp.negative, jax.nn.gelu, lambda x: x * 0.5, lambda x: 1.0 - x)

@@ -54,6 +54,13 @@ def bottleneck(p: Any, x: Any) -> Any:
     return relu(y @ p["narrow"]), y.mean((1, 2))
 
 
+def commuted(p: Any, x: Any) -> Any:
+    """The same, which adds the other way round and computes the shortcut last."""
+    y = relu(convolved(x, p["taps"])) @ p["wide"]
+    y = relu(y + (x @ p["shortcut"] + p["bias"].reshape(1, 1, 1, -1)))
+    return relu(y @ p["narrow"]), y.mean((1, 2))
+
+
 def chain_alone(p: Any, x: Any) -> Any:
     return relu(x @ p["wide"]) @ p["narrow"]
 
@@ -147,6 +154,22 @@ def test_only_what_won_is_chained():
     assert run(bundle, gain=0.5) is bundle, "by less than measurements are worth"
     assert run(bundle, width=1) is not bundle, "more lanes than were measured"
     assert run(bundle, width=4) is bundle, "fewer of them, of whose programs there are fewer"
+
+
+def test_how_a_sum_is_spelled_decides_nothing():
+    plans = [planned(*two(fn, " ".join(SHAPES), IMAGE)) for fn in (bottleneck, commuted)]
+    texts = [bundle_text(plan) for plan in plans]
+    assert texts[0] == texts[1]
+    assert max(len(found.places) for found in Scope(plans[1]).chains()) == 4
+
+
+def test_tuned_blocks_that_divide_no_columns_are_left_out(caplog):
+    """Those of somebody who wrote the database by hand."""
+    bundle = planned(*PLAIN)
+    found = {key: replace(entry, blocks=Blocks(16, 64, 16)) for key, entry in measured(bundle).entries.items()}
+    assert chains(chain_products(bundle, tuned=Tuned(measured(bundle), "cpu")))
+    assert not chains(chain_products(bundle, tuned=Tuned(Database(found), "cpu")))
+    assert "tuned blocks 16x64x16 w4 s3 that do not divide 32 columns are left out" in caplog.text
 
 
 def test_the_chain_that_wins_most_goes_first():

@@ -19,6 +19,8 @@ from coalesce.bundle import Attention, Bundle, items
 from coalesce.bundle_check import check_bundle
 from coalesce.costs import Costs, device_of
 from coalesce.errors import IRError
+from coalesce.heavy import heavy_op
+from coalesce.kernels import attention
 from coalesce.kernels.attention import fits
 from coalesce.lower_attention import Reader
 from coalesce.models import by_name
@@ -257,6 +259,14 @@ def test_other_kernels_and_long_rows_stay():
 
 
 @pytest.mark.once
+@pytest.mark.parametrize(("rows", "block"), [(1, 16), (50, 64), (65, 32), (128, 64), (197, 32), (256, 64), (257, 32)])
+def test_rows_of_a_program_pad_little(rows, block):
+    struct = jax.ShapeDtypeStruct((rows, 64), jnp.bfloat16)
+    (eqn,) = jax.make_jaxpr(lambda q, k: q @ k.T)(struct, struct).eqns[-1:]
+    scores = heavy_op(eqn)
+    assert attention.Attention(scores, scores, 64, lambda *_: None).rows == block
+
+
 def test_the_plan_says_so():
     fused = fuse_tenants(two(softmax, *QKV), **BATCHED)
     assert "\n  attention\n    pack 0 x2 dot" in str(fused)

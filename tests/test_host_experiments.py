@@ -9,7 +9,7 @@ from experiments import host_time, newcomer
 
 
 def saved(path: Path) -> dict:
-    assert path.with_suffix(".md").read_text().startswith("|")
+    assert path.with_suffix(".md").read_text().startswith("# ")
     return json.loads(path.read_text())
 
 
@@ -18,7 +18,9 @@ def test_host_time_has_a_row_for_each_way_and_size(tmp_path, capsys):
     rows = saved(tmp_path / "host_time.json")["rows"]
     assert [row["way"] for row in rows] == ["submit", "infer", "floor", "staging"]
     assert all(row["host_us"] > 0 and 1 <= row["lanes"] <= 16 for row in rows[:3]) and rows[3]["gbs"] > 0
-    assert "< 30 us" in capsys.readouterr().out
+    text = (tmp_path / "host_time.md").read_text()
+    assert "< 30 us" in text and text in capsys.readouterr().out
+    assert "    python -m experiments.host_time --bytes=64 --repeats=1 --requests=64 --staged=4096\n" in text
 
 
 def test_newcomers_are_added_while_others_are_asked(tmp_path, capsys):
@@ -27,7 +29,9 @@ def test_newcomers_are_added_while_others_are_asked(tmp_path, capsys):
     (row,) = saved(tmp_path / "newcomer.json")["rows"]
     assert row["families"] == 1 and min(row[f"{kind}_requests"] for kind in ("steady", "beside", "adding")) > 0
     assert row["p99_ratio"] == round(row["adding_p99_ms"] / row["steady_p99_ms"], 2)
-    assert "the target is 2" in capsys.readouterr().out
+    text = (tmp_path / "newcomer.md").read_text()
+    assert "the target is 2" in text and text in capsys.readouterr().out
+    assert "    python -m experiments.newcomer --families=1 --fields=width=8,layers=2" in text
 
 
 def test_quantiles_are_in_milliseconds():

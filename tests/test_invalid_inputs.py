@@ -99,3 +99,14 @@ def test_a_call_under_jit_vmap_and_grad_is_a_part_of_the_callers_program():
     np.testing.assert_allclose(jax.jit(lambda x: fused([(x,)]))(X)[0], dense(w, X), rtol=1e-6)
     slope = jax.grad(lambda x: fused([(x,)])[0].sum())(X)
     np.testing.assert_allclose(slope, jax.grad(lambda x: dense(w, x).sum())(X), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", ["indexed_gemm", "indexed_matvec", "mosaic_gemm"])
+def test_a_kernel_without_a_derivative_says_so(kernel):
+    w, x = array(64, 64, dtype=jnp.bfloat16), array(1, 64, dtype=jnp.bfloat16)
+    program = coalesce.trace(dense, w, x, name="a")
+    fused = coalesce.fuse([program], platform="gpu", choose_kernel=lambda op, groups, platform: kernel)
+    with pytest.raises(coalesce.PlanError, match=r"has no derivative; .*fuse\(..., platform='cpu'\)"):
+        jax.grad(lambda x: fused([(x,)])[0].sum())(x)
+    slope = jax.grad(lambda x: coalesce.fuse([program], platform="cpu")([(x,)])[0].sum())(x)
+    np.testing.assert_array_equal(slope, jax.grad(lambda x: dense(w, x).sum())(x))

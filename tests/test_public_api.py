@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import os
+import re
 import subprocess
 import sys
 
@@ -150,6 +151,15 @@ def test_explain(fused):
     ]
     [alone] = text.split("# heavy ops left alone")[1].split("#")[0].strip().splitlines()
     assert "(c): dot M=2 N=5 K=4 f32[2,4] x f32[4,5]: one lane in its family" in alone
+
+
+def test_explain_prints_a_plan_once(fused):
+    """A pass of a bundle that changes nothing says so, as one of a program does."""
+    text, plan = fused.explain(), str(fused)
+    assert text.count(plan) == 1
+    same = [b.name for a, b in zip(fused.steps, fused.steps[1:], strict=False) if a.bundle is b.bundle]
+    assert "join_arrays" in same
+    assert all(re.search(rf"# bundle: after {name} \(.*nothing to change", text) for name in same)
 
 
 def test_explain_across_families():

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 from jax.experimental import pallas as pl
 
+from coalesce.kernels.underived import underived
+
 ROW_BYTES = 128
 SHARED_BYTES = 227 * 1024  # of a program on an H100
 GROUP = 64  # rows that a warpgroup multiplies at once
@@ -186,4 +188,4 @@ def call(
         ),
         **how,
     )
-    return run(*args)
+    return underived(run, name)(*args)

@@ -6,13 +6,15 @@ A kernel is compiled for a GPU and interpreted anywhere else, whichever the prog
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+
+from coalesce.kernels.underived import underived
 
 
 def launch(
@@ -41,7 +43,8 @@ def launch(
             compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
         )
 
-    return lax.platform_dependent(*args, cuda=call(False), rocm=call(False), default=call(True))
+    run = partial(lax.platform_dependent, cuda=call(False), rocm=call(False), default=call(True))
+    return underived(run, name)(*args)
 
 
 def load(ref: Any, index: tuple[Any, ...], mask: Any = None) -> Any:

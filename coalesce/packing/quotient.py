@@ -22,7 +22,6 @@ class Quotient:
     Attributes:
       block: the block of each node
       members: the nodes of each block; empty if the number is free
-      visits: blocks that searches have looked at, a measure of the time spent
     """
 
     def __init__(self, after: Sequence[Sequence[int]], order: Sequence[int]) -> None:
@@ -31,7 +30,6 @@ class Quotient:
         self.block = list(range(count))
         self.members: list[Pack] = [(i,) for i in range(count)]
         self.free: list[int] = []
-        self.visits = 0
         self.label = [0] * (count + 1)  # the last is the list's head and has the smallest label
         self.next, self.previous = [0] * (count + 1), [0] * (count + 1)
         ring = [count, *order]
@@ -86,7 +84,6 @@ class Quotient:
         came: dict[int, tuple[int, int, int]] = {a: (a, 0, 0)}  # block: (from block, its node, own node)
         queue = [a]
         for x in queue:  # which grows: breadth first, so that few packs lie on the path that is found
-            self.visits += 1
             for node in self.members[x]:
                 for successor in self.after[node]:
                     y = self.block[successor]

@@ -37,6 +37,11 @@ def candidates(chain: Chain, rows: int) -> list[Candidate]:
     return [(APART, None), *((CHAINED, blocks) for blocks in tiles(chain, rows))]
 
 
+def has_whole_tiles(chain: Chain, blocks: Blocks) -> bool:
+    """Whether the columns that a narrow product sums over are tiles of the wide one's, none of them in part."""
+    return chain.narrow is None or chain.wide.n % blocks.n == 0
+
+
 def tiles(chain: Chain, rows: int) -> Iterator[Blocks]:
     """Each warpgroup has 64 rows; fewer columns leave registers and room for more programs on a core."""
     _, _, wide, narrow = chain

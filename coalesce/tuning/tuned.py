@@ -7,6 +7,7 @@ measured, a model of the tiles names blocks (see estimate.py). Times are of the 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from coalesce.blocks import Blocks
 from coalesce.errors import TuningError
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import KERNELS, VERSION
-from coalesce.tuning.chains import APART, Chain, CHAINED
+from coalesce.tuning.chains import APART, Chain, CHAINED, has_whole_tiles
 from coalesce.tuning.database import Database, known, load
 from coalesce.tuning.entry import Entry, op_text
 from coalesce.tuning.estimate import best_blocks, KERNEL
+
+LOG = logging.getLogger("coalesce.tuning")
 
 WITHIN = 4
 
@@ -74,6 +77,9 @@ class Tuned:
         blocks = entry.blocks if entry and entry.kernel == CHAINED else None
         apart = entry.best(APART) if entry else None
         if entry is None or blocks is None or apart is None or entry.us > (1 - LEAST_GAIN) * apart[1]:
+            return None
+        if not has_whole_tiles(chain, blocks):
+            LOG.warning("tuned blocks %s that do not divide %d columns are left out: %s", blocks, chain.wide.n, chain)
             return None
         return blocks, apart[1] - entry.us
 
