@@ -15,7 +15,7 @@ from coalesce.scheduler.events import Completed
 from coalesce.scheduler.invariants import Checker
 from coalesce.scheduler.lanes import Lane, Level
 from coalesce.scheduler.machine import SerialHost, spread_out
-from coalesce.scheduler.promises import MEMORY, MOST, Promises
+from coalesce.scheduler.promises import MEMORY, MOST, PAST, Promises
 from coalesce.scheduler.request import Request, Tenant
 from coalesce.scheduler.run import Outcome, quantile, Run
 from coalesce.scheduler.shares import Account
@@ -173,14 +173,16 @@ def test_what_is_slow_by_suspects_says_nothing_of_promises():
     assert promises.share == 0.0
     ended(promises, 5 * MS)
     ended(promises, 5 * MS)
-    assert promises.share and promises.kept(SLO, SLO)
+    now_ns = PAST * SLO
+    assert promises.share and promises.kept(now_ns + SLO, now_ns)
     ended(promises, 0, suspects=True)
-    assert not promises.kept(SLO, SLO)
+    assert not promises.kept(now_ns + SLO, now_ns)
 
 
 def test_nothing_is_kept_back_of_who_comes_to_what_was_idle_a_moment_ago():
     promises = Promises()
     promises.note(a_lane(), SLO + MS)
     promises.since_ns = 100 * MS
-    assert promises.kept(105 * MS + SLO, 105 * MS) == 0.0
-    assert promises.kept(110 * MS + SLO, 110 * MS) == pytest.approx(0.1)
+    for waited_ns, kept in ((PAST * SLO - 1, 0.0), (PAST * SLO, 0.1)):
+        now_ns = promises.since_ns + waited_ns
+        assert promises.kept(now_ns + SLO, now_ns) == pytest.approx(kept)
