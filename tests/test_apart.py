@@ -1,6 +1,7 @@
 """What newcomers cost others: compiling in a process of its own, the garbage that is not looked through, and how soon
 the interpreter is handed on."""
 
+import ctypes
 import gc
 import logging
 import math
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from types import FunctionType, SimpleNamespace
@@ -347,6 +349,25 @@ def test_who_hands_on_last_brings_back_what_was_there():
             pass
         assert sys.getswitchinterval() == pytest.approx(EAGER_S)
     assert sys.getswitchinterval() == pytest.approx(usual)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="an option of Linux's threads")
+def test_timers_of_who_serves_are_exact_while_something_is_made():
+    ask, found = 30, list[int]()
+    prctl = ctypes.CDLL(None).prctl
+
+    def look() -> None:
+        for making in (False, True, False):
+            with handing_on() if making else nullcontext():
+                handing_on.keep_time()
+                found.append(prctl(ask, 0, 0, 0, 0))
+
+    usual = prctl(ask, 0, 0, 0, 0)
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert found == [usual, 1, usual] and usual > 1
+    assert prctl(ask, 0, 0, 0, 0) == usual, "nobody else's"
 
 
 class Clock:

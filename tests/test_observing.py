@@ -5,7 +5,7 @@ import json
 import logging
 import threading
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from opentelemetry.trace import StatusCode
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
-from coalesce.errors import TenantFailure
+from coalesce.errors import DeadlineExceeded, TenantFailure
 from coalesce.observing import recording
 from coalesce.observing.aside import Aside
 from coalesce.observing.metrics import Metrics
@@ -29,9 +29,10 @@ from coalesce.observing.spans import Spans
 from coalesce.observing.trace import DEVICE, DRIVER, REQUESTS, Trace
 from coalesce.runtime.health import Health
 from coalesce.runtime.observer import Observer
+from coalesce.runtime.orders import Order
 from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler.coalescing import Coalescing
-from coalesce.scheduler.commands import Command
+from coalesce.scheduler.commands import Command, Reason
 from coalesce.scheduler.events import Event, TenantRemoved
 from coalesce.scheduler.replay import replay
 from coalesce.scheduler.run import Decision
@@ -362,3 +363,29 @@ def test_callers_threads_tell_of_requests_only_who_listens():
     with Served(FakeMachine(), observers=[Listens(), Observer()]) as served:
         served.submit("t0", 1).result(10)
     assert seen == [(0, threading.current_thread().name)]
+
+
+def test_who_refuses_several_at_once_tells_so_and_others_one_by_one():
+    alone: list[tuple[int, Reason]] = []
+    together: list[list[tuple[int, Reason]]] = []
+
+    class Alone(Observer):
+        def rejected(self, ticket: Ticket, reason: Reason, now_ns: int) -> None:
+            alone.append((ticket.request.id, reason))
+
+    class Together(Alone):
+        def rejected_together(self, stopped: Mapping[Ticket, Reason], now_ns: int) -> None:
+            together.append([(ticket.request.id, reason) for ticket, reason in stopped.items()])
+
+    go = threading.Event()
+    with Served(FakeMachine(), observers=[Alone(), Together()]) as served:
+        served.driver.inbox.put(Order(lambda: () if go.wait(10) else ()))
+        replies = [served.submit(f"t{i}", i, deadline_s=-1.0) for i in range(3)]
+        go.set()
+        assert [type(reply.exception(10)) for reply in replies] == [DeadlineExceeded] * 3
+        assert served.driver.book.wait_empty(5.0)
+        rejected = [own.rejected for own in served.accounts.stats().tenants.values()]
+        outcomes = [own.outcome for own in served.history.requests()]
+    assert alone == [(i, Reason.EXPIRED) for i in range(3)] and together == [alone]
+    assert sum(own.get(Reason.EXPIRED, 0) for own in rejected) == 3
+    assert outcomes == [Reason.EXPIRED.value] * 3

@@ -127,9 +127,13 @@ class Accounts(Observer):
                     self._of(command.tenant).quarantined = isinstance(command, Quarantine)
 
     def rejected(self, ticket: Ticket, reason: Reason, now_ns: int) -> None:
+        self.rejected_together({ticket: reason}, now_ns)
+
+    def rejected_together(self, stopped: Mapping[Ticket, Reason], now_ns: int) -> None:
         with self._lock:
-            counts = self._of(ticket.request.tenant).rejected
-            counts[reason] = counts.get(reason, 0) + 1
+            for ticket, reason in stopped.items():
+                counts = self._of(ticket.request.tenant).rejected
+                counts[reason] = counts.get(reason, 0) + 1
 
     def finished(self, bundle: Finished) -> None:
         width, lanes = bundle.width, bundle.lanes

@@ -40,8 +40,7 @@ class Book:
     def end_all(self, error: ServingError, reason: Reason) -> None:
         tickets = self.claim(list(self.tickets.values()))
         now_ns = self._clock()
-        for ticket in tickets:
-            self._observers.rejected(ticket, reason, now_ns)
+        self._observers.rejected_together(dict.fromkeys(tickets, reason), now_ns)
         tell([Ending(ticket, None, error) for ticket in tickets])
         self.forget(tickets)
 

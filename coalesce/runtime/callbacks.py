@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from coalesce.runtime.attendant import Attendant
+from coalesce.runtime.gil import handing_on
 from coalesce.runtime.reply import Reply
 
 LOG = logging.getLogger("coalesce.runtime")
@@ -68,6 +69,7 @@ class Callbacks(Attendant):
             return self._called >= due
 
     def handle(self, item: list[Call]) -> None:
+        handing_on.keep_time()
         item.reverse()
         while item:
             call(*item.pop())  # out of the list, and let go

@@ -257,11 +257,10 @@ class Driver:
         return known
 
     def _reject(self, stopped: Mapping[Ticket, Reason], now_ns: int) -> None:
-        claimed = self.book.claim(stopped)
-        for ticket in claimed:
-            self._observers.rejected(ticket, stopped[ticket], now_ns)
-        tell([Ending(ticket, None, error_of(ticket, stopped[ticket], now_ns)) for ticket in claimed])
-        self.book.forget(claimed)
+        ended = {ticket: stopped[ticket] for ticket in self.book.claim(stopped)}
+        self._observers.rejected_together(ended, now_ns)
+        tell([Ending(ticket, None, error_of(ticket, reason, now_ns)) for ticket, reason in ended.items()])
+        self.book.forget(list(ended))
 
     def _wake_at(self, command: WakeAt, now_ns: int) -> None:
         self._wake_ns = command.time_ns

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from coalesce.runtime.observer import Finished, Observer, Recorded
@@ -54,7 +54,12 @@ class History(Observer):
         self._keep(Together([(own.ticket.request, own.ticket.bundles) for own in endings], None, now_ns))
 
     def rejected(self, ticket: Ticket, reason: Reason, now_ns: int) -> None:
-        self._keep(Together([(ticket.request, ticket.bundles)], reason, now_ns))
+        self.rejected_together({ticket: reason}, now_ns)
+
+    def rejected_together(self, stopped: Mapping[Ticket, Reason], now_ns: int) -> None:
+        for reason in set(stopped.values()):
+            own = [(ticket.request, ticket.bundles) for ticket, why in stopped.items() if why is reason]
+            self._keep(Together(own, reason, now_ns))
 
     def _keep(self, lot: Together) -> None:
         """And of those before it as many as it takes."""

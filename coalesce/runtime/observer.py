@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from coalesce.runtime.ticket import Ending, Ticket
@@ -83,6 +83,11 @@ class Observer:
     def rejected(self, ticket: Ticket, reason: Reason, now_ns: int) -> None:
         """A request ended without a result."""
 
+    def rejected_together(self, stopped: Mapping[Ticket, Reason], now_ns: int) -> None:
+        """Several did, at once: far past what a device can do most requests end so."""
+        for ticket, reason in stopped.items():
+            self.rejected(ticket, reason, now_ns)
+
     def finished(self, bundle: Finished) -> None:
         """A bundle left the device, or failed on it."""
 
@@ -105,6 +110,7 @@ class Observers(Observer):
         self.hear_sent = bool(self._sent)  # else who sends need not tell
         self._decided = listening(observers, "decided")
         self._rejected = listening(observers, "rejected")
+        self._rejected_together = [(own, own.rejected_together) for own, _ in self._rejected]
         self._finished = listening(observers, "finished")
         self._ended = listening(observers, "ended")
 
@@ -116,6 +122,10 @@ class Observers(Observer):
 
     def rejected(self, ticket: Ticket, reason: Reason, now_ns: int) -> None:
         self._tell(self._rejected, ticket, reason, now_ns)
+
+    def rejected_together(self, stopped: Mapping[Ticket, Reason], now_ns: int) -> None:
+        if stopped:
+            self._tell(self._rejected_together, stopped, now_ns)
 
     def finished(self, bundle: Finished) -> None:
         self._tell(self._finished, bundle)
