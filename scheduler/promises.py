@@ -9,8 +9,8 @@ reasons are: a host that hiccups, results that are late, runs that wait for each
 nothing, several in a short time keep back a fifth at most, and where there is time to spare nothing is kept back.
 
 It is kept back only where others would take the place: where somebody was there all the time for PAST times as long as
-the request may take. Nobody is refused for it who comes to a device that was idle a moment ago. Where tenants are suspected
-of making runs slow (`quarantine`), promises are not kept for that, and it does not count.
+the request may take. Nobody is refused for it who comes to a device that was idle a moment ago. Where tenants are
+suspected of making runs slow (`quarantine`), promises are not kept for that, and it does not count.
 """
 
 from __future__ import annotations
