@@ -8,6 +8,7 @@ from typing import Any
 
 from experiments.results import Row, table
 from experiments.simulated import policies_in, Setting
+from experiments.slo_probe import admitted_in_time
 from experiments.slo_report import style
 
 
@@ -28,6 +29,10 @@ def report(head: Mapping[str, Any], rows: Sequence[Row], usual: Setting) -> str:
             "The same where runs of nearly any width are ready, as batches have it elsewhere:",
             goodput_table(fine, usual),
         ]
+    text += [
+        "## What became of what was admitted: p99 of the results, of the SLO, and the share in time",
+        kept_table(offered, usual),
+    ]
     for burst_ms in sorted({row["burst_ms"] for row in rows if row["part"] == "burst"}):
         own = [row for row in rows if row["part"] == "burst" and row["burst_ms"] == burst_ms]
         load = f"{100 * own[0]['rate'] / usual.bound:.0f}% of the bound"
@@ -42,6 +47,23 @@ def goodput_table(rows: Sequence[Row], usual: Setting) -> str:
         cells = [f"{own[name]['goodput']:,.0f}" if name in own else "" for name in policies_in(rows)]
         lines.append([f"{rate:,.0f}", *cells, f"{min(rate, usual.bound):,.0f}"])
     return table(["offered", *policies_in(rows), "bound"], lines)
+
+
+def kept_table(rows: Sequence[Row], usual: Setting) -> str:
+    """Admitted: not refused at submit."""
+    lines = []
+    for rate in sorted({row["rate"] for row in rows}):
+        own = {row["policy"]: row for row in rows if row["rate"] == rate}
+        lines.append([f"{rate:,.0f}", *(kept(own.get(name), usual) for name in policies_in(rows))])
+    return table(["offered", *policies_in(rows)], lines)
+
+
+def kept(row: Row | None, usual: Setting) -> str:
+    if row is None:
+        return ""
+    p99_us = row["latency_p99_us"]
+    share = "-" if p99_us is None else f"{100 * p99_us * 1e3 / usual.slo_ns:.0f}%"
+    return f"{share}, {100 * admitted_in_time(row):.1f}%"
 
 
 def burst_table(rows: Sequence[Row], usual: Setting) -> str:

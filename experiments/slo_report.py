@@ -46,7 +46,12 @@ def report(head: Mapping[str, Any], rows: Sequence[Row]) -> str:
             load = "" if sweep == "rate" else f", at {load_of(sweep) * usual.bound:,.0f} requests a second"
             text += [f"## Share in time by {TITLES[sweep]}{load}", attainment_table(sweep, own)]
     over = [row for row in rows if row["sweep"] == "rate"]
-    text += ["## Goodput, results in time a second", attainment_table("rate", over, "goodput")] * bool(over)
+    text += [
+        "## Goodput, results in time a second",
+        attainment_table("rate", over, "goodput"),
+        "## p99 of the results, of the SLO",
+        attainment_table("rate", over, "latency_p99_us"),
+    ] * bool(over)
     return "\n\n".join(text) + "\n"
 
 
@@ -72,14 +77,16 @@ def attainment_table(sweep: str, rows: Sequence[Row], what: str = "attainment") 
         first = f"{setting.rate:,.0f} ({100 * value:.0f}% of the bound)" if sweep == "rate" else f"{value:g}"
         cells = [shown(found.get((value, name)), what) for name in policies_in(rows)]
         most = min(setting.rate, setting.bound)
-        bound = f"{most:,.0f}" if what == "goodput" else f"{100 * most / setting.rate:.1f}%"
-        lines.append([first, *cells, bound])
-    return table([TITLES[sweep], *policies_in(rows), "bound"], lines)
+        bounds = {"goodput": f"{most:,.0f}", "attainment": f"{100 * most / setting.rate:.1f}%"}
+        lines.append([first, *cells, *([bounds[what]] if what in bounds else [])])
+    return table([TITLES[sweep], *policies_in(rows), *["bound"] * (what in ("goodput", "attainment"))], lines)
 
 
 def shown(row: Row | None, what: str) -> str:
     if row is None:
         return ""
+    if what == "latency_p99_us":
+        return "-" if row[what] is None else f"{100 * row[what] * 1e3 / Setting().slo_ns:.0f}%"
     return f"{row[what]:,.0f}" if what == "goodput" else f"{100 * row[what]:.1f}%"
 
 

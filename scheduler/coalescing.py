@@ -149,7 +149,6 @@ class Coalescing:
         bundle = self._flight.complete(event)
         self._starting.forget()
         self._lead.learn(event)
-        self._lag.learn(event)
         self._flight.host_ns = self._lead.host_ns
         if not event.failed:
             self._learn(bundle, event, now_ns)
@@ -157,6 +156,7 @@ class Coalescing:
         self._requests.move(self._watch.take_moved())
         (family, segment), lanes = bundle.parts[0]
         is_done = not event.failed and segment + 1 == self._costs.catalog.segments_of(family)
+        self._lag.learn(event, bool(self._requests.lanes), now_ns)
         self._promises.end(lanes[0] if is_done else None, event, bool(self._watch.standings))
 
     def _learn(self, bundle: Bundle, event: Completed, now_ns: int) -> None:

@@ -37,6 +37,7 @@ class PlaceCosts:
     widths: tuple[int, ...] = ()  # up to it
     ahead_ns: int = 0  # what a queue's head needs: alone, or, once it has begun, with those that it is with
     cover: Cover = NOTHING
+    runs: int = 1  # from here to the end
 
     def through(self, lanes: int) -> int:
         """Until so many lanes are done, if they stay together as far as it pays."""
@@ -175,6 +176,7 @@ def place_costs(
         tuple(o.width for o in options[: at + 1]),
         max(ahead_ns, alone.l50_ns),  # a head that is not hopeless has the time
         cover,
+        rest.runs + 1 if rest.options else 1,
     )
 
 

@@ -3,11 +3,17 @@
     told ---- handles: requests, decides ---- brings a bundle ---- it runs ---- clients have its results
          each_ns for each thing told          in the run's time                 results_ns
 
+    a run ends ---- the policy is told, and decides ---- the next one begins, though somebody was there all the time
+                    gap_ns: nothing where a bundle waits behind another
+
 A run that is decided now begins no sooner than the host is done with what it was told, and is in time only if its
 results are there in time as well. Both are from the middle of what the last bundles took, so that a host that hiccups
-moves neither: the one is an average without the extremes, since it is paid over and over, the other a median.
-Where they rule everything out, nothing ends any more that would put them right: then bundles are tried without
-(`trial`), and what those take counts alone.
+moves neither: the one is an average without the extremes, since it is paid over and over, the other a median. Where
+they rule everything out, nothing ends any more that would put them right: then bundles are tried without (`trial`), and
+what those take counts alone.
+
+The gap is such an average as well. It passes before every run of an outlook but the first: where the same lanes go from
+segment to segment, with nobody else to run meanwhile, that adds up. It rules out nobody who comes to an idle device.
 """
 
 from __future__ import annotations
@@ -27,13 +33,15 @@ class Lag:
         self.counts = False  # whether the host brings bundles, as far as known
         self.results_ns = 0
         self.slip_ns = 0  # by how much results may come later
+        self.gap_ns = 0
         self._now_ns = 0
         self._told = 0
         self._each_ns = 0
         self._each = Runs()
         self._sent: deque[tuple[int, int]] = deque()  # of each bundle: when it was decided, and upon how much
         self._ended_ns = 0  # the last bundle
-        self._results = Runs()
+        self._results, self._gaps = Runs(), Runs()
+        self._late_ns: int | None = None  # by how much it was told late of that end; None where nobody was there then
         self.trials = 0  # bundles that may still be tried
         self.is_tried = False  # what is decided now is
         self._known = (0, 0)  # meanwhile: what is known
@@ -49,11 +57,19 @@ class Lag:
         """A bundle, by what it was told."""
         self._sent.append((self._now_ns, self._told))
 
-    def learn(self, event: Completed) -> None:
-        """What failed may have gone another way."""
-        (decided_ns, told), before_ns = self._sent.popleft(), self._ended_ns
-        self._ended_ns = event.end_ns
-        if not event.host_ns or event.failed:
+    def learn(self, event: Completed, anybody: bool, now_ns: int) -> None:
+        """`anybody` is there, waiting or on the device. What failed may have gone another way."""
+        (decided_ns, told), before_ns, late_ns = self._sent.popleft(), self._ended_ns, self._late_ns
+        self._ended_ns, self._late_ns = event.end_ns, now_ns - event.end_ns if anybody else None
+        if event.failed:
+            return
+        if late_ns is not None:
+            host_ns = late_ns + max(0, event.start_ns - decided_ns)  # the device may be idle for longer, for company
+            self._gaps.count(max(0, min(event.start_ns - before_ns, host_ns)))
+            gap_ns = middle_of(self._gaps.ascending)
+            if len(self._gaps.last) >= FEW and abs(gap_ns - self.gap_ns) * STEP > event.end_ns - event.start_ns:
+                self.gap_ns = gap_ns
+        if not event.host_ns:
             return
         self.counts = True
         if told and event.start_ns > before_ns:  # as soon as the host was there
@@ -68,7 +84,7 @@ class Lag:
 
     def forget(self) -> None:
         """What is known stays so until enough is learnt anew."""
-        self._each, self._results, self.trials = Runs(), Runs(), 2 * FEW
+        self._each, self._results, self._gaps, self.trials = Runs(), Runs(), Runs(), 2 * FEW
 
     def begin_trial(self) -> None:
         """What is decided now is as if the host added nothing."""

@@ -35,6 +35,7 @@ class Start(NamedTuple):
     slip_ns: float = 0.0  # by how much it may be later
     is_calm: bool = False  # less is asked of it than it can do
     is_idle: bool = False  # it has nothing
+    gap_ns: int = 0  # that passes between two runs
 
 
 class Newcomer(NamedTuple):
@@ -77,9 +78,9 @@ class Waiting(NamedTuple):
 
 
 class Outlook:
-    __slots__ = ("turns", "late", "tardy_ns", "hurried", "end_ns", "slip_ns", "is_calm")
+    __slots__ = ("turns", "late", "tardy_ns", "hurried", "end_ns", "slip_ns", "is_calm", "gap_ns")
 
-    def __init__(self, begin_ns: int, slip_ns: float, is_calm: bool) -> None:
+    def __init__(self, begin_ns: int, slip_ns: float, is_calm: bool, gap_ns: int) -> None:
         self.turns: list[Turn] = []
         self.late = 0  # lanes for which even the narrowest run is too long: they are in no turn
         self.tardy_ns = 0.0
@@ -87,6 +88,7 @@ class Outlook:
         self.end_ns = begin_ns
         self.slip_ns = slip_ns  # by how much that may be later
         self.is_calm = is_calm  # so that who is in time nine times in ten is not tardy
+        self.gap_ns = gap_ns  # that passes between two runs, also of one turn
 
     @property
     def first(self) -> tuple[Queue, Option, int] | None:
@@ -105,7 +107,7 @@ class Outlook:
 def laid(level: Level, start: Start, new: Newcomer | None, now_ns: int, hope: bool) -> Outlook:
     """The outlook of one level."""
     begun = start.begun
-    found = Outlook(start.free_ns, start.slip_ns, start.is_calm)
+    found = Outlook(start.free_ns, start.slip_ns, start.is_calm, start.gap_ns)
     waits = [Waiting(own.due_ns, -i, None, 0, 0, FAR, own.option, 0, None) for i, own in enumerate(begun)]
     kinds = len(level.firsts) if hope else 0
     newcomer = new.queue if new is not None else None
@@ -125,7 +127,7 @@ def with_one_more(sure: Outlook, new: Newcomer, now_ns: int) -> Outlook:
     """An outlook in which nobody is late or hurried, with a newcomer."""
     turns = sure.turns
     at, served = first_changed(turns, new)
-    found = Outlook(sure.end_ns, sure.slip_ns, sure.is_calm)
+    found = Outlook(sure.end_ns, sure.slip_ns, sure.is_calm, sure.gap_ns)
     found.tardy_ns = sure.tardy_ns
     found.turns = turns[:at]
     waits: list[Waiting] = []
@@ -197,6 +199,7 @@ def due_at(queue: Queue, new: Newcomer | None, at: int, number: int) -> int:
 def lay(found: Outlook, waits: list[Waiting], new: Newcomer | None, now_ns: int, hope: bool) -> None:
     """All that waits."""
     time_ns, slip_ns, tardy_ns, append = found.end_ns, found.slip_ns, found.tardy_ns, found.turns.append
+    gap_ns = found.gap_ns
     risk = CALM if found.is_calm else 1.0
     lenient = hope or found.is_calm  # who is in time is, in whatever run
     all_hope = new is not None and not new.is_owed
@@ -206,8 +209,10 @@ def lay(found: Outlook, waits: list[Waiting], new: Newcomer | None, now_ns: int,
         end_ns, later_ns = time_ns + mostly_ns, hypot(own_slip_ns, slip_ns)
         if queue is None:
             append(Turn(due_ns, serial, None, 0, 0, whole, True, False, time_ns, slip_ns, tardy_ns))
-            time_ns, slip_ns = end_ns, later_ns
+            time_ns, slip_ns = end_ns + gap_ns, later_ns
             continue
+        gaps_ns = gap_ns * (queue.costs.runs - 1) if gap_ns else 0  # between its own segments
+        end_ns += gaps_ns
         waiting, tardy_after_ns, is_given_up = count - served, tardy_ns, False
         is_sure = end_ns + later_ns <= due_ns
         is_pressed = not is_sure and not queue.place[1]  # lanes that have begun stay together
@@ -219,7 +224,7 @@ def lay(found: Outlook, waits: list[Waiting], new: Newcomer | None, now_ns: int,
             option, taken = hoped(queue.costs.cover, option, waiting, time_ns - now_ns, taken, pace, limit)
         if option is not whole:
             width, _, _, _, _, mostly_ns, own_slip_ns = option
-            end_ns, later_ns, is_sure = time_ns + mostly_ns, hypot(own_slip_ns, slip_ns), False
+            end_ns, later_ns, is_sure = time_ns + mostly_ns + gaps_ns, hypot(own_slip_ns, slip_ns), False
         if not is_sure:
             latest_ns = end_ns + risk * later_ns
             if latest_ns > due_ns:
@@ -233,7 +238,7 @@ def lay(found: Outlook, waits: list[Waiting], new: Newcomer | None, now_ns: int,
             is_whole = option is whole
             own = due_ns, serial, queue, served, waiting, option, is_whole, is_pressed, time_ns, slip_ns, tardy_ns
             append(made(Turn, own))
-            time_ns, slip_ns = end_ns, later_ns
+            time_ns, slip_ns = end_ns + gap_ns, later_ns
             served += width
         tardy_ns = tardy_after_ns
         if served < count:

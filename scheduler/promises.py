@@ -8,9 +8,9 @@ first lanes of the last MEMORY bundles all but one in a hundred needed no more t
 reasons are: a host that hiccups, results that are late, runs that wait for each other. So one or two hiccups move
 nothing, several in a short time keep back a fifth at most, and where there is time to spare nothing is kept back.
 
-It is kept back only where others would take the place: where somebody was there all the time for as long as the
-request may take. Nobody is refused for it who comes to a device that was idle a moment ago. Where tenants are suspected
-of making runs slow (`quarantine`), promises are not kept for that, and it does not count.
+It is kept back only where others would take the place: where somebody was there all the time for PAST times as long as
+the request may take. Nobody is refused for it who comes to a device that was idle a moment ago. Where tenants are
+suspected of making runs slow (`quarantine`), promises are not kept for that, and it does not count.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from coalesce.scheduler.lanes import Lane
 MEMORY = 256  # bundles
 RARELY = 100
 MOST = 0.2
+PAST = 4
 
 
 class Promises:
@@ -37,7 +38,7 @@ class Promises:
 
     def kept(self, due_ns: int, now_ns: int) -> float:
         """The share of the time of a request that comes now."""
-        return self.share if self._counts and now_ns - self.since_ns >= due_ns - now_ns else 0.0
+        return self.share if self._counts and now_ns - self.since_ns >= PAST * (due_ns - now_ns) else 0.0
 
     def end(self, lane: Lane | None, event: Completed, suspects: bool) -> None:
         """A bundle has; with the first lane of those that are done, and whether anybody is suspected."""

@@ -33,12 +33,12 @@ class Starting:
             if known.free_ns == free_ns and known.is_calm == is_calm:
                 return known
             self.next_ns, self.free_ns, self.is_calm = 0, free_ns, is_calm
-            self.known = made(Start, (free_ns, known.begun, self._slip(), is_calm, known.is_idle))
+            self.known = made(Start, (free_ns, known.begun, self._slip(), is_calm, known.is_idle, self._lag.gap_ns))
             return self.known
         self.free_ns, self.is_calm = free_ns, is_calm
         self.fixed_ns, self.next_ns = self._flight.fixed_until_ns, 0
         begun = self._begun()
-        self.known = Start(free_ns, tuple(begun), self._slip(), is_calm, not self._flight.bundles)
+        self.known = Start(free_ns, tuple(begun), self._slip(), is_calm, not self._flight.bundles, self._lag.gap_ns)
         return self.known
 
     def decides_at(self, lead_ns: int) -> int:

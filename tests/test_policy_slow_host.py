@@ -101,6 +101,23 @@ def done(number: int, start_ns: int, end_ns: int, results_ns: int, *, failed: bo
     return Completed(number, start_ns, end_ns, failed, 5, results_ns=results_ns)
 
 
+@pytest.mark.parametrize(("decided_ns", "begun_ns", "anybody", "gap_ns"), [
+    (40, 100, True, 100),
+    (-50, 0, True, 0),  # it waits behind the one before
+    (90, 100, True, 50),  # kept back for company meanwhile: what the host takes counts
+    (40, 100, False, 0),  # nobody was there
+])  # fmt: skip
+def test_what_passes_between_two_runs_is_learnt(decided_ns, begun_ns, anybody, gap_ns):
+    """Runs of 100, whose end the policy is told 40 later; the next one is decided and begins so long after it."""
+    lag = Lag()
+    for number in range(32):
+        end_ns = (100 + begun_ns) * (number + 1)
+        lag.begin(Timer(), end_ns - 100 - begun_ns + decided_ns)
+        lag.send()
+        lag.learn(done(number, end_ns - 100, end_ns, 0), anybody, end_ns + 40)
+    assert lag.gap_ns == gap_ns
+
+
 def requests(numbers: range, now_ns: int) -> Submitted:
     return Submitted(tuple(Request(i, "t", 0, now_ns, now_ns + SLO) for i in numbers))
 
@@ -111,7 +128,8 @@ def test_what_the_host_takes_for_each_thing_that_it_is_told_is_learnt():
         now_ns = 1000 * number
         lag.begin(requests(range(9), now_ns), now_ns)
         lag.send()
-        lag.learn(done(number, now_ns + 200, now_ns + 300, 70))  # begun 200 after 10 things were told
+        ended = done(number, now_ns + 200, now_ns + 300, 70)  # begun 200 after 10 things were told
+        lag.learn(ended, False, now_ns + 300)
     assert lag.begin(requests(range(4), 0), 100_000) == pytest.approx(100_000 + 5 * 20, abs=5 * RUNDOWN)
     assert lag.begin(Timer(), 100_000) == lag.ready_ns == pytest.approx(100_000 + 20, abs=RUNDOWN)
     assert (lag.results_ns, lag.slip_ns) == (70, 0)
@@ -122,7 +140,7 @@ def test_a_bundle_that_waited_for_the_device_or_failed_says_nothing_of_the_host(
     for number, (start_ns, end_ns, failed) in enumerate([(0, 900, False), (900, 1000, False), (5000, 6000, True)]):
         lag.begin(Timer(), 0)
         lag.send()
-        lag.learn(done(number, start_ns, end_ns, 0, failed=failed))
+        lag.learn(done(number, start_ns, end_ns, 0, failed=failed), False, end_ns)
     assert lag.begin(Timer(), 0) == 0
 
 
@@ -169,7 +187,7 @@ def test_one_hiccup_moves_nothing_that_is_known_of_the_host():
             lag.begin(Timer(), now_ns)
             lag.send()
             more_ns = 1_000 * MS if number == before else 0
-            lag.learn(done(number, now_ns + 20 + more_ns, now_ns + 30 + more_ns, 70 + more_ns))
+            lag.learn(done(number, now_ns + 20 + more_ns, now_ns + 30 + more_ns, 70 + more_ns), False, now_ns + more_ns)
             known.append((lag.begin(Timer(), 0), lag.results_ns, lag.slip_ns))
         assert set(known) <= {(0, 0, 0), (20, 70, 0)}
 

@@ -247,7 +247,7 @@ with checked_runtime(devices=jax.devices(), widths=(1, 2)) as rt:
     at = {name: {str(device) for x in bank for device in x.devices()} for name, bank in banks.items()}
     assert at["t0"] == at["t2"] != at["t1"] == at["t3"], at
     assert rt.stats().lanes == 40 and set(rt.health().devices.values()) == {"serving"}
-    rt._tenancy.residents["t0"].driver.lose("as if it were gone")
+    rt._tenancy.residents["t0"].driver.lose(coalesce.DeviceError("as if it were gone"))
     assert rt.health().status == "degraded" and not rt.health().ok
     for name in ("t0", "t2"):
         try:
@@ -335,7 +335,7 @@ def test_nobody_waits_for_a_tenant_whose_device_dies_while_it_is_added(compiler)
     with checked_runtime(widths=(1,)) as rt:
         added = rt.add_tenant("a", add, vector(1), example=(vector(0),), slo=SLO, wait=False)
         assert compiling.wait(60)
-        rt._stations[0].driver.lose("it is gone")
+        rt._stations[0].driver.lose(DeviceError("it is gone"))
         assert isinstance(added.exception(60), DeviceError)
         going_on.set()
 
