@@ -47,7 +47,6 @@ FAR_OFF = 2  # times the least SLO of its family: who is due so late can wait fo
 class Admission:
     def __init__(self, shares: Shares, load: Load, promises: Promises) -> None:
         self.foreseen = False  # whether the outlook has who was taken on last
-        self.kept = 0.0  # the share of its time that was kept back
         self._shares, self._load, self._promises = shares, load, promises
 
     def admit(
@@ -73,12 +72,12 @@ class Admission:
         is_last = not items or items[-1][0] < due_ns or items[-1] < (due_ns, number)
         if not items or (not is_last and due_ns < items[0][0]):
             work_ns += costs.first_ns
-        kept_ns, self.kept = 0, self._promises.share
-        if self.kept:
-            self.kept = self._promises.kept(due_ns, now_ns)
-            kept_ns = int(self.kept * (due_ns - now_ns))
+        kept_ns, by_ns = 0, due_ns
+        if self._promises.share:
+            kept_ns = int(self._promises.kept(due_ns, now_ns) * (due_ns - now_ns))
+            by_ns -= kept_ns
         if level.spare > 0 or is_few(level):
-            if is_last and items and not over and has_room(queue, due_ns - kept_ns, start, now_ns):
+            if is_last and items and not over and has_room(queue, by_ns, start, now_ns):
                 fits = self.foreseen = True
             else:
                 fits = self._fits_outlook(request, queue, start, is_last, over, careful, kept_ns, now_ns)

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import deque
 
 from coalesce.scheduler.events import Completed, Event, Submitted
-from coalesce.scheduler.times import Runs, TAIL, TENTH
+from coalesce.scheduler.times import Runs, TAIL, TENTH, WINDOW
 
 FEW = 8
 STEP = 8  # what is less than one part in so many of what is known is no news
@@ -65,10 +65,7 @@ class Lag:
             return
         if late_ns is not None:
             host_ns = late_ns + max(0, event.start_ns - decided_ns)  # the device may be idle for longer, for company
-            self._gaps.count(max(0, min(event.start_ns - before_ns, host_ns)))
-            gap_ns = middle_of(self._gaps.ascending)
-            if len(self._gaps.last) >= FEW and abs(gap_ns - self.gap_ns) * STEP > event.end_ns - event.start_ns:
-                self.gap_ns = gap_ns
+            self._learn_gap(max(0, min(event.start_ns - before_ns, host_ns)), event.end_ns - event.start_ns)
         if not event.host_ns:
             return
         self.counts = True
@@ -81,6 +78,15 @@ class Lag:
             self._publish(self._results.ascending)
         if len(self._each.last) >= FEW and (not self.results_ns or len(self._results.last) >= FEW):
             self.trials = 0
+
+    def _learn_gap(self, ns: int, run_ns: int) -> None:
+        gaps = self._gaps
+        if not ns and len(gaps.last) == WINDOW and not gaps.ascending[-1]:  # there never is one
+            return
+        gaps.count(ns)
+        gap_ns = middle_of(gaps.ascending)
+        if len(gaps.last) >= FEW and abs(gap_ns - self.gap_ns) * STEP > run_ns:
+            self.gap_ns = gap_ns
 
     def forget(self) -> None:
         """What is known stays so until enough is learnt anew."""

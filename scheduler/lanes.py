@@ -24,7 +24,7 @@ Item = tuple[int, int, "Lane"]  # deadline, id: no two are equal, so that lanes 
 
 
 class Lane:
-    __slots__ = ("request", "account", "level", "bucket", "charge_ns", "queue", "ending", "begun", "again", "kept")
+    __slots__ = ("request", "account", "level", "bucket", "charge_ns", "queue", "ending", "begun", "again")
 
     def __init__(
         self, request: Request, account: Account, level: Level, bucket: int, charge_ns: int, queue: Queue | None
@@ -38,7 +38,6 @@ class Lane:
         self.ending: Reason | None = None  # why it goes no further than the bundle that it is in
         self.begun = False
         self.again = False  # its last bundle failed, and who of it was the reason is not known yet
-        self.kept = 0.0  # the share of its time that was kept back when it was taken on: see `promises`
 
 
 class Queue:

@@ -199,7 +199,7 @@ def due_at(queue: Queue, new: Newcomer | None, at: int, number: int) -> int:
 def lay(found: Outlook, waits: list[Waiting], new: Newcomer | None, now_ns: int, hope: bool) -> None:
     """All that waits."""
     time_ns, slip_ns, tardy_ns, append = found.end_ns, found.slip_ns, found.tardy_ns, found.turns.append
-    gap_ns = found.gap_ns
+    gap_ns, gaps_ns = found.gap_ns, 0
     risk = CALM if found.is_calm else 1.0
     lenient = hope or found.is_calm  # who is in time is, in whatever run
     all_hope = new is not None and not new.is_owed
@@ -211,8 +211,9 @@ def lay(found: Outlook, waits: list[Waiting], new: Newcomer | None, now_ns: int,
             append(Turn(due_ns, serial, None, 0, 0, whole, True, False, time_ns, slip_ns, tardy_ns))
             time_ns, slip_ns = end_ns + gap_ns, later_ns
             continue
-        gaps_ns = gap_ns * (queue.costs.runs - 1) if gap_ns else 0  # between its own segments
-        end_ns += gaps_ns
+        if gap_ns:
+            gaps_ns = gap_ns * (queue.costs.runs - 1)  # between its own segments
+            end_ns += gaps_ns
         waiting, tardy_after_ns, is_given_up = count - served, tardy_ns, False
         is_sure = end_ns + later_ns <= due_ns
         is_pressed = not is_sure and not queue.place[1]  # lanes that have begun stay together
@@ -238,7 +239,9 @@ def lay(found: Outlook, waits: list[Waiting], new: Newcomer | None, now_ns: int,
             is_whole = option is whole
             own = due_ns, serial, queue, served, waiting, option, is_whole, is_pressed, time_ns, slip_ns, tardy_ns
             append(made(Turn, own))
-            time_ns, slip_ns = end_ns + gap_ns, later_ns
+            time_ns, slip_ns = end_ns, later_ns
+            if gap_ns:
+                time_ns += gap_ns
             served += width
         tardy_ns = tardy_after_ns
         if served < count:

@@ -148,7 +148,9 @@ def room(sure: Outlook, queue: Queue) -> tuple[int, int, bool]:
             upto = served + queue.costs.cover.until(count - served) if is_whole else 0
             if upto < most:
                 most = upto
-            last, end_ns = served + option.width, start_ns + option.through_ns + sure.gap_ns * (queue.costs.runs - 1)
+            last, end_ns = served + option.width, start_ns + option.through_ns
+            if sure.gap_ns:
+                end_ns += sure.gap_ns * (queue.costs.runs - 1)
             is_tight = is_tight or is_pressed
     return (most if most < last else last, end_ns, is_tight) if end_ns < FAR else (0, FAR, False)
 

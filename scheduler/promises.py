@@ -32,8 +32,8 @@ class Promises:
         self.since_ns = 0  # from when on somebody was there all the time
         self.share = 0.0  # that is kept back of the time of requests that come while somebody is there all the time
         self._counts = True
-        self._last: deque[float] = deque()
-        self._ascending: list[float] = []
+        self._last: deque[float] = deque()  # what was needed, or 0
+        self._needed: list[float] = []  # of it what is more, ascending
         self._handed: tuple[Lane, int] | None = None  # the last lane whose run has ended, and when
 
     def kept(self, due_ns: int, now_ns: int) -> float:
@@ -53,10 +53,14 @@ class Promises:
         if not self._counts:
             return
         _, _, _, arrival_ns, due_ns, _ = lane.request
-        needed = lane.kept + (end_ns - due_ns) / max(1, due_ns - arrival_ns)
-        last, ascending = self._last, self._ascending
-        last.append(needed)
-        insort(ascending, needed)
-        if len(last) > MEMORY:
-            del ascending[bisect_left(ascending, last.popleft())]
-        self.share = min(MOST, max(0.0, ascending[-1 - len(ascending) // RARELY]))
+        needed = (end_ns - due_ns) / max(1, due_ns - arrival_ns)
+        if self.share:
+            needed += self.kept(due_ns, arrival_ns)  # about what was kept back when it came
+        last, above = self._last, self._needed
+        last.append(needed if needed > 0 else 0.0)
+        if needed > 0:
+            insort(above, needed)
+        if len(last) > MEMORY and (gone := last.popleft()):
+            del above[bisect_left(above, gone)]
+        rare = len(last) // RARELY
+        self.share = min(MOST, above[-1 - rare]) if len(above) > rare else 0.0

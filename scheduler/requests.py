@@ -68,9 +68,7 @@ class Requests:
             queue.note_arrival(now_ns, excess)
             refused = admission.admit(request, account, queue, excess, start, now_ns)
             if refused is None:
-                lane = lanes[number] = queues.add(request, account, queue, now_ns, admission.foreseen)
-                if admission.kept:
-                    lane.kept = admission.kept
+                lanes[number] = queues.add(request, account, queue, now_ns, admission.foreseen)
                 continue
             self.out.append(made(Reject, (number, refused)))
             if lot:

@@ -109,18 +109,15 @@ def test_what_the_host_takes_between_segments_is_counted(segments, least, served
     assert fmean([run.goodput(round(WARM_S * SECOND)) for run in runs]) >= served
 
 
-def a_lane(number: int = 0, kept: float = 0.0, arrival_ns: int = 0) -> Lane:
-    tenant = Tenant("t", (0,), SLO)
-    request = Request(number, "t", 0, arrival_ns, arrival_ns + SLO)
-    lane = Lane(request, Account(tenant), Level(0), 0, 0, None)
-    lane.kept = kept
-    return lane
+def a_lane(arrival_ns: int = PAST * SLO) -> Lane:
+    request = Request(0, "t", 0, arrival_ns, arrival_ns + SLO)
+    return Lane(request, Account(Tenant("t", (0,), SLO)), Level(0), 0, 0, None)
 
 
 def ended(promises: Promises, late_ns: int, results_ns: int = 0, suspects: bool = False) -> None:
     """A bundle, whose lane was taken on with what is kept back now. Its results are told with the next one."""
-    lane = a_lane(kept=promises.share)
-    promises.end(lane, Completed(0, 0, SLO + late_ns, results_ns=results_ns), suspects)
+    lane = a_lane()
+    promises.end(lane, Completed(0, 0, lane.request.deadline_ns + late_ns, results_ns=results_ns), suspects)
 
 
 def shares(lates_ns: list[int]) -> list[float]:
@@ -142,12 +139,14 @@ def test_what_was_late_is_kept_back_and_no_more_than_a_fifth():
 
 
 def test_who_was_in_time_by_what_was_kept_back_still_needs_it():
-    promises = Promises()
+    promises, lane = Promises(), a_lane()
+    due_ns = lane.request.deadline_ns
+    promises.note(lane, due_ns + MS)
     for _ in range(MEMORY):
-        promises.note(a_lane(kept=0.1), SLO)
+        promises.note(lane, due_ns)
     assert promises.share == pytest.approx(0.1)
     for _ in range(MEMORY):  # and who has more time to spare does not
-        promises.note(a_lane(kept=0.1), SLO - 2 * MS)
+        promises.note(lane, due_ns - 2 * MS)
     assert promises.share == 0.0
 
 
@@ -181,7 +180,8 @@ def test_what_is_slow_by_suspects_says_nothing_of_promises():
 
 def test_nothing_is_kept_back_of_who_comes_to_what_was_idle_a_moment_ago():
     promises = Promises()
-    promises.note(a_lane(), SLO + MS)
+    lane = a_lane()
+    promises.note(lane, lane.request.deadline_ns + MS)
     promises.since_ns = 100 * MS
     for waited_ns, kept in ((PAST * SLO - 1, 0.0), (PAST * SLO, 0.1)):
         now_ns = promises.since_ns + waited_ns
