@@ -38,11 +38,11 @@ class Shapes:
         self.one_row = pack.op.m * pack.op.batch == 1
 
     def of_result(self, shape: Sequence[int]) -> bool:
-        """Whether a value has the rows of the result, and its columns or some strips of them."""
+        """Whether a value has the rows of the result, and its columns or some strips of them, at least one."""
         out = self.op.out.shape
         if not self.apart or column_dims(self.op) != 1:
             return tuple(shape) == tuple(out)
-        return len(shape) == len(out) and tuple(shape[:-1]) == tuple(out[:-1])
+        return len(shape) == len(out) and tuple(shape[:-1]) == tuple(out[:-1]) and shape[-1] > 0
 
     def runs(self, step: Step) -> bool:
         """Whether a step can run on tiles, whatever it reads."""

@@ -237,6 +237,14 @@ def test_columns_are_not_taken_apart_for_others():
         assert not pack.epilogue, fn.__name__
 
 
+def test_strips_of_no_columns():
+    def unit(p: Any, x: Any) -> Any:
+        none, a, b = jnp.split(x @ p, [0, 4], axis=1)
+        return jnp.tanh(none), jnp.tanh(a) * b
+
+    check_fused(lanes(unit, 2, lambda: (array(6, 8), (array(3, 6),))), choose_kernel=indexed)
+
+
 def test_what_leaves_in_the_middle():
     def unit(p: Any, x: Any) -> Any:
         a, b, _ = jnp.split(x @ p["w"], 3, axis=1)
