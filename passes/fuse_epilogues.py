@@ -23,10 +23,10 @@ Some kernels take the columns apart, and leave several values, so that a recurre
 
 XLA runs what has one row, and does to its result what keeps its shape, in one kernel too, but not this: there
 indexed_matvec takes the place of batched_matvec, unless that was measured or named by a caller. (A step of 8 LSTMs of
-512 units takes 4.3 us on an H200 instead of 3.8 and 1.7 in bfloat16, 6.0 instead of 5.6 and 2.2 in float32; of 8 GRUs
-3.5 instead of 3.1 and 1.6, and 4.7 instead of 4.4 and 1.6.) Of one row, what is computed for the tail alone moves into
-it. Relies on: every pack has its kernel. Gives: no value inside a tail but its results has another reader. The order of
-everything else stays.
+512 units takes 4.3 us on an H200 instead of 3.8 and about 1.7 in bfloat16, 6.0 instead of 5.6 and 2.0 in float32; of 8
+GRUs 3.5 instead of 3.1 and 1.2, and 4.7 instead of 4.4 and 1.4.) Of one row, what is computed for the tail alone moves
+into it. Relies on: every pack has its kernel. Gives: no value inside a tail but its results has another reader. The
+order of everything else stays.
 """
 
 from __future__ import annotations

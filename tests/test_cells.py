@@ -123,6 +123,22 @@ def test_few_steps(steps):
     assert [len(pack.results) for pack in cells(fused.bundle)] == [2]
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_steps_from_the_last_to_the_first(count):
+    """Of a loop that a GPU runs as none, for one lane too."""
+
+    def run(p: Any, xs: Any, h: Any) -> Any:
+        def step(h: Any, x: Any) -> Any:
+            z, g = jnp.split(h @ p + x[:, 4:], 2, axis=1)
+            return h + jax.nn.sigmoid(z) * jnp.tanh(g), h
+
+        return lax.scan(step, h, xs, reverse=True)
+
+    tenants = lanes(run, count, lambda: (array(8, 16), (array(4, 1, 20), array(1, 8))))
+    fused = check_fused(tenants, platform="gpu", policy="never")
+    assert "unrolled" in str(fused) and [len(pack.results) for pack in cells(fused.bundle)] == [1]
+
+
 def test_it_reads_slices_of_them_there_too():
     """The gates of a GRU, whose inputs' products were merged: a step reads columns of rows of one array."""
     model = by_name("gru", hidden=16, features=12, steps=3, classes=5)
