@@ -22,11 +22,11 @@ Some kernels take the columns apart, and leave several values, so that a recurre
     -> %37, %38                                              then it leaves %37, %38
 
 XLA runs what has one row, and does to its result what keeps its shape, in one kernel too, but not this: there
-indexed_matvec takes the place of batched_matvec, unless that was measured or named by a caller. (A step of 8 LSTMs of
-512 units takes 4.3 us on an H200 instead of 3.8 and about 1.7 in bfloat16, 6.0 instead of 5.6 and 2.0 in float32; of 8
-GRUs 3.5 instead of 3.1 and 1.2, and 4.7 instead of 4.4 and 1.4.) Of one row, what is computed for the tail alone moves
-into it. Relies on: every pack has its kernel. Gives: no value inside a tail but its results has another reader. The
-order of everything else stays.
+indexed_matvec takes the place of batched_matvec for lanes with weights of their own, unless that was measured or named
+by a caller. (A step of 8 LSTMs of 512 units takes 4.3 us on an H200 instead of 3.8 and about 1.7 in bfloat16, 6.0
+instead of 5.6 and 2.0 in float32; of 8 GRUs 3.5 instead of 3.1 and 1.2, and 4.7 instead of 4.4 and 1.4.) Of one row,
+what is computed for the tail alone moves into it. Relies on: every pack has its kernel. Gives: no value inside a tail
+but its results has another reader. The order of everything else stays.
 """
 
 from __future__ import annotations
@@ -83,7 +83,11 @@ class Fuser:
             return ""
         if pack.kernel in FUSING:
             return pack.kernel
-        free = self.may_change and pack.kernel == BY_XLA and self.tuned.kernel(pack.op, *self.problems(pack)) is None
+        groups, per_group = self.problems(pack)
+        # Of lanes that share weights each has sums of its own: of 32 a kernel took 36 s to compile, and XLA's product
+        # has them as rows.
+        free = self.may_change and pack.kernel == BY_XLA and per_group == 1
+        free = free and self.tuned.kernel(pack.op, groups, per_group) is None
         alike = member.weight is not None and indexed_matvec.supports(pack.op) and pack.op.batch == 1
         return OURS if free and alike else ""
 

@@ -233,6 +233,12 @@ def test_a_kernel_that_a_caller_names_stays():
     assert [pack.kernel for pack in cells(fuse_epilogues(bundle))] == ["indexed_matvec"]
 
 
+def test_lanes_that_share_weights_are_rows_of_one_product():
+    fn, params, _ = lstms(1)[0]
+    tenants = [(fn, params, xs) for _, _, xs in lstms(3)]
+    assert [pack.kernel for pack in cells(check_fused(tenants, platform="gpu").bundle)] == ["batched_matvec"]
+
+
 def test_columns_are_not_taken_apart_for_others():
     """Nor for more bytes than the product has, nor into many parts."""
 
