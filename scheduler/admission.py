@@ -74,6 +74,8 @@ class Admission:
             work_ns += costs.first_ns
         kept_ns, by_ns = 0, due_ns
         if self._promises.share:
+            if not self._load.is_over(now_ns):
+                self._promises.since_ns = now_ns
             kept_ns = int(self._promises.kept(due_ns, now_ns) * (due_ns - now_ns))
             by_ns -= kept_ns
         if level.spare > 0 or is_few(level):

@@ -8,9 +8,10 @@ first lanes of the last MEMORY bundles all but one in a hundred needed no more t
 reasons are: a host that hiccups, results that are late, runs that wait for each other. So one or two hiccups move
 nothing, several in a short time keep back a fifth at most, and where there is time to spare nothing is kept back.
 
-It is kept back only where others would take the place: where somebody was there all the time for PAST times as long as
-the request may take. Nobody is refused for it who comes to a device that was idle a moment ago. Where tenants are
-suspected of making runs slow (`quarantine`), promises are not kept for that, and it does not count.
+It is kept back only where others would take the place: where somebody was there all the time, and more was asked of the
+device than it can do, for PAST times as long as the request may take. Nobody is refused for it who comes to a device
+that was idle a moment ago, or when a rush is over. Where tenants are suspected of making runs slow (`quarantine`),
+promises are not kept for that, and it does not count.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ PAST = 4
 
 class Promises:
     def __init__(self) -> None:
-        self.since_ns = 0  # from when on somebody was there all the time
-        self.share = 0.0  # that is kept back of the time of requests that come while somebody is there all the time
+        self.since_ns = 0  # from when on somebody was there all the time, and there was too much to do
+        self.share = 0.0  # that is kept back of the time of requests that come then
         self._counts = True
         self._last: deque[float] = deque()  # what was needed, or 0
         self._needed: list[float] = []  # of it what is more, ascending

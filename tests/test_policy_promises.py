@@ -9,13 +9,14 @@ from statistics import fmean
 
 import pytest
 
+from coalesce.scheduler import promises
 from coalesce.scheduler.catalog import Catalog, Entry, Executable
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.events import Completed
 from coalesce.scheduler.invariants import Checker
 from coalesce.scheduler.lanes import Lane, Level
 from coalesce.scheduler.machine import SerialHost, spread_out
-from coalesce.scheduler.promises import MEMORY, MOST, PAST, Promises
+from coalesce.scheduler.promises import MEMORY, MOST, PAST, Promises, RARELY
 from coalesce.scheduler.request import Request, Tenant
 from coalesce.scheduler.run import Outcome, quantile, Run
 from coalesce.scheduler.shares import Account
@@ -107,6 +108,14 @@ def test_what_the_host_takes_between_segments_is_counted(segments, least, served
     runs = [serve(BUSY, 0.0, segments, 14_000.0, seed, spread=1.0) for seed in (1, 2)]
     assert fmean([taken(run)[0] for run in runs]) >= least
     assert fmean([run.goodput(round(WARM_S * SECOND)) for run in runs]) >= served
+
+
+def test_nothing_is_kept_back_where_no_more_is_asked_than_can_be_done(monkeypatch):
+    """Whoever is late of a hiccup there takes nobody else's place."""
+    usual = serve(BUSY, 0.02, 1, 4_000.0, 1)
+    assert taken(usual)[0] < 1 - 1 / RARELY, "promises are not kept"
+    monkeypatch.setattr(promises, "MOST", 0.0)
+    assert serve(BUSY, 0.02, 1, 4_000.0, 1).outcomes == usual.outcomes
 
 
 def a_lane(arrival_ns: int = PAST * SLO) -> Lane:
