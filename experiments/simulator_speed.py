@@ -151,7 +151,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"what is {argv[1]}?")
     folder = Path(OUT.value) if OUT.value else Path(__file__).parent / "results" / device_folder()
-    command = " ".join(["python -m experiments.simulator_speed", *sys.argv[1:]])
+    given = [arg for arg in sys.argv[1:] if not arg.startswith("--out")]
+    command = " ".join(["python -m experiments.simulator_speed", *given])
     rows = [*map(measure_speed, SPEED), *map(measure_decisions, DECISIONS)]
     head = header(command, device_name(), "one core", tenants=TENANTS.value, requests=REQUESTS.value)
     save_rows(folder / "simulator_speed.json", head, rows)

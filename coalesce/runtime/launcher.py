@@ -13,8 +13,8 @@ A bundle that is done when its launch returns, or BRIEF_S later, as small ones a
 thread's waking up: the policy is told at once, and its results are handed out when the driver has done what the policy
 answered. That is for bundles with no other before them, and with no code of a tenant to run for their results. While
 full ones follow one another like that, results wait up to TOGETHER_NS for those right behind: whoever is told wakes up
-on another processor and waits for the interpreter's lock, which the driver gives away for a moment at a time. A third
-of what a request cost the host was such waking up in vain: 42 us of its processors' time became 27.
+on another processor and waits for the interpreter's lock, which the driver gives away for a moment at a time. Such
+waking up in vain was a sixth to a third of what a request cost the host, in turns beside other work.
 """
 
 from __future__ import annotations

@@ -138,9 +138,13 @@ class Quarters:
 
     def let_go(self, resident: Resident) -> None:
         with self._site.apart(resident.host.schema.key):
-            self._leave(resident)
+            self._free(resident)
             if not resident.host.tenants:
                 self._close(resident.host)
+
+    def forget(self, resident: Resident) -> None:
+        """Of one that was let go: `stats` knows nothing of it any more."""
+        self._accounts.close(resident.name)
 
     def _settle(self, resident: Resident, fitted: Fit, host: Host, check: Callable[[Resident], None] | None) -> None:
         if host.store.free <= host.reserve:
@@ -159,13 +163,13 @@ class Quarters:
                 check(resident)
             self._driver.carry_out(lambda: [TenantAdded(tenant)])
         except BaseException:
-            self._leave(resident)
+            self._free(resident)
+            self.forget(resident)
             raise
 
-    def _leave(self, resident: Resident) -> None:
+    def _free(self, resident: Resident) -> None:
         resident.host.store.release(resident.slot)
         resident.host.residents.remove(resident)
-        self._accounts.close(resident.name)
 
     def _host(self, resident: Resident, fitted: Fit) -> Host:
         """A bank for a schema that is new here, and its narrowest executables."""

@@ -166,7 +166,8 @@ class Tenancy:
             resident.quarters.let_go(resident)
         finally:
             self._forget_home(resident.host.schema.key)
-            with self._lock:
+            with self._lock:  # whoever sees that it is gone may use its name
+                resident.quarters.forget(resident)
                 self._names.discard(resident.name)
 
     def _home(self, schema: Hashable) -> Station:
