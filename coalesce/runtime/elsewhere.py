@@ -74,6 +74,8 @@ class Elsewhere:
             send(self._to, (events, now_ns))
             answer = receive(self._from)
             self.is_asked = False
+        except BrokenPipeError:
+            answer = None
         except OSError as e:
             raise PolicyError(f"the policy's process cannot be asked: {e}") from e
         if isinstance(answer, list):
