@@ -83,44 +83,39 @@ def rate_of(row: Row, ours: float) -> str:
 
 def overload_table(rows: Sequence[Row]) -> str:
     """Admitted: not refused at submit."""
-    lines = []
-    for row in sorted(rows, key=lambda row: (row["cv"], row["value"], policies_in(rows).index(row["policy"]))):
-        share = row["slo_share_p99"]
-        lines.append([
-            row["policy"],
-            f"{row['cv']:g}",
-            f"{row['value']:g}x",
-            f"{row['rate']:,.0f}",
-            f"{row['goodput']:,.0f}",
-            "-" if share is None else f"{100 * share:.0f}% of the SLO",
-            f"{100 * row['refused'] / max(1, row['requests']):.1f}%",
-            f"{100 * admitted_in_time(row):.1f}%",
-        ])  # fmt: skip
+    lines = [
+        [row["policy"], f"{row['cv']:g}", f"{row['value']:g}x", f"{row['rate']:,.0f}", *ends(row, " of the SLO")]
+        for row in in_order(rows)
+    ]
     columns = ["policy", "CV", "of its rate", "requests a second", "in time", "p99 of results", "refused at submit"]
     return table([*columns, "admitted in time"], lines)
 
 
 def rates_table(rows: Sequence[Row]) -> str:
     """Policies beside each other at every rate."""
-    lines = []
-    for row in sorted(rows, key=lambda row: (row["cv"], row["value"], policies_in(rows).index(row["policy"]))):
-        share = row["slo_share_p99"]
-        lines.append([
-            row["policy"],
-            f"{row['cv']:g}",
-            f"{row['value']:,.0f}",
-            f"{row['goodput']:,.0f}{around(row, 'goodput', 1, ',.0f')}",
-            "-" if share is None else f"{100 * share:.0f}%{around(row, 'slo_share_p99', 100, '.0f')}",
-            f"{100 * row['refused'] / max(1, row['requests']):.1f}%",
-            f"{100 * admitted_in_time(row):.1f}%{around(row, 'kept', 100, '.1f')}",
-        ])  # fmt: skip
+    lines = [[row["policy"], f"{row['cv']:g}", f"{row['value']:,.0f}", *ends(row)] for row in in_order(rows)]
     columns = ["policy", "CV", "requests a second", "in time", "p99 of results, of the SLO", "refused at submit"]
     return table([*columns, "admitted in time"], lines)
 
 
+def in_order(rows: Sequence[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: (row["cv"], row["value"], policies_in(rows).index(row["policy"])))
+
+
+def ends(row: Row, unit: str = "") -> list[str]:
+    """How its requests ended: in time a second, the p99 of results, the shares that were refused, and kept."""
+    share = row["slo_share_p99"]
+    return [
+        f"{row['goodput']:,.0f}{around(row, 'goodput', 1, ',.0f')}",
+        "-" if share is None else f"{100 * share:.0f}%{unit}{around(row, 'slo_share_p99', 100, '.0f')}",
+        f"{100 * row['refused'] / max(1, row['requests']):.1f}%",
+        f"{100 * admitted_in_time(row):.1f}%{around(row, 'kept', 100, '.1f')}",
+    ]
+
+
 def around(row: Row, key: str, unit: float, form: str) -> str:
-    """The range of all tries."""
-    found = [unit * one[key] for one in row["tries"] if one[key] is not None]
+    """The range of all tries, if there were several."""
+    found = [unit * one[key] for one in row.get("tries", ()) if one[key] is not None]
     return f" ({min(found):{form}} to {max(found):{form}})" if len(found) > 1 else ""
 
 
