@@ -124,7 +124,7 @@ class Launcher(Attendant):
         if everything:
             self.begin_turn()
             self._settle()
-        elif is_full(self._landed[-1]) and self._clock() < self._due_ns + TOGETHER_NS:
+        elif self._landed and is_full(self._landed[-1]) and self._clock() < self._due_ns + TOGETHER_NS:
             return  # the end of what has landed is in the inbox
         while self._due:
             self._finisher.hand_out(self._due.pop(0))
