@@ -9,15 +9,14 @@ import numpy as np
 
 import coalesce
 from tests.compare import assert_same
+from tests.random_numbers import NUMBERS
 
 Tenant = tuple[Callable[..., Any], Any, tuple[Any, ...]]  # fn, params, inputs
 
-RNG = np.random.default_rng(0)
-
 
 def array(*shape: int, dtype: Any = np.float32) -> jax.Array:
-    """Other random numbers each time."""
-    return jax.device_put(np.asarray(RNG.standard_normal(shape), dtype))  # jnp.asarray compiles a copy, for every shape
+    """Other random numbers each time, the same ones in every run of a test."""
+    return jax.device_put(np.asarray(NUMBERS.rng.standard_normal(shape), dtype))  # jnp.asarray compiles for each
 
 
 def alone(tenant: Tenant) -> Any:

@@ -2,6 +2,7 @@
 
 pytest --update-golden                      rewrite tests/golden/; read the diff before committing it
 pytest --unchecked                          without the annotations checked
+pytest --numbers 1                          other random numbers in all arrays (default: 0)
 pytest --xla own                            compile as XLA does unless told otherwise (default: cheaply, see below)
 pytest --hypothesis-profile quick           20 examples a property (default: 200, on a second interpreter: 25; the
                                             same ones in every run; soak: 2000, others in every run)
@@ -13,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 # Read when keras is first imported; its own folder, so that no user's keras.json changes a test.
 os.environ["KERAS_BACKEND"] = "jax"
@@ -28,6 +30,7 @@ import pytest
 from hypothesis import settings
 
 from tests.annotations import check_again, check_all
+from tests.random_numbers import NUMBERS
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -44,11 +47,13 @@ FIRST = ("test_equivalence", "test_across", "test_scheduler_scenarios", "test_mo
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files instead of comparing")
+    parser.addoption("--numbers", type=int, default=0, help="which random numbers the arrays of all tests hold")
     parser.addoption("--unchecked", action="store_true", help="do not check annotations as the tests run")
     parser.addoption("--xla", choices=("cheap", "own"), default="cheap", help="how XLA compiles: cheaply, or as usual")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    NUMBERS.variant = int(config.getoption("--numbers") or 0)
     if not config.getoption("--unchecked"):
         check_all("coalesce")
     if config.getoption("--xla") == "cheap" and metadata.version("jaxlib").startswith("0.10."):
@@ -68,8 +73,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         compile_cheaply()
 
 
-def pytest_runtest_setup() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
     check_again()
+    NUMBERS.begin(item.nodeid)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: Any, request: pytest.FixtureRequest) -> Iterator[None]:
+    with NUMBERS.apart(f"{fixturedef.baseid} {fixturedef.argname} {getattr(request, 'param', '')}"):
+        return (yield)
 
 
 def pytest_collection_finish() -> None:
