@@ -40,6 +40,7 @@ class Resident:
         self.name, self.fn, self.shapes, self.terms = name, fn, shapes, terms
         self.alone = ""  # why it shares no bundles with others, if it does not
         self.forms: list[Form] = []
+        self.weights: dict[str, str] = {}  # types of its params' arrays, by path
         self.slot = -1
         self.host: Host
         self.quarters: Quarters
