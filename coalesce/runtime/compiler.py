@@ -8,8 +8,8 @@
 
 What was compiled goes back as (executable, trees of arguments and results). Everything is done under the settings of
 JAX that whoever asks has. It ends with its input, so that it never outlives who started it. Started as `idle` it runs
-only while nobody else wants to, where the system has such a class: a niced process may keep its processor for
-milliseconds when somebody wakes up.
+only while nobody else wants to, where the system has such a class, and something ticks meanwhile (`Ticks`): a niced
+process may keep its processor for milliseconds when somebody wakes up.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import struct
 import sys
 from collections.abc import Callable
 from typing import Any, IO
+
+from coalesce.runtime.ticks import BEGIN, STOP, Ticks
 
 LESS_URGENT = 10  # than who serves: the highest would get nothing where others leave nothing
 IDLE = "idle"
@@ -113,13 +115,18 @@ def answer(what: str, request: bytes, told: dict[str, Any]) -> tuple[str, Any]:
 
 
 def main() -> None:
+    ticks = Ticks() if IDLE in sys.argv else None
     os.nice(LESS_URGENT)
-    if IDLE in sys.argv:
+    if ticks is not None:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     given, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what anybody prints is no answer
     while (request := read(given)) is not None:
+        if ticks is not None:
+            ticks.tell(BEGIN)
         write(answers, answer(*request))
+        if ticks is not None:
+            ticks.tell(STOP)
 
 
 if __name__ == "__main__":

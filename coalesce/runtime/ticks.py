@@ -1,0 +1,85 @@
+"""Wakes up for a moment on every processor, again and again, while the compiler beside it is at work.
+
+    python -m coalesce.runtime.ticks      reads lines, b"1" to begin and b"0" to stop, and ends with its input
+
+The compiler's process takes what others leave: it is of the class SCHED_IDLE, and whoever wakes up has its processor at
+once. Linux shares that processor fairly all the same, by a weight of 3 to 1,024 (EEVDF, since 6.6). So one who has had
+more than that since he woke up is not due: preempted by another thread of his own program, or woken up again soon after
+he slept, he waits while the compiler runs, until somebody else wakes up there or the next tick comes, after 4 ms at 250
+a second, even where another processor is free. One in twenty requests waited so, most of them in the driver. Whoever
+wakes up next has Linux choose again, and by then the compiler is not due: so here is somebody, every EVERY_S.
+
+It is of the class SCHED_BATCH, which preempts what is idle and nobody else, and takes 1 or 2% of a processor. It is no
+thread of the compiler's, which would wait for the interpreter's lock, nor started by it once that is idle: nobody
+without privileges comes back from that. On more than FEW processors it does nothing: what serves finds a free one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+
+from coalesce.runtime.gil import set_timer_slack
+
+EVERY_S = 2.5e-4
+FEW = 8
+BEGIN, STOP = b"1\n", b"0\n"
+
+
+class Ticks:
+    """The other end, for a process of the class SCHED_IDLE; nothing ticks where none can be started."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        if len(os.sched_getaffinity(0)) > FEW:
+            return
+        with suppress(OSError):
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "coalesce.runtime.ticks"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,  # else who waits for the compiler's end would wait for this one's
+                bufsize=0,
+            )
+
+    def tell(self, order: bytes) -> None:
+        with suppress(OSError):
+            if self._process is not None and self._process.stdin is not None:
+                self._process.stdin.write(order)
+
+
+def tick(processor: int, at_work: threading.Event) -> None:
+    try:
+        os.sched_setaffinity(0, {processor})
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    except OSError:  # it is not allowed here
+        return
+    set_timer_slack(1)
+    while True:
+        at_work.wait()
+        time.sleep(EVERY_S)
+
+
+def follow(orders: Iterable[bytes], at_work: threading.Event) -> None:
+    for order in orders:
+        if order == BEGIN:
+            at_work.set()
+        else:
+            at_work.clear()
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for who serves
+    at_work = threading.Event()
+    for processor in os.sched_getaffinity(0):
+        threading.Thread(target=tick, args=(processor, at_work), daemon=True).start()
+    follow(sys.stdin.buffer, at_work)
+
+
+if __name__ == "__main__":
+    main()

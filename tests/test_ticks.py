@@ -1,0 +1,141 @@
+"""Somebody wakes up on every processor while a compiler works, and ends with it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from coalesce.runtime import ticks
+from coalesce.runtime.apart import end, started
+from coalesce.runtime.ticks import BEGIN, EVERY_S, FEW, follow, STOP, tick, Ticks
+
+linux = pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="no such class of processes here")
+
+
+def test_it_does_as_it_is_told():
+    at_work = threading.Event()
+    follow([BEGIN], at_work)
+    assert at_work.is_set()
+    follow([BEGIN, STOP], at_work)
+    assert not at_work.is_set()
+
+
+class Over(Exception):
+    pass
+
+
+class Work(threading.Event):
+    """For a thread that looks at it so many times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.left = times
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.left -= 1
+        if self.left < 0:
+            raise Over
+        return True
+
+
+@linux
+def test_it_wakes_up_on_its_processor_and_preempts_only_what_is_idle(monkeypatch):
+    naps, found = list[float](), list[object]()
+
+    def sleep(s: float) -> None:
+        naps.append(s)
+        found[:] = [os.sched_getaffinity(0), os.sched_getscheduler(0)]
+
+    def run() -> None:
+        with pytest.raises(Over):
+            tick(processor, Work(3))
+
+    monkeypatch.setattr(ticks, "time", type("Clock", (), {"sleep": staticmethod(sleep)}))
+    processor = max(os.sched_getaffinity(0))
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert naps == [EVERY_S] * 3 and found == [{processor}, os.SCHED_BATCH]
+
+
+@linux
+def test_where_that_is_not_allowed_it_does_nothing(monkeypatch):
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setaffinity", refuse)
+    tick(0, Work(0))
+
+
+CHILDREN = "/proc/{0}/task/{0}/children"
+listed = pytest.mark.skipif(not Path(CHILDREN.format(os.getpid())).exists(), reason="nobody lists processes here")
+few = pytest.mark.skipif((os.cpu_count() or 1) > FEW, reason="there are enough processors")
+
+
+def children(pid: int) -> list[int]:
+    return [int(own) for own in Path(CHILDREN.format(pid)).read_text().split()]
+
+
+def state(pid: int, what: str) -> str:
+    """Z where it has ended."""
+    try:
+        return re.findall(rf"{what}:\s+(\w+)", Path(f"/proc/{pid}/status").read_text())[0]
+    except (OSError, IndexError):
+        return "Z"
+
+
+@linux
+@few
+@listed
+def test_a_compiler_has_one_that_ends_with_it():
+    compiler = started(idle=True)
+    while not children(compiler.pid) or os.sched_getscheduler(compiler.pid) != os.SCHED_IDLE:  # it is starting
+        assert compiler.poll() is None
+        time.sleep(0.01)
+    (ticking,) = children(compiler.pid)
+    assert os.sched_getscheduler(ticking) != os.SCHED_IDLE
+    while not int(state(ticking, "SigIgn"), 16) & 1 << signal.SIGINT - 1:
+        time.sleep(0.01)
+    os.kill(ticking, signal.SIGINT)  # from a terminal all get it
+    assert children(compiler.pid) == [ticking]
+    end(compiler)
+    while state(ticking, "State") != "Z":
+        time.sleep(0.01)
+
+
+@linux
+@few
+def test_nobody_minds_when_it_has_ended():
+    own = Ticks()
+    assert own._process is not None and own._process.stdin is not None
+    own._process.kill()
+    own._process.wait()
+    own.tell(BEGIN)
+    own.tell(STOP)
+    own._process.stdin.close()
+
+
+@linux
+def test_it_ends_with_its_input():
+    ended = subprocess.run([sys.executable, "-m", "coalesce.runtime.ticks"], input=BEGIN + STOP, timeout=60)
+    assert ended.returncode == 0
+
+
+@linux
+def test_nothing_is_told_where_none_could_be_started_or_is_needed(monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError("no more processes")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    Ticks().tell(BEGIN)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("there are enough processors"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(FEW + 1)))
+    Ticks().tell(BEGIN)
