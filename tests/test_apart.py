@@ -28,7 +28,7 @@ from coalesce.errors import Shutdown, TraceError
 from coalesce.runtime import apart, gil, tenancy
 from coalesce.runtime.apart import Apart, exported, WANTED
 from coalesce.runtime.compiler import settings
-from coalesce.runtime.gil import EAGER_S, GIVEN_S, giving_way, handing_on, LATELY_S, NAP_S
+from coalesce.runtime.gil import BREATH_S, EAGER_S, GIVEN_S, giving_way, handing_on, LATELY_S, NAP_S, STRETCH_S
 from coalesce.runtime.runtime import Runtime
 from coalesce.serving import executable, schema
 from coalesce.serving.making import Jitted, Recipe
@@ -404,6 +404,17 @@ def test_who_traces_sleeps_while_somebody_serves_but_no_more_than_half_of_the_ti
     clock.now_s += GIVEN_S
     give_way()
     assert clock.naps == pytest.approx(3 + 2 * most, abs=1)
+
+
+def test_who_traces_sleeps_for_a_moment_now_and_then(monkeypatch):
+    clock = Clock({})
+    monkeypatch.setattr(gil, "time", clock)
+    give_way = giving_way(set())
+    for _ in range(10):
+        give_way()
+        clock.now_s += 0.6 * STRETCH_S
+    assert clock.naps == 4
+    assert clock.now_s == pytest.approx(6 * STRETCH_S + 4 * BREATH_S)
 
 
 def test_whoever_makes_something_gives_way_where_requests_were_served_lately(monkeypatch):

@@ -7,8 +7,10 @@ was before is remembered here for all runtimes, and comes back with the last of 
 
 Who traces would have the lock back as soon, over and over, while a driver decides: so it gives way. It looks at every
 call of a function (`sys.setprofile`, which is a thread's own) whether somebody serves right now, and sleeps until that
-is done: up to GIVEN_S, and then it works for as long before it does so again. Where nobody was served lately, and on a
-thread that has a profiler already, it does not.
+is done: up to GIVEN_S, and then it works for as long before it does so again. After every STRETCH_S of work it sleeps
+for a moment whoever serves: Linux puts who wakes up on a processor that is taken, though it has a free one, and there
+he would wait for the next tick. Where nobody was served lately, and on a thread that has a profiler already, it does
+neither.
 
 Whoever waits for the lock asks for it after EAGER_S, by a timer. Linux lets timers come up to 50 us later, so that it
 wakes up for several at once: beside a thread that computes a nap and the lock took 172 us in the median, and 17 where
@@ -28,6 +30,8 @@ from typing import Any
 EAGER_S = 2e-5
 GIVEN_S = 2e-3
 NAP_S = 2e-4  # who wakes up takes the lock for a moment
+STRETCH_S = 3e-4  # with a BREATH_S after it
+BREATH_S = 5e-5
 LATELY_S = 10.0
 TIMER_SLACK = 29  # what Linux calls it
 
@@ -83,15 +87,20 @@ class Eagerness:
 
 def giving_way(at_work: Collection[object]) -> Callable[..., Any]:
     """What a thread does at every call of a function."""
-    not_before_s = 0.0
+    not_before_s, due_s = 0.0, time.perf_counter() + STRETCH_S
 
     def give_way(*_: Any) -> None:
-        nonlocal not_before_s
-        if not at_work or (now_s := time.perf_counter()) < not_before_s:
+        nonlocal not_before_s, due_s
+        now_s = time.perf_counter()
+        if at_work and now_s >= not_before_s:
+            while at_work and time.perf_counter() < now_s + GIVEN_S:
+                time.sleep(NAP_S)
+            not_before_s = time.perf_counter() + GIVEN_S if at_work else 0.0
+        elif now_s < due_s:
             return
-        while at_work and time.perf_counter() < now_s + GIVEN_S:
-            time.sleep(NAP_S)
-        not_before_s = time.perf_counter() + GIVEN_S if at_work else 0.0
+        else:
+            time.sleep(BREATH_S)
+        due_s = time.perf_counter() + STRETCH_S
 
     return give_way
 
