@@ -314,6 +314,45 @@ def test_what_was_there_before_is_not_looked_through_while_somebody_serves():
     subprocess.run([sys.executable, "-c", ALONE], check=True, timeout=120)
 
 
+AGAIN = """
+import gc, weakref
+from coalesce.runtime.frozen import OFTEN, SetAside
+
+class Cycle:
+    def __init__(self):
+        self.own = self
+
+pythons, own = gc.get_freeze_count(), SetAside()
+own.again()
+own.collect()
+assert gc.get_freeze_count() == pythons, "nobody serves"
+own.begin()
+before, kept = gc.get_freeze_count(), [[] for _ in range(5000)]
+gone = weakref.ref(Cycle())
+own.again()
+assert gc.get_freeze_count() > before + 4000
+gc.collect()
+assert gone() is not None
+own.collect()
+assert gone() is None and gc.get_freeze_count() > before + 4000
+gone = weakref.ref(Cycle())
+for _ in range(OFTEN):
+    assert gone() is not None
+    own.again()
+assert gone() is None and gc.get_freeze_count() > before + 4000
+gc.disable()
+before, more = gc.get_freeze_count(), [[] for _ in range(5000)]
+own.again()
+assert gc.get_freeze_count() <= before, "who looks through nothing"
+own.end()
+assert gc.get_freeze_count() <= pythons
+"""
+
+
+def test_what_an_executable_leaves_is_looked_through_seldom_and_where_room_is_needed():
+    subprocess.run([sys.executable, "-c", AGAIN], check=True, timeout=120)
+
+
 def test_the_interpreter_is_handed_on_soon_while_a_tenant_is_traced_and_its_programs_are_made():
     """On whatever thread, by several runtimes at once, also where it fails; and no longer than that."""
     usual, seen = sys.getswitchinterval(), list[float]()

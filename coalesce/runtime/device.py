@@ -6,7 +6,6 @@ What compiles runs on any thread; everything else changes what the next bundle r
 
 from __future__ import annotations
 
-import gc
 import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -20,6 +19,7 @@ from coalesce.compile import default_costs, default_tuned
 from coalesce.errors import OutOfDeviceMemory
 from coalesce.runtime.apart import Apart
 from coalesce.runtime.bundle import blanks_of, Bundle, lanes_of, leave, raise_understood, restored, suspect
+from coalesce.runtime.frozen import set_aside
 from coalesce.runtime.host import Course, Host
 from coalesce.runtime.loaded import Home, Loaded
 from coalesce.runtime.making import Making
@@ -130,7 +130,7 @@ class Device:
         """Raises OutOfDeviceMemory."""
         there = free_there()
         if there is not None and needed > there:
-            gc.collect()  # some may be held by what only the collector finds, which seldom looks: see SetAside
+            set_aside.collect()  # some may be held by what only the collector finds, which seldom looks: see SetAside
         free = free_bytes(list(self.hosts.values()), self._memory_limit)
         if free is not None and needed > free:
             raise OutOfDeviceMemory(

@@ -34,5 +34,6 @@ def making(compiled: str | os.PathLike[str] | Literal[False] | None) -> Callable
     def around() -> Iterator[None]:
         with handing_on(), keeping(folder):
             yield
+        set_aside.again()
 
     return around
