@@ -60,7 +60,7 @@ def read_kind(text: str) -> Kind:
         pairs = (field.split("=", 1) for field in own.split(";") if field)
         fields = {field: ast.literal_eval(value) for field, value in pairs}
         return Kind(what, by_name(model, **fields), int(count), float(slo_ms) / 1e3)
-    except (ValueError, SyntaxError) as e:
+    except (ValueError, SyntaxError, TypeError) as e:
         raise SystemExit(f"{text!r}: {e}; give MODEL[.FIELD=VALUE]:COUNT:SLO_MS, as in mlp.width=64:6:50") from None
 
 
