@@ -23,6 +23,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +38,7 @@ from experiments.multiplexing_report import plot, report
 from experiments.pairs import Best, Limits
 from experiments.peers_common import Cell, Peer
 from experiments.results import device_name, header, load_rows, Row, save_rows
+from experiments.warming import compile_beside, handed_on, share_cache
 
 GROWS = "its compile time grows faster than the program"
 CROWD = "so many processes and their contexts are no way to serve"
@@ -56,6 +58,8 @@ METHODS = (*PEERS, "floor")
 MODELS = ("resnet50", "resnet18", "vgg16", "mobilenetv2", "bert_base", "vit_b16", "lstm")
 DTYPES = ("float32", "bfloat16")
 TENANTS = {"resnet50": (1, 2, 4, 8, 16, 32, 64)}  # of the others 1, 8 and 32
+NOTHING_AHEAD = ("processes", "processes_mps", "floor")  # compile in processes of their own, or in no time
+PER_CELL = ("models", "dtypes", "tenants", "methods", "compile_beside", "budget_s")
 
 FLAGS = flags.FLAGS  # experiments/settings.py has more of them; --dtypes stands for its --dtype
 define_names("models", list(MODELS), "the models, one after the other", NAMES)
@@ -66,6 +70,7 @@ flags.DEFINE_bool("within_program", False, "also let Coalesce pack equal ops of 
 flags.DEFINE_bool("pallas", True, "on a GPU also try Coalesce with Pallas kernels wherever they run, tuned or not")
 flags.DEFINE_bool("autotune", False, "also try PyTorch compiled with max-autotune, which takes minutes a model")
 flags.DEFINE_bool("retry_failed", False, "measure again the rows that failed")
+flags.DEFINE_integer("compile_beside", 0, "first compile all cells, so many processes at once, and time none meanwhile")
 
 
 class Pair(NamedTuple):
@@ -82,17 +87,21 @@ def main(argv: Sequence[str]) -> None:
     settings.begin(argv, METHODS)
     fields = fields_of_models()
     conditions = {"batch": FLAGS.batch, "fields": fields, "precision": FLAGS.precision}
-    head = header(settings.command("multiplexing"), FLAGS.device_name or device_name(), FLAGS.note, **conditions)
+    head = header(
+        settings.command("multiplexing", "compile_beside"), FLAGS.device_name or device_name(), FLAGS.note, **conditions
+    )
     path = settings.folder() / ("multiplexing.json" if FLAGS.batch == 1 else f"multiplexing_batch{FLAGS.batch}.json")
     if FLAGS.retry_failed and path.exists():
         save_rows(path, head, [row for row in load_rows(path, head) if not row["failed"]])
 
+    if FLAGS.compile_beside:
+        compile_beside("multiplexing", cells_to_compile(path, head), FLAGS.compile_beside, share_cache())
     bench = Bench(fields)
     rows = settings.measure_cells(
         path,
         head,
         wanted(),
-        cell_of=lambda row: Pair(row["model"], row["dtype"], row["tenants"], row["pair"]),
+        cell_of=pair_of,
         methods=lambda pair: [pair.pair],
         measure=bench.measure,
         order=place,
@@ -117,6 +126,24 @@ def wanted() -> list[Pair]:
         for method in METHODS
         if FLAGS.methods is None or method in FLAGS.methods
     ]
+
+
+def cells_to_compile(path: Path, head: dict[str, Any]) -> list[list[str]]:
+    """The flags of a process for each model, dtype and number of tenants of which a pair is missing."""
+    there = set() if FLAGS.force else {pair_of(row) for row in load_rows(path, head)}
+    missing: dict[tuple[str, str, int], list[str]] = {}
+    for pair in wanted():
+        if pair not in there and pair.pair not in NOTHING_AHEAD:
+            missing.setdefault(pair[:3], []).append(pair.pair)
+    common = handed_on(PER_CELL)
+    return [
+        [f"--models={model}", f"--dtypes={dtype}", f"--tenants={tenants}", f"--methods={','.join(methods)}", *common]
+        for (model, dtype, tenants), methods in missing.items()
+    ]
+
+
+def pair_of(row: Row) -> Pair:
+    return Pair(row["model"], row["dtype"], row["tenants"], row["pair"])
 
 
 def place(row: Row) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from experiments.methods import Candidate
 from experiments.multiplexing_report import reasons, report, Times
 from experiments.peers_common import Burst, CannotRun, Cell, OneTenant, Peer
 from experiments.peers_jax import own_batch
+from experiments.warming import compile_beside
 
 ROOT = Path(__file__).parent.parent
 LIMITS = pairs.Limits(tolerance=1e-5, repeats=2, seconds=10)
@@ -52,6 +53,25 @@ def multiplex(folder: Path, *arguments: str) -> dict[str, Any]:
 def cell_of(name: str, count: int = 2, batch: int = 1) -> Cell:
     model = by_name(name, **SMALL[name])
     return Cell(model, SMALL[name], "float32", batch, None, tenants_of(model, count, batch), [{}], ExitStack())
+
+
+@pytest.mark.once
+def test_cells_are_compiled_beside_each_other_into_the_cache_that_the_timed_ones_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    flags = "--methods=jax_in_turn", "--tenants=2,3", "--compile_beside=2"
+    rows = multiplex(tmp_path, *flags)["rows"]
+    assert [row["tenants"] for row in rows] == [2, 2, 3, 3]
+    assert not any(row["failed"] for row in rows)
+    compiled = {path.name for path in (tmp_path / "cache").glob("*-cache")}
+    multiplex(tmp_path, *flags, "--force")
+    assert {path.name for path in (tmp_path / "cache").glob("*-cache")} == compiled != set()
+
+
+def test_a_cell_that_cannot_be_compiled_ahead_is_named_and_left(tmp_path, capfd):
+    compile_beside("multiplexing", [["--models=none"]], 2, str(tmp_path), seconds=240)
+    told = capfd.readouterr().err
+    assert "not compiled ahead: --models=none: " in told
+    assert "what is none?" in told
 
 
 @pytest.mark.once
