@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from coalesce import jaxpr as J
 from coalesce.bundle import Bundle, JointLoop, Loop, Schedule
 from coalesce.reschedule import same
 
 Name = tuple[int, Any]  # (family, variable)
-AnyLoop = TypeVar("AnyLoop", Loop, JointLoop)
 
 
 def left_by(bundle: Bundle) -> set[Name]:
@@ -23,7 +22,7 @@ def results(family: int, jaxpr: Any) -> set[Name]:
     return {(family, v) for v in J.outvars(jaxpr) if not isinstance(v, J.Literal)}
 
 
-def with_bodies(loop: AnyLoop, change: Callable[[Schedule, set[Name]], Schedule]) -> AnyLoop:
+def with_bodies(loop: Loop | JointLoop, change: Callable[[Schedule, set[Name]], Schedule]) -> Loop | JointLoop:
     """A loop with each region changed, given what that leaves to others; the same object if none was."""
     if isinstance(loop, JointLoop):
         body = change(loop.body, set().union(*(results(part.family, *J.regions(part.eqn)) for part in loop.parts)))
