@@ -137,7 +137,12 @@ def test_deadlines_that_are_none_are_refused(served, deadline):
         served.submit("mlp0", row(0), deadline=deadline)
 
 
-@pytest.mark.parametrize("deadline", [0.0, -1e-9, -1.0])
+@pytest.mark.parametrize("deadline", [1e300, 1e18])
+def test_deadlines_are_any_finite_number(served, deadline):
+    check(served.submit("mlp0", row(0), deadline=deadline).result(60), np.asarray(jax.jit(mlp)(mlp_params(0), row(0))))
+
+
+@pytest.mark.parametrize("deadline", [0.0, -1e-9, -1.0, -1e300])
 def test_a_deadline_that_has_passed_before_submit_is_exceeded(served, deadline):
     """As with gRPC, where the caller's may have passed when the call arrives."""
     with pytest.raises(DeadlineExceeded, match="before submit"):
@@ -238,6 +243,8 @@ def test_names_and_terms_are_checked(served):
         ({"slo": 0.0}, "slo is"),
         ({"slo": float("nan")}, "slo is"),
         ({"slo": 1.0, "weight": 0.0}, "weight is"),
+        ({"slo": 1.0, "weight": 1e300}, "weight is"),  # two such are infinite together
+        ({"slo": 1.0, "weight": 5e-324}, "weight is"),
         ({"slo": 1.0, "quota": 0}, "quota is"),
     ]:
         with pytest.raises(InvalidInput, match=error):
