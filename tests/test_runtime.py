@@ -177,6 +177,20 @@ def test_results_are_the_callers_own(served):
     np.testing.assert_array_equal(other.result(0), kept)
 
 
+@pytest.mark.parametrize(("weights", "rows"), [((WIDTH, 0), 1), ((0, 3), 1), ((WIDTH, 3), 0)], ids=str)
+def test_what_is_empty_is_served_too(served, weights, rows):
+    def product(w: Any, x: jax.Array) -> Any:
+        y = x[:, : w.shape[0]] @ w
+        return y, jnp.sum(y, 0), jnp.sum(w)
+
+    given = np.ones(weights, np.float32), np.ones((rows, WIDTH), np.float32)
+    served.add_tenant("empty", product, given[0], example=given[1:], slo=SLO)
+    got = served.submit("empty", given[1]).result(60)
+    served.remove_tenant("empty")
+    for a, b in zip(got, jax.jit(product)(*given), strict=True):
+        check(a, np.asarray(b))
+
+
 def test_nan_in_one_tenant_stays_there(served):
     bad = np.full((1, WIDTH), np.nan, np.float32)
     replies = [served.submit(f"mlp{i}", bad if i == 2 else row(i)) for i in range(6)]
@@ -234,8 +248,24 @@ def test_an_update_takes_effect_for_the_next_request_and_for_nobody_else(served)
     np.testing.assert_allclose(served.submit("mlp1", row(0)).result(60), before, rtol=1e-6)
     served.update_tenant("mlp0", mlp_params(0))
     assert made() == ready
-    with pytest.raises(InvalidInput, match="another program"):
-        served.update_tenant("mlp0", mlp_params(0)[:2])
+    with pytest.raises(InvalidInput, match="another program, or share other weights"):
+        served.update_tenant("mlp0", own := mlp_params(0), shared=own[0])
+
+
+def test_weights_of_other_types_are_refused_before_anything_is_made_of_them(served, monkeypatch):
+    made: list[Any] = []
+    monkeypatch.setattr(served._tenancy, "_fit", lambda *given: made.append(given))
+    (w, b), *rest = mlp_params(0)
+    for params, says in [
+        (rest, r"params\[2\]\[0\] is no array, and f32\[\d+,\d+\] when it was added"),
+        ([*rest, (w, b), (w, b)], r"params\[3\]\[0\] is f32\[\d+,\d+\], and no array when"),
+        ([(w.astype(jnp.bfloat16), b), *rest], r"params\[0\]\[0\] is bf16\[\d+,\d+\], and f32"),
+        ([(w, b[:, :-1]), *rest], r"params\[0\]\[1\] is f32.*another tenant"),
+        ([(np.full((2,), "w"), b), *rest], r"params\[0\]\[0\] is ndarray, and f32"),
+    ]:
+        with pytest.raises(InvalidInput, match="tenant 'mlp0': " + says):
+            served.update_tenant("mlp0", params)
+    assert not made
 
 
 def test_names_and_terms_are_checked(served):

@@ -41,6 +41,7 @@ class Resident:
         self.alone = ""  # why it shares no bundles with others, if it does not
         self.left = False  # nobody may ask for it any more, or write its weights: others may have its name and slot
         self.forms: list[Form] = []
+        self.weights: dict[str, str] = {}  # types of its params' arrays, by path
         self.slot = -1
         self.host: Host
         self.quarters: Quarters
