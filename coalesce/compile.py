@@ -1,34 +1,25 @@
-"""`fuse`: programs -> one fused program that can be called, compiled ahead of time and read."""
+"""`fuse`: programs -> one fused program, by the passes in their order and with the weights prepared."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr
 
 from coalesce import jaxpr as J
-from coalesce.bank import bank_structs, build_bank, default_device, on_device
+from coalesce.bank import build_bank, default_device
 from coalesce.bundle import Bundle
-from coalesce.call import Caller
-from coalesce.chain import compile_parts
 from coalesce.clusters import WASTE_BOUND
 from coalesce.costs import Costs, device_of
-from coalesce.errors import PlanError, TraceError
-from coalesce.explain import bundle_text, explain
+from coalesce.errors import PlanError
 from coalesce.family import find_families, holders_of, leaf_tokens
+from coalesce.fused import Fused
 from coalesce.kernels import choose
-from coalesce.lower import lower
-from coalesce.passes.bundle_pipeline import BundleStep, plan, POLICIES
+from coalesce.passes.bundle_pipeline import plan, POLICIES
 from coalesce.passes.pipeline import normalise, Normalised
 from coalesce.program import Program
-from coalesce.report import Report, report_of
-from coalesce.staged import Staged
 from coalesce.tuning import Database, Tuned, tuned_on, UNTUNED
 
 PLATFORMS = ("cpu", "gpu")  # that there are kernels and costs for
@@ -91,8 +82,12 @@ def fuse(
         raise PlanError(f"policy is {policy!r}; expected one of {', '.join(map(repr, POLICIES))}")
     if executables is not None and (not isinstance(executables, int | np.integer) or executables < 1):
         raise PlanError(f"executables is {executables!r}; a program is compiled in one or more, or None for what wins")
-    if not 0 <= waste_bound < 1:
+    if not (isinstance(waste_bound, int | float | np.number) and 0 <= waste_bound < 1):
         raise PlanError(f"waste_bound is {waste_bound}; it is a share of the work and lies in [0, 1)")
+    if not (costs is None or isinstance(costs, Costs)):
+        raise PlanError(f"costs is {costs!r}; give a coalesce.costs.Costs, or None for what is known of the device")
+    if not callable(choose_kernel):
+        raise PlanError(f"choose_kernel is {choose_kernel!r}; give a function of (op, problems, platform)")
     if platform not in (None, *PLATFORMS, jax.default_backend()):
         raise PlanError(f"platform is {platform!r}; expected one of {', '.join(map(repr, PLATFORMS))}, or None")
     check_usable(programs)
@@ -168,132 +163,3 @@ def check_usable(programs: Sequence[Program]) -> None:
                 f"tenant {program.name!r} was traced with jax_enable_x64 and has {J.short(wide[0])}; "
                 "fuse and call it with that option too"
             )
-
-
-class Fused:
-    """Many tenants' programs as one. Call it with each tenant's inputs, in the order given to `fuse`."""
-
-    def __init__(
-        self,
-        programs: tuple[Program, ...],
-        histories: tuple[Normalised, ...],
-        steps: tuple[BundleStep, ...],
-        bank: list[jax.Array] | None,
-    ) -> None:
-        self._programs = tuple(p.without_values() for p in programs)
-        self._no_weights = next((p.name for p in programs if p.abstract), None)
-        self._histories = histories
-        self._steps = steps
-        self._bank = bank
-        self._compiled: Any = None
-        self._caller = Caller(self._programs)
-
-    def __call__(self, inputs: Any) -> list[Any]:
-        """`inputs[i]` is the tuple of inputs of program i; returns each program's outputs, in its own pytree.
-
-        Raises:
-          InvalidInput: an input is not what its tenant was traced with; nothing has run then.
-          TraceError: some program was traced from ShapeDtypeStructs and has no weights.
-        """
-        bank = self._weights()
-        flat = self._caller.flatten(inputs)
-        compiled = self._compiled if self._compiled is not None else self.compile()
-        if len(self.bundle.starts) > 1:  # a part of several has run when a later one refuses what it reads
-            flat = on_device(flat)
-        try:
-            results = compiled(bank, flat)
-        except TypeError:
-            if not any(isinstance(x, Tracer) for x in flat):
-                raise
-            results = self._function(bank, flat)  # under jit, vmap or grad: a part of the caller's program
-        except ValueError:
-            placed = on_device(flat)
-            if all(a is b for a, b in zip(placed, flat, strict=True)):
-                raise
-            results = compiled(bank, placed)  # inputs lay on another device
-        return self._caller.unflatten(results)
-
-    def staged(self) -> Staged:
-        """The same program for requests and results that lie stacked by family.
-
-        Raises:
-          TraceError: some program was traced from ShapeDtypeStructs and has no weights.
-        """
-        return Staged(self.bundle, self._caller, self._weights())
-
-    def _weights(self) -> list[jax.Array]:
-        if self._bank is None:
-            raise TraceError(
-                f"tenant {self._no_weights!r} was traced from ShapeDtypeStructs and has no weights; "
-                "trace it with its arrays"
-            )
-        return self._bank
-
-    @property
-    def bundle(self) -> Bundle:
-        """The plan: families, schedule and weight arrays."""
-        return self._steps[-1].bundle
-
-    @property
-    def steps(self) -> tuple[BundleStep, ...]:
-        """The bundle after each pass, with the pass's name and time."""
-        return self._steps
-
-    @property
-    def bank(self) -> tuple[jax.Array, ...]:
-        """The stacked weights: slabs, then the arrays that lie in none; empty for abstract programs."""
-        return tuple(self._bank or ())
-
-    @cached_property
-    def report(self) -> Report:
-        """Counts of heavy ops and superkernels, over all tenants and for each."""
-        return report_of(self.bundle)
-
-    def explain(self) -> str:
-        """The programs after each pass, every pack, and every heavy op left alone with the reason."""
-        return explain(self._programs, self._histories, self._steps)
-
-    @cached_property
-    def jaxpr(self) -> ClosedJaxpr:
-        """The rewritten program: (bank, inputs) -> outputs, with a named call for each superkernel."""
-        with J.precision_as_traced():
-            return J.stage(self._function, *self._structs())[0]
-
-    def __str__(self) -> str:
-        return bundle_text(self.bundle)
-
-    def lower(self) -> Any:
-        """JAX's Lowered for the default device, of the program in one executable."""
-        with J.precision_as_traced():
-            return jax.jit(self._function).lower(*self._structs())
-
-    def compile(self, compiler_options: dict[str, Any] | None = None) -> Any:
-        """Compile ahead of time, for later calls too; returns JAX's Compiled, or a `Chain` of several."""
-        if self._compiled is None or compiler_options is not None:
-            parts = len(self.bundle.starts)
-            self._compiled = compile_parts(self._function, self._structs(), parts, compiler_options)
-        return self._compiled
-
-    def cost_analysis(self) -> Any:
-        """XLA's cost analysis of the compiled program; a list, if it is several executables."""
-        return self.compile().cost_analysis()
-
-    def memory_analysis(self) -> Any:
-        """XLA's memory analysis of the compiled program; a list, if it is several executables."""
-        return self.compile().memory_analysis()
-
-    def as_text(self) -> str:
-        """The optimised HLO of the compiled program."""
-        return self.compile().as_text()
-
-    @cached_property
-    def _function(self) -> Callable[..., Any]:
-        run, caller = lower(self.bundle), self._caller
-
-        def fused(bank: Sequence[Any], flat: Sequence[Any]) -> list[Any]:
-            return caller.join(run(bank, caller.split(flat)))
-
-        return fused
-
-    def _structs(self) -> tuple[list[Any], list[Any]]:
-        return bank_structs(self.bundle), self._caller.structs
