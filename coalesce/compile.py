@@ -82,8 +82,12 @@ def fuse(
         raise PlanError(f"policy is {policy!r}; expected one of {', '.join(map(repr, POLICIES))}")
     if executables is not None and (not isinstance(executables, int | np.integer) or executables < 1):
         raise PlanError(f"executables is {executables!r}; a program is compiled in one or more, or None for what wins")
-    if not 0 <= waste_bound < 1:
+    if not (isinstance(waste_bound, int | float | np.number) and 0 <= waste_bound < 1):
         raise PlanError(f"waste_bound is {waste_bound}; it is a share of the work and lies in [0, 1)")
+    if not (costs is None or isinstance(costs, Costs)):
+        raise PlanError(f"costs is {costs!r}; give a coalesce.costs.Costs, or None for what is known of the device")
+    if not callable(choose_kernel):
+        raise PlanError(f"choose_kernel is {choose_kernel!r}; give a function of (op, problems, platform)")
     if platform not in (None, *PLATFORMS, jax.default_backend()):
         raise PlanError(f"platform is {platform!r}; expected one of {', '.join(map(repr, PLATFORMS))}, or None")
     check_usable(programs)
