@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
     settings.begin(argv, METHODS)
     if unknown := [*(set(FLAGS.models) - set(NAMES)), *(set(FLAGS.dtypes) - set(DTYPES))]:
         raise app.UsageError(f"what is {unknown[0]}? Models: {', '.join(NAMES)}; dtypes: {', '.join(DTYPES)}")
-    fields = fields_of_models()
+    fields = settings.fields_of_models(FLAGS.fields)
     conditions = {"batch": FLAGS.batch, "fields": fields, "precision": FLAGS.precision}
     head = header(
         settings.command("multiplexing", "compile_beside"), FLAGS.device_name or device_name(), FLAGS.note, **conditions
@@ -153,14 +153,6 @@ def place(row: Row) -> tuple[int, ...]:
     names = (*MODELS, *(name for name in NAMES if name not in MODELS))
     methods = METHODS.index(row["pair"]), row["method"] == "coalesced"
     return names.index(row["model"]), DTYPES.index(row["dtype"]), row["tenants"], *methods
-
-
-def fields_of_models() -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for item in FLAGS.fields:
-        model, own = settings.named(item)
-        found.setdefault(model, {}).update(own)
-    return found
 
 
 class Bench:
