@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from coalesce.compile import fuse as fuse, Fused as Fused
+    from coalesce.compile import fuse as fuse
     from coalesce.errors import (
         CoalesceError as CoalesceError,
         CompileError as CompileError,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         TenantFailure as TenantFailure,
         TraceError as TraceError,
     )
+    from coalesce.fused import Fused as Fused
     from coalesce.program import Program as Program
     from coalesce.report import Report as Report
     from coalesce.runtime.runtime import Runtime as Runtime
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 _HOME = {
     "trace": "coalesce.tracing",
     "fuse": "coalesce.compile",
-    "Fused": "coalesce.compile",
+    "Fused": "coalesce.fused",
     "Program": "coalesce.program",
     "Report": "coalesce.report",
     "Runtime": "coalesce.runtime.runtime",

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from coalesce import jaxpr as J
 from coalesce.errors import InvalidInput
@@ -34,6 +35,7 @@ class Caller:
                 and all(isinstance(leaf, jax.Array) for leaf in leaves)
                 and [leaf.shape for leaf in leaves] == self.shapes
                 and [leaf.dtype for leaf in leaves] == self.dtypes
+                and alive(leaves)
             ):
                 return leaves
         if not isinstance(inputs, list | tuple):
@@ -79,9 +81,19 @@ class Caller:
         return [p.out_tree.unflatten([rewrapped(next(rest), slot) for slot in p.outputs]) for p in self.programs]
 
 
+def alive(leaves: Sequence[Any]) -> bool:
+    """Whether all arrays are there; False of traced values too, which do not say."""
+    try:
+        return not any([x.is_deleted() for x in leaves])
+    except jax.errors.ConcretizationTypeError:
+        return False
+
+
 def checked(tenant: str, leaf: Any, slot: Slot) -> Any:
     """An input as the array that the program takes."""
     want = slot.aval
+    if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted():
+        raise InvalidInput(f"tenant {tenant!r}: input{slot.path} was deleted (donated?); give one that lives")
     if slot.key_impl is not None:
         is_key = hasattr(leaf, "dtype") and J.is_key(leaf)
         if not is_key or str(jax.random.key_impl(leaf)) != str(slot.key_impl):

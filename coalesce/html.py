@@ -32,9 +32,9 @@ from coalesce.bundle import (
     Schedule,
     Step,
 )
-from coalesce.compile import Fused
 from coalesce.explain import member_text, place_text
 from coalesce.family import literal_splits
+from coalesce.fused import Fused
 from coalesce.heavy import heavy_eqns, is_heavy
 from coalesce.member import Member
 from coalesce.report import alone_members, flops, Report

@@ -81,6 +81,8 @@ class Staged:
                     raise InvalidInput(
                         f"{self._family(f)}, input {i}: got {got}, expected {J.struct_short(want)}, as stage() gives"
                     )
+                if isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_deleted():
+                    raise InvalidInput(f"{self._family(f)}, input {i} was deleted (donated?); stage it again")
 
     def _family(self, index: int) -> str:
         names = self.families[index]

@@ -1,12 +1,12 @@
 """Claim: every optional pass of the compiler earns its place, on some model; and what each brings to which.
 
     python -m experiments.ablation --models=lstm,bert_base --dtypes=bfloat16 --tenants=8
-    python -m experiments.ablation --models=mlp --fields=mlp.width=64 --without=fuse_epilogues,join_arrays
+    python -m experiments.ablation --models=mlp --fields=mlp.width=64 --methods=fuse_epilogues,join_arrays
 
 Fuses n tenants with all passes, with all but one (`fuse(without=[pass])`), and untuned, each in a program of its own,
 whose outputs are compared with those of the tenants one after the other. Programs whose plan is the same as with all
-passes are not timed; the others take turns, a round by itself and rounds in a row, inputs and outputs stacked. A cell is
-one model, dtype and number of tenants; a second run measures only the cells that are not there yet.
+passes are not timed; the others take turns, a round by itself and rounds in a row, inputs and outputs stacked. A cell
+is one model, dtype and number of tenants; a second run measures only the cells that are not there yet.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import numpy as np
 from absl import app, flags
 
 import coalesce
-from coalesce.fuse_check import OPTIONAL_PASSES
+from coalesce.compile import OPTIONAL_PASSES
 from coalesce.models import by_name, NAMES
 from experiments import methods, pairs, settings
 from experiments.cells import brief, largest_error, on_host, tenants_of
+from experiments.list_flags import define_counts, define_fields_of_models, define_names
 from experiments.methods import Candidate, Tenants
-from experiments.own_flags import counts_of
 from experiments.peers_common import Burst
 from experiments.results import device_name, header, Row, table
 
@@ -34,10 +34,10 @@ VARIANTS = (ALL, *OPTIONAL_PASSES, UNTUNED)
 DTYPES = ("float32", "bfloat16")
 
 FLAGS = flags.FLAGS  # experiments/settings.py has more of them; --methods are what is left out
-flags.DEFINE_list("models", ["resnet50", "bert_base", "lstm"], "the models, one after the other")
-flags.DEFINE_list("fields", [], "fields of single models to set, as in lstm.steps=5,vgg16.image_size=32")
-flags.DEFINE_list("dtypes", list(DTYPES), "dtypes of weights and activations")
-flags.DEFINE_list("tenants", ["8"], "numbers of tenants")
+define_names("models", ["resnet50", "bert_base", "lstm"], "the models, one after the other", NAMES)
+define_fields_of_models("fields", "fields of single models to set, as in lstm.steps=5,vgg16.image_size=32")
+define_names("dtypes", list(DTYPES), "dtypes of weights and activations", DTYPES)
+define_counts("tenants", [8], "numbers of tenants")
 
 
 class Cell(NamedTuple):
@@ -46,19 +46,9 @@ class Cell(NamedTuple):
     tenants: int
 
 
-class Variant(NamedTuple):
-    """A fused program; `plan` says what is in it, but for names of passes."""
-
-    plan: str
-    candidate: Candidate
-    kernels: int  # packs, loops and attentions that are scheduled
-
-
 def main(argv: Sequence[str]) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     settings.begin(argv, VARIANTS)
-    if unknown := [*(set(FLAGS.models) - set(NAMES)), *(set(FLAGS.dtypes) - set(DTYPES))]:
-        raise app.UsageError(f"what is {unknown[0]}? Models: {', '.join(NAMES)}; dtypes: {', '.join(DTYPES)}")
     fields = settings.fields_of_models(FLAGS.fields)
     head = header(
         settings.command("ablation"),
@@ -69,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
         precision=FLAGS.precision,
     )
     path = settings.folder() / "ablation.json"
-    cells = [Cell(m, d, n) for m in FLAGS.models for d in FLAGS.dtypes for n in counts_of(FLAGS.tenants)]
+    cells = [Cell(m, d, n) for m in FLAGS.models for d in FLAGS.dtypes for n in FLAGS.tenants]
     rows = settings.measure_cells(
         path,
         head,

@@ -33,6 +33,7 @@ from coalesce.serving.staging import Filled, Lane
 from coalesce.serving.store import Preparer, Store
 from experiments import own_flags, pairs
 from experiments.cells import largest_error, tenants_of
+from experiments.list_flags import define_fields, fields_of
 from experiments.methods import Candidate, Tenants
 from experiments.peers_common import Burst
 from experiments.results import device_name, header, Row, save_rows, table
@@ -45,11 +46,11 @@ TOLERANCE = {"bfloat16": 1e-1, "float32": 1e-2}  # deep random networks amplify 
 FLAGS = flags.FlagValues()
 own_flags.define_common(FLAGS)
 flags.DEFINE_enum("model", "resnet50", NAMES, "the model of all tenants", flag_values=FLAGS)
-flags.DEFINE_list("fields", [], "fields of the model to set, as in width=64", flag_values=FLAGS)
+define_fields("fields", [], "fields of the model to set, as in width=64", flag_values=FLAGS)
 flags.DEFINE_enum("dtype", "float32", list(TOLERANCE), "of weights and activations", flag_values=FLAGS)
 flags.DEFINE_integer("lanes", 16, "lanes of a call", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("tenants", 64, "tenants in the larger bank", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_integer("repeats", 300, "timed calls of each bank", flag_values=FLAGS)
+flags.DEFINE_integer("repeats", 300, "timed calls of each bank", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_float("seconds", 20.0, "most time for the repeats", flag_values=FLAGS)
 
 
@@ -70,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     own_flags.parse("banked", FLAGS, argv)
     if FLAGS.tenants < FLAGS.lanes:
         raise SystemExit(f"--tenants={FLAGS.tenants} are fewer than --lanes={FLAGS.lanes}")
-    fields = own_flags.fields_of(FLAGS.fields)
+    fields = fields_of(FLAGS.fields)
     model = by_name(FLAGS.model, dtype=FLAGS.dtype, param_dtype=FLAGS.dtype, **fields)
     conditions = {"model": FLAGS.model, "fields": fields, "dtype": FLAGS.dtype}
     conditions |= {"lanes": FLAGS.lanes, "tenants": FLAGS.tenants, "tolerance": TOLERANCE[FLAGS.dtype]}

@@ -30,6 +30,7 @@ from absl import app, flags
 
 from coalesce.kernels import choose
 from experiments import floor, kernel_clock, pairs, settings
+from experiments.list_flags import define, define_counts, define_names
 from experiments.pairs import Best, Limits
 from experiments.peers_common import Cell
 from experiments.peers_product import PEERS
@@ -41,12 +42,26 @@ from experiments.results import device_name, header, Row, save_rows
 FLOOR = "floor"
 INSIDE = "inside"
 
+
+def size(item: str) -> str:
+    """Of `--sizes`, if it is one."""
+    name, _, given = item.partition("=")
+    if name not in SIZES or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", given):
+        raise ValueError(f"what is {item}? A product of {', '.join(SIZES)} and its M, K and N, as in sgemm=64x32x16")
+    return item
+
+
 FLAGS = flags.FLAGS  # experiments/settings.py has more of them
-flags.DEFINE_list("products", list(SIZES), f"which products; of {', '.join(SIZES)}")
-flags.DEFINE_list("sizes", [], "other sizes of a product, MxKxN, as in sgemm=64x32x16")
-flags.DEFINE_list("arithmetic", list(ARITHMETIC), "f32: precision highest; tf32: float32 at the default precision")
-flags.DEFINE_list("problems", ["1", "2", "4", "8", "16", "32", "64", "120"], "numbers of problems")
-flags.DEFINE_integer("runs", 20, "runs of a kernel inside a program")
+define_names("products", list(SIZES), f"which products; of {', '.join(SIZES)}", SIZES)
+define(size, "sizes", [], "other sizes of a product, MxKxN, as in sgemm=64x32x16", FLAGS)
+define_names(
+    "arithmetic",
+    list(ARITHMETIC),
+    "f32: precision highest; tf32: float32 at the default precision",
+    ARITHMETIC,
+)
+define_counts("problems", [1, 2, 4, 8, 16, 32, 64, 120], "numbers of problems")
+flags.DEFINE_integer("runs", 20, "runs of a kernel inside a program", lower_bound=1)
 FLAGS.set_default("seconds", 0.5)  # of one pair, of the hundreds that there are
 FLAGS.set_default("compiler_options", "{}")  # CUDA graphs are of several kernels
 
@@ -68,8 +83,6 @@ class Case(NamedTuple):
 def main(argv: Sequence[str]) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs the device's memory too
     settings.begin(argv, (*PEERS, *NAMES, FLOOR))
-    if unknown := [*(set(FLAGS.products) - set(SIZES)), *(set(FLAGS.arithmetic) - set(ARITHMETIC))]:
-        raise app.UsageError(f"what is {unknown[0]}? Products: {', '.join(SIZES)}; arithmetic: {', '.join(ARITHMETIC)}")
     conditions = {"sizes": sizes()}
     head = header(settings.command("coalesced_sgemm"), FLAGS.device_name or device_name(), FLAGS.note, **conditions)
     path = settings.folder() / "coalesced_sgemm.json"
@@ -102,7 +115,7 @@ def wanted() -> list[Case]:
         for arithmetic in FLAGS.arithmetic
         for count in FLAGS.problems
         for asked in (*PEERS, INSIDE)
-        if (case := Case(product, arithmetic, int(count), asked))
+        if (case := Case(product, arithmetic, count, asked))
         and (contenders(case) if asked == INSIDE else FLAGS.methods is None or asked in FLAGS.methods)
     ]
 
@@ -119,8 +132,6 @@ def sizes() -> dict[str, list[int]]:
     found = {name: [*given] for name, given in SIZES.items()}
     for item in FLAGS.sizes:
         name, _, given = item.partition("=")
-        if name not in SIZES or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", given):
-            raise app.UsageError(f"what is {item}? --sizes wants a product and its M, K and N, as in sgemm=64x32x16")
         found[name] = [int(size) for size in given.split("x")]
     return found
 

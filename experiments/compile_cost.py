@@ -17,12 +17,12 @@ from absl import app, flags
 
 import coalesce
 from coalesce.models import by_name, Model, NAMES
-from experiments.own_flags import counts_of
+from experiments.list_flags import define_counts
 from experiments.results import device_folder, device_name, header, Row, save_rows, table
 
 MODEL = flags.DEFINE_enum("model", "resnet50", NAMES, "model of coalesce.models")
-TENANTS = flags.DEFINE_list("tenants", ["1", "4", "16", "64"], "numbers of tenants")
 REPEATS = flags.DEFINE_integer("repeats", 3, "runs of each cell; the fastest counts", lower_bound=1)
+TENANTS = define_counts("tenants", [1, 4, 16, 64], "numbers of tenants")
 OUT = flags.DEFINE_string("out", None, "folder for the JSON; default experiments/results/<device>")
 
 
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     model = by_name(MODEL.value)
     rows: list[Row] = []
     for own_functions in (False, True):
-        for tenants in counts_of(TENANTS.value):
+        for tenants in TENANTS.value:
             runs = [measure(model, tenants, own_functions) for _ in range(REPEATS.value)]
             best = min(runs, key=lambda run: sum(run.values()))
             rows.append({"model": model.name, "tenants": tenants, "own_functions": own_functions, **best})

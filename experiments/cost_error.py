@@ -29,15 +29,15 @@ from coalesce.models import NAMES
 from experiments.cells import brief
 from experiments.cost_cases import Case, kernels_of, model_ops, movement_cases, op_cases, sample, write_only
 from experiments.cost_report import fastest, name_of, report, scatter
-from experiments.own_flags import counts_of
+from experiments.list_flags import define_counts, define_names
 from experiments.recorded_gpu import records
 from experiments.results import device_folder, device_name, header, load_rows, Row, save_rows
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("ops", None, "distinct heavy ops to measure; 24 on a GPU, else 36", lower_bound=0)
-flags.DEFINE_list("models", list(NAMES), "models to take ops from")
-flags.DEFINE_list("groups", ["1", "2", "4", "8"], "problems in a pack")
-flags.DEFINE_list("dtypes", None, "dtypes of the models; float32, and bfloat16 on a GPU")
+define_names("models", list(NAMES), "models to take ops from", NAMES)
+define_counts("groups", [1, 2, 4, 8], "problems in a pack")
+define_names("dtypes", None, "dtypes of the models; float32, and bfloat16 on a GPU", ("float32", "bfloat16"))
 flags.DEFINE_float("most_us", 3000.0, "no case is measured that is predicted to take longer")
 flags.DEFINE_integer("repeats", 200, "timed rounds of each case, of which the fastest counts", lower_bound=3)
 flags.DEFINE_float("seconds", 1.0, "most time for the repeats of a case")
@@ -47,6 +47,7 @@ flags.DEFINE_string("note", "", "a remark for the results' header, such as that 
 flags.DEFINE_string("out", None, "folder of the results; experiments/results/<device> if not given")
 flags.DEFINE_bool("force", False, "forget earlier figures")
 flags.DEFINE_string("again", None, "a result to predict anew, for the device that it is of; nothing is measured")
+flags.register_validator("again", lambda path: path is None or Path(path).is_file(), "there is no such file")
 
 LEAST_US = 0.05  # what a clock can tell apart, over the runs of a case
 MEASURED = ("measured_us", "failed")  # what is in a row besides the case
@@ -57,7 +58,7 @@ def cases(costs: Costs, platform: str) -> Iterator[Case]:
     yield from movement_cases(costs)
     dtypes = FLAGS.dtypes or (["float32", "bfloat16"] if platform == "gpu" else ["float32"])
     count = FLAGS.ops if FLAGS.ops is not None else (24 if platform == "gpu" else 36)
-    groups = counts_of(FLAGS.groups)
+    groups = FLAGS.groups
     for op in sample([op for dtype in dtypes for op in model_ops(dtype, FLAGS.models)], count):
         for kernel in kernels_of(op, groups, platform):
             yield from op_cases(op, kernel, groups, costs)

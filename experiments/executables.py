@@ -21,22 +21,31 @@ from typing import Any
 import jax
 from absl import app, flags
 
+from coalesce.models import NAMES
 from experiments import methods, mixed_methods, pairs, settings
 from experiments.cells import brief, largest_error, on_host
+from experiments.list_flags import count, define
 from experiments.measure import interleave
 from experiments.methods import Candidate
 from experiments.mixed_methods import Mix
-from experiments.mixed_tenants import fields_of_models, mix_of, SETS
+from experiments.mixed_tenants import check_sets, fields_of_models, mix_of, SETS
 from experiments.peers_common import Burst
 from experiments.results import device_name, header, Row, save_rows, table
 
+
+def asked(item: str) -> str:
+    """Of --executables, if it is one."""
+    return item if item == "auto" else str(count(item))
+
+
 FLAGS = flags.FLAGS  # those of mixed_tenants and experiments/settings.py too
-flags.DEFINE_list("executables", ["1", "auto", "2", "3"], "in how many the program is compiled", flag_values=FLAGS)
-flags.DEFINE_string("policy", "auto", "what packs across families", flag_values=FLAGS)
+define(asked, "executables", ["1", "auto", "2", "3"], "in how many the program is compiled", FLAGS)
+flags.DEFINE_enum("policy", "auto", ["auto", "always", "never"], "what packs across families", flag_values=FLAGS)
 
 
 def main(argv: Sequence[str]) -> None:
     settings.begin(argv, ())
+    check_sets((*SETS, *NAMES))
     conditions = {"dtype": FLAGS.dtype, "batch": FLAGS.batch, "lanes": FLAGS.lanes, "policy": FLAGS.policy}
     options = settings.options_to_try()[0]
     head = header(

@@ -35,6 +35,7 @@ from absl import flags
 from coalesce.runtime.runtime import Runtime
 from coalesce.serving.staging import Lane, Staging
 from experiments import own_flags
+from experiments.list_flags import define_counts
 from experiments.results import device_name, header, Row, save_rows, table
 
 LANES = 16
@@ -46,9 +47,11 @@ STAGED_GBS = 3.0
 FLAGS = flags.FlagValues()
 own_flags.define_common(FLAGS)
 flags.DEFINE_integer("requests", 48_000, "requests of each measurement", lower_bound=LANES, flag_values=FLAGS)
-flags.DEFINE_list("bytes", ["64", "1024", "4096"], "sizes of an input", flag_values=FLAGS)
-flags.DEFINE_list("staged", ["4096", "65536", "602112"], "sizes of an input that is staged", flag_values=FLAGS)
-flags.DEFINE_integer("repeats", 5, "measurements of each kind, in turns; the median counts", flag_values=FLAGS)
+define_counts("bytes", [64, 1024, 4096], "sizes of an input", least=4, flag_values=FLAGS)
+define_counts("staged", [4096, 65536, 602112], "sizes of an input that is staged", least=4, flag_values=FLAGS)
+flags.DEFINE_integer(
+    "repeats", 5, "measurements of each kind, in turns; the median counts", lower_bound=1, flag_values=FLAGS
+)
 
 
 def model(params: jax.Array, x: jax.Array) -> jax.Array:
@@ -215,8 +218,7 @@ def main(argv: Sequence[str]) -> None:
     own_flags.parse("host_time", FLAGS, argv)
     head = header(own_flags.command("host_time", FLAGS), FLAGS.device_name or device_name(), FLAGS.note, lanes=LANES)
     path = own_flags.folder(FLAGS) / "host_time.json"
-    sizes, stages = map(own_flags.counts_of, (FLAGS.bytes, FLAGS.staged))
-    for rows in measured(sizes, stages, FLAGS.requests, FLAGS.repeats):
+    for rows in measured(FLAGS.bytes, FLAGS.staged, FLAGS.requests, FLAGS.repeats):
         save_rows(path, head, rows)
         text = report(head, rows)
         path.with_suffix(".md").write_text(text, encoding="utf-8")

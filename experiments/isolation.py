@@ -34,6 +34,7 @@ from coalesce.models import by_name, NAMES
 from coalesce.runtime.runtime import Runtime
 from experiments import own_flags, peers_torch
 from experiments.isolation_report import plot, report
+from experiments.list_flags import define_counts, define_fields, define_names, fields_of
 from experiments.live import Kind, Live, move_in, quantile_ms, Seen, tenants
 from experiments.peers_common import CannotRun, OneTenant
 from experiments.peers_processes import mps, mps_control, Workers
@@ -47,11 +48,11 @@ PATIENT_S = 60.0  # nobody is refused: latency is the question
 FLAGS = flags.FlagValues()
 own_flags.define_common(FLAGS)
 flags.DEFINE_enum("model", "mlp", NAMES, "the model of all tenants", flag_values=FLAGS)
-flags.DEFINE_list("fields", ["width=64"], "fields of the model to set", flag_values=FLAGS)
+define_fields("fields", ["width=64"], "fields of the model to set", flag_values=FLAGS)
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and activations", flag_values=FLAGS)
 flags.DEFINE_enum("engine", "jax", ["jax", "torch"], "what runs in processes; torch needs a GPU", flag_values=FLAGS)
-flags.DEFINE_list("tenants", ["1", "2", "4", "8", "16"], "numbers of tenants", flag_values=FLAGS)
-flags.DEFINE_list("methods", list(METHODS), "which methods", flag_values=FLAGS)
+define_counts("tenants", [1, 2, 4, 8, 16], "numbers of tenants", flag_values=FLAGS)
+define_names("methods", list(METHODS), "which methods", METHODS, flag_values=FLAGS)
 flags.DEFINE_integer("most_processes", 16, "processes are left out with more tenants", flag_values=FLAGS)
 flags.DEFINE_float("duration", 5.0, "seconds of each cell", lower_bound=0.05, flag_values=FLAGS)
 flags.DEFINE_float("budget_s", None, "no cell starts after so many seconds", flag_values=FLAGS)
@@ -63,7 +64,7 @@ class Cell(NamedTuple):
 
 
 def fields() -> dict[str, Any]:
-    return own_flags.fields_of(FLAGS.fields)
+    return fields_of(FLAGS.fields)
 
 
 def closed_loop(rt: Runtime, lives: Sequence[Live], duration_s: float) -> None:
@@ -159,8 +160,6 @@ def main(argv: Sequence[str]) -> None:
     begun_s = time.monotonic()
     own_flags.parse("isolation", FLAGS, argv)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the processes need the device's memory too
-    if unknown := set(FLAGS.methods) - set(METHODS):
-        raise SystemExit(f"what is {unknown.pop()}? Methods: {', '.join(METHODS)}")
     settings = {"model": FLAGS.model, "fields": fields(), "duration_s": FLAGS.duration, "dtype": FLAGS.dtype}
     settings["engine"] = FLAGS.engine
     head = header(
@@ -170,7 +169,7 @@ def main(argv: Sequence[str]) -> None:
     title = f"Latency of {FLAGS.model} as tenants are added"
     rows = load_rows(path, head)
     done = {Cell(row["tenants"], row["method"]) for row in rows}
-    wanted = [Cell(n, method) for n in own_flags.counts_of(FLAGS.tenants) for method in FLAGS.methods]
+    wanted = [Cell(n, method) for n in FLAGS.tenants for method in FLAGS.methods]
     missing = [cell for cell in wanted if cell not in done]
     served = in_runtime([cell for cell in missing if cell.method in POLICIES])
     for cell, latencies in chain(served, apart([cell for cell in missing if cell.method not in POLICIES])):

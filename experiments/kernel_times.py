@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from coalesce.models import by_name
+from coalesce.models import by_name, NAMES
 from experiments import methods, settings
 from experiments.cells import tenants_of
 from experiments.measure import interleave
@@ -23,10 +23,10 @@ from experiments.profiler import Line, lines, traced
 KERNELS = {"own": "", "pallas": methods.by_pallas}
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("model", "resnet50", "the model")
-flags.DEFINE_integer("tenants", 16, "how many tenants of it")
+flags.DEFINE_enum("model", "resnet50", NAMES, "the model")
+flags.DEFINE_integer("tenants", 16, "how many tenants of it", lower_bound=1)
 flags.DEFINE_enum("kernels", "own", list(KERNELS), "whose superkernels: as Coalesce chooses, or Pallas wherever it can")
-flags.DEFINE_integer("rounds", 20, "how many rounds to trace")
+flags.DEFINE_integer("rounds", 20, "how many rounds to trace", lower_bound=1)
 flags.DEFINE_integer("top", 40, "how many kernels to list")
 
 

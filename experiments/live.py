@@ -59,8 +59,10 @@ def read_kind(text: str) -> Kind:
         model, _, own = what.partition(".")
         pairs = (field.split("=", 1) for field in own.split(";") if field)
         fields = {field: ast.literal_eval(value) for field, value in pairs}
+        if int(count) < 1 or not 0 < float(slo_ms) < float("inf"):
+            raise ValueError("a COUNT is at least 1, an SLO_MS above 0")
         return Kind(what, by_name(model, **fields), int(count), float(slo_ms) / 1e3)
-    except (ValueError, SyntaxError) as e:
+    except (ValueError, SyntaxError, TypeError) as e:
         raise SystemExit(f"{text!r}: {e}; give MODEL[.FIELD=VALUE]:COUNT:SLO_MS, as in mlp.width=64:6:50") from None
 
 

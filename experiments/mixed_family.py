@@ -30,6 +30,7 @@ from coalesce.scheduler.commands import Command, Dispatch
 from coalesce.scheduler.events import Event
 from experiments import own_flags
 from experiments.isolation import closed_loop
+from experiments.list_flags import define_counts, define_names
 from experiments.live import Kind, Live, move_in, quantile_ms, read_kind, Seen, tenants
 from experiments.results import device_name, header, Row, save_rows, table
 from experiments.switching import Switching
@@ -47,10 +48,10 @@ flags.DEFINE_list(
     "MODEL[.FIELD=VALUE;...]:COUNT",
     flag_values=FLAGS,
 )
-flags.DEFINE_list("widths", ["1", "2", "4"], "of executables", flag_values=FLAGS)
-flags.DEFINE_list("methods", list(METHODS), "which methods", flag_values=FLAGS)
+define_counts("widths", [1, 2, 4], "of executables", flag_values=FLAGS)
+define_names("methods", list(METHODS), "which methods", METHODS, flag_values=FLAGS)
 flags.DEFINE_float("duration", 10.0, "seconds of each run", lower_bound=0.05, flag_values=FLAGS)
-flags.DEFINE_integer("repeats", 5, "runs of each method, in turns", flag_values=FLAGS)
+flags.DEFINE_integer("repeats", 5, "runs of each method, in turns", lower_bound=1, flag_values=FLAGS)
 
 
 class Counted(Seen):
@@ -85,7 +86,7 @@ class Served:
         self.method, self.seen = method, Counted()
         self.lives: list[Live] = tenants(kinds)
         policy = Switching(Coalescing, mixed=method == "mixed")
-        self.rt = Runtime(policy=policy, widths=own_flags.counts_of(FLAGS.widths), observers=[self.seen])
+        self.rt = Runtime(policy=policy, widths=FLAGS.widths, observers=[self.seen])
         move_in(self.rt, self.lives)
         for _ in range(6):  # whoever waits for whom is seen, and what is wanted for them is made
             closed_loop(self.rt, self.lives, min(1.0, FLAGS.duration))
@@ -164,8 +165,6 @@ def report(head: dict[str, Any], rows: Sequence[Row], without: Sequence[str] = (
 
 def main(argv: Sequence[str]) -> None:
     own_flags.parse("mixed_family", FLAGS, argv)
-    if unknown := set(FLAGS.methods) - set(METHODS):
-        raise SystemExit(f"what is {unknown.pop()}? Methods: {', '.join(METHODS)}")
     settings = {"kinds": FLAGS.kinds, "duration_s": FLAGS.duration, "repeats": FLAGS.repeats}
     head = header(own_flags.command("mixed_family", FLAGS), FLAGS.device_name or device_name(), FLAGS.note, **settings)
     kinds = [read_kind(f"{text}:{1e3 * PATIENT_S:g}") for text in FLAGS.kinds]

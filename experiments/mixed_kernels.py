@@ -21,6 +21,7 @@ from absl import app, flags
 
 from experiments import mixed_methods, profiler, settings
 from experiments.cells import brief
+from experiments.list_flags import define_names
 from experiments.measure import interleave, Timing
 from experiments.mixed_tenants import fields_of_models, mix_of, SETS
 from experiments.profiler import Launch
@@ -31,8 +32,8 @@ LONG_US = 3.0  # what lies between two kernels of a CUDA graph is shorter
 
 FLAGS = flags.FLAGS  # those of mixed_tenants and experiments/settings.py too
 flags.DEFINE_enum("set", "everything", list(SETS), "the set of models", flag_values=FLAGS)
-flags.DEFINE_list("policies", list(POLICIES), "what packs across families", flag_values=FLAGS)
-flags.DEFINE_integer("rounds", 5, "how many rounds to trace", flag_values=FLAGS)
+define_names("policies", list(POLICIES), "what packs across families", ("never", "auto", "always"), flag_values=FLAGS)
+flags.DEFINE_integer("rounds", 5, "how many rounds to trace", lower_bound=1, flag_values=FLAGS)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ a cell is measured and how a second run goes on. Models are smaller on a CPU (--
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from coalesce.clusters import WASTE_BOUND
 from coalesce.models import by_name, NAMES
 from experiments import methods, mixed_methods, settings
 from experiments.cells import measure_cell, tenants_of
+from experiments.list_flags import define_fields_of_models
 from experiments.methods import Method
 from experiments.mixed_methods import Mix
 from experiments.mixed_report import plot, report
@@ -56,8 +57,13 @@ FLAGS = flags.FLAGS  # experiments/settings.py has more of them
 flags.DEFINE_list("sets", list(SETS), f"sets of models, one cell each; of {', '.join(SETS)}")
 flags.DEFINE_integer("lanes", 1, "tenants of each model", lower_bound=1)
 flags.DEFINE_enum("sizes", None, list(SIZES), "sizes of models and requests; small on a CPU unless said otherwise")
-flags.DEFINE_list("fields", [], "fields of single models to set, as in lstm.steps=5,vgg16.image_size=32")
+define_fields_of_models("fields", "fields of single models to set, as in lstm.steps=5,vgg16.image_size=32")
 flags.DEFINE_float("waste_bound", WASTE_BOUND, "the largest share of an op in a superkernel that may be padding")
+
+
+def check_sets(known: Collection[str]) -> None:
+    if unknown := [name for name in FLAGS.sets if name not in known]:
+        raise app.UsageError(f"what is {unknown[0]}? Sets: {', '.join(known)}")
 
 
 def fields_of_models() -> dict[str, dict[str, Any]]:
@@ -91,8 +97,7 @@ def chosen_methods() -> dict[str, Method[Mix]]:
 
 def main(argv: Sequence[str]) -> None:
     settings.begin(argv, METHODS)
-    if unknown := set(FLAGS.sets) - set(SETS):
-        raise app.UsageError(f"what is {unknown.pop()}? Sets: {', '.join(SETS)}")
+    check_sets(SETS)
     fields = fields_of_models()
     common = {"dtype": FLAGS.dtype, "batch": FLAGS.batch, "lanes": FLAGS.lanes}
     conditions = {

@@ -33,8 +33,8 @@ from absl import app, flags
 from coalesce.models import by_name, Model, NAMES
 from experiments import floor, pairs, peers_jax, peers_processes, peers_torch, settings
 from experiments.cells import brief, tenants_of
+from experiments.list_flags import define_counts, define_fields_of_models, define_names
 from experiments.multiplexing_report import plot, report
-from experiments.own_flags import counts_of
 from experiments.pairs import Best, Limits
 from experiments.peers_common import Cell, Peer
 from experiments.results import device_name, header, load_rows, Row, save_rows
@@ -62,10 +62,10 @@ NOTHING_AHEAD = ("processes", "processes_mps", "floor")  # compile in processes 
 PER_CELL = ("models", "dtypes", "tenants", "methods", "compile_beside", "budget_s")
 
 FLAGS = flags.FLAGS  # experiments/settings.py has more of them; --dtypes stands for its --dtype
-flags.DEFINE_list("models", list(MODELS), "the models, one after the other")
-flags.DEFINE_list("fields", [], "fields of single models to set, as in lstm.steps=5,vgg16.image_size=32")
-flags.DEFINE_list("tenants", None, "numbers of tenants; if not given, by model")
-flags.DEFINE_list("dtypes", list(DTYPES), "dtypes of weights and activations")
+define_names("models", list(MODELS), "the models, one after the other", NAMES)
+define_fields_of_models("fields", "fields of single models to set, as in lstm.steps=5,vgg16.image_size=32")
+define_counts("tenants", None, "numbers of tenants; if not given, by model")
+define_names("dtypes", list(DTYPES), "dtypes of weights and activations", DTYPES)
 flags.DEFINE_bool("within_program", False, "also let Coalesce pack equal ops of one tenant")
 flags.DEFINE_bool("pallas", True, "on a GPU also try Coalesce with Pallas kernels wherever they run, tuned or not")
 flags.DEFINE_bool("autotune", False, "also try PyTorch compiled with max-autotune, which takes minutes a model")
@@ -85,8 +85,6 @@ class Pair(NamedTuple):
 def main(argv: Sequence[str]) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # peers need the device's memory too
     settings.begin(argv, METHODS)
-    if unknown := [*(set(FLAGS.models) - set(NAMES)), *(set(FLAGS.dtypes) - set(DTYPES))]:
-        raise app.UsageError(f"what is {unknown[0]}? Models: {', '.join(NAMES)}; dtypes: {', '.join(DTYPES)}")
     fields = settings.fields_of_models(FLAGS.fields)
     conditions = {"batch": FLAGS.batch, "fields": fields, "precision": FLAGS.precision}
     head = header(
@@ -124,7 +122,7 @@ def wanted() -> list[Pair]:
         Pair(model, dtype, count, method)
         for model in FLAGS.models
         for dtype in FLAGS.dtypes
-        for count in counts_of(FLAGS.tenants or ()) or TENANTS.get(model, (1, 8, 32))
+        for count in FLAGS.tenants or TENANTS.get(model, (1, 8, 32))
         for method in METHODS
         if FLAGS.methods is None or method in FLAGS.methods
     ]

@@ -32,6 +32,7 @@ from coalesce.runtime.compiler import LESS_URGENT
 from coalesce.runtime.runtime import Runtime
 from experiments import own_flags
 from experiments.cells import tenants_of
+from experiments.list_flags import define_counts, define_fields, fields_of
 from experiments.methods import Tenants
 from experiments.results import device_name, header, Row, save_rows, table
 
@@ -53,13 +54,13 @@ FLAGS = flags.FlagValues()
 own_flags.define_common(FLAGS)
 flags.DEFINE_integer("tenants", 4, "that are asked", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_enum("model", "mlp", NAMES, "of all tenants", flag_values=FLAGS)
-flags.DEFINE_list("fields", ["width=64", "layers=8"], "fields of the model to set", flag_values=FLAGS)
+define_fields("fields", ["width=64", "layers=8"], "fields of the model to set", flag_values=FLAGS)
 flags.DEFINE_string("vary", "width", "the one of them that newcomers have larger", flag_values=FLAGS)
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and activations", flag_values=FLAGS)
 flags.DEFINE_float("rate", 400.0, "requests a second", lower_bound=1.0, flag_values=FLAGS)
 flags.DEFINE_integer("families", 4, "that are added in a turn", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("turns", 5, "of each kind", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_list("widths", ["1", "2", "4", "8"], "lanes of executables", flag_values=FLAGS)
+define_counts("widths", [1, 2, 4, 8], "lanes of executables", flag_values=FLAGS)
 
 
 class Clients:
@@ -96,7 +97,7 @@ class Clients:
 
 def family(more: int, count: int) -> Tenants:
     """Tenants of one family, with the field that varies so much larger."""
-    fields = own_flags.fields_of(FLAGS.fields)
+    fields = fields_of(FLAGS.fields)
     if FLAGS.vary not in fields:
         raise SystemExit(f"what is {FLAGS.vary}? --vary is one of --fields")
     fields[FLAGS.vary] += more
@@ -123,7 +124,7 @@ def computing() -> Iterator[None]:
 
 def measure() -> Iterator[Row]:
     """What is known after each turn."""
-    widths = own_flags.counts_of(FLAGS.widths)
+    widths = FLAGS.widths
     quiet: list[float] = []
     beside: list[float] = []
     busy: list[float] = []

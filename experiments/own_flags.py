@@ -9,9 +9,8 @@
 
 from __future__ import annotations
 
-import ast
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +39,6 @@ def parse(script: str, own: flags.FlagValues, argv: Sequence[str]) -> None:
         raise SystemExit(f"{e}\n--help lists the flags") from None
     if rest[1:]:
         raise SystemExit(f"what is {rest[1]}? --help lists the flags")
-
-
-def fields_of(items: Iterable[str]) -> dict[str, Any]:
-    """Of a model, each as in `width=64`; raises SystemExit for what is none."""
-    try:
-        return {name: ast.literal_eval(value) for name, value in (item.split("=", 1) for item in items if item)}
-    except (ValueError, SyntaxError):
-        raise SystemExit(f"what is {','.join(items)}? A field is set as in width=64") from None
-
-
-def counts_of(items: Iterable[str]) -> list[int]:
-    """How many of something; raises SystemExit for what is no number."""
-    if wrong := [item for item in items if not item.strip().isdecimal() or int(item) < 1]:
-        raise SystemExit(f"what is {wrong[0]}? A number of at least 1 is wanted")
-    return [int(item) for item in items]
 
 
 def command(script: str, own: flags.FlagValues) -> str:

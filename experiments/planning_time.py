@@ -18,16 +18,18 @@ import jax
 from absl import flags
 
 import coalesce
+from coalesce.compile import PLATFORMS
 from coalesce.models import by_name, NAMES
 from experiments import own_flags
+from experiments.list_flags import define_names
 from experiments.results import device_name, header, Row, save_rows, table
 
 FLAGS = flags.FlagValues()
 own_flags.define_common(FLAGS)
-flags.DEFINE_list("models", list(NAMES), "models of the tenants, in turns", flag_values=FLAGS)
+define_names("models", list(NAMES), "models of the tenants, in turns", NAMES, flag_values=FLAGS)
 flags.DEFINE_integer("tenants", 64, "tenants in all", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_enum("policy", "auto", ["auto", "always", "never"], "what runs together across models", flag_values=FLAGS)
-flags.DEFINE_string("platform", "gpu", "what is planned for", flag_values=FLAGS)
+flags.DEFINE_enum("platform", "gpu", PLATFORMS, "what is planned for", flag_values=FLAGS)
 
 
 def traced(models: Sequence[str], tenants: int) -> list[coalesce.Program]:

@@ -35,6 +35,7 @@ from coalesce.scheduler import workloads
 from coalesce.scheduler.workloads import Arrival
 from experiments import own_flags
 from experiments.cells import tenants_of
+from experiments.list_flags import check_fields, define_counts, define_fields, define_names, fields_of
 from experiments.live import Kind, Live, move_in, quantile_ms, SECOND, Seen, serve, settle
 from experiments.results import device_name, header, Row, save_rows, table
 
@@ -43,27 +44,27 @@ MEASURED = (4, 8)  # layers, from which follows what others take
 
 FLAGS = flags.FlagValues()
 own_flags.define_common(FLAGS)
-flags.DEFINE_list("widths", ["1", "2", "4"], "of executables", flag_values=FLAGS)
-flags.DEFINE_list("methods", list(METHODS), "which methods", flag_values=FLAGS)
+define_counts("widths", [1, 2, 4], "of executables", flag_values=FLAGS)
+define_names("methods", list(METHODS), "which methods", METHODS, flag_values=FLAGS)
 flags.DEFINE_float("long_ms", 20.0, "what the long program takes alone", flag_values=FLAGS)
 flags.DEFINE_float("short_ms", 2.0, "and the short one", flag_values=FLAGS)
 flags.DEFINE_float("long_slo_ms", 200.0, "from submit to result", flag_values=FLAGS)
 flags.DEFINE_float("short_slo_ms", 14.0, "the same of the short program", flag_values=FLAGS)
 flags.DEFINE_float("long_load", 0.3, "what the long program asks for of the device's time", flag_values=FLAGS)
 flags.DEFINE_float("short_load", 0.2, "and the short one", flag_values=FLAGS)
-flags.DEFINE_integer("tenants", 3, "of each program", flag_values=FLAGS)
+flags.DEFINE_integer("tenants", 3, "of each program", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_enum("model", "mlp", NAMES, "of all tenants", flag_values=FLAGS)
 flags.DEFINE_string("longer", "layers", "the field of which the long program has more", flag_values=FLAGS)
-flags.DEFINE_list("fields", ["width=512"], "fields of the model to set", flag_values=FLAGS)
+define_fields("fields", ["width=512"], "fields of the model to set", flag_values=FLAGS)
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and activations", flag_values=FLAGS)
-flags.DEFINE_integer("rows", 128, "of a request", flag_values=FLAGS)
+flags.DEFINE_integer("rows", 128, "of a request", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_float("duration", 30.0, "seconds of each run", lower_bound=0.05, flag_values=FLAGS)
 flags.DEFINE_integer("seed", 0, "of the arrivals", flag_values=FLAGS)
-flags.DEFINE_integer("repeats", 3, "runs of each method, with arrivals of their own", flag_values=FLAGS)
+flags.DEFINE_integer("repeats", 3, "runs of each method, with arrivals of their own", lower_bound=1, flag_values=FLAGS)
 
 
 def model_of(layers: int) -> Model:
-    fields = own_flags.fields_of(FLAGS.fields)
+    fields = fields_of(FLAGS.fields)
     return by_name(FLAGS.model, dtype=FLAGS.dtype, param_dtype=FLAGS.dtype, **{FLAGS.longer: layers}, **fields)
 
 
@@ -114,7 +115,7 @@ def measure(method: str, short: Kind, long: Kind, rates: dict[str, float]) -> It
     seen = Seen()
     kinds = {kind.text: lives_of(kind) for kind in (short, long)}
     lives = [live for own in kinds.values() for live in own]
-    with Runtime(widths=own_flags.counts_of(FLAGS.widths), segments=METHODS[method], observers=[seen]) as rt:
+    with Runtime(widths=FLAGS.widths, segments=METHODS[method], observers=[seen]) as rt:
         move_in(rt, lives)
         if METHODS[method] is None:
             settle(rt, lambda: seen.catalog)
@@ -179,8 +180,12 @@ def report(head: dict[str, Any], rows: Sequence[Row]) -> str:
 
 def main(argv: Sequence[str]) -> None:
     own_flags.parse("segments", FLAGS, argv)
-    if unknown := set(FLAGS.methods) - set(METHODS):
-        raise SystemExit(f"what is {unknown.pop()}? Methods: {', '.join(METHODS)}")
+    if FLAGS.longer in (given := fields_of(FLAGS.fields)):
+        raise SystemExit(f"--longer={FLAGS.longer} is set by --fields, too")
+    try:
+        check_fields(FLAGS.model, {**given, FLAGS.longer: MEASURED[0]})
+    except ValueError as e:
+        raise SystemExit(f"--longer={FLAGS.longer}: {e}") from None
     layers = {"short": layers_for(FLAGS.short_ms), "long": layers_for(FLAGS.long_ms)}
     took_ms = {text: alone_ms(own) for text, own in layers.items()}
     short = kind_of("short", layers["short"], FLAGS.short_slo_ms)

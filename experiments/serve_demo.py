@@ -30,6 +30,7 @@ from coalesce.runtime.runtime import Runtime
 from coalesce.scheduler import workloads
 from coalesce.scheduler.workloads import Arrival
 from experiments import own_flags
+from experiments.list_flags import define_counts
 from experiments.live import Client, Live, move_in, PROCESSES, read_kind, Seen, tenants, times_of
 from experiments.policies import POLICIES
 from experiments.results import device_name
@@ -45,10 +46,16 @@ flags.DEFINE_enum("process", "poisson", [*PROCESSES, "csv"], "how requests arriv
 flags.DEFINE_float("rate", None, "requests a second of all tenants together", lower_bound=0.1, flag_values=FLAGS)
 flags.DEFINE_float("cv", 4.0, "how uneven the gaps of --process=gamma are", lower_bound=0, flag_values=FLAGS)
 flags.DEFINE_string("csv", None, "recorded times for --process=csv", flag_values=FLAGS)
+flags.register_multi_flags_validator(
+    ["process", "csv"],
+    lambda given: given["process"] != "csv" or (given["csv"] is not None and Path(given["csv"]).is_file()),
+    "--process=csv needs --csv=FILE, with a column TIMESTAMP",
+    flag_values=FLAGS,
+)
 flags.DEFINE_float("zipf", 0.5, "how unequal the tenants' rates are; 0 is equal", lower_bound=0, flag_values=FLAGS)
 flags.DEFINE_float("duration", 15.0, "seconds", lower_bound=0.1, flag_values=FLAGS)
 flags.DEFINE_enum("policy", "coalescing", list(POLICIES), "who decides", flag_values=FLAGS)
-flags.DEFINE_list("widths", ["1", "2", "4", "8", "16"], "lanes of executables", flag_values=FLAGS)
+define_counts("widths", [1, 2, 4, 8, 16], "lanes of executables", flag_values=FLAGS)
 flags.DEFINE_integer("seed", 0, "of the arrivals", flag_values=FLAGS)
 flags.DEFINE_string("trace", None, "a file for a trace to open in Perfetto", flag_values=FLAGS)
 
@@ -79,8 +86,6 @@ def rate_of(seen: Seen, lives: Sequence[Live]) -> float:
 def arrivals_of(names: Sequence[str], rate: float) -> Iterable[Arrival]:
     rng, end_ns = Random(FLAGS.seed), round(FLAGS.duration * 1e9)
     if FLAGS.process == "csv":
-        if FLAGS.csv is None:
-            raise SystemExit("--process=csv needs --csv=FILE, with a column TIMESTAMP")
         times = workloads.read_csv(Path(FLAGS.csv))
         times = workloads.scale(times, FLAGS.rate) if FLAGS.rate else times
     else:
@@ -155,7 +160,7 @@ def main(argv: Sequence[str]) -> None:
     lives = tenants([read_kind(text) for text in FLAGS.tenants])
     with Runtime(
         policy=POLICIES[FLAGS.policy](),
-        widths=own_flags.counts_of(FLAGS.widths),
+        widths=FLAGS.widths,
         observers=[seen, *([trace] if trace else [])],
     ) as rt:
         console.print(f"{len(lives)} tenants on a {device_name()}: tracing, compiling and warming up")

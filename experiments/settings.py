@@ -20,6 +20,14 @@ from absl import app, flags, logging
 from experiments.methods import Options
 from experiments.results import device_folder, load_rows, Row, save_rows
 
+
+def is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
 # CUDA graphs over dynamic slices and over cuDNN's convolutions too: the default leaves these out, and each of them cuts
 # a graph in two. With convolutions a ResNet-50 of its own jit takes half as long on an H100.
 COMMAND_BUFFERS = {
@@ -31,14 +39,15 @@ ONE_BY_ONE = {"xla_gpu_enable_command_buffer": ""}
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of weights and activations")
-flags.DEFINE_integer("batch", 1, "rows of a request")
+flags.DEFINE_integer("batch", 1, "rows of a request", lower_bound=1)
 flags.DEFINE_list("methods", None, "which methods; all if not given, and sequential always")
 flags.DEFINE_string("precision", None, "jax_default_matmul_precision, such as highest")
 flags.DEFINE_float("tolerance", None, "largest error relative to sequential; by dtype and device if not given")
-flags.DEFINE_integer("repeats", 300, "timed rounds of each configuration")
+flags.DEFINE_integer("repeats", 300, "timed rounds of each configuration", lower_bound=1)
 flags.DEFINE_float("seconds", 60.0, "most time for the repeats of a cell")
 flags.DEFINE_float("budget_s", None, "no cell starts after so many seconds")
 flags.DEFINE_string("compiler_options", None, "JSON, for all methods; on a GPU CUDA graphs if not given")
+flags.register_validator("compiler_options", lambda given: given is None or is_object(given), "not a JSON object")
 flags.DEFINE_bool(
     "try_options",
     True,
@@ -57,7 +66,10 @@ def begin(argv: Sequence[str], methods: Iterable[str]) -> None:
         raise app.UsageError(f"what is {unknown[0]}? Methods: {', '.join(methods)}")
     logging.set_verbosity(logging.WARNING)  # JAX names every backend that it does not find
     if FLAGS.precision:
-        jax.config.update("jax_default_matmul_precision", FLAGS.precision)
+        try:
+            jax.config.update("jax_default_matmul_precision", FLAGS.precision)
+        except ValueError as e:
+            raise app.UsageError(f"--precision={FLAGS.precision}: {e}") from None
 
 
 def wanted(methods: Iterable[str]) -> list[str]:

@@ -30,7 +30,8 @@ from coalesce.family import find_families
 from coalesce.heavy import heavy_eqns, heavy_op, HeavyOp
 from coalesce.models import by_name, NAMES
 from coalesce.passes.pipeline import normalise
-from coalesce.target import programs_of
+from coalesce.target import programs_of, UsageError
+from experiments.list_flags import define_names, define_numbers
 from experiments.results import header, Row, save_rows
 from experiments.shape_plot import plot
 from experiments.shape_report import report
@@ -56,12 +57,16 @@ ARCHITECTURES = {
 Op = tuple[tuple[str, int], HeavyOp]  # ((model, position in its program), op)
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list("models", list(NAMES), "models of coalesce.models")
+define_names("models", list(NAMES), "models of coalesce.models", NAMES)
 flags.DEFINE_string("function", None, "MODULE:FUNCTION that returns programs, instead of models")
 flags.DEFINE_integer("batch", 1, "rows of a request", lower_bound=1)
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of weights and activations")
-flags.DEFINE_list(
-    "bounds", [f"{n / 20:g}" for n in range(11)], "bounds on the padding of an op, a line of the table each"
+define_numbers(
+    "bounds",
+    [n / 20 for n in range(11)],
+    "bounds on the padding of an op, a line of the table each",
+    good=lambda bound: 0 <= bound < 1,
+    wanted="from 0 to less than 1",
 )
 flags.DEFINE_float("waste_bound", WASTE_BOUND, "the bound whose clusters are listed and drawn")
 flags.DEFINE_string("out", "experiments/results/shape_clusters", "folder of the results")
@@ -156,15 +161,18 @@ def given_flags() -> list[str]:
 
 
 def main(argv: Sequence[str]) -> None:
-    if unknown := [*argv[1:], *(set(FLAGS.models) - set(NAMES))]:
-        raise app.UsageError(f"what is {unknown[0]}? Models: {', '.join(NAMES)}")
+    if argv[1:]:
+        raise app.UsageError(f"what is {argv[1]}?")
     ops: list[Op] = []
     if FLAGS.function:
-        ops = heavy_ops_of_families(FLAGS.function)
+        try:
+            ops = heavy_ops_of_families(FLAGS.function)
+        except UsageError as e:
+            raise app.UsageError(str(e)) from None
     for name in () if FLAGS.function else FLAGS.models:
         ops += heavy_ops(name)
         print(f"{name}: {sum(model == name for (model, _), _ in ops)} heavy ops", file=sys.stderr, flush=True)
-    rows = [row_of(bound, cluster(ops, waste_bound=bound)) for bound in map(float, FLAGS.bounds)]
+    rows = [row_of(bound, cluster(ops, waste_bound=bound)) for bound in FLAGS.bounds]
     clusters = cluster(ops, waste_bound=FLAGS.waste_bound)
     command = shlex.join(["python", "-m", "experiments.shape_clusters", *given_flags()])
     models = list(dict.fromkeys(model for (model, _), _ in ops))

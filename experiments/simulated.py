@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
-from absl import flags
+from absl import app, flags
 
 from coalesce.scheduler.baselines.clockwork import Clockwork
 from coalesce.scheduler.baselines.edf import Edf
@@ -149,10 +149,10 @@ def chosen(names: Sequence[str] | None) -> list[str]:
     """Policies of a command line, in our order.
 
     Raises:
-      ValueError: one is not there.
+      app.UsageError: one is not there.
     """
     if unknown := set(names or ()) - set(POLICIES):
-        raise ValueError(f"there is no policy {sorted(unknown)[0]!r}; there are {', '.join(POLICIES)}")
+        raise app.UsageError(f"there is no policy {sorted(unknown)[0]!r}; there are {', '.join(POLICIES)}")
     return [name for name in POLICIES if names is None or name in names]
 
 

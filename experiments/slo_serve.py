@@ -18,11 +18,12 @@ from dataclasses import asdict
 from typing import Any
 
 import jax
-from absl import flags, logging
+from absl import app, flags, logging
 
-from coalesce.models import by_name
+from coalesce.models import by_name, NAMES
 from coalesce.serving.gather import is_worth_it
 from experiments import slo_torch
+from experiments.list_flags import define_counts, define_fields_of_models, define_names, define_numbers
 from experiments.peers_common import CannotRun
 from experiments.results import device_name, header, load_rows, Row
 from experiments.settings import command, FLAGS, folder, named, tolerance
@@ -41,15 +42,17 @@ FIRST = 0.9  # of what seems possible: the rate that a search tries first
 
 
 def define_flags() -> None:
-    flags.DEFINE_list("models", ["mlp"], "real: models of the tenants, one after the other")
-    flags.DEFINE_list("fields", [], "real: fields of single models to set, as in gru.hidden=16,gru.steps=400")
+    define_names("models", ["mlp"], "real: models of the tenants, one after the other", NAMES)
+    define_fields_of_models("fields", "real: fields of single models to set, as in gru.hidden=16,gru.steps=400")
     flags.DEFINE_integer("tenants", 16, "real: how many tenants", lower_bound=1)
     flags.DEFINE_float("slo_scale", 5.0, "real: the SLO, in times alone")
     flags.DEFINE_enum("alone", None, ["program", "request"], "real: whose time alone; on a CPU a request's")
-    flags.DEFINE_list("cvs", ["1", "4"], "real: coefficients of variation of each tenant's gaps")
-    flags.DEFINE_list("overloads", ["2"], "real: multiples of each policy's own rate")
-    flags.DEFINE_list("loads", ["0.25", "0.5", "1", "2", "4", "8"], "real: rates, in requests per time alone")
-    flags.DEFINE_list("rates", [], "real: requests a second at which policies take turns, instead of all else")
+    define_numbers(
+        "cvs", [1, 4], "real: coefficients of variation of each tenant's gaps", good=lambda cv: cv >= 0, wanted="from 0"
+    )
+    define_numbers("overloads", [2], "real: multiples of each policy's own rate")
+    define_numbers("loads", [0.25, 0.5, 1, 2, 4, 8], "real: rates, in requests per time alone")
+    define_numbers("rates", [], "real: requests a second at which policies take turns, instead of all else")
     flags.DEFINE_float("probe_s", 5.0, "real: how long a rate is tried")
     flags.DEFINE_integer(
         "tries", 2, "real: of a rate; in a search the best counts, since a hiccup of the host is nobody's policy"
@@ -57,16 +60,16 @@ def define_flags() -> None:
     flags.DEFINE_float("within", 0.05, "real: how near a search comes to the rate, as a share of it")
     flags.DEFINE_integer("segments", None, "real: that programs are cut into; as cost and SLOs ask for if not given")
     flags.DEFINE_bool("mixed", True, "real: make executables of several families while others are served")
-    flags.DEFINE_list("lanes", ["1", "2", "4", "8", "16", "32"], "real: widths of executables")
+    define_counts("lanes", [1, 2, 4, 8, 16, 32], "real: widths of executables")
 
 
 def cells(policies: Sequence[str]) -> list[Cell]:
     """What matters most comes first."""
-    kinds = {"search": ["0"], "overload": FLAGS.overloads, "load": FLAGS.loads}
+    kinds = {"search": [0.0], "overload": FLAGS.overloads, "load": FLAGS.loads}
     if FLAGS.rates:
         kinds = {"rate": FLAGS.rates}
     return [
-        Cell(name, float(cv), kind, float(value))
+        Cell(name, cv, kind, value)
         for kind, values in kinds.items()
         for name in policies
         for cv in FLAGS.cvs
@@ -79,7 +82,7 @@ def serve_all() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs the device's memory too
     policies, begun_s = named_policies(FLAGS.policies), time.monotonic()
     whose = FLAGS.alone or ("request" if jax.default_backend() == "cpu" else "program")
-    widths = [int(width) for width in FLAGS.lanes]
+    widths = FLAGS.lanes
     head = header(
         command("slo_attainment", "policies", "budget_s"),
         FLAGS.device_name or device_name(),
@@ -118,7 +121,7 @@ def serve_all() -> None:
 def named_policies(given: Sequence[str] | None) -> list[str]:
     wanted = {SHORT.get(name, name) for name in given or (*REAL, slo_torch.NAME)}
     if unknown := wanted - set(ALL):
-        raise ValueError(f"there is no policy {sorted(unknown)[0]!r}; there are {', '.join((*SHORT, *ALL))}")
+        raise app.UsageError(f"there is no policy {sorted(unknown)[0]!r}; there are {', '.join((*SHORT, *ALL))}")
     return [name for name in ALL if name in wanted]
 
 

@@ -22,8 +22,8 @@ from absl import app, flags
 from coalesce.models import by_name, Model, NAMES
 from experiments import methods, settings
 from experiments.cells import measure_cell, tenants_of
+from experiments.list_flags import define_counts, define_fields
 from experiments.methods import Method, Tenants
-from experiments.own_flags import counts_of
 from experiments.results import device_name, header, plot, Row
 from experiments.scaling_report import report
 
@@ -37,9 +37,9 @@ METHODS: dict[str, Method[Tenants]] = {
 
 FLAGS = flags.FLAGS  # experiments/settings.py has more of them
 flags.DEFINE_enum("model", "mlp", NAMES, "the model of all tenants")
-flags.DEFINE_list("override", [], "fields of the model to set, as in width=64,layers=12")
+define_fields("override", [], "fields of the model to set, as in width=64,layers=12")
 flags.DEFINE_integer("image_size", None, "short for --override=image_size=...")
-flags.DEFINE_list("tenants", ["1", "2", "4", "8", "16", "32", "64"], "numbers of tenants, one cell each")
+define_counts("tenants", [1, 2, 4, 8, 16, 32, 64], "numbers of tenants, one cell each")
 flags.DEFINE_integer("max_one_program", 16, "one_program is left out with more tenants than that")
 flags.DEFINE_bool("within_program", False, "try within_program=True for fused")
 
@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
     rows = settings.measure_cells(
         path,
         head,
-        counts_of(FLAGS.tenants),
+        FLAGS.tenants,
         cell_of=lambda row: row["tenants"],
         methods=chosen_methods,
         measure=measure,

@@ -36,7 +36,7 @@ from dataclasses import replace
 from heapq import heapify, heappop, heappush
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Bundle, equations, Item, Loop, Pack, packs, problems, Schedule, Step, units
+from coalesce.bundle import Bundle, equations, Item, JointLoop, Loop, Pack, packs, problems, Schedule, Step, units
 from coalesce.kernels import choose, FUSING, indexed_matvec
 from coalesce.passes.choose_kernels import Choice
 from coalesce.passes.scopes import left_by, Name, names, with_bodies
@@ -63,7 +63,7 @@ class Fuser:
 
     def fused(self, schedule: Schedule, left: set[Name]) -> Schedule:
         """One scope, and those inside it; `left` is what it leaves to others. The same object if nothing moved."""
-        inner = tuple(with_bodies(item, self.fused) if isinstance(item, Loop) else item for item in schedule)
+        inner = tuple([with_bodies(x, self.fused) if isinstance(x, Loop | JointLoop) else x for x in schedule])
         scope = Scope(inner, left)
         for place, item in enumerate(inner):
             if isinstance(item, Pack) and (kernel := self.kernel(item)):

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
-from coalesce.bundle import Bundle, Item, JointStep, Pack, problems
+from coalesce.bundle import Bundle, Item, JointStep, Pack, packs, problems
 from coalesce.costs import Costs
 from coalesce.errors import PlanError
 from coalesce.heavy import HeavyOp
@@ -25,6 +25,7 @@ from coalesce.tf32 import multiplies
 from coalesce.tuning import Tuned, UNTUNED
 from coalesce.weigh import nbytes
 
+OF_ONE_ROW = "indexed_matvec"
 Held = Mapping[int, Collection[Layout]]  # of each prepared weight, as `Family.owners` numbers them
 
 
@@ -38,6 +39,8 @@ def keep_layouts(
     tuned: Tuned = UNTUNED,
 ) -> Bundle:
     """`held[f]` is what is held of the weights of family f; the rest as in `choose_kernels`."""
+
+    several = {(m.family, m.weight) for pack in packs(bundle.schedule) for m in pack.members if pack.op.m > 1}
 
     def chosen(item: Pack | JointStep) -> Item:
         assert isinstance(item, Pack) and len(item.members) == 1, "packs of several members need weights in one array"
@@ -54,7 +57,8 @@ def keep_layouts(
             ((_, weight), *_) = bundle.families[member.family].owners[member.weight]
             layouts = held[member.family].get(weight, ())
             gathered = groups * nbytes(op.rhs) if member.rhs_varies or member.width == 1 else 0
-            name = kernel_for(op, groups, rows, rule, layouts, gathered, costs, choice is choose)
+            one_row = op.m * op.batch * rows == 1 and (member.family, member.weight) not in several
+            name = kernel_for(op, groups, rows, rule, layouts, gathered, costs, choice is choose, one_row)
         return replace(item, kernel=name, blocks=tuned.blocks(op, groups, rows, name))
 
     schedule = map_schedule(bundle.schedule, chosen)
@@ -70,17 +74,19 @@ def kernel_for(
     gathered: int,
     costs: Costs,
     by_rule: bool,
+    one_row: bool,
 ) -> str:
     """The kernel whose time, with that of a gather of so many bytes if it needs one, is predicted to be least: of the
-    rule's own and those that read in place, or if the rule's does not read what is held, of all that do. A choice that
-    the caller made stands wherever it can."""
+    rule's own and those that read in place, or if the rule's does not read what is held, of all that do. Of those that
+    nothing was measured of, which are predicted alike, the one for dots of one row, where that is all that reads the
+    weight. A choice that the caller made stands wherever it can."""
     able = [name for name in KERNELS if KERNELS[name].supports(op) and (name == rule or name not in ON_HOPPER)]
     fitting = [name for name in able if KERNELS[name].layout(op) in layouts] or able
     if rule in fitting:
         fitting = [rule, *(name for name in fitting if name in FUSING and name != rule)] if by_rule else [rule]
 
-    def predicted(name: str) -> float:
+    def predicted(name: str) -> tuple[float, bool]:
         gather = 0.0 if name in FUSING else costs.stack([gathered], gathered)
-        return costs.op(op, groups, rows, name) + gather
+        return costs.op(op, groups, rows, name) + gather, name != (OF_ONE_ROW if one_row else rule)
 
     return min(fitting, key=predicted)

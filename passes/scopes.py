@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Bundle, Loop, Schedule
+from coalesce.bundle import Bundle, JointLoop, Loop, Schedule
 from coalesce.reschedule import same
 
 Name = tuple[int, Any]  # (family, variable)
@@ -22,8 +22,11 @@ def results(family: int, jaxpr: Any) -> set[Name]:
     return {(family, v) for v in J.outvars(jaxpr) if not isinstance(v, J.Literal)}
 
 
-def with_bodies(loop: Loop, change: Callable[[Schedule, set[Name]], Schedule]) -> Loop:
+def with_bodies(loop: Loop | JointLoop, change: Callable[[Schedule, set[Name]], Schedule]) -> Loop | JointLoop:
     """A loop with each region changed, given what that leaves to others; the same object if none was."""
+    if isinstance(loop, JointLoop):
+        body = change(loop.body, set().union(*(results(part.family, *J.regions(part.eqn)) for part in loop.parts)))
+        return loop if body is loop.body else replace(loop, body=body)
     regions = zip(loop.bodies, J.regions(loop.eqn), strict=True)
     bodies = tuple(change(body, results(loop.family, region)) for body, region in regions)
     return loop if same(bodies, loop.bodies) else replace(loop, bodies=bodies)

@@ -24,7 +24,7 @@ from coalesce.runtime.orders import Order
 from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.commands import Command, Dispatch, Reason, Reject, Want
-from coalesce.scheduler.events import Closed, Completed, Event, Submitted, TenantRemoved
+from coalesce.scheduler.events import Closed, Completed, Event, Submitted, TenantRemoved, Timer
 from tests.fake_machine import FakeLaunched, FakeMachine, Served
 
 pytestmark = pytest.mark.once
@@ -244,6 +244,7 @@ def test_a_device_that_hangs_ends_everything_with_an_error(segments: int):
     assert isinstance(served.driver.failure, DeviceError)
     later = served.submit("t0", "later")
     assert isinstance(later.exception(10), DeviceError)
+    assert tallied(served) == [(21, 21, 0)]
     machine.go.set()
     served.driver.stop()
 
@@ -302,6 +303,44 @@ def test_a_bug_in_the_policy_leaves_nobody_waiting(caplog):
         assert "driver failed" in str(errors[-1]) and len(machine.launches) <= 11
         assert isinstance(served.submit("t0", 1).exception(10), DeviceError)
         assert not served.driver.book.tickets
+
+
+class Dead(Coalescing):
+    """Fails upon the first requests."""
+
+    def on_event(self, event: Event, now_ns: int) -> Sequence[Command]:
+        if isinstance(event, Submitted):
+            raise ZeroDivisionError
+        return super().on_event(event, now_ns)
+
+
+def tallied(served: Served) -> list[tuple[int, int, int]]:
+    """Of each tenant that was asked: how many requests came, failed with the device, and are on their way."""
+    every = served.accounts.stats().tenants.values()
+    return [(own.submitted, own.rejected[Reason.DEVICE], own.pending) for own in every if own.submitted]
+
+
+def test_requests_that_end_before_the_policy_knows_them_count(caplog):
+    """All of a turn, of which the policy fails upon the first, and those that come later."""
+    with Served(FakeMachine(), policy=Dead()) as served, caplog.at_level(logging.CRITICAL, "coalesce.runtime"):
+        busy, goes = threading.Event(), threading.Event()
+
+        def hold() -> tuple[()]:
+            busy.set()
+            goes.wait(10)
+            return ()
+
+        served.driver.inbox.put(Order(hold))
+        busy.wait(10)
+        replies = [served.submit("t0", 1)]
+        served.driver.inbox.put(Timer())
+        replies += [served.submit(name, 1) for name in ("t0", "t1")]
+        goes.set()
+        wait(replies, 10)
+        assert all(isinstance(reply.exception(0), DeviceError) for reply in replies)
+        assert tallied(served) == [(2, 2, 0), (1, 1, 0)]
+        served.submit("t1", 2).exception(10)
+        assert tallied(served) == [(2, 2, 0), (2, 2, 0)]
 
 
 class Refusing(Coalescing):

@@ -16,21 +16,25 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 import coalesce
 from coalesce import jaxpr as J
-from coalesce.bundle import Bundle, packs, Step
+from coalesce.bundle import Bundle, items, JointLoop, packs, Step
 from coalesce.bundle_check import check_bundle
 from coalesce.errors import IRError
 from coalesce.kernels import choose
 from coalesce.kernels.epilogue import on_tile, rounded, runs_on_tiles, TILEWISE
 from coalesce.kernels.triton import launch
 from coalesce.models import by_name
+from coalesce.passes.align import align
 from coalesce.passes.choose_kernels import choose_kernels
+from coalesce.passes.cluster import cluster
 from coalesce.passes.form_packs import form_packs
 from coalesce.passes.fuse_epilogues import fuse_epilogues
+from coalesce.passes.pack import pack
 from tests.alone import array, check_fused
 from tests.bundles import bundle_of, replanned
 from tests.cases import assert_each_as_alone, assert_inputs_isolated, assert_weights_isolated, case_of, fuse, inputs_of
 from tests.compare import assert_as_good
 from tests.dataflow import check_plan
+from tests.fixed_costs import Fixed
 from tests.heavy_cases import indexed
 from tests.programs import Draw, many_compiles
 from tests.tenants import draw_tenants
@@ -153,6 +157,42 @@ def test_inside_a_scan():
         return lax.scan(lambda c, _: (lax.tanh(lax.dot(c, p["w"]) + p["b"][None]), c.sum()), x, None, 3)
 
     assert epilogues(*two(run, {"w": (4, 4), "b": (4,)}, (2, 4))) == [["add", "tanh"]]
+
+
+def scans(length: int, head: bool, size: int = 4) -> Any:
+    """A tenant of a recurrence, with or without a product of its own in each step."""
+
+    def run(p, xs, x):
+        def step(c, x):
+            c = lax.tanh(lax.dot(c, p["w"]))
+            return c, jnp.maximum(lax.dot(c, p["v"]) + p["b"][None], 0.0) + x if head else x
+
+        return lax.scan(step, x, xs)
+
+    params = {"w": array(size, size), "v": array(size, 6), "b": array(6)}
+    return run, params, (array(length, 2, 6), array(2, size))
+
+
+def in_scans(bundle: Bundle) -> list[list[str]]:
+    """As `epilogues`, of the packs in scans that run as one."""
+    found = [pack for loop in items(bundle.schedule) if isinstance(loop, JointLoop) for pack in packs(loop.body)]
+    return [[step.eqn.primitive.name for step in pack.epilogue] for pack in found]
+
+
+def test_inside_scans_that_run_as_one(golden):
+    """What runs for one of the families there, as in a loop of its own; not what runs for several."""
+    bundle = bundle_of(scans(3, True), scans(5, False))
+    bundle = align(cluster(form_packs(bundle), waste_bound=0.6), costs=Fixed(), policy="always", waste_bound=0.6)
+    golden(replanned(fuse_epilogues, choose_kernels(pack(bundle), platform="cpu", choice=indexed)))
+
+
+@pytest.mark.parametrize("lengths", [(3, 3), (2, 5), (5, 2)])
+@pytest.mark.parametrize("count", [1, 2])
+def test_scans_that_run_as_one_are_right(lengths, count):
+    one, other = lengths
+    tenants = [scans(one, True)] * count + [scans(other, False)] * count
+    fused = check_fused(tenants, choose_kernel=indexed, policy="always", waste_bound=0.6)
+    assert sorted(in_scans(fused.bundle)) == [[], ["add", "max", "add"]]
 
 
 def test_other_kernels_have_none():

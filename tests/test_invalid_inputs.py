@@ -93,6 +93,34 @@ def test_a_good_call_after_bad_ones():
             assert_same(result, alone((dense, w, (X,))))
 
 
+@pytest.mark.parametrize("place, text", [(0, r"\[0\]\['x'\]"), (1, r"\[1\]")])
+def test_what_was_donated_is_told_with_tenant_and_input(fused, place, text):
+    x, key = jnp.ones((2, 4)), jax.random.key(1)
+    bad = [GOOD, replaced(place, ({"x": x}, key)[place])]
+    x.delete()
+    key.delete()
+    gone = pytest.raises(coalesce.InvalidInput, match=rf"tenant 'b': input{text} was deleted \(donated\?\); give one")
+    with gone:
+        fused(bad)
+    with gone:
+        fused.staged().stage(bad)
+    with gone:  # beside what is traced
+        jax.jit(lambda x: fused([replaced(0, {"x": x}), bad[1]]))(X)
+
+
+def test_inputs_of_arrays_alone_that_were_donated():
+    fused = coalesce.fuse([coalesce.trace(dense, array(4, 4), X, name=name) for name in "ab"])
+    staged, gone = fused.staged(), jnp.ones((2, 4))
+    inputs = staged.stage([(X,), (X,)])
+    gone.delete()
+    with pytest.raises(coalesce.InvalidInput, match=r"tenant 'a': input\[0\] was deleted"):
+        fused([(gone,), (X,)])
+    staged(inputs)
+    inputs[0][0].delete()
+    with pytest.raises(coalesce.InvalidInput, match=r"family 0 \(a, b\), input 0 was deleted \(donated\?\); stage it"):
+        staged(inputs)
+
+
 def test_a_call_under_jit_vmap_and_grad_is_a_part_of_the_callers_program():
     w = array(4, 4)
     fused = coalesce.fuse([coalesce.trace(dense, w, X, name="a")])

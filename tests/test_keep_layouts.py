@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 
 import jax.numpy as jnp
+import pytest
 from jax import lax
 
 import coalesce
@@ -16,7 +18,9 @@ from coalesce.layout import AS_IS
 from coalesce.passes.form_packs import form_packs
 from coalesce.passes.keep_layouts import keep_layouts
 from coalesce.passes.pipeline import normalise
+from coalesce.serving.schema import Options, plan_lanes, plan_schema
 from tests.alone import array
+from tests.serving import fit_of
 
 conv = partial(lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 CPU = {"platform": "cpu", "costs": Costs(device_of("cpu"))}
@@ -31,6 +35,12 @@ def net(p, x):
 def formed(lanes, image=(1, 8, 8, 16)):
     params = [{"conv": array(3, 3, 16, 16), "head": array(16, 5)} for _ in range(lanes)]
     programs = [normalise(coalesce.trace(net, p, array(*image), name=f"t{i}")).program for i, p in enumerate(params)]
+    return form_packs(Bundle(tuple(p.name for p in programs), find_families(programs)))
+
+
+def formed_of(fn, params, x):
+    tenants = enumerate(params)
+    programs = [normalise(coalesce.trace(fn, p, x, name=f"t{i}", shared=None)).program for i, p in tenants]
     return form_packs(Bundle(tuple(p.name for p in programs), find_families(programs)))
 
 
@@ -80,3 +90,39 @@ def test_what_the_caller_chooses_stands():
         return "separate"
 
     assert set(kernels(formed(4), held=[{}], choice=mine, **GPU).values()) == {"separate"}
+
+
+def one_row(p, x):
+    return jnp.tanh(jnp.dot(x, p["first"])) @ p["second"]
+
+
+def test_a_product_of_one_row_is_run_as_in_programs():
+    """Kernels that read in place are predicted alike where nothing was measured: the one for one row goes first."""
+    for dtype, shared in product((jnp.float32, jnp.bfloat16), (False, True)):
+        params = [{"first": array(64, 48, dtype=dtype), "second": array(48, 80, dtype=dtype)} for _ in range(8)]
+        params = params[:1] * 8 if shared else params
+        bundle = formed_of(one_row, params, array(1, 64, dtype=dtype))
+        wanted = "indexed_gemm" if shared else "indexed_matvec"  # lanes that share weights are rows of one product
+        assert set(kernels(bundle, held=[{}], **GPU).values()) == {wanted}
+
+
+def test_a_weight_that_others_read_for_several_rows_lies_as_they_read_it():
+    def run(p, x):
+        return x @ p, jnp.sum(x, 0, keepdims=True) @ p
+
+    bundle = formed_of(run, [array(16, 16, dtype=jnp.bfloat16) for _ in range(4)], array(5, 16, dtype=jnp.bfloat16))
+    done = keep_layouts(bundle, held=[{}], **GPU)
+    assert {p.kernel for p in packs(done.schedule) if p.op.m == 1} == {"indexed_gemm"}
+
+
+@pytest.mark.parametrize("rows", [(1, 4), (4, 1), (1,)])
+def test_request_shapes_read_one_copy(rows):
+    examples = [(array(n, 64, dtype=jnp.bfloat16),) for n in rows]
+    params = {"first": array(64, 48, dtype=jnp.bfloat16), "second": array(48, 80, dtype=jnp.bfloat16)}
+    schema = plan_schema(fit_of(one_row, params, *examples), Options("gpu", GPU["costs"]))
+    assert sorted(weight for weight, _ in schema.places) == [0, 1]
+    held = {weight: [layout] for weight, layout in schema.places}
+    for n, whole in zip(rows, schema.segments, strict=True):
+        bundle = plan_lanes([(schema, whole.templates[0], 8)], [held])[-1].bundle
+        kernel = "indexed_matvec" if rows == (1,) else "indexed_gemm"
+        assert {pack.kernel for pack in packs(bundle.schedule)} == {kernel}, n

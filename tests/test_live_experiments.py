@@ -137,7 +137,7 @@ def test_kinds_of_tenants_are_read():
     kind = live.read_kind("mlp.width=8;layers=2:3:12.5")
     assert (kind.count, kind.slo_s, kind.text) == (3, 0.0125, TINY)
     assert [own.name for own in live.tenants([kind, live.read_kind(f"{TINY}:1:5")])] == [f"mlp-{i}" for i in range(4)]
-    for wrong in ("mlp", "mlp:1", "mlp:x:5", "nobody:1:5", "mlp.width=:1:5"):
+    for wrong in ("mlp", "mlp:1", "mlp:x:5", "nobody:1:5", "mlp.width=:1:5", "mlp.wdth=3:1:5", "mlp:0:5", "mlp:1:0"):
         with pytest.raises(SystemExit, match="MODEL"):
             live.read_kind(wrong)
 

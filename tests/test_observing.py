@@ -22,7 +22,7 @@ from coalesce.errors import DeadlineExceeded, TenantFailure
 from coalesce.observing import recording
 from coalesce.observing.aside import Aside
 from coalesce.observing.metrics import Metrics
-from coalesce.observing.overlay import ANNOTATION, APART, overlay, shift
+from coalesce.observing.overlay import ANNOTATION, APART, main as lay_over, overlay, shift
 from coalesce.observing.predictions import Predictions
 from coalesce.observing.recording import Recording
 from coalesce.observing.spans import Spans
@@ -283,6 +283,20 @@ def test_a_recording_replays_to_the_same_commands(tmp_path: Path, capsys):
     assert "0 violations" in capsys.readouterr().out
     assert recording.main([str(tmp_path / "log.jsonl"), "--policy=fifo"]) == 1
     assert "fifo decides otherwise: decision " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", [None, "no log"])
+def test_what_is_no_log_or_trace_is_told_in_a_line(tmp_path: Path, capsys, text: str | None):
+    path = tmp_path / "file"
+    if text:
+        path.write_text(text)
+    with pytest.raises(SystemExit):
+        recording.main([str(path)])
+    with pytest.raises(SystemExit):
+        lay_over([str(path), str(tmp_path), str(tmp_path / "both.json")])
+    told = capsys.readouterr().err
+    assert f"{path} is no log: " in told and "there is nothing to lay over each other: " in told
+    assert not (tmp_path / "both.json").exists()
 
 
 def test_a_recording_that_lacks_something_says_so(tmp_path: Path, caplog):

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from absl import app
 
 from coalesce.scheduler.catalog import Catalog, Entry, Executable
 from coalesce.scheduler.commands import Reason
@@ -74,7 +75,7 @@ def test_the_highest_value_that_is_good_is_found_within_a_share_of_it():
 def test_policies_are_chosen_by_name_in_our_order():
     assert chosen(["EDF packing", "coalescing"]) == ["coalescing", "EDF packing"]
     assert chosen(None) == list(POLICIES)
-    with pytest.raises(ValueError, match="there is no policy 'edf'"):
+    with pytest.raises(app.UsageError, match="there is no policy 'edf'"):
         chosen(["edf"])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import app
 
 from coalesce.models import by_name
 from experiments import slo_real, slo_serve, slo_torch, slo_turns
@@ -24,8 +25,8 @@ TINY = by_name("mlp", width=8, layers=2)
 def flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     own = SimpleNamespace(
         models=["mlp"], fields=["mlp.width=8", "mlp.layers=2"], dtype="float32", tenants=2, slo_scale=1e5,
-        alone="program", cvs=["1"], overloads=["2"], loads=["0.02"], probe_s=0.02, tries=1, within=0.5,
-        lanes=["1", "2"], policies=None, budget_s=None, device_name=None, note="", force=False, precision=None,
+        alone="program", cvs=[1.0], overloads=[2.0], loads=[0.02], probe_s=0.02, tries=1, within=0.5,
+        lanes=[1, 2], policies=None, budget_s=None, device_name=None, note="", force=False, precision=None,
         segments=None, mixed=True, rates=[],
     )  # fmt: skip
     monkeypatch.setattr(slo_serve, "FLAGS", own)
@@ -59,7 +60,7 @@ def test_slo_attainment_serves_with_every_policy(flags, tmp_path, capsys):
     flags.policies = ["coalescing", "edf", "fifo"]
     slo_serve.serve_all()
     assert saved(tmp_path) == rows
-    with pytest.raises(ValueError, match="no policy 'nobody'"):
+    with pytest.raises(app.UsageError, match="no policy 'nobody'"):
         slo_serve.named_policies(["nobody"])
 
 
@@ -72,7 +73,7 @@ def test_policies_take_turns_at_given_rates(flags, tmp_path, monkeypatch, capsys
         return probe(served, *given, **options)
 
     monkeypatch.setattr(slo_turns, "probe", probed)
-    flags.rates, flags.tries, flags.policies = ["40", "80"], 2, ["elsewhere", "coalescing"]
+    flags.rates, flags.tries, flags.policies = [40.0, 80.0], 2, ["elsewhere", "coalescing"]
     slo_serve.serve_all()
     assert turns == ["coalescing", slo_real.ELSEWHERE] * 4
     rows = saved(tmp_path)

@@ -10,7 +10,7 @@ from jax import lax
 import coalesce
 from coalesce import jaxpr as J
 from coalesce.bundle import packs
-from coalesce.compile import Fused
+from coalesce.fused import Fused
 from coalesce.strided import in_place, slices_in
 from tests.compare import assert_same
 

@@ -85,8 +85,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("profile", help="the folder given to jax.profiler.start_trace, or a *.trace.json.gz")
     parser.add_argument("out", help="the file to write")
     args = parser.parse_args(argv)
-    ours = json.loads(Path(args.trace).read_text(encoding="utf-8"))["traceEvents"]
-    both = overlay(ours, read_profile(args.profile))
+    try:
+        ours = json.loads(Path(args.trace).read_text(encoding="utf-8"))["traceEvents"]
+        both = overlay(ours, read_profile(args.profile))
+    except (OSError, ValueError) as e:
+        parser.error(f"there is nothing to lay over each other: {e}")
     Path(args.out).write_text(json.dumps({"displayTimeUnit": "ms", "traceEvents": both}), encoding="utf-8")
 
 

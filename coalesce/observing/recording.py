@@ -77,7 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("log", help="what a Recording wrote")
     parser.add_argument("--policy", choices=list(POLICIES), default="coalescing", help="which policy (%(default)s)")
     args = parser.parse_args(argv)
-    log = load(args.log)
+    try:
+        log = load(args.log)
+    except (OSError, ValueError) as e:
+        parser.error(f"{args.log} is no log: {e}")
     violations = check(log)
     print(f"{len(log)} decisions, {len(violations)} violations of what is always true")
     print(*violations[:20], sep="\n", end="\n" if violations else "")

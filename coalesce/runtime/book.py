@@ -9,6 +9,8 @@ from coalesce.errors import ServingError
 from coalesce.runtime.observer import Observers
 from coalesce.runtime.ticket import Ending, tell, Ticket
 from coalesce.scheduler.commands import Reason
+from coalesce.scheduler.events import Submitted
+from coalesce.scheduler.request import Request
 
 
 class Book:
@@ -29,6 +31,16 @@ class Book:
                 ticket.claimed = True
         return own
 
+    def note_told(self, requests: Sequence[Request]) -> bool:
+        """The policy knows of them; False, and nothing is noted, if `end_all` has ended some and told the observers."""
+        with self._claiming:
+            own = [ticket for i in requests if (ticket := self.tickets.get(i.id)) and not ticket.claimed]
+            if len(own) < len(requests):
+                return False
+            for ticket in own:
+                ticket.told = True
+        return True
+
     def forget(self, tickets: Sequence[Ticket]) -> None:
         """They have ended, and whoever waits for them was told."""
         for ticket in tickets:
@@ -40,6 +52,8 @@ class Book:
     def end_all(self, error: ServingError, reason: Reason) -> None:
         tickets = self.claim(list(self.tickets.values()))
         now_ns = self._clock()
+        if untold := tuple([ticket.request for ticket in tickets if not ticket.told]):  # they count, before they end
+            self._observers.decided(Submitted(untold), now_ns, ())
         self._observers.rejected_together(dict.fromkeys(tickets, reason), now_ns)
         tell([Ending(ticket, None, error) for ticket in tickets])
         self.forget(tickets)

@@ -221,8 +221,6 @@ class Driver:
                 self._launcher.forget_all_but(self._forms)
             elif self.failure is None and isinstance(event, Completed):
                 self._launcher.note_completed()
-            elif self.failure is not None and isinstance(event, Submitted):  # so that it counts, before it ends
-                self._observers.decided(event, now_ns, ())
         if self.failure is not None:
             self.book.end_all(self.failure, Reason.DEVICE)
         elif self._elsewhere is None:
@@ -235,6 +233,8 @@ class Driver:
 
     def _follow(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
         """What the policy has answered."""
+        if type(event) is Submitted and not self.book.note_told(event.requests):
+            return self.book.end_all(self.last_error, Reason.DEVICE)  # some have ended meanwhile: so do all
         self._observers.decided(event, now_ns, commands)
         refused = [command for command in commands if type(command) is Reject]
         stopped = self._stop(refused) if refused else {}

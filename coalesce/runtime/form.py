@@ -68,12 +68,7 @@ class Form:
                 f"tenant {self.tenant!r}: inputs are {tree}, traced with {self._in_tree}; give one for each input "
                 "after params"
             )
-        return [self._value(leaf, slot) for leaf, slot in zip(leaves, self.inputs, strict=True)]
-
-    def _value(self, leaf: Any, slot: Slot) -> np.ndarray:
-        if isinstance(leaf, jax.Array) and leaf.is_deleted():
-            raise InvalidInput(f"tenant {self.tenant!r}: input{slot.path} was deleted (donated?); give one that lives")
-        return np.asarray(checked(self.tenant, leaf, slot))
+        return [np.asarray(checked(self.tenant, x, slot)) for x, slot in zip(leaves, self.inputs, strict=True)]
 
     def ordered(self, flat: list[np.ndarray]) -> list[np.ndarray]:
         """Flat inputs as the family takes them."""

@@ -29,7 +29,7 @@ class Ticket:
     """One request: what it asks for, and who waits for it."""
 
     __slots__ = (
-        "request", "resident", "form", "inputs", "waiter", "loop", "state", "bundles", "failure", "claimed",
+        "request", "resident", "form", "inputs", "waiter", "loop", "state", "bundles", "failure", "told", "claimed",
     )  # fmt: skip
 
     def __init__(
@@ -44,6 +44,7 @@ class Ticket:
         self.state: State | None = None
         self.bundles: list[int] = []  # that it was a lane of
         self.failure: Exception | None = None  # of the last bundle with it that failed
+        self.told = False  # the policy of it
         self.claimed = False  # by the one thread that ends it
 
 

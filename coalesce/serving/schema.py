@@ -1,9 +1,10 @@
 """A schema: where the weights lie of all tenants that run the same programs, the same for every width and shape.
 
-The layouts are those that the kernels of REFERENCE lanes want; at other widths, and in further request shapes, kernels
-are chosen among those that read them. What each tenant has its own lies in a row of a slab [slots, size], as few slabs
-as can be: kernels that read by slot read it there, and for others what they read is gathered anyway. What tenants share
-is an array of one row. Programs may be cut into segments, all of which read the one bank.
+The layouts are those that the kernels of REFERENCE lanes want, in the largest request shape; at other widths, and in
+other request shapes, kernels are chosen among those that read them: few read for many rows what one row wants. What
+each tenant has its own lies in a row of a slab [slots, size], as few slabs as can be: kernels that read by slot read it
+there, and for others what they read is gathered anyway. What tenants share is an array of one row. Programs may be cut
+into segments, all of which read the one bank.
 """
 
 from __future__ import annotations
@@ -120,7 +121,8 @@ def planned(
     cuts = tuple(cut(template, options, segments, patience_us) for template in templates)
     schema = Schema(None, templates, cuts, own, options)
     arrays: dict[tuple[int, Layout], Array] = {}
-    for template in (template for whole in cuts for template in whole.templates):
+    every = [template for whole in cuts for template in whole.templates]
+    for template in sorted(every, key=lambda own: -sum(x.size for x in own.inputs)):
         for width in (REFERENCE, 1):  # one lane walks into what several run lane by lane
             held: dict[int, list[Layout]] = {}
             for weight, layout in arrays:
