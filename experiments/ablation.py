@@ -20,6 +20,7 @@ import numpy as np
 from absl import app, flags
 
 import coalesce
+from coalesce.bundle import packs
 from coalesce.compile import OPTIONAL_PASSES
 from coalesce.models import by_name, NAMES
 from experiments import methods, pairs, settings
@@ -91,7 +92,7 @@ def measure(cell: Cell, fields: dict[str, Any]) -> list[Row]:
         print(f"{cell.model}, {cell.dtype}, {cell.tenants} tenants: without {name}", file=sys.stderr, flush=True)
         try:
             fused = fuse(tenants, name)
-            if (plan := str(fused)) in plans.values() and name != UNTUNED:
+            if (plan := plan_of(fused)) in plans.values():
                 rows[name] = {"same_as": next(other for other, text in plans.items() if text == plan)}
                 continue
             rows[name], bursts[name], plans[name] = *built(fused, tenants, options, want, cell.dtype), plan
@@ -112,6 +113,12 @@ def fuse(tenants: Tenants, left_out: str) -> coalesce.Fused:
     programs = [coalesce.trace(tenants.apply, p, *x, name=f"tenant {i}") for i, (p, x) in enumerate(each)]
     without = [left_out] if left_out in OPTIONAL_PASSES else []
     return coalesce.fuse(programs, without=without, tuned=False if left_out == UNTUNED else None)
+
+
+def plan_of(fused: coalesce.Fused) -> str:
+    """Equal for programs that compute the same in the same way."""
+    chosen = [f"{pack.kernel} {pack.blocks}" for pack in packs(fused.bundle.schedule)]
+    return "\n".join([str(fused), *chosen])
 
 
 def built(
