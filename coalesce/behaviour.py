@@ -19,5 +19,10 @@ def may_move(eqn: J.Eqn) -> bool:
 
 
 def may_speculate(eqn: J.Eqn) -> bool:
-    """Whether an equation may run where its own program might not have run it: what ends for certain."""
-    return "while" not in J.primitives(eqn)
+    """Whether an equation may run where its own program might not have run it: what ends for certain, and is no code of
+    the tenant's that may raise."""
+    return J.primitives(eqn).isdisjoint(CALLBACKS | {"while"})
+
+
+def calls_back(eqn: J.Eqn) -> bool:
+    return not J.primitives(eqn).isdisjoint(CALLBACKS)

@@ -174,14 +174,11 @@ class Ran(NamedTuple):
 
 
 class MeasuredDevice:
-    """A watcher of a simulation that says how long its bundles take, and knows which requests were in time."""
+    """A watcher of a simulation that says how long its bundles take, and knows which requests were in time. What did
+    not run in these stretches takes what it took in `others`."""
 
-    def __init__(self, stretches: Iterable[Iterable[Ran]]) -> None:
-        ran = [list(own) for own in stretches]
-        self._times = {
-            key: Stretches([Moment(r.at_ns, r.took_ns) for r in own if r[:2] == key] for own in ran)
-            for key in {r[:2] for own in ran for r in own}
-        }
+    def __init__(self, stretches: Iterable[Iterable[Ran]], others: Iterable[Iterable[Ran]] = ()) -> None:
+        self._times, self._others = by_form(stretches), by_form(others)
         self.now_ns = self._free_ns = 0
         self._lanes: dict[int, list[int]] = {}
         self._ends_ns: dict[int, int] = {}
@@ -195,9 +192,10 @@ class MeasuredDevice:
                 self._lanes[command.bundle] = [request for lanes in command.lanes for request in lanes]
 
     def takes(self, executable: Executable, rng: Random) -> int:
-        """One that did not run takes what its warm-up said."""
-        waits, now_ns = self._free_ns > self.now_ns, self.now_ns
-        known = self._times.get((executable.entries, waits)) or self._times.get((executable.entries, not waits))
+        """One that ran nowhere takes what its warm-up said."""
+        form, waits, now_ns = executable.entries, self._free_ns > self.now_ns, self.now_ns
+        asked = ((times, own) for times in (self._times, self._others) for own in (waits, not waits))
+        known = next((times[form, own] for times, own in asked if (form, own) in times), None)
         took_ns = known.take(now_ns) if known is not None else quantiles(executable, rng)
         self._free_ns = max(self._free_ns, now_ns) + took_ns
         return took_ns
@@ -207,3 +205,12 @@ class MeasuredDevice:
         pairs = zip(run.requests, run.outcomes, strict=True)
         ended = [own for own, how in pairs if how in (Outcome.OK, Outcome.LATE)]
         return sum(self._ends_ns[own.id] <= own.deadline_ns for own in ended)
+
+
+def by_form(stretches: Iterable[Iterable[Ran]]) -> dict[tuple[tuple[Entry, ...], bool], Stretches]:
+    """What each executable took, and whether it had waited."""
+    found: dict[tuple[tuple[Entry, ...], bool], dict[int, list[Moment]]] = {}
+    for number, own in enumerate(stretches):
+        for form, waited, took_ns, at_ns in own:
+            found.setdefault((form, waited), {}).setdefault(number, []).append(Moment(at_ns, took_ns))
+    return {key: Stretches(parts.values()) for key, parts in found.items()}

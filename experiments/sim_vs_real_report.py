@@ -26,7 +26,8 @@ def report(head: Mapping[str, Any], rows: Sequence[Row]) -> str:
             f"{row['simulated']:.2%}",
             f"{row['points']:+.2f}",
             f"{100 * (row['hindsight'] - row['real']):+.2f}",
-            "" if row["again"] is None else f"{100 * (row['again'] - row['real']):+.2f}",
+            f"{row['again']:+.2f}",
+            f"{row['chance']:.2f}",
             f"{row['real_lanes']:.2f}",
             f"{row['simulated_lanes']:.2f}",
         ]
@@ -39,8 +40,10 @@ def report(head: Mapping[str, Any], rows: Sequence[Row]) -> str:
         f"    {head['command']}",
         f"Requests in time: {within} of {len(rows)} configurations within {POINTS:g} points. Load 1 is one request "
         "after the other; `lanes` are requests a bundle, real and simulated. `hindsight` are the points where the "
-        "simulator gets the compared slices' own times: what is left is not the machine's being slower than before. "
-        "`again` is what the real runtime differs from itself by, with the same arrivals once more.",
-        table([*columns, "points", "hindsight", "again", "lanes", "lanes (sim)"], lines),
+        "simulator gets the compared slices' own times: what is left is not the machine's being slower than around "
+        "them. All arrivals are served twice, and `real` is the mean: `again` is by how many points the second time "
+        "differs from the first, and `chance` the standard error of the mean, in points, by how much they differ in "
+        "each slice.",
+        table([*columns, "points", "hindsight", "again", "chance", "lanes", "lanes (sim)"], lines),
     ]
     return "\n\n".join(text) + "\n"

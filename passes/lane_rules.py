@@ -8,7 +8,7 @@ import jax
 from jax.interpreters import batching
 
 from coalesce import jaxpr as J
-from coalesce.behaviour import may_speculate
+from coalesce.behaviour import calls_back, may_speculate
 
 # Batched, these would give other numbers or other side effects than each tenant's own run.
 LANE_BY_LANE = {
@@ -37,9 +37,12 @@ def why_lane_by_lane(eqn: J.Eqn, flags: Sequence[bool], decides: bool, pack_unbo
             )
         if eqn.effects:
             return "its trip count depends on the lane and its body has side effects"
+        if calls_back(eqn):
+            return "its trip count depends on the lane and it holds a callback, which lanes that are done must not run"
     if name == "cond" and decides:
         if not may_speculate(eqn):
-            return "a branch holds a while_loop, which lanes that take another branch must not run"
+            held = "callback" if calls_back(eqn) else "while_loop"
+            return f"a branch holds a {held}, which lanes that take another branch must not run"
         if eqn.effects:
             return "a branch has side effects, which lanes that take another branch must not have"
     return ""

@@ -82,7 +82,7 @@ class Coalescing:
         self._doubt = Doubt(self._costs, self._tenancy)
         self._trial = Trial(self._costs, self._tenancy, self._lag)
         self._handlers: dict[type, Callable[[Any, int], None]] = {
-            Cancelled: lambda event, now_ns: self._requests.cancel(event.request),
+            Cancelled: self._cancel,
             Completed: self._complete,
             TenantAdded: self._add_tenant,
             TenantRemoved: self._remove_tenant,
@@ -144,6 +144,9 @@ class Coalescing:
         return len(self._requests.lanes)
 
     # What happened
+
+    def _cancel(self, event: Cancelled, now_ns: int) -> None:
+        self._requests.cancel(event.request)
 
     def _complete(self, event: Completed, now_ns: int) -> None:
         bundle = self._flight.complete(event)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
-from functools import update_wrapper
+from functools import cache, update_wrapper
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import decode_source
@@ -88,9 +88,10 @@ def check_function(fn: Any) -> Any:
             spent.append((fn, checks))
         return checked(*args, **kwargs)
 
-    checks = through.__code__.replace(
-        co_consts=tuple(first if x == "what is called" else x for x in through.__code__.co_consts),
-        co_freevars=own.co_freevars, co_name=own.co_name, co_qualname=own.co_qualname,
+    own_way = code_through(own.co_freevars)
+    checks = own_way.replace(
+        co_consts=tuple(first if x == "what is called" else x for x in own_way.co_consts),
+        co_name=own.co_name, co_qualname=own.co_qualname,
         co_filename=own.co_filename, co_firstlineno=own.co_firstlineno,
     )  # fmt: skip
     fn.__signature__ = signature(fn)
@@ -98,9 +99,23 @@ def check_function(fn: Any) -> Any:
     return fn
 
 
-def through(*args: Any, **kwargs: Any) -> Any:
-    call: Any = "what is called"
-    return call(*args, **kwargs)
+@cache
+def code_through(free: tuple[str, ...]) -> CodeType:
+    """Code that calls what it is told, of a function with free variables of these names, which are looked for in its
+    frames: by pytest, when a test fails, and the interpreter crashes where there are none."""
+    lines = [
+        f"def around({', '.join(free)}):",
+        "    def through(*_args, **_kwargs):",
+        "        _call = 'what is called'",
+        "        return _call(*_args, **_kwargs)",
+        f"        {', '.join(free) or None}",
+        "    return through",
+    ]
+    made: dict[str, Any] = {}
+    exec("\n".join(lines), made)  # noqa: S102
+    code = made["around"](*free).__code__
+    assert code.co_freevars == free, f"{code.co_freevars} is not {free}"
+    return code
 
 
 def check_class(cls: type) -> type:

@@ -9,6 +9,7 @@ from beartype.roar import BeartypeCallHintViolation
 
 from coalesce.bank import places_by_tenant
 from coalesce.costs import Costs, device_of
+from coalesce.runtime.reply import Reply, Server
 from coalesce.slab import Slab
 from tests.annotations import check_again, FIRST
 
@@ -43,6 +44,22 @@ def test_the_first_calls_of_each_test_are_checked():
 def test_a_function_looks_as_it_is_written():
     assert list(inspect.signature(places_by_tenant).parameters) == ["arrays"]
     assert str(places_by_tenant.__code__.co_filename).endswith("bank.py")
+
+
+class Nobody(Server):
+    """Serves nothing."""
+
+    def withdraw(self, request: int) -> None: ...
+    def call_back(self, callback: Any, reply: Any) -> None: ...
+    def call_all_back(self, replies: Any) -> None: ...
+
+
+def test_the_frames_of_what_is_checked_can_be_looked_at():
+    """As pytest does when a test fails, also of a method that says `super()`: its class is a variable of the frame."""
+    with pytest.raises(TimeoutError) as caught:
+        Reply(0, Nobody()).result(0)
+    found = {entry.name: entry.locals for entry in caught.traceback}
+    assert Reply.result.__code__.co_freevars == ("__class__",) and "timeout" in found["result"]
 
 
 def test_checking_draws_nothing_where_others_draw():

@@ -113,7 +113,54 @@ def test_a_pure_callback_in_a_scan_and_a_cond():
         return lax.cond(x[0, 0] > 0, lambda: on_host((x @ w)[0]), lambda: x[0])
 
     for fn in (in_scan, in_cond):
-        assert "pure_callback" in "".join(reasons(check_fused(three(fn))))
+        assert "callback" in "".join(reasons(check_fused(three(fn))))
+
+
+def small_doubled(v):
+    if (v >= 4).any():
+        raise ValueError("nobody asked for that")
+    return v * 2
+
+
+def test_no_callback_is_called_with_what_its_own_program_would_not_call_it_with():
+    """In a branch that a lane does not take, or after the end of its loop."""
+
+    def double(v):
+        return jax.pure_callback(small_doubled, jax.ShapeDtypeStruct(v.shape, v.dtype), v)
+
+    def in_branch(w, x):
+        return lax.cond(x[0] < 4, lambda v: double(v) @ w, lambda v: v @ w, x)
+
+    def in_loop(w, x):
+        return lax.while_loop(lambda v: v[0] < 4, lambda v: double(v), x) @ w
+
+    for fn, why in ((in_branch, "a branch holds a callback"), (in_loop, "it holds a callback")):
+        tenants = [(fn, array(3, 3), (jnp.full(3, value),)) for value in (1.0, 5.0, 3.0)]
+        [line] = reasons(check_fused(tenants, pack_unbounded_loops=True))
+        assert why in line
+
+
+def test_scans_of_unequal_lengths_call_back_as_often_as_alone():
+    calls = []
+
+    def seen(v):
+        calls.append(1)
+        return v
+
+    def scan_of(length):
+        def fn(w, x):
+            def step(c, _):
+                c = jnp.tanh(c @ w)
+                return jax.pure_callback(seen, jax.ShapeDtypeStruct(c.shape, c.dtype), c), None
+
+            return lax.scan(step, x, None, length=length)[0]
+
+        return fn
+
+    tenants = [(scan_of(length), array(4, 4), (array(2, 4),)) for length in (2, 5)]
+    fused = fuse_tenants(tenants, policy="always")
+    jax.block_until_ready(fused([xs for _, _, xs in tenants]))
+    assert len(calls) == 7
 
 
 # ---- random bits ---------------------------------------------------------------------------------------------------

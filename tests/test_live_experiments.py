@@ -14,7 +14,16 @@ from coalesce.scheduler.commands import Dispatch, WakeAt
 from coalesce.scheduler.events import CatalogChanged, Completed, Event, Submitted, TenantAdded
 from coalesce.scheduler.request import Request, Tenant
 from coalesce.scheduler.run import Decision
-from experiments import configurations, isolation, live, own_flags, serve_demo, sim_vs_real
+from experiments import (
+    configurations,
+    isolation,
+    live,
+    own_flags,
+    serve_demo,
+    sim_vs_real,
+    sim_vs_real_follow,
+    sim_vs_real_slices,
+)
 
 TINY = "mlp.width=8;layers=2"
 
@@ -53,8 +62,8 @@ def test_isolation_has_a_row_for_each_number_and_method(tmp_path, capsys):
 
 def test_the_simulator_gets_what_the_real_runtime_got(tmp_path, monkeypatch):
     monkeypatch.setitem(configurations.MODELS, "cpu", (("mlp", {"width": 8, "layers": 2}),))
-    monkeypatch.setattr(sim_vs_real, "WIDTHS", (1, 2))
-    monkeypatch.setattr(sim_vs_real, "ALONE", 3)
+    monkeypatch.setattr(sim_vs_real_slices, "WIDTHS", (1, 2))
+    monkeypatch.setattr(sim_vs_real_slices, "ALONE", 3)
     monkeypatch.setattr(sim_vs_real, "LEAST_ALONE_S", 0.02)  # no host is too slow for that
     quick = ["--duration=0.4", "--slices=1", f"--out={tmp_path}"]
     sim_vs_real.main([*quick, "--configurations=12"])
@@ -62,7 +71,15 @@ def test_the_simulator_gets_what_the_real_runtime_got(tmp_path, monkeypatch):
     sim_vs_real.main([*quick, "--configurations=12,13", "--budget_s=0"])
     (row,) = saved(tmp_path)["rows"]
     assert row["requests"] > 0 and 0 <= row["real"] <= 1 and 0 <= row["simulated"] <= 1
-    assert row["points"] == pytest.approx(100 * (row["simulated"] - row["real"]), abs=1e-2) and row["again"] is None
+    assert row["points"] == pytest.approx(100 * (row["simulated"] - row["real"]), abs=1e-2)
+    assert row["chance"] == pytest.approx(abs(row["again"]) / 2, abs=1e-2)  # of one slice
+
+
+@pytest.mark.parametrize("wrong", ["foo", "20", "-1", "1,,2"])
+def test_configurations_that_there_are_not_are_refused(tmp_path, wrong):
+    with pytest.raises(SystemExit, match="numbered from 0 to 19"):
+        sim_vs_real.main([f"--configurations={wrong}", f"--out={tmp_path}"])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("models", configurations.MODELS.values(), ids=configurations.MODELS)
@@ -102,9 +119,11 @@ def test_a_policy_goes_on_after_a_log_as_if_it_were_one(before):
         )
         for (event, now_ns), answer in zip(told, answers, strict=True)
     ]
-    later = sim_vs_real.Later(log, 500)
+    following = sim_vs_real_follow.Following(log)
+    following.later(100)
     moved = [c._replace(time_ns=c.time_ns - 500) if isinstance(c, WakeAt) else c for c in answers[-1]]
-    assert list(later.on_event(arrived(1, 0), 0)) == moved and moved
+    for later in following.later(500), following.later(500):  # neither knows of the other
+        assert list(later.on_event(arrived(1, 0), 0)) == moved and moved
 
 
 @pytest.fixture

@@ -5,16 +5,17 @@ otherwise. What is told and what is decided is printed a line each, in milliseco
 """
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import pytest
 
 from coalesce.scheduler.catalog import Catalog, Entry
 from coalesce.scheduler.coalescing import Coalescing
-from coalesce.scheduler.commands import Dispatch, Reject, Want
-from coalesce.scheduler.events import Completed
+from coalesce.scheduler.commands import Dispatch, Reason, Reject, Want
+from coalesce.scheduler.events import Cancelled, CatalogChanged, Completed, Submitted, TenantAdded
 from coalesce.scheduler.machine import Line, line_catalog
-from coalesce.scheduler.request import Tenant
+from coalesce.scheduler.request import Request, Tenant
 from coalesce.scheduler.simulator import simulate
 from coalesce.scheduler.workloads import Arrival
 
@@ -103,3 +104,18 @@ def test_a_mixed_executable_is_wanted_once_two_families_keep_waiting_for_each_ot
 def test_lanes_to_spare_are_filled_with_lower_priorities(golden: Golden):
     both = [tenant("h", 50, priority=1), tenant("l", 50)]
     golden(story(both, [(0, "h"), (0.5, "l"), (0.5, "h"), (0.6, "h"), (0.7, "h")], line_catalog(LINES, (1, 4))))
+
+
+def test_a_copy_of_a_policy_goes_its_own_way():
+    policy = Coalescing()
+    for event in CatalogChanged(Catalog()), TenantAdded(tenant("a", 50)):
+        policy.on_event(event, 0)
+    policy.on_event(Submitted(tuple(Request(i, "a", 0, 0, 50 * MS) for i in range(2))), 0)  # nothing can run it yet
+    other = deepcopy(policy)
+    assert other.on_event(Cancelled(0), MS)[0] == Reject(0, Reason.CANCELLED) and other.waiting == 1
+    assert policy.waiting == 2
+    offered = CatalogChanged(line_catalog(LINES, (1, 2)))
+    first, second = (
+        [c.lanes for c in own.on_event(offered, 2 * MS) if isinstance(c, Dispatch)] for own in (policy, other)
+    )
+    assert first == [((0, 1),)] and second == [((1,),)]

@@ -137,7 +137,12 @@ def test_deadlines_that_are_none_are_refused(served, deadline):
         served.submit("mlp0", row(0), deadline=deadline)
 
 
-@pytest.mark.parametrize("deadline", [0.0, -1e-9, -1.0])
+@pytest.mark.parametrize("deadline", [1e300, 1e18])
+def test_deadlines_are_any_finite_number(served, deadline):
+    check(served.submit("mlp0", row(0), deadline=deadline).result(60), np.asarray(jax.jit(mlp)(mlp_params(0), row(0))))
+
+
+@pytest.mark.parametrize("deadline", [0.0, -1e-9, -1.0, -1e300])
 def test_a_deadline_that_has_passed_before_submit_is_exceeded(served, deadline):
     """As with gRPC, where the caller's may have passed when the call arrives."""
     with pytest.raises(DeadlineExceeded, match="before submit"):
@@ -229,8 +234,24 @@ def test_an_update_takes_effect_for_the_next_request_and_for_nobody_else(served)
     np.testing.assert_allclose(served.submit("mlp1", row(0)).result(60), before, rtol=1e-6)
     served.update_tenant("mlp0", mlp_params(0))
     assert made() == ready
-    with pytest.raises(InvalidInput, match="another program"):
-        served.update_tenant("mlp0", mlp_params(0)[:2])
+    with pytest.raises(InvalidInput, match="another program, or share other weights"):
+        served.update_tenant("mlp0", own := mlp_params(0), shared=own[0])
+
+
+def test_weights_of_other_types_are_refused_before_anything_is_made_of_them(served, monkeypatch):
+    made: list[Any] = []
+    monkeypatch.setattr(served._tenancy, "_fit", lambda *given: made.append(given))
+    (w, b), *rest = mlp_params(0)
+    for params, says in [
+        (rest, r"params\[2\]\[0\] is no array, and f32\[\d+,\d+\] when it was added"),
+        ([*rest, (w, b), (w, b)], r"params\[3\]\[0\] is f32\[\d+,\d+\], and no array when"),
+        ([(w.astype(jnp.bfloat16), b), *rest], r"params\[0\]\[0\] is bf16\[\d+,\d+\], and f32"),
+        ([(w, b[:, :-1]), *rest], r"params\[0\]\[1\] is f32.*another tenant"),
+        ([(np.full((2,), "w"), b), *rest], r"params\[0\]\[0\] is ndarray, and f32"),
+    ]:
+        with pytest.raises(InvalidInput, match="tenant 'mlp0': " + says):
+            served.update_tenant("mlp0", params)
+    assert not made
 
 
 def test_names_and_terms_are_checked(served):
@@ -238,6 +259,8 @@ def test_names_and_terms_are_checked(served):
         ({"slo": 0.0}, "slo is"),
         ({"slo": float("nan")}, "slo is"),
         ({"slo": 1.0, "weight": 0.0}, "weight is"),
+        ({"slo": 1.0, "weight": 1e300}, "weight is"),  # two such are infinite together
+        ({"slo": 1.0, "weight": 5e-324}, "weight is"),
         ({"slo": 1.0, "quota": 0}, "quota is"),
     ]:
         with pytest.raises(InvalidInput, match=error):

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from decimal import Decimal
 from types import SimpleNamespace
 from typing import Any
 
@@ -105,6 +106,11 @@ def test_terms_of_a_request_that_mean_nothing_end_nobody_else(rt, terms):
     with pytest.raises(InvalidInput, match=f"tenant 'good': {name} is "):
         rt.submit("good", X, **terms)
     np.testing.assert_array_equal(rt.submit("good", X, priority=np.int64(3)).result(60), X)
+
+
+@pytest.mark.parametrize("deadline", [60, np.float32(60), np.array(60.0), Decimal(60), 10**12], ids=repr)
+def test_a_deadline_is_any_finite_number(rt, deadline):
+    np.testing.assert_array_equal(rt.submit("good", X, deadline=deadline).result(60), X)
     assert rt.health().status == "serving"
 
 

@@ -24,7 +24,8 @@ from coalesce.runtime.runtime import Runtime
 from tests.checked import checked_runtime
 from tests.memory import held_from_now
 
-SLO, TIGHT, STALL = 60.0, 0.3, 0.6
+SLO = 60.0
+MEANWHILE = 5  # requests, while a compiler works for somebody else
 PICK = st.integers(0, 999)  # nothing is drawn inside a rule, since the runtime's threads may use `random` meanwhile
 FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "add": lambda w, x: (w + x) * 2 - w,
@@ -193,24 +194,11 @@ def test_64_threads_submit_and_everybody_gets_their_own(watched: Runtime, count:
     )
 
 
-@pytest.fixture
-def stalling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new family waits for its compiler for a while, without holding Python's lock."""
-    right = Device.compile
-
-    def compile(self: Device, entries: Any, capacities: Any) -> Any:
-        if entries[0][1:] == (0, 1):
-            time.sleep(STALL)
-        return right(self, entries, capacities)
-
-    monkeypatch.setattr(Device, "compile", compile)
-
-
 class Steady(threading.Thread):
-    """Asks for a tenant every ten milliseconds, whatever becomes of it."""
+    """Asks for a tenant every ten milliseconds, as long as others come and go."""
 
     def __init__(self, rt: Runtime, name: str) -> None:
-        super().__init__()
+        super().__init__(daemon=True)
         self.rt, self.name_of, self.over = rt, name, threading.Event()
         self.sent: list[Reply] = []
 
@@ -218,11 +206,28 @@ class Steady(threading.Thread):
         while not self.over.wait(0.01):
             self.sent.append(self.rt.submit(self.name_of, vector(2)))
 
-    @property
-    def missed(self) -> int:
-        """Of those that have ended."""
-        own = self.rt.stats().tenants[self.name_of]
-        return own.late + sum(own.rejected.values())
+    def wait_served(self) -> None:
+        """Until some that it asks for from now on are there."""
+        first = len(self.sent)
+        while len(self.sent) < first + MEANWHILE and self.is_alive():
+            time.sleep(0.001)
+        for reply in self.sent[first:]:
+            reply.result(SLO)
+
+
+@pytest.fixture
+def stalling(monkeypatch: pytest.MonkeyPatch) -> list[Steady]:
+    """The compiler of a new family is not done before those in the list were served meanwhile."""
+    right, others = Device.compile, list[Steady]()
+
+    def compile(self: Device, entries: Any, capacities: Any) -> Any:
+        if entries[0][1:] == (0, 1):
+            for other in others:
+                other.wait_served()
+        return right(self, entries, capacities)
+
+    monkeypatch.setattr(Device, "compile", compile)
+    return others
 
 
 @pytest.fixture
@@ -240,14 +245,14 @@ def compiled_on() -> Iterator[set[str]]:
 
 
 @pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.soak)])
-def test_tenants_come_and_go_under_load_and_leave_nothing(watched: Runtime, stalling: None, compiled_on, count: int):
-    """Every twentieth is the first of its family. Whoever stays, with an SLO of half the time that their compiler
-    takes, misses no larger a share than while nobody comes, but for what the host does meanwhile; no thread that serves
-    compiles; and the device holds in the end what it held before."""
-    watched.add_tenant("tight", FUNCTIONS["add"], vector(1), example=(vector(0),), slo=TIGHT)
-    steady, held, before = Steady(watched, "tight"), held_from_now(), None
-    executables, begun = watched.health().executables, time.monotonic()
+def test_tenants_come_and_go_under_load_and_leave_nothing(watched: Runtime, stalling, compiled_on, count: int):
+    """Every twentieth is the first of its family. Whoever stays is served while they wait for their compiler; no thread
+    that serves compiles; and the device holds in the end what it held before."""
+    watched.add_tenant("steady", FUNCTIONS["add"], vector(1), example=(vector(0),), slo=SLO)
+    steady, held, before = Steady(watched, "steady"), held_from_now(), None
+    executables = watched.health().executables
     steady.start()
+    stalling.append(steady)
     try:
         newcomers: list[Future[None]] = []
         for i in range(count):
@@ -266,21 +271,17 @@ def test_tenants_come_and_go_under_load_and_leave_nothing(watched: Runtime, stal
                 result = watched.submit(f"new{number}", vector(1)).result(60)
                 np.testing.assert_array_equal(result, another(number)(vector(number), vector(1)))
                 watched.remove_tenant(f"new{number}", timeout=60.0)
-        took_s, missed, asked = time.monotonic() - begun, steady.missed, len(steady.sent)
-        assert took_s > STALL
-        time.sleep(min(took_s, 1.0))
     finally:
         steady.over.set()
         steady.join()
     watched.drain(60.0)
-    assert missed / asked <= (steady.missed - missed) / (len(steady.sent) - asked) + 0.05
     assert not compiled_on & {thread.name for thread in watched._stations[0].driver.threads}
-    assert all(np.array_equal(r.result(0), expected("add", 1, 2)) for r in steady.sent if r.exception(0) is None)
+    assert all(np.array_equal(reply.result(0), expected("add", 1, 2)) for reply in steady.sent)
     assert before is not None and abs(held() - before) < 10_000
     left = {e.family for own in watched._stations[0].device.catalog.executables for e in own.entries}
     assert left == {family for own in watched._tenancy.residents.values() for family in own.host.families}
     assert watched.health().executables <= executables + 2 + MIXED
-    watched.remove_tenant("tight", timeout=60.0)
+    watched.remove_tenant("steady", timeout=60.0)
 
 
 def test_one_that_goes_in_the_middle_of_a_bundle_takes_its_own_results_along(watched: Runtime):

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from coalesce.errors import CompileError
+from coalesce.errors import CompileError, TenantClosed
 from coalesce.runtime.accounts import Accounts
 from coalesce.runtime.cutting import look_again, tenant_of
 from coalesce.runtime.device import Device
@@ -39,11 +39,19 @@ class Resident:
     def __init__(self, name: str, fn: Callable[..., Any], shapes: Sequence[tuple[Any, ...]], terms: dict) -> None:
         self.name, self.fn, self.shapes, self.terms = name, fn, shapes, terms
         self.alone = ""  # why it shares no bundles with others, if it does not
+        self.left = False  # nobody may ask for it any more, or write its weights: others may have its name and slot
         self.forms: list[Form] = []
+        self.weights: dict[str, str] = {}  # types of its params' arrays, by path
         self.slot = -1
         self.host: Host
         self.quarters: Quarters
         self.driver: Driver
+
+
+def check_here(resident: Resident) -> None:
+    """Raises TenantClosed for one that was removed since it was asked for."""
+    if resident.left:
+        raise TenantClosed(f"tenant {resident.name!r} was removed meanwhile; add_tenant adds one")
 
 
 class Quarters:
@@ -108,6 +116,7 @@ class Quarters:
         written = []
 
         def write() -> Sequence[Event]:
+            check_here(resident)
             if not resident.host.reserve:  # no lane is between two segments
                 resident.host.store.write(resident.slot, rows)
                 written.append(resident)
@@ -121,6 +130,7 @@ class Quarters:
         """Into another slot, so that lanes that are between two segments go on with what they began with."""
         store = resident.host.store
         with self._site.apart(resident.host.schema.key):
+            check_here(resident)
             old, new = resident.slot, store.take()
 
             def move() -> Sequence[Event]:

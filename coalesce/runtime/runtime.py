@@ -26,7 +26,7 @@ from coalesce.runtime.form import match
 from coalesce.runtime.health import Health
 from coalesce.runtime.observer import Observer
 from coalesce.runtime.options import check_options, made_policies
-from coalesce.runtime.quarters import Resident
+from coalesce.runtime.quarters import check_here, Resident
 from coalesce.runtime.reply import Reply
 from coalesce.runtime.station import health_of, Setup, Station, wait_ended
 from coalesce.runtime.surroundings import Surroundings
@@ -158,7 +158,10 @@ class Runtime:
         Returns when its place on the device is free, or raises TimeoutError after `timeout` seconds, and it goes when
         its last request has ended.
         """
-        self._tenancy.remove(self._resident(name), drain, timeout)
+        resident = self._resident(name)
+        with self._sending:  # whoever has not sent yet never will
+            resident.left = True
+        self._tenancy.remove(resident, drain, timeout)
 
     def warm_up(self, timeout: float | None = None) -> None:
         """Wait until the executables are there that the present tenants can use; TimeoutError after so many seconds."""
@@ -217,6 +220,9 @@ class Runtime:
             priority = priority_of(resident.name, priority)
         left_ns = resident.terms["slo_ns"] if deadline is None else allowed_ns(resident.name, deadline)
         with self._sending:  # the driver sees requests in the order of their numbers
+            check_here(resident)
+            if form not in (forms := resident.forms):  # its program was cut while the inputs were read
+                form = next(own for own in forms if own.inputs is form.inputs)
             number, now_ns = next(self._ids), self._clock()
             request = made(Request, (number, resident.name, form.family, now_ns, now_ns + left_ns, priority))
             resident.driver.send(Ticket(request, resident, form, flat, waiter, loop))

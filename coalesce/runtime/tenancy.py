@@ -1,7 +1,7 @@
 """Tenants coming, changing and going, while others are served.
 
     add       trace -> fit -> a device, that of its family if there is one -> a place there
-    update    fit again -> weights
+    update    params of the same types -> fit again -> weights
     remove    the policy is told -> its last request ends -> the place is free
 """
 
@@ -22,6 +22,7 @@ from coalesce.runtime.gil import handing_on
 from coalesce.runtime.quarters import Resident
 from coalesce.runtime.station import Station
 from coalesce.runtime.verify import Alone, check_examples, Unlike
+from coalesce.runtime.weights import check_types, types_of
 from coalesce.scheduler.events import TenantRemoved
 from coalesce.serving.fit import Fit, fit
 from coalesce.tracing import trace
@@ -90,6 +91,7 @@ class Tenancy:
         LOG.info("tenant %r is served: %s, slot %d of %d", wanted.name, resident.host, resident.slot, slots)
 
     def update(self, resident: Resident, params: Any, shared: Any) -> None:
+        check_types(resident.name, resident.weights, types_of(params))
         try:
             with handing_on():
                 fitted = self._fit(resident, params, shared)
@@ -136,6 +138,7 @@ class Tenancy:
     def _move_in(self, resident: Resident, wanted: Wanted) -> None:
         """In company, or alone if that is what it must be."""
         fitted = self._fit(resident, wanted.params, wanted.shared)
+        resident.weights = types_of(wanted.params)
         try:
             self._settle(resident, fitted, wanted if wanted.verify else None)
         except Unlike as e:

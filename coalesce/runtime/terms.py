@@ -10,6 +10,9 @@ import numpy as np
 
 from coalesce.errors import InvalidInput
 
+LONG_S = 1e9  # longer than any runtime lives
+LEAST, MOST = 1e-9, 1e9  # weights: sums and quotients of them stay numbers
+
 
 def terms_of(name: str, slo: float, priority: int, weight: float, quota: int) -> dict[str, Any]:
     """The terms of a `Tenant`; raises InvalidInput."""
@@ -17,12 +20,12 @@ def terms_of(name: str, slo: float, priority: int, weight: float, quota: int) ->
         raise InvalidInput(f"tenant {name!r}: a name is a str, not a {type(name).__name__}")
     if not is_positive(slo):
         raise InvalidInput(f"tenant {name!r}: slo is {slo!r}; give seconds, more than 0")
-    if not is_positive(weight):
-        raise InvalidInput(f"tenant {name!r}: weight is {weight!r}; give a share, more than 0")
+    if not (is_positive(weight) and LEAST <= weight <= MOST):
+        raise InvalidInput(f"tenant {name!r}: weight is {weight!r}; give a share, more than 0, from {LEAST} to {MOST}")
     if not is_count(quota):
         raise InvalidInput(f"tenant {name!r}: quota is {quota!r}; give a number of requests, at least 1")
     priority = priority_of(name, priority)
-    return {"slo_ns": round(slo * 1e9), "priority": priority, "weight": float(weight), "quota": int(quota)}
+    return {"slo_ns": ns_of(slo), "priority": priority, "weight": float(weight), "quota": int(quota)}
 
 
 def shapes_of(name: str, example: Any, examples: Any) -> list[tuple[Any, ...]]:
@@ -49,7 +52,12 @@ def allowed_ns(name: str, deadline: float) -> int:
     """From now, 0 or less if it has passed; raises InvalidInput."""
     if not is_finite(deadline):
         raise InvalidInput(f"tenant {name!r}: deadline is {deadline!r}; give seconds from now, a finite number")
-    return round(deadline * 1e9)
+    return ns_of(deadline)
+
+
+def ns_of(seconds: float) -> int:
+    """What is very long is as good as for ever."""
+    return round(max(-LONG_S, min(LONG_S, float(seconds))) * 1e9)
 
 
 def is_whole(value: Any) -> bool:

@@ -1,0 +1,36 @@
+"""What a tenant's params are, by the types of their arrays: other weights must be of the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from coalesce import jaxpr as J
+from coalesce.errors import InvalidInput
+from coalesce.tracing import staged, struct
+
+
+def types_of(params: Any) -> dict[str, str]:
+    """Of each array, by its path; of what only looks like one, what it is."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {jax.tree_util.keystr(path): type_of(leaf) for path, leaf in leaves if staged(leaf)}
+
+
+def type_of(leaf: Any) -> str:
+    try:
+        return J.short(struct(leaf))
+    except TypeError:
+        return type(leaf).__name__
+
+
+def check_types(name: str, known: Mapping[str, str], given: Mapping[str, str]) -> None:
+    """Raises InvalidInput, which names the first that differs."""
+    for path in {**known, **given}:
+        was, now = (types.get(path, "no array") for types in (known, given))
+        if was != now:
+            raise InvalidInput(
+                f"tenant {name!r}: params{path} is {now}, and {was} when it was added; give params of the same tree,"
+                " shapes and dtypes, or add it as another tenant"
+            )
