@@ -21,6 +21,7 @@ import jax
 from absl import flags
 
 ROUNDS = {"repeats": 3, "seconds": 1}  # enough to choose a configuration: only their programs are wanted
+HELP = "Pass --help"  # how absl ends what it says of a flag
 OF_A_RUN = (*ROUNDS, "out", "force")
 
 
@@ -70,5 +71,5 @@ def compile_cell(script: str, cell: Sequence[str], out: Path, cache: str, second
         )
     except subprocess.TimeoutExpired:
         return f"not done after {seconds:g} s"
-    told = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-    return told[-1] if done.returncode else ""
+    lines = [line for line in done.stderr.strip().splitlines() if not line.startswith(HELP)]
+    return (lines or [f"exit status {done.returncode}"])[-1] if done.returncode else ""

@@ -33,16 +33,16 @@ def test_segments_has_a_row_for_each_method_and_program(tmp_path, monkeypatch, c
 
 
 def test_mixed_family_counts_bundles_of_several_families(tmp_path, capsys, monkeypatch):
-    """Which win where each bundle costs a millisecond, whatever is in it."""
+    """Which win where each bundle costs some milliseconds, whatever is in it, and however busy the machine is."""
     right = Bundle.wait
-    monkeypatch.setattr(Bundle, "wait", lambda self: (time.sleep(0.001), right(self))[1])
+    monkeypatch.setattr(Bundle, "wait", lambda self: (time.sleep(0.008), right(self))[1])
     monkeypatch.setattr(Bundle, "is_at_hand", lambda self, within_s: False)
     kinds = "mlp.width=8;layers=2:4,mlp.width=8;layers=3:4"
     mixed_family.main([f"--kinds={kinds}", "--widths=1,2", "--duration=0.2", "--repeats=1", f"--out={tmp_path}"])
     apart, mixed = saved(tmp_path)
     assert apart["requests"] > 0 and not apart["mixed_bundles"] and not apart["mixed_executables"]
     assert 0 < mixed["mixed_bundles"] <= mixed["bundles"]
-    assert all(" with " in own["entries"] and 1000 < own["us"] for own in mixed["mixed_executables"])
+    assert all(" with " in own["entries"] and 8000 < own["us"] for own in mixed["mixed_executables"])
     assert "| apart  |" in capsys.readouterr().out
 
 
