@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import jax
@@ -82,16 +82,7 @@ def fuse(
         raise PlanError(f"fuse got one program, {programs.name!r}; give it a list of them")
     programs = list(programs)
     check_names(programs)
-    if policy not in POLICIES:
-        raise PlanError(f"policy is {policy!r}; expected one of {', '.join(map(repr, POLICIES))}")
-    if executables is not None and (not isinstance(executables, int | np.integer) or executables < 1):
-        raise PlanError(f"executables is {executables!r}; a program is compiled in one or more, or None for what wins")
-    if isinstance(without, str) or not set(without) <= set(OPTIONAL_PASSES):
-        raise PlanError(f"without is {without!r}; a list of passes is wanted, of {', '.join(OPTIONAL_PASSES)}")
-    if not 0 <= waste_bound < 1:
-        raise PlanError(f"waste_bound is {waste_bound}; it is a share of the work and lies in [0, 1)")
-    if platform not in (None, *PLATFORMS, jax.default_backend()):
-        raise PlanError(f"platform is {platform!r}; expected one of {', '.join(map(repr, PLATFORMS))}, or None")
+    check_options(policy, waste_bound, costs, choose_kernel, executables, platform, without)
     check_usable(programs)
     passes = [run for run in PROGRAM_PASSES if name_of(run) not in without]
     memo: dict[int, Normalised] = {}
@@ -138,6 +129,26 @@ def default_costs(platform: str | None, tuned: Tuned) -> Costs:
         device = default_device()
         return Costs(device_of(device.platform, device.device_kind), tuned=tuned)
     return Costs(device_of(platform))
+
+
+def check_options(
+    policy: Any, waste_bound: Any, costs: Any, choose_kernel: Any, executables: Any, platform: Any, without: Any
+) -> None:
+    if policy not in POLICIES:
+        raise PlanError(f"policy is {policy!r}; expected one of {', '.join(map(repr, POLICIES))}")
+    if not (isinstance(waste_bound, int | float | np.number) and 0 <= waste_bound < 1):
+        raise PlanError(f"waste_bound is {waste_bound}; it is a share of the work and lies in [0, 1)")
+    if not (costs is None or isinstance(costs, Costs)):
+        raise PlanError(f"costs is {costs!r}; give a coalesce.costs.Costs, or None for what is known of the device")
+    if not callable(choose_kernel):
+        raise PlanError(f"choose_kernel is {choose_kernel!r}; give a function of (op, problems, platform)")
+    if executables is not None and (not isinstance(executables, int | np.integer) or executables < 1):
+        raise PlanError(f"executables is {executables!r}; a program is compiled in one or more, or None for what wins")
+    if platform not in (None, *PLATFORMS, jax.default_backend()):
+        raise PlanError(f"platform is {platform!r}; expected one of {', '.join(map(repr, PLATFORMS))}, or None")
+    listed = isinstance(without, Collection) and not isinstance(without, str)
+    if not listed or any(name not in OPTIONAL_PASSES for name in without):
+        raise PlanError(f"without is {without!r}; a list of passes is wanted, of {', '.join(OPTIONAL_PASSES)}")
 
 
 def check_names(programs: Sequence[Program]) -> None:

@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from itertools import chain
 from typing import Any, NamedTuple
@@ -70,18 +71,28 @@ def fields() -> dict[str, Any]:
 def closed_loop(rt: Runtime, lives: Sequence[Live], duration_s: float) -> None:
     """Each tenant sends its next request when it has the result of the last one."""
     end_s = time.monotonic() + duration_s
-    left = threading.Semaphore(0)
+    left, failed = threading.Semaphore(0), list[Exception]()
 
     def send(live: Live) -> None:
         if time.monotonic() >= end_s:
             left.release()
             return
-        rt.submit(live.name, *live.inputs).add_done_callback(lambda reply: (reply.result(), send(live)))
+        rt.submit(live.name, *live.inputs).add_done_callback(lambda reply: answered(live, reply))
+
+    def answered(live: Live, reply: Future[Any]) -> None:
+        try:
+            reply.result()
+            send(live)
+        except Exception as e:  # it sends nothing more, and who waits for all of them is told
+            failed.append(e)
+            left.release()
 
     for live in lives:
         send(live)
     for _ in lives:
         left.acquire()
+    if failed:
+        raise failed[0]
 
 
 def in_runtime(cells: Sequence[Cell]) -> Generator[tuple[Cell, Mapping[str, list[int]]], None, None]:

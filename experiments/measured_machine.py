@@ -175,10 +175,16 @@ class Ran(NamedTuple):
 
 class MeasuredDevice:
     """A watcher of a simulation that says how long its bundles take, and knows which requests were in time. What did
-    not run in these stretches takes what it took in `others`."""
+    not run in these stretches takes what it took in `others`; `disturbed` says how much longer it takes by when it
+    begins and what it takes by itself."""
 
-    def __init__(self, stretches: Iterable[Iterable[Ran]], others: Iterable[Iterable[Ran]] = ()) -> None:
-        self._times, self._others = by_form(stretches), by_form(others)
+    def __init__(
+        self,
+        stretches: Iterable[Iterable[Ran]],
+        others: Iterable[Iterable[Ran]] = (),
+        disturbed: Callable[[int, int], int] = lambda begin_ns, took_ns: 0,
+    ) -> None:
+        self._times, self._others, self._disturbed = by_form(stretches), by_form(others), disturbed
         self.now_ns = self._free_ns = 0
         self._lanes: dict[int, list[int]] = {}
         self._ends_ns: dict[int, int] = {}
@@ -197,7 +203,9 @@ class MeasuredDevice:
         asked = ((times, own) for times in (self._times, self._others) for own in (waits, not waits))
         known = next((times[form, own] for times, own in asked if (form, own) in times), None)
         took_ns = known.take(now_ns) if known is not None else quantiles(executable, rng)
-        self._free_ns = max(self._free_ns, now_ns) + took_ns
+        begin_ns = max(self._free_ns, now_ns)
+        took_ns += self._disturbed(begin_ns, took_ns)
+        self._free_ns = begin_ns + took_ns
         return took_ns
 
     def in_time(self, run: Run) -> int:

@@ -11,8 +11,9 @@ one that is compared are served twice, and both count: by how much the two diffe
 differs from itself. The slices that teach have other arrivals. Of a compared one the simulator gets its arrivals, and
 the policy as the log of the real driver leaves it when it begins. How long the host and each executable take comes from
 the two slices that teach around it alone (experiments/measured_machine.py), or from all that teach where an executable
-ran in neither. It is simulated twice, with the two in either order. Then both have had the same requests at the same
-times, and the share of requests in time is compared.
+ran in neither; what a request takes from the run during which it comes, from all that teach
+(experiments/sim_vs_real_stolen.py). It is simulated twice, with the two in either order. Then both have had the same
+requests at the same times, and the share of requests in time is compared.
 
 Configurations differ in tenants, rates, unevenness, SLOs and the number of segments, and are drawn from a seed. Load 1
 is what the runtime can do one request at a time; an SLO is so many times what a request takes alone. Those that the
@@ -24,8 +25,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import groupby
 from math import sqrt
+from typing import NamedTuple
 
 import jax
 from absl import flags
@@ -42,6 +45,7 @@ from experiments.results import device_name, header, load_rows, Row, save_rows
 from experiments.sim_vs_real_follow import Following, Later
 from experiments.sim_vs_real_report import report
 from experiments.sim_vs_real_slices import alone_s, Asked, Hall, Slice, WIDTHS
+from experiments.sim_vs_real_stolen import disturbed_ns, Served, stolen_ns
 
 LEAST_ALONE_S = 0.0  # rates and SLOs are made for a request that takes as long, if it is faster
 
@@ -62,16 +66,38 @@ def again(requests: Iterable[Request], start_ns: int) -> list[Arrival]:
     return [Arrival(r.arrival_ns - start_ns, r.tenant, r.deadline_ns - r.arrival_ns, 0, r.family) for r in ordered]
 
 
+class Taught(NamedTuple):
+    """What was learnt from slices."""
+
+    slices: list[Slice]  # with runs as if no request had come meanwhile
+    each_ns: int  # what a request takes from a run during which it comes
+
+
+def learn(slices: Sequence[Slice]) -> Taught:
+    each_ns = stolen_ns(map(served_in, slices))
+    return Taught([by_itself(one, each_ns) for one in slices], each_ns)
+
+
+def served_in(one: Slice) -> Served:
+    return Served(one.ran, [arrival.time_ns for arrival in again(one.requests, one.start_ns)])
+
+
+def by_itself(one: Slice, each_ns: int) -> Slice:
+    return one._replace(ran=served_in(one).undisturbed(each_ns))
+
+
 def simulated(
-    seen: Seen, policy: Later, own: Slice, around: Sequence[Slice], others: Sequence[Slice], seed: int
+    seen: Seen, policy: Later, own: Slice, around: Sequence[Slice], taught: Taught, seed: int
 ) -> tuple[int, Run]:
     """(how many would have been in time, the run), if everything took what it took in slices around."""
-    device = MeasuredDevice([other.ran for other in around], [other.ran for other in others])
+    arrivals = again(own.requests, own.start_ns)
+    disturbed = partial(disturbed_ns, [arrival.time_ns for arrival in arrivals], taught.each_ns)
+    device = MeasuredDevice([other.ran for other in around], [other.ran for other in taught.slices], disturbed)
     run = simulate(
         policy,
         seen.tenants.values(),
         seen.catalog,
-        again(own.requests, own.start_ns),
+        arrivals,
         takes=device.takes,
         host=host_of([other.log for other in around], lambda: device.now_ns),
         seed=seed,
@@ -86,12 +112,15 @@ def compare(own: Configuration, hall: Hall) -> Row:
     rate, slo_s = own.load / took_s, own.slo * took_s
     seen, lives = hall.seen, hall.enter(own, slo_s)
     served = list(hall.serve_in_turns(Asked(own, rate, FLAGS.duration / FLAGS.slices), lives, FLAGS.slices))
-    taught, compared = ([one for is_compared, one in served if is_compared is kind] for kind in (False, True))
+    taught = learn([one for is_compared, one in served if not is_compared])
+    compared = [one for is_compared, one in served if is_compared]
     following, runs, hindsight = Following(seen.log or ()), [], []
     for i, one in enumerate(compared):
-        for around in taught[i : i + 2], taught[i : i + 2][::-1]:
+        before, after = taught.slices[i : i + 2]
+        for around in (before, after), (after, before):
             runs.append(simulated(seen, following.later(one.start_ns), one, around, taught, own.number))
-        hindsight.append(simulated(seen, following.later(one.start_ns), one, [one], taught, own.number))
+        itself = [by_itself(one, taught.each_ns)]
+        hindsight.append(simulated(seen, following.later(one.start_ns), one, itself, taught, own.number))
     hall.leave(lives)
     requests, bundles = sum(len(one.requests) for one in compared), sum(len(one.ran) for one in compared)
     real, predicted, known = (
@@ -105,6 +134,7 @@ def compare(own: Configuration, hall: Hall) -> Row:
         "slo_ms": round(slo_s * 1e3, 3),
         "rate": round(rate, 1),
         "requests": requests,
+        "stolen_us": round(taught.each_ns / 1e3, 1),
         "real": round(real, 5),
         "again": round(200 * sum(apart) / max(1, requests), 3),
         "chance": round(100 * sqrt(sum(own * own for own in apart)) / max(1, requests), 3),

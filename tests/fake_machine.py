@@ -113,7 +113,7 @@ class Served:
         self,
         machine: FakeMachine,
         tenants: int = 4,
-        slo_s: float = 5.0,
+        slo_s: float = 60.0,  # generous: a host that is slow refuses nobody
         quota: int = 1000,
         hang_s: float = 30.0,
         observers: Sequence[Observer] = (),

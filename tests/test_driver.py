@@ -421,7 +421,7 @@ def test_explain_tells_the_way_of_a_request():
         text = served.history.explain(reply.request)
     assert text is not None
     lines = text.splitlines()
-    assert lines[0] == "request 0 of tenant 't2': deadline 5000.000 ms after submit"
+    assert lines[0] == "request 0 of tenant 't2': deadline 60000.000 ms after submit"
     assert lines[1].startswith("  bundle 0 (family 0 x1) with 1 lane") and "expected" in lines[1]
     assert lines[2].startswith("  ended after ") and lines[2].endswith(": ok")
 

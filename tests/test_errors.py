@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.experimental import io_callback
 
 import coalesce
 from tests.alone import array
+from tests.annotations import nothing_checked
 
 W, X = array(4, 4), array(2, 4)
 
@@ -158,6 +160,13 @@ def test_two_programs_of_one_name():
 def test_options_that_mean_nothing(options, text):
     with pytest.raises(coalesce.PlanError, match=f"^{text}$"):
         coalesce.fuse([coalesce.trace(dense, W, X, name="a")], **options)
+
+
+@pytest.mark.parametrize("option", ["policy", "waste_bound", "costs", "choose_kernel", "executables", "platform"])
+def test_options_of_another_type(option):
+    wrong: Any = {option: {}}
+    with nothing_checked(), pytest.raises(coalesce.PlanError, match=f"^{option} is {{}}; "):
+        coalesce.fuse([coalesce.trace(dense, W, X, name="a")], **wrong)
 
 
 @pytest.mark.parametrize("kernel", ["fastest", "conv_slices"], ids=["unknown", "of another operation"])

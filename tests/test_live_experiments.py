@@ -1,13 +1,16 @@
 """The experiments that serve run, from their command line to their files; no test looks at a time."""
 
 import json
+from concurrent.futures import Future
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from absl import flags
 
+from coalesce.errors import DeadlineExceeded
 from coalesce.scheduler.catalog import Catalog, Entry, Executable
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.commands import Dispatch, WakeAt
@@ -58,6 +61,16 @@ def test_isolation_has_a_row_for_each_number_and_method(tmp_path, capsys):
             assert row["requests"] >= tenants and 0 < row["p10_ms"] <= row["p99_ms"]
     assert "left out above 1" in rows[2, "processes"]["failed"] and rows[2, "processes_mps"]["failed"]
     assert "| 2       | coalescing |" in capsys.readouterr().out
+
+
+@pytest.mark.once
+def test_a_loop_that_gets_no_result_ends_with_the_reason():
+    refused = Future[Any]()
+    refused.set_exception(DeadlineExceeded("too much"))
+    rt: Any = SimpleNamespace(submit=lambda *_: refused)
+    lives: Any = [SimpleNamespace(name=name, inputs=()) for name in "ab"]
+    with pytest.raises(DeadlineExceeded):
+        isolation.closed_loop(rt, lives, 600.0)
 
 
 def test_the_simulator_gets_what_the_real_runtime_got(tmp_path, monkeypatch):

@@ -76,6 +76,14 @@ def test_a_bundle_that_waits_behind_another_takes_less():
     assert device.takes(Executable(9, (), 11, 11), Random(0)) == 11
 
 
+def test_what_ran_in_none_takes_what_it_took_in_others_and_a_run_longer_if_it_is_disturbed():
+    (one, two, _) = (executable.entries for executable in CATALOG.executables)
+    others = [[Ran(one, False, 60)], [Ran(two, False, 70)]]
+    device = MeasuredDevice([[Ran(one, False, 50)]], others, lambda begin_ns, took_ns: begin_ns + took_ns)
+    assert device.takes(replace_id(one), Random(0)) == 50 + (0 + 50)
+    assert device.takes(replace_id(two), Random(0)) == 70 + (100 + 70)
+
+
 def test_stretches_have_their_turns_and_what_was_slow_together_is_so_again():
     """Of two stretches the second is twice as slow, but for its first block; each is heard half of the time."""
     ms = [number * 1_000_000 for number in range(0, 2000, 10)]

@@ -177,6 +177,20 @@ def test_results_are_the_callers_own(served):
     np.testing.assert_array_equal(other.result(0), kept)
 
 
+@pytest.mark.parametrize(("weights", "rows"), [((WIDTH, 0), 1), ((0, 3), 1), ((WIDTH, 3), 0)], ids=str)
+def test_what_is_empty_is_served_too(served, weights, rows):
+    def product(w: Any, x: jax.Array) -> Any:
+        y = x[:, : w.shape[0]] @ w
+        return y, jnp.sum(y, 0), jnp.sum(w)
+
+    given = np.ones(weights, np.float32), np.ones((rows, WIDTH), np.float32)
+    served.add_tenant("empty", product, given[0], example=given[1:], slo=SLO)
+    got = served.submit("empty", given[1]).result(60)
+    served.remove_tenant("empty")
+    for a, b in zip(got, jax.jit(product)(*given), strict=True):
+        check(a, np.asarray(b))
+
+
 def test_nan_in_one_tenant_stays_there(served):
     bad = np.full((1, WIDTH), np.nan, np.float32)
     replies = [served.submit(f"mlp{i}", bad if i == 2 else row(i)) for i in range(6)]

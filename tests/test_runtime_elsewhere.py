@@ -99,16 +99,24 @@ def test_a_process_that_hangs_or_ends_is_no_device_that_does(signalled, why):
     """Whoever waits is told of the policy, and so is whoever comes later; nothing of it is left."""
     machine = FakeMachine()
     machine.go.clear()
-    with elsewhere() as policy, Served(machine, policy=policy, hang_s=1.0) as served:
-        running = served.submit("t0", 1)
-        while not machine.launches:
-            time.sleep(0.001)
-        os.kill(policy._process.pid, signalled)
-        machine.go.set()  # the policy is told that this bundle has ended, while the driver does not know yet
-        waits = served.submit("t1", 2)
-        ended = running.exception(30)  # the driver may know before the results are handed out
-        assert ended is None or (signalled == signal.SIGKILL and isinstance(ended, PolicyError))
-        for reply in waits, served.submit("t2", 3):
-            error = reply.exception(30)
-            assert isinstance(error, PolicyError) and why in str(error)
-        assert policy._process.wait(30) == -signal.SIGKILL
+    with elsewhere() as policy:
+        policy.on_event(Timer(), 0)  # it has started, however long that took
+        with Served(machine, policy=policy, hang_s=20.0) as served:
+            check_ended(served, machine, policy, signalled, why)
+
+
+def check_ended(served: Served, machine: FakeMachine, policy: Elsewhere, signalled: int, why: str) -> None:
+    running = served.submit("t0", 1)
+    while not machine.launches:
+        time.sleep(0.001)
+    os.kill(policy._process.pid, signalled)
+    if signalled == signal.SIGSTOP:  # so that no host is too slow before
+        served.driver._hang_ns = 500_000_000
+    machine.go.set()  # the policy is told that this bundle has ended, while the driver does not know yet
+    waits = served.submit("t1", 2)
+    ended = running.exception(30)  # the driver may know before the results are handed out
+    assert ended is None or (signalled == signal.SIGKILL and isinstance(ended, PolicyError))
+    for reply in waits, served.submit("t2", 3):
+        error = reply.exception(30)
+        assert isinstance(error, PolicyError) and why in str(error)
+    assert policy._process.wait(30) == -signal.SIGKILL

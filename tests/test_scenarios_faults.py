@@ -134,15 +134,19 @@ def test_a_compiler_that_stalls_keeps_no_newcomer_waiting_and_is_given_up(compil
             go.wait(60)
 
     compiler(before)
-    with checked_runtime(widths=(1, 2), stall_s=2.0, segments=segments) as rt:
+    with checked_runtime(widths=(1, 2), segments=segments) as rt:
         serve(rt, "a")
         serve(rt, "b")  # two of them want to run together
         assert stalled.wait(30)
         serve(rt, "newcomer", times, 3.0)
         np.testing.assert_array_equal(rt.submit("newcomer", vector(2)).result(60), vector(6))
         np.testing.assert_array_equal(rt.submit("a", vector(2)).result(60), vector(3))
+        made = rt._stations[0].foundry
+        while len(made._running) > 1 or made._jobs:  # whatever else is slow on this host is waited for
+            time.sleep(0.01)
+        made._stall_s = 0.0
         rt.warm_up(60.0)
-        assert "not compiled after 2 s" in rt.health().failed["family 0 x2"]
+        assert "not compiled after 0 s" in rt.health().failed["family 0 x2"]
         go.set()
 
 

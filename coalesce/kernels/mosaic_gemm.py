@@ -71,7 +71,7 @@ def granule(shape: Sequence[int], dtype: Any) -> int:
     """What an array in a slab starts at a multiple of, and the slab ends at one, so that the kernel may read it there:
     the rows that are copied together. 1 if the kernel cannot."""
     itemsize = jnp.dtype(dtype).itemsize
-    if str(jnp.dtype(dtype)) not in FLOATS or len(shape) != 2 or shape[1] * itemsize % ROW_BYTES:
+    if str(jnp.dtype(dtype)) not in FLOATS or len(shape) != 2 or not shape[1] or shape[1] * itemsize % ROW_BYTES:
         return 1
     return shape[1] if itemsize == 4 else TOGETHER * shape[1]
 
