@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,11 +18,13 @@ from coalesce.errors import PlanError
 from coalesce.family import find_families, holders_of, leaf_tokens
 from coalesce.fused import Fused
 from coalesce.kernels import choose
+from coalesce.passes import bundle_pipeline, pipeline
 from coalesce.passes.bundle_pipeline import plan, POLICIES
-from coalesce.passes.pipeline import normalise, Normalised
+from coalesce.passes.pipeline import name_of, normalise, Normalised, PROGRAM_PASSES
 from coalesce.program import Program
 from coalesce.tuning import Database, Tuned, tuned_on, UNTUNED
 
+OPTIONAL_PASSES = (*pipeline.OPTIONAL, *bundle_pipeline.OPTIONAL)
 PLATFORMS = ("cpu", "gpu")  # that there are kernels and costs for
 
 
@@ -38,6 +41,7 @@ def fuse(
     tuned: Database | str | Path | bool | None = None,
     executables: int | None = None,
     platform: str | None = None,
+    without: Sequence[str] = (),
     strict: bool = False,
 ) -> Fused:
     """One program that runs all the given ones, with equal work of equal programs in shared superkernels.
@@ -65,6 +69,7 @@ def fuse(
       executables: in how many the program is compiled, as far as there are places to cut it, each launched while those
         before it run. None: as many as are predicted to win; on a CPU one.
       platform: what kernels are chosen for; the default backend's unless given.
+      without: passes to leave out, of `coalesce.compile.OPTIONAL_PASSES`: to see what each brings, or is to blame for.
       strict: run JAX's own type check after every pass (for tests and for writing passes; slow).
 
     Raises:
@@ -78,19 +83,9 @@ def fuse(
         raise PlanError(f"fuse got one program, {programs.name!r}; give it a list of them")
     programs = list(programs)
     check_names(programs)
-    if policy not in POLICIES:
-        raise PlanError(f"policy is {policy!r}; expected one of {', '.join(map(repr, POLICIES))}")
-    if executables is not None and (not isinstance(executables, int | np.integer) or executables < 1):
-        raise PlanError(f"executables is {executables!r}; a program is compiled in one or more, or None for what wins")
-    if not (isinstance(waste_bound, int | float | np.number) and 0 <= waste_bound < 1):
-        raise PlanError(f"waste_bound is {waste_bound}; it is a share of the work and lies in [0, 1)")
-    if not (costs is None or isinstance(costs, Costs)):
-        raise PlanError(f"costs is {costs!r}; give a coalesce.costs.Costs, or None for what is known of the device")
-    if not callable(choose_kernel):
-        raise PlanError(f"choose_kernel is {choose_kernel!r}; give a function of (op, problems, platform)")
-    if platform not in (None, *PLATFORMS, jax.default_backend()):
-        raise PlanError(f"platform is {platform!r}; expected one of {', '.join(map(repr, PLATFORMS))}, or None")
+    check_options(policy, waste_bound, costs, choose_kernel, executables, platform, without)
     check_usable(programs)
+    passes = [run for run in PROGRAM_PASSES if name_of(run) not in without]
     memo: dict[int, Normalised] = {}
     normalised = []
     leaves = leaf_tokens(programs)
@@ -99,7 +94,7 @@ def fuse(
         # Tenants with one traced function differ in weights alone: the passes run once for all of them.
         done = memo.get(id(program.jaxpr))
         if done is None:
-            done = memo[id(program.jaxpr)] = normalise(program.held_by(holders[id(program.jaxpr)]), strict=strict)
+            done = memo[id(program.jaxpr)] = normalise(program.held_by(holders[id(program.jaxpr)]), passes, strict)
         normalised.append(program.with_jaxpr(done.program.jaxpr, done.program.prepare))
     bundle = Bundle(tuple(p.name for p in programs), find_families(normalised, leaves))
     measured = default_tuned(tuned, platform)
@@ -115,6 +110,7 @@ def fuse(
         within_program=within_program,
         pack_unbounded_loops=pack_unbounded_loops,
         executables=executables,
+        without=without,
     )
     histories = tuple(memo[id(p.jaxpr)] for p in programs)
     bank = None if any(p.abstract for p in programs) else build_bank(steps[-1].bundle, normalised)
@@ -134,6 +130,26 @@ def default_costs(platform: str | None, tuned: Tuned) -> Costs:
         device = default_device()
         return Costs(device_of(device.platform, device.device_kind), tuned=tuned)
     return Costs(device_of(platform))
+
+
+def check_options(
+    policy: Any, waste_bound: Any, costs: Any, choose_kernel: Any, executables: Any, platform: Any, without: Any
+) -> None:
+    if policy not in POLICIES:
+        raise PlanError(f"policy is {policy!r}; expected one of {', '.join(map(repr, POLICIES))}")
+    if not (isinstance(waste_bound, int | float | np.number) and 0 <= waste_bound < 1):
+        raise PlanError(f"waste_bound is {waste_bound}; it is a share of the work and lies in [0, 1)")
+    if not (costs is None or isinstance(costs, Costs)):
+        raise PlanError(f"costs is {costs!r}; give a coalesce.costs.Costs, or None for what is known of the device")
+    if not callable(choose_kernel):
+        raise PlanError(f"choose_kernel is {choose_kernel!r}; give a function of (op, problems, platform)")
+    if executables is not None and (not isinstance(executables, int | np.integer) or executables < 1):
+        raise PlanError(f"executables is {executables!r}; a program is compiled in one or more, or None for what wins")
+    if platform not in (None, *PLATFORMS, jax.default_backend()):
+        raise PlanError(f"platform is {platform!r}; expected one of {', '.join(map(repr, PLATFORMS))}, or None")
+    listed = isinstance(without, Collection) and not isinstance(without, str)
+    if not listed or any(name not in OPTIONAL_PASSES for name in without):
+        raise PlanError(f"without is {without!r}; a list of passes is wanted, of {', '.join(OPTIONAL_PASSES)}")
 
 
 def check_names(programs: Sequence[Program]) -> None:

@@ -85,7 +85,7 @@ class Pair(NamedTuple):
 def main(argv: Sequence[str]) -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # peers need the device's memory too
     settings.begin(argv, METHODS)
-    fields = fields_of_models()
+    fields = settings.fields_of_models(FLAGS.fields)
     conditions = {"batch": FLAGS.batch, "fields": fields, "precision": FLAGS.precision}
     head = header(
         settings.command("multiplexing", "compile_beside"), FLAGS.device_name or device_name(), FLAGS.note, **conditions
@@ -151,14 +151,6 @@ def place(row: Row) -> tuple[int, ...]:
     names = (*MODELS, *(name for name in NAMES if name not in MODELS))
     methods = METHODS.index(row["pair"]), row["method"] == "coalesced"
     return names.index(row["model"]), DTYPES.index(row["dtype"]), row["tenants"], *methods
-
-
-def fields_of_models() -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for item in FLAGS.fields:
-        model, own = settings.named(item)
-        found.setdefault(model, {}).update(own)
-    return found
 
 
 class Bench:

@@ -132,6 +132,15 @@ def named(item: str) -> tuple[str, dict[str, Any]]:
     return model, {field: ast.literal_eval(value)} if field else {}
 
 
+def fields_of_models(items: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """By model, of items as in `lstm.steps=5`."""
+    found: dict[str, dict[str, Any]] = {}
+    for item in items:
+        model, own = named(item)
+        found.setdefault(model, {}).update(own)
+    return found
+
+
 def measure_cells(
     path: Path,
     head: dict[str, Any],

@@ -1,7 +1,7 @@
 """Claim: the simulator says what the real runtime will do: attainment within 2 points, over 20 configurations.
 
     python -m experiments.sim_vs_real
-    python -m experiments.sim_vs_real --configurations=0,7 --duration=3 --slices=6
+    python -m experiments.sim_vs_real --configurations=0,7 --duration=3 --slices=6 --out=quick
     python -m experiments.sim_vs_real --duration=2 --slices=4 --most_segments=2 --budget_s=230    # on a GPU
 
 A configuration is served in slices:  teaches  compared  teaches  compared again  teaches  compared, and so on
@@ -171,7 +171,10 @@ def main(argv: Sequence[str]) -> None:
     settings |= {"seed": FLAGS.seed, "widths": list(WIDTHS), "most_segments": FLAGS.most_segments}
     head = header(own_flags.command("sim_vs_real", FLAGS), FLAGS.device_name or device_name(), FLAGS.note, **settings)
     path = own_flags.folder(FLAGS) / "sim_vs_real.json"
-    rows = load_rows(path, head)
+    try:
+        rows = load_rows(path, head)
+    except ValueError as e:
+        raise SystemExit(f"{str(e).partition(';')[0]}; --out names another folder") from None
     missing = [own for own in chosen if own.number not in {row["number"] for row in rows}]
     for _, alike in groupby(sorted(missing, key=place_of), key=lambda own: place_of(own)[:2]):
         if is_spent(begun_s):

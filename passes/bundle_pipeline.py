@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -24,6 +24,7 @@ from coalesce.passes.fuse_epilogues import fuse_epilogues
 from coalesce.passes.join_arrays import join_arrays
 from coalesce.passes.keep_layouts import Held, keep_layouts
 from coalesce.passes.pack import pack
+from coalesce.passes.pipeline import name_of
 from coalesce.passes.plan_layouts import plan_layouts
 from coalesce.passes.round_results import round_results
 from coalesce.passes.share_launches import share_launches
@@ -34,6 +35,16 @@ from coalesce.weigh import can_launch, no_launch
 BundlePass = Callable[[Bundle], Bundle]
 
 POLICIES = ("auto", "always", "never")
+# What bundles compute right without, too; what is across families goes by the policy, and the last by `executables`.
+OPTIONAL = (
+    "unroll_loops",
+    "share_launches",
+    "fuse_attention",
+    "fuse_epilogues",
+    "chain_products",
+    "round_results",
+    "join_arrays",
+)
 
 
 def bundle_passes(
@@ -110,9 +121,9 @@ class BundleStep:
     seconds: float
 
 
-def plan(bundle: Bundle, **options) -> tuple[BundleStep, ...]:
-    """Run the bundle passes: see `run_passes`."""
-    return run_passes(bundle, bundle_passes(**options))
+def plan(bundle: Bundle, without: Collection[str] = (), **options) -> tuple[BundleStep, ...]:
+    """Run the bundle passes but for those `without`: see `run_passes`."""
+    return run_passes(bundle, [run for run in bundle_passes(**options) if name_of(run) not in without])
 
 
 def run_passes(bundle: Bundle, passes: Sequence[BundlePass]) -> tuple[BundleStep, ...]:
@@ -124,7 +135,7 @@ def run_passes(bundle: Bundle, passes: Sequence[BundlePass]) -> tuple[BundleStep
     """
     steps: list[BundleStep] = []
     for run in passes:
-        name = getattr(getattr(run, "func", run), "__name__", repr(run))
+        name = name_of(run)
         start = perf_counter()
         try:
             bundle = run(bundle)

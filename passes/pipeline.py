@@ -35,6 +35,9 @@ PROGRAM_PASSES: tuple[ProgramPass, ...] = (
 )
 
 
+OPTIONAL = ("lift_from_steps", "cse", "merge_products", "hoist_weights")  # what programs compute right without, too
+
+
 @dataclass(frozen=True)
 class Step:
     """A pass's name, what it returned and how long it took."""

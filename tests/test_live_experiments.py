@@ -82,6 +82,8 @@ def test_the_simulator_gets_what_the_real_runtime_got(tmp_path, monkeypatch):
     sim_vs_real.main([*quick, "--configurations=12"])
     sim_vs_real.main([*quick, "--configurations=12"])  # it is there
     sim_vs_real.main([*quick, "--configurations=12,13", "--budget_s=0"])
+    with pytest.raises(SystemExit, match=r"other settings; --out"):
+        sim_vs_real.main([*quick, "--configurations=12", "--seed=1"])
     (row,) = saved(tmp_path)["rows"]
     assert row["requests"] > 0 and 0 <= row["real"] <= 1 and 0 <= row["simulated"] <= 1
     assert row["points"] == pytest.approx(100 * (row["simulated"] - row["real"]), abs=1e-2)

@@ -88,9 +88,9 @@ def test_terms_that_mean_nothing(rt, terms, text):
 @pytest.mark.parametrize(
     ("params", "text"),
     [
-        ({"w": W}, "cannot be traced: .*; give params of the tree"),
-        (W[:3], "cannot be traced: .*; give params of the tree"),
-        (np.eye(4, 5, dtype=np.float32), "another program"),
+        ({"w": W}, "params is no array, and f32.* when it was added; give params of the same tree"),
+        (W[:3], r"params is f32\[3,4\], and f32\[4,4\] when it was added"),
+        (np.eye(4, 5, dtype=np.float32), r"params is f32\[4,5\], and f32\[4,4\] when it was added"),
         (jax.ShapeDtypeStruct((4, 4), jnp.float32), "params hold a ShapeDtypeStruct"),
     ],
 )

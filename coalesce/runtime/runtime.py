@@ -11,7 +11,6 @@ All times that users give and get are seconds; inside they are nanoseconds of a 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import threading
 import time
@@ -21,23 +20,20 @@ from typing import Any, Literal
 
 from coalesce.errors import Shutdown, TenantClosed
 from coalesce.runtime.accounts import Accounts, Stats
+from coalesce.runtime.desk import Desk
 from coalesce.runtime.device import Device
-from coalesce.runtime.form import match
 from coalesce.runtime.health import Health
 from coalesce.runtime.observer import Observer
 from coalesce.runtime.options import check_options, made_policies
-from coalesce.runtime.quarters import check_here, Resident
+from coalesce.runtime.quarters import Resident
 from coalesce.runtime.reply import Reply
 from coalesce.runtime.station import health_of, Setup, Station, wait_ended
 from coalesce.runtime.surroundings import Surroundings
 from coalesce.runtime.tenancy import Tenancy, Wanted
-from coalesce.runtime.terms import allowed_ns, left_s, priority_of, shapes_of, terms_of
-from coalesce.runtime.ticket import Ticket
+from coalesce.runtime.terms import left_s, shapes_of, terms_of
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.events import Closed
 from coalesce.scheduler.policy import Policy
-from coalesce.scheduler.request import Request
-from coalesce.scheduler.tuples import made
 
 
 class Runtime:
@@ -78,7 +74,7 @@ class Runtime:
     ) -> None:
         counts = capacity, segments, memory_limit, executables
         check_options(policy, devices, widths, *counts, compiled, hang_s, stall_s, observers)
-        policies, self._clock = made_policies(policy, devices), clock
+        policies, self._desk = made_policies(policy, devices), Desk(clock)
         self._accounts, self._process = Accounts(), Surroundings(compiled)
         if reproducible:  # cuts depend on who else is here
             widths, segments = (max(widths),), 1 if segments is None else segments
@@ -88,8 +84,6 @@ class Runtime:
             device = Device(memory_limit, at, number, self._process.apart, reproducible)
             self._stations.append(Station(number, device, own, self._accounts, observers, clock, setup))
         self._tenancy = Tenancy(self._stations)
-        self._ids = itertools.count()
-        self._sending = threading.RLock()  # ending one of them may call whoever submits another
         self._closing, self._closed = threading.Lock(), False
 
     # Tenants
@@ -159,8 +153,7 @@ class Runtime:
         its last request has ended.
         """
         resident = self._resident(name)
-        with self._sending:  # whoever has not sent yet never will
-            resident.left = True
+        self._desk.close_to(resident)
         self._tenancy.remove(resident, drain, timeout)
 
     def warm_up(self, timeout: float | None = None) -> None:
@@ -189,7 +182,7 @@ class Runtime:
         """
         resident = self._resident(name)
         reply = Reply(-1, resident.driver)
-        reply.request = self._send(resident, inputs, deadline, priority, reply, None)
+        reply.request = self._desk.send(resident, inputs, deadline, priority, reply, None)
         return reply
 
     async def infer(self, name: str, *inputs: Any, deadline: float | None = None, priority: int = 0) -> Any:
@@ -197,36 +190,12 @@ class Runtime:
         resident = self._resident(name)
         loop = asyncio.get_running_loop()
         waiter = loop.create_future()
-        number = self._send(resident, inputs, deadline, priority, waiter, loop)
+        number = self._desk.send(resident, inputs, deadline, priority, waiter, loop)
         try:
             return await waiter
         except asyncio.CancelledError:
             resident.driver.withdraw(number)
             raise
-
-    def _send(
-        self,
-        resident: Resident,
-        inputs: tuple[Any, ...],
-        deadline: float | None,
-        priority: int,
-        waiter: Any,
-        loop: asyncio.AbstractEventLoop | None,
-    ) -> int:
-        form = resident.forms[0]
-        if (flat := form.takes(inputs)) is None:
-            form, flat = match(resident.name, resident.forms, inputs)
-        if type(priority) is not int:
-            priority = priority_of(resident.name, priority)
-        left_ns = resident.terms["slo_ns"] if deadline is None else allowed_ns(resident.name, deadline)
-        with self._sending:  # the driver sees requests in the order of their numbers
-            check_here(resident)
-            if form not in (forms := resident.forms):  # its program was cut while the inputs were read
-                form = next(own for own in forms if own.inputs is form.inputs)
-            number, now_ns = next(self._ids), self._clock()
-            request = made(Request, (number, resident.name, form.family, now_ns, now_ns + left_ns, priority))
-            resident.driver.send(Ticket(request, resident, form, flat, waiter, loop))
-        return number
 
     def _resident(self, name: str) -> Resident:
         """Who can be asked."""
