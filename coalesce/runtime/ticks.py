@@ -6,12 +6,12 @@ The compiler's process takes what others leave: it is of the class SCHED_IDLE, a
 once. Linux shares that processor fairly all the same, by a weight of 3 to 1,024 (EEVDF, since 6.6). So one who has had
 more than that since he woke up is not due: preempted by another thread of his own program, or woken up again soon after
 he slept, he waits while the compiler runs, until somebody else wakes up there or the next tick comes, after 4 ms at 250
-a second, even where another processor is free. One in twenty requests waited so, most of them in the driver. Whoever
-wakes up next has Linux choose again, and by then the compiler is not due: so here is somebody, every EVERY_S.
+a second, even where another processor is free. Three in a hundred requests waited so, most of them for the driver.
+Whoever wakes up next has Linux choose again, and by then the compiler is not due: so here is somebody, every EVERY_S.
 
-It is of the class SCHED_BATCH, which preempts what is idle and nobody else, and takes 1 or 2% of a processor. It is no
-thread of the compiler's, which would wait for the interpreter's lock, nor started by it once that is idle: nobody
-without privileges comes back from that. On more than FEW processors it does nothing: what serves finds a free one.
+It is of the class SCHED_BATCH, which preempts what is idle and nobody else, and takes some 2% of each processor. It is
+no thread of the compiler's, which would wait for the interpreter's lock, nor started by it once that is idle: nobody
+without privileges comes back from that. On more than FEW processors there is none: who serves finds a free one.
 """
 
 from __future__ import annotations
