@@ -80,5 +80,5 @@ def normalise(program: Program, passes: Sequence[ProgramPass] = PROGRAM_PASSES, 
     return Normalised(program, tuple(steps))
 
 
-def name_of(run: ProgramPass) -> str:
+def name_of(run: Callable[..., object]) -> str:
     return getattr(run, "__name__", None) or getattr(getattr(run, "func", run), "__name__", repr(run))

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ TINY = (
 )
 
 
-def ablate(folder: Path, *given: str) -> list[dict[str, object]]:
+def ablate(folder: Path, *given: str) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "experiments.ablation", *TINY, "--repeats=2", f"--out={folder}"]
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     run = subprocess.run([*command, *given], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)

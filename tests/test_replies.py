@@ -111,3 +111,11 @@ def test_whoever_waits_is_woken(fails):
         thread.join(10)
     assert [type(error) for error in got] == [ValueError if fails else type(None)] * 2
     assert wait(replies, 10).not_done == set() and all(reply.done() for reply in replies)
+
+
+def test_a_callback_that_raises_at_once_is_logged_as_futures_do(caplog):
+    for own in (Reply(0, Nobody()), Future[int]()):
+        own.set_result(1)
+        own.add_done_callback(lambda own: 1 / 0)
+    reply, future = [(own.name, own.msg, own.exc_info and own.exc_info[0]) for own in caplog.records]
+    assert reply == future

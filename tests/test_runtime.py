@@ -1,6 +1,8 @@
 """The runtime with real programs on a real device: fused against each tenant alone, and what users do wrong."""
 
 import asyncio
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -476,3 +478,25 @@ def test_a_runtime_that_is_closed_leaves_no_thread():
     for thread in own:
         thread.join(10)
         assert not thread.is_alive(), thread.name
+
+
+LEFT_OPEN = """
+import atexit, threading
+import jax.numpy as jnp, numpy as np, coalesce
+def look():
+    own = [thread for thread in threading.enumerate() if thread.name.startswith("coalesce")]
+    for thread in own:
+        thread.join(10)
+    print(rt.health().status, [thread.name for thread in own if thread.is_alive()])
+atexit.register(look)
+rt = coalesce.Runtime(widths=(1, 2, 4), compiled=False)
+for name in "abc":
+    rt.add_tenant(name, lambda w, x: jnp.tanh(x @ w), np.eye(4), example=(np.ones((1, 4)),), slo=60.0)
+"""
+
+
+@pytest.mark.once
+def test_an_interpreter_that_ends_closes_what_was_left_open():
+    """A thread in the middle of JAX's code would take it along: it ended with a crash, now and then."""
+    run = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=300)
+    assert (run.stdout, run.returncode) == ("closed []\n", 0), run.stderr

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING
+from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, FINISHED, LOGGER, PENDING, RUNNING
 from typing import Any, Protocol, runtime_checkable, TYPE_CHECKING
 
 STOPPED = frozenset({CANCELLED, CANCELLED_AND_NOTIFIED})
@@ -93,8 +93,12 @@ class Reply(Future[Any]):
             has_ended = self._state in ENDED
             if not has_ended:
                 self._done_callbacks.append(fn)
-        if has_ended:
-            super().add_done_callback(fn)
+        if not has_ended:
+            return
+        try:  # what Future does, without its condition
+            fn(self)
+        except Exception:
+            LOGGER.exception("exception calling callback for %r", self)
 
     # Of whoever serves it
 

@@ -85,6 +85,7 @@ class Runtime:
             self._stations.append(Station(number, device, own, self._accounts, observers, clock, setup))
         self._tenancy = Tenancy(self._stations)
         self._closing, self._closed = threading.Lock(), False
+        self._process.end_with_interpreter(lambda: self.close(drain=False))
 
     # Tenants
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,9 +21,21 @@ class Surroundings:
     def __init__(self, compiled: str | os.PathLike[str] | Literal[False] | None) -> None:
         self.apart = Apart()
         self.around = making(compiled)
+        self._pid, self._end = os.getpid(), lambda: None
         set_aside.begin()
 
+    def end_with_interpreter(self, end: Callable[[], None]) -> None:
+        """Have `end` called when the interpreter ends, unless the runtime was closed before: a thread of ours that is
+        in the middle of JAX's code then would take the process along."""
+        self._end = end
+        atexit.register(self._at_exit)
+
+    def _at_exit(self) -> None:
+        if os.getpid() == self._pid:  # a child has none of the threads
+            self._end()
+
     def leave(self) -> None:
+        atexit.unregister(self._at_exit)
         set_aside.end()
 
 
