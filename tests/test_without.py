@@ -28,13 +28,11 @@ from tests.tenants import draw_tenants
 SMALL: dict[str, dict[str, Any]] = {
     "bert_small": {"layers": 1, "vocabulary": 32, "length": 8},
     "lstm": {"layers": 1, "hidden": 16, "steps": 3},
-    "mobilenetv2": {"image_size": 32},
 }
 
 MISSED = {
-    "bert_small": {"fuse_attention", "fuse_epilogues", "merge_products", "join_arrays"},
+    "bert_small": {"fuse_attention", "fuse_epilogues", "hoist_weights", "merge_products", "join_arrays"},
     "lstm": {"fuse_epilogues", "lift_from_steps", "unroll_loops", "join_arrays"},
-    "mobilenetv2": {"hoist_weights", "fuse_epilogues", "join_arrays"},
 }
 
 
@@ -70,6 +68,7 @@ def test_tenants_get_what_they_get_alone(left_out: list[str]) -> None:
     assert ran >= {"inline", "dce", "form_packs", "choose_kernels", "plan_layouts"}
 
 
+@pytest.mark.once
 @fewer(0.1)
 @given(st.integers(0, 2**64 - 1), st.sets(st.sampled_from(OPTIONAL_PASSES), min_size=1))
 def test_of_random_programs_too(seed: int, left_out: set[str]) -> None:
