@@ -89,10 +89,15 @@ def alive(leaves: Sequence[Any]) -> bool:
         return False
 
 
+def is_gone(leaf: Any) -> bool:
+    """Whether it is an array that was deleted, as one that was donated; a traced value never is."""
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted()
+
+
 def checked(tenant: str, leaf: Any, slot: Slot) -> Any:
     """An input as the array that the program takes."""
     want = slot.aval
-    if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.is_deleted():
+    if is_gone(leaf):
         raise InvalidInput(f"tenant {tenant!r}: input{slot.path} was deleted (donated?); give one that lives")
     if slot.key_impl is not None:
         is_key = hasattr(leaf, "dtype") and J.is_key(leaf)

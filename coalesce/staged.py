@@ -18,7 +18,7 @@ from jax.core import Tracer
 from coalesce import jaxpr as J
 from coalesce.bank import bank_structs, on_device
 from coalesce.bundle import Bundle
-from coalesce.call import Caller
+from coalesce.call import Caller, is_gone
 from coalesce.chain import compile_parts
 from coalesce.errors import InvalidInput
 from coalesce.lower import lower_stacked
@@ -81,7 +81,7 @@ class Staged:
                     raise InvalidInput(
                         f"{self._family(f)}, input {i}: got {got}, expected {J.struct_short(want)}, as stage() gives"
                     )
-                if isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.is_deleted():
+                if is_gone(x):
                     raise InvalidInput(f"{self._family(f)}, input {i} was deleted (donated?); stage it again")
 
     def _family(self, index: int) -> str:

@@ -58,7 +58,8 @@ def keep_layouts(
             layouts = held[member.family].get(weight, ())
             gathered = groups * nbytes(op.rhs) if member.rhs_varies or member.width == 1 else 0
             one_row = op.m * op.batch * rows == 1 and (member.family, member.weight) not in several
-            name = kernel_for(op, groups, rows, rule, layouts, gathered, costs, choice is choose, one_row)
+            flags = {"by_rule": choice is choose, "one_row": one_row}
+            name = kernel_for(op, groups, rows, rule, layouts, gathered, costs, **flags)
         return replace(item, kernel=name, blocks=tuned.blocks(op, groups, rows, name))
 
     schedule = map_schedule(bundle.schedule, chosen)
@@ -73,6 +74,7 @@ def kernel_for(
     layouts: Collection[Layout],
     gathered: int,
     costs: Costs,
+    *,
     by_rule: bool,
     one_row: bool,
 ) -> str:

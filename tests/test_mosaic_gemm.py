@@ -338,4 +338,5 @@ def test_only_a_hopper_gpu_is_given_it():
             assert "mosaic_gemm" not in {kernel for kernel, _ in tried}
             rule = tuned.kernel(op, 16, 1) or choose(op, 16, "gpu")
             held = [mosaic_gemm.layout(op)]
-            assert "mosaic_gemm" not in (rule, kernel_for(op, 16, 1, rule, held, 1 << 30, costs, True, False))
+            chosen = kernel_for(op, 16, 1, rule, held, 1 << 30, costs, by_rule=True, one_row=False)
+            assert "mosaic_gemm" not in (rule, chosen)
