@@ -1,4 +1,4 @@
-"""Claim: every optional pass of the compiler earns its place, on some model; and what each brings to which.
+"""What each optional pass of the compiler brings, to which model, on the device at hand.
 
     python -m experiments.ablation --models=lstm,bert_base --dtypes=bfloat16 --tenants=8
     python -m experiments.ablation --models=mlp --fields=mlp.width=64 --methods=fuse_epilogues,join_arrays
