@@ -15,6 +15,9 @@ answered. That is for bundles with no other before them, and with no code of a t
 full ones follow one another like that, results wait up to TOGETHER_NS for those right behind: whoever is told wakes up
 on another processor and waits for the interpreter's lock, which the driver gives away for a moment at a time. Such
 waking up in vain was a sixth to a third of what a request cost the host, in turns beside other work.
+
+What the policy answered may be such a bundle again, which runs on this thread. So results that are due within HURRY_NS
+are handed out before it: of 8 MLPs and 8 GRUs with SLOs of 1.2 to 1.6 ms a quarter was done in time and told too late.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ BRIEF_S = 1e-4  # what two threads take to hand a bundle on, when each has to wa
 VAIN = 3  # times that this was of no use: then an executable is looked at so only for one bundle in
 SELDOM = 16
 TOGETHER_NS = 500_000
+HURRY_NS = 2_000_000  # some times as long as another bundle and TOGETHER_NS
 
 
 class Aloft(NamedTuple):
@@ -79,6 +83,8 @@ class Launcher(Attendant):
     # On the driver's thread
 
     def launch(self, leaving: Leaving) -> None:
+        if self._due or self._landed:
+            self._hurry()
         bundle = leaving.dispatch.bundle
         for ticket in chain.from_iterable(leaving.entries):
             waiter, bundles = ticket.waiter, ticket.bundles
@@ -126,6 +132,17 @@ class Launcher(Attendant):
             self._settle()
         elif self._landed and is_full(self._landed[-1]) and self._clock() < self._due_ns + TOGETHER_NS:
             return  # the end of what has landed is in the inbox
+        self._hand_out_due()
+
+    def _hurry(self) -> None:
+        """Hands out what has landed, if a part of it is due soon."""
+        soon_ns = self._clock() + HURRY_NS
+        for flight in (*self._due, *self._landed):
+            if due_ns(flight) < soon_ns:
+                self.begin_turn()
+                return self._hand_out_due()
+
+    def _hand_out_due(self) -> None:
         while self._due:
             self._finisher.hand_out(self._due.pop(0))
 
@@ -179,3 +196,8 @@ class Launcher(Attendant):
 def is_full(flight: Flight) -> bool:
     """Whether nobody else could have gone with it: more may be waiting."""
     return sum(map(len, flight.entries)) >= sum([entry.width for entry in flight.form])
+
+
+def due_ns(flight: Flight) -> int:
+    """When the first of its requests is."""
+    return min([ticket.request.deadline_ns for tickets in flight.entries for ticket in tickets])
