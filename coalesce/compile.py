@@ -96,6 +96,7 @@ def fuse(
         if done is None:
             done = memo[id(program.jaxpr)] = normalise(program.held_by(holders[id(program.jaxpr)]), passes, strict)
         normalised.append(program.with_jaxpr(done.program.jaxpr, done.program.prepare))
+        check_wide(normalised[-1])
     bundle = Bundle(tuple(p.name for p in programs), find_families(normalised, leaves))
     measured = default_tuned(tuned, platform)
     steps = plan(
@@ -172,10 +173,13 @@ def check_usable(programs: Sequence[Program]) -> None:
                     f"tenant {program.name!r}: params{leaf.path} was deleted (donated?) since it was traced; "
                     "trace the tenant again with arrays that live"
                 )
-        avals = [s.aval for s in (*program.leaves, *program.inputs, *program.outputs)]
-        wide = [a for a in avals if not J.is_key(a) and jax.dtypes.canonicalize_dtype(a.dtype) != a.dtype]
-        if wide:
-            raise PlanError(
-                f"tenant {program.name!r} was traced with jax_enable_x64 and has {J.short(wide[0])}; "
-                "fuse and call it with that option too"
-            )
+        check_wide(program)
+
+
+def check_wide(program: Program) -> None:
+    """Also of weights as the passes leave them, which a tenant may have widened inside its function."""
+    if program.wide and not J.takes_wide():
+        raise PlanError(
+            f"tenant {program.name!r} was traced with jax_enable_x64 and has {program.wide}; "
+            "fuse and call it with that option too"
+        )

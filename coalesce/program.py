@@ -67,6 +67,12 @@ class Program:
         """Whether some weight has no value, so that the program can be inspected but not called."""
         return any(leaf.value is None for leaf in self.leaves)
 
+    @property
+    def wide(self) -> str | None:
+        """The first type of 64 bits among what it takes, keeps and gives; None if there is none."""
+        avals = [own.aval for own in (*self.leaves, *self.weights, *self.inputs, *self.outputs)]
+        return next((J.short(aval) for aval in avals if J.is_wide(aval)), None)
+
     def with_jaxpr(self, jaxpr: ClosedJaxpr, prepare: ClosedJaxpr | None = None) -> Program:
         return replace(self, jaxpr=jaxpr, prepare=prepare if prepare is not None else self.prepare)
 

@@ -66,6 +66,7 @@ class Staged:
         return compiled(self._bank, inputs)
 
     def _check(self, inputs: Stacks) -> None:
+        self._caller.check_option()
         if len(inputs) != len(self._structs):
             raise InvalidInput(
                 f"got staged inputs of {len(inputs)} families, expected {len(self._structs)}, as stage() gives"

@@ -100,6 +100,20 @@ def test_weights_that_are_not_the_tenants(rt, params, text):
     np.testing.assert_array_equal(rt.submit("good", X).result(60), X)
 
 
+@pytest.mark.parametrize(
+    ("fn", "params", "text"),
+    [
+        (lambda w, x: x @ w.astype(x.dtype), W.astype("float64"), r"f64\[4,4\]"),
+        (lambda w, x: (x @ w) * jnp.argmax(x).astype(x.dtype), W, r"i64\[\]"),
+    ],
+    ids=["weights", "inside"],
+)
+def test_types_that_the_calling_thread_alone_has(rt, fn, params, text):
+    with jax.enable_x64(True), pytest.raises(InvalidInput, match=f"tenant 'wide' .* jax_enable_x64 and has {text}"):
+        rt.add_tenant("wide", fn, params, example=(X,), slo=60.0)
+    np.testing.assert_array_equal(rt.submit("good", X).result(60), X)
+
+
 @pytest.mark.parametrize("terms", [{"priority": "high"}, {"priority": 0.5}, {"priority": None}, {"deadline": "soon"}])
 def test_terms_of_a_request_that_mean_nothing_end_nobody_else(rt, terms):
     (name,) = terms
