@@ -13,6 +13,7 @@ from coalesce.errors import (
     DeadlineExceeded,
     DeviceError,
     OutOfDeviceMemory,
+    PolicyError,
     QueueFull,
     ServingError,
     Shutdown,
@@ -481,6 +482,29 @@ def test_a_device_that_keeps_the_driver_waiting_ends_everything_and_the_end_is_n
         served.driver.carry_out(lambda: ())
     served.driver.stop()
     stuck.set()
+
+
+def test_a_policy_that_does_not_answer_is_no_device_that_hangs():
+    is_asked, answer = threading.Event(), threading.Event()
+
+    class Slow(Coalescing):
+        def on_event(self, event: Event, now_ns: int) -> Sequence[Command]:
+            if isinstance(event, Submitted):
+                is_asked.set()
+                answer.wait()
+            return super().on_event(event, now_ns)
+
+    with Served(FakeMachine(), policy=Slow()) as served:
+        driver, hang_ns = served.driver, served.driver._hang_ns
+        driver._watchdog.stop()  # this test looks instead
+        reply = served.submit("t0", 1)
+        assert is_asked.wait(10) and driver._overdue() is None
+        driver._hang_ns = 0
+        error = driver._overdue()
+        driver._hang_ns = hang_ns
+        answer.set()
+        assert reply.result(10) == ("result", 1)
+    assert isinstance(error, PolicyError) and "the policy has not answered for 0 s" in str(error)
 
 
 def test_without_memory_the_wide_executable_is_reported_and_its_lanes_run_in_halves():

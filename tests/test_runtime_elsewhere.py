@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +19,7 @@ import numpy as np
 import pytest
 
 from coalesce.errors import PolicyError
-from coalesce.runtime.elsewhere import Elsewhere
+from coalesce.runtime.elsewhere import Elsewhere, end
 from coalesce.runtime.runtime import Runtime
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.events import Completed, Timer
@@ -91,6 +95,27 @@ def test_a_runtime_is_served_from_there_and_ends_it():
         got = [reply.result(60) for reply in [rt.submit(f"t{i % 2}", x) for i in range(6)]]
     assert [float(y[0, 0]) for y in got] == [1.0, 2.0] * 3
     assert made[0]._process.poll() is not None
+
+
+@pytest.mark.once
+def test_pipes_are_closed_when_nobody_reads_them_any_more():
+    """Their numbers would be somebody else's files."""
+    asking, was_asked, ended = threading.Lock(), list[bool](), list[int | None]()
+
+    class Pipe(io.BytesIO):
+        def close(self) -> None:
+            was_asked.append(asking.locked())
+            ended.append(process.poll())
+            super().close()
+
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with process:
+        own = process.stdin, process.stdout
+        process.stdin, process.stdout = Pipe(), Pipe()
+        end(process, asking)
+        assert was_asked == [True, True] and ended == [-signal.SIGKILL] * 2
+        process.stdin, process.stdout = own
+    assert not asking.locked()
 
 
 @pytest.mark.once
