@@ -84,7 +84,7 @@ class Elsewhere:
 
 
 def end(process: subprocess.Popen[bytes], asking: threading.Lock) -> None:
-    """Whoever waits for its answer has that end first: he has numbers of files, which others get once these are closed."""
+    """Whoever waits for its answer is told first: he reads by the number of a file, which others get once it is closed."""
     process.kill()
     process.wait()
     with asking:
