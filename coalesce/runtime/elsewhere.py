@@ -84,7 +84,7 @@ class Elsewhere:
 
 
 def end(process: subprocess.Popen[bytes], asking: threading.Lock) -> None:
-    """Whoever waits for its answer is told first: he reads by the number of a file, which others get once it is closed."""
+    """Whoever waits for its answer is told first: he reads by the number of a file, and others get it next."""
     process.kill()
     process.wait()
     with asking:
