@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from coalesce.errors import PolicyError
+from coalesce.runtime import watchdog
 from coalesce.runtime.elsewhere import Elsewhere, end
 from coalesce.runtime.runtime import Runtime
 from coalesce.scheduler.coalescing import Coalescing
@@ -120,8 +121,9 @@ def test_pipes_are_closed_when_nobody_reads_them_any_more():
 
 @pytest.mark.once
 @pytest.mark.parametrize(("signalled", "why"), [(signal.SIGSTOP, "has not answered"), (signal.SIGKILL, "has ended")])
-def test_a_process_that_hangs_or_ends_is_no_device_that_does(signalled, why):
+def test_a_process_that_hangs_or_ends_is_no_device_that_does(signalled, why, monkeypatch):
     """Whoever waits is told of the policy, and so is whoever comes later; nothing of it is left."""
+    monkeypatch.setattr(watchdog, "MOST_S", 0.05)  # it would look every 2.5 s
     machine = FakeMachine()
     machine.go.clear()
     with elsewhere() as policy:
