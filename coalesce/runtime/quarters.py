@@ -18,7 +18,7 @@ from coalesce.runtime.accounts import Accounts
 from coalesce.runtime.cutting import look_again, tenant_of
 from coalesce.runtime.device import Device
 from coalesce.runtime.driver import Driver
-from coalesce.runtime.form import Form
+from coalesce.runtime.form import example_of, Form
 from coalesce.runtime.foundry import Foundry
 from coalesce.runtime.host import Course, courses_of, first_capacity, Host, pool_bytes, reserve
 from coalesce.runtime.rehearse import rehearse
@@ -195,7 +195,9 @@ class Quarters:
             self._device.check_room(f"tenant {resident.name!r}, with room for {capacity} of its kind,", needed)
             store = Store(schema, capacity, prepare(fitted), self._device.make)
             families = self._device.next_families(len(schema.templates))
-            host = Host(schema, prepare, store, courses_of(families, schema.segments, lanes))
+            each = zip(fitted.programs, fitted.inputs, resident.shapes, strict=True)
+            courses = courses_of(families, schema.segments, lanes, [example_of(*one) for one in each])
+            host = Host(schema, prepare, store, courses)
             self._driver.carry_out(lambda: self._device.admit(host) or ())
         for course in host.courses:
             LOG.info("family %d of tenant %r: %s", course.family, resident.name, course.segments.why)
