@@ -58,6 +58,15 @@ class Caller:
             flat.extend(checked(program.name, leaf, slot) for leaf, slot in zip(leaves, program.inputs, strict=True))
         return flat
 
+    def check_types(self) -> None:
+        """Raises InvalidInput if there are types of 64 bits, and JAX is set to have none."""
+        for program in self.programs:
+            if program.wide:
+                raise InvalidInput(
+                    f"tenant {program.name!r} was traced with jax_enable_x64 and has {program.wide}; "
+                    "call it with that option too"
+                )
+
     def split(self, flat: Sequence[Any]) -> list[list[Any]]:
         """The flat list, tenant by tenant."""
         parts, rest = [], iter(flat)

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from coalesce import jaxpr as J
 from coalesce.bank import build_bank, default_device
 from coalesce.bundle import Bundle
 from coalesce.clusters import WASTE_BOUND
@@ -74,8 +73,8 @@ def fuse(
 
     Raises:
       PlanError: no programs, two of one name, an option that means nothing, a program of 64-bit types without
-        jax_enable_x64, a weight that was deleted (donated) since it was traced, or a kernel that does not support an
-        op.
+        jax_enable_x64, a weight that was deleted (donated) since it was traced, or is itself traced (inside `jax.jit`),
+        or a kernel that does not support an op.
       TuningError: the file of a tuning database is broken or of another format, or `tuned` is something else.
       PassError: a compiler pass failed; it names the pass, those before it and the tenant.
     """
@@ -166,16 +165,11 @@ def check_names(programs: Sequence[Program]) -> None:
 
 def check_usable(programs: Sequence[Program]) -> None:
     for program in programs:
-        for leaf in program.leaves:
-            if isinstance(leaf.value, jax.Array) and leaf.value.is_deleted():
-                raise PlanError(
-                    f"tenant {program.name!r}: params{leaf.path} was deleted (donated?) since it was traced; "
-                    "trace the tenant again with arrays that live"
-                )
-        avals = [s.aval for s in (*program.leaves, *program.inputs, *program.outputs)]
-        wide = [a for a in avals if not J.is_key(a) and jax.dtypes.canonicalize_dtype(a.dtype) != a.dtype]
-        if wide:
+        unreadable = next((leaf.unreadable for leaf in program.leaves if leaf.unreadable), "")
+        if unreadable:
+            raise PlanError(f"tenant {program.name!r}: {unreadable}")
+        if program.wide:
             raise PlanError(
-                f"tenant {program.name!r} was traced with jax_enable_x64 and has {J.short(wide[0])}; "
+                f"tenant {program.name!r} was traced with jax_enable_x64 and has {program.wide}; "
                 "fuse and call it with that option too"
             )

@@ -59,6 +59,7 @@ class Fused:
             results = compiled(bank, flat)
         except TypeError:
             if not any(isinstance(x, Tracer) for x in flat):
+                self._caller.check_types()
                 raise
             results = self._function(bank, flat)  # under jit, vmap or grad: a part of the caller's program
         except ValueError:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr
 
 from coalesce import jaxpr as J
@@ -30,6 +31,16 @@ class Leaf:
     shared: bool = False  # declared by `trace(shared=)`: equal bytes are one array
     constant: bool = False  # closed over: equal bytes are one array
     holders: Hashable = None  # equal for weights that the same tenants have in common, as far as that is known
+
+    @property
+    def unreadable(self) -> str:
+        """Why its value cannot be read; empty if it can."""
+        where = self.path if self.constant else f"params{self.path}"
+        if isinstance(self.value, Tracer):
+            return f"{where} is a traced value, as inside jax.jit, vmap or grad; give arrays, outside of these"
+        if isinstance(self.value, jax.Array) and self.value.is_deleted():
+            return f"{where} was deleted (donated?) since it was traced; trace the tenant again with arrays that live"
+        return ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +80,13 @@ class Program:
 
     def with_jaxpr(self, jaxpr: ClosedJaxpr, prepare: ClosedJaxpr | None = None) -> Program:
         return replace(self, jaxpr=jaxpr, prepare=prepare if prepare is not None else self.prepare)
+
+    @property
+    def wide(self) -> str:
+        """A 64-bit type that it holds and JAX does not have as it is set now; empty if there is none."""
+        avals = [s.aval for s in (*self.leaves, *self.inputs, *self.outputs)]
+        wide = (a for a in avals if not J.is_key(a) and jax.dtypes.canonicalize_dtype(a.dtype) != a.dtype)
+        return next(map(J.short, wide), "")
 
     def without_values(self) -> Program:
         """The program without its weights, which a bank holds by then."""

@@ -24,6 +24,7 @@ from coalesce.runtime.host import Course, courses_of, first_capacity, Host, pool
 from coalesce.runtime.rehearse import rehearse
 from coalesce.runtime.site import Site
 from coalesce.runtime.ticket import Ticket
+from coalesce.runtime.weights import check_bits
 from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.events import CatalogChanged, Event, TenantAdded
 from coalesce.scheduler.request import Request
@@ -183,6 +184,7 @@ class Quarters:
 
     def _host(self, resident: Resident, fitted: Fit) -> Host:
         """A bank for a schema that is new here, and its narrowest executables."""
+        self._driver.carry_out(lambda: check_bits(fitted.programs))
         if resident.alone:
             schema, capacity = self._device.plan_as_it_is(fitted), 1
         else:

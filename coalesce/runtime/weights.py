@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from coalesce import jaxpr as J
 from coalesce.errors import InvalidInput
+from coalesce.program import Program
+from coalesce.scheduler.events import Event
 from coalesce.tracing import staged, struct
 
 
@@ -23,6 +25,17 @@ def type_of(leaf: Any) -> str:
         return J.short(struct(leaf))
     except TypeError:
         return type(leaf).__name__
+
+
+def check_bits(programs: Sequence[Program]) -> Sequence[Event]:
+    """An order: raises InvalidInput for 64-bit types that JAX has on some other thread, and not on the driver's."""
+    for program in programs:
+        if program.wide:
+            raise InvalidInput(
+                f"tenant {program.name!r} has {program.wide}, which takes jax_enable_x64 for the whole process and not "
+                "on one thread: jax.config.update('jax_enable_x64', True)"
+            )
+    return ()
 
 
 def check_types(name: str, known: Mapping[str, str], given: Mapping[str, str]) -> None:
