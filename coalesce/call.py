@@ -31,7 +31,7 @@ class Caller:
         """Raises InvalidInput where some program's types are not there."""
         if self.wide is not None and not J.takes_wide():
             raise InvalidInput(
-                f"tenant {self.wide.name!r} was fused with jax_enable_x64 and has {self.wide.wide}; "
+                f"tenant {self.wide.name!r} was traced with jax_enable_x64 and has {self.wide.wide}; "
                 "call it with that option too"
             )
 

@@ -74,8 +74,8 @@ def fuse(
 
     Raises:
       PlanError: no programs, two of one name, an option that means nothing, a program of 64-bit types without
-        jax_enable_x64, a weight that was deleted (donated) since it was traced, or a kernel that does not support an
-        op.
+        jax_enable_x64, a weight that was deleted (donated) since it was traced, or is itself traced (inside `jax.jit`),
+        or a kernel that does not support an op.
       TuningError: the file of a tuning database is broken or of another format, or `tuned` is something else.
       PassError: a compiler pass failed; it names the pass, those before it and the tenant.
     """
@@ -167,12 +167,9 @@ def check_names(programs: Sequence[Program]) -> None:
 
 def check_usable(programs: Sequence[Program]) -> None:
     for program in programs:
-        for leaf in program.leaves:
-            if isinstance(leaf.value, jax.Array) and leaf.value.is_deleted():
-                raise PlanError(
-                    f"tenant {program.name!r}: params{leaf.path} was deleted (donated?) since it was traced; "
-                    "trace the tenant again with arrays that live"
-                )
+        unreadable = next((leaf.unreadable for leaf in program.leaves if leaf.unreadable), "")
+        if unreadable:
+            raise PlanError(f"tenant {program.name!r}: {unreadable}")
         check_wide(program)
 
 

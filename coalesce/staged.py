@@ -62,8 +62,12 @@ class Staged:
         self._check(inputs)
         if any(isinstance(x, Tracer) for own in inputs for x in own):
             return self._function(self._bank, inputs)  # under jit, vmap or grad: a part of the caller's program
-        compiled = self._compiled if self._compiled is not None else self.compile()
-        return compiled(self._bank, inputs)
+        try:
+            compiled = self._compiled if self._compiled is not None else self.compile()
+            return compiled(self._bank, inputs)
+        except TypeError:
+            self._caller.check_types()
+            raise
 
     def _check(self, inputs: Stacks) -> None:
         self._caller.check_option()

@@ -98,7 +98,8 @@ class Device:
 
     def may_mix(self, entries: Sequence[Entry]) -> bool:
         """Whether one executable may run them: not two segments of one program, whose pool would have to be copied, nor
-        one that may raise with one that has a pool, which would be lost; nor any where kernels are to be the same."""
+        one that may raise or not end with one that has a pool, which would be lost; nor any where kernels are to be
+        the same."""
         if self._same or not self.knows(entries):
             return False
         courses = [self._homes[entry.family].course for entry in entries]
@@ -106,7 +107,7 @@ class Device:
             return False
         if any(self._homes[entry.family].host.schema.options.as_it_is for entry in entries):
             return False
-        return not (any(c.segments.may_raise for c in courses) and any(c.pool is not None for c in courses))
+        return not (any(c.segments.stays_whole for c in courses) and any(c.pool is not None for c in courses))
 
     def may_widen(self, entry: Entry) -> bool:
         """Whether several lanes of it may run in one executable."""
@@ -196,7 +197,8 @@ class Device:
         """A run for nothing."""
         loaded = self._loaded[self._numbers[key[0]]]
         restored(loaded.pools)
-        blanks = [blanks_of(own, pool) for own, pool in zip(loaded.executable.lanes, loaded.pools, strict=True)]
+        each = zip(loaded.executable.lanes, loaded.homes, strict=True)
+        blanks = [blanks_of(own, home.course.pool, home.course.example) for own, home in each]
         return self._run(loaded, loaded.executable.stage(blanks), [])
 
     def _run(self, loaded: Loaded, filled: Filled, entries: Sequence[Sequence[Ticket]]) -> Bundle:

@@ -13,17 +13,19 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from coalesce import jaxpr as J
 from coalesce.errors import CompileError, TenantClosed
 from coalesce.runtime.accounts import Accounts
 from coalesce.runtime.cutting import look_again, tenant_of
 from coalesce.runtime.device import Device
 from coalesce.runtime.driver import Driver
-from coalesce.runtime.form import Form
+from coalesce.runtime.form import example_of, Form
 from coalesce.runtime.foundry import Foundry
 from coalesce.runtime.host import Course, courses_of, first_capacity, Host, pool_bytes, reserve
 from coalesce.runtime.rehearse import rehearse
 from coalesce.runtime.site import Site
 from coalesce.runtime.ticket import Ticket
+from coalesce.runtime.weights import check_bits
 from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.events import CatalogChanged, Event, TenantAdded
 from coalesce.scheduler.request import Request
@@ -183,6 +185,8 @@ class Quarters:
 
     def _host(self, resident: Resident, fitted: Fit) -> Host:
         """A bank for a schema that is new here, and its narrowest executables."""
+        inside = J.takes_wide()
+        self._driver.carry_out(lambda: check_bits(fitted.programs, inside))
         if resident.alone:
             schema, capacity = self._device.plan_as_it_is(fitted), 1
         else:
@@ -195,7 +199,9 @@ class Quarters:
             self._device.check_room(f"tenant {resident.name!r}, with room for {capacity} of its kind,", needed)
             store = Store(schema, capacity, prepare(fitted), self._device.make)
             families = self._device.next_families(len(schema.templates))
-            host = Host(schema, prepare, store, courses_of(families, schema.segments, lanes))
+            each = zip(fitted.programs, fitted.inputs, resident.shapes, strict=True)
+            courses = courses_of(families, schema.segments, lanes, [example_of(*one) for one in each])
+            host = Host(schema, prepare, store, courses)
             self._driver.carry_out(lambda: self._device.admit(host) or ())
         for course in host.courses:
             LOG.info("family %d of tenant %r: %s", course.family, resident.name, course.segments.why)

@@ -22,7 +22,7 @@ from coalesce.runtime.gil import handing_on
 from coalesce.runtime.quarters import Resident
 from coalesce.runtime.station import Station
 from coalesce.runtime.verify import Alone, check_examples, Unlike
-from coalesce.runtime.weights import check_types, check_wide, types_of
+from coalesce.runtime.weights import check_types, types_of
 from coalesce.scheduler.events import TenantRemoved
 from coalesce.serving.fit import Fit, fit
 from coalesce.tracing import trace
@@ -200,10 +200,11 @@ class Tenancy:
                 raise InvalidInput(
                     f"tenant {resident.name!r}: params hold a ShapeDtypeStruct, which has no values; give arrays"
                 )
-            check_wide(program)
+            unreadable = next((leaf.unreadable for leaf in program.leaves if leaf.unreadable), "")
+            if unreadable:
+                raise InvalidInput(f"tenant {resident.name!r}: {unreadable}")
             if not resident.alone:
                 program = program.with_jaxpr(*self._normalise(program))
-                check_wide(program)
             programs.append(program)
         fitted = fit(programs)
         return replace(fitted, key=("alone", resident.name, fitted.key)) if resident.alone else fitted

@@ -1,10 +1,8 @@
-"""What a tenant's params are, by the types of their arrays: other weights must be of the same, and all must be there in
-the runtime's threads."""
+"""What a tenant's params are, by the types of their arrays: other weights must be of the same."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +10,7 @@ import jax
 from coalesce import jaxpr as J
 from coalesce.errors import InvalidInput
 from coalesce.program import Program
+from coalesce.scheduler.events import Event
 from coalesce.tracing import staged, struct
 
 
@@ -28,6 +27,19 @@ def type_of(leaf: Any) -> str:
         return type(leaf).__name__
 
 
+def check_bits(programs: Sequence[Program], inside: bool) -> Sequence[Event]:
+    """An order: raises InvalidInput for 64-bit types that JAX has on some other thread, and not on the driver's.
+    `inside`: also of what is only computed, as in programs that were traced on a thread that has them."""
+    for program in programs if not J.takes_wide() else ():
+        wide = program.wide_inside if inside else program.wide
+        if wide:
+            raise InvalidInput(
+                f"tenant {program.name!r} has {wide}, which takes jax_enable_x64 for the whole process and not "
+                "on one thread: jax.config.update('jax_enable_x64', True)"
+            )
+    return ()
+
+
 def check_types(name: str, known: Mapping[str, str], given: Mapping[str, str]) -> None:
     """Raises InvalidInput, which names the first that differs."""
     for path in {**known, **given}:
@@ -37,24 +49,3 @@ def check_types(name: str, known: Mapping[str, str], given: Mapping[str, str]) -
                 f"tenant {name!r}: params{path} is {now}, and {was} when it was added; give params of the same tree,"
                 " shapes and dtypes, or add it as another tenant"
             )
-
-
-def check_wide(program: Program) -> None:
-    """Raises InvalidInput for types of 64 bits that only the calling thread has, or the tenant inside its function."""
-    wide = program.wide
-    if wide is None and J.takes_wide():
-        made = [out.aval for eqn in J.walk(program.jaxpr) for out in eqn.outvars]
-        wide = next((J.short(aval) for aval in made if J.is_wide(aval)), None)
-    if wide is not None and not others_take_wide():
-        raise InvalidInput(
-            f"tenant {program.name!r} was traced with jax_enable_x64 and has {wide}, which the runtime's threads have"
-            " not: a context is of one thread. Set it for the process: jax.config.update('jax_enable_x64', True)"
-        )
-
-
-def others_take_wide() -> bool:
-    found: list[bool] = []
-    other = threading.Thread(target=lambda: found.append(J.takes_wide()))
-    other.start()
-    other.join()
-    return found[0]
