@@ -123,7 +123,8 @@ def test_64_bit_weights_need_it_in_every_call():
         stacks = staged.stage([(x,)])
     with pytest.raises(coalesce.PlanError, match=r"tenant 'wide' .* jax_enable_x64 and has f64\[4,4\]"):
         coalesce.fuse([program])
-    for call in (lambda: fused([(x,)]), fused.compile, lambda: staged(stacks), lambda: staged.stage([(x,)])):
+    calls = lambda: fused([(x,)]), lambda: staged(stacks), lambda: staged.stage([(x,)])
+    for call in (*calls, fused.compile, staged.compile):
         with pytest.raises(coalesce.InvalidInput, match=r"tenant 'wide' .* jax_enable_x64 and has f64\[4,4\]"):
             call()
 
