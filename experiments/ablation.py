@@ -138,7 +138,7 @@ def built(
 def report(head: dict[str, Any], rows: Sequence[Row]) -> str:
     parts = [
         "# What each pass brings",
-        f"{head['device']}, JAX {head['versions']['jax']}, {head['date']}.",
+        f"{head['device']}, JAX {head['versions']['jax']}, {head['date']}. {head['note']}".rstrip(),
         f"    {head['command']}",
         "Median microseconds a round without a pass, and how many times that with all of them, which took turns with "
         "it; *sustained*: of ten rounds that are issued one after the other.",

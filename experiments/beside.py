@@ -40,8 +40,10 @@ class Beside:
     ) -> None:
         self.command, self.processes, self.devices = command, processes, devices
         self.folder, self.env = folder, env
-        self.turn = threading.Lock()  # held by the process that times, and while one starts
+        self.turn = threading.Lock()  # of the process that times, or of one that begins
         self.running: dict[int, subprocess.Popen[bytes]] = {}
+        self.over = False  # no process begins any more
+        self.beginning = threading.Lock()  # of both of these
 
     def measure(
         self, cells: Sequence[Sequence[str]], ended: Callable[[Path], None], budget_s: float | None = None
@@ -49,7 +51,7 @@ class Beside:
         """Begin the cells in the order given, but none after so many seconds. `ended` gets the folder of each that has
         ended, in the caller's thread. A process that fails is named on stderr."""
         until = time.monotonic() + (inf if budget_s is None else budget_s)
-        with ThreadPoolExecutor(self.processes) as pool:
+        with terminated_as_interrupted(), ThreadPoolExecutor(self.processes) as pool:
             started = {pool.submit(self.one, number, cell, until): number for number, cell in enumerate(cells)}
             try:
                 for future in as_completed(started):
@@ -58,9 +60,10 @@ class Beside:
                         print(f"{' '.join(cells[number])}: {failure}", file=sys.stderr, flush=True)
                     ended(self.place(number))
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in list(self.running.values()):
-                    signal_all(process, signal.SIGKILL)
+                with self.beginning:
+                    self.over = True
+                    for process in list(self.running.values()):
+                        signal_all(process, signal.SIGKILL)
                 raise
 
     def place(self, number: int) -> Path:
@@ -70,24 +73,24 @@ class Beside:
         """Why the cell's process did not end well; empty if it did."""
         if (left := until - time.monotonic()) <= 0:
             return "not begun, since the budget is spent"
-        command = [*self.command, *cell, f"--out={self.place(number)}"]
-        command += [f"--budget_s={left:.0f}"] if left < inf else []
         self.place(number).mkdir(parents=True, exist_ok=True)
         log = self.place(number) / "log"
-        asked, ask = os.pipe()
-        granted, grant = os.pipe()
-        own = {TURNS: f"{ask} {granted}", **self.device_of(number)}
-        with open(log, "wb") as output, self.turn:
-            process = subprocess.Popen(
+        command = [*self.command, *cell, f"--out={self.place(number)}"]
+        command += [f"--budget_s={left:.0f}"] if left < inf else []
+        with open(log, "wb") as output, self.turn, self.beginning:
+            if self.over:
+                return "not begun, since the run was interrupted"
+            asked, ask = os.pipe()
+            granted, grant = os.pipe()
+            process = self.running[number] = subprocess.Popen(
                 command,
-                env={**self.env, **own},
+                env={**self.env, **self.device_of(number), TURNS: f"{ask} {granted}"},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 pass_fds=(ask, granted),
                 start_new_session=True,  # a group of its own, so that it is stopped with all that it starts
             )
-            self.running[number] = process
         threading.Thread(target=tell_end, args=(process, ask)).start()
         self.grant_turns(number, asked, grant)
         signal_all(process, signal.SIGKILL)  # what it has left running
@@ -121,6 +124,20 @@ class Beside:
         finally:
             for process in others:
                 signal_all(process, signal.SIGCONT)
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM is an exception, as Ctrl-C is, so that no process is left behind that nobody wakes up."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def tell_end(process: subprocess.Popen[bytes], ask: int) -> None:

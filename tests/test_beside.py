@@ -1,6 +1,7 @@
 """Processes beside each other, of which one at a time runs while it times."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -79,15 +80,17 @@ def test_no_cell_begins_when_the_budget_is_spent(tmp_path, capfd):
     assert not (tmp_path / "begun").exists()
 
 
-def test_an_interrupted_run_leaves_no_process(tmp_path):
-    def interrupt(place: Path) -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_ended_leaves_no_process(end, tmp_path):
+    def ended(place: Path) -> None:
+        assert place.name == "1"
+        os.kill(os.getpid(), end)
 
-    codes = [[HEAD + COUNTS], [""]]
     beside = Beside([sys.executable, "-c"], 2, tmp_path, dict(os.environ))
     with pytest.raises(KeyboardInterrupt):
-        beside.measure(codes, interrupt)
-    assert not beside.running
+        beside.measure([[HEAD + COUNTS], [HEAD + "wait(count)"], [HEAD + COUNTS]], ended)
+    assert not beside.running and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert not (tmp_path / "2" / "log").exists() or not (tmp_path / "2" / "log").read_text()
 
 
 def test_a_process_by_itself_need_not_ask():
