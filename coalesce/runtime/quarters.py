@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from coalesce import jaxpr as J
@@ -21,7 +22,7 @@ from coalesce.runtime.device import Device
 from coalesce.runtime.driver import Driver
 from coalesce.runtime.form import example_of, Form
 from coalesce.runtime.foundry import Foundry
-from coalesce.runtime.host import Course, courses_of, first_capacity, Host, pool_bytes, reserve
+from coalesce.runtime.host import courses_of, first_capacity, Host, pool_bytes, reserve
 from coalesce.runtime.rehearse import rehearse
 from coalesce.runtime.site import Site
 from coalesce.runtime.ticket import Ticket
@@ -87,28 +88,26 @@ class Quarters:
             look_again(self._site)
 
     def try_out(self, resident: Resident, index: int, inputs: tuple[Any, ...]) -> list[Any]:
-        """What it gets for a request of its shape `index`, in each lane of an executable of several lanes."""
+        """What it gets for a request of its shape `index`, in each lane of an executable: the narrowest for several
+        lanes that there is, or else the narrowest."""
         course, form = resident.host.courses[index], resident.forms[index]
-        width = self._made_width(course)
         request = Request(-1, resident.name, course.family, 0, 0)
-        tickets = [Ticket(request, resident, form, form.accept(inputs), None) for _ in range(width)]
-        for ticket in tickets:
-            ticket.bundles.append(-1)
-        numbers = [self._device.number_of((Entry(course.family, s, width),)) for s in range(len(course.segments))]
-        bundle = rehearse(self._driver, [lambda n=n: self._device.try_out(n, [tickets]) for n in numbers])
-        (results,) = bundle.results()
-        assert results is not None, f"tenant {resident.name!r}: the last segment has no results"
-        return list(results)
 
-    def _made_width(self, course: Course) -> int:
-        """The narrowest for several lanes that can be made; else the narrowest."""
+        def with_lanes(width: int) -> list[Any]:
+            for made in self._site.order(course, width, urgent=True):
+                made.result()
+            tickets = [Ticket(request, resident, form, form.accept(inputs), None) for _ in range(width)]
+            for ticket in tickets:
+                ticket.bundles.append(-1)
+            numbers = [self._device.number_of((Entry(course.family, s, width),)) for s in range(len(course.segments))]
+            bundle = rehearse(self._driver, [lambda n=n: self._device.try_out(n, [tickets]) for n in numbers])
+            (results,) = bundle.results()
+            assert results is not None, f"tenant {resident.name!r}: the last segment has no results"
+            return list(results)
+
         for width in (*(w for w in self._site.widths if w > 1), self._site.widths[0]):
-            try:
-                for made in self._site.order(course, width, urgent=True):
-                    made.result()
-                return width
-            except CompileError:
-                continue
+            with suppress(CompileError):  # it cannot be made, or was dropped: then the next
+                return with_lanes(width)
         raise AssertionError(f"family {course.family} is served, and has no executable")
 
     def write(self, resident: Resident, fitted: Fit) -> None:
