@@ -74,8 +74,8 @@ def fuse(
 
     Raises:
       PlanError: no programs, two of one name, an option that means nothing, a program of 64-bit types without
-        jax_enable_x64, a weight that was deleted (donated) since it was traced, or a kernel that does not support an
-        op.
+        jax_enable_x64, a weight that was deleted (donated) since it was traced, or is itself traced (inside `jax.jit`),
+        or a kernel that does not support an op.
       TuningError: the file of a tuning database is broken or of another format, or `tuned` is something else.
       PassError: a compiler pass failed; it names the pass, those before it and the tenant.
     """
@@ -96,6 +96,7 @@ def fuse(
         if done is None:
             done = memo[id(program.jaxpr)] = normalise(program.held_by(holders[id(program.jaxpr)]), passes, strict)
         normalised.append(program.with_jaxpr(done.program.jaxpr, done.program.prepare))
+        check_wide(normalised[-1])
     bundle = Bundle(tuple(p.name for p in programs), find_families(normalised, leaves))
     measured = default_tuned(tuned, platform)
     steps = plan(
@@ -166,16 +167,16 @@ def check_names(programs: Sequence[Program]) -> None:
 
 def check_usable(programs: Sequence[Program]) -> None:
     for program in programs:
-        for leaf in program.leaves:
-            if isinstance(leaf.value, jax.Array) and leaf.value.is_deleted():
-                raise PlanError(
-                    f"tenant {program.name!r}: params{leaf.path} was deleted (donated?) since it was traced; "
-                    "trace the tenant again with arrays that live"
-                )
-        avals = [s.aval for s in (*program.leaves, *program.inputs, *program.outputs)]
-        wide = [a for a in avals if not J.is_key(a) and jax.dtypes.canonicalize_dtype(a.dtype) != a.dtype]
-        if wide:
-            raise PlanError(
-                f"tenant {program.name!r} was traced with jax_enable_x64 and has {J.short(wide[0])}; "
-                "fuse and call it with that option too"
-            )
+        unreadable = next((leaf.unreadable for leaf in program.leaves if leaf.unreadable), "")
+        if unreadable:
+            raise PlanError(f"tenant {program.name!r}: {unreadable}")
+        check_wide(program)
+
+
+def check_wide(program: Program) -> None:
+    """Also of weights as the passes leave them, which a tenant may have widened inside its function."""
+    if program.wide and not J.takes_wide():
+        raise PlanError(
+            f"tenant {program.name!r} was traced with jax_enable_x64 and has {program.wide}; "
+            "fuse and call it with that option too"
+        )

@@ -151,4 +151,5 @@ class Fused:
         return fused
 
     def _structs(self) -> tuple[list[Any], list[Any]]:
+        self._caller.check_option()
         return bank_structs(self.bundle), self._caller.structs

@@ -18,7 +18,7 @@ import numpy as np
 from coalesce import jaxpr as J
 from coalesce.bundle import Bundle, JointStep
 from coalesce.lanes import Joint, masked
-from coalesce.structure import eqn_key, value_key
+from coalesce.structure import eqn_key, literal_key, value_key
 from coalesce.unify import largest
 
 Eqns = Sequence[J.Eqn]
@@ -78,7 +78,7 @@ def run(eqns: Eqns, args: Sequence[Joint | None]) -> list[Any]:
 def literals(atoms: Sequence[Any], lanes: Sequence[int]) -> tuple[Any, int | None]:
     """The value of a literal operand and its lane axis, None if it is the same in all equations."""
     found = [J.literal_value(atom) for atom in atoms]
-    if all(np.array_equal(np.asarray(found[0]), np.asarray(v), equal_nan=False) for v in found):
+    if len({literal_key(atom) for atom in atoms}) == 1:  # by their bits: -0.0 equals 0.0
         return found[0], None
     return jnp.asarray(np.repeat(np.stack([np.asarray(v) for v in found]), lanes, axis=0)), 0
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr
 
 from coalesce import jaxpr as J
@@ -30,6 +31,16 @@ class Leaf:
     shared: bool = False  # declared by `trace(shared=)`: equal bytes are one array
     constant: bool = False  # closed over: equal bytes are one array
     holders: Hashable = None  # equal for weights that the same tenants have in common, as far as that is known
+
+    @property
+    def unreadable(self) -> str:
+        """Why its value cannot be read; empty if it can."""
+        where = self.path if self.constant else f"params{self.path}"
+        if isinstance(self.value, Tracer):
+            return f"{where} is a traced value, as inside jax.jit, vmap or grad; give arrays, outside of these"
+        if isinstance(self.value, jax.Array) and self.value.is_deleted():
+            return f"{where} was deleted (donated?) since it was traced; trace the tenant again with arrays that live"
+        return ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +77,18 @@ class Program:
     def abstract(self) -> bool:
         """Whether some weight has no value, so that the program can be inspected but not called."""
         return any(leaf.value is None for leaf in self.leaves)
+
+    @property
+    def wide(self) -> str:
+        """The first type of 64 bits among what it takes, keeps and gives; empty if there is none."""
+        avals = [own.aval for own in (*self.leaves, *self.weights, *self.inputs, *self.outputs)]
+        return next((J.short(aval) for aval in avals if J.is_wide(aval)), "")
+
+    @property
+    def wide_inside(self) -> str:
+        """And among what it computes."""
+        made = (out.aval for eqn in J.walk(self.jaxpr) for out in eqn.outvars)
+        return self.wide or next((J.short(aval) for aval in made if J.is_wide(aval)), "")
 
     def with_jaxpr(self, jaxpr: ClosedJaxpr, prepare: ClosedJaxpr | None = None) -> Program:
         return replace(self, jaxpr=jaxpr, prepare=prepare if prepare is not None else self.prepare)

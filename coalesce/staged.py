@@ -66,6 +66,7 @@ class Staged:
         return compiled(self._bank, inputs)
 
     def _check(self, inputs: Stacks) -> None:
+        self._caller.check_option()
         if len(inputs) != len(self._structs):
             raise InvalidInput(
                 f"got staged inputs of {len(inputs)} families, expected {len(self._structs)}, as stage() gives"
@@ -103,6 +104,7 @@ class Staged:
     def compile(self, compiler_options: dict[str, Any] | None = None) -> Any:
         """Compile ahead of time, for later calls too; returns JAX's Compiled, or a `Chain` of several."""
         if self._compiled is None or compiler_options is not None:
+            self._caller.check_option()
             structs, parts = (bank_structs(self._bundle), self._structs), len(self._bundle.starts)
             self._compiled = compile_parts(self._function, structs, parts, compiler_options)
         return self._compiled

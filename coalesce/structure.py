@@ -59,10 +59,10 @@ def value_key(value: Any, literals: bool = True) -> Key:
         return tuple(value_key(v, literals) for v in value)
     if isinstance(value, dict):
         return tuple((k, value_key(v, literals)) for k, v in sorted(value.items()))
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray | np.generic):
         return (value.dtype.name, value.shape, value.tobytes())
-    if isinstance(value, bool | int | float):  # what is no number is unlike itself, unless it is the same object
-        return (type(value).__name__, value if value == value else "nan")
+    if isinstance(value, bool | int | float):  # NaN is unlike itself, and -0.0 equals 0.0
+        return (type(value).__name__, repr(value))
     try:
         hash(value)
     except TypeError:

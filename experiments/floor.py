@@ -22,6 +22,7 @@ from coalesce import jaxpr as J
 from coalesce.bundle import bodies, JointLoop, Loop, Pack, Schedule, Step
 from coalesce.heavy import HeavyOp
 from coalesce.models import Model
+from experiments.alone import alone
 from experiments.results import Row
 
 
@@ -48,12 +49,13 @@ def measure_ceilings(dtype: str) -> Ceilings:
 def seconds_a_call(call: Callable[[Any], Any], state: Any, calls: int = 10, rows: int = 5) -> float:
     """`call` gets what the call before it returned."""
     state, best = jax.block_until_ready(call(state)), float("inf")
-    for _ in range(rows):
-        start = time.perf_counter()
-        for _ in range(calls):
-            state = call(state)
-        jax.block_until_ready(state)
-        best = min(best, (time.perf_counter() - start) / calls)
+    with alone():
+        for _ in range(rows):
+            start = time.perf_counter()
+            for _ in range(calls):
+                state = call(state)
+            jax.block_until_ready(state)
+            best = min(best, (time.perf_counter() - start) / calls)
     return best
 
 

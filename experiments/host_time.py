@@ -158,7 +158,7 @@ def floor(size: int, requests: int) -> Row:
 def staged(size: int) -> Row:
     """Gigabytes a second into what a call takes, on this device."""
     structs = ((jax.ShapeDtypeStruct((LANES, 1, size // 4), np.float32),),)
-    staging = Staging((LANES,), structs, (0,), packed=jax.default_backend() != "cpu")
+    staging = Staging((LANES,), structs, (0,), packed=jax.default_backend() != "cpu", repeats=(False,))
     lanes = [Lane(i, [x]) for i, x in enumerate(inputs_of(size))]
     runs = max(10, 200_000_000 // (size * LANES))
     for _ in range(3):

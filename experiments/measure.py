@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from coalesce.measuring.in_program import timed
+from experiments.alone import alone
 
 Key = TypeVar("Key")  # what the caller calls a contender
 Round = Callable[[], Any]  # dispatches a round's work and returns its outputs, without waiting for them
@@ -35,11 +36,14 @@ class Timing:
 
 def interleave(rounds: Mapping[Key, Round], *, repeats: int, seconds: float, warmup: int = 3) -> dict[Key, Timing]:
     """Time every contender `repeats` times, or fewer (but at least three) once `seconds` have passed."""
+    with alone():
+        return take_turns(rounds, repeats, seconds, warmup) if rounds else {}
+
+
+def take_turns(rounds: Mapping[Key, Round], repeats: int, seconds: float, warmup: int) -> dict[Key, Timing]:
     for run in rounds.values():
         for _ in range(warmup):
             jax.block_until_ready(run())
-    if not rounds:
-        return {}
     names = list(rounds)
     samples: dict[Key, list[float]] = {name: [] for name in names}
     until = time.perf_counter() + seconds

@@ -21,45 +21,24 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
-from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any
 
-import jax
-import numpy as np
 from absl import app, flags
 
-from coalesce.models import by_name, Model, NAMES
-from experiments import floor, pairs, peers_jax, peers_processes, peers_torch, settings
-from experiments.cells import brief, tenants_of
+from coalesce.models import NAMES
+from experiments import settings
+from experiments.beside import Beside, devices, environment, handed_on
 from experiments.list_flags import define_counts, define_fields_of_models, define_names
+from experiments.multiplexing_bench import Bench, METHODS, Pair
 from experiments.multiplexing_report import plot, report
-from experiments.pairs import Best, Limits
-from experiments.peers_common import Cell, Peer
 from experiments.results import device_name, header, load_rows, Row, save_rows
-from experiments.warming import compile_beside, handed_on, share_cache
 
-GROWS = "its compile time grows faster than the program"
-CROWD = "so many processes and their contexts are no way to serve"
-PEERS = {
-    "jax_in_turn": Peer("time", peers_jax.in_turn),
-    "torch_in_turn": Peer("time", peers_torch.in_turn),
-    "processes": Peer("time", peers_processes.time_sliced, 16, CROWD),
-    "torch_streams": Peer("space", peers_torch.streams),
-    "processes_mps": Peer("space", peers_processes.under_mps, 16, CROWD),
-    "xla_concurrent": Peer("space", peers_jax.concurrent, 16, GROWS),
-    "jax_vmap": Peer("user", peers_jax.vmap),
-    "torch_vmap": Peer("user", peers_torch.vmap),
-    "torch_compile": Peer("user", peers_torch.compiled, 16, GROWS),
-    "own_batch": Peer("floor", peers_jax.own_batch),
-}
-METHODS = (*PEERS, "floor")
 MODELS = ("resnet50", "resnet18", "vgg16", "mobilenetv2", "bert_base", "vit_b16", "lstm")
 DTYPES = ("float32", "bfloat16")
 TENANTS = {"resnet50": (1, 2, 4, 8, 16, 32, 64)}  # of the others 1, 8 and 32
-NOTHING_AHEAD = ("processes", "processes_mps", "floor")  # compile in processes of their own, or in no time
-PER_CELL = ("models", "dtypes", "tenants", "methods", "compile_beside", "budget_s")
+PER_CELL = ("models", "dtypes", "tenants", "methods", "beside", "budget_s")
 
 FLAGS = flags.FLAGS  # experiments/settings.py has more of them; --dtypes stands for its --dtype
 define_names("models", list(MODELS), "the models, one after the other", NAMES)
@@ -70,16 +49,7 @@ flags.DEFINE_bool("within_program", False, "also let Coalesce pack equal ops of 
 flags.DEFINE_bool("pallas", True, "on a GPU also try Coalesce with Pallas kernels wherever they run, tuned or not")
 flags.DEFINE_bool("autotune", False, "also try PyTorch compiled with max-autotune, which takes minutes a model")
 flags.DEFINE_bool("retry_failed", False, "measure again the rows that failed")
-flags.DEFINE_integer("compile_beside", 0, "first compile all cells, so many processes at once, and time none meanwhile")
-
-
-class Pair(NamedTuple):
-    """A cell of the results."""
-
-    model: str
-    dtype: str
-    tenants: int
-    pair: str
+flags.DEFINE_integer("beside", 0, "build so many cells at once, in processes of which none runs while another times")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -87,25 +57,12 @@ def main(argv: Sequence[str]) -> None:
     settings.begin(argv, METHODS)
     fields = settings.fields_of_models(FLAGS.fields)
     conditions = {"batch": FLAGS.batch, "fields": fields, "precision": FLAGS.precision}
-    head = header(
-        settings.command("multiplexing", "compile_beside"), FLAGS.device_name or device_name(), FLAGS.note, **conditions
-    )
+    head = header(settings.command("multiplexing"), FLAGS.device_name or device_name(), FLAGS.note, **conditions)
     path = settings.folder() / ("multiplexing.json" if FLAGS.batch == 1 else f"multiplexing_batch{FLAGS.batch}.json")
     if FLAGS.retry_failed and path.exists():
         save_rows(path, head, [row for row in load_rows(path, head) if not row["failed"]])
 
-    if FLAGS.compile_beside:
-        compile_beside("multiplexing", cells_to_compile(path, head), FLAGS.compile_beside, share_cache())
-    bench = Bench(fields)
-    rows = settings.measure_cells(
-        path,
-        head,
-        wanted(),
-        cell_of=pair_of,
-        methods=lambda pair: [pair.pair],
-        measure=bench.measure,
-        order=place,
-    )
+    rows = measure_beside(path, head) if FLAGS.beside else measure_here(path, head, fields)
     if not rows:
         return
     text = report(head, rows)
@@ -114,6 +71,36 @@ def main(argv: Sequence[str]) -> None:
     for model, dtype in dict.fromkeys((row["model"], row["dtype"]) for row in rows):
         own = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
         print(plot(path.with_name(f"{path.stem}_{model}_{dtype}.png"), f"{model}, {dtype}", own))
+
+
+def measure_here(path: Path, head: dict[str, Any], fields: dict[str, dict[str, Any]]) -> list[Row]:
+    return settings.measure_cells(
+        path,
+        head,
+        wanted(),
+        cell_of=pair_of,
+        methods=lambda pair: [pair.pair],
+        measure=Bench(fields).measure,
+        order=place,
+    )
+
+
+def measure_beside(path: Path, head: dict[str, Any]) -> list[Row]:
+    """Rows of processes that wrote them into folders of their own."""
+    rows = [] if FLAGS.force else load_rows(path, head)
+
+    def ended(folder: Path) -> None:
+        new = load_rows(folder / path.name, head)
+        there = {pair_of(row) for row in new}
+        rows[:] = sorted([row for row in rows if pair_of(row) not in there] + new, key=place)
+        save_rows(path, head, rows)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent) as folder:
+        command = [sys.executable, "-m", "experiments.multiplexing"]
+        beside = Beside(command, FLAGS.beside, Path(folder), environment(), devices())
+        beside.measure(missing_cells(rows), ended, FLAGS.budget_s)
+    return rows
 
 
 def wanted() -> list[Pair]:
@@ -128,12 +115,12 @@ def wanted() -> list[Pair]:
     ]
 
 
-def cells_to_compile(path: Path, head: dict[str, Any]) -> list[list[str]]:
+def missing_cells(rows: Sequence[Row]) -> list[list[str]]:
     """The flags of a process for each model, dtype and number of tenants of which a pair is missing."""
-    there = set() if FLAGS.force else {pair_of(row) for row in load_rows(path, head)}
+    there = {pair_of(row) for row in rows}
     missing: dict[tuple[str, str, int], list[str]] = {}
     for pair in wanted():
-        if pair not in there and pair.pair not in NOTHING_AHEAD:
+        if pair not in there:
             missing.setdefault(pair[:3], []).append(pair.pair)
     common = handed_on(PER_CELL)
     return [
@@ -151,62 +138,6 @@ def place(row: Row) -> tuple[int, ...]:
     names = (*MODELS, *(name for name in NAMES if name not in MODELS))
     methods = METHODS.index(row["pair"]), row["method"] == "coalesced"
     return names.index(row["model"]), DTYPES.index(row["dtype"]), row["tenants"], *methods
-
-
-class Bench:
-    """Measures pairs, and keeps between those of the same tenants what all of them need."""
-
-    def __init__(self, fields: dict[str, dict[str, Any]]) -> None:
-        self.fields = fields
-        self.key: tuple[str, str, int] | None = None
-        self.held: Held | None = None
-        self.ceilings = cache(floor.measure_ceilings)
-
-    def measure(self, pair: Pair) -> list[Row]:
-        print(f"{pair.model}, {pair.dtype}, {pair.tenants} tenants: {pair.pair}", file=sys.stderr, flush=True)
-        fields = self.fields.get(pair.model, {})
-        model = by_name(pair.model, dtype=pair.dtype, param_dtype=pair.dtype, **fields)
-        if pair.pair == "floor":
-            rows = [floor.floor_row(model, pair.tenants, FLAGS.batch, self.ceilings(pair.dtype))]
-        else:
-            rows = self.alternate(pair, model, fields)
-        common = {"model": pair.model, "dtype": pair.dtype, "tenants": pair.tenants, "batch": FLAGS.batch}
-        pairs.free()
-        return [{**common, "pair": pair.pair, **row} for row in rows]
-
-    def alternate(self, pair: Pair, model: Model, fields: dict[str, Any]) -> list[Row]:
-        limits = Limits(settings.tolerance(pair.dtype), FLAGS.repeats, FLAGS.seconds)
-        peer = PEERS[pair.pair]
-        if peer.most is not None and pair.tenants > peer.most:
-            reason = f"left out above {peer.most} tenants: {peer.because}"
-            return [{"method": pair.pair, "kind": peer.kind, "failed": reason}]
-        if self.held is None or self.key != pair[:3]:
-            self.held = None  # the last tenants' weights, before there are new ones
-            pairs.free()
-            try:
-                self.held, self.key = hold(pair, model, fields, limits), pair[:3]
-            except (jax.errors.JaxRuntimeError, MemoryError) as e:
-                return [{"method": pair.pair, "kind": peer.kind, "failed": f"no reference: {brief(e)}"}]
-        return pairs.measure_pair(self.held.cell, pair.pair, peer, self.held.ours, self.held.want, limits)
-
-
-class Held(NamedTuple):
-    """Tenants, the outputs that everybody's are compared with, and Coalesce's best configuration."""
-
-    cell: Cell
-    want: list[np.ndarray]
-    ours: Best
-
-
-def hold(pair: Pair, model: Model, fields: dict[str, Any], limits: Limits) -> Held:
-    print("  coalesced: building", file=sys.stderr, flush=True)
-    tenants = tenants_of(model, pair.tenants, FLAGS.batch)
-    options = settings.options_to_try()
-    given = model, fields, pair.dtype, FLAGS.batch, FLAGS.precision, tenants, options
-    cell = Cell(*given, until_end=ExitStack(), autotune=FLAGS.autotune)
-    want = pairs.reference(cell)
-    ours = partial(pairs.coalesced, within_program=FLAGS.within_program, try_pallas=FLAGS.pallas)
-    return Held(cell, want, pairs.best_of(ours, cell, want, limits))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 
 from experiments import peers_torch
+from experiments.alone import alone, turns
 from experiments.methods import Candidate
 from experiments.peers_common import Burst, CannotRun, Cell, Configurations, OneTenant
 
@@ -80,6 +81,7 @@ class Workers:
                 stdout=subprocess.PIPE,
                 stderr=self.errors,
                 text=True,
+                pass_fds=turns(),
             )
             for tenant in tenants
         ]
@@ -143,10 +145,11 @@ def processes(cell: Cell, engine: str, env: Mapping[str, str]) -> Iterator[Burst
     others = cell.batch, cell.options[0], cell.precision, cell.autotune
     tenants = [OneTenant(*given, i, engine, *others) for i in range(cell.count)]
     workers = cell.until_end.enter_context(Workers(tenants, env))
-    workers.burst(3)
-    start = time.perf_counter()
-    workers.burst(5)
-    requests = max(1, min(BURST, round(5 * BURST_S / (time.perf_counter() - start))))
+    with alone():
+        workers.burst(3)
+        start = time.perf_counter()
+        workers.burst(5)
+        requests = max(1, min(BURST, round(5 * BURST_S / (time.perf_counter() - start))))
     latencies: list[float] = []
 
     def run() -> list[np.ndarray]:

@@ -14,6 +14,7 @@ from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
+from experiments.alone import alone
 from experiments.methods import Candidate
 from experiments.peers_common import CannotRun, Cell, Configurations
 
@@ -122,12 +123,14 @@ def forms(cell: Cell) -> list[tuple[str, Compiled]]:
 
 
 def graph_each(calls: Sequence[Call]) -> Iterator[Candidate]:
+    choose_kernels(calls[0])
     yield candidate("a CUDA graph each", [recorded(lambda call=call: [call()]) for call in calls])
 
 
 def graph_of_all(calls: Sequence[Call], streams: bool) -> Iterator[Candidate]:
     import torch  # pyright: ignore[reportMissingImports]
 
+    choose_kernels(calls[0])
     own = [torch.cuda.Stream() if streams else None for _ in calls]
 
     def together() -> list[Any]:
@@ -156,6 +159,7 @@ def stacked(parts: Parts, graph: bool) -> Iterator[Candidate]:
     def call() -> list[Any]:
         return list(batched(weights, *inputs))
 
+    choose_kernels(call)
     yield candidate("in one CUDA graph" if graph else "eager", [recorded(call) if graph else call])
 
 
@@ -163,11 +167,27 @@ def all_compiled(parts: Parts) -> Iterator[Candidate]:
     import torch  # pyright: ignore[reportMissingImports]
 
     together = torch.compile(partial(all_of, parts.apply), fullgraph=True, dynamic=False)
-    yield candidate("in one CUDA graph", [recorded(lambda: together(parts.trees, parts.requests))])
+    call = partial(together, parts.trees, parts.requests)
+    choose_kernels(call)
+    yield candidate("in one CUDA graph", [recorded(call)])
 
 
 def all_of(apply: Any, trees: Sequence[Any], requests: Sequence[Any]) -> list[Any]:
     return [apply(tree, *request) for tree, request in zip(trees, requests, strict=True)]
+
+
+def choose_kernels(call: Call) -> None:
+    """Let torch.compile compile, then cuDNN time its algorithms, with nothing beside it; it keeps them by shape."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    with torch.no_grad():
+        torch.backends.cudnn.benchmark = False
+        call()
+        torch.cuda.synchronize()
+        torch.backends.cudnn.benchmark = True
+        with alone():
+            call()
+            torch.cuda.synchronize()
 
 
 def recorded(call: Round) -> Round:
@@ -177,7 +197,7 @@ def recorded(call: Round) -> Round:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.no_grad(), torch.cuda.stream(side):
-        for _ in range(3):  # cuDNN chooses its algorithms, torch.compile compiles
+        for _ in range(3):
             call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

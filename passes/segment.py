@@ -15,9 +15,9 @@ What is live at a cut waits in registers, each for one value of every lane under
 same time share a register, but no segment writes one that it reads, so that it can be run again. Cuts lie where live
 sets are small and times balanced (`passes/cuts.py`), also between steps of a scan (`passes/split_scans.py`). What
 depends on weights and literals alone is not kept: each segment that reads it computes it. A program with a callback on
-the host is not cut, since a segment that raises would take the registers of other lanes with it. Relies on:
-`hoist_weights` has left nothing of weight alone that is dear. Gives: run one after the other, the segments compute what
-the program does.
+the host is not cut, since a segment that raises would take the registers of other lanes with it; nor is one with a
+while_loop, which might not end in a lane that nobody uses. Relies on: `hoist_weights` has left nothing of weight alone
+that is dear. Gives: run one after the other, the segments compute what the program does.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import jax
 from jax.extend.core import ClosedJaxpr
 
 from coalesce import jaxpr as J
-from coalesce.behaviour import CALLBACKS
+from coalesce.behaviour import CALLBACKS, may_speculate
 from coalesce.costs import Costs
 from coalesce.costs.program import equation_us, equations_us
 from coalesce.heavy import HEAVY
@@ -104,6 +104,8 @@ def why_whole(program: ClosedJaxpr) -> str:
             return f"not cut: it holds a {held[0]}, which may raise and take the values of other lanes with it"
         if eqn.effects:
             return f"not cut: {eqn.primitive.name} has a side effect, and a segment that fails is run again"
+        if not may_speculate(eqn):
+            return "not cut: it holds a while_loop, which may not end in a lane that nobody uses, and reads no inputs"
     return ""
 
 

@@ -37,6 +37,7 @@ JOIN = {
     "a scalar predicate": pair(lax.select_n, [Aval((), BOOL), (2, 3), (2, 3)], [Aval((), BOOL), (4, 2), (4, 2)]),
     "scalar bounds": pair(lax.clamp, [(), (2, 3), ()], [(), (4, 2), ()]),
     "literals that differ": [equation(lambda x: x * 2.0, (2, 3)), equation(lambda x: x * 3.0, (4, 2))],
+    "zeros that differ in sign": [equation(lambda x: x / 0.0, (2, 3)), equation(lambda x: x / -0.0, (4, 2))],
     "a literal that is NaN": [equation(lambda x: lax.min(x, np.nan), (2, 3)) for _ in range(2)],
     "rows repeated": pair(lambda x: lax.broadcast(x, (3,)), [(2,)], [(4,)]),
     "as often as there are rows": [

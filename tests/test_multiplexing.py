@@ -24,7 +24,6 @@ from experiments.methods import Candidate
 from experiments.multiplexing_report import reasons, report, Times
 from experiments.peers_common import Burst, CannotRun, Cell, OneTenant, Peer
 from experiments.peers_jax import own_batch
-from experiments.warming import compile_beside
 
 ROOT = Path(__file__).parent.parent
 LIMITS = pairs.Limits(tolerance=1e-5, repeats=2, seconds=10)
@@ -56,25 +55,6 @@ def cell_of(name: str, count: int = 2, batch: int = 1) -> Cell:
 
 
 @pytest.mark.once
-def test_cells_are_compiled_beside_each_other_into_the_cache_that_the_timed_ones_read(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
-    flags = "--methods=jax_in_turn", "--compile_beside=2"
-    rows = multiplex(tmp_path, *flags)["rows"]
-    assert [row["method"] for row in rows] == ["jax_in_turn", "coalesced"]
-    assert not any(row["failed"] for row in rows)
-    compiled = {path.name for path in (tmp_path / "cache").glob("*-cache")}
-    multiplex(tmp_path, *flags, "--force")
-    assert {path.name for path in (tmp_path / "cache").glob("*-cache")} == compiled != set()
-
-
-def test_a_cell_that_cannot_be_compiled_ahead_is_named_and_left(tmp_path, capfd):
-    compile_beside("multiplexing", [["--models=none"]], 2, str(tmp_path), seconds=240)
-    told = capfd.readouterr().err
-    assert "not compiled ahead: --models=none: " in told
-    assert "what is none?" in told
-
-
-@pytest.mark.once
 def test_multiplexing_writes_pairs_and_goes_on_where_it_stopped(tmp_path):
     before = multiplex(tmp_path, "--methods=jax_in_turn,xla_concurrent,floor")["rows"]
     assert [(row["method"], row["kind"], row["pair"]) for row in before] == [
@@ -100,6 +80,17 @@ def test_multiplexing_writes_pairs_and_goes_on_where_it_stopped(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {
         *("multiplexing.json", "multiplexing.md", "multiplexing_mlp_float32.png")
     }
+
+
+@pytest.mark.once
+def test_cells_that_are_built_beside_each_other_end_up_in_one_file(tmp_path):
+    flags = "--methods=jax_in_turn,floor", "--tenants=1,2", "--beside=2"
+    result = multiplex(tmp_path, *flags)
+    rows = [(row["tenants"], row["method"]) for row in result["rows"]]
+    assert rows == [(n, method) for n in (1, 2) for method in ("jax_in_turn", "coalesced", "floor")]
+    assert not any(row["failed"] for row in result["rows"])
+    assert multiplex(tmp_path, *flags)["rows"] == result["rows"]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".png"}
 
 
 def test_the_best_of_what_works_counts():

@@ -1,6 +1,9 @@
 """What a runtime, a tenant and a request are told is checked before anything starts, and nobody else notices."""
 
+import os
 import re
+import signal
+import warnings
 from collections.abc import Iterator
 from decimal import Decimal
 from types import SimpleNamespace
@@ -11,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coalesce.errors import InvalidInput
+from coalesce.errors import InvalidInput, Shutdown
 from coalesce.runtime.runtime import Runtime
 from tests.annotations import nothing_checked
 from tests.checked import checked_runtime
@@ -97,6 +100,50 @@ def test_terms_that_mean_nothing(rt, terms, text):
 def test_weights_that_are_not_the_tenants(rt, params, text):
     with pytest.raises(InvalidInput, match=f"tenant 'good': .*{text}"):
         rt.update_tenant("good", params)
+    np.testing.assert_array_equal(rt.submit("good", X).result(60), X)
+
+
+def test_weights_that_were_deleted(rt):
+    gone = jnp.asarray(W)
+    gone.delete()
+    with pytest.raises(InvalidInput, match="tenant 'good': params was deleted"):
+        rt.update_tenant("good", gone)
+    with pytest.raises(InvalidInput, match="tenant 'new': constant 0 was deleted"):
+        rt.add_tenant("new", lambda _, x: x @ gone, (), example=(X,), slo=60.0)
+    assert set(rt.stats().tenants) == {"good"}
+
+
+@pytest.mark.parametrize(
+    ("fn", "params", "text"),
+    [
+        (lambda w, x: (x.astype(w.dtype) @ w).astype(x.dtype), W.astype("float64"), r"f64\[4,4\]"),
+        (lambda w, x: (x @ w) * jnp.argmax(x).astype(x.dtype), W, r"i64\[\]"),
+    ],
+    ids=["weights", "inside"],
+)
+def test_types_of_64_bits_are_for_the_whole_process(rt, fn, params, text):
+    with jax.enable_x64(True), pytest.raises(InvalidInput, match=f"'wide' has {text}, which takes jax_enable_x64"):
+        rt.add_tenant("wide", fn, params, example=(X,), slo=60.0)
+    np.testing.assert_array_equal(rt.submit("good", X).result(60), X)
+
+
+@pytest.mark.once
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+def test_a_process_that_was_forked_off_is_told(rt):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of JAX and of Python: about what is shown here
+        child = os.fork()
+    if not child:
+        signal.alarm(30)
+        told = 0
+        for ask, *args in ((rt.submit, X), (rt.update_tenant, W), (rt.remove_tenant,)):
+            try:
+                ask("good", *args)
+            except Shutdown:
+                told += 1
+        rt.close()
+        os._exit(told)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
     np.testing.assert_array_equal(rt.submit("good", X).result(60), X)
 
 

@@ -190,6 +190,18 @@ def test_at_most_so_many_executables_are_kept_and_each_family_can_be_served(segm
         np.testing.assert_array_equal(rt.submit("other", vector(4)).result(60), vector(8))
 
 
+def test_where_none_may_go_what_is_new_does_and_nobody_waits_for_it():
+    with checked_runtime(widths=(1, 2), executables=1) as rt:
+        for i in range(2):
+            rt.add_tenant(f"t{i}", add, vector(i), example=(vector(1),), slo=SLO, verify=True)
+        rt.warm_up(60.0)
+        assert widths_of(rt) == [1] and "see Runtime(executables=)" in rt.health().failed["family 0 x2"]
+        serve(rt, "other", times)
+        rt.remove_tenant("other")
+        assert not rt.health().failed, "there may be room for it now"
+        np.testing.assert_array_equal(rt.submit("t1", vector(1)).result(60), vector(2))
+
+
 @in_segments
 def test_without_memory_for_many_lanes_fewer_run_together(monkeypatch, segments: int):
     """The device says so when the bundle runs, or when it is dispatched."""

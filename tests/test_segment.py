@@ -154,15 +154,18 @@ def test_keys_do_not_wait_in_registers():
     assert not any(J.is_key(s) for s in found.registers)
 
 
-def test_what_may_raise_is_not_cut():
-    def apply(p, x):
-        x = mlp(p, x)
+def test_what_may_raise_or_not_end_is_not_cut():
+    def raises(x):
         return jax.pure_callback(np.tanh, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
 
-    jaxpr, n = normal(apply, W, X)
-    found = segment(jaxpr, n, costs=COSTS, segments=3)
-    assert len(found.segments) == 1 and found.segments[0].jaxpr is jaxpr
-    assert found.why.startswith("not cut: it holds a pure_callback, which may raise")
+    def loops(x):
+        return jax.lax.while_loop(lambda v: v.sum() < 9, lambda v: v * 2, x)
+
+    for last, why in ((raises, "a pure_callback, which may raise"), (loops, "a while_loop, which may not end")):
+        jaxpr, n = normal(lambda p, x, last=last: last(mlp(p, x)), W, X)
+        found = segment(jaxpr, n, costs=COSTS, segments=3)
+        assert len(found.segments) == 1 and found.segments[0].jaxpr is jaxpr
+        assert found.why.startswith(f"not cut: it holds {why}")
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coalesce.serving.executable import compile_executable
+from coalesce.runtime.bundle import blanks_of
+from coalesce.serving.executable import compile_executable, frame_of
 from coalesce.serving.staging import Lane
+from coalesce.serving.store import Preparer, Store
 from tests.alone import array
 from tests.compare import assert_bitwise
 from tests.serving import assert_alone, BY_SLOT, CPU, fit_of, flat, plain, serve
@@ -72,6 +74,26 @@ def test_padding_reaches_no_lane(name):
     clean = run(lanes)
     assert all(np.isfinite(x).all() for x in clean)
     assert_bitwise(run([*lanes, poison, poison]), clean)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_program_that_might_not_end_on_zeros_is_given_none(packed):
+    """Neither lanes that nobody uses nor runs that nobody has asked for: they take weights and inputs of somebody."""
+
+    def grows(w, x):
+        return jax.lax.while_loop(lambda v: v.sum() < 100, lambda v: v * w, x)
+
+    serving = serve([fit_of(grows, np.float32(2), (np.ones(3, np.float32),))], segments=2)
+    lanes = serving.lanes(4)
+    staging = frame_of([lanes], packed).staging
+    for first in (5.0, 7.0):
+        filled = staging.fill([[Lane(0, [np.full(3, first, np.float32)]), Lane(0, [np.ones(3, np.float32)])]])
+        np.testing.assert_array_equal(filled.given[0].inputs[0][:, 0], [first, 1, first, first])
+        staging.take_back(filled)
+    blanks = blanks_of(lanes, None, [np.full(3, 9, np.float32)])
+    assert [own.inputs[0].sum() for own in blanks] == [27] * 4
+    before = Store(serving.schema, 2, Preparer(serving.schema)(serving.fits[0])).bank
+    assert all(np.asarray(own)[0].any() for own in before), "slot 0, before anybody has it"
 
 
 def test_all_widths_read_one_bank():

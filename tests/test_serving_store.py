@@ -166,7 +166,7 @@ def test_page_locked_memory_outlives_calls_that_fail(monkeypatch):
         raise ValueError("no")
 
     fails = dataclasses.replace(executable, compiled=cannot_launch)
-    courses = courses_of([0], serving.schema.segments, 0)
+    courses = courses_of([0], serving.schema.segments, 0, [()])
     loaded = Loaded(fails, (Home(Host(serving.schema, Preparer(serving.schema), serving.store, courses), courses[0]),))
     for _ in range(SPARES + 1):
         with pytest.raises(ValueError, match="no"):

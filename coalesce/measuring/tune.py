@@ -162,7 +162,8 @@ def at_once(source: Source, todo: Sequence[Task], until: float, workers: int) ->
                 if not future.cancelled() and (times := future.result()) is not None:
                     yield begun[future], times
                 if time.time() > until:  # not a process for each case that is left
-                    pool.shutdown(wait=False, cancel_futures=True)
+                    for waiting in begun:
+                        waiting.cancel()
         finally:
             pool.shutdown(cancel_futures=True)  # what waits; an interrupt ends what runs
 

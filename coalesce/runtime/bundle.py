@@ -153,10 +153,11 @@ def lane_of(ticket: Ticket, own: Lanes, pool: Pool) -> Lane:
     return Lane(state.weights, (), state.slot)
 
 
-def blanks_of(own: Lanes, pool: Pool | None) -> list[Lane]:
-    """As many lanes as there is room for, so that they take as long as others; they read slot 0 and zeros, and leave
-    nothing."""
-    inputs = () if own.segment else [np.zeros(x.shape, x.dtype) for x in own.program.inputs]
+def blanks_of(own: Lanes, pool: Pool | None, example: Sequence[Any]) -> list[Lane]:
+    """As many lanes as there is room for, so that they take as long as others; they read slot 0 and zeros, or the
+    example where a program takes none, and leave nothing."""
+    inputs = [np.zeros(x.shape, x.dtype) for x in own.program.inputs] if own.program.takes_zeros else example
+    inputs = () if own.segment else inputs
     return [Lane(0, inputs, pool.slots + i if pool is not None else 0) for i in range(own.width)]
 
 

@@ -57,7 +57,7 @@ def shorter(site: Site, host: Host) -> list[Segments] | None:
 def as_measured(device: Device, template: Template, course: Course, patience_us: float) -> Segments:
     """Those that it has, unless one takes longer with the fewest lanes, and cutting helps."""
     own = course.segments
-    if own.may_raise or longest_us(device, course) <= patience_us:
+    if own.stays_whole or longest_us(device, course) <= patience_us:
         return own
     new = device.cut(template, patience_us, sum(took_us(device, course)) / max(own.predicted_us, 1e-3))
     return new if len(new) > len(own) else own
@@ -91,7 +91,8 @@ def made(site: Site, host: Host, programs: Sequence[Segments]) -> tuple[Course, 
         site.grow(host)
     with site.rooms:
         site.device.check_room(f"what lies between segments of {host}", pool_bytes(programs, site.lanes))
-        new = courses_of(site.device.next_families(len(programs)), programs, site.lanes)
+        examples = [course.example for course in host.courses]
+        new = courses_of(site.device.next_families(len(programs)), programs, site.lanes, examples)
     site.driver.carry_out(lambda: site.device.open(host, new) or ())
     try:
         for ready in site.order_all(host, new):

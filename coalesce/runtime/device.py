@@ -16,7 +16,7 @@ import jax
 
 from coalesce.bank import default_device
 from coalesce.compile import default_costs, default_tuned
-from coalesce.errors import OutOfDeviceMemory
+from coalesce.errors import CompileError, OutOfDeviceMemory
 from coalesce.runtime.apart import Apart
 from coalesce.runtime.bundle import blanks_of, Bundle, lanes_of, leave, raise_understood, restored, suspect
 from coalesce.runtime.frozen import set_aside
@@ -98,15 +98,13 @@ class Device:
 
     def may_mix(self, entries: Sequence[Entry]) -> bool:
         """Whether one executable may run them: not two segments of one program, whose pool would have to be copied, nor
-        one that may raise with one that has a pool, which would be lost; nor any where kernels are to be the same."""
+        what may raise or not end with one that has a pool, which would be lost; nor any where kernels stay the same."""
         if self._same or not self.knows(entries):
             return False
         courses = [self._homes[entry.family].course for entry in entries]
-        if len({course.family for course in courses}) < len(courses):
+        if len({course.family for course in courses}) < len(courses) or not all(map(self.may_widen, entries)):
             return False
-        if any(self._homes[entry.family].host.schema.options.as_it_is for entry in entries):
-            return False
-        return not (any(c.segments.may_raise for c in courses) and any(c.pool is not None for c in courses))
+        return not (any(c.segments.stays_whole for c in courses) and any(c.pool is not None for c in courses))
 
     def may_widen(self, entry: Entry) -> bool:
         """Whether several lanes of it may run in one executable."""
@@ -125,6 +123,10 @@ class Device:
     def knows(self, entries: Sequence[Entry]) -> bool:
         """Whether the families are still here."""
         return all(entry.family in self._homes for entry in entries)
+
+    def has(self, key: Key) -> bool:
+        """Whether it can run: it was not dropped, and its bank has not grown without it."""
+        return self._numbers.get(key[0]) in self._loaded
 
     def check_room(self, what: str, needed: int) -> None:
         """Raises OutOfDeviceMemory."""
@@ -183,7 +185,9 @@ class Device:
 
     def try_out(self, executable: int, entries: Sequence[Sequence[Ticket]]) -> Bundle:
         """For lanes that nobody has asked for."""
-        loaded = self._loaded[executable]
+        loaded = self._loaded.get(executable)
+        if loaded is None:
+            raise CompileError("it was dropped before it could be tried out")
         loaded.used = next(self._runs)
         number = next(ticket.bundles[-1] for tickets in entries for ticket in tickets)
         with jax.profiler.TraceAnnotation(ANNOTATION, device=self.number, bundle=number):
@@ -196,7 +200,8 @@ class Device:
         """A run for nothing."""
         loaded = self._loaded[self._numbers[key[0]]]
         restored(loaded.pools)
-        blanks = [blanks_of(own, pool) for own, pool in zip(loaded.executable.lanes, loaded.pools, strict=True)]
+        each = zip(loaded.executable.lanes, loaded.homes, strict=True)
+        blanks = [blanks_of(own, home.course.pool, home.course.example) for own, home in each]
         return self._run(loaded, loaded.executable.stage(blanks), [])
 
     def _run(self, loaded: Loaded, filled: Filled, entries: Sequence[Sequence[Ticket]]) -> Bundle:
@@ -223,13 +228,10 @@ class Device:
             if all(has <= wants for has, wants in zip(now, capacities, strict=True)):
                 self._spare[key] = executable
             return False
-        self._loaded[self._number(entries)] = loaded
-        return True
-
-    def _number(self, entries: tuple[Entry, ...]) -> int:
         if entries not in self._numbers:
             self._numbers[entries] = next(self._next)
-        return self._numbers[entries]
+        self._loaded[self._numbers[entries]] = loaded
+        return True
 
     def offer(self, key: Key, l50_ns: int, l99_ns: int) -> Catalog:
         number = self._numbers[key[0]]

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from coalesce.call import checked, rewrapped
+from coalesce.call import checked, is_gone, rewrapped
 from coalesce.errors import InvalidInput
 from coalesce.program import Program, Slot
 
@@ -81,6 +81,19 @@ class Form:
         if self._key_results:
             values = [rewrapped(x, slot) for x, slot in zip(values, self._outputs, strict=True)]
         return self._out_tree.unflatten(values)
+
+
+def example_of(program: Program, order: Sequence[int], inputs: tuple[Any, ...]) -> list[np.ndarray]:
+    """An example's inputs, flat, in the order `order`; zeros for what says no more than its type."""
+    leaves = jax.tree.leaves(inputs)
+
+    def array(i: int) -> np.ndarray:
+        leaf, slot = leaves[i], program.inputs[i]
+        if isinstance(leaf, jax.ShapeDtypeStruct) or is_gone(leaf):
+            return np.zeros(slot.aval.shape, slot.aval.dtype)
+        return np.asarray(checked(program.name, leaf, slot))
+
+    return [array(i) for i in order]
 
 
 def is_built_in(tree: Any) -> bool:

@@ -58,6 +58,7 @@ class Foundry:
         self._around = around
         self._jobs: list[Job] = []  # a heap
         self._made: dict[Key, Future[None]] = {}  # everything that was ever ordered
+        self._crowded: set[Key] = set()  # what was made in vain, and may be made again when others have gone
         self._running: dict[Key, float] = {}  # since when
         self._numbers = itertools.count()
         self._change = threading.Condition()
@@ -132,8 +133,9 @@ class Foundry:
         for key in gone:
             self._finish(key, CompileError(f"{text_of(key[0])}: nobody is left who would run it"))
         with self._change:
-            for key in gone:
-                del self._made[key]
+            for key in {*gone, *self._crowded}:  # there may be room now
+                self._made.pop(key, None)
+            self._crowded.clear()
 
     def wait_idle(self, timeout: float | None) -> None:
         with self._change:
@@ -213,7 +215,7 @@ class Foundry:
         self._driver.probe(Probe(lambda: self._device.launch_blank(key), timed))
 
     def _again(self, key: Key, times_ns: list[int]) -> Sequence[Event]:
-        if not self._device.knows(key[0]):
+        if not self._device.has(key):
             self._finish(key)
             return ()
         if len(times_ns) <= PROBES:
@@ -231,10 +233,22 @@ class Foundry:
         evicted = self._device.evict(self._most)
         with self._change:
             for old in evicted:
-                self._made.pop(old, None)
-        LOG.info("executable for %s is ready: %.3f ms", text_of(key[0]), timed[1] / 1e6)
-        self._finish(key)
+                if old != key:
+                    self._made.pop(old, None)
+        if key in evicted:
+            self._crowd_out(key)
+        else:
+            LOG.info("executable for %s is ready: %.3f ms", text_of(key[0]), timed[1] / 1e6)
+            self._finish(key)
         return (CatalogChanged(self._device.catalog),)
+
+    def _crowd_out(self, key: Key) -> None:
+        """All others are the narrowest of their families, and stay."""
+        with self._change:
+            self._crowded.add(key)
+        why = f"{self._most} executables are kept, and those that there are cannot go: see Runtime(executables=)"
+        LOG.info("no executable for %s: %s", text_of(key[0]), why)
+        self._finish(key, CompileError(f"{text_of(key[0])}: {why}"))
 
     # Of any thread
 

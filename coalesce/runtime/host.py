@@ -25,6 +25,7 @@ class Course:
     family: int  # its number in the catalog
     segments: Segments
     pool: Pool | None  # None if there is one segment
+    example: Sequence[Any]  # inputs as its family takes them
 
     @property
     def offered(self) -> int:
@@ -32,11 +33,13 @@ class Course:
         return self.pool.slots * LANES // (LANES + 1) if self.pool is not None else 0
 
 
-def courses_of(families: Sequence[int], programs: Sequence[Segments], slots: int) -> tuple[Course, ...]:
+def courses_of(
+    families: Sequence[int], programs: Sequence[Segments], slots: int, examples: Sequence[Sequence[Any]]
+) -> tuple[Course, ...]:
     """With pools for so many lanes each."""
     return tuple(
-        Course(family, own, Pool(own.registers, slots) if len(own) > 1 else None)
-        for family, own in zip(families, programs, strict=True)
+        Course(family, own, Pool(own.registers, slots) if len(own) > 1 else None, example)
+        for family, own, example in zip(families, programs, examples, strict=True)
     )
 
 

@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
+from coalesce import jaxpr as J
 from coalesce.errors import CompileError, TenantClosed
 from coalesce.runtime.accounts import Accounts
 from coalesce.runtime.cutting import look_again, tenant_of
 from coalesce.runtime.device import Device
 from coalesce.runtime.driver import Driver
-from coalesce.runtime.form import Form
+from coalesce.runtime.form import example_of, Form
 from coalesce.runtime.foundry import Foundry
-from coalesce.runtime.host import Course, courses_of, first_capacity, Host, pool_bytes, reserve
+from coalesce.runtime.host import courses_of, first_capacity, Host, pool_bytes, reserve
 from coalesce.runtime.rehearse import rehearse
 from coalesce.runtime.site import Site
 from coalesce.runtime.ticket import Ticket
+from coalesce.runtime.weights import check_bits
 from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.events import CatalogChanged, Event, TenantAdded
 from coalesce.scheduler.request import Request
@@ -85,28 +88,26 @@ class Quarters:
             look_again(self._site)
 
     def try_out(self, resident: Resident, index: int, inputs: tuple[Any, ...]) -> list[Any]:
-        """What it gets for a request of its shape `index`, in each lane of an executable of several lanes."""
+        """What it gets for a request of its shape `index`, in each lane of an executable: the narrowest for several
+        lanes that there is, or else the narrowest."""
         course, form = resident.host.courses[index], resident.forms[index]
-        width = self._made_width(course)
         request = Request(-1, resident.name, course.family, 0, 0)
-        tickets = [Ticket(request, resident, form, form.accept(inputs), None) for _ in range(width)]
-        for ticket in tickets:
-            ticket.bundles.append(-1)
-        numbers = [self._device.number_of((Entry(course.family, s, width),)) for s in range(len(course.segments))]
-        bundle = rehearse(self._driver, [lambda n=n: self._device.try_out(n, [tickets]) for n in numbers])
-        (results,) = bundle.results()
-        assert results is not None, f"tenant {resident.name!r}: the last segment has no results"
-        return list(results)
 
-    def _made_width(self, course: Course) -> int:
-        """The narrowest for several lanes that can be made; else the narrowest."""
+        def with_lanes(width: int) -> list[Any]:
+            for made in self._site.order(course, width, urgent=True):
+                made.result()
+            tickets = [Ticket(request, resident, form, form.accept(inputs), None) for _ in range(width)]
+            for ticket in tickets:
+                ticket.bundles.append(-1)
+            numbers = [self._device.number_of((Entry(course.family, s, width),)) for s in range(len(course.segments))]
+            bundle = rehearse(self._driver, [lambda n=n: self._device.try_out(n, [tickets]) for n in numbers])
+            (results,) = bundle.results()
+            assert results is not None, f"tenant {resident.name!r}: the last segment has no results"
+            return list(results)
+
         for width in (*(w for w in self._site.widths if w > 1), self._site.widths[0]):
-            try:
-                for made in self._site.order(course, width, urgent=True):
-                    made.result()
-                return width
-            except CompileError:
-                continue
+            with suppress(CompileError):  # it cannot be made, or was dropped: then the next
+                return with_lanes(width)
         raise AssertionError(f"family {course.family} is served, and has no executable")
 
     def write(self, resident: Resident, fitted: Fit) -> None:
@@ -183,6 +184,8 @@ class Quarters:
 
     def _host(self, resident: Resident, fitted: Fit) -> Host:
         """A bank for a schema that is new here, and its narrowest executables."""
+        inside = J.takes_wide()
+        self._driver.carry_out(lambda: check_bits(fitted.programs, inside))
         if resident.alone:
             schema, capacity = self._device.plan_as_it_is(fitted), 1
         else:
@@ -195,7 +198,9 @@ class Quarters:
             self._device.check_room(f"tenant {resident.name!r}, with room for {capacity} of its kind,", needed)
             store = Store(schema, capacity, prepare(fitted), self._device.make)
             families = self._device.next_families(len(schema.templates))
-            host = Host(schema, prepare, store, courses_of(families, schema.segments, lanes))
+            each = zip(fitted.programs, fitted.inputs, resident.shapes, strict=True)
+            courses = courses_of(families, schema.segments, lanes, [example_of(*one) for one in each])
+            host = Host(schema, prepare, store, courses)
             self._driver.carry_out(lambda: self._device.admit(host) or ())
         for course in host.courses:
             LOG.info("family %d of tenant %r: %s", course.family, resident.name, course.segments.why)

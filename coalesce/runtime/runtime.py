@@ -84,8 +84,9 @@ class Runtime:
             device = Device(memory_limit, at, number, self._process.apart, reproducible)
             self._stations.append(Station(number, device, own, self._accounts, observers, clock, setup))
         self._tenancy = Tenancy(self._stations)
-        self._closing, self._closed = threading.Lock(), False
+        self._closing, self._over = threading.Lock(), ""
         self._process.end_with_interpreter(lambda: self.close(drain=False))
+        self._process.end_in_a_fork(self._end_in_a_fork)
 
     # Tenants
 
@@ -201,7 +202,7 @@ class Runtime:
     def _resident(self, name: str) -> Resident:
         """Who can be asked."""
         resident = self._tenancy.residents.get(name)
-        if self._closed or resident is None or resident.driver.failure is not None:
+        if self._over or resident is None or resident.driver.failure is not None:
             raise self._why_nobody(name, resident)
         return resident
 
@@ -219,7 +220,7 @@ class Runtime:
 
     def health(self) -> Health:
         """Whether the runtime serves, and what it has; a snapshot."""
-        return health_of(self._stations, len(self._tenancy.residents), self._closed, self._tenancy.alone)
+        return health_of(self._stations, len(self._tenancy.residents), bool(self._over), self._tenancy.alone)
 
     def explain(self, request: int | Reply) -> str:
         """What was decided about a request: its bundles, why they ran, and when. Of the last 4,096 requests."""
@@ -241,9 +242,9 @@ class Runtime:
             threading.Thread(target=self.close, kwargs={"drain": drain, "timeout": timeout}, daemon=True).start()
             return
         with self._closing:
-            if self._closed:
+            if self._over:
                 return
-            self._closed = True
+            self._over = "the runtime is closed"
             until = None if timeout is None else time.monotonic() + timeout
             for station in self._stations:
                 station.driver.inbox.put(Closed(drain))
@@ -253,8 +254,12 @@ class Runtime:
             self._process.leave()
 
     def _check_open(self) -> None:
-        if self._closed:
-            raise Shutdown("the runtime is closed")
+        if self._over:
+            raise Shutdown(self._over)
+
+    def _end_in_a_fork(self) -> None:
+        """None of the threads is there, and who held a lock may be none of them."""
+        self._closing, self._over = threading.Lock(), "this process was forked off the runtime's; start it with spawn"
 
     def __enter__(self) -> Runtime:
         return self

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakMethod
 
 from coalesce.runtime.apart import Apart
 from coalesce.runtime.frozen import set_aside
@@ -29,6 +30,18 @@ class Surroundings:
         in the middle of JAX's code then would take the process along."""
         self._end = end
         atexit.register(self._at_exit)
+
+    def end_in_a_fork(self, end: Callable[[], None]) -> None:
+        """Have `end`, a method, called in each process that is forked off this one while its object lives."""
+        method = WeakMethod(end)
+
+        def in_child() -> None:
+            own = method()
+            if own is not None:
+                own()
+
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=in_child)
 
     def _at_exit(self) -> None:
         if os.getpid() == self._pid:  # a child has none of the threads

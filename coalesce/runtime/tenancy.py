@@ -200,6 +200,9 @@ class Tenancy:
                 raise InvalidInput(
                     f"tenant {resident.name!r}: params hold a ShapeDtypeStruct, which has no values; give arrays"
                 )
+            unreadable = next((leaf.unreadable for leaf in program.leaves if leaf.unreadable), "")
+            if unreadable:
+                raise InvalidInput(f"tenant {resident.name!r}: {unreadable}")
             if not resident.alone:
                 program = program.with_jaxpr(*self._normalise(program))
             programs.append(program)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from coalesce import jaxpr as J
 from coalesce.errors import InvalidInput
+from coalesce.program import Program
+from coalesce.scheduler.events import Event
 from coalesce.tracing import staged, struct
 
 
@@ -23,6 +25,19 @@ def type_of(leaf: Any) -> str:
         return J.short(struct(leaf))
     except TypeError:
         return type(leaf).__name__
+
+
+def check_bits(programs: Sequence[Program], inside: bool) -> Sequence[Event]:
+    """An order: raises InvalidInput for 64-bit types that JAX has on some other thread, and not on the driver's.
+    `inside`: also of what is only computed, as in programs that were traced on a thread that has them."""
+    for program in programs if not J.takes_wide() else ():
+        wide = program.wide_inside if inside else program.wide
+        if wide:
+            raise InvalidInput(
+                f"tenant {program.name!r} has {wide}, which takes jax_enable_x64 for the whole process and not "
+                "on one thread: jax.config.update('jax_enable_x64', True)"
+            )
+    return ()
 
 
 def check_types(name: str, known: Mapping[str, str], given: Mapping[str, str]) -> None:

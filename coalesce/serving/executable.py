@@ -6,8 +6,9 @@
     executable.take_back(filled)                     for another call
 
 Lane i of an entry is row i of its slots, inputs and outputs. Lanes beyond those that were given are padding; nothing
-that they compute reaches another. An entry may be one segment of a program: what it takes from the segments before it,
-and leaves for those after it, lies in a pool.
+that they compute reaches another. They take zeros, or what the first lane takes where zeros might do harm (a loop that
+does not end, a callback that raises). An entry may be one segment of a program: what it takes from the segments before
+it, and leaves for those after it, lies in a pool.
 """
 
 from __future__ import annotations
@@ -156,6 +157,7 @@ def frame_of(lanes: Sequence[Lanes], packed: bool | None) -> Frame:
         tuple(inputs),
         tuple(own.slots if len(own.segments) > 1 else 0 for own in lanes),
         packed and all(map(can_pack, inputs)),
+        tuple(not own.program.takes_zeros for own in lanes),
     )
     states = States(
         tuple(own.segments for own in lanes), tuple(own.segment for own in lanes), tuple(own.slots for own in lanes)

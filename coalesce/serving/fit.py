@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import jax
 
 from coalesce import jaxpr as J
+from coalesce.behaviour import may_speculate
 from coalesce.dependence import mark
 from coalesce.family import Family, family, Lane, leaf_token
 from coalesce.program import Program
@@ -30,6 +32,11 @@ class Template:
     weights: tuple[int, ...]  # for each weight of the family, its number
     inputs: tuple[jax.ShapeDtypeStruct, ...]  # of the family, for one lane
     outputs: tuple[jax.ShapeDtypeStruct, ...]
+
+    @cached_property
+    def takes_zeros(self) -> bool:
+        """Whether it may run on inputs that nobody has sent: it ends for certain, and calls nobody back."""
+        return all(map(may_speculate, self.family.jaxpr.jaxpr.eqns))
 
 
 @dataclass(frozen=True, eq=False)

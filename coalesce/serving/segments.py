@@ -26,7 +26,7 @@ class Segments:
     registers: tuple[jax.ShapeDtypeStruct, ...]  # of one lane
     why: str  # there are so many
     predicted_us: float  # of the whole, with one lane
-    may_raise: bool  # a callback on the host may
+    stays_whole: bool  # whatever cutting it would gain: it may raise, or not end
 
     def __len__(self) -> int:
         return len(self.templates)

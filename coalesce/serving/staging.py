@@ -79,12 +79,14 @@ class Filled:
 
 @dataclass(frozen=True, eq=False)
 class Staging:
-    """`inputs[e]` are those of entry e with all lanes, [width, ...]; `pools[e]` is the size of its pool, or 0."""
+    """`inputs[e]` are those of entry e with all lanes, [width, ...]; `pools[e]` is the size of its pool, or 0;
+    `repeats[e]`, whether lanes that nobody uses have the inputs of the first, instead of zeros."""
 
     widths: tuple[int, ...]
     inputs: tuple[tuple[jax.ShapeDtypeStruct, ...], ...]
     pools: tuple[int, ...]
     packed: bool
+    repeats: tuple[bool, ...]
     _spare: deque[Filled] = field(default_factory=deque)  # of calls that have ended
 
     @cached_property
@@ -137,7 +139,7 @@ class Staging:
 
     def fill(self, entries: Sequence[Sequence[Lane]]) -> Filled:
         """The arguments for some lanes of each entry, at least one and in this order. What is left of its width repeats
-        the slot of the first, with inputs of zeros, and has states behind the pool, all different."""
+        the slot of the first, with inputs of zeros or its own, and has states behind the pool, all different."""
         try:
             filled = self._spare.pop()
         except IndexError:  # asked for instead of looked for: another thread may warm this executable up meanwhile
@@ -163,7 +165,9 @@ class Staging:
                 if not (join(rows, stack) or (self.packed and is_worth_it() and gather(rows, stack[:count]))):
                     for i, row in enumerate(rows):  # one call of NumPy for all of them is no quicker
                         stack[i] = row
-                if before > count:
+                if self.repeats[e]:
+                    stack[count:] = rows[0]
+                elif before > count:
                     zero(stack[count:before])
             filled.used[e] = count
 

@@ -32,7 +32,8 @@ Rows = list[jax.Array]  # [1, ...] for each argument of the bank
 
 
 class Store:
-    """A bank with room for `capacity` tenants. `first` holds what they share: the rows of any tenant of the schema."""
+    """A bank with room for `capacity` tenants. `first` holds what they share: the rows of any tenant of the schema. Its
+    own lie in slot 0 until somebody has that, for runs that nobody has asked for: a loop may not end on zeros."""
 
     def __init__(self, schema: Schema, capacity: int, first: Rows, make: Make = make_here) -> None:
         self.schema, self.capacity, self._make = schema, capacity, make
@@ -43,6 +44,7 @@ class Store:
         self.bank: list[jax.Array] = list(first)
         self._replace(blank([schema.structs(capacity)[i] for i in self._owned], make))
         self.make_ready(capacity)
+        self.write(0, first)
 
     @property
     def free(self) -> int:

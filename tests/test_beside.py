@@ -1,0 +1,98 @@
+"""Processes beside each other, of which one at a time runs while it times."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.alone import alone
+from experiments.beside import Beside
+
+ROOT = Path(__file__).parent.parent
+HEAD = f"""
+import os, subprocess, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from experiments.alone import alone
+out = Path(sys.argv[-1].removeprefix("--out=")).parent
+
+def count():
+    path = out / "count"
+    return path.stat().st_size if path.exists() else 0
+
+def wait(until):
+    while not until():
+        time.sleep(0.001)
+"""
+COUNTS = """
+while not (out / "enough").exists():
+    with open(out / "count", "ab") as file:
+        file.write(b".")
+"""
+TIMES = """
+wait(count)
+with alone():
+    before = count()
+    time.sleep(0.2)
+    (out / "moved").write_text(str(count() - before))
+wait(lambda: count() > before)
+(out / "enough").touch()
+"""
+DIES = """
+wait(count)
+with alone():
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], close_fds=False)
+    print("it broke", file=sys.stderr, flush=True)
+    (out / "died").touch()
+    os._exit(3)
+"""
+SEES = """
+wait((out / "died").exists)
+before = count()
+wait(lambda: count() > before)
+(out / "enough").touch()
+"""
+
+
+def run(folder: Path, *codes: str, budget_s: float | None = None) -> list[str]:
+    """Each code in a process of its own, all of them at once; returns the folders in the order in which they ended."""
+    ended: list[str] = []
+    beside = Beside([sys.executable, "-c"], len(codes), folder, dict(os.environ))
+    beside.measure([[HEAD + code] for code in codes], lambda place: ended.append(place.name), budget_s)
+    return ended
+
+
+def test_who_times_does_so_alone_and_the_others_go_on(tmp_path):
+    assert sorted(run(tmp_path, COUNTS, TIMES)) == ["0", "1"]
+    assert (tmp_path / "moved").read_text() == "0"
+
+
+def test_one_that_dies_in_its_turn_is_named_and_stops_nobody(tmp_path, capfd):
+    assert sorted(run(tmp_path, COUNTS, DIES, SEES)) == ["0", "1", "2"]
+    assert "it broke" in capfd.readouterr().err
+
+
+def test_no_cell_begins_when_the_budget_is_spent(tmp_path, capfd):
+    run(tmp_path, "(out / 'begun').touch()", budget_s=0)
+    assert "not begun, since the budget is spent" in capfd.readouterr().err
+    assert not (tmp_path / "begun").exists()
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_ended_leaves_no_process(end, tmp_path):
+    def ended(place: Path) -> None:
+        assert place.name == "1"
+        os.kill(os.getpid(), end)
+
+    beside = Beside([sys.executable, "-c"], 2, tmp_path, dict(os.environ))
+    with pytest.raises(KeyboardInterrupt):
+        beside.measure([[HEAD + COUNTS], [HEAD + "wait(count)"], [HEAD + COUNTS]], ended)
+    assert not beside.running and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert not (tmp_path / "2" / "log").exists() or not (tmp_path / "2" / "log").read_text()
+
+
+def test_a_process_by_itself_need_not_ask():
+    with alone():
+        pass
