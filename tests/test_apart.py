@@ -236,6 +236,34 @@ def test_a_compiler_that_hangs_keeps_nobody_waiting_for_ever_and_leaves_nothing_
             os.waitpid(process.pid, os.WNOHANG)
 
 
+ECHO = """
+import sys
+
+from coalesce.runtime.compiler import read, write
+
+while (request := read(sys.stdin.buffer)) is not None:
+    write(sys.stdout.buffer, ("made", request[1]))
+"""
+
+
+@pytest.mark.once
+def test_what_an_interrupt_left_unread_is_no_answer_to_the_next_request(monkeypatch):
+    right, own = apart.is_starved, Apart()
+
+    def interrupted(*given: Any) -> bool:
+        monkeypatch.setattr(apart, "is_starved", right)
+        right(*given)  # the answer is there
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(apart, "is_starved", interrupted)
+    echo, pipe = [sys.executable, "-c", ECHO], subprocess.PIPE
+    monkeypatch.setattr(apart, "started", lambda idle: subprocess.Popen(echo, stdin=pipe, stdout=pipe))
+    with pytest.raises(KeyboardInterrupt):
+        own.call(len, "first")
+    assert own.call(len, "second") == (len, ("second",), ())
+    own.close()
+
+
 def check_left_here(own: Apart, recipe: Recipe, monkeypatch: Any, caplog: Any) -> None:
     """What the other process has no device for, and what does not load."""
 

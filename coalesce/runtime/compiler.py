@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import struct
 import sys
 from collections.abc import Callable
@@ -115,6 +116,7 @@ def answer(what: str, request: bytes, told: dict[str, Any]) -> tuple[str, Any]:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for who serves
     ticks = Ticks() if IDLE in sys.argv else None
     os.nice(LESS_URGENT)
     if ticks is not None:
