@@ -23,11 +23,21 @@ class Caller:
         self.in_tree = jax.tree.structure([p.in_tree.unflatten([0] * len(p.inputs)) for p in programs])
         self.out_tree = jax.tree.structure([p.out_tree.unflatten([0] * len(p.outputs)) for p in programs])
         self.shapes, self.dtypes = [s.shape for s in self.structs], [s.dtype for s in self.structs]
+        self.wide = next((p for p in programs if p.wide), None)
         self.key_inputs = any(slot.key_impl is not None for p in programs for slot in p.inputs)
         self.key_outputs = any(slot.key_impl is not None for p in programs for slot in p.outputs)
 
+    def check_option(self) -> None:
+        """Raises InvalidInput where some program's types are not there."""
+        if self.wide is not None and not J.takes_wide():
+            raise InvalidInput(
+                f"tenant {self.wide.name!r} was traced with jax_enable_x64 and has {self.wide.wide}; "
+                "call it with that option too"
+            )
+
     def flatten(self, inputs: Any) -> list[Any]:
         """Every tenant's inputs as one flat list of arrays; raises InvalidInput, naming tenant and argument."""
+        self.check_option()
         if not self.key_inputs:  # the usual call, in one pass; whatever is not as traced is looked at one by one below
             leaves, tree = jax.tree.flatten(inputs)
             if (
@@ -57,15 +67,6 @@ class Caller:
                 )
             flat.extend(checked(program.name, leaf, slot) for leaf, slot in zip(leaves, program.inputs, strict=True))
         return flat
-
-    def check_types(self) -> None:
-        """Raises InvalidInput if there are types of 64 bits, and JAX is set to have none."""
-        for program in self.programs:
-            if program.wide:
-                raise InvalidInput(
-                    f"tenant {program.name!r} was traced with jax_enable_x64 and has {program.wide}; "
-                    "call it with that option too"
-                )
 
     def split(self, flat: Sequence[Any]) -> list[list[Any]]:
         """The flat list, tenant by tenant."""

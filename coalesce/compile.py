@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from coalesce import jaxpr as J
 from coalesce.bank import build_bank, default_device
 from coalesce.bundle import Bundle
 from coalesce.clusters import WASTE_BOUND
@@ -95,6 +96,7 @@ def fuse(
         if done is None:
             done = memo[id(program.jaxpr)] = normalise(program.held_by(holders[id(program.jaxpr)]), passes, strict)
         normalised.append(program.with_jaxpr(done.program.jaxpr, done.program.prepare))
+        check_wide(normalised[-1])
     bundle = Bundle(tuple(p.name for p in programs), find_families(normalised, leaves))
     measured = default_tuned(tuned, platform)
     steps = plan(
@@ -168,8 +170,13 @@ def check_usable(programs: Sequence[Program]) -> None:
         unreadable = next((leaf.unreadable for leaf in program.leaves if leaf.unreadable), "")
         if unreadable:
             raise PlanError(f"tenant {program.name!r}: {unreadable}")
-        if program.wide:
-            raise PlanError(
-                f"tenant {program.name!r} was traced with jax_enable_x64 and has {program.wide}; "
-                "fuse and call it with that option too"
-            )
+        check_wide(program)
+
+
+def check_wide(program: Program) -> None:
+    """Also of weights as the passes leave them, which a tenant may have widened inside its function."""
+    if program.wide and not J.takes_wide():
+        raise PlanError(
+            f"tenant {program.name!r} was traced with jax_enable_x64 and has {program.wide}; "
+            "fuse and call it with that option too"
+        )

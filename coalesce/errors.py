@@ -93,7 +93,7 @@ class DeviceError(ServingError):
 
 
 class PolicyError(ServingError):
-    """The policy, in a process of its own, has ended or does not answer."""
+    """The policy does not answer, or the process that it has to itself has ended."""
 
     grpc, http = "UNAVAILABLE", 503
 

@@ -59,7 +59,6 @@ class Fused:
             results = compiled(bank, flat)
         except TypeError:
             if not any(isinstance(x, Tracer) for x in flat):
-                self._caller.check_types()
                 raise
             results = self._function(bank, flat)  # under jit, vmap or grad: a part of the caller's program
         except ValueError:
@@ -152,4 +151,5 @@ class Fused:
         return fused
 
     def _structs(self) -> tuple[list[Any], list[Any]]:
+        self._caller.check_option()
         return bank_structs(self.bundle), self._caller.structs

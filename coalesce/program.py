@@ -78,15 +78,20 @@ class Program:
         """Whether some weight has no value, so that the program can be inspected but not called."""
         return any(leaf.value is None for leaf in self.leaves)
 
-    def with_jaxpr(self, jaxpr: ClosedJaxpr, prepare: ClosedJaxpr | None = None) -> Program:
-        return replace(self, jaxpr=jaxpr, prepare=prepare if prepare is not None else self.prepare)
-
     @property
     def wide(self) -> str:
-        """A 64-bit type that it holds and JAX does not have as it is set now; empty if there is none."""
-        avals = [s.aval for s in (*self.leaves, *self.inputs, *self.outputs)]
-        wide = (a for a in avals if not J.is_key(a) and jax.dtypes.canonicalize_dtype(a.dtype) != a.dtype)
-        return next(map(J.short, wide), "")
+        """The first type of 64 bits among what it takes, keeps and gives; empty if there is none."""
+        avals = [own.aval for own in (*self.leaves, *self.weights, *self.inputs, *self.outputs)]
+        return next((J.short(aval) for aval in avals if J.is_wide(aval)), "")
+
+    @property
+    def wide_inside(self) -> str:
+        """And among what it computes."""
+        made = (out.aval for eqn in J.walk(self.jaxpr) for out in eqn.outvars)
+        return self.wide or next((J.short(aval) for aval in made if J.is_wide(aval)), "")
+
+    def with_jaxpr(self, jaxpr: ClosedJaxpr, prepare: ClosedJaxpr | None = None) -> Program:
+        return replace(self, jaxpr=jaxpr, prepare=prepare if prepare is not None else self.prepare)
 
     def without_values(self) -> Program:
         """The program without its weights, which a bank holds by then."""

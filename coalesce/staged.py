@@ -62,14 +62,11 @@ class Staged:
         self._check(inputs)
         if any(isinstance(x, Tracer) for own in inputs for x in own):
             return self._function(self._bank, inputs)  # under jit, vmap or grad: a part of the caller's program
-        try:
-            compiled = self._compiled if self._compiled is not None else self.compile()
-            return compiled(self._bank, inputs)
-        except TypeError:
-            self._caller.check_types()
-            raise
+        compiled = self._compiled if self._compiled is not None else self.compile()
+        return compiled(self._bank, inputs)
 
     def _check(self, inputs: Stacks) -> None:
+        self._caller.check_option()
         if len(inputs) != len(self._structs):
             raise InvalidInput(
                 f"got staged inputs of {len(inputs)} families, expected {len(self._structs)}, as stage() gives"
@@ -107,6 +104,7 @@ class Staged:
     def compile(self, compiler_options: dict[str, Any] | None = None) -> Any:
         """Compile ahead of time, for later calls too; returns JAX's Compiled, or a `Chain` of several."""
         if self._compiled is None or compiler_options is not None:
+            self._caller.check_option()
             structs, parts = (bank_structs(self._bundle), self._structs), len(self._bundle.starts)
             self._compiled = compile_parts(self._function, structs, parts, compiler_options)
         return self._compiled

@@ -26,7 +26,7 @@ from coalesce.models import by_name, NAMES
 from experiments import methods, pairs, settings
 from experiments.cells import brief, largest_error, on_host, tenants_of
 from experiments.list_flags import define_counts, define_fields_of_models, define_names
-from experiments.methods import Candidate, Tenants
+from experiments.methods import Tenants
 from experiments.peers_common import Burst
 from experiments.results import device_name, header, Row, table
 
@@ -109,10 +109,8 @@ def measure(cell: Cell, fields: dict[str, Any]) -> list[Row]:
 
 
 def fuse(tenants: Tenants, left_out: str) -> coalesce.Fused:
-    each = zip(tenants.params, tenants.inputs, strict=True)
-    programs = [coalesce.trace(tenants.apply, p, *x, name=f"tenant {i}") for i, (p, x) in enumerate(each)]
     without = [left_out] if left_out in OPTIONAL_PASSES else []
-    return coalesce.fuse(programs, without=without, tuned=False if left_out == UNTUNED else None)
+    return coalesce.fuse(methods.traced(tenants), without=without, tuned=False if left_out == UNTUNED else None)
 
 
 def plan_of(fused: coalesce.Fused) -> str:
@@ -125,10 +123,7 @@ def built(
     fused: coalesce.Fused, tenants: Tenants, options: dict[str, Any], want: Sequence[np.ndarray], dtype: str
 ) -> tuple[Row, Burst]:
     """Raises ValueError where outputs differ by more than the tolerance."""
-    call = fused.staged()
-    call.compile(options)
-    inputs = call.stage(tenants.inputs)
-    candidate = Candidate("inputs and outputs stay stacked", lambda: call(inputs), call.unstage)
+    candidate = methods.in_stacks(fused, tenants, options)
     error, tolerance = largest_error(on_host(candidate), list(want)), settings.tolerance(dtype)
     if not error <= tolerance:
         raise ValueError(f"outputs differ by {error:.1e}, more than {tolerance:.0e}")

@@ -40,7 +40,7 @@ from experiments.live import Kind, Live, move_in, quantile_ms, Seen, tenants
 from experiments.peers_common import CannotRun, OneTenant
 from experiments.peers_processes import mps, mps_control, Workers
 from experiments.policies import POLICIES
-from experiments.results import device_name, header, load_rows, Row, save_rows
+from experiments.results import device_name, header, load_rows, OUT, Row, save_rows
 from experiments.switching import Switching
 
 METHODS = ("coalescing", "fifo", "processes", "processes_mps")
@@ -178,7 +178,7 @@ def main(argv: Sequence[str]) -> None:
     )
     path = own_flags.folder(FLAGS) / f"isolation_{FLAGS.model}_{FLAGS.dtype}.json"
     title = f"Latency of {FLAGS.model} as tenants are added"
-    rows = load_rows(path, head)
+    rows = load_rows(path, head, instead=OUT)
     done = {Cell(row["tenants"], row["method"]) for row in rows}
     wanted = [Cell(n, method) for n in FLAGS.tenants for method in FLAGS.methods]
     missing = [cell for cell in wanted if cell not in done]

@@ -114,19 +114,28 @@ def fused(
 ) -> Iterator[Candidate]:
     """coalesce.fuse, by its public call: checks of the inputs and each tenant's own outputs are part of the round. With
     `staged` also by the other one, whose inputs were staged and whose outputs stay stacked."""
-    pairs = zip(tenants.params, tenants.inputs, strict=True)
-    programs = [coalesce.trace(tenants.apply, p, *x, name=f"tenant {i}") for i, (p, x) in enumerate(pairs)]
+    programs = traced(tenants)
     for within, (name, choice) in product((False, True) if within_program else (False,), kernels.items()):
         together = coalesce.fuse(programs, within_program=within, choose_kernel=choice)
         together.compile(options)
         how = ", ".join(filter(None, ["within_program" if within else "", name]))
         yield Candidate(how, lambda together=together: together(tenants.inputs))
         if staged:
-            call = together.staged()
-            call.compile(options)
-            inputs = call.stage(tenants.inputs)
-            how = ", ".join(filter(None, [how, "inputs and outputs stay stacked"]))
-            yield Candidate(how, lambda call=call, inputs=inputs: call(inputs), call.unstage)
+            yield in_stacks(together, tenants, options, how)
+
+
+def traced(tenants: Tenants) -> list[coalesce.Program]:
+    pairs = zip(tenants.params, tenants.inputs, strict=True)
+    return [coalesce.trace(tenants.apply, p, *x, name=f"tenant {i}") for i, (p, x) in enumerate(pairs)]
+
+
+def in_stacks(together: coalesce.Fused, tenants: Tenants, options: Options, how: str = "") -> Candidate:
+    """The fused program by its call whose inputs were staged and whose outputs stay stacked."""
+    call = together.staged()
+    call.compile(options)
+    inputs = call.stage(tenants.inputs)
+    how = ", ".join(filter(None, [how, "inputs and outputs stay stacked"]))
+    return Candidate(how, lambda: call(inputs), call.unstage)
 
 
 def by_pallas(op: HeavyOp, groups: int, platform: str) -> str:

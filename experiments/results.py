@@ -46,18 +46,21 @@ def header(command: str, device: str, note: str = "", **settings: Any) -> dict[s
     }
 
 
-def load_rows(path: Path, head: Mapping[str, Any]) -> list[Row]:
+FORCE, OUT = "--force measures all of it again", "--out names another folder"
+
+
+def load_rows(path: Path, head: Mapping[str, Any], instead: str = FORCE) -> list[Row]:
     """Rows of an earlier run with the same header.
 
     Raises:
-      ValueError: the file was measured with something else.
+      SystemExit: the file was measured with something else; it says what can be done `instead`.
     """
     if not path.exists():
         return []
     saved = json.loads(path.read_text(encoding="utf-8"))
     differ = [key for key in head if key not in PER_RUN and saved["header"].get(key) != head[key]]
     if differ:
-        raise ValueError(f"{path} was measured with other {', '.join(differ)}; --force measures all of it again")
+        raise SystemExit(f"{path} was measured with other {', '.join(differ)}; {instead}")
     return saved["rows"]
 
 

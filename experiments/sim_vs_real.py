@@ -41,7 +41,7 @@ from experiments import own_flags
 from experiments.configurations import Configuration, draw_configurations, MODELS, place_of
 from experiments.live import Seen
 from experiments.measured_machine import host_of, MeasuredDevice
-from experiments.results import device_name, header, load_rows, Row, save_rows
+from experiments.results import device_name, header, load_rows, OUT, Row, save_rows
 from experiments.sim_vs_real_follow import Following, Later
 from experiments.sim_vs_real_report import report
 from experiments.sim_vs_real_slices import alone_s, Asked, Hall, Slice, WIDTHS
@@ -171,10 +171,7 @@ def main(argv: Sequence[str]) -> None:
     settings |= {"seed": FLAGS.seed, "widths": list(WIDTHS), "most_segments": FLAGS.most_segments}
     head = header(own_flags.command("sim_vs_real", FLAGS), FLAGS.device_name or device_name(), FLAGS.note, **settings)
     path = own_flags.folder(FLAGS) / "sim_vs_real.json"
-    try:
-        rows = load_rows(path, head)
-    except ValueError as e:
-        raise SystemExit(f"{str(e).partition(';')[0]}; --out names another folder") from None
+    rows = load_rows(path, head, instead=OUT)
     missing = [own for own in chosen if own.number not in {row["number"] for row in rows}]
     for _, alike in groupby(sorted(missing, key=place_of), key=lambda own: place_of(own)[:2]):
         if is_spent(begun_s):

@@ -30,7 +30,7 @@ from coalesce.scheduler.request import Tenant
 from coalesce.scheduler.run import Outcome, quantile, Run
 from coalesce.scheduler.simulator import simulate
 from coalesce.scheduler.workloads import Arrival, arrive_apart
-from experiments.results import load_rows, Row, save_rows
+from experiments.results import FORCE, load_rows, Row, save_rows
 
 flags.DEFINE_list("policies", None, "which policies; all unless given")
 flags.DEFINE_integer("requests", 10_000, "requests a simulated cell, about", lower_bound=100)
@@ -174,7 +174,8 @@ def fill(
 
     The file is written after each of them, so that a run that is stopped goes on where it was.
     """
-    done = {cell_of(row): row for row in load_rows(path, head)}
+    anew = again and set(wanted) == set(everything)
+    done = {} if anew else {cell_of(row): row for row in load_rows(path, head, f"{FORCE}, of all policies")}
     missing = [cell for cell in wanted if again or cell not in done]
     for i, cell in enumerate(missing):
         print(f"\r{i + 1} of {len(missing)}: {cell}".ljust(100), end="", file=sys.stderr, flush=True)

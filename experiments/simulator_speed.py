@@ -33,10 +33,10 @@ from coalesce.scheduler.simulator import simulate
 from coalesce.scheduler.workloads import Arrival, arrive, poisson, SECOND, zipf
 from experiments.results import device_folder, device_name, header, Row, save_rows, table
 
-TENANTS = flags.DEFINE_integer("tenants", 1000, "tenants")
+TENANTS = flags.DEFINE_integer("tenants", 1000, "tenants", lower_bound=1)
 REQUESTS = flags.DEFINE_integer("requests", 200_000, "requests of a simulation", lower_bound=1000)
 REPEATS = flags.DEFINE_integer("repeats", 5, "simulations, of which the fastest counts", lower_bound=1)
-QUEUED = flags.DEFINE_integer("queued", 5000, "decisions count while so many requests wait")
+QUEUED = flags.DEFINE_integer("queued", 5000, "decisions count while so many requests wait", lower_bound=0)
 PROFILE = flags.DEFINE_bool("profile", False, "also write where the time goes, by cProfile")
 OUT = flags.DEFINE_string("out", None, "folder for the results; default experiments/results/<device>")
 

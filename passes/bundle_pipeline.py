@@ -76,7 +76,8 @@ def bundle_passes(
     sharing = {"policy": policy, "within_program": within_program, "may_launch": may_launch}
     share = (partial(share_launches, costs=costs, tuned=tuned, **sharing),)
     last = (
-        partial(fuse_attention, platform=platform),  # products that need not write what the next one reads
+        # products that need not write what the next one reads
+        partial(fuse_attention, platform=platform, choice=choice),
         # what these do to their results: after the kernels, not all of which can
         partial(fuse_epilogues, choice=choice, tuned=tuned),
         partial(chain_products, tuned=tuned),  # which of them run as one, tile by tile: with what they do by then
@@ -107,7 +108,7 @@ def serving_passes(
         partial(keep_layouts, held=held, platform=platform, costs=costs, choice=choice, tuned=tuned),
         # of several families: what reads the bank in place runs side by side, as it is
         partial(share_launches, costs=costs, tuned=tuned),
-        partial(fuse_attention, platform=platform),
+        partial(fuse_attention, platform=platform, choice=choice),
         partial(fuse_epilogues, choice=choice, tuned=tuned),
         partial(chain_products, tuned=tuned),
         plan_layouts,

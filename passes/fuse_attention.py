@@ -11,8 +11,9 @@ Before                                                After
 
 The work on rows is elementwise equations, reductions over a row, and what brings these back to rows; whatever else it
 reads is there before it: a mask, a bias. Nobody else reads what lies inside. A transposition of the result by its only
-reader goes along. On a GPU alone, where each of these would be a kernel of its own, for packs that XLA would run, and
-as far as rows fit (coalesce/kernels/attention.py). Relies on: every pack has its kernel.
+reader goes along. On a GPU alone, where each of these would be a kernel of its own, and as far as rows fit
+(coalesce/kernels/attention.py). Products that would run by a kernel that the caller asked for stay; one that was tuned
+was so by itself, which says nothing of two as one. Relies on: every pack has its kernel.
 """
 
 from __future__ import annotations
@@ -24,30 +25,34 @@ from typing import Any
 
 from coalesce import jaxpr as J
 from coalesce.bundle import Attention, Bundle, equations, Item, Loop, Pack, packs, Schedule, Step
-from coalesce.kernels import indexed_gemm
+from coalesce.kernels import choose, indexed_gemm
 from coalesce.kernels.attention import fits, REDUCTIONS, SAME
 from coalesce.kernels.epilogue import runs_on_tiles
+from coalesce.passes.choose_kernels import Choice
 from coalesce.passes.scopes import left_by, Name, names, with_bodies
 from coalesce.reschedule import same
 
-BEFORE = "batched_dot"  # the kernel of packs that may be fused so
+BEFORE = "batched_dot"  # the kernel of packs that may be fused so, also where another one was tuned
+TUNED = "indexed_gemm"
 DTYPES = ("float32", "bfloat16", "float16", "bool")
 WHOLE, NUMBER, TURNED = "whole", "number", "turned"  # a value for each score, for each row, and scores transposed
 
 
 
-def fuse_attention(bundle: Bundle, *, platform: str) -> Bundle:
-    if platform == "cpu" or sum(can_be_inside(bundle, pack) for pack in packs(bundle.schedule)) < 2:
+def fuse_attention(bundle: Bundle, *, platform: str, choice: Choice = choose) -> Bundle:
+    kernels = (BEFORE, TUNED) if choice is choose else (BEFORE,)
+    if platform == "cpu" or sum(can_be_inside(bundle, pack, kernels) for pack in packs(bundle.schedule)) < 2:
         return bundle
-    schedule = fused(bundle, bundle.schedule, left_by(bundle))
+    schedule = fused(bundle, bundle.schedule, left_by(bundle), kernels)
     return bundle if schedule is bundle.schedule else replace(bundle, schedule=schedule)
 
 
 
-def fused(bundle: Bundle, schedule: Schedule, left: set[Name]) -> Schedule:
+def fused(bundle: Bundle, schedule: Schedule, left: set[Name], kernels: Sequence[str]) -> Schedule:
     """One scope, and those inside it; `left` is what it leaves to others. The same object if nothing changed."""
-    inner = tuple(with_bodies(item, partial(fused, bundle)) if isinstance(item, Loop) else item for item in schedule)
-    scope = Scope(bundle, inner, left)
+    body = partial(fused, bundle, kernels=kernels)
+    inner = tuple(with_bodies(item, body) if isinstance(item, Loop) else item for item in schedule)
+    scope = Scope(bundle, inner, left, kernels)
     for place, item in enumerate(inner):
         if isinstance(item, Pack) and place not in scope.moved:
             scope.fuse(place, item)
@@ -56,9 +61,9 @@ def fused(bundle: Bundle, schedule: Schedule, left: set[Name]) -> Schedule:
 
 
 
-def can_be_inside(bundle: Bundle, pack: Pack) -> bool:
-    """Whether a pack is a product [B.., M, K] x [B.., K, N] of one family, each lane's own, that XLA runs."""
-    if pack.kernel != BEFORE or pack.form or pack.launch is not None or pack.epilogue or len(pack.members) != 1:
+def can_be_inside(bundle: Bundle, pack: Pack, kernels: Sequence[str]) -> bool:
+    """Whether a pack is a product [B.., M, K] x [B.., K, N] of one family, each lane's own, by one of these kernels."""
+    if pack.kernel not in kernels or pack.form or pack.launch is not None or pack.epilogue or len(pack.members) != 1:
         return False
     (member,), op = pack.members, pack.op
     each = bundle.families[member.family].width == 1 or member.varies
@@ -73,8 +78,8 @@ def can_be_inside(bundle: Bundle, pack: Pack) -> bool:
 class Scope:
     """The items of one scope, and who reads each value."""
 
-    def __init__(self, bundle: Bundle, items: Sequence[Item], left: set[Name]) -> None:
-        self.bundle, self.items, self.left = bundle, items, left
+    def __init__(self, bundle: Bundle, items: Sequence[Item], left: set[Name], kernels: Sequence[str]) -> None:
+        self.bundle, self.items, self.left, self.kernels = bundle, items, left, kernels
         self.readers: dict[Name, list[int]] = {}
         self.moved: set[int] = set()
         self.instead: dict[int, Attention] = {}
@@ -86,7 +91,7 @@ class Scope:
 
     def fuse(self, place: int, scores: Pack) -> None:
         """Begin with the pack at `place`, if what follows it allows it."""
-        if not can_be_inside(self.bundle, scores):
+        if not can_be_inside(self.bundle, scores, self.kernels):
             return
         (member,) = scores.members
         f, start = member.family, member.eqn.outvars[0]
@@ -105,7 +110,7 @@ class Scope:
 
     def closes(self, values: Pack, kinds: dict[Any, str], scores: Pack) -> bool:
         """Whether a pack multiplies the weights that were made of the scores."""
-        if not can_be_inside(self.bundle, values) or values.members[0].family != scores.members[0].family:
+        if not can_be_inside(self.bundle, values, self.kernels) or values.members[0].family != scores.members[0].family:
             return False
         left, right = (None if isinstance(a, J.Literal) else kinds.get(a) for a in values.members[0].eqn.invars)
         batch, (*heads, m, n) = len(scores.op.out.shape) - 2, scores.op.out.shape
@@ -131,6 +136,7 @@ class Scope:
         after = self.only_move(values)
         moved = [item for p in after if isinstance(item := self.items[p], Step)]
         self.moved |= {place, *steps, at, *after}
+        scores, values = (replace(pack, kernel=BEFORE, blocks=None) for pack in (scores, values))
         self.instead[at] = Attention(scores, tuple(rowwise), values, tuple(moved))
 
     def only_move(self, values: Pack) -> list[int]:

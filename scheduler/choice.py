@@ -59,11 +59,13 @@ def foreseen(ahead: Outlook) -> Window | None:
     if first is None or not first[0].ready():
         return None
     queue, hoped, start_ns = first
-    lanes = min(hoped.width, queue.ready())
-    option, *wider = (o for o in queue.costs.options if o.width >= lanes)
-    for other in wider:
-        if MARKEDLY * other.mostly_ns < (MARKEDLY - 1) * option.mostly_ns:
+    lanes, option = min(hoped.width, queue.ready()), None
+    for other in queue.costs.options:
+        if other.width < lanes:
+            continue
+        if option is None or MARKEDLY * other.mostly_ns < (MARKEDLY - 1) * option.mostly_ns:
             option = other
+    assert option is not None, f"{lanes} lanes of {hoped.width}, for which there is no executable"
     return full(queue, option, lanes, start_ns) or Window(queue, option, 0, lanes)
 
 

@@ -163,12 +163,13 @@ class Coalescing:
         self._promises.end(lanes[0] if is_done else None, event, bool(self._watch.standings))
 
     def _learn(self, bundle: Bundle, event: Completed, now_ns: int) -> None:
+        number, executable, parts, l50_ns, l99_ns, clean_l99_ns = bundle
         took_ns = event.end_ns - event.start_ns
-        run = Prediction(bundle.id, bundle.executable, bundle.lanes, bundle.l50_ns, bundle.l99_ns, took_ns)
-        tenants = dict.fromkeys([lane.request.tenant for _, lanes in bundle.parts for lane in lanes])
-        self._requests.out += self._watch.see(list(tenants), took_ns, bundle.clean_l99_ns, now_ns)
+        names = [lane.request.tenant for _, lanes in parts for lane in lanes]
+        run = made(Prediction, (number, executable, len(names), l50_ns, l99_ns, took_ns))
+        self._requests.out += self._watch.see(list(dict.fromkeys(names)), took_ns, clean_l99_ns, now_ns)
         if self.latency.observe(run, self._watch.blamed):
-            self._moved(None if self.latency.others_moved else frozenset(place[0] for place, _ in bundle.parts))
+            self._moved(None if self.latency.others_moved else frozenset([family for (family, _), _ in parts]))
         if self.latency.came_true:
             self._doubt.pauses.come_true()
 
@@ -267,11 +268,12 @@ class Coalescing:
         self._requests.out += self._wants.for_queue(head, self._costs.cap_ns, now_ns)
         if len(run.parts) == 1:
             self._want_both(run.parts[0], now_ns)
-        parts = tuple((w.queue.place, self._take(w.queue, w.first, w.end, w.width)) for w in run.parts)
-        clean_ns = self.latency.learnt(run.executable).l99_ns
-        bundle = Bundle(self._bundles, run.executable, parts, run.l50_ns, run.l99_ns, clean_ns)
+        executable, windows, l50_ns, l99_ns, _, why = run
+        parts = tuple([(queue.place, self._take(queue, first, end, width)) for queue, first, end, width in windows])
+        clean_ns = self.latency.learnt(executable).l99_ns
+        bundle = made(Bundle, (self._bundles, executable, parts, l50_ns, l99_ns, clean_ns))
         lanes = tuple([tuple([lane.request.id for lane in lanes]) for _, lanes in parts])
-        self._requests.out.append(Dispatch(bundle.id, run.executable, lanes, run.l50_ns, run.l99_ns, run.why))
+        self._requests.out.append(made(Dispatch, (self._bundles, executable, lanes, l50_ns, l99_ns, why)))
         self._flight.add(bundle, self._lag.ready_ns)
         self._lag.send()
         self._starting.forget()

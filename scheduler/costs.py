@@ -18,6 +18,7 @@ from coalesce.scheduler.catalog import Catalog, Executable
 from coalesce.scheduler.cover import Cover, FAR, NOTHING, Option
 from coalesce.scheduler.latency import LatencyModel
 from coalesce.scheduler.times import Quantiles
+from coalesce.scheduler.tuples import made
 
 Place = tuple[int, int]  # family, segment
 AS_OTHERS = 4  # quarters: the factor of lanes that are not known to be slow
@@ -119,20 +120,20 @@ class Costs:
         for segment in reversed(range(count)):
             if segment + 1 < count and not found[segment + 1]:
                 break
-            found[segment] = tuple(
-                self._option(executable, factor, found[segment + 1])
-                for executable in self.catalog.by_place.get((family, segment), ())
-            )
+            executables, rest = self.catalog.by_place.get((family, segment), ()), found[segment + 1]
+            found[segment] = tuple([self._option(executable, factor, rest) for executable in executables])
         return found[:count]
 
     def _option(self, executable: Executable, factor: int, rest: Sequence[Option]) -> Option:
-        width = executable.entries[0].width
-        l50_ns, l99_ns = (ns * factor // 4 for ns in self.latency.of(executable.id))
-        after_ns = together(rest, width)
-        own_ns = self.slip(executable.entries[0].family, l99_ns - l50_ns)
-        mostly_ns = l50_ns + after_ns
-        slip_ns = round(hypot(own_ns, slip_of(rest, width)))
-        return Option(width, executable.id, l50_ns, l99_ns, mostly_ns + slip_ns, mostly_ns, slip_ns)
+        family, _, width = executable.entries[0]
+        l50_ns, l99_ns = self.latency.of(executable.id)
+        if factor != AS_OTHERS:
+            l50_ns, l99_ns = l50_ns * factor // AS_OTHERS, l99_ns * factor // AS_OTHERS
+        mostly_ns, slip_ns = l50_ns, self.slip(family, l99_ns - l50_ns)
+        if rest:
+            mostly_ns += together(rest, width)
+            slip_ns = round(hypot(slip_ns, slip_of(rest, width)))
+        return made(Option, (width, executable.id, l50_ns, l99_ns, mostly_ns + slip_ns, mostly_ns, slip_ns))
 
 
 def together(options: Sequence[Option], lanes: int) -> int:
@@ -149,14 +150,15 @@ def slip_of(options: Sequence[Option], lanes: int) -> int:
 
 def sustained(options: Sequence[Option], slo_ns: int) -> int:
     """The most efficient width that requests can wait for, while it runs with others, and then run in themselves."""
-    can = [o for o in options if 2 * o.through_ns <= slo_ns]
-    return max(can, key=lambda o: o.width / max(1, o.mostly_ns), default=options[0]).width
+    can = [(o.width / max(1, o.mostly_ns), -o.width) for o in options if 2 * o.through_ns <= slo_ns]
+    return -max(can)[1] if can else options[0].width
 
 
 def place_costs(
     options: tuple[Option, ...], widest: int, rest: PlaceCosts, segment: int, slo_ns: int, cover: Cover
 ) -> PlaceCosts:
-    at = max(0, sum(o.width <= widest for o in options) - 1)
+    widths = tuple([o.width for o in options])
+    at = max(0, bisect_right(widths, widest) - 1)
     first, steady = options[0], options[at]
     fastest = min(options, key=lambda o: o.l50_ns)  # a wider one may have turned out to take less
     lane_ns = -(-steady.l50_ns // steady.width)
@@ -173,7 +175,7 @@ def place_costs(
         fixed_ns,
         at,
         slo_ns,
-        tuple(o.width for o in options[: at + 1]),
+        widths[: at + 1],
         max(ahead_ns, alone.l50_ns),  # a head that is not hopeless has the time
         cover,
         rest.runs + 1 if rest.options else 1,
@@ -182,16 +184,17 @@ def place_costs(
 
 def capped(options: tuple[Option, ...], cap_ns: int) -> tuple[Option, ...]:
     """Those that block nobody past rescue; all of them where even the narrowest does."""
-    return tuple(o for o in options if is_short(o, cap_ns)) or options
+    return tuple([o for o in options if is_short(o, cap_ns)]) or options
 
 
 def is_short(option: Option, cap_ns: int) -> bool:
     """With what may go wrong, but for what is no plan's fault: one run that took very long would rule it out for good,
     since it never ran again."""
-    return option.l50_ns + min(option.l99_ns - option.l50_ns, cap_ns >> 2) <= cap_ns
+    _, _, l50_ns, l99_ns, _, _, _ = option
+    return l50_ns + min(l99_ns - l50_ns, cap_ns >> 2) <= cap_ns
 
 
 def quick(options: tuple[Option, ...]) -> tuple[Option, ...]:
     """Without those than which a wider one takes markedly less time."""
-    least_ns = [*accumulate((o.mostly_ns for o in reversed(options)), min)][::-1]
-    return tuple(o for o, ns in zip(options, least_ns, strict=True) if MARKEDLY * ns >= (MARKEDLY - 1) * o.mostly_ns)
+    least_ns = [*accumulate([o.mostly_ns for o in reversed(options)], min)][::-1]
+    return tuple([o for o, ns in zip(options, least_ns, strict=True) if MARKEDLY * ns >= (MARKEDLY - 1) * o.mostly_ns])

@@ -70,7 +70,7 @@ class Cover:
         self.options = options
         self.widest = options[-1].width if options else 1
         self._most = 2 * options[-1].width if options else 0
-        mostly = [(option.width, option.mostly_ns) for option in options]
+        mostly = [(width, ns) for width, _, _, _, _, ns, _ in options]
         self.ascends = all([ns < wider_ns for (_, ns), (_, wider_ns) in pairwise(mostly)])  # a wider one takes longer
         self._wider: dict[int, tuple[Wider, ...]] = {}
         self._sums = sums = before._sums if before is not None and before._sums.mostly == mostly else Sums(mostly)

@@ -13,6 +13,7 @@ from coalesce.scheduler.choice import best_head, Window
 from coalesce.scheduler.costs import Costs, FAR
 from coalesce.scheduler.lanes import Queue
 from coalesce.scheduler.queues import Queues
+from coalesce.scheduler.tuples import made
 
 
 class Part(NamedTuple):
@@ -40,9 +41,10 @@ def join(window: Window, queues: Queues, costs: Costs, start_ns: int) -> Run:
 
 def alone(window: Window, why: str) -> Run:
     queue, option, first, end = window
-    part = Part(queue, first, end, option.width)
+    width, executable, l50_ns, l99_ns, _, _, _ = option
+    part = made(Part, (queue, first, end, width))
     why = why or ("window" if first else "deadline")
-    return Run(option.executable, (part,), option.l50_ns, option.l99_ns, window.latest_ns, why)
+    return made(Run, (executable, (part,), l50_ns, l99_ns, window.latest_ns, why))
 
 
 def catch_up(window: Window, queues: Queues, start_ns: int) -> Window | None:
@@ -77,10 +79,11 @@ def meets(run: Run, coming: int, start_ns: int) -> bool:
 
 def mix(window: Window, queues: Queues, costs: Costs, start_ns: int) -> Run | None:
     """The executable that saves most beside runs one after another, with all its heads in time."""
-    if window.first or window.queue.lot:
+    mixed = costs.mixed_at(window.queue.place)
+    if not mixed or window.first or window.queue.lot:
         return None
     best, saved_ns = None, 0
-    for executable in costs.mixed_at(window.queue.place):
+    for executable in mixed:
         parts = waiting_for(executable, window, queues)
         if not parts or not in_time(executable, parts, start_ns):
             continue

@@ -175,15 +175,18 @@ class LatencyModel:
         return forgotten
 
     def _learn(self, run: Prediction, tenants: frozenset[str] | None, prior: Executable) -> bool:
-        runs = self._runs.setdefault(run.executable, Runs())
+        runs = self._runs.get(run.executable)
+        if runs is None:
+            runs = self._runs[run.executable] = Runs()
         if not runs.add(run.actual_ns, self.of(run.executable).l99_ns, tenants):
             return False
         rescaled = self._rescale(run.actual_ns / max(1, prior.l50_ns))
         self.others_moved |= rescaled
         if len(runs.last) < FEW:
             return rescaled
-        new, old = runs.quantiles(prior), self.of(run.executable)
-        if all(abs(n - o) * 32 <= o for n, o in zip(new, old, strict=True)):
+        new = runs.quantiles(prior)
+        (l50_ns, l99_ns), (old50_ns, old99_ns) = new, self.of(run.executable)
+        if abs(l50_ns - old50_ns) * 32 <= old50_ns and abs(l99_ns - old99_ns) * 32 <= old99_ns:
             return rescaled
         self._published[run.executable] = new
         return True

@@ -93,7 +93,10 @@ class Outlook:
     @property
     def first(self) -> tuple[Queue, Option, int] | None:
         """The next run of lanes that wait, and when it starts."""
-        return next(((own.queue, own.option, own.start_ns) for own in self.turns if own.queue is not None), None)
+        for _, _, queue, _, _, option, _, _, start_ns, _, _ in self.turns:
+            if queue is not None:
+                return queue, option, start_ns
+        return None
 
     def bears(self, queue: Queue, other: Outlook) -> bool:
         """Whether one more of a queue makes nothing worse, with whom it is as in `other`."""

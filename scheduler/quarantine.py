@@ -92,7 +92,9 @@ class Watch:
 
     def take_moved(self) -> list[str]:
         """Whose lot has changed since this was last asked."""
-        moved, self._moved = self._moved, []
+        moved = self._moved
+        if moved:
+            self._moved = []
         return moved
 
     def new_lot(self) -> int:
@@ -194,6 +196,8 @@ class Watch:
 
     def _judge(self, now_ns: int) -> list[Quarantine | Readmit]:
         """Of those that were slow alone, after a clean run of others."""
+        if not self.standings:
+            return []
         accused = [(t, s) for t, s in self.standings.items() if s.state is State.SUSPECTED and s.slow]
         guilty = [t for t, s in accused if self._evidence.convicts(t, int(s.terms > 1))]
         return [command for tenant in guilty for command in self._quarantine(tenant, now_ns)]

@@ -162,11 +162,11 @@ class Requests:
                     lane.again = True
                     self._enqueue(lane, place, lot)
 
-    def move(self, tenants: Iterable[str]) -> None:
+    def move(self, tenants: Sequence[str]) -> None:
         """Takes lanes that wait to where their tenants now belong; those that are to run again stay apart."""
-        moved = set(tenants)
-        if not moved:
+        if not tenants:
             return
+        moved = set(tenants)
         apart: dict[tuple[int, str], int] = {}
         for lane in list(self.lanes.values()):
             name = lane.request.tenant

@@ -24,8 +24,9 @@ class Wants:
         """A width for all that wait, where there is none, unless it would take too long."""
         waiting = len(queue.items)
         width = round_up(waiting)
-        if any(waiting <= o.width <= width for o in queue.costs.options):
-            return
+        for option in queue.costs.options:
+            if waiting <= option.width <= width:
+                return
         if queue.costs.options:
             widest = queue.costs.options[-1]
             width = min(width, 2 * widest.width)

@@ -53,6 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.disable()
     NUMBERS.variant = int(config.getoption("--numbers") or 0)
     if not config.getoption("--unchecked"):
         check_all("coalesce")
@@ -88,6 +89,7 @@ def pytest_fixture_setup(fixturedef: Any, request: pytest.FixtureRequest) -> Ite
 def pytest_collection_finish() -> None:
     """What was imported stays, and nothing is gained by looking at it again; JAX makes and drops so much as it traces
     that a tenth of the time went into looking for garbage."""
+    gc.enable()
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 10, 10)

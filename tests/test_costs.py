@@ -1,12 +1,8 @@
 """The cost model: what must hold on every device, and a few values worked out by hand."""
 
-import json
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +18,6 @@ from coalesce.costs.product import product_us, together_us
 from coalesce.heavy import heavy_op, HeavyOp
 from coalesce.kernels import choose, KERNELS
 from coalesce.measuring.in_program import chain, Work
-from experiments.cost_report import fastest, rank_correlation, ranks
 from experiments.recorded_gpu import records
 from tests.hlo import instructions
 
@@ -339,46 +334,3 @@ def test_a_repeated_operation_is_neither_removed_nor_merged():
     text = jax.jit(partial(chain, work, 5), keep_unused=True).lower(*arguments).compile().as_text()
     assert text is not None
     assert [i.elements for i in instructions(text) if i.opcode == "dot"] == [32 * 48] * 5
-
-
-def test_rank_correlation():
-    assert list(ranks(np.array([3.0, 1.0, 3.0, 2.0]))) == [2.5, 0.0, 2.5, 1.0]
-    assert rank_correlation([(1, 10), (2, 20), (3, 30)]) == pytest.approx(1)
-    assert rank_correlation([(1, 30), (2, 20), (3, 10)]) == pytest.approx(-1)
-
-
-def test_the_faster_of_two_runs_counts():
-    new, failed = {"predicted_us": 2, "measured_us": 5}, {"predicted_us": 2, "failed": "out of memory"}
-    assert fastest(new, None) == fastest(new, failed) == new
-    assert fastest(new, {"predicted_us": 1, "measured_us": 4}) == {"predicted_us": 2, "measured_us": 4}
-    assert fastest(failed, {"predicted_us": 1, "measured_us": 4}) == {"predicted_us": 2, "measured_us": 4}
-    assert fastest(failed, None) == failed
-
-
-# In a zoo of one model, for speed.
-AGAIN = """
-from absl import app, flags
-from experiments import cost_error
-
-flags.FLAGS.set_default("models", ["mlp"])
-app.run(cost_error.main)
-"""
-
-
-@pytest.mark.once
-def test_cost_error_writes_its_files(tmp_path):
-    """In a process of its own: the experiments define flags of one name."""
-    few = ["--models=mlp", "--ops=1", "--groups=1,2", "--repeats=3", "--seconds=0.1", "--most_us=10"]
-    command = [sys.executable, "-m", "experiments.cost_error", *few, f"--out={tmp_path}"]
-    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
-    rows = json.loads((tmp_path / "cost_error.json").read_text())["rows"]
-    assert [(row["kernel"], row["groups"]) for row in rows if row["cls"] == "matvec"] == [
-        ("batched_dot", 1), ("batched_dot", 2),
-    ]  # fmt: skip
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".png"}
-    (tmp_path / "cost_error.md").unlink()
-    again = [f"--again={tmp_path / 'cost_error.json'}", "--note=Fitted."]
-    command = [sys.executable, "-c", AGAIN, "--most_us=10", f"--out={tmp_path}", *again]
-    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
-    assert json.loads((tmp_path / "cost_error.json").read_text())["rows"] == rows
-    assert "Fitted." in (tmp_path / "cost_error.md").read_text()

@@ -13,13 +13,14 @@ from coalesce.errors import (
     DeadlineExceeded,
     DeviceError,
     OutOfDeviceMemory,
+    PolicyError,
     QueueFull,
     ServingError,
     Shutdown,
     TenantClosed,
     TenantFailure,
 )
-from coalesce.runtime import orders
+from coalesce.runtime import driver, orders
 from coalesce.runtime.observer import Observer
 from coalesce.runtime.orders import Order
 from coalesce.runtime.ticket import Ticket
@@ -362,7 +363,8 @@ class Refusing(Coalescing):
 
 
 @pytest.mark.parametrize("hangs", [True, False], ids=["hangs", "raises"])
-def test_who_is_refused_is_told_though_what_is_done_with_it_hangs_or_raises(hangs: bool, caplog):
+def test_who_is_refused_is_told_though_what_is_done_with_it_hangs_or_raises(hangs: bool, caplog, monkeypatch):
+    monkeypatch.setattr(driver, "JOIN_S", 0.1)  # of a thread that hangs until the end of this test
     stuck = threading.Event()
 
     def wants(want: Want) -> None:
@@ -465,7 +467,8 @@ def test_many_threads_submit_and_each_request_ends_once():
     assert len(values) == len(set(values))
 
 
-def test_a_device_that_keeps_the_driver_waiting_ends_everything_and_the_end_is_not_kept_waiting():
+def test_a_device_that_keeps_the_driver_waiting_ends_everything_and_the_end_is_not_kept_waiting(monkeypatch):
+    monkeypatch.setattr(driver, "JOIN_S", 0.1)  # of a thread that hangs until the end of this test
     machine = FakeMachine()
     stuck = threading.Event()
 
@@ -482,6 +485,29 @@ def test_a_device_that_keeps_the_driver_waiting_ends_everything_and_the_end_is_n
         served.driver.carry_out(lambda: ())
     served.driver.stop()
     stuck.set()
+
+
+def test_a_policy_that_does_not_answer_is_no_device_that_hangs():
+    is_asked, answer = threading.Event(), threading.Event()
+
+    class Slow(Coalescing):
+        def on_event(self, event: Event, now_ns: int) -> Sequence[Command]:
+            if isinstance(event, Submitted):
+                is_asked.set()
+                answer.wait()
+            return super().on_event(event, now_ns)
+
+    with Served(FakeMachine(), policy=Slow()) as served:
+        own, hang_ns = served.driver, served.driver._hang_ns
+        own._watchdog.stop()  # this test looks instead
+        reply = served.submit("t0", 1)
+        assert is_asked.wait(10) and own._overdue() is None
+        own._hang_ns = 0
+        error = own._overdue()
+        own._hang_ns = hang_ns
+        answer.set()
+        assert reply.result(10) == ("result", 1)
+    assert isinstance(error, PolicyError) and "the policy has not answered for 0 s" in str(error)
 
 
 def test_without_memory_the_wide_executable_is_reported_and_its_lanes_run_in_halves():

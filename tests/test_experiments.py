@@ -69,7 +69,7 @@ def test_tenant_scaling_goes_on_where_it_stopped(scale, tmp_path):
         (n, m) for n in (1, 2) for m in ("sequential", "fused")
     ]
     assert rows[2:] == before
-    with pytest.raises(ValueError, match="other settings; --force"):
+    with pytest.raises(SystemExit, match="other settings; --force"):
         scale(*QUICK, f"--out={tmp_path}", "--tolerance=0.5")
 
 

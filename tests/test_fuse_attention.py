@@ -15,7 +15,9 @@ from hypothesis import given, settings, strategies as st
 from jax import lax
 
 import coalesce
-from coalesce.bundle import Attention, Bundle, items
+import coalesce.compile as compile_module
+from coalesce.blocks import Blocks
+from coalesce.bundle import Attention, Bundle, items, packs
 from coalesce.bundle_check import check_bundle
 from coalesce.costs import Costs, device_of
 from coalesce.errors import IRError
@@ -23,12 +25,14 @@ from coalesce.heavy import heavy_op
 from coalesce.kernels import attention
 from coalesce.kernels.attention import fits
 from coalesce.lower_attention import Reader
+from coalesce.measuring.case import cases
 from coalesce.models import by_name
 from coalesce.passes.choose_kernels import choose_kernels
 from coalesce.passes.form_packs import form_packs
 from coalesce.passes.fuse_attention import fuse_attention
 from coalesce.serving.executable import executable_recipe
 from coalesce.serving.schema import Options
+from coalesce.tuning import Database, Entry, Tuned
 from tests.alone import alone, array, check_fused, fuse_tenants, Tenant
 from tests.bundles import bundle_of, replanned
 from tests.compare import assert_as_good, assert_same
@@ -256,6 +260,18 @@ def test_other_kernels_and_long_rows_stay():
     (one,) = attentions(fused.bundle)
     assert fits(one.scores.op, 128) and not fits(replace(one.scores.op, n=2000), 64)
     assert not fits(replace(one.scores.op, n=1000, k=128), 128)
+
+
+@pytest.mark.once
+def test_what_was_tuned_by_itself_runs_as_one_all_the_same(monkeypatch):
+    programs = [coalesce.trace(fn, p, *xs, name=f"t{i}") for i, (fn, p, xs) in enumerate(two(softmax, *QKV))]
+    entry = Entry("indexed_gemm", 1.0, Blocks(16, 16, 16))
+    tuned = Tuned(Database({case.key: entry for case in cases(programs, "a GPU", "gpu")}), "a GPU")
+    monkeypatch.setattr(compile_module, "default_tuned", lambda *given: tuned)
+    apart = coalesce.fuse(programs, platform="gpu", without=["fuse_attention"])
+    assert [pack.kernel for pack in packs(apart.bundle.schedule)] == ["indexed_gemm"] * 2
+    (one,) = attentions(coalesce.fuse(programs, platform="gpu").bundle)
+    assert (one.scores.kernel, one.scores.blocks) == (one.values.kernel, one.values.blocks) == ("batched_dot", None)
 
 
 @pytest.mark.once

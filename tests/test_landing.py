@@ -231,6 +231,28 @@ def test_results_wait_for_those_of_full_bundles_right_behind(waits, monkeypatch)
     assert seen.index("other") == 8 if waits else seen.index("ended") < 8
 
 
+@pytest.mark.parametrize("is_due", [False, True])
+def test_results_that_are_due_soon_are_there_before_the_next_bundle_is_launched(is_due, monkeypatch):
+    """Whoever has time may be told together with who comes behind."""
+    monkeypatch.setattr("coalesce.runtime.launcher.TOGETHER_NS", 10**11)
+    monkeypatch.setattr("coalesce.runtime.launcher.HURRY_NS", 10**11 if is_due else 0)
+    seen: list[list[bool]] = []
+
+    class Quick(FakeMachine):
+        def launch(self, executable: int, entries: Sequence[Sequence[Ticket]]) -> FakeLaunched:
+            seen.append([own.waiter.done() for tickets in sent for own in tickets])
+            sent.append([ticket for tickets in entries for ticket in tickets])
+            return super().launch(executable, entries)
+
+    sent: list[list[Ticket]] = []
+    with Served(Quick(takes_s=2e-5, is_quick=True)) as served:
+        go, replies = held(served, 4 * WIDEST)
+        go.set()
+        assert [reply.result(10) for reply in replies] == [("result", i) for i in range(len(replies))]
+    assert len(seen) > 2 and len(seen[1]) == WIDEST
+    assert all(map(all, seen)) if is_due else not any(seen[1])
+
+
 def test_what_was_of_no_use_is_forgotten_with_its_executable_and_when_it_is_of_use():
     machine = FakeMachine(takes_s=2e-5)
     with Served(machine) as served:

@@ -13,7 +13,6 @@ from absl.testing import flagsaver
 
 from coalesce.models import NAMES
 from experiments import executables, mixed_tenants, settings
-from experiments.cost_cases import cls_of, model_ops
 from experiments.mixed_report import gain_lines
 
 ROOT = Path(__file__).parent.parent
@@ -169,48 +168,6 @@ def test_64_tenants_are_planned_in_seconds(tmp_path, models):
     assert f"64 programs in {models.count(',') + 1} families" in run.stdout
     seconds = {row["what"]: row["seconds"] for row in json.loads((tmp_path / "planning_time.json").read_text())["rows"]}
     assert "align" in seconds and seconds["fuse, all of it"] < 20
-
-
-# In a zoo of one model, for speed.
-AGAIN = """
-import sys
-from absl import app, flags
-from experiments import cost_error
-
-flags.FLAGS([*sys.argv, "--models=mlp"])
-try:
-    cost_error.main(["cost_error"])
-except app.UsageError as e:
-    print(e)
-flags.FLAGS["models"].present = 0
-cost_error.main(["cost_error"])
-"""
-
-
-@pytest.mark.once  # it predicts, and runs nothing
-def test_cost_error_predicts_again_what_was_measured_with_other_kernels(tmp_path):
-    op = model_ops("float32", ["mlp"])[0]
-    row = {"cls": cls_of(op, ""), "what": op.shape, "dtype": "float32", "groups": 2, "predicted_us": 1.0}
-    rows = [
-        row | {"kernel": "batched_dot", "chosen": True, "measured_us": 7.0},
-        row | {"kernel": "separate", "chosen": True, "measured_us": 8.0},
-        row | {"kernel": "batched_dot", "chosen": True, "measured_us": 9.0, "what": "of no model", "groups": 1},
-    ]
-    head = {"command": "c", "device": "d", "date": "2026-01-01", "note": "", "versions": {"jax": "0"}}
-    path = tmp_path / "cost_error.json"
-    path.write_text(json.dumps({"header": head | {"settings": {"entry": "CPU"}}, "rows": rows}))
-    command = [sys.executable, "-c", AGAIN, f"--again={path}"]
-    run = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("--again takes all models, and the groups of the result: leave --models out")
-    said = "of 3 rows 1 are dropped, whose op no model has any more, and 1 are of a kernel that is not chosen any more"
-    assert f"{said}; 1 of kernels that are chosen since were not measured" in run.stderr
-    found = {(row["kernel"], row["groups"]): row for row in json.loads(path.read_text())["rows"] if row["kernel"]}
-    assert set(found) == {("batched_dot", 1), ("batched_dot", 2), ("separate", 2)}
-    assert (found["batched_dot", 2]["measured_us"], found["separate", 2]["measured_us"]) == (7.0, 8.0)
-    assert found["batched_dot", 2]["chosen"] and not found["separate", 2]["chosen"]
-    assert found["batched_dot", 2]["predicted_us"] != 1.0 and found["batched_dot", 1]["failed"] == "not measured"
-    assert "1 cases are of kernels that the compiler does not take for them now" in path.with_suffix(".md").read_text()
 
 
 def test_executables_compares_cuts_of_one_program(monkeypatch, tmp_path):

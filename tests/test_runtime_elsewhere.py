@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +19,8 @@ import numpy as np
 import pytest
 
 from coalesce.errors import PolicyError
-from coalesce.runtime.elsewhere import Elsewhere
+from coalesce.runtime import watchdog
+from coalesce.runtime.elsewhere import Elsewhere, end
 from coalesce.runtime.runtime import Runtime
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.events import Completed, Timer
@@ -94,9 +99,31 @@ def test_a_runtime_is_served_from_there_and_ends_it():
 
 
 @pytest.mark.once
+def test_pipes_are_closed_when_nobody_reads_them_any_more():
+    """Their numbers would be somebody else's files."""
+    asking, was_asked, ended = threading.Lock(), list[bool](), list[int | None]()
+
+    class Pipe(io.BytesIO):
+        def close(self) -> None:
+            was_asked.append(asking.locked())
+            ended.append(process.poll())
+            super().close()
+
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with process:
+        own = process.stdin, process.stdout
+        process.stdin, process.stdout = Pipe(), Pipe()
+        end(process, asking)
+        assert was_asked == [True, True] and ended == [-signal.SIGKILL] * 2
+        process.stdin, process.stdout = own
+    assert not asking.locked()
+
+
+@pytest.mark.once
 @pytest.mark.parametrize(("signalled", "why"), [(signal.SIGSTOP, "has not answered"), (signal.SIGKILL, "has ended")])
-def test_a_process_that_hangs_or_ends_is_no_device_that_does(signalled, why):
+def test_a_process_that_hangs_or_ends_is_no_device_that_does(signalled, why, monkeypatch):
     """Whoever waits is told of the policy, and so is whoever comes later; nothing of it is left."""
+    monkeypatch.setattr(watchdog, "MOST_S", 0.05)  # it would look every 2.5 s
     machine = FakeMachine()
     machine.go.clear()
     with elsewhere() as policy:

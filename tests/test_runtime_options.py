@@ -113,9 +113,17 @@ def test_weights_that_were_deleted(rt):
     assert set(rt.stats().tenants) == {"good"}
 
 
-def test_types_of_64_bits_are_for_the_whole_process(rt):
-    with jax.enable_x64(True), pytest.raises(InvalidInput, match=r"'wide' has f64\[4,4\], which takes jax_enable_x64"):
-        rt.add_tenant("wide", dense, np.eye(4), example=(np.ones((1, 4)),), slo=60.0)
+@pytest.mark.parametrize(
+    ("fn", "params", "text"),
+    [
+        (lambda w, x: (x.astype(w.dtype) @ w).astype(x.dtype), W.astype("float64"), r"f64\[4,4\]"),
+        (lambda w, x: (x @ w) * jnp.argmax(x).astype(x.dtype), W, r"i64\[\]"),
+    ],
+    ids=["weights", "inside"],
+)
+def test_types_of_64_bits_are_for_the_whole_process(rt, fn, params, text):
+    with jax.enable_x64(True), pytest.raises(InvalidInput, match=f"'wide' has {text}, which takes jax_enable_x64"):
+        rt.add_tenant("wide", fn, params, example=(X,), slo=60.0)
     np.testing.assert_array_equal(rt.submit("good", X).result(60), X)
 
 

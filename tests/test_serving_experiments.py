@@ -82,12 +82,12 @@ def test_policies_are_chosen_by_name_in_our_order():
 def test_rows_that_are_there_are_not_made_again(tmp_path, capsys):
     made: list[str] = []
 
-    def fill_in(wanted: list[str], again: bool = False) -> list[dict]:
+    def fill_in(wanted: list[str], again: bool = False, size: int = 1) -> list[dict]:
         def measure(cell: str) -> dict:
             made.append(cell)
             return {"cell": cell, "number": len(made)}
 
-        head = header("command", DEVICE, size=1)
+        head = header("command", DEVICE, size=size)
         return fill(tmp_path / "x.json", head, wanted, ["a", "b", "c"], lambda row: row["cell"], measure, again)
 
     fill_in(["c"])
@@ -95,6 +95,10 @@ def test_rows_that_are_there_are_not_made_again(tmp_path, capsys):
     assert made == ["c", "a"] and [row["cell"] for row in rows] == ["a", "c"]
     assert json.loads((tmp_path / "x.json").read_text())["rows"] == rows
     assert fill_in(["a"], again=True) == [{"cell": "a", "number": 3}, {"cell": "c", "number": 1}]
+    for wanted, again in ((["a", "b", "c"], False), (["a"], True)):  # what is kept was not measured alike
+        with pytest.raises(SystemExit, match="x.json was measured with other settings; --force .*, of all policies"):
+            fill_in(wanted, again, size=2)
+    assert [row["number"] for row in fill_in(["a", "b", "c"], again=True, size=2)] == [4, 5, 6]
 
 
 def test_a_search_ends_at_the_line():

@@ -109,6 +109,26 @@ def test_traced_weights_are_named():
         jax.jit(inside)(array(4, 4))
 
 
+def test_64_bit_weights_need_it_in_every_call():
+    """Also where the tenant alone widens them, and nothing that it takes or gives says so."""
+
+    def fn(w, x):
+        return (x.astype("float64") @ w.astype("float64")).astype("float32")
+
+    x = array(2, 4)
+    with jax.enable_x64(True):
+        program = coalesce.trace(fn, array(4, 4), x, name="wide")
+        fused = coalesce.fuse([program])
+        staged = fused.staged()
+        stacks = staged.stage([(x,)])
+    with pytest.raises(coalesce.PlanError, match=r"tenant 'wide' .* jax_enable_x64 and has f64\[4,4\]"):
+        coalesce.fuse([program])
+    calls = lambda: fused([(x,)]), lambda: staged(stacks), lambda: staged.stage([(x,)])
+    for call in (*calls, fused.compile, staged.compile):
+        with pytest.raises(coalesce.InvalidInput, match=r"tenant 'wide' .* jax_enable_x64 and has f64\[4,4\]"):
+            call()
+
+
 def test_deleted_weights_are_named():
     w = array(4, 4)
     program = coalesce.trace(lambda p, x: x @ p["w"], {"w": w}, array(1, 4), name="gone")

@@ -15,7 +15,7 @@ import pytest
 
 from coalesce.runtime import ticks
 from coalesce.runtime.apart import end, started
-from coalesce.runtime.ticks import BEGIN, EVERY_S, FEW, follow, STOP, tick, Ticks
+from coalesce.runtime.ticks import BEGIN, EVERY_S, FEW, follow, STOP, telling, tick
 
 BE_IDLE = """
 import os
@@ -89,13 +89,7 @@ def test_where_that_is_not_allowed_it_does_nothing(monkeypatch):
     tick(0, Work(0))
 
 
-CHILDREN = "/proc/{0}/task/{0}/children"
-listed = pytest.mark.skipif(not Path(CHILDREN.format(os.getpid())).exists(), reason="nobody lists processes here")
 few = pytest.mark.skipif((os.cpu_count() or 1) > FEW, reason="there are enough processors")
-
-
-def children(pid: int) -> list[int]:
-    return [int(own) for own in Path(CHILDREN.format(pid)).read_text().split()]
 
 
 def state(pid: int, what: str) -> str:
@@ -108,33 +102,36 @@ def state(pid: int, what: str) -> str:
 
 @linux
 @few
-@listed
-def test_a_compiler_has_one_that_ends_with_it():
+def test_a_compiler_has_one_that_ends_with_it_and_that_somebody_waits_for():
     compiler = started(idle=True)
-    while not children(compiler.pid) or os.sched_getscheduler(compiler.pid) != os.SCHED_IDLE:  # it is starting
+    while os.sched_getscheduler(compiler.pid) != os.SCHED_IDLE:  # it is starting
         assert compiler.poll() is None
         time.sleep(0.01)
-    (ticking,) = children(compiler.pid)
+    assert compiler.ticking is not None
+    ticking = compiler.ticking.pid
     assert os.sched_getscheduler(ticking) != os.SCHED_IDLE
     while not int(state(ticking, "SigIgn"), 16) & 1 << signal.SIGINT - 1:
         time.sleep(0.01)
     os.kill(ticking, signal.SIGINT)  # from a terminal all get it
-    assert children(compiler.pid) == [ticking]
-    end(compiler)
-    while state(ticking, "State") != "Z":
+    assert compiler.ticking.poll() is None
+    compiler.kill()
+    while state(ticking, "State") != "Z":  # nobody else writes to it
         time.sleep(0.01)
+    end(compiler)
+    for ended in compiler.pid, ticking:
+        with pytest.raises(ChildProcessError):
+            os.waitpid(ended, os.WNOHANG)
 
 
-@linux
-@few
-def test_nobody_minds_when_it_has_ended():
-    own = Ticks()
-    assert own._process is not None and own._process.stdin is not None
-    own._process.kill()
-    own._process.wait()
-    own.tell(BEGIN)
-    own.tell(STOP)
-    own._process.stdin.close()
+def test_orders_arrive_and_nobody_minds_when_it_has_ended():
+    reads, writes = os.pipe()
+    tell = telling(str(writes))
+    tell(BEGIN)
+    assert os.read(reads, 10) == BEGIN
+    os.close(reads)
+    tell(STOP)
+    os.close(writes)
+    telling(None)(BEGIN)
 
 
 @linux
@@ -144,12 +141,12 @@ def test_it_ends_with_its_input():
 
 
 @linux
-def test_nothing_is_told_where_none_could_be_started_or_is_needed(monkeypatch):
+def test_there_is_none_where_none_can_be_started_or_is_needed(monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise BlockingIOError("no more processes")
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
-    Ticks().tell(BEGIN)
+    assert ticks.started({}) is None
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("there are enough processors"))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(FEW + 1)))
-    Ticks().tell(BEGIN)
+    assert ticks.started({}) is None

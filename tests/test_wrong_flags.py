@@ -136,6 +136,7 @@ def test_what_is_no_rate_is_refused():
         ("serve_demo", "--tenants=mlp:x:3", "'mlp:x:3': "),
         ("shape_clusters", "--bounds=1.5", "from 0 to less than 1"),
         ("shape_clusters", "--function=nowhere:f", "nowhere"),
+        ("simulator_speed", "--tenants=0", "0 is not a positive integer"),
         ("slo_attainment", "--loads=x", "--loads=x: what is x?"),
         ("slo_attainment", "--policies=x", "there is no policy 'x'; there are coalescing"),
         ("slo_attainment", "--real --policies=x", "there is no policy 'x'; there are coalescing, edf"),

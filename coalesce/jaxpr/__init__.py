@@ -55,6 +55,7 @@ from coalesce.jaxpr.read import (
     is_drop as is_drop,
     is_jaxpr as is_jaxpr,
     is_key as is_key,
+    is_wide as is_wide,
     Literal as Literal,
     literal_value as literal_value,
     nbytes as nbytes,
@@ -66,6 +67,7 @@ from coalesce.jaxpr.read import (
     source as source,
     struct_short as struct_short,
     subjaxprs as subjaxprs,
+    takes_wide as takes_wide,
     Var as Var,
     walk as walk,
 )

@@ -15,6 +15,7 @@ from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, JaxprEqn as Eqn, Literal, Var
 
 Atom = Var | Literal
+WIDE = ("int64", "uint64", "float64", "complex128")
 
 # Where packages are installed, and the standard library.
 INSTALLED = tuple({sysconfig.get_path(kind) for kind in ("purelib", "platlib", "stdlib")})
@@ -81,6 +82,16 @@ def dtype(atom: Any) -> str:
 
 def is_key(aval: Any) -> bool:
     return jnp.issubdtype(aval.dtype, jax.dtypes.extended)
+
+
+def is_wide(aval: Any) -> bool:
+    """Whether it is of a type that is there under jax_enable_x64 alone."""
+    return str(aval.dtype) in WIDE
+
+
+def takes_wide() -> bool:
+    """Whether jax_enable_x64 is set in this thread."""
+    return bool(getattr(jax.config, "jax_enable_x64"))  # noqa: B009, whose attributes type checkers do not see
 
 
 def nbytes(aval: Any) -> int:

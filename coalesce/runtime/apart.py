@@ -23,7 +23,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from jax.experimental.serialize_executable import deserialize_and_load
 
 from coalesce import jaxpr as J
 from coalesce.errors import Shutdown
+from coalesce.runtime import ticks
 from coalesce.runtime.compiler import IDLE, read, settings, write
 from coalesce.serving.making import Recipe
 
@@ -50,12 +51,18 @@ LAPACK = b"lapack_"  # in an executable that calls a function of it
 LOG = logging.getLogger("coalesce.runtime")
 
 
+class Compiler(subprocess.Popen[bytes]):
+    """And what ticks beside it, if it is idle and something does."""
+
+    ticking: subprocess.Popen[bytes] | None = None
+
+
 class Apart:
     """One compiler for a runtime; those who want something wait for each other, but not for long."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Compiler | None = None
         self._is_useless = self._is_closed = False
         self._is_idle = hasattr(os, "SCHED_IDLE")  # it takes only what others leave
 
@@ -156,7 +163,7 @@ class Apart:
             raise EOFError(f"it ended with {process.poll()}")
         return answer
 
-    def _sent(self, request: Any) -> subprocess.Popen[bytes]:
+    def _sent(self, request: Any) -> Compiler:
         """To whom."""
         if self._process is None:
             self._process = started(self._is_idle)
@@ -191,19 +198,22 @@ def find_lapack() -> None:
     jax.jit(jax.lax.linalg.cholesky).lower(jax.ShapeDtypeStruct((1, 1), np.float32))
 
 
-def send(process: subprocess.Popen[bytes], request: Any) -> None:
+def send(process: Compiler, request: Any) -> None:
     """Whoever waits for the answer of one that has ended is told."""
     assert process.stdin is not None, "the compiler has no pipes"
     with suppress(OSError, ValueError):
         write(process.stdin, request)
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def end(process: Compiler) -> None:
     process.kill()
     process.communicate()
+    if process.ticking is not None:
+        process.ticking.kill()
+        process.ticking.wait()
 
 
-def is_starved(process: subprocess.Popen[bytes], window_s: float, share: float) -> bool:
+def is_starved(process: Compiler, window_s: float, share: float) -> bool:
     """Waits until it answers, or ends; True once it gets less than a share of a processor for so long."""
     assert process.stdout is not None, "the compiler has no pipes"
     used_s = processor_s(process.pid)
@@ -223,15 +233,22 @@ def processor_s(pid: int) -> float:
         return math.inf
 
 
-def started(idle: bool) -> subprocess.Popen[bytes]:
+def started(idle: bool) -> Compiler:
     own = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(jax.config.jax_num_cpu_devices)}  # pyright: ignore
     own["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    return subprocess.Popen(
-        [sys.executable, "-m", "coalesce.runtime.compiler", *([IDLE] if idle else [])],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | own,
-    )
+    env = os.environ | own
+    ticking = ticks.started(env) if idle else None
+    with ticking.stdin if ticking is not None and ticking.stdin is not None else nullcontext() as orders:
+        numbers = [] if orders is None else [orders.fileno()]
+        compiler = Compiler(
+            [sys.executable, "-m", "coalesce.runtime.compiler", *([IDLE] if idle else []), *map(str, numbers)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=numbers,
+            env=env,
+        )
+    compiler.ticking = ticking
+    return compiler
 
 
 def is_wanted(platform: str) -> bool:

@@ -8,8 +8,9 @@
 
 What was compiled goes back as (executable, trees of arguments and results). Everything is done under the settings of
 JAX that whoever asks has. It ends with its input, so that it never outlives who started it. Started as `idle` it runs
-only while nobody else wants to, where the system has such a class, and something ticks meanwhile (`Ticks`): a niced
-process may keep its processor for milliseconds when somebody wakes up.
+only while nobody else wants to, where the system has such a class, and something ticks meanwhile, which is told by the
+file of the number after it (coalesce.runtime.ticks): a niced process may keep its processor for milliseconds when
+somebody wakes up.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, IO
 
-from coalesce.runtime.ticks import BEGIN, STOP, Ticks
+from coalesce.runtime.ticks import BEGIN, STOP, telling
 
 LESS_URGENT = 10  # than who serves: the highest would get nothing where others leave nothing
 IDLE = "idle"
@@ -117,18 +118,17 @@ def answer(what: str, request: bytes, told: dict[str, Any]) -> tuple[str, Any]:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for who serves
-    ticks = Ticks() if IDLE in sys.argv else None
+    idle, number = [*sys.argv[1:], None, None][:2]
+    tell = telling(number)
     os.nice(LESS_URGENT)
-    if ticks is not None:
+    if idle == IDLE:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     given, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what anybody prints is no answer
     while (request := read(given)) is not None:
-        if ticks is not None:
-            ticks.tell(BEGIN)
+        tell(BEGIN)
         write(answers, answer(*request))
-        if ticks is not None:
-            ticks.tell(STOP)
+        tell(STOP)
 
 
 if __name__ == "__main__":

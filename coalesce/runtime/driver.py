@@ -67,6 +67,7 @@ class Driver:
         self._hang_ns = int(hang_s * 1e9)
         self._launcher = Launcher(machine, self._finisher, clock, self._hang_ns, self._elsewhere is not None)
         self._busy_since_ns: int | None = None  # with what it took from the inbox
+        self._asked_ns: int | None = None  # the policy, which has not answered yet
         self._forms: dict[int, Sequence[Entry]] = {}  # of the executables that are offered
         self._wake_ns: int | None = None
         self._orders = Orders()
@@ -175,7 +176,7 @@ class Driver:
             if self.failure is None:  # else the requests that it was about have ended meanwhile
                 LOG.exception("the driver failed; every request that waits ends with DeviceError")
             self.lose(DeviceError("the runtime's driver failed; its log has the traceback. Restart the runtime"))
-        self._busy_since_ns = None
+        self._busy_since_ns = self._asked_ns = None
         handing_on.end(self)
         return not is_last
 
@@ -222,14 +223,13 @@ class Driver:
             elif self.failure is None and isinstance(event, Completed):
                 self._launcher.note_completed()
         if self.failure is not None:
-            self.book.end_all(self.failure, Reason.DEVICE)
-        elif self._elsewhere is None:
-            (event,) = events
-            self._follow(event, now_ns, self._policy.on_event(event, now_ns))
-        else:
-            for event, commands in zip(events, self._elsewhere.on_events(events, now_ns), strict=True):
-                self._wake_ns = None  # each asks anew
-                self._follow(event, now_ns, commands)
+            return self.book.end_all(self.failure, Reason.DEVICE)
+        self._asked_ns, own, one = now_ns, self._elsewhere, self._policy.on_event
+        answers = own.on_events(events, now_ns) if own is not None else [one(event, now_ns) for event in events]
+        self._asked_ns = None
+        for event, commands in zip(events, answers, strict=True):
+            self._wake_ns = None  # each asks anew
+            self._follow(event, now_ns, commands)
 
     def _follow(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
         """What the policy has answered."""
@@ -288,12 +288,12 @@ class Driver:
 
     def _overdue(self) -> ServingError | None:
         """What hangs, if something does; called on the watchdog's thread."""
-        now_ns, since_ns, limit = self._clock(), self._busy_since_ns, f"{self._hang_ns / 1e9:g} s"
-        waits = since_ns is not None and now_ns - since_ns > self._hang_ns
-        if self._elsewhere is not None and self._elsewhere.is_asked:  # it is yet to be told what the device has done
-            slow = f"the policy's process has not answered for {limit}; it hangs. Restart the runtime"
-            return PolicyError(slow) if waits else None
+        now_ns, since_ns, asked_ns = self._clock(), self._busy_since_ns, self._asked_ns
+        limit = f"for {self._hang_ns / 1e9:g} s; it hangs. Restart the"
+        if asked_ns is not None:  # the policy is yet to be told what the device has done
+            slow = f"the policy has not answered {limit} process, or the runtime if the policy has its own process"
+            return PolicyError(slow) if now_ns - asked_ns > self._hang_ns else None
         if self._launcher.is_overdue(now_ns):
-            return DeviceError(f"a bundle is on the device for {limit}; it hangs. Restart the process")
-        kept = f"the device has kept the runtime's driver waiting for {limit}; it hangs. Restart the process"
-        return DeviceError(kept) if waits else None
+            return DeviceError(f"a bundle is on the device {limit} process")
+        waits = since_ns is not None and now_ns - since_ns > self._hang_ns
+        return DeviceError(f"the device has kept the runtime's driver waiting {limit} process") if waits else None

@@ -23,6 +23,7 @@ import select
 import struct
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -52,8 +53,8 @@ class Elsewhere:
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             start_new_session=True,  # Ctrl-C is for who serves, and may want to serve what waits before it ends
         )
-        self.is_asked = False  # and has not answered yet
-        self.close = weakref.finalize(self, end, self._process)
+        self._asking = threading.Lock()
+        self.close = weakref.finalize(self, end, self._process, self._asking)
         assert self._process.stdin is not None and self._process.stdout is not None, "the policy has no pipes"
         self._to, self._from = self._process.stdin.fileno(), self._process.stdout.fileno()
 
@@ -67,25 +68,29 @@ class Elsewhere:
         Raises:
           PolicyError: the process has ended. What the policy itself raised is raised here.
         """
-        if not self.close.alive:
-            raise PolicyError("the policy's process was ended")
-        try:
-            self.is_asked = True
-            send(self._to, (events, now_ns))
-            answer = receive(self._from)
-            self.is_asked = False
-        except BrokenPipeError:
-            answer = None
-        except OSError as e:
-            raise PolicyError(f"the policy's process cannot be asked: {e}") from e
+        with self._asking:
+            if not self.close.alive:
+                raise PolicyError("the policy's process was ended")
+            try:
+                send(self._to, (events, now_ns))
+                answer = receive(self._from)
+            except BrokenPipeError:
+                answer = None
+            except OSError as e:
+                raise PolicyError(f"the policy's process cannot be asked: {e}") from e
         if isinstance(answer, list):
             return answer
         raise answer or PolicyError(f"the policy's process has ended, with {self._process.wait()}. Restart the runtime")
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes], asking: threading.Lock) -> None:
+    """Whoever waits for its answer is told first: he reads by the number of a file, and others get it next."""
     process.kill()
-    process.communicate()
+    process.wait()
+    with asking:
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None, "the policy has no pipes"
+            pipe.close()
 
 
 def send(to: int, message: Any) -> None:

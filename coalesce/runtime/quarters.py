@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+from coalesce import jaxpr as J
 from coalesce.errors import CompileError, TenantClosed
 from coalesce.runtime.accounts import Accounts
 from coalesce.runtime.cutting import look_again, tenant_of
@@ -184,7 +185,8 @@ class Quarters:
 
     def _host(self, resident: Resident, fitted: Fit) -> Host:
         """A bank for a schema that is new here, and its narrowest executables."""
-        self._driver.carry_out(lambda: check_bits(fitted.programs))
+        inside = J.takes_wide()
+        self._driver.carry_out(lambda: check_bits(fitted.programs, inside))
         if resident.alone:
             schema, capacity = self._device.plan_as_it_is(fitted), 1
         else:

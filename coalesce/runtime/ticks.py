@@ -11,7 +11,8 @@ Whoever wakes up next has Linux choose again, and by then the compiler is not du
 
 It is of the class SCHED_BATCH, which preempts what is idle and nobody else, and takes some 2% of each processor. It is
 no thread of the compiler's, which would wait for the interpreter's lock, nor started by it once that is idle: nobody
-without privileges comes back from that. On more than FEW processors there is none: who serves finds a free one.
+without privileges comes back from that. So who serves starts it, and waits for its end: nobody else would, where who
+serves is process 1. On more than FEW processors there is none: who serves finds a free one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
 from coalesce.runtime.gil import set_timer_slack
@@ -32,25 +33,28 @@ FEW = 8
 BEGIN, STOP = b"1\n", b"0\n"
 
 
-class Ticks:
-    """The other end, for a process of the class SCHED_IDLE; nothing ticks where none can be started."""
+def started(env: Mapping[str, str]) -> subprocess.Popen[bytes] | None:
+    """One that a compiler, started next, is to tell; None where it is not needed, or cannot be started."""
+    if len(os.sched_getaffinity(0)) > FEW:
+        return None
+    command = [sys.executable, "-m", "coalesce.runtime.ticks"]
+    with suppress(OSError):
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=env)
+    return None
 
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        if len(os.sched_getaffinity(0)) > FEW:
-            return
-        with suppress(OSError):
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "coalesce.runtime.ticks"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,  # else who waits for the compiler's end would wait for this one's
-                bufsize=0,
-            )
 
-    def tell(self, order: bytes) -> None:
-        with suppress(OSError):
-            if self._process is not None and self._process.stdin is not None:
-                self._process.stdin.write(order)
+def telling(number: str | None) -> Callable[[bytes], None]:
+    """What gives orders to who reads the file of this number; they are lost where nothing ticks."""
+
+    if number is None:
+        return lambda order: None
+    to = int(number)
+
+    def tell(order: bytes) -> None:
+        with suppress(OSError):  # it has ended
+            os.write(to, order)
+
+    return tell
 
 
 def tick(processor: int, at_work: threading.Event) -> None:

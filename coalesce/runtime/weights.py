@@ -27,12 +27,14 @@ def type_of(leaf: Any) -> str:
         return type(leaf).__name__
 
 
-def check_bits(programs: Sequence[Program]) -> Sequence[Event]:
-    """An order: raises InvalidInput for 64-bit types that JAX has on some other thread, and not on the driver's."""
-    for program in programs:
-        if program.wide:
+def check_bits(programs: Sequence[Program], inside: bool) -> Sequence[Event]:
+    """An order: raises InvalidInput for 64-bit types that JAX has on some other thread, and not on the driver's.
+    `inside`: also of what is only computed, as in programs that were traced on a thread that has them."""
+    for program in programs if not J.takes_wide() else ():
+        wide = program.wide_inside if inside else program.wide
+        if wide:
             raise InvalidInput(
-                f"tenant {program.name!r} has {program.wide}, which takes jax_enable_x64 for the whole process and not "
+                f"tenant {program.name!r} has {wide}, which takes jax_enable_x64 for the whole process and not "
                 "on one thread: jax.config.update('jax_enable_x64', True)"
             )
     return ()
