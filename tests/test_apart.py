@@ -26,7 +26,7 @@ import pytest
 from coalesce import jaxpr as J
 from coalesce.errors import Shutdown, TraceError
 from coalesce.runtime import apart, gil, tenancy
-from coalesce.runtime.apart import Apart, exported, WANTED
+from coalesce.runtime.apart import Apart, Compiler, exported, WANTED
 from coalesce.runtime.compiler import settings
 from coalesce.runtime.gil import BREATH_S, EAGER_S, GIVEN_S, giving_way, handing_on, LATELY_S, NAP_S, STRETCH_S
 from coalesce.runtime.runtime import Runtime
@@ -257,7 +257,7 @@ def test_what_an_interrupt_left_unread_is_no_answer_to_the_next_request(monkeypa
 
     monkeypatch.setattr(apart, "is_starved", interrupted)
     echo, pipe = [sys.executable, "-c", ECHO], subprocess.PIPE
-    monkeypatch.setattr(apart, "started", lambda idle: subprocess.Popen(echo, stdin=pipe, stdout=pipe))
+    monkeypatch.setattr(apart, "started", lambda idle: Compiler(echo, stdin=pipe, stdout=pipe))
     with pytest.raises(KeyboardInterrupt):
         own.call(len, "first")
     assert own.call(len, "second") == (len, ("second",), ())
