@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coalesce.errors import InvalidInput, Shutdown
+from coalesce.errors import InvalidInput, Shutdown, TuningError
+from coalesce.runtime.frozen import set_aside
 from coalesce.runtime.runtime import Runtime
 from tests.annotations import nothing_checked
 from tests.checked import checked_runtime
@@ -65,6 +66,15 @@ def rt() -> Iterator[Runtime]:
 def test_options_that_mean_nothing(options, text):
     with pytest.raises(InvalidInput, match=f"^{text}"):
         Runtime(**options)
+
+
+def test_a_runtime_that_cannot_be_made_leaves_the_process_as_it_was(tmp_path, monkeypatch):
+    broken, before = tmp_path / "tuned.json", set_aside._holders
+    broken.write_text("{")
+    monkeypatch.setenv("COALESCE_TUNED", str(broken))
+    with pytest.raises(TuningError, match="is no tuning database"):
+        Runtime()
+    assert set_aside._holders == before
 
 
 @pytest.mark.parametrize(

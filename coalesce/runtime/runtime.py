@@ -53,6 +53,10 @@ class Runtime:
         coalesce.runtime.persistence; False: none.
       hang_s, stall_s: a bundle that takes longer is a device that hangs; an executable that does is done without.
       observers: told of everything that is decided and done; see coalesce.runtime.observer.
+
+    Raises:
+      InvalidInput: an option that means nothing.
+      TuningError: the database of what was measured is broken.
     """
 
     def __init__(
@@ -80,11 +84,15 @@ class Runtime:
             widths, segments = (max(widths),), 1 if segments is None else segments
         setup = Setup(tuple(sorted(widths)), capacity, segments, executables, hang_s, stall_s, self._process.around)
         self._stations = list[Station]()
-        for number, (at, own) in enumerate(zip(devices or [None], policies, strict=True)):
-            device = Device(memory_limit, at, number, self._process.apart, reproducible)
-            self._stations.append(Station(number, device, own, self._accounts, observers, clock, setup))
         self._tenancy = Tenancy(self._stations)
         self._closing, self._over = threading.Lock(), ""
+        try:
+            for number, (at, own) in enumerate(zip(devices or [None], policies, strict=True)):
+                device = Device(memory_limit, at, number, self._process.apart, reproducible)
+                self._stations.append(Station(number, device, own, self._accounts, observers, clock, setup))
+        except BaseException:  # a tuning database that is broken, say
+            self.close(drain=False)
+            raise
         self._process.end_with_interpreter(lambda: self.close(drain=False))
         self._process.end_in_a_fork(self._end_in_a_fork)
 
