@@ -159,8 +159,11 @@ class Runtime:
     def remove_tenant(self, name: str, *, drain: bool = True, timeout: float | None = None) -> None:
         """Let a tenant go: what waits is served first, or with `drain=False` ends with TenantClosed.
 
-        Returns when its place on the device is free, or raises TimeoutError after `timeout` seconds, and it goes when
-        its last request has ended.
+        Returns when its place on the device is free.
+
+        Raises:
+          TenantClosed: there is no such tenant.
+          TimeoutError: it has not gone after `timeout` seconds; it goes when its last request has ended.
         """
         resident = self._resident(name)
         self._desk.close_to(resident)
