@@ -143,9 +143,10 @@ def schedule_lines(bundle: Bundle, schedule: Schedule, names: dict[int, Names], 
                 if leaves_more(item):
                     yield f"{indent}  then it leaves {', '.join(map(names[item.members[0].family], item.results))}"
                 yield from (f"{indent}  then rounded to TF32",) if item.rounds else ()
-            case Attention(inside=inside):
+            case Attention(inside=inside, rounds=rounds):
                 yield f"{indent}attention"
                 yield from schedule_lines(bundle, inside, names, indent + "  ")
+                yield from (f"{indent}  then rounded to TF32",) if rounds else ()
             case Step(family, _, eqn, each):
                 yield f"{indent}f{family}: {equation(eqn, names[family])}{f'  # lane by lane: {each}' if each else ''}"
             case JointStep(parts):

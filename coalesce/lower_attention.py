@@ -18,6 +18,7 @@ from coalesce.kernels.attention import COLUMN, Dim, on_rows, Operand, Place, RED
 from coalesce.kernels.epilogue import runs_on_tiles
 from coalesce.lanes import Banked, Env, LaneValue, plain, Shared, Stacked
 from coalesce.slab import Cut, Picked
+from coalesce.tf32 import nearest
 
 Made = Mapping[tuple[int, Any], J.Eqn]  # what makes a family's variable, where a kernel can do it as it reads
 
@@ -72,6 +73,7 @@ def lower_attention(walk: Walk, item: Attention, env: Env) -> tuple[J.Eqn, list[
     target = Place(jax.ShapeDtypeStruct((lanes, *out.shape), out.dtype), tuple(dims))
     work = partial(rowwise, item, reads, values.eqn.invars[not left])
     what = attention.Attention(scores.op, values.op, values.op.n if left else values.op.m, work)
+    what = replace(what, finish=nearest) if item.rounds else what
 
     def run(arrays: Sequence[Sequence[Any]]) -> Any:
         given = [with_arrays(own, found) for own, found in zip(operands, arrays, strict=True)]

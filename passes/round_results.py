@@ -9,10 +9,10 @@ Before                                            After
                                                         f0: %5:f32[..] = conv_general_dilated %4 %1
 
 mosaic_gemm in float32 reads operands that were rounded (coalesce/tf32.py): weights when they are written into the bank,
-what is computed where it is written, in the kernel whose epilogue it is. That is done only where all who read a result
-multiply it in TF32, perhaps after a maximum over windows or another shape, and so would round it anyway: no other value
-of the program changes. Where an operand cannot come rounded, XLA rounds it before, or another kernel runs the pack if
-that is cheaper. Relies on: kernels are chosen, and epilogues are theirs.
+what is computed where it is written, in the kernel whose epilogue it is, or attention's. That is done only where all
+who read a result multiply it in TF32, perhaps after a maximum over windows or another shape, and so would round it
+anyway: no other value of the program changes. Where an operand cannot come rounded, XLA rounds it before, or another
+kernel runs the pack if that is cheaper. Relies on: kernels are chosen, and epilogues are theirs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,19 @@ from dataclasses import replace
 from typing import Any
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Bundle, epilogue_reads, equations, Item, JointStep, Pack, packs, problems, result_of, Step
+from coalesce.bundle import (
+    Attention,
+    Bundle,
+    epilogue_reads,
+    equations,
+    Item,
+    JointStep,
+    Pack,
+    packs,
+    problems,
+    result_of,
+    Step,
+)
 from coalesce.costs import Costs
 from coalesce.kernels import choose, FUSING
 from coalesce.passes.choose_kernels import Choice
@@ -52,9 +64,11 @@ def round_results(bundle: Bundle, *, costs: Costs, tuned: Tuned = UNTUNED, choic
     def own(at: int, item: Item) -> Item:
         if at not in rounded:
             (item,) = map_schedule((item,), instead)
+        rounds, comes = at in rounding, at in rounded
+        if isinstance(item, Attention):
+            return item if rounds == item.rounds else replace(item, rounds=rounds)
         if not isinstance(item, Pack):
             return item
-        rounds, comes = at in rounding, at in rounded
         return item if (rounds, comes) == (item.rounds, item.rounded) else replace(item, rounds=rounds, rounded=comes)
 
     schedule = tuple(own(at, item) for at, item in enumerate(bundle.schedule))
@@ -79,17 +93,24 @@ def found(bundle: Bundle) -> tuple[set[int], set[int]]:
     rounding: set[int] = set()
     rounded: set[int] = set()
     for at, item in enumerate(bundle.schedule):
-        if not isinstance(item, Pack) or item.kernel not in FUSING or item.form or len(item.members) != 1:
+        name = written_by(item)
+        if name is None or str(J.dtype(name[1])) != "float32":
             continue
-        last = result_of(item)
-        if last is None:
-            continue
-        ends = multiplied((item.members[0].family, last), readers, kept)
-        who = {end for end in ends or () if cuts(pack_at(bundle, end))}
-        if who and str(J.dtype(last)) == "float32":
+        who = {end for end in multiplied(name, readers, kept) or () if cuts(pack_at(bundle, end))}
+        if who:
             rounding.add(at)
             rounded |= who
     return rounding, rounded
+
+
+def written_by(item: Item) -> Name | None:
+    """The one value that a kernel of ours leaves, which it can round."""
+    if isinstance(item, Attention):
+        return item.result
+    if not isinstance(item, Pack) or item.kernel not in FUSING or item.form or len(item.members) != 1:
+        return None
+    last = result_of(item)
+    return None if last is None else (item.members[0].family, last)
 
 
 def pack_at(bundle: Bundle, at: int) -> Pack:

@@ -26,7 +26,7 @@ import pytest
 from coalesce import jaxpr as J
 from coalesce.errors import Shutdown, TraceError
 from coalesce.runtime import apart, gil, tenancy
-from coalesce.runtime.apart import Apart, exported, WANTED
+from coalesce.runtime.apart import Apart, Compiler, exported, WANTED
 from coalesce.runtime.compiler import settings
 from coalesce.runtime.gil import BREATH_S, EAGER_S, GIVEN_S, giving_way, handing_on, LATELY_S, NAP_S, STRETCH_S
 from coalesce.runtime.runtime import Runtime
@@ -234,6 +234,34 @@ def test_a_compiler_that_hangs_keeps_nobody_waiting_for_ever_and_leaves_nothing_
     for process in seen:
         with pytest.raises(ChildProcessError):
             os.waitpid(process.pid, os.WNOHANG)
+
+
+ECHO = """
+import sys
+
+from coalesce.runtime.compiler import read, write
+
+while (request := read(sys.stdin.buffer)) is not None:
+    write(sys.stdout.buffer, ("made", request[1]))
+"""
+
+
+@pytest.mark.once
+def test_what_an_interrupt_left_unread_is_no_answer_to_the_next_request(monkeypatch):
+    right, own = apart.is_starved, Apart()
+
+    def interrupted(*given: Any) -> bool:
+        monkeypatch.setattr(apart, "is_starved", right)
+        right(*given)  # the answer is there
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(apart, "is_starved", interrupted)
+    echo, pipe = [sys.executable, "-c", ECHO], subprocess.PIPE
+    monkeypatch.setattr(apart, "started", lambda idle: Compiler(echo, stdin=pipe, stdout=pipe))
+    with pytest.raises(KeyboardInterrupt):
+        own.call(len, "first")
+    assert own.call(len, "second") == (len, ("second",), ())
+    own.close()
 
 
 def check_left_here(own: Apart, recipe: Recipe, monkeypatch: Any, caplog: Any) -> None:

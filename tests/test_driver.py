@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import CancelledError, wait
+from concurrent.futures import CancelledError, Future, wait
 
 import pytest
 
@@ -20,7 +20,7 @@ from coalesce.errors import (
     TenantClosed,
     TenantFailure,
 )
-from coalesce.runtime import driver
+from coalesce.runtime import driver, orders
 from coalesce.runtime.observer import Observer
 from coalesce.runtime.orders import Order
 from coalesce.runtime.ticket import Ticket
@@ -557,3 +557,25 @@ def test_orders_that_come_with_the_end_are_carried_out():
     for thread in threads:
         thread.join(10)
     assert len(done) == 8
+
+
+def test_who_is_interrupted_waits_for_what_was_ordered(monkeypatch):
+    """Else a slot that is given back would be written to."""
+    waited_for, done = threading.Event(), list[int]()
+
+    class Interrupted(Future[None]):
+        def result(self, timeout: float | None = None) -> None:
+            raise KeyboardInterrupt
+
+    def wait_for(ordered: Sequence[Future[None]]) -> None:
+        waited_for.set()
+        wait(ordered, 10)
+
+    def put(order: Order) -> None:
+        threading.Thread(target=lambda: waited_for.wait(10) and order.do()).start()
+
+    monkeypatch.setattr(orders, "Future", Interrupted)
+    monkeypatch.setattr(orders, "wait", wait_for)
+    with pytest.raises(KeyboardInterrupt):
+        orders.Orders().carry_out(put, lambda: done.append(1) or ())
+    assert done == [1]

@@ -23,7 +23,7 @@ from coalesce.kernels.mosaic import on_hopper
 from coalesce.kernels.mosaic_tile import tile_of
 from coalesce.passes.keep_layouts import kernel_for
 from coalesce.slab import Cut, Picked
-from coalesce.tf32 import nearest
+from coalesce.tf32 import near, nearest
 from coalesce.tuning import packaged, tuned_on
 from coalesce.tuning.candidates import candidates
 from tests.alone import alone, check_fused, Tenant
@@ -146,16 +146,18 @@ def test_operands_of_32_bits_are_rounded_before_they_are_cut():
     np.testing.assert_array_equal(laid_out(op, w), flat(nearby(w)))
     assert mosaic_gemm.layout(dot(70, 64, 64)) == indexed_gemm.layout(dot(70, 64, 64))
     texts = [lowered(op, None, SUM, column(op, 16, COLUMN), rounded=comes) for comes in (False, True)]
-    assert ["stablehlo.bitcast_convert" in text for text in texts] == [True, False]
+    assert ["stablehlo.reduce_precision" in text for text in texts] == [True, False]
 
 
 def test_the_nearest_number():
-    nearby = partial(lax.reduce_precision, exponent_bits=8, mantissa_bits=10)
     special = jnp.asarray([jnp.inf, -jnp.inf, 0.0, -0.0, 1.0, 3.4e38, 1 + 2**-12, -1 - 3 * 2**-12])
-    np.testing.assert_array_equal(nearest(special), nearby(special))
-    np.testing.assert_array_equal(nearest(nearest(special)), nearest(special))
+    np.testing.assert_array_equal(nearest(special), near(special))
     nans = lax.bitcast_convert_type(jnp.asarray([0x7FFFFFFF, -1, 0x7FC00000], jnp.int32), jnp.float32)
-    assert np.isnan(nearest(nans)).all()
+    half = jnp.asarray([1 + 2**-11, 1 + 3 * 2**-11])
+    for rounds, halves in ((nearest, [1 + 2**-10, 1 + 2**-9]), (near, [1.0, 1 + 2**-9])):
+        np.testing.assert_array_equal(nearest(rounds(special)), rounds(special))
+        np.testing.assert_array_equal(rounds(half), halves)
+        assert np.isnan(rounds(nans)).all()
 
 
 def test_elsewhere_than_on_an_nvidia_gpu_it_is_indexed_gemm():

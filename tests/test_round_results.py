@@ -5,18 +5,20 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
 from coalesce.blocks import Blocks
-from coalesce.bundle import Bundle, Pack, packs
+from coalesce.bundle import Attention, Bundle, items, Pack, packs
 from coalesce.costs import Costs, devices
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import choose, mosaic_gemm
 from coalesce.passes.choose_kernels import choose_kernels
 from coalesce.passes.form_packs import form_packs
+from coalesce.passes.fuse_attention import fuse_attention
 from coalesce.passes.fuse_epilogues import fuse_epilogues
 from coalesce.passes.round_results import round_results
 from coalesce.tuning import Database, Entry, key_of, Tuned
@@ -112,6 +114,35 @@ READ = {
 @pytest.mark.parametrize(("fn", "want"), READ.items(), ids=[fn.__name__ for fn in READ])
 def test_who_reads_it_decides(fn, want):
     assert found(round_results(planned(*tenants(fn)), costs=COSTS, choice=by_tma)) == want
+
+
+def attention(p, q, k, v):
+    """[heads, rows, 32] each -> [rows, columns]."""
+    weights = jax.nn.softmax(jnp.einsum("hmd,hnd->hmn", q, k), axis=-1)
+    return jnp.einsum("mhd,hde->me", jnp.einsum("hmn,hnd->mhd", weights, v), p)
+
+
+HEADS = (2, 64, 32)
+
+
+def attending(count: int = 2) -> list[Tenant]:
+    return [(attention, array(2, 32, 64) / 8, tuple(array(*HEADS) for _ in range(3))) for _ in range(count)]
+
+
+def test_attention_rounds_its_result(golden):
+    bundle = choose_kernels(form_packs(bundle_of(*attending())), platform="gpu", choice=by_tma)
+    bundle = fuse_epilogues(fuse_attention(bundle, platform="gpu", choice=by_tma), choice=by_tma)
+    golden(replanned(partial(round_results, costs=COSTS, choice=by_tma), bundle))
+
+
+def test_what_attention_rounds_is_as_good_as_products_in_tf32():
+    own = attending()
+    fused = fuse_tenants(own, choose_kernel=by_tma, platform="gpu")
+    (one,) = (item for item in items(fused.bundle.schedule) if isinstance(item, Attention))
+    assert one.rounds
+    for tenant, got in zip(own, fused([inputs for *_, inputs in own]), strict=True):
+        want = alone(tenant)
+        assert 1e-5 < distance(got, want) / norm(want) < 1e-3
 
 
 def test_results_are_those_of_products_in_tf32():

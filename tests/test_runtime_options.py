@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coalesce.errors import InvalidInput, Shutdown
+from coalesce.errors import InvalidInput, Shutdown, TuningError
+from coalesce.runtime.frozen import set_aside
 from coalesce.runtime.runtime import Runtime
+from coalesce.runtime.station import Station
 from tests.annotations import nothing_checked
 from tests.checked import checked_runtime
 
@@ -65,6 +67,32 @@ def rt() -> Iterator[Runtime]:
 def test_options_that_mean_nothing(options, text):
     with pytest.raises(InvalidInput, match=f"^{text}"):
         Runtime(**options)
+
+
+def test_a_runtime_that_cannot_be_made_leaves_the_process_as_it_was(tmp_path, monkeypatch):
+    broken, before = tmp_path / "tuned.json", set_aside._holders
+    broken.write_text("{")
+    monkeypatch.setenv("COALESCE_TUNED", str(broken))
+    with pytest.raises(TuningError, match="is no tuning database"):
+        Runtime()
+    assert set_aside._holders == before
+
+
+def test_a_close_that_was_interrupted_is_finished_by_the_next(monkeypatch):
+    before, closes = set_aside._holders, Station.close
+
+    def interrupted(*_: Any) -> None:
+        monkeypatch.setattr(Station, "close", closes)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Station, "close", interrupted)
+    own = Runtime()
+    with pytest.raises(KeyboardInterrupt):
+        own.close()
+    assert own.health().status == "closed" and set_aside._holders == before + 1
+    own.close()
+    own.close()
+    assert set_aside._holders == before and not any(thread.is_alive() for thread in own._stations[0].driver.threads)
 
 
 @pytest.mark.parametrize(

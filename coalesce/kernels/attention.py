@@ -73,12 +73,13 @@ class Operand:
 @dataclass(frozen=True)
 class Attention:
     """Of each head of a lane: scores [m, n] over k, results [m, d]. `rowwise(scores, *given, valid)` -> weights, all
-    [m, n]; `valid` masks the columns that there are, or is None."""
+    [m, n]; `valid` masks the columns that there are, or is None. `finish` is done to results as they are written."""
 
     scores: HeavyOp
     values: HeavyOp
     d: int
     rowwise: Callable[..., Any]
+    finish: Callable[[Any], Any] = lambda x: x
 
     @property
     def batch(self) -> tuple[int, ...]:
@@ -133,7 +134,7 @@ def run(what: Attention, operands: Sequence[Operand], out: Place, lanes: int) ->
             weights = jnp.where(valid, weights, jnp.zeros_like(weights))
         result = dot(weights, tile(2, n, d), precision_of(what.values))
         index, mask = at.place(out, m, d)
-        store(refs[-1], index, result.astype(out.array.dtype), mask)
+        store(refs[-1], index, what.finish(result.astype(out.array.dtype)), mask)
 
     (result,) = launch(
         kernel,

@@ -33,7 +33,7 @@ from coalesce.kernels.windows import windows_of
 from coalesce.layout import Layout
 from coalesce.slab import Cut, Picked
 from coalesce.structure import canonical
-from coalesce.tf32 import multiplies, nearest
+from coalesce.tf32 import multiplies, near
 
 FLOATS = ("float32", "bfloat16", "float16")
 # Of what an epilogue may have, what the backend lowers on a tile, in all versions that are supported.
@@ -93,7 +93,7 @@ def run(
         lhs,
         rhs,
         tuple(operands),
-        cuda=lambda x, w, given: fetched(tile, nearest(x) if multiplies(op) and not rounded else x, w, epilogue, given),
+        cuda=lambda x, w, given: fetched(tile, near(x) if multiplies(op) and not rounded else x, w, epilogue, given),
         default=lambda x, w, given: indexed_gemm.run(op, x, w, epilogue=epilogue, operands=given),
     )
 

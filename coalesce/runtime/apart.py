@@ -140,6 +140,11 @@ class Apart:
             self._is_useless = True
             LOG.warning("there is no compiler in a process of its own: %s: %s", type(e).__name__, e)
             return None
+        except BaseException:  # Ctrl-C: what it still answers would be taken for an answer to the next request
+            process, self._process = self._process, None
+            if process is not None:
+                end(process)
+            raise
 
     def _ask(self, request: Any) -> tuple[str, Any]:
         process = self._sent(request)

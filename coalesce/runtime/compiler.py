@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import struct
 import sys
 from collections.abc import Callable
@@ -116,6 +117,7 @@ def answer(what: str, request: bytes, told: dict[str, Any]) -> tuple[str, Any]:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for who serves
     idle, number = [*sys.argv[1:], None, None][:2]
     tell = telling(number)
     os.nice(LESS_URGENT)

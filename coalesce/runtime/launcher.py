@@ -38,7 +38,7 @@ from coalesce.scheduler.commands import Dispatch
 
 SHORT_NS = 1_000_000  # what is expected to take less is looked at for so long, if it is not done at once:
 BRIEF_S = 1e-4  # what two threads take to hand a bundle on, when each has to wait for the interpreter's lock
-VAIN = 3  # times that this was of no use: then an executable is looked at so only for one bundle in
+VAIN = 3  # times that looking was in vain: then an executable is looked at only for one bundle in
 SELDOM = 16
 TOGETHER_NS = 500_000
 HURRY_NS = 2_000_000  # some times as long as another bundle and TOGETHER_NS
@@ -70,7 +70,7 @@ class Launcher(Attendant):
         self._apart = elsewhere and machine.copies  # on a thread of its own
         self._machine, self._finisher, self._clock, self._hang_ns = machine, finisher, clock, hang_ns
         self._aloft: deque[Aloft] = deque()
-        self._vain: dict[int, int] = {}  # of each executable, how often this was of no use since it last was
+        self._vain: dict[int, int] = {}  # of each executable, how often looking was in vain since it last was not
         self._landed: list[Flight] = []  # done, and nobody has their results yet
         self._due: list[Flight] = []  # those of them whose ends were in the inbox when the driver looked there
         self._due_ns = 0  # since when the first of these is

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future, InvalidStateError, wait
 from typing import NamedTuple
 
 from coalesce.scheduler.events import Event
@@ -25,7 +25,11 @@ class Orders:
         self._lock = threading.Lock()
 
     def carry_out(self, put: Callable[[Order], None], do: Callable[[], Sequence[Event]]) -> None:
-        """Have it done, and wait until it is; raises what it raises, or why nothing is done any more."""
+        """Have it done, and wait until it is; raises what it raises, or why nothing is done any more.
+
+        Who is interrupted (Ctrl-C) waits too, before that is raised: whoever undoes what an order was for must not be
+        ahead of it.
+        """
         done = Future[None]()
         with self._lock:
             if self._error is not None:
@@ -34,6 +38,9 @@ class Orders:
         put(Order(lambda: self._try(do, done)))
         try:
             done.result()
+        except BaseException:  # its own, or an interrupt's
+            wait([done])
+            raise
         finally:
             with self._lock:
                 self._open.discard(done)

@@ -28,7 +28,7 @@ from coalesce.runtime.site import Site
 from coalesce.runtime.ticket import Ticket
 from coalesce.runtime.weights import check_bits
 from coalesce.scheduler.catalog import Entry
-from coalesce.scheduler.events import CatalogChanged, Event, TenantAdded
+from coalesce.scheduler.events import CatalogChanged, Event, TenantAdded, TenantRemoved
 from coalesce.scheduler.request import Request
 from coalesce.serving.fit import Fit
 from coalesce.serving.store import Preparer, Rows, Store
@@ -174,6 +174,7 @@ class Quarters:
                 check(resident)
             self._driver.carry_out(lambda: [TenantAdded(tenant)])
         except BaseException:
+            self._driver.inbox.put(TenantRemoved(resident.name, drain=False))  # for who was interrupted after it came
             self._free(resident)
             self.forget(resident)
             raise

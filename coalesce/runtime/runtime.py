@@ -53,6 +53,10 @@ class Runtime:
         coalesce.runtime.persistence; False: none.
       hang_s, stall_s: a bundle that takes longer is a device that hangs; an executable that does is done without.
       observers: told of everything that is decided and done; see coalesce.runtime.observer.
+
+    Raises:
+      InvalidInput: an option that means nothing.
+      TuningError: the database of what was measured is broken.
     """
 
     def __init__(
@@ -80,11 +84,16 @@ class Runtime:
             widths, segments = (max(widths),), 1 if segments is None else segments
         setup = Setup(tuple(sorted(widths)), capacity, segments, executables, hang_s, stall_s, self._process.around)
         self._stations = list[Station]()
-        for number, (at, own) in enumerate(zip(devices or [None], policies, strict=True)):
-            device = Device(memory_limit, at, number, self._process.apart, reproducible)
-            self._stations.append(Station(number, device, own, self._accounts, observers, clock, setup))
         self._tenancy = Tenancy(self._stations)
-        self._closing, self._over = threading.Lock(), ""
+        self._closing, self._closed = threading.Lock(), False
+        self._over = ""  # why nothing is taken on any more
+        try:
+            for number, (at, own) in enumerate(zip(devices or [None], policies, strict=True)):
+                device = Device(memory_limit, at, number, self._process.apart, reproducible)
+                self._stations.append(Station(number, device, own, self._accounts, observers, clock, setup))
+        except BaseException:  # a tuning database that is broken, say
+            self.close(drain=False)
+            raise
         self._process.end_with_interpreter(lambda: self.close(drain=False))
         self._process.end_in_a_fork(self._end_in_a_fork)
 
@@ -151,8 +160,11 @@ class Runtime:
     def remove_tenant(self, name: str, *, drain: bool = True, timeout: float | None = None) -> None:
         """Let a tenant go: what waits is served first, or with `drain=False` ends with TenantClosed.
 
-        Returns when its place on the device is free, or raises TimeoutError after `timeout` seconds, and it goes when
-        its last request has ended.
+        Returns when its place on the device is free.
+
+        Raises:
+          TenantClosed: there is no such tenant.
+          TimeoutError: it has not gone after `timeout` seconds; it goes when its last request has ended.
         """
         resident = self._resident(name)
         self._desk.close_to(resident)
@@ -242,7 +254,7 @@ class Runtime:
             threading.Thread(target=self.close, kwargs={"drain": drain, "timeout": timeout}, daemon=True).start()
             return
         with self._closing:
-            if self._over:
+            if self._closed:  # and not one that was interrupted
                 return
             self._over = "the runtime is closed"
             until = None if timeout is None else time.monotonic() + timeout
@@ -252,6 +264,7 @@ class Runtime:
             for station in self._stations:
                 station.close(left_s(until))
             self._process.leave()
+            self._closed = True
 
     def _check_open(self) -> None:
         if self._over:
@@ -259,7 +272,8 @@ class Runtime:
 
     def _end_in_a_fork(self) -> None:
         """None of the threads is there, and who held a lock may be none of them."""
-        self._closing, self._over = threading.Lock(), "this process was forked off the runtime's; start it with spawn"
+        self._closing, self._closed = threading.Lock(), True
+        self._over = "this process was forked off the runtime's; start it with spawn"
 
     def __enter__(self) -> Runtime:
         return self

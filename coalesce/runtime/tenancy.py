@@ -112,6 +112,7 @@ class Tenancy:
 
         def free() -> None:
             try:
+                driver.carry_out(lambda: [TenantRemoved(resident.name, drain)])
                 driver.book.wait_for(lambda tickets: not any(t.resident is resident for t in tickets), None)
                 self._move_out(resident)
             except BaseException as e:
@@ -120,7 +121,6 @@ class Tenancy:
                 LOG.info("tenant %r has left", resident.name)
                 left.set_result(None)
 
-        driver.carry_out(lambda: [TenantRemoved(resident.name, drain)])
         threading.Thread(target=free, name=f"coalesce-remove-{resident.name}", daemon=True).start()
         try:
             left.result(timeout_s)
