@@ -10,6 +10,10 @@ what its own run will take: that of the company that it can expect, what waits w
 taken on has the time for such a run. A request that has not is still taken on if it can run with those that are due
 before it, and there is some time to spare: a little as long as less is asked for than the device can do, else so much
 that nobody needs efficient runs.
+
+Where no tenant has an SLO of more than BRIEF_NS, nor is suspected of making runs slow, whoever could be in time next is
+taken on, and dropped when it turns out that it cannot: an answer that soon is one at once. Plans are off by as much as
+such an SLO, and take as long to make as some runs.
 """
 
 from __future__ import annotations
@@ -36,8 +40,10 @@ from coalesce.scheduler.outlook import (
     remembered,
 )
 from coalesce.scheduler.promises import Promises
+from coalesce.scheduler.quarantine import Watch
 from coalesce.scheduler.request import Request
 from coalesce.scheduler.shares import Account, CLOSE, Shares
+from coalesce.scheduler.tenancy import BRIEF_NS, Tenancy
 from coalesce.scheduler.tuples import made
 
 INFEASIBLE = Reason.INFEASIBLE
@@ -45,8 +51,9 @@ FAR_OFF = 2  # times the least SLO of its family: who is due so late can wait fo
 
 
 class Admission:
-    def __init__(self, shares: Shares, load: Load, promises: Promises) -> None:
+    def __init__(self, tenancy: Tenancy, watch: Watch, shares: Shares, load: Load, promises: Promises) -> None:
         self.foreseen = False  # whether the outlook has who was taken on last
+        self._tenancy, self._watch = tenancy, watch
         self._shares, self._load, self._promises = shares, load, promises
 
     def admit(
@@ -78,7 +85,10 @@ class Admission:
                 self._promises.since_ns = now_ns
             kept_ns = int(self._promises.kept(due_ns, now_ns) * (due_ns - now_ns))
             by_ns -= kept_ns
-        if level.spare > 0 or is_few(level):
+        is_brief = self._tenancy.is_brief and due_ns - now_ns <= BRIEF_NS
+        if is_brief and not (over or level.above or self._watch.standings):
+            fits = start.free_ns + costs.alone.l50_ns <= by_ns
+        elif level.spare > 0 or is_few(level):
             if is_last and items and not over and has_room(queue, by_ns, start, now_ns):
                 fits = self.foreseen = True
             else:

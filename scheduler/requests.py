@@ -49,7 +49,7 @@ class Requests:
         self._queues, self._tenancy, self._watch = queues, tenancy, watch
         self._accounts, self._slots = tenancy.accounts, slots
         self._shares, self._costs, self._promises = shares, costs, promises
-        self._admission = Admission(shares, load, promises)
+        self._admission = Admission(tenancy, watch, shares, load, promises)
         self.lanes: dict[int, Lane] = {}  # by request
         self._most_levels = LEVELS
 

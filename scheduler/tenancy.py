@@ -8,11 +8,14 @@ from coalesce.scheduler.costs import FAR
 from coalesce.scheduler.request import Tenant
 from coalesce.scheduler.shares import Account
 
+BRIEF_NS = 2_000_000
+
 
 class Tenancy:
     def __init__(self) -> None:
         self.accounts: dict[str, Account] = {}  # by name
         self._tightest: dict[int, int] = {}
+        self._patient: set[str] = set()  # who has more than BRIEF_NS
 
     def get(self, name: str) -> Account | None:
         return self.accounts.get(name)
@@ -29,6 +32,9 @@ class Tenancy:
             known.change(tenant)
             known.leaving = False
             loosened = self._loosen(gone)
+        self._patient.discard(tenant.name)
+        if tenant.slo_ns > BRIEF_NS:
+            self._patient.add(tenant.name)
         for family in tenant.families:
             self._tightest[family] = min(tenant.slo_ns, self._tightest.get(family, FAR))
         return loosened or any(self._tightest[family] != least for family, least in before.items())
@@ -55,7 +61,13 @@ class Tenancy:
         if not account.leaving or account.pending or self.accounts.get(account.tenant.name) is not account:
             return False
         del self.accounts[account.tenant.name]
+        self._patient.discard(account.tenant.name)
         return True
+
+    @property
+    def is_brief(self) -> bool:
+        """Whether no SLO is long enough to tell a refusal at once from one when it is over."""
+        return not self._patient
 
     @property
     def tightest_ns(self) -> Mapping[int, int]:

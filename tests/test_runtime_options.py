@@ -17,6 +17,7 @@ import pytest
 from coalesce.errors import InvalidInput, Shutdown, TuningError
 from coalesce.runtime.frozen import set_aside
 from coalesce.runtime.runtime import Runtime
+from coalesce.runtime.station import Station
 from tests.annotations import nothing_checked
 from tests.checked import checked_runtime
 
@@ -75,6 +76,23 @@ def test_a_runtime_that_cannot_be_made_leaves_the_process_as_it_was(tmp_path, mo
     with pytest.raises(TuningError, match="is no tuning database"):
         Runtime()
     assert set_aside._holders == before
+
+
+def test_a_close_that_was_interrupted_is_finished_by_the_next(monkeypatch):
+    before, closes = set_aside._holders, Station.close
+
+    def interrupted(*_: Any) -> None:
+        monkeypatch.setattr(Station, "close", closes)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Station, "close", interrupted)
+    own = Runtime()
+    with pytest.raises(KeyboardInterrupt):
+        own.close()
+    assert own.health().status == "closed" and set_aside._holders == before + 1
+    own.close()
+    own.close()
+    assert set_aside._holders == before and not any(thread.is_alive() for thread in own._stations[0].driver.threads)
 
 
 @pytest.mark.parametrize(

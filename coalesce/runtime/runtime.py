@@ -85,7 +85,8 @@ class Runtime:
         setup = Setup(tuple(sorted(widths)), capacity, segments, executables, hang_s, stall_s, self._process.around)
         self._stations = list[Station]()
         self._tenancy = Tenancy(self._stations)
-        self._closing, self._over = threading.Lock(), ""
+        self._closing, self._closed = threading.Lock(), False
+        self._over = ""  # why nothing is taken on any more
         try:
             for number, (at, own) in enumerate(zip(devices or [None], policies, strict=True)):
                 device = Device(memory_limit, at, number, self._process.apart, reproducible)
@@ -253,7 +254,7 @@ class Runtime:
             threading.Thread(target=self.close, kwargs={"drain": drain, "timeout": timeout}, daemon=True).start()
             return
         with self._closing:
-            if self._over:
+            if self._closed:  # and not one that was interrupted
                 return
             self._over = "the runtime is closed"
             until = None if timeout is None else time.monotonic() + timeout
@@ -263,6 +264,7 @@ class Runtime:
             for station in self._stations:
                 station.close(left_s(until))
             self._process.leave()
+            self._closed = True
 
     def _check_open(self) -> None:
         if self._over:
@@ -270,7 +272,8 @@ class Runtime:
 
     def _end_in_a_fork(self) -> None:
         """None of the threads is there, and who held a lock may be none of them."""
-        self._closing, self._over = threading.Lock(), "this process was forked off the runtime's; start it with spawn"
+        self._closing, self._closed = threading.Lock(), True
+        self._over = "this process was forked off the runtime's; start it with spawn"
 
     def __enter__(self) -> Runtime:
         return self
