@@ -62,7 +62,7 @@ class Case:
 
     def plain(self, lhs: Any, rhs: Any) -> Any:
         """The operation itself, lane by lane."""
-        call = jax.jit(self.call)
+        call, (lhs, rhs) = jax.jit(self.call), map(np.asarray, (lhs, rhs))
         return np.stack([[np.asarray(call(x, w)) for x in xs] for xs, w in zip(lhs, rhs, strict=True)])
 
 

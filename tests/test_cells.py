@@ -373,7 +373,8 @@ def test_random_cells(seed: int) -> None:
     for tenant, result in zip(tenants, results, strict=True):
         assert_as_alone(tenant, result, dtype)
     poisoned = [
-        (xs if i else jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), xs)) for i, (*_, xs) in enumerate(tenants)
+        (xs if i else jax.tree.map(lambda x: jax.device_put(np.full_like(x, np.nan)), xs))
+        for i, (*_, xs) in enumerate(tenants)
     ]
     for clean, other in list(zip(results, fused(poisoned), strict=True))[1:]:
         assert_bitwise(other, clean)
@@ -397,7 +398,7 @@ def assert_as_alone(tenant: Tenant, result: Any, dtype: Any) -> None:
 def truth(tenant: Tenant) -> Any:
     """In float32."""
     fn, params, xs = tenant
-    return alone((fn, *jax.tree.map(lambda x: x.astype(jnp.float32), (params, xs))))
+    return alone((fn, *jax.tree.map(lambda x: np.asarray(x, np.float32), (params, xs))))
 
 
 @pytest.mark.parametrize("kernel", ["indexed_matvec", "indexed_gemm"])

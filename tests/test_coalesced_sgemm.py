@@ -117,6 +117,7 @@ def test_the_summary_takes_ratios_within_pairs_and_the_best_kernel():
     assert "geometric mean over 4, 16 problems: 4.00x" in text
 
 
+@pytest.mark.once  # by kernels that are tested on both interpreters
 @pytest.mark.parametrize("m", [1, 24])
 def test_kernels_inside_compute_the_products(m):
     products = Products(m, 48, 20, "f32", 3)

@@ -320,6 +320,7 @@ def test_device_of(platform, kind, name):
     assert device_of(platform, kind) is DEVICES[name]
 
 
+@pytest.mark.once  # of records and a model of costs, whatever JAX there is
 def test_recorded_figures_of_gpus():
     """The H100's numbers were fitted to these: a change that leaves them shows here."""
     ratios = [record.row["predicted_us"] / record.row["measured_us"] for record in records()]

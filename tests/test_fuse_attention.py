@@ -299,7 +299,10 @@ def test_a_bundle_with_one_that_reads_too_late_is_broken():
         check_bundle(replace(bundle, schedule=tuple(swapped if item is one else item for item in bundle.schedule)))
 
 
-@pytest.mark.parametrize(("model", "dtype"), [("bert_small", "float32"), ("vit_ti16", "bfloat16")])
+# what is masked is asked for above too, in float32
+@pytest.mark.parametrize(
+    ("model", "dtype"), [pytest.param("bert_small", "float32", marks=pytest.mark.once), ("vit_ti16", "bfloat16")]
+)
 def test_networks(model, dtype):
     """In 16 bits as near to the network in float32 as each alone is."""
     small = {"layers": 1, "hidden": 32, "heads": 2}

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from experiments import host_time, newcomer
 
@@ -13,6 +14,7 @@ def saved(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
+@pytest.mark.once  # what it serves with is tested on both interpreters
 def test_host_time_has_a_row_for_each_way_and_size(tmp_path, capsys):
     host_time.main(["--requests=64", "--bytes=64", "--staged=4096", "--repeats=1", f"--out={tmp_path}"])
     rows = saved(tmp_path / "host_time.json")["rows"]
@@ -23,6 +25,7 @@ def test_host_time_has_a_row_for_each_way_and_size(tmp_path, capsys):
     assert "    python -m experiments.host_time --bytes=64 --repeats=1 --requests=64 --staged=4096\n" in text
 
 
+@pytest.mark.once  # what it serves with is tested on both interpreters
 def test_newcomers_are_added_while_others_are_asked(tmp_path, capsys):
     tiny = ["--fields=width=8,layers=2", "--rate=50", "--families=1", "--turns=1", "--widths=1"]
     newcomer.main([*tiny, f"--out={tmp_path}"])

@@ -198,6 +198,7 @@ def test_a_superkernel_across_programs_stands_in_the_column_of_each():
     assert note not in coalesce.fuse(towers[:1], policy="never").explain()
 
 
+@pytest.mark.once  # as long as what JAX traces, whichever does
 def test_sixteen_resnets_are_one_small_column():
     model = by_name("resnet50")
     program = coalesce.trace(model.apply, jax.eval_shape(model.init, jax.random.key(0)), *model.inputs())

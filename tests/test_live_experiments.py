@@ -37,6 +37,7 @@ def saved(folder: Path) -> dict:
     return json.loads(path.read_text())
 
 
+@pytest.mark.once  # what it serves with is tested on both interpreters
 def test_serve_demo_shows_every_tenant(capsys, tmp_path):
     arguments = [f"--tenants={TINY}:2:500,{TINY};width=4:1:500", "--duration=0.5", "--rate=40", "--widths=1,2"]
     serve_demo.main([*arguments, "--process=gamma", "--cv=2", f"--trace={tmp_path / 'trace.json'}"])
@@ -73,6 +74,7 @@ def test_a_loop_that_gets_no_result_ends_with_the_reason():
         isolation.closed_loop(rt, lives, 600.0)
 
 
+@pytest.mark.once  # what it serves with is tested on both interpreters
 def test_the_simulator_gets_what_the_real_runtime_got(tmp_path, monkeypatch):
     monkeypatch.setitem(configurations.MODELS, "cpu", (("mlp", {"width": 8, "layers": 2}),))
     monkeypatch.setattr(sim_vs_real_slices, "WIDTHS", (1, 2))
@@ -149,6 +151,7 @@ def loadgen() -> Any:
     return loadgen
 
 
+@pytest.mark.once  # what it serves with is tested on both interpreters
 def test_loadgen_says_what_it_thinks(loadgen, tmp_path):
     loadgen.main([f"--tenants={TINY}:2", "--rate=800", "--latency_ms=60000", "--duration=0.5", "--queries=700",
                   f"--out={tmp_path}"])  # fmt: skip

@@ -32,6 +32,7 @@ def mix(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return run
 
 
+@pytest.mark.once  # methods of one model are compared on both interpreters, in tests/test_experiments.py
 def test_mixed_tenants_compares_six_ways_to_serve_a_set(mix, tmp_path, capsys):
     mix(*QUICK, "--lanes=2", f"--out={tmp_path}", "--own_executables")
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -170,6 +171,7 @@ def test_64_tenants_are_planned_in_seconds(tmp_path, models):
     assert "align" in seconds and seconds["fuse, all of it"] < 20
 
 
+@pytest.mark.once  # methods of one model are compared on both interpreters, in tests/test_experiments.py
 def test_executables_compares_cuts_of_one_program(monkeypatch, tmp_path):
     arguments = [*QUICK, "--executables=1,3", "--seconds=1", f"--out={tmp_path}"]
     monkeypatch.setattr(sys, "argv", ["executables", *arguments])

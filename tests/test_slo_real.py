@@ -43,6 +43,7 @@ def content(tried: Any, first: float, within: float, found: Any) -> None:
     search(lambda rate: tried(rate) if rate == first else None, first, within, found)
 
 
+@pytest.mark.once  # what it serves with is tested on both interpreters
 def test_slo_attainment_serves_with_every_policy(flags, tmp_path, capsys):
     flags.budget_s = 0.0
     slo_serve.serve_all()
@@ -64,6 +65,7 @@ def test_slo_attainment_serves_with_every_policy(flags, tmp_path, capsys):
         slo_serve.named_policies(["nobody"])
 
 
+@pytest.mark.once  # what it serves with is tested on both interpreters
 def test_policies_take_turns_at_given_rates(flags, tmp_path, monkeypatch, capsys):
     """One of them thinks in a process of its own."""
     turns: list[str] = []

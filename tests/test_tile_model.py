@@ -28,6 +28,7 @@ def op_of(call: Any, *shapes: tuple[int, ...], dtype: Any = jnp.float32) -> Heav
 H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
 
 
+@pytest.mark.once  # a model of tiles, and what was measured: both know nothing of JAX
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_as_good_as_what_was_measured(dtype):
     """All ops of ResNet-50 together; experiments/tile_model.py shows the same of ops that were left out of the fit."""
