@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from decimal import Decimal
@@ -76,6 +77,20 @@ def test_a_runtime_that_cannot_be_made_leaves_the_process_as_it_was(tmp_path, mo
     with pytest.raises(TuningError, match="is no tuning database"):
         Runtime()
     assert set_aside._holders == before
+
+
+def test_who_is_interrupted_keeps_no_schema_to_itself(rt, monkeypatch):
+    class Interrupted(threading.Condition):
+        def __exit__(self, *why: Any) -> None:
+            super().__exit__(*why)
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+    site = rt._stations[0].quarters._site
+    monkeypatch.setattr(site, "_free", Interrupted())
+    with pytest.raises(KeyboardInterrupt), site.apart("some schema"):
+        pass
+    assert not site._taken
 
 
 def test_a_close_that_was_interrupted_is_finished_by_the_next(monkeypatch):

@@ -10,7 +10,9 @@ at a time; those of others do not wait for them, and for no compiler that works 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
@@ -125,9 +127,19 @@ class Quarters:
 
         self._driver.carry_out(write)
         if not written:
-            self._replace(resident, rows)
+            replaced = Future[None]()  # on a thread of its own, which goes on if this one is interrupted
+            threading.Thread(target=self._replace, args=(resident, rows, replaced), daemon=True).start()
+            replaced.result()
 
-    def _replace(self, resident: Resident, rows: Rows) -> None:
+    def _replace(self, resident: Resident, rows: Rows, replaced: Future[None]) -> None:
+        try:
+            self._move(resident, rows)
+        except BaseException as e:
+            replaced.set_exception(e)
+        else:
+            replaced.set_result(None)
+
+    def _move(self, resident: Resident, rows: Rows) -> None:
         """Into another slot, so that lanes that are between two segments go on with what they began with."""
         store = resident.host.store
         with self._site.apart(resident.host.schema.key):

@@ -21,26 +21,31 @@ from coalesce.scheduler.events import CatalogChanged, Event
 
 LOG = logging.getLogger("coalesce.runtime")
 
+LOOK_S = 1.0  # whoever was interrupted may have woken nobody
+
 
 class Site:
     def __init__(self, device: Device, driver: Driver, foundry: Foundry, widths: Sequence[int]) -> None:
         self.device, self.driver, self.foundry, self.widths = device, driver, foundry, widths
         self.lanes = lanes_for(widths)
         self.rooms = threading.Lock()  # so that two new banks are not promised the same memory
-        self._taken: set[Hashable] = set()  # schemas that somebody is at work on
+        self._taken: dict[Hashable, object] = {}  # schemas that somebody is at work on, and who
         self._free = threading.Condition()
 
     @contextmanager
     def apart(self, schema: Hashable) -> Iterator[None]:
-        """Nobody else is at work on that schema."""
-        with self._free:
-            self._free.wait_for(lambda: schema not in self._taken)
-            self._taken.add(schema)
+        """Nobody else is at work on that schema. Ctrl-C may come anywhere here, and leaves it to nobody."""
+        who = object()
         try:
+            with self._free:
+                while schema in self._taken:
+                    self._free.wait(LOOK_S)
+                self._taken[schema] = who
             yield
         finally:
+            if schema in self._taken and self._taken[schema] is who:
+                del self._taken[schema]
             with self._free:
-                self._taken.discard(schema)
                 self._free.notify_all()
 
     def patience_us(self, host: Host | None) -> float | None:
