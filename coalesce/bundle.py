@@ -146,13 +146,6 @@ class Attention:
     rounds: bool = False  # its result to TF32; set by round_results
 
     @property
-    def result(self) -> tuple[int, J.Var]:
-        """The family, and the variable that it leaves."""
-        (member,) = self.values.members
-        eqn = self.after[-1].eqn if self.after else member.eqn
-        return member.family, eqn.outvars[0]
-
-    @property
     def inside(self) -> Schedule:
         return self.scores, *self.rowwise, self.values, *self.after
 

@@ -106,7 +106,8 @@ def found(bundle: Bundle) -> tuple[set[int], set[int]]:
 def written_by(item: Item) -> Name | None:
     """The one value that a kernel of ours leaves, which it can round."""
     if isinstance(item, Attention):
-        return item.result
+        end = (*item.values.members, *item.after)[-1]
+        return end.family, end.eqn.outvars[0]
     if not isinstance(item, Pack) or item.kernel not in FUSING or item.form or len(item.members) != 1:
         return None
     last = result_of(item)
