@@ -134,8 +134,12 @@ def test_while_others_are_served_it_is_planned_and_compiled_elsewhere(wanted, ca
     assert process.poll() is not None
 
 
-def test_it_makes_the_same_executable_bit_by_bit_also_where_others_leave_it_no_time(monkeypatch, caplog):
-    """It takes what others leave; where they leave nothing, another one takes a little."""
+def test_it_makes_the_same_executable_bit_by_bit_also_where_others_leave_it_no_time(monkeypatch, caplog, tmp_path):
+    """It takes what others leave; where they leave nothing, another one takes a little. What the first of them compiled
+    is nothing that the second could read from JAX's cache and give away."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     jitted, x = jax.jit(net), row(1)
     structs = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (params_of(0), x))
     own, recipe = Apart(), lambda: Jitted(jitted, structs)

@@ -94,6 +94,8 @@ def executable(function: Any, arguments: Any, number: int) -> Any:
     devices = {own.id: own for own in jax.devices()}
     if number not in devices:  # an executable knows which one it is for
         raise LookupError(f"there is no device {number}")
+    # What JAX reads from its cache lacks its code when it is serialized again, and fails as soon as it runs.
+    jax.config.update("jax_enable_compilation_cache", False)
     with jax.default_device(devices[number]):
         return serialize(function.lower(*arguments).compile())
 
