@@ -100,6 +100,31 @@ def test_floats_are_compared_with_the_tenants_own():
     assert alone.fault({**want, "y": np.full_like(want["y"], np.nan)}).startswith("output 2")
 
 
+def test_small_results_are_compared_too():
+    def tiny(w: Any, x: Any) -> Any:
+        return x @ w * np.float32(1e-8)
+
+    w, x = params_of(0)["w"], row(0)
+    alone, want = alone_of(tiny, w, x), np.asarray(jax.jit(tiny)(w, x))
+    assert alone.fault(want * np.float32(1 + 1e-6)) == ""
+    assert alone.fault(want * np.float32(1.001)).startswith("output 0, float32[2, 6], is off by")
+    assert alone.fault(np.zeros_like(want)) != ""
+
+
+def test_what_a_cancellation_leaves_may_be_any_rounding_error_of_that_size():
+    def cancels(w: Any, x: Any) -> Any:
+        return x @ w - x[:, ::-1] @ w[::-1], x @ w - x @ w
+
+    rng = np.random.default_rng(0)
+    w, x = (rng.standard_normal(shape).astype(np.float32) for shape in ((64, 4), (2, 64)))
+    alone, zeros = alone_of(cancels, w, x), np.zeros((2, 4), np.float32)
+    terms = x[:, :, None] * w
+    one_by_one, backwards = (np.add.accumulate(own, axis=1)[:, -1] for own in (terms, terms[:, ::-1]))
+    left = one_by_one - backwards
+    assert left.any() and alone.fault((left, zeros)) == ""
+    assert alone.fault((left + np.float32(1e-4), zeros)).startswith("output 0, float32[2, 4], is off by")
+
+
 def test_integers_must_be_equal_unless_sums_of_floats_feed_them():
     alone = alone_of(net, params_of(0), row(0))
     want = jax.tree.map(np.asarray, jax.jit(net)(params_of(0), row(0)))
