@@ -27,7 +27,7 @@ from absl import flags
 from experiments.alone import ASK, DONE, GRANTED, TURNS
 
 ENDED = b"x"
-SETTLES_S = 0.03  # what a stopped process has given to the device is done by then
+SETTLES_S = 0.03  # what stopped processes have given to the device is done by then
 HELP = "Pass --help"  # how absl ends what it says of a flag
 OF_A_CELL = ("out", "force")
 
@@ -118,6 +118,8 @@ class Beside:
         others = [process for number, process in list(self.running.items()) if number != but]
         for process in others:
             signal_all(process, signal.SIGSTOP)
+        for process in others:
+            wait_for_stop(process)
         time.sleep(SETTLES_S if others else 0)
         try:
             yield
@@ -144,6 +146,12 @@ def tell_end(process: subprocess.Popen[bytes], ask: int) -> None:
     """Where its turns are asked for: the other end of a pipe may be held by what the process has started."""
     process.wait()
     os.write(ask, ENDED)
+
+
+def wait_for_stop(process: subprocess.Popen[bytes]) -> None:
+    """Or its end: a signal waits for whoever is in a call of the system, which takes its time where much runs."""
+    with suppress(ChildProcessError):  # `tell_end` has seen its end
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
 
 def signal_all(process: subprocess.Popen[bytes], number: int) -> None:
