@@ -182,9 +182,11 @@ def choose_kernels(call: Call) -> None:
 
     with torch.no_grad():
         torch.backends.cudnn.benchmark = False
-        call()
-        torch.cuda.synchronize()
-        torch.backends.cudnn.benchmark = True
+        try:
+            call()
+            torch.cuda.synchronize()
+        finally:  # also for those that come after one that does not compile
+            torch.backends.cudnn.benchmark = True
         with alone():
             call()
             torch.cuda.synchronize()

@@ -38,14 +38,12 @@ DTYPES = ("float32", "bfloat16", "float16", "bool")
 WHOLE, NUMBER, TURNED = "whole", "number", "turned"  # a value for each score, for each row, and scores transposed
 
 
-
 def fuse_attention(bundle: Bundle, *, platform: str, choice: Choice = choose) -> Bundle:
     kernels = (BEFORE, TUNED) if choice is choose else (BEFORE,)
     if platform == "cpu" or sum(can_be_inside(bundle, pack, kernels) for pack in packs(bundle.schedule)) < 2:
         return bundle
     schedule = fused(bundle, bundle.schedule, left_by(bundle), kernels)
     return bundle if schedule is bundle.schedule else replace(bundle, schedule=schedule)
-
 
 
 def fused(bundle: Bundle, schedule: Schedule, left: set[Name], kernels: Sequence[str]) -> Schedule:
@@ -58,7 +56,6 @@ def fused(bundle: Bundle, schedule: Schedule, left: set[Name], kernels: Sequence
             scope.fuse(place, item)
     changed = scope.schedule()
     return schedule if same(changed, schedule) else changed
-
 
 
 def can_be_inside(bundle: Bundle, pack: Pack, kernels: Sequence[str]) -> bool:
@@ -154,7 +151,6 @@ class Scope:
             self.instead.get(p, item) for p, item in enumerate(self.items) if p not in self.moved or p in self.instead
         ]
         return tuple(kept)
-
 
 
 def kind_of(step: Step, kinds: dict[Any, str], scores: Pack) -> str | None:
