@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.alone import alone
+from experiments.alone import alone, ASK, TURNS, turns
 from experiments.beside import Beside
 
 ROOT = Path(__file__).parent.parent
@@ -93,6 +93,16 @@ def test_a_run_that_is_ended_leaves_no_process(end, tmp_path):
     assert not (tmp_path / "2" / "log").exists() or not (tmp_path / "2" / "log").read_text()
 
 
-def test_a_process_by_itself_need_not_ask():
+def test_a_process_by_itself_need_not_ask_and_one_whose_granter_has_ended_is_told(monkeypatch):
+    monkeypatch.delenv(TURNS, raising=False)
     with alone():
-        pass
+        assert turns() == ()
+    asked, ask = os.pipe()
+    granted, grant = os.pipe()
+    os.close(grant)
+    monkeypatch.setenv(TURNS, f"{ask} {granted}")
+    with pytest.raises(RuntimeError, match="the process that grants turns has ended"), alone():
+        raise AssertionError("it timed beside others")
+    assert os.read(asked, 1) == ASK
+    for end in (asked, ask, granted):
+        os.close(end)
