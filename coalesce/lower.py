@@ -18,17 +18,16 @@ from coalesce.bundle import (
     arguments,
     Attention,
     Bundle,
-    epilogue_reads,
     JointLoop,
     JointStep,
     Loop,
     Pack,
     place_of,
-    result_of,
     Schedule,
     Step,
     units,
 )
+from coalesce.epilogues import epilogue_reads, result_of
 from coalesce.joint import moves_apart, rows_of_parts, run
 from coalesce.lanes import (
     apply,

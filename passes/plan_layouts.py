@@ -21,7 +21,6 @@ from coalesce.bundle import (
     Array,
     Attention,
     Bundle,
-    epilogue_reads,
     equations,
     Item,
     JointLoop,
@@ -31,6 +30,7 @@ from coalesce.bundle import (
     Schedule,
     STACKED,
 )
+from coalesce.epilogues import epilogue_reads
 from coalesce.family import Family
 from coalesce.kernels import as_product, KERNELS
 from coalesce.layout import AS_IS, Layout
