@@ -264,6 +264,9 @@ class Foundry:
         if made is None or made.done() or not self._device.knows(key[0]):  # its tenants have gone meanwhile
             self._finish(key)
             return
+        if isinstance(error, Shutdown):  # the compiler's process ends before the rest
+            self.give_up(error)
+            return
         what = text_of(key[0])
         LOG.warning("no executable for %s: %s: %s", what, type(error).__name__, error)
         raised = error if isinstance(error, CoalesceError) else CompileError(f"{what}: {type(error).__name__}: {error}")
