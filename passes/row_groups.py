@@ -78,9 +78,10 @@ class Group:
                 waiting |= {self.scope.made.get(name, -1) for name in self.reads(at)}
 
     def grow_beside(self) -> None:
-        """Other reductions of what the first one reads, with elementwise work before them."""
+        """Other reductions of the rows that are read by now, with elementwise work before them."""
         needs: dict[int, set[int]] = {}
-        waiting = [r for name in self.reads(self.first) for r in self.scope.readers[name]]
+        read = {name for at in self.places for name in self.reads(at) if J.shape(name[1]) == self.rows}
+        waiting = [r for name in read for r in self.scope.readers[name]]
         heapify(waiting)
         while waiting:
             at = heappop(waiting)
