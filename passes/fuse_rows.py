@@ -89,18 +89,23 @@ class Scope:
                     self.readers.setdefault((f, atom), []).append(place)
 
     def there(self, name: Name) -> bool:
-        """Whether no kernel of XLA has to run for a value: an argument is, what kernels leave, and elementwise work on
-        such values, or a part of one."""
+        """Whether no kernel of XLA has to run for a value: an argument, what kernels leave or read anyway, elementwise
+        work on such values, or a part of one."""
         at = self.made.get(name, -1)
         for place in range(len(self.known), at + 1):
             item = self.items[place]
-            if not isinstance(item, Step) or place in self.moved:
+            if not isinstance(item, Step) or place in self.moved or self.is_written(item):
                 self.known.append(True)
                 continue
             free = not item.each and (moves(item.eqn) or runs_on_tiles(item.eqn))
             before = (self.made.get((item.family, a), -1) for a in names(item.eqn))
             self.known.append(free and all(p < 0 or self.known[p] for p in before))
         return at < 0 or self.known[at]
+
+    def is_written(self, step: Step) -> bool:
+        """Whether a kernel reads what a step computes."""
+        readers = (r for v in step.eqn.outvars for r in self.readers.get((step.family, v), ()))
+        return any(r in self.moved or isinstance(self.items[r], Pack) for r in readers)
 
     def fuse(self, place: int, first: Step) -> None:
         """Begin with the reduction at `place`, if what it reads and who reads it allow it."""

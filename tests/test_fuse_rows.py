@@ -142,6 +142,20 @@ def test_what_others_read_is_left():
     assert found(without_weights(lambda x: normed(jnp.tanh(normed(x))), (6, 40))) == 1
 
 
+def test_sums_of_what_is_written_anyway_go_along():
+    """A residual of products, which XLA would add in a kernel of its own; what it sorts it also writes."""
+
+    def residual(p, x):
+        x = jnp.sort(x, axis=0)
+        x = x + normed(x) @ p["a"]
+        return x + normed(x) @ p["b"]
+
+    tenants: list[Tenant] = [(residual, {name: array(32, 32) for name in "ab"}, (array(6, 32),)) for _ in range(2)]
+    assert found(tenants) == 2
+    first, second = (group.inside[0].eqn.primitive.name for group in groups(fuse_tenants(tenants, **GPU).bundle))
+    assert (first, second) == ("reduce_sum", "add")
+
+
 @pytest.mark.once
 def test_extremes_and_what_is_no_number():
     def run(x):
