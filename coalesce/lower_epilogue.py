@@ -12,7 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from coalesce import jaxpr as J
-from coalesce.bundle import epilogue_reads, Pack
+from coalesce.bundle import Pack
+from coalesce.epilogues import epilogue_reads
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import TAKES_APART
 from coalesce.kernels.epilogue import COLUMN, End, Epilogue, WHOLE

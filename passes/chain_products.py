@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 
 from coalesce import jaxpr as J
 from coalesce.blocks import Blocks
-from coalesce.bundle import Bundle, epilogue_reads, equations, folds_of, Item, Pack, problems, result_of
+from coalesce.bundle import Bundle, equations, folds_of, Item, Pack, problems
+from coalesce.epilogues import epilogue_reads, result_of
 from coalesce.kernels import chained
 from coalesce.kernels.strips import edges
 from coalesce.passes.share_launches import numbered

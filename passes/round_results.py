@@ -22,20 +22,9 @@ from dataclasses import replace
 from typing import Any
 
 from coalesce import jaxpr as J
-from coalesce.bundle import (
-    Attention,
-    Bundle,
-    epilogue_reads,
-    equations,
-    Item,
-    JointStep,
-    Pack,
-    packs,
-    problems,
-    result_of,
-    Step,
-)
+from coalesce.bundle import Attention, Bundle, equations, Item, JointStep, Pack, packs, problems, Step
 from coalesce.costs import Costs
+from coalesce.epilogues import epilogue_reads, result_of
 from coalesce.kernels import choose, FUSING
 from coalesce.passes.choose_kernels import Choice
 from coalesce.reschedule import map_schedule

@@ -1,6 +1,7 @@
 """The runtime with real programs on a real device: fused against each tenant alone, and what users do wrong."""
 
 import asyncio
+import logging
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from coalesce.errors import DeadlineExceeded, InvalidInput, OutOfDeviceMemory, S
 from coalesce.runtime.form import Form
 from coalesce.runtime.host import Host
 from coalesce.runtime.runtime import Runtime
+from coalesce.scheduler.catalog import Entry
 from tests.checked import Checked, checked_runtime
 from tests.memory import held_from_now
 
@@ -346,6 +348,7 @@ def test_a_bank_grows_while_others_are_served(segments, capacity):
             check(rt.submit(f"t{i}", row(i)).result(60), np.asarray(jax.jit(mlp)(mlp_params(i), row(i))))
         assert host_of(rt, "t4").store.capacity == capacity
         assert not wrong
+        assert rt.health().executables <= 2 * segments  # not those of the smaller banks
 
 
 def test_removed_tenants_free_their_place_and_their_name():
@@ -431,6 +434,26 @@ def test_closing_ends_everything_once():
         rt.add_tenant("t1", mlp, mlp_params(0), example=(row(0),), slo=SLO)
     assert rt.health().status == "closed" and not rt.health().ok
     assert checked.violations() == []
+
+
+def test_what_is_being_compiled_when_the_runtime_closes_has_not_failed(monkeypatch, caplog):
+    """As where the process that compiles it has ended."""
+    with Runtime(widths=(1, 2)) as rt:
+        device, seen = rt._stations[0].device, list[int]()
+        right = device.compile
+
+        def compile(entries: tuple[Entry, ...], capacities: tuple[int, ...]) -> Any:
+            seen.append(entries[0].width)
+            if entries[0].width > 1:
+                raise Shutdown("the runtime was closed")
+            return right(entries, capacities)
+
+        monkeypatch.setattr(device, "compile", compile)
+        rt.add_tenant("t0", mlp, mlp_params(0), example=(row(0),), slo=SLO)
+        with pytest.raises(Shutdown):
+            rt._stations[0].foundry.order((Entry(0, 0, 2),)).result(60)
+        assert seen == [1, 2] and not rt.health().failed
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_closing_inside_a_callback_hangs_nothing():

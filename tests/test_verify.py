@@ -151,3 +151,31 @@ def test_low_precision_may_be_as_wrong_as_the_tenant_itself():
     exact = np.asarray(low(np.asarray(w, np.float32), np.asarray(x, np.float32)))
     assert alone.fault(exact.astype(jnp.bfloat16)) == ""
     assert alone.fault((exact * np.float32(1.1)).astype(jnp.bfloat16)) != ""
+
+
+def test_what_a_tenant_casts_to_16_bits_by_itself_is_of_low_precision_too():
+    def mixed(ws: Any, x: Any) -> Any:
+        def step(x: Any, w: Any) -> Any:
+            return jnp.tanh(x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16)).astype(jnp.float32), None
+
+        x, _ = jax.lax.scan(step, x, ws)
+        return x, x.astype(jnp.bfloat16), x * 2 > 0
+
+    ws, x = np.stack(list(params_of(0).values())), row(0)
+    alone, wide = alone_of(mixed, ws, x), x
+    for w in ws:
+        wide = np.tanh(wide @ w)
+    positive = np.asarray(jax.jit(mixed)(ws, x)[2])
+    low, wrong = wide.astype(jnp.bfloat16), wide * np.float32(1.05)
+    assert alone.fault((wide, low, positive)) == ""
+    assert alone.fault((wrong, low, positive)).startswith("output 0, float32")
+    assert alone.fault((wide, wrong.astype(jnp.bfloat16), positive)).startswith("output 1, bfloat16")
+
+
+def test_weights_of_16_bits_are_no_reason_for_a_result_in_float32_to_be_wrong():
+    def wide(w: Any, x: Any, seed: Any) -> Any:
+        return x @ w.astype(jnp.float32) + jax.random.uniform(jax.random.key(seed))
+
+    w, x, seed = jnp.asarray(params_of(0)["w"], jnp.bfloat16), row(0), np.int32(0)
+    alone, want = alone_of(wide, w, x, seed), np.asarray(jax.jit(wide)(w, x, seed))
+    assert alone.fault(want * np.float32(1 + 1e-6)) == "" and alone.fault(want * np.float32(1.001)) != ""

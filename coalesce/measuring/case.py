@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 from coalesce import jaxpr as J
 from coalesce.blocks import Blocks
-from coalesce.bundle import Bundle, epilogue_reads, Pack, packs, problems
+from coalesce.bundle import Bundle, Pack, packs, problems
 from coalesce.compile import fuse
+from coalesce.epilogues import epilogue_reads
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import choose, FUSING, indexed_gemm, KERNELS, mosaic_gemm, TAKES_APART
 from coalesce.kernels.epilogue import Epilogue, WHOLE

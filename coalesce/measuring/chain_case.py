@@ -10,7 +10,8 @@ from typing import Any
 import jax
 
 from coalesce.blocks import Blocks
-from coalesce.bundle import Bundle, epilogue_reads, Pack, result_of
+from coalesce.bundle import Bundle, Pack
+from coalesce.epilogues import epilogue_reads, result_of
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import chained, FUSING, indexed_gemm, VERSION
 from coalesce.kernels.epilogue import Epilogue

@@ -18,13 +18,13 @@ import logging
 import math
 import os
 import pickle
-import select
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from functools import cache
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from jax.experimental.serialize_executable import deserialize_and_load
 from coalesce import jaxpr as J
 from coalesce.errors import Shutdown
 from coalesce.runtime import ticks
+from coalesce.runtime.companion import command, search_path
 from coalesce.runtime.compiler import IDLE, read, settings, write
 from coalesce.serving.making import Recipe
 
@@ -217,7 +218,8 @@ def is_starved(process: Compiler, window_s: float, share: float) -> bool:
     """Waits until it answers, or ends; True once it gets less than a share of a processor for so long."""
     assert process.stdout is not None, "the compiler has no pipes"
     used_s = processor_s(process.pid)
-    while not select.select([process.stdout], [], [], window_s)[0]:
+    answers = process.stdout.fileno()  # may be 1,024 or more, which `select` does not take
+    while not connection.wait([answers], window_s):
         before_s, used_s = used_s, processor_s(process.pid)
         if used_s - before_s < share * window_s:
             return True
@@ -235,13 +237,13 @@ def processor_s(pid: int) -> float:
 
 def started(idle: bool) -> Compiler:
     own = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(jax.config.jax_num_cpu_devices)}  # pyright: ignore
-    own["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    own["PYTHONPATH"] = search_path()
     env = os.environ | own
     ticking = ticks.started(env) if idle else None
     with ticking.stdin if ticking is not None and ticking.stdin is not None else nullcontext() as orders:
         numbers = [] if orders is None else [orders.fileno()]
         compiler = Compiler(
-            [sys.executable, "-m", "coalesce.runtime.compiler", *([IDLE] if idle else []), *map(str, numbers)],
+            command("coalesce.runtime.compiler", *([IDLE] if idle else []), *map(str, numbers)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=numbers,

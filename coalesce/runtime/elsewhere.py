@@ -30,6 +30,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from coalesce.errors import PolicyError
+from coalesce.runtime.companion import command, search_path
 from coalesce.runtime.frozen import RARELY, SELDOM
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.commands import Command
@@ -46,11 +47,11 @@ class Elsewhere:
 
     def __init__(self, make: Callable[[], Policy] = Coalescing, awake_s: float = 0.0) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "coalesce.runtime.elsewhere", pickle.dumps((make, awake_s)).hex()],
+            command("coalesce.runtime.elsewhere", pickle.dumps((make, awake_s)).hex()),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env=os.environ | {"PYTHONPATH": search_path()},
             start_new_session=True,  # Ctrl-C is for who serves, and may want to serve what waits before it ends
         )
         self._asking = threading.Lock()

@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
+from coalesce.runtime.companion import command
 from coalesce.runtime.gil import set_timer_slack
 
 EVERY_S = 2.5e-4
@@ -37,9 +38,9 @@ def started(env: Mapping[str, str]) -> subprocess.Popen[bytes] | None:
     """One that a compiler, started next, is to tell; None where it is not needed, or cannot be started."""
     if len(os.sched_getaffinity(0)) > FEW:
         return None
-    command = [sys.executable, "-m", "coalesce.runtime.ticks"]
+    pipe, ticking = subprocess.PIPE, command("coalesce.runtime.ticks")
     with suppress(OSError):
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=env)
+        return subprocess.Popen(ticking, stdin=pipe, stdout=subprocess.DEVNULL, env=env)
     return None
 
 

@@ -1,7 +1,8 @@
 """Whether a tenant gets in company what it gets alone: its example through both, and the contract on numerics.
 
     a float      within RELATIVE of the tenant's own result, in norm; or no further from a reference in float32 at
-                 "highest" than TIMES the tenant's own distance, plus a rounding
+                 "highest" than TIMES the tenant's own distance, plus a rounding of the coarsest type
+                 that it is computed in
     the rest     equal, unless a float product, convolution or reduction feeds it: then a tie may fall either way
 
 A result of less than SMALL an element may be what a cancellation leaves, which has no relative precision: it may be as
@@ -60,6 +61,7 @@ class Alone:
         self._fn, self._given, self._make = fn, (params, *inputs), make
         self.own = self._run(self._given)
         self._floats = sums_floats(program)
+        self._roundings = roundings(program)
         self._off: list[np.ndarray] | None = None
 
     def fault(self, got: Any) -> str:
@@ -79,7 +81,7 @@ class Alone:
                 return f"output {i}, {b.dtype}{list(b.shape)}, differs, and no float operation feeds it"
             error, own = distance(a, truth[i]), distance(b, truth[i])
             scale = norm(truth[i])
-            limit = TIMES * own + float(jnp.finfo(b.dtype).eps) * scale
+            limit = TIMES * own + self._roundings[i] * scale
             if scale < SMALL * b.size**0.5:
                 limit += SHAKEN * distance(self._shaken()[i], b)
             if not error <= limit:
@@ -91,12 +93,15 @@ class Alone:
         return ""
 
     def _truth(self) -> list[np.ndarray]:
-        """In float32 at "highest"; where the function takes no other dtypes than its own, in those."""
+        """In float32 at "highest", also what it casts to 16 bits by itself; where that cannot be, as it is."""
+        alone, leaves = self._flattened(self._given)
         with jax.default_matmul_precision("highest"):
             try:
-                return self._run(jax.tree.map(widened, self._given))
+                jaxpr, _ = J.stage(alone, leaves)
+                wide, _ = J.stage(lambda given: J.evaluate_widened(jaxpr, given), leaves)
             except (TypeError, ValueError):
                 return self._run(self._given)
+            return self._made(lambda given: J.evaluate(wide, given), leaves)
 
     def _shaken(self) -> list[np.ndarray]:
         """Its own on an example and weights of which each number is off by a rounding."""
@@ -106,14 +111,15 @@ class Alone:
         return self._off
 
     def _run(self, given: tuple[Any, ...]) -> list[np.ndarray]:
-        """By leaves: what the tenant's own containers are is nobody else's business."""
+        return self._made(*self._flattened(given))
+
+    def _flattened(self, given: tuple[Any, ...]) -> tuple[Callable[[list[Any]], list[Any]], list[Any]]:
+        """The function by leaves, and these: what the tenant's own containers are is nobody else's business."""
         leaves, tree = jax.tree.flatten(given)
-        leaves = on_device(leaves)
+        return lambda own: jax.tree.leaves(self._fn(*jax.tree.unflatten(tree, own))), on_device(leaves)
 
-        def alone(leaves: list[Any]) -> list[Any]:
-            return jax.tree.leaves(self._fn(*jax.tree.unflatten(tree, leaves)))
-
-        return flat(self._make(lambda: Jitted(jax.jit(alone), (leaves,)))(leaves))
+    def _made(self, function: Callable[[list[Any]], list[Any]], leaves: list[Any]) -> list[np.ndarray]:
+        return flat(self._make(lambda: Jitted(jax.jit(function), (leaves,)))(leaves))
 
 
 def sums_floats(program: Program) -> list[bool]:
@@ -123,6 +129,21 @@ def sums_floats(program: Program) -> list[bool]:
         if any(not isinstance(a, J.Literal) and a in fed for a in eqn.invars) or holds_sum(eqn):
             fed.update(eqn.outvars)
     return [not isinstance(a, J.Literal) and a in fed for a in J.outvars(program.jaxpr)]
+
+
+def roundings(program: Program) -> list[float]:
+    """Of each output, the largest rounding of a type that something which feeds it is computed in."""
+    largest: dict[Any, float] = {}
+
+    def of(atom: J.Atom) -> float:
+        return 0.0 if isinstance(atom, J.Literal) else largest.get(atom, 0.0)
+
+    for eqn in program.jaxpr.jaxpr.eqns:
+        inner = [each for own in J.subjaxprs(eqn) for each in J.walk(own)]
+        left = [J.aval_struct(v.aval) for e in (eqn, *inner) for v in e.outvars]
+        own = [float(jnp.finfo(x.dtype).eps) for x in left if is_float(x)]
+        largest.update(dict.fromkeys(eqn.outvars, max([*map(of, eqn.invars), *own], default=0.0)))
+    return list(map(of, J.outvars(program.jaxpr)))
 
 
 def holds_sum(eqn: J.Eqn) -> bool:
@@ -137,11 +158,6 @@ def flat(result: Any) -> list[np.ndarray]:
         return np.asarray(jax.random.key_data(x) if J.is_key(jax.typeof(x)) else x)
 
     return [one(x) for x in jax.tree.leaves(result)]
-
-
-def widened(x: Any) -> Any:
-    is_low = getattr(x, "dtype", None) in (jnp.bfloat16, jnp.float16)
-    return jnp.asarray(x, jnp.float32) if is_low else x
 
 
 def rounded_elsewhere(x: Any, rng: np.random.Generator) -> Any:
