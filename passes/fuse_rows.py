@@ -14,9 +14,10 @@ Before                                        After
 On a GPU alone, and for rows that XLA reads twice: it makes one kernel of reductions each of which reads the one before
 it (a softmax, a norm by the mean of squares, or by the mean and then the variance), and two of a norm by the mean and
 the mean of squares. What is elementwise goes along: before it, where nothing but what kernels of ours, products or
-arguments leave is read; a cast that widens, so that half as much is; behind it, up to whoever cannot. Of a result that
-mosaic_gemm multiplies in TF32 it leaves the rounded numbers, as themselves too where somebody else reads it. In a loop
-that is one, rows that are few stay. Relies on: kernels are chosen, and epilogues are theirs.
+arguments leave is read; a cast that widens, so that half as much is; behind it, up to whoever cannot. Rows that a slice
+leaves out are not computed. Of a result that mosaic_gemm multiplies in TF32 it leaves the rounded numbers, as
+themselves too where somebody else reads it. In a loop that is one, rows that are few stay. Relies on: kernels are
+chosen, and epilogues are theirs.
 """
 
 from __future__ import annotations
@@ -117,6 +118,9 @@ class Scope:
         if not left:
             return
         at, family = min(group.limit, max(group.places)), first.family
+        if (part := group.part(left)) is not None:
+            group.places.add(part)
+            left = [v for _, v in group.gives(part)]
         self.moved |= {*group.places, *behind}
         steps = {p: step for p in (*group.places, *behind) if isinstance(step := self.items[p], Step)}
         self.made.update(((family, v), at) for step in steps.values() for v in step.eqn.outvars)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from jax import lax
 
+from coalesce import jaxpr as J
 from coalesce.bundle import Bundle, items, packs, Rowwise
 from coalesce.bundle_check import check_bundle
 from coalesce.costs import Costs, device_of
@@ -177,6 +178,24 @@ def test_parts_and_spread_values_are_read_where_they_are():
 
     tenants: list[Tenant] = [(run, array(8, 80), (array(6, 8), array(40))) for _ in range(2)]
     assert found(tenants) == 1
+
+
+@pytest.mark.once
+def test_rows_that_nobody_wants_are_not_computed():
+    """Of a network's last norm a head reads one; of two dimensions some rows in the middle."""
+
+    def head(p, x, gain):
+        y = norm(x * gain, jnp.float32(1.0), jnp.broadcast_to(p["b"], x.shape))
+        return y[1:3, :2] @ p["w"]
+
+    tenants: list[Tenant] = [
+        (head, {"b": array(1, 7, 48), "w": array(48, 8)}, (array(4, 7, 48), array(4, 1, 1))) for _ in range(2)
+    ]
+    assert found(tenants) == 1
+    (one,) = groups(fuse_tenants(tenants, **GPU).bundle)
+    assert [J.shape(v) for v in one.results] == [(2, 2, 48)]
+    both = without_weights(lambda x: (y := normed(x), jnp.sort(y[:2], axis=0)), (4, 40))
+    assert found(both) == 1
 
 
 @pytest.mark.once
