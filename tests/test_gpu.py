@@ -232,7 +232,8 @@ def on_host_by_address(y: jax.Array) -> np.ndarray:
 
 
 def test_what_the_driver_cannot_follow_is_left_to_jax() -> None:
-    key = jax.random.split(jax.random.key(0), 4)
-    driver = driver_of(jnp.ones(3))
-    assert driver is not None and driver.wait([key]) == [key]
-    coalesce.block_until_ready([key, jnp.ones(3, "int4")])
+    keys, small = jax.random.split(jax.random.key(0), 4), jnp.ones(3, "int4")
+    driver = driver_of(small)
+    assert driver is not None and driver.wait([small]) == [small]
+    assert driver_of(keys) is None
+    coalesce.block_until_ready([keys, small])
