@@ -6,6 +6,7 @@
     JointStep   equal equations of several members' families that run as one, on what a pack left stacked
     JointLoop   scans of several families that run as one, with one schedule for their bodies
     Attention   two packs and what is done to each row of the first's result, in one kernel
+    Rowwise     equations of a family that are done to rows, such as a norm, in one kernel
     Array       one stacked array of weights: row r is one tenant's prepared weight, in the layout its readers want
     Bundle      families, schedule and arrays: everything that lowering needs, and nothing about values
 
@@ -150,8 +151,17 @@ class Attention:
         return self.scores, *self.rowwise, self.values, *self.after
 
 
+@dataclass(frozen=True, eq=False)
+class Rowwise:
+    """Steps of one family that one kernel runs on whole rows. It leaves `results`, and `rounded` as TF32 has them."""
+
+    inside: tuple[Step, ...]
+    results: tuple[J.Var, ...]
+    rounded: tuple[J.Var, ...] = ()
+
+
 Place = tuple[int, str]  # (family, site)
-Item = Step | JointStep | Loop | JointLoop | Pack | Attention
+Item = Step | JointStep | Loop | JointLoop | Pack | Attention | Rowwise
 Schedule = tuple[Item, ...]
 T = TypeVar("T")
 
@@ -212,7 +222,7 @@ def bodies(item: Item) -> tuple[Schedule, ...]:
             return item.bodies
         case JointLoop():
             return (item.body,)
-        case Attention():
+        case Attention() | Rowwise():
             return (item.inside,)
     return ()
 
@@ -246,6 +256,8 @@ def place_of(item: Item) -> Place:
             return place_of(item.scores)
         case Pack():
             return item.members[0].family, item.members[0].site
+        case Rowwise():
+            return place_of(item.inside[0])
         case JointLoop() | JointStep():
             return item.parts[0].family, item.parts[0].site
     return item.family, item.site
@@ -258,7 +270,7 @@ def equations(item: Item) -> list[tuple[int, J.Eqn]]:
             return [(m.family, m.eqn) for m in item.members] + [(step.family, step.eqn) for step in item.epilogue]
         case JointStep() | JointLoop():
             return [(part.family, part.eqn) for part in item.parts]
-        case Attention():
+        case Attention() | Rowwise():
             return [pair for part in item.inside for pair in equations(part)]
     return [(item.family, item.eqn)]
 

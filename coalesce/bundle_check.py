@@ -16,6 +16,7 @@ from coalesce.bundle import (
     Pack,
     packs,
     place_of,
+    Rowwise,
     Schedule,
     units,
 )
@@ -72,7 +73,7 @@ def check_item(item: Item, bound: set[Name], want: dict[tuple[int, int], J.Eqn])
                 raise IRError(f"family {f}: {eqn.primitive.name} runs before what it reads")
         inside |= {(f, v) for v in eqn.outvars}
     left = leaves(item)
-    if not left <= inside - bound or (isinstance(item, Pack) and not left):
+    if not left <= inside - bound or (isinstance(item, Pack | Rowwise) and not left):
         raise IRError(f"{place_of(item)}: it leaves nothing, or what it does not compute")
     if isinstance(item, JointLoop):
         inner = [(part.family, J.as_scan(part.eqn).body) for part in item.parts]
@@ -92,6 +93,8 @@ def leaves(item: Item) -> set[Name]:
             return {(item.members[0].family, v) for v in results}
         case Attention():
             return {(f, v) for f, eqn in equations(item)[-1:] for v in eqn.outvars}
+        case Rowwise(inside, results, rounded):
+            return {(inside[0].family, v) for v in (*results, *rounded)}
     return {(f, v) for f, eqn in equations(item) for v in eqn.outvars}
 
 
@@ -102,4 +105,6 @@ def reading_nothing_inside(item: Item) -> int:
             return len(item.members)
         case Attention():
             return 1
+        case Rowwise():
+            return 0
     return len(equations(item))

@@ -19,6 +19,7 @@ from coalesce.bundle import (
     packs,
     Place,
     problems,
+    Rowwise,
     Schedule,
     Step,
 )
@@ -147,6 +148,12 @@ def schedule_lines(bundle: Bundle, schedule: Schedule, names: dict[int, Names], 
                 yield f"{indent}attention"
                 yield from schedule_lines(bundle, inside, names, indent + "  ")
                 yield from (f"{indent}  then rounded to TF32",) if rounds else ()
+            case Rowwise(inside, results, rounded):
+                yield f"{indent}rows"
+                yield from schedule_lines(bundle, inside, names, indent + "  ")
+                for left, how in ((results, ""), (rounded, ", rounded to TF32")):
+                    own = ", ".join(map(names[inside[0].family], left))
+                    yield from (f"{indent}  then it leaves {own}{how}",) if left else ()
             case Step(family, _, eqn, each):
                 yield f"{indent}f{family}: {equation(eqn, names[family])}{f'  # lane by lane: {each}' if each else ''}"
             case JointStep(parts):

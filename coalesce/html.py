@@ -29,6 +29,7 @@ from coalesce.bundle import (
     Pack,
     packs,
     problems,
+    Rowwise,
     Schedule,
     Step,
 )
@@ -187,6 +188,8 @@ class Column:
         if isinstance(item, Pack):
             kind = "heavy" if item.width > 1 else "heavy alone"
             return el("li", self.line(eqn, site, pack_facts(item, self.bundle), kind, item))
+        if isinstance(item, Rowwise):
+            return el("li", self.line(eqn, site, ["in a kernel on rows"]))
         if isinstance(item, JointStep):
             return el("li", self.line(eqn, site, [company(item.parts, self.index, site)]))
         if isinstance(item, JointLoop):

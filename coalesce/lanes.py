@@ -38,12 +38,14 @@ class Origin:
 class Shared:
     value: Any
     origin: Origin | None = None
+    tf32: Any = None  # the same rounded to TF32, where that was written too
 
 
 @dataclass(frozen=True)
 class Stacked:
     value: Any  # [L, ...]
     origin: Origin | None = None
+    tf32: Any = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,13 @@ def plain(value: LaneValue) -> Shared | Stacked:
     if len(set(value.rows)) == 1:
         return Shared(array[value.rows[0]] if array.shape[0] > 1 else array.reshape(array.shape[1:]))
     return Stacked(take(array, value.rows))
+
+
+def in_tf32(value: LaneValue | None) -> LaneValue | None:
+    """A value as who multiplies it in TF32 reads it: what was rounded where it was written."""
+    if not isinstance(value, Shared | Stacked) or value.tf32 is None:
+        return value
+    return replace(value, value=value.tf32, tf32=None)
 
 
 def take(x: Any, order: Sequence[int]) -> Any:

@@ -23,6 +23,7 @@ from coalesce.bundle import (
     Loop,
     Pack,
     place_of,
+    Rowwise,
     Schedule,
     Step,
     units,
@@ -35,6 +36,7 @@ from coalesce.lanes import (
     Banked,
     Env,
     from_lanes,
+    in_tf32,
     join,
     Joint,
     LaneValue,
@@ -48,6 +50,7 @@ from coalesce.lanes import (
 from coalesce.lower_attention import lower_attention, made_in
 from coalesce.lower_control import lower_loop
 from coalesce.lower_pack import lower_packs, Operands
+from coalesce.lower_rows import lower_rows
 from coalesce.lower_scans import lower_scans
 from coalesce.slab import Cut, whole
 from coalesce.strided import in_place, slices_in
@@ -197,6 +200,8 @@ class Walk:
                     self.bind(env, family, eqn, outs)
                 case Attention():
                     self.bind(env, place_of(item)[0], *lower_attention(self, item, env))
+                case Rowwise():
+                    env.update(lower_rows(self, item, env))
                 case JointStep():
                     self.together(item, env)
                 case Loop(family, _, eqn):
@@ -256,6 +261,7 @@ class Walk:
         else:
             atoms = [(m.family, m.eqn.invars[0]) for m in pack.members]
             left = [None if a in inner else self.read(env, f, a) for f, a in atoms]
+            left = [in_tf32(value) for value in left] if pack.rounded else left
         if pack.array is not None:
             right = self.arrays[pack.array]
         else:

@@ -21,6 +21,7 @@ from coalesce.passes.cut_executables import cut_executables
 from coalesce.passes.form_packs import form_packs
 from coalesce.passes.fuse_attention import fuse_attention
 from coalesce.passes.fuse_epilogues import fuse_epilogues
+from coalesce.passes.fuse_rows import fuse_rows
 from coalesce.passes.join_arrays import join_arrays
 from coalesce.passes.keep_layouts import Held, keep_layouts
 from coalesce.passes.pack import pack
@@ -43,6 +44,7 @@ OPTIONAL = (
     "fuse_epilogues",
     "chain_products",
     "round_results",
+    "fuse_rows",
     "join_arrays",
 )
 
@@ -82,6 +84,7 @@ def bundle_passes(
         partial(fuse_epilogues, choice=choice, tuned=tuned),
         partial(chain_products, tuned=tuned),  # which of them run as one, tile by tile: with what they do by then
         partial(round_results, costs=costs, tuned=tuned, choice=choice),  # and for whom: what is left is known by then
+        partial(fuse_rows, platform=platform),  # what lies between them, and what is rounded there
         plan_layouts,  # where the weights lie: after the kernels, which say how they read them
         partial(join_arrays, platform=platform),  # which of these arrays are one argument
         # where a program is launched in parts: once nothing moves any more
@@ -111,6 +114,7 @@ def serving_passes(
         partial(fuse_attention, platform=platform, choice=choice),
         partial(fuse_epilogues, choice=choice, tuned=tuned),
         partial(chain_products, tuned=tuned),
+        partial(fuse_rows, platform=platform),
         plan_layouts,
     )
 

@@ -27,6 +27,7 @@ from coalesce.bundle import (
     JointStep,
     Loop,
     Pack,
+    Rowwise,
     Schedule,
     STACKED,
 )
@@ -129,7 +130,7 @@ def read_by(schedule: Schedule, family: int, outs: Sequence[J.Atom]) -> set[Any]
         elif isinstance(item, JointLoop):
             parts = [part for part in item.parts if part.family == family]
             atoms = [a for part in parts for a in region_reads(part.eqn, (item.body,), family)]
-        elif isinstance(item, Attention):
+        elif isinstance(item, Attention | Rowwise):
             atoms = [a for f, eqn in equations(item) if f == family for a in eqn.invars]
         elif item.family != family:
             continue

@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Attention, Bundle, Item, JointLoop, JointStep, Loop, Pack, Schedule, Step
+from coalesce.bundle import Attention, Bundle, Item, JointLoop, JointStep, Loop, Pack, Rowwise, Schedule, Step
 from coalesce.family import Family
 from coalesce.heavy import HeavyOp
 from coalesce.member import Member
@@ -42,6 +42,7 @@ def check_scopes(schedule: Schedule, scopes: Sequence[Scope]) -> None:
     check_launches(schedule, level, before)
     for item, keys in zip(schedule, level, strict=True):
         first = len(item.members) if isinstance(item, Pack) else 1 if isinstance(item, Attention) else len(keys)
+        first = 0 if isinstance(item, Rowwise) else first
         tail = keys[first:]
         for i, key in enumerate(tail):
             assert before[key] <= ran | set(keys[: len(keys) - len(tail) + i]), f"{key} runs before what it reads"
@@ -83,7 +84,7 @@ def equations_of(item: Item) -> list[J.Eqn]:
             return [m.eqn for m in item.members] + [step.eqn for step in item.epilogue]
         case JointStep() | JointLoop():
             return [part.eqn for part in item.parts]
-        case Attention():
+        case Attention() | Rowwise():
             return [eqn for part in item.inside for eqn in equations_of(part)]
         case Step() | Loop():
             return [item.eqn]
@@ -114,7 +115,7 @@ def all_of(kind: type, schedule: Schedule) -> Iterator[Any]:
         if isinstance(item, kind):
             yield item
         inner = item.bodies if isinstance(item, Loop) else (item.body,) if isinstance(item, JointLoop) else ()
-        inner = (item.inside,) if isinstance(item, Attention) else inner
+        inner = (item.inside,) if isinstance(item, Attention | Rowwise) else inner
         for body in inner:
             yield from all_of(kind, body)
 

@@ -130,7 +130,7 @@ def test_every_bundle_pass_is_recorded():
     steps = bundle_pipeline.plan(bundle, platform="cpu", costs=default_costs("cpu", UNTUNED))
     assert [step.name for step in steps] == [
         "form_packs", "cluster", "align", "pack", "unroll_loops", "choose_kernels", "fuse_attention", "fuse_epilogues",
-        "chain_products", "round_results", "plan_layouts", "join_arrays", "cut_executables",
+        "chain_products", "round_results", "fuse_rows", "plan_layouts", "join_arrays", "cut_executables",
     ]  # fmt: skip
     never = bundle_pipeline.plan(bundle, platform="cpu", costs=default_costs("cpu", UNTUNED), policy="never")
     assert [step.name for step in never] == [
@@ -141,6 +141,7 @@ def test_every_bundle_pass_is_recorded():
         "fuse_epilogues",
         "chain_products",
         "round_results",
+        "fuse_rows",
         "plan_layouts",
         "join_arrays",
         "cut_executables",

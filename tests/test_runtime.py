@@ -348,6 +348,7 @@ def test_a_bank_grows_while_others_are_served(segments, capacity):
             check(rt.submit(f"t{i}", row(i)).result(60), np.asarray(jax.jit(mlp)(mlp_params(i), row(i))))
         assert host_of(rt, "t4").store.capacity == capacity
         assert not wrong
+        assert rt.health().executables <= 2 * segments  # not those of the smaller banks
 
 
 def test_removed_tenants_free_their_place_and_their_name():

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Attention, Item, JointLoop, JointStep, Loop, Pack, problems, Schedule, Step, units
+from coalesce.bundle import Attention, Item, JointLoop, JointStep, Loop, Pack, problems, Rowwise, Schedule, Step, units
 from coalesce.costs.model import Costs
 from coalesce.costs.program import equation_us, TRIPS
 from coalesce.family import Family
@@ -123,6 +123,8 @@ def heavy_us(unit: Sequence[Item], families: Sequence[Family], costs: Costs) -> 
             return costs.op(item.op, *problems(item, families), kernel=item.kernel or None)
         case Attention():  # as two products, whose rows' work is in registers
             return sum(heavy_us([pack], families, costs) for pack in (item.scores, item.values))
+        case Rowwise():
+            return light_work(item.inside, families, costs, kernels=1)[1]
         case Loop() | JointLoop():
             inside = [schedule_us(body, families, costs) for body in bodies_of(item)]
             once = isinstance(item, Loop) and item.eqn.primitive.name == "cond" and not item.decides
@@ -133,8 +135,10 @@ def heavy_us(unit: Sequence[Item], families: Sequence[Family], costs: Costs) -> 
     raise AssertionError(f"{type(item).__name__} is no heavy item")
 
 
-def light_work(steps: Sequence[Step | JointStep], families: Sequence[Family], costs: Costs) -> tuple[int, float]:
-    """(kernels, microseconds) of light steps in a row."""
+def light_work(
+    steps: Sequence[Step | JointStep], families: Sequence[Family], costs: Costs, kernels: int | None = None
+) -> tuple[int, float]:
+    """(kernels, microseconds) of light steps in a row; in so many kernels, or in as many as XLA makes of them."""
     made, read, moved = set(), set(), 0
     for family, eqn in equations_of(steps):
         width = families[family].width
@@ -145,7 +149,7 @@ def light_work(steps: Sequence[Step | JointStep], families: Sequence[Family], co
         made.update((family, v) for v in eqn.outvars)
     reads = {(family, a) for family, eqn in equations_of(steps) for a in eqn.invars if not isinstance(a, J.Literal)}
     moved += sum(families[family].width * J.nbytes(v.aval) for family, v in made if (family, v) not in reads)
-    kernels = kernels_of(steps)
+    kernels = kernels_of(steps) if kernels is None else kernels
     return kernels, kernels * costs.launch + costs.move(moved) if kernels else 0.0
 
 

@@ -143,13 +143,12 @@ class Foundry:
                 pending = sum(not made.done() for made in self._made.values())
                 raise TimeoutError(f"{pending} executables are not ready after {timeout} s")
 
-    def counts(self) -> tuple[int, int, dict[str, str]]:
-        """(ready, on their way, what failed and why); what was given up was not tried."""
+    def ordered(self) -> tuple[int, dict[str, str]]:
+        """(on their way, what failed and why); what was given up was not tried."""
         with self._change:
             ended = {key: made.exception() for key, made in self._made.items() if made.done()}
-            failed = {key: error for key, error in ended.items() if error is not None}
-            tried = {text_of(key[0]): str(error) for key, error in failed.items() if error is not self._over}
-            return len(ended) - len(failed), len(self._made) - len(ended), tried
+            failed = {key: error for key, error in ended.items() if error not in (None, self._over)}
+            return len(self._made) - len(ended), {text_of(key[0]): str(error) for key, error in failed.items()}
 
     # Compilers
 

@@ -12,7 +12,7 @@ class Health:
     reason: str  # why it failed
     tenants: int
     pending: int  # requests that have not ended
-    executables: int  # that are ready
+    executables: int  # that are offered
     compiling: int
     failed: Mapping[str, str]  # executables that could not be made or run, and why
     weight_bytes: int  # on the device, room for tenants to come included

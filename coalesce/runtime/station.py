@@ -89,7 +89,7 @@ def wait_ended(drivers: Sequence[Driver], timeout_s: float | None) -> bool:
 
 def health_of(stations: Sequence[Station], tenants: int, closed: bool, alone: Mapping[str, str]) -> Health:
     failures = [station.driver.failure for station in stations if station.driver.failure is not None]
-    made = [station.foundry.counts() for station in stations]
+    ordered = [station.foundry.ordered() for station in stations]
     status = "closed" if closed else "serving"
     if failures:
         status = "failed" if len(failures) == len(stations) else "degraded"
@@ -98,8 +98,8 @@ def health_of(stations: Sequence[Station], tenants: int, closed: bool, alone: Ma
         "; ".join(map(str, failures)),
         tenants,
         sum(len(station.driver.book.tickets) for station in stations),
-        sum(ready for ready, _, _ in made),
-        sum(compiling for _, compiling, _ in made),
+        sum(len(station.device.catalog.executables) for station in stations),
+        sum(compiling for compiling, _ in ordered),
         MappingProxyType({name: why for station in stations for name, why in failed_of(station, len(stations) > 1)}),
         sum(station.device.held_bytes for station in stations),
         MappingProxyType({str(station.device.at): station.status for station in stations}),
@@ -110,4 +110,4 @@ def health_of(stations: Sequence[Station], tenants: int, closed: bool, alone: Ma
 def failed_of(station: Station, several: bool) -> list[tuple[str, str]]:
     """Families are numbered by device."""
     where = f"{station.device.at}: " if several else ""
-    return [(where + name, why) for name, why in station.foundry.counts()[2].items()]
+    return [(where + name, why) for name, why in station.foundry.ordered()[1].items()]

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Attention, Bundle, items, Loop, packs
+from coalesce.bundle import Attention, Bundle, items, Loop, packs, Rowwise
 from coalesce.kernels import FUSING
 from coalesce.lower import run_stacked
 from coalesce.passes.join_arrays import row_bytes, SMALL_ROW
@@ -235,10 +235,11 @@ def picked(bundle: Bundle, lanes: Sequence[Lanes], banks: Sequence[Sequence[Any]
 
 def read_by_slot(bundle: Bundle) -> set[int]:
     """The arrays that have readers which pick rows out of the bank: kernels, their epilogues, attention for what its
-    operands are made of, and scans over layers, of which a step reads no more than its own."""
+    operands are made of, work on rows, and scans over layers, of which a step reads no more than its own."""
     own = [pack for pack in packs(bundle.schedule) if pack.kernel in FUSING]
     found = {pack.array for pack in own if pack.array is not None}
-    if any(pack.epilogue for pack in own) or any(isinstance(item, Attention) for item in items(bundle.schedule)):
+    others = any(isinstance(item, Attention | Rowwise) for item in items(bundle.schedule))
+    if others or any(pack.epilogue for pack in own):
         found |= {i for i in bundle.stored.values() if row_bytes(bundle.arrays[i]) <= SMALL_ROW}
     for loop in bundle.schedule:
         if isinstance(loop, Loop) and loop.eqn.primitive.name == "scan" and J.as_scan(loop.eqn).length:
