@@ -39,9 +39,11 @@ if TYPE_CHECKING:
     from coalesce.report import Report as Report
     from coalesce.runtime.runtime import Runtime as Runtime
     from coalesce.tracing import trace as trace
+    from coalesce.waiting import block_until_ready as block_until_ready
 
 _HOME = {
     "trace": "coalesce.tracing",
+    "block_until_ready": "coalesce.waiting",
     "fuse": "coalesce.compile",
     "Fused": "coalesce.fused",
     "Program": "coalesce.program",

@@ -19,7 +19,7 @@ from coalesce.kernels import rows
 from coalesce.kernels.attention import Dim, on_rows, Place, REDUCTIONS, ROW
 from coalesce.lanes import Banked, Env, LaneValue, plain, Shared, Stacked
 from coalesce.lower_attention import as_read, in_bank, Made
-from coalesce.rowwise import dims_of, rows_of, spread
+from coalesce.rowwise import dims_of, rows_of, spread, taken, takes_rows
 from coalesce.tf32 import nearest
 
 Left = Sequence[tuple[Any, bool]]  # a variable, and whether its numbers are rounded to TF32
@@ -36,11 +36,15 @@ class Walk(Protocol):
 def lower_rows(walk: Walk, item: Rowwise, env: Env) -> dict[tuple[int, Any], LaneValue]:
     """What it leaves."""
     f, shape, reads = item.inside[0].family, rows_of(item.inside), reads_of(item)
-    places = [place_of(walk, env, f, atom, shape) for atom in reads]
+    begin, sizes = taken(item.inside)
+    places = [
+        by_rows(behind(place, begin), own, sizes)
+        for place, own in (place_of(walk, env, f, atom, shape) for atom in reads)
+    ]
     lanes = walk.width(f) if any(place.by_lane for place in places) else 1
     left = [(v, False) for v in item.results] + [(v, True) for v in item.rounded]
-    outs = [left_as(v, shape, lanes) for v, _ in left]
-    what = rows.Rows(shape[:-1], shape[-1], partial(work, item, reads, left))
+    outs = [left_as(v, (*sizes, shape[-1]), lanes) for v, _ in left]
+    what = rows.Rows(sizes, shape[-1], partial(work, item, reads, left))
 
     def run(arrays: Sequence[Sequence[Any]]) -> Any:
         given = [with_arrays(place, found) for place, found in zip(places, arrays, strict=True)]
@@ -67,26 +71,27 @@ def work(item: Rowwise, reads: Sequence[J.Var], left: Left, *tiles: Any, valid: 
         args = [J.literal_value(a) if isinstance(a, J.Literal) else known[a] for a in step.eqn.invars]
         if step.eqn.primitive.name in REDUCTIONS:  # a number may stand for all of its row
             args = [jnp.broadcast_to(args[0], (jnp.shape(args[0])[0], columns))]
-        known[step.eqn.outvars[0]] = on_rows(step.eqn, args, valid)
+        known[step.eqn.outvars[0]] = args[0] if takes_rows(step.eqn) else on_rows(step.eqn, args, valid)
     return [nearest(known[v]) if rounds else known[v] for v, rounds in left]
 
 
 # ---- what it reads ---------------------------------------------------------------------------------------------------
 
 
-def place_of(walk: Walk, env: Env, family: int, atom: J.Atom, shape: tuple[int, ...]) -> Place:
+def place_of(walk: Walk, env: Env, family: int, atom: J.Atom, shape: tuple[int, ...]) -> tuple[Place, tuple[int, ...]]:
+    """Where a value lies, and in which shape."""
     dims = dims_of(J.shape(atom), shape)
     assert dims is not None, f"rows {shape} read {atom}, which is of none of their shapes"
     source, own, starts = moved_from(walk, env, family, atom, dims)
     value, lanes = walk.read(env, family, source), walk.width(family)
     if isinstance(value, Banked) and J.dtype(source) != "bool":
-        return by_rows(picked(in_bank(value.array, own, starts), value.rows, lanes), J.shape(source), shape)
+        return picked(in_bank(value.array, own, starts), value.rows, lanes), J.shape(source)
     value = plain(value)
     array = jnp.asarray(value.value)
     array = array.astype(jnp.int8) if array.dtype == bool else array  # kernels load no truth values
     if array.shape == ():
-        return Place(array.reshape(1), (None,), False, (0,))
-    return by_rows(Place(array, own, isinstance(value, Stacked), starts), J.shape(source), shape)
+        return Place(array.reshape(1), (None,), False, (0,)), (1,)
+    return Place(array, own, isinstance(value, Stacked), starts), J.shape(source)
 
 
 def moved_from(
@@ -118,11 +123,16 @@ def picked(place: Place, own: Sequence[int], lanes: int) -> Place:
     return replace(place, slots=jnp.asarray(order) if place.slots is None else place.slots[order])
 
 
-def by_rows(place: Place, own: tuple[int, ...], shape: tuple[int, ...]) -> Place:
+def behind(place: Place, begin: Sequence[int]) -> Place:
+    """Of rows that begin somewhere in each dimension."""
+    each = zip(place.starts, place.dims, strict=True)
+    return replace(place, starts=tuple(start + (begin[dim] if isinstance(dim, int) else 0) for start, dim in each))
+
+
+def by_rows(place: Place, own: tuple[int, ...], sizes: tuple[int, ...]) -> Place:
     """With the rows in one dimension, as they are numbered, where a value has all of them."""
-    *sizes, _ = shape
     count = len(sizes)
-    has_all = own[:count] == tuple(sizes) and not any(place.starts[:count])
+    has_all = own[:count] == sizes and not any(place.starts[:count])
     counts = all(size == 1 or dim == at for at, (size, dim) in enumerate(zip(sizes, place.dims, strict=False)))
     if not (has_all and counts) or count < 2:
         return place

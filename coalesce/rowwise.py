@@ -43,3 +43,19 @@ def spread(eqn: J.Eqn, dims: Sequence[Dim]) -> tuple[Dim, ...]:
     """What the dimensions of a broadcast's operand count, from those of its result."""
     at = zip(eqn.params["broadcast_dimensions"], J.shape(eqn.invars[0]), strict=True)
     return tuple(None if size == 1 else dims[i] for i, size in at)
+
+
+def takes_rows(eqn: J.Eqn) -> bool:
+    """Whether an equation leaves some rows out, and keeps the others whole and in their order."""
+    if eqn.primitive.name != "slice" or not set(eqn.params["strides"] or (1,)) == {1}:
+        return False
+    return J.shape(eqn.invars[0])[-1] == J.shape(eqn.outvars[0])[-1]
+
+
+def taken(steps: Sequence[Step]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(where the rows that are left begin in each dimension, how many there are)."""
+    last = steps[-1].eqn
+    if takes_rows(last):
+        return tuple(last.params["start_indices"][:-1]), J.shape(last.outvars[0])[:-1]
+    sizes = rows_of(steps)[:-1]
+    return (0,) * len(sizes), sizes

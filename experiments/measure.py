@@ -2,7 +2,8 @@
 
 In a repeat every contender has one turn, and the next repeat starts with the next contender. A turn is one round that
 is not timed, which brings the contender's own code and weights back into the caches, and one that is: host time from
-the first dispatch of a round until the last of its results is ready.
+the first dispatch of a round until the last of its results is ready. JAX's arrays are waited for by CUDA's driver,
+whoever computed them, as PyTorch waits (coalesce/waiting.py).
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import jax
 import numpy as np
 
+from coalesce import block_until_ready
 from coalesce.measuring.in_program import timed
 from experiments.alone import alone
 
@@ -43,7 +44,7 @@ def interleave(rounds: Mapping[Key, Round], *, repeats: int, seconds: float, war
 def take_turns(rounds: Mapping[Key, Round], repeats: int, seconds: float, warmup: int) -> dict[Key, Timing]:
     for run in rounds.values():
         for _ in range(warmup):
-            jax.block_until_ready(run())
+            block_until_ready(run())
     names = list(rounds)
     samples: dict[Key, list[float]] = {name: [] for name in names}
     until = time.perf_counter() + seconds
@@ -55,7 +56,7 @@ def take_turns(rounds: Mapping[Key, Round], repeats: int, seconds: float, warmup
                 break
             first = repeat % len(names)
             for name in names[first:] + names[:first]:
-                jax.block_until_ready(rounds[name]())
+                block_until_ready(rounds[name]())
                 samples[name].append(timed(rounds[name]))
     finally:
         if collecting:

@@ -14,9 +14,10 @@ Before                                        After
 On a GPU alone, and for rows that XLA reads twice: it makes one kernel of reductions each of which reads the one before
 it (a softmax, a norm by the mean of squares, or by the mean and then the variance), and two of a norm by the mean and
 the mean of squares. What is elementwise goes along: before it, where nothing but what kernels of ours, products or
-arguments leave is read; a cast that widens, so that half as much is; behind it, up to whoever cannot. Of a result that
-mosaic_gemm multiplies in TF32 it leaves the rounded numbers, as themselves too where somebody else reads it. In a loop
-that is one, rows that are few stay. Relies on: kernels are chosen, and epilogues are theirs.
+arguments leave is read; a cast that widens, so that half as much is; behind it, up to whoever cannot. Rows that a slice
+leaves out are not computed. Of a result that mosaic_gemm multiplies in TF32 it leaves the rounded numbers, as
+themselves too where somebody else reads it. In a loop that is one, rows that are few stay. Relies on: kernels are
+chosen, and epilogues are theirs.
 """
 
 from __future__ import annotations
@@ -89,18 +90,23 @@ class Scope:
                     self.readers.setdefault((f, atom), []).append(place)
 
     def there(self, name: Name) -> bool:
-        """Whether no kernel of XLA has to run for a value: an argument is, what kernels leave, and elementwise work on
-        such values, or a part of one."""
+        """Whether no kernel of XLA has to run for a value: an argument, what kernels leave or read anyway, elementwise
+        work on such values, or a part of one."""
         at = self.made.get(name, -1)
         for place in range(len(self.known), at + 1):
             item = self.items[place]
-            if not isinstance(item, Step) or place in self.moved:
+            if not isinstance(item, Step) or place in self.moved or self.is_written(item):
                 self.known.append(True)
                 continue
             free = not item.each and (moves(item.eqn) or runs_on_tiles(item.eqn))
             before = (self.made.get((item.family, a), -1) for a in names(item.eqn))
             self.known.append(free and all(p < 0 or self.known[p] for p in before))
         return at < 0 or self.known[at]
+
+    def is_written(self, step: Step) -> bool:
+        """Whether a kernel reads what a step computes."""
+        readers = (r for v in step.eqn.outvars for r in self.readers.get((step.family, v), ()))
+        return any(r in self.moved or isinstance(self.items[r], Pack) for r in readers)
 
     def fuse(self, place: int, first: Step) -> None:
         """Begin with the reduction at `place`, if what it reads and who reads it allow it."""
@@ -112,6 +118,9 @@ class Scope:
         if not left:
             return
         at, family = min(group.limit, max(group.places)), first.family
+        if (part := group.part(left)) is not None:
+            group.places.add(part)
+            left = [v for _, v in group.gives(part)]
         self.moved |= {*group.places, *behind}
         steps = {p: step for p in (*group.places, *behind) if isinstance(step := self.items[p], Step)}
         self.made.update(((family, v), at) for step in steps.values() for v in step.eqn.outvars)

@@ -16,7 +16,7 @@ from coalesce.kernels.attention import REDUCTIONS, SAME
 from coalesce.kernels.epilogue import runs_on_tiles
 from coalesce.passes.scopes import Name, names
 from coalesce.passes.tails import not_worth
-from coalesce.rowwise import dims_of, keeps_dims
+from coalesce.rowwise import dims_of, keeps_dims, takes_rows
 
 DTYPES = ("float32", "bfloat16", "float16", "bool")
 
@@ -78,9 +78,10 @@ class Group:
                 waiting |= {self.scope.made.get(name, -1) for name in self.reads(at)}
 
     def grow_beside(self) -> None:
-        """Other reductions of what the first one reads, with elementwise work before them."""
+        """Other reductions of the rows that are read by now, with elementwise work before them."""
         needs: dict[int, set[int]] = {}
-        waiting = [r for name in self.reads(self.first) for r in self.scope.readers[name]]
+        read = {name for at in self.places for name in self.reads(at) if J.shape(name[1]) == self.rows}
+        waiting = [r for name in read for r in self.scope.readers[name]]
         heapify(waiting)
         while waiting:
             at = heappop(waiting)
@@ -168,6 +169,15 @@ class Group:
         """What others read of it; nothing if that is what no kernel leaves."""
         found = [v for at in sorted(self.places) for f, v in self.gives(at) if self.is_left((f, v))]
         return found if all(map(self.may_leave, found)) else []
+
+    def part(self, left: Sequence[Any]) -> int | None:
+        """The place of a step that takes some rows of all that is left, alone reads it, and comes last."""
+        name = (self.family, left[0])
+        readers = [] if len(left) > 1 or name in self.scope.left else self.scope.readers[name]
+        if len(readers) != 1 or readers[0] < max(self.places) or J.shape(left[0]) != self.rows:
+            return None
+        item = self.scope.items[readers[0]]
+        return readers[0] if isinstance(item, Step) and not item.each and takes_rows(item.eqn) else None
 
     def is_left(self, name: Name) -> bool:
         return name in self.scope.left or not self.places.issuperset(self.scope.readers.get(name, ()))

@@ -144,7 +144,7 @@ class Admission:
         if careful and not keeps_room(hoped, level, now_ns):
             return False
         if not kept_ns:
-            remember(level, start, after, hoped)
+            remember(found, after, hoped)
             self.foreseen = True
         return True
 

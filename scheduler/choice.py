@@ -19,6 +19,7 @@ from coalesce.scheduler.costs import is_short, MARKEDLY, Option
 from coalesce.scheduler.lanes import Item, Level, Queue
 from coalesce.scheduler.laying import Outlook, Start
 from coalesce.scheduler.outlook import is_few, known
+from coalesce.scheduler.tuples import made
 
 CANDIDATES = 4  # queues that are looked at where not everything can be done
 
@@ -66,7 +67,7 @@ def foreseen(ahead: Outlook) -> Window | None:
         if option is None or MARKEDLY * other.mostly_ns < (MARKEDLY - 1) * option.mostly_ns:
             option = other
     assert option is not None, f"{lanes} lanes of {hoped.width}, for which there is no executable"
-    return full(queue, option, lanes, start_ns) or Window(queue, option, 0, lanes)
+    return full(queue, option, lanes, start_ns) or made(Window, (queue, option, 0, lanes))
 
 
 def full(queue: Queue, option: Option, lanes: int, start_ns: int) -> Window | None:
@@ -112,7 +113,7 @@ def heads(queue: Queue, start_ns: int, cap_ns: int) -> list[Window]:
     for option in queue.costs.options:
         if found and (option.through_ns > left_ns or not is_short(option, cap_ns)):
             break
-        found.append(Window(queue, option, 0, min(option.width, waiting)))
+        found.append(made(Window, (queue, option, 0, min(option.width, waiting))))
         if option.width >= waiting:
             break
     return found

@@ -167,7 +167,7 @@ class Coalescing:
         took_ns = event.end_ns - event.start_ns
         names = [lane.request.tenant for _, lanes in parts for lane in lanes]
         run = made(Prediction, (number, executable, len(names), l50_ns, l99_ns, took_ns))
-        self._requests.out += self._watch.see(list(dict.fromkeys(names)), took_ns, clean_l99_ns, now_ns)
+        self._requests.out += self._watch.see(names, took_ns, clean_l99_ns, now_ns)
         if self.latency.observe(run, self._watch.blamed):
             self._moved(None if self.latency.others_moved else frozenset([family for (family, _), _ in parts]))
         if self.latency.came_true:

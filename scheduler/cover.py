@@ -7,7 +7,7 @@ The widest run of them goes first. What is asked for again and again is worked o
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from math import hypot
 from typing import NamedTuple
 
@@ -27,39 +27,52 @@ class Option(NamedTuple):
 class Sums:
     """Of runs, by how many lanes they are for: how long they take, and which one is the first; as far as asked for."""
 
-    __slots__ = ("mostly", "times", "firsts", "untils", "_at", "_narrower")
+    __slots__ = ("mostly", "ascends", "times", "firsts", "untils", "_at", "_narrower")
 
-    def __init__(self, mostly: list[tuple[int, int]]) -> None:
+    def __init__(self, mostly: list[tuple[int, int]], before: Sums | None = None) -> None:
+        """What `before` knows of the narrowest runs, as far as they are the same, is known."""
         self.mostly = mostly  # width and time, the narrowest first
-        self.times = [0]
-        self.firsts = [0]  # their numbers; for no lanes, which nobody asks for, the narrowest
+        self.ascends = all([ns < wider_ns for (_, ns), (_, wider_ns) in pairwise(mostly)])  # a wider one takes longer
+        alike = takewhile(lambda both: both[0] == both[1], zip(mostly, before.mostly, strict=False) if before else ())
+        upto = max([width for (width, _), _ in alike], default=0)
+        self.times = before.times[: upto + 1] if before else [0]
+        self.firsts = before.firsts[: upto + 1] if before else [0]  # their numbers; for no lanes the narrowest
         self.untils: dict[int, int] = {}
         self._at = 0  # the narrowest that has places for one more
         self._narrower: list[tuple[int, int, int]] = []  # with their numbers, the widest first
 
     def extend(self, lanes: int) -> None:
-        """Of runs that are as good the widest goes first."""
+        """Of runs that are as good the widest goes first. Where a wider one takes longer, one run that is soonest for
+        some lanes is so for more, as far as it has places."""
         times, firsts, mostly, at = self.times, self.firsts, self.mostly, self._at
-        for n in range(len(times), lanes + 1):
+        while (n := len(times)) <= lanes:
             while at < len(mostly) and mostly[at][0] < n:
                 self._narrower.insert(0, (at, *mostly[at]))
                 at = self._at = at + 1
-            best, best_ns = (at, mostly[at][1]) if at < len(mostly) else (0, FAR)
+            upto, one_ns = mostly[at] if at < len(mostly) else (n, FAR)
+            best, best_ns = at, one_ns
             for number, width, ns in self._narrower:
                 ns += times[n - width]
                 if ns < best_ns:
                     best, best_ns = number, ns
-            times.append(best_ns)
-            firsts.append(best)
+            alike = upto - n + 1 if best == at and self.ascends else 1
+            times += [best_ns] * alike
+            firsts += [best] * alike
 
-
-class Wider(NamedTuple):
-    """An option, and what of it is looked at."""
-
-    width: int
-    mostly_ns: int
-    slip_ns: int
-    option: Option
+    def until(self, lanes: int, most: int) -> int:
+        """Up to how many lanes the first run is the same one; FAR if up to `most`."""
+        if lanes >= len(self.firsts):
+            self.extend(lanes)
+        firsts, upto = self.firsts, lanes
+        while upto < most:
+            if upto + 1 == len(firsts):
+                self.extend(upto + 1)
+            if firsts[upto + 1] != firsts[lanes]:
+                break
+            upto += 1
+        known = FAR if upto == most else upto
+        self.untils.update(dict.fromkeys(range(lanes, upto + 1), known))
+        return known
 
 
 class Cover:
@@ -71,10 +84,10 @@ class Cover:
         self.widest = options[-1].width if options else 1
         self._most = 2 * options[-1].width if options else 0
         mostly = [(width, ns) for width, _, _, _, _, ns, _ in options]
-        self.ascends = all([ns < wider_ns for (_, ns), (_, wider_ns) in pairwise(mostly)])  # a wider one takes longer
-        self._wider: dict[int, tuple[Wider, ...]] = {}
-        self._sums = sums = before._sums if before is not None and before._sums.mostly == mostly else Sums(mostly)
-        self._times, self._firsts = sums.times, sums.firsts
+        self._wider: dict[int, tuple[Option, ...]] = {}
+        known = before._sums if before is not None else None
+        self._sums = sums = known if known is not None and known.mostly == mostly else Sums(mostly, known)
+        self._times, self._firsts, self.ascends = sums.times, sums.firsts, sums.ascends
 
     def first(self, lanes: int) -> Option:
         """The run to begin with."""
@@ -90,20 +103,13 @@ class Cover:
         if lanes >= self._most:
             return FAR
         known = self._sums.untils.get(lanes)
-        if known is None:
-            option, upto = self.first(lanes), lanes
-            while upto < self._most and self.first(upto + 1) is option:
-                upto += 1
-            known = FAR if upto == self._most else upto
-            self._sums.untils.update(dict.fromkeys(range(lanes, upto + 1), known))
-        return known
+        return known if known is not None else self._sums.until(lanes, self._most)
 
-    def wider(self, width: int) -> tuple[Wider, ...]:
+    def wider(self, width: int) -> tuple[Option, ...]:
         """All that are wider, the narrowest first."""
         found = self._wider.get(width)
         if found is None:
-            wider = [o for o in self.options if o.width > width]
-            found = self._wider[width] = tuple([Wider(o.width, o.mostly_ns, o.slip_ns, o) for o in wider])
+            found = self._wider[width] = tuple([o for o in self.options if o.width > width])
         return found
 
     def within(self, left_ns: int, lanes: int, slip_ns: float | None = None) -> Option:

@@ -4,49 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import hypot
-from typing import NamedTuple, Protocol, runtime_checkable
 
 from coalesce.scheduler.costs import MARKEDLY
 from coalesce.scheduler.cover import Cover, FAR, Option
 from coalesce.scheduler.lanes import Queue
-from coalesce.scheduler.tuples import made
 
 MORE = 1.25  # times of what is expected: by chance it may be more
 OTHERS = 2  # the same, of those who are owed something
 
 
-class Pace(NamedTuple):
-    """How requests of a queue come."""
-
-    per_ns: float
-    most: int  # lanes that a run is hoped to have
+# How requests of a queue come: so many per ns, and lanes that a run is hoped to have at most.
+Pace = tuple[float, int]
 
 
 def pace_of(queue: Queue, kinds: int) -> Pace:
     """`kinds` is how many queues there are that runs of other lanes come from."""
     per_ns = queue.rate.per_ns
-    return made(Pace, (per_ns, most_lanes(queue, per_ns) if kinds == 1 else FAR))
-
-
-class Limit(NamedTuple):
-    """Of a run whose head was promised to be in time: with so much of what may go wrong, no longer than that."""
-
-    left_ns: int  # until it is due
-    slip_ns: float  # by how much the run may begin later
-    risk: float  # how much of what may go wrong counts
-
-
-NONE = Limit(FAR, 0.0, 0.0)
+    return per_ns, most_lanes(queue, per_ns) if kinds == 1 else FAR
 
 
 def hoped(
-    cover: Cover, option: Option, waiting: int, until_ns: int, taken: int, pace: Pace, limit: Limit = NONE
+    cover: Cover,
+    option: Option,
+    waiting: int,
+    until_ns: int,
+    taken: int,
+    pace: Pace,
+    left_ns: int = FAR,
+    slip_ns: float = 0.0,
+    risk: float = 0.0,
 ) -> tuple[Option, int]:
-    """A run, or a wider one that does more lanes a second if all come until then that are expected.
+    """A run, or a wider one that does more lanes a second if all come until then that are expected; of these, `taken`
+    have a place already. With them that have one then.
 
-    Of these, `taken` have a place already; with them that have one then.
+    Where its head was promised to be in time, which is due in `left_ns`, it is no longer than that with `risk` of what
+    may go wrong; it may begin later by `slip_ns`.
     """
-    (per_ns, most), (left_ns, slip_ns, risk) = pace, limit
+    per_ns, most = pace
     coming = int(until_ns * per_ns * MORE) - taken
     lanes = waiting
     if coming > 0:
@@ -56,13 +50,12 @@ def hoped(
     best, ascends = option, cover.ascends
     if not ascends or lanes > width:
         best_ns = option.mostly_ns / (width if width < lanes else lanes)
-        for wide, mostly_ns, wider_slip_ns, wider in cover.wider(width):
-            is_last = ascends and wide >= lanes
+        for wider in cover.wider(width):
+            wide, _, _, _, _, mostly_ns, wider_slip_ns = wider
             lane_ns = mostly_ns / (wide if wide < lanes else lanes)
-            if lane_ns <= best_ns:
-                if mostly_ns + risk * hypot(wider_slip_ns, slip_ns) <= left_ns:
-                    best, best_ns, best_width = wider, lane_ns, wide
-            elif is_last:
+            if lane_ns <= best_ns and mostly_ns + risk * hypot(wider_slip_ns, slip_ns) <= left_ns:
+                best, best_ns, best_width = wider, lane_ns, wide
+            if lane_ns >= best_ns and wide >= lanes and ascends:  # so do the others, of the same lanes
                 break
     placed = (best_width if best_width < lanes else lanes) - waiting
     return best, taken + placed if placed > 0 else taken
@@ -88,25 +81,17 @@ def most_lanes(queue: Queue, per_ns: float) -> int:
     return found
 
 
-@runtime_checkable
-class Laid(Protocol):
-    """A run in an outlook."""
-
-    @property
-    def waiting(self) -> int: ...
-    @property
-    def option(self) -> Option: ...
-    @property
-    def start_ns(self) -> int: ...
+# A run in an outlook: lanes that waited for it and for those after it, in what, and from when on.
+Laid = tuple[int, Option, int]
 
 
 def have_room(queue: Queue, runs: Sequence[Laid], done_ns: float, now_ns: int) -> bool:
     """Whether runs of a queue have places for all who are owed something and come before one more run could be begun
     for them: at `done_ns`, and then still in time."""
-    last = runs[-1]
-    room = sum(run.option.width for run in runs) - runs[0].waiting
-    again_ns = done_ns + last.option.through_ns - queue.costs.slo_ns
-    return room >= (min(last.start_ns, again_ns) - now_ns) * queue.others.per_ns * OTHERS
+    (waiting, _, _), (_, last, start_ns) = runs[0], runs[-1]
+    room = sum(option.width for _, option, _ in runs) - waiting
+    again_ns = done_ns + last.through_ns - queue.costs.slo_ns
+    return room >= (min(start_ns, again_ns) - now_ns) * queue.others.per_ns * OTHERS
 
 
 def has_time(queue: Queue, done_ns: float, now_ns: int, kinds: int) -> bool:

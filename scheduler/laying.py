@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 from coalesce.scheduler.costs import FAR
 from coalesce.scheduler.cover import Cover, Option
-from coalesce.scheduler.hopes import hoped, Limit, NONE, Pace, pace_of
+from coalesce.scheduler.hopes import hoped, Pace, pace_of
 from coalesce.scheduler.lanes import Level, Queue
-from coalesce.scheduler.tuples import made
 
 CALM = 0.55  # of what may go wrong once in a hundred times: once in ten
 
@@ -47,34 +46,28 @@ class Newcomer(NamedTuple):
     is_owed: bool = True  # it has not had more than its share, of what others are refused
 
 
-class Turn(NamedTuple):
-    """A run, and what it was laid upon."""
+# A run, and what it was laid upon. It is a tuple without names, as hundreds are made for one that is dispatched:
+#   due_ns, serial  of its head, and of its queue
+#   queue           None for lanes that have begun
+#   served          of the queue, before it
+#   waiting         of the queue, that are not
+#   option
+#   is_whole        no narrower than with more time
+#   is_pressed      there is little
+#   start_ns
+#   slip_ns         by how much that may be later
+#   tardy_ns        before it
+Turn = tuple[int, int, Queue | None, int, int, Option, bool, bool, int, float, float]
 
-    due_ns: int  # its head
-    serial: int
-    queue: Queue | None  # None for lanes that have begun
-    served: int  # of the queue, before it
-    waiting: int  # of the queue, that are not
-    option: Option
-    is_whole: bool  # no narrower than with more time
-    is_pressed: bool  # there is little
-    start_ns: int
-    slip_ns: float  # by how much that may be later
-    tardy_ns: float  # before it
-
-
-class Waiting(NamedTuple):
-    """What of a queue is to be laid yet. They are ordered by the first two."""
-
-    due_ns: int  # its head
-    serial: int
-    queue: Queue | None
-    served: int
-    count: int  # with those that are served
-    at: int  # where the newcomer is in them, or FAR
-    whole: Option  # the run to begin with
-    taken: int  # lanes that are hoped for in the runs so far
-    pace: Pace | None  # how fast they come
+# What of a queue is to be laid yet, in order of the first two:
+#   due_ns, serial  of its head, and of the queue
+#   queue
+#   served, count   so many, of so many
+#   at              where the newcomer is in them, or FAR
+#   whole           the run to begin with
+#   taken           lanes that are hoped for in the runs so far
+#   pace            how fast they come, where they are hoped for
+Waiting = tuple[int, int, Queue | None, int, int, int, Option, int, Pace | None]
 
 
 class Outlook:
@@ -109,9 +102,8 @@ class Outlook:
 
 def laid(level: Level, start: Start, new: Newcomer | None, now_ns: int, hope: bool) -> Outlook:
     """The outlook of one level."""
-    begun = start.begun
     found = Outlook(start.free_ns, start.slip_ns, start.is_calm, start.gap_ns)
-    waits = [Waiting(own.due_ns, -i, None, 0, 0, FAR, own.option, 0, None) for i, own in enumerate(begun)]
+    waits: list[Waiting] = [(due_ns, -i, None, 0, 0, FAR, run, 0, None) for i, (due_ns, run) in enumerate(start.begun)]
     kinds = len(level.firsts) if hope else 0
     newcomer = new.queue if new is not None else None
     for _, _, queue in level.order:
@@ -135,16 +127,14 @@ def with_one_more(sure: Outlook, new: Newcomer, now_ns: int) -> Outlook:
     found.turns = turns[:at]
     waits: list[Waiting] = []
     if at < len(turns):
-        changed = turns[at]
-        found.end_ns, found.slip_ns, found.tardy_ns = changed.start_ns, changed.slip_ns, changed.tardy_ns
+        *_, found.end_ns, found.slip_ns, found.tardy_ns = turns[at]
         seen = {new.queue.serial}
-        for turn in turns[at:]:
-            if turn.queue is None:
-                waits.append(Waiting(turn.due_ns, turn.serial, None, 0, 0, FAR, turn.option, 0, None))
-            elif turn.serial not in seen:
-                seen.add(turn.serial)
-                own, served_yet = turn.queue, turn.served
-                waits.append(waiting_in(own, served_yet, None, 0) if served_yet else beginning_of(own, 0))
+        for due_ns, serial, queue, served_yet, _, option, _, _, _, _, _ in turns[at:]:
+            if queue is None:
+                waits.append((due_ns, serial, None, 0, 0, FAR, option, 0, None))
+            elif serial not in seen:
+                seen.add(serial)
+                waits.append(waiting_in(queue, served_yet, None, 0) if served_yet else beginning_of(queue, 0))
     if served <= len(new.queue.items):
         waits.append(waiting_in(new.queue, served, new, 0))
     lay(found, waits, new, now_ns, False)
@@ -154,16 +144,16 @@ def with_one_more(sure: Outlook, new: Newcomer, now_ns: int) -> Outlook:
 def first_changed(turns: list[Turn], new: Newcomer) -> tuple[int, int]:
     """The first turn that is another one with a newcomer, and how many of its queue are served before it. Some may have
     come to that queue since the turns were laid."""
-    queue, due_ns, at, _ = new
-    count, served = len(queue.items) + 1, 0
-    first = queue.costs.cover.first
-    for i, turn in enumerate(turns):
-        if turn.queue is queue:
-            if served >= at or turn.is_pressed or first(count - served) is not turn.option:
+    own, due_ns, at, _ = new
+    count, served, rank = len(own.items) + 1, 0, (due_ns, own.serial)
+    first = own.costs.cover.first
+    for i, (turn_ns, serial, queue, _, _, option, _, is_pressed, _, _, _) in enumerate(turns):
+        if queue is own:
+            if served >= at or is_pressed or first(count - served) is not option:
                 return i, served
-            served += turn.option.width
+            served += option.width
             served = served if served < count else count
-        elif served == at and (due_ns, queue.serial) < (turn.due_ns, turn.serial):
+        elif served == at and rank < (turn_ns, serial):
             return i, served
     return len(turns), served
 
@@ -190,7 +180,7 @@ def waiting_in(queue: Queue, served: int, new: Newcomer | None, kinds: int) -> W
     due_ns = items[served][0] if served < at else due_at(queue, new, at, served)
     pace = pace_of(queue, kinds) if kinds and not queue.place[1] and not queue.lot else None
     whole = costs.cover.first(count - served)
-    return made(Waiting, (due_ns, queue.serial, queue, served, count, at, whole, 0, pace))
+    return due_ns, queue.serial, queue, served, count, at, whole, 0, pace
 
 
 def due_at(queue: Queue, new: Newcomer | None, at: int, number: int) -> int:
@@ -211,21 +201,24 @@ def lay(found: Outlook, waits: list[Waiting], new: Newcomer | None, now_ns: int,
         width, _, _, _, _, mostly_ns, own_slip_ns = option = whole
         end_ns, later_ns = time_ns + mostly_ns, hypot(own_slip_ns, slip_ns)
         if queue is None:
-            append(Turn(due_ns, serial, None, 0, 0, whole, True, False, time_ns, slip_ns, tardy_ns))
+            append((due_ns, serial, None, 0, 0, whole, True, False, time_ns, slip_ns, tardy_ns))
             time_ns, slip_ns = end_ns + gap_ns, later_ns
             continue
         if gap_ns:
             gaps_ns = gap_ns * (queue.costs.runs - 1)  # between its own segments
             end_ns += gaps_ns
-        waiting, tardy_after_ns, is_given_up = count - served, tardy_ns, False
+        waiting, tardy_after_ns, is_given_up, is_pressed = count - served, tardy_ns, False, False
         is_sure = end_ns + later_ns <= due_ns
-        is_pressed = not is_sure and not queue.place[1]  # lanes that have begun stay together
-        if is_pressed:
+        if not is_sure and not queue.place[1]:  # lanes that have begun stay together
+            is_pressed = True
             option = fitting(queue.costs.cover, whole, waiting, due_ns - time_ns, slip_ns)
             is_given_up = time_ns + option.mostly_ns > due_ns
         if pace is not None and not is_given_up:
-            limit = NONE if all_hope or served == at else made(Limit, (due_ns - time_ns, slip_ns, risk))
-            option, taken = hoped(queue.costs.cover, option, waiting, time_ns - now_ns, taken, pace, limit)
+            cover, until_ns = queue.costs.cover, time_ns - now_ns
+            if all_hope or served == at:
+                option, taken = hoped(cover, option, waiting, until_ns, taken, pace)
+            else:
+                option, taken = hoped(cover, option, waiting, until_ns, taken, pace, due_ns - time_ns, slip_ns, risk)
         if option is not whole:
             width, _, _, _, _, mostly_ns, own_slip_ns = option
             end_ns, later_ns, is_sure = time_ns + mostly_ns + gaps_ns, hypot(own_slip_ns, slip_ns), False
@@ -240,8 +233,7 @@ def lay(found: Outlook, waits: list[Waiting], new: Newcomer | None, now_ns: int,
             served += 1
         else:
             is_whole = option is whole
-            own = due_ns, serial, queue, served, waiting, option, is_whole, is_pressed, time_ns, slip_ns, tardy_ns
-            append(made(Turn, own))
+            append((due_ns, serial, queue, served, waiting, option, is_whole, is_pressed, time_ns, slip_ns, tardy_ns))
             time_ns, slip_ns = end_ns, later_ns
             if gap_ns:
                 time_ns += gap_ns
@@ -250,7 +242,7 @@ def lay(found: Outlook, waits: list[Waiting], new: Newcomer | None, now_ns: int,
         if served < count:
             whole = queue.costs.cover.first(count - served)
             due_ns = queue.items[served][0] if served < at else due_at(queue, new, at, served)
-            insort(waits, made(Waiting, (due_ns, serial, queue, served, count, at, whole, taken, pace)), i + 1)
+            insort(waits, (due_ns, serial, queue, served, count, at, whole, taken, pace), i + 1)
     found.end_ns, found.slip_ns, found.tardy_ns = time_ns, slip_ns, tardy_ns
 
 

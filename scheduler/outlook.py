@@ -88,9 +88,10 @@ def remembered(level: Level, start: Start) -> Known:
     return found
 
 
-def remember(level: Level, start: Start, sure: Outlook, hoped: Outlook) -> None:
+def remember(found: Known, sure: Outlook, hoped: Outlook) -> None:
     """The newcomer of these has come."""
-    level.outlook = Known(start, sure, hoped)
+    found.sure, found.hoped, found.is_loose = sure, hoped, False
+    found.rooms, found.closed = {}, {}
 
 
 def outlook(level: Level, start: Start, now_ns: int, new: Newcomer | None = None, hope: bool = False) -> Outlook:
@@ -141,18 +142,23 @@ def has_room(queue: Queue, due_ns: int, start: Start, now_ns: int) -> bool:
 def room(sure: Outlook, queue: Queue) -> tuple[int, int, bool]:
     """Up to how many lanes in a queue change none of its runs, when the last of these is done, and whether some of them
     have little time."""
-    count, most, end_ns, is_tight = len(queue.items), FAR, FAR, False
-    for turn in sure.turns if not sure.late else ():
-        if turn.queue is queue:
-            _, _, _, served, _, option, is_whole, is_pressed, start_ns, _, _ = turn
-            upto = served + queue.costs.cover.until(count - served) if is_whole else 0
-            if upto < most:
-                most = upto
+    count, most, last, end_ns, is_tight = len(queue.items), FAR, 0, FAR, False
+    for _, _, own, served, _, option, is_whole, is_pressed, start_ns, _, _ in reversed(sure.turns):
+        if own is not queue:
+            continue
+        if not last:
             last, end_ns = served + option.width, start_ns + option.through_ns
-            if sure.gap_ns:
-                end_ns += sure.gap_ns * (queue.costs.runs - 1)
-            is_tight = is_tight or is_pressed
-    return (most if most < last else last, end_ns, is_tight) if end_ns < FAR else (0, FAR, False)
+        upto = served + queue.costs.cover.until(count - served) if is_whole else 0
+        if upto < most:
+            most = upto
+        is_tight = is_tight or is_pressed
+        if not served:  # it is the first of them
+            break
+    if not last or sure.late:
+        return 0, FAR, False
+    if sure.gap_ns:
+        end_ns += sure.gap_ns * (queue.costs.runs - 1)
+    return most if most < last else last, end_ns, is_tight
 
 
 def hoped_with(found: Known, new: Newcomer) -> Outlook | None:
@@ -161,10 +167,9 @@ def hoped_with(found: Known, new: Newcomer) -> Outlook | None:
     hoped = found.hoped
     if hoped is None or hoped.late or queue.serial in hoped.hurried or at < len(queue.items):
         return None
-    for turn in reversed(hoped.turns):
-        if turn.queue is queue:
-            has_place = at < turn.served + turn.option.width and due_ns >= turn.start_ns + turn.option.through_ns
-            return hoped if has_place else None
+    for _, _, own, served, _, option, _, _, start_ns, _, _ in reversed(hoped.turns):
+        if own is queue:
+            return hoped if at < served + option.width and due_ns >= start_ns + option.through_ns else None
     return None
 
 
@@ -175,7 +180,7 @@ def keeps_room(ahead: Outlook, level: Level, now_ns: int) -> bool:
         return True
     for queue in level.firsts:
         if queue.others.until_ns > now_ns:
-            runs = [turn for turn in ahead.turns if turn.queue is queue]
+            runs = [(waiting, run, at) for _, _, own, _, waiting, run, _, _, at, _, _ in ahead.turns if own is queue]
             if not (have_room(queue, runs, done_ns, now_ns) if runs else has_time(queue, done_ns, now_ns, kinds)):
                 return False
     return True

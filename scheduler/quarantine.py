@@ -105,11 +105,16 @@ class Watch:
         self.standings.pop(tenant, None)
         self._evidence.forget(tenant)
 
-    def see(self, tenants: Collection[str], took_ns: int, l99_ns: int, now_ns: int) -> list[Quarantine | Readmit]:
-        """Draws conclusions from a run; `l99_ns` is what it takes without anything held against its tenants."""
+    def see(self, names: Collection[str], took_ns: int, l99_ns: int, now_ns: int) -> list[Quarantine | Readmit]:
+        """Draws conclusions from a run with lanes of these; `l99_ns` is what it takes without anything held against
+        its tenants."""
         slow, excess_ns = took_ns > SLOW * l99_ns, took_ns - l99_ns
-        who = frozenset(tenants)
+        who = frozenset(names)
         self.blamed = who if slow else NOBODY
+        if not slow and not self.standings:
+            self._evidence.clear(who, excess_ns)
+            return []
+        tenants = list(dict.fromkeys(names))  # in an order that does not change from process to process
         standing = self.standings.get(next(iter(tenants))) if len(tenants) == 1 else None
         factor = -(-4 * took_ns // max(1, l99_ns))
         if standing is not None and standing.state is State.QUARANTINED:

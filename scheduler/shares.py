@@ -63,29 +63,18 @@ class Shares:
         self._used_ns = 0  # by all tenants
         self._weights = 0.0  # of those that asked in this epoch
         self._weights_before = 0.0  # in the one before it
+        self._sharing = 0.0  # the larger of both
         self._asked = self._missed = 0.0  # by those that are not over their shares; and of these, refused
-        self._varied = self._compared = 0.0  # see `_compare`
+        self._varied = self._compared = 0.0  # see `_look_at`
 
     def excess(self, account: Account, now_ns: int) -> float:
         """What it has had, in times of its share; asking makes it one of those that share."""
-        epoch = now_ns >> EPOCH
-        if epoch != self._epoch:
-            self._begin(epoch)
-        weight = account.weight
-        if account.epoch != epoch:
-            passed = epoch - account.epoch
-            account.used_ns >>= passed if passed < 63 else 63
-            account.epoch = epoch
-            self._weights += weight
         window = now_ns >> WINDOW
         if account.window != window:
-            self._compare(account, window)
+            self._look_at(account, window)
         account.asked += 1
         used_ns = self._used_ns
-        if not used_ns:
-            return 0.0
-        weights, before = self._weights, self._weights_before
-        return account.used_ns * (weights if weights >= before else before) / (used_ns * weight)
+        return account.used_ns * self._sharing / (used_ns * account.weight) if used_ns else 0.0
 
     def note_refusal(self) -> None:
         """Of somebody who is not over its share."""
@@ -109,18 +98,25 @@ class Shares:
 
     def worth(self, account: Account) -> float:
         """Of one lane, where not everybody can be served: twice the weight for whom the device owes something."""
-        weights = max(self._weights, self._weights_before)
-        owed = account.used_ns * weights < self._used_ns * account.weight
+        owed = account.used_ns * self._sharing < self._used_ns * account.weight
         return 2 * account.weight if owed else account.weight
 
-    def _compare(self, account: Account, window: int) -> None:
-        """By how much it asked more or less than before: squared that is what it asked in both together, if requests
-        come one by one, and so many times as much if they come in bursts of so many."""
-        asked, before = account.asked, account.asked_before
+    def _look_at(self, account: Account, window: int) -> None:
+        """It asks for the first time in a window. By how much it asked more or less than in the one before: squared
+        that is what it asked in both together, if requests come one by one, and so many times as much if they come in
+        bursts of so many."""
+        epoch = window >> EPOCH - WINDOW
+        if epoch != self._epoch:
+            self._begin(epoch)
+        if account.epoch != epoch:
+            account.used_ns >>= min(63, epoch - account.epoch)
+            account.epoch = epoch
+            self._weights += account.weight
+            self._sharing = max(self._weights, self._weights_before)
+        asked, before, last = account.asked, account.asked_before, account.window
         if before is not None:
             self._varied += (asked - before) * (asked - before)
             self._compared += asked + before
-        last = account.window
         account.asked_before = asked if window == last + 1 and last >= 0 else 0 if last >= 0 else None
         account.window, account.asked = window, 0
 
@@ -132,5 +128,5 @@ class Shares:
         self._asked *= FADES**passed
         self._missed *= FADES**passed
         self._weights_before = self._weights if epoch == self._epoch + 1 else 0.0
-        self._weights = 0.0
+        self._weights, self._sharing = 0.0, self._weights_before
         self._epoch = epoch

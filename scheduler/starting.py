@@ -38,7 +38,8 @@ class Starting:
         self.free_ns, self.is_calm = free_ns, is_calm
         self.fixed_ns, self.next_ns = self._flight.fixed_until_ns, 0
         begun = self._begun()
-        self.known = Start(free_ns, tuple(begun), self._slip(), is_calm, not self._flight.bundles, self._lag.gap_ns)
+        is_idle = not self._flight.bundles
+        self.known = made(Start, (free_ns, tuple(begun), self._slip(), is_calm, is_idle, self._lag.gap_ns))
         return self.known
 
     def decides_at(self, lead_ns: int) -> int:
@@ -57,7 +58,7 @@ class Starting:
                     continue
                 costs = self._costs.of((family, segment + 1))
                 if costs.options:
-                    begun.append(Begun(lanes[0].request.deadline_ns, costs.cover.first(len(lanes))))
+                    begun.append(made(Begun, (lanes[0].request.deadline_ns, costs.cover.first(len(lanes)))))
         self._flying_slip_ns = slip_ns
         return begun
 

@@ -16,6 +16,7 @@ class Tenancy:
         self.accounts: dict[str, Account] = {}  # by name
         self._tightest: dict[int, int] = {}
         self._patient: set[str] = set()  # who has more than BRIEF_NS
+        self.is_brief = True  # no SLO is long enough to tell a refusal at once from one when it is over
 
     def get(self, name: str) -> Account | None:
         return self.accounts.get(name)
@@ -35,6 +36,7 @@ class Tenancy:
         self._patient.discard(tenant.name)
         if tenant.slo_ns > BRIEF_NS:
             self._patient.add(tenant.name)
+        self.is_brief = not self._patient
         for family in tenant.families:
             self._tightest[family] = min(tenant.slo_ns, self._tightest.get(family, FAR))
         return loosened or any(self._tightest[family] != least for family, least in before.items())
@@ -62,12 +64,8 @@ class Tenancy:
             return False
         del self.accounts[account.tenant.name]
         self._patient.discard(account.tenant.name)
+        self.is_brief = not self._patient
         return True
-
-    @property
-    def is_brief(self) -> bool:
-        """Whether no SLO is long enough to tell a refusal at once from one when it is over."""
-        return not self._patient
 
     @property
     def tightest_ns(self) -> Mapping[int, int]:

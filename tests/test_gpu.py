@@ -1,5 +1,6 @@
 """On an NVIDIA GPU: numerics, isolation and the compiled program. Skipped elsewhere; run with `pytest -m gpu`."""
 
+import ctypes
 from itertools import product
 from typing import Any
 
@@ -12,6 +13,7 @@ import coalesce
 from coalesce.bundle import packs
 from coalesce.kernels import KERNELS
 from coalesce.models import by_name
+from coalesce.waiting import driver_of
 from tests.hlo import moves_of_size
 
 pytestmark = [
@@ -208,3 +210,30 @@ def test_across_families_a_lane_is_isolated():
     clean = fused(inputs)
     bad = [tuple(jnp.full_like(x, jnp.nan) for x in inputs[0]), inputs[1]]
     np.testing.assert_array_equal(fused(bad)[1], clean[1])
+
+
+@pytest.mark.parametrize("space", ["device", "pinned_host"])
+def test_the_driver_knows_when_an_array_is_there(space: str) -> None:
+    there = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=space)
+    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 200, lambda _, y: y @ y / 64, x), out_shardings=there)
+    x = jax.random.uniform(jax.random.key(0), (2048, 2048))
+    want = np.asarray(slow(x))
+    y = slow(x)
+    driver = driver_of(y)
+    assert driver is not None and not y.is_ready()
+    assert driver.wait([y]) == []
+    np.testing.assert_array_equal(on_host_by_address(y) if space == "pinned_host" else np.asarray(y), want)
+
+
+def on_host_by_address(y: jax.Array) -> np.ndarray:
+    """Without JAX, which would wait."""
+    memory: Any = (ctypes.c_uint8 * y.nbytes).from_address(y.unsafe_buffer_pointer())
+    return np.frombuffer(memory, y.dtype).reshape(y.shape).copy()
+
+
+def test_what_the_driver_cannot_follow_is_left_to_jax() -> None:
+    keys, small = jax.random.split(jax.random.key(0), 4), jnp.ones(3, "int4")
+    driver = driver_of(small)
+    assert driver is not None and driver.wait([small]) == [small]
+    assert driver_of(keys) is None
+    coalesce.block_until_ready([keys, small])

@@ -16,7 +16,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from coalesce.blocks import Blocks
 from coalesce.bundle import packs
 from coalesce.costs import Costs, devices
-from coalesce.heavy import heavy_op, HeavyOp
+from coalesce.heavy import HeavyOp
 from coalesce.kernels import choose, indexed_gemm, mosaic_gemm
 from coalesce.kernels.epilogue import COLUMN, Epilogue, WHOLE
 from coalesce.kernels.mosaic import on_hopper
@@ -29,26 +29,11 @@ from coalesce.tuning.candidates import candidates
 from tests.alone import alone, check_fused, Tenant
 from tests.compare import assert_same
 from tests.hlo import operations
+from tests.mosaic_ops import conv, dot, op_of
 from tests.serving import BY_SLOT, fit_of, serve
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # by JAX 0.11 and newer
 interprets = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="JAX 0.10 interprets no wgmma")
-
-
-def dot(m: int, k: int, n: int, dtype: Any = jnp.bfloat16) -> HeavyOp:
-    return op_of(lambda x, w: lax.dot(x, w, preferred_element_type=dtype), (m, k), (k, n), dtype)
-
-
-def conv(h: int, w: int, channels: int, n: int, dtype: Any = jnp.bfloat16, **how: Any) -> HeavyOp:
-    how = {"padding": "SAME", "window_strides": (1, 1), "dimension_numbers": ("NHWC", "HWIO", "NHWC")} | how
-    taps = how.pop("taps", (3, 3))
-    call = partial(lax.conv_general_dilated, **how)
-    return op_of(call, (1, h, w, channels), (*taps, channels, n), dtype)
-
-
-def op_of(call: Any, lhs: Any, rhs: Any, dtype: Any) -> HeavyOp:
-    (eqn,) = jax.make_jaxpr(call)(jax.ShapeDtypeStruct(lhs, dtype), jax.ShapeDtypeStruct(rhs, dtype)).jaxpr.eqns
-    return heavy_op(eqn)
 
 
 def values(seed: int, *shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:
@@ -104,6 +89,8 @@ INTERPRETED = {
         conv(6, 12, 64, 64, jnp.float32, taps=(4, 2), padding=((3, 1), (1, 0)), window_strides=(2, 3)),
         Blocks(64, 64, 32, 4, 3),
     ),
+    "turned": (dot(70, 128, 128), Blocks(72, 128, 64, 8, 2, turned=True)),
+    "a window, turned, two tiles": (conv(9, 10, 64, 64), Blocks(80, 64, 64, 4, 3, turned=True)),
     "other windows": (conv(5, 9, 64, 64, taps=(2, 3), padding=((1, 2), (0, 1))), Blocks(64, 64, 64, 4, 3)),
 }
 
@@ -119,8 +106,16 @@ def test_tiles(op, blocks):
 
 
 @interprets
-@pytest.mark.parametrize(("dtype", "k"), [(jnp.bfloat16, 64), (jnp.float32, 32)], ids=["16 bits", "32 bits"])
-def test_epilogue_and_operands_in_slabs(dtype, k):
+@pytest.mark.parametrize(
+    ("dtype", "blocks"),
+    [
+        (jnp.bfloat16, Blocks(64, 64, 64, 4, 3)),
+        (jnp.float32, Blocks(64, 64, 32, 4, 3)),
+        (jnp.bfloat16, Blocks(48, 64, 64, 4, 3, turned=True)),
+    ],
+    ids=["16 bits", "32 bits", "turned"],
+)
+def test_epilogue_and_operands_in_slabs(dtype, blocks):
     """Rows of slabs that nobody picks may hold anything."""
     op, slots = conv(5, 6, 64, 64, dtype), jnp.asarray([3, 1])
     x, residual = values(0, 2, 1, *op.lhs.shape, dtype=dtype), values(1, 2, 1, *op.out.shape, dtype=dtype)
@@ -132,7 +127,7 @@ def test_epilogue_and_operands_in_slabs(dtype, k):
     slab, vectors = slab.at[unread].set(jnp.nan), vectors.at[unread].set(jnp.nan)
     rhs = Picked(Cut(slab, start, shape), slots)
     mean, scale = (Picked(Cut(vectors, i * op.n, (op.n,)), slots) for i in (1, 2))
-    got = run(op, Blocks(64, 64, k, 4, 3), x, rhs, normalised(dtype), (mean, scale, residual))
+    got = run(op, blocks, x, rhs, normalised(dtype), (mean, scale, residual))
     y = plain(op, x, values(2, 4, *op.rhs.shape)[slots]).astype(dtype)
     want = normalise(y, mean.read()[:, None, None, None, None], scale.read()[:, None, None, None, None], residual)
     np.testing.assert_array_equal(np.asarray(got, np.float32), want.astype(jnp.float32))
@@ -250,35 +245,6 @@ def test_a_cut_that_is_no_whole_tiles_is_refused():
     for start, size in ((128, 128 * 200), (1024, 128 * 199)):
         with pytest.raises(AssertionError, match="a slab that TMA cannot read"):
             run(op, Blocks(64, 64, 64, 4, 2), x, Cut(slab[:, :size], start, (64, 128)))
-
-
-def place(op: HeavyOp, *blocks: int) -> tuple[int, ...] | None:
-    tile = tile_of(op, Blocks(*blocks))
-    return (tile.tall, tile.wide, tile.count, tile.left_stages, tile.right_stages) if tile else None
-
-
-def test_tiles_cover_an_image_with_few_and_wide_ones():
-    assert place(conv(28, 28, 128, 128), 128, 128, 64, 8, 6) == (4, 32, 7, 3, 6)
-    assert place(conv(14, 14, 256, 256), 64, 128, 64, 4, 6) == (4, 16, 4, 3, 6)
-    assert place(conv(56, 56, 64, 64), 64, 64, 64, 4, 4) == (8, 8, 49, 3, 4)
-    assert place(dot(196, 256, 1024), 64, 128, 64, 4, 6) == (1, 64, 4, 4, 4)  # no more stages than steps
-
-
-def test_tiles_fit():
-    op = dot(784, 1024, 256)
-    assert place(op, 128, 128, 64, 8, 12) == (1, 128, 7, 5, 5)  # no more stages than shared memory holds
-    assert place(op, 128, 128, 64, 4, 2) == (1, 128, 7, 2, 2)
-    assert place(op, 128, 256, 64, 4, 2) is None  # sums of 256 registers
-    assert place(op, 64, 128, 64, 8, 2) is None  # half of what a warpgroup multiplies
-    assert place(dot(784, 192, 256), 64, 128, 128, 4, 2) is None  # blocks that do not divide K
-    assert place(dot(784, 192, 192), 64, 128, 64, 4, 2) is None  # or N
-
-
-@pytest.mark.parametrize("op", [conv(14, 14, 256, 256), dot(49, 512, 2048)], ids=["conv", "dot"])
-def test_candidates_fit(op):
-    found = [blocks for kernel, blocks in candidates(op, 16, 1, "gpu", True) if blocks and kernel == "mosaic_gemm"]
-    assert len(found) > 4 and len(set(found)) == len(found)
-    assert all((tile := tile_of(op, blocks)) and tile.right_stages == blocks.stages for blocks in found)
 
 
 def by_tma(op: HeavyOp, groups: int, platform: str) -> str:

@@ -18,7 +18,7 @@ from tests.alone import array
 from tests.compare import assert_same
 
 NAMES = {
-    "trace", "fuse", "Fused", "Program", "Report", "Runtime",
+    "trace", "fuse", "Fused", "Program", "Report", "Runtime", "block_until_ready",
     "CoalesceError", "TraceError", "PassError", "PlanError", "InvalidInput",
     "ServingError", "QueueFull", "DeadlineExceeded", "TenantClosed", "TenantFailure", "CompileError",
     "OutOfDeviceMemory", "DeviceError", "PolicyError", "Shutdown", "StateLost",

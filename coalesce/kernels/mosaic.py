@@ -19,6 +19,8 @@ ROW_BYTES = 128
 SHARED_BYTES = 227 * 1024  # of a program on an H100
 GROUP = 64  # rows that a warpgroup multiplies at once
 TOGETHER = 8  # rows of a tile
+REGISTERS = 512  # of a thread, if a program were a single warpgroup
+FETCHING = 40  # of a thread that only fetches
 
 Index = tuple[Any, ...]
 
@@ -103,6 +105,10 @@ class Rows:
         """The d-th row's width of K, [row, n], as wgmma takes it."""
         return ref.at[stage, pl.ds(d * self.row, self.row)]
 
+    def turned(self, ref: Any, stage: Any, d: int, first: Any, count: int) -> Any:
+        """Of that some columns, [count, row]."""
+        return ref.at[stage, pl.ds(d * self.row, self.row), pl.ds(first, count)].transpose((1, 0))
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -134,6 +140,9 @@ class Columns:
     def part(self, ref: Any, stage: Any, d: int) -> Any:
         return self.images.rows(ref, (stage, d), 0, self.n).transpose((1, 0))
 
+    def turned(self, ref: Any, stage: Any, d: int, first: Any, count: int) -> Any:
+        return self.images.rows(ref, (stage, d), first, count)
+
 
 def backend() -> Any:
     from jax.experimental.pallas import mosaic_gpu  # here: a process that never meets a GPU kernel does not pay for it
@@ -151,6 +160,21 @@ def load(ref: Any, layout: Any) -> Any:
     if jax.__version_info__ < (0, 11):
         return plgpu.load(ref, (), layout=layout, optimized=False)
     return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def relaid(x: Any, layout: Any) -> Any:
+    """The same elements, held by other threads."""
+    return backend().layout_cast(x, layout)
+
+
+def share_registers(groups: int, fetching: bool) -> None:
+    """Who fetches needs few, and leaves them to `groups` warpgroups that multiply, where equal shares are too few."""
+    if groups < 3:
+        return
+    if fetching:
+        backend().set_max_registers(FETCHING, action="decrease")
+    else:
+        backend().set_max_registers((REGISTERS - FETCHING) // groups // 8 * 8, action="increase")
 
 
 def wait_if(needed: Any, barriers: Any, at: Any) -> None:

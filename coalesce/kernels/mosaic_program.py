@@ -19,7 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from coalesce.kernels.epilogue import Epilogue, WHOLE
-from coalesce.kernels.mosaic import backend, Columns, Images, load, Rows, wait_if
+from coalesce.kernels.mosaic import backend, Columns, Images, Rows, share_registers, wait_if
+from coalesce.kernels.mosaic_share import At, Part, share_of, Turned, Upright
 from coalesce.kernels.mosaic_tile import Tile
 from coalesce.kernels.triton import div, rem
 
@@ -123,11 +124,16 @@ class Program:
             lax.axis_index(PART) * tile.blocks.n,
         )
         group = lax.axis_index("group")
-        lax.cond(
-            group == tile.groups,
-            lambda: self.fetch(self.found(place, slots, starts), x, arrays, place, memory),
-            lambda: self.compute(group, y, place, memory),
-        )
+
+        def fetch() -> None:
+            share_registers(tile.groups, fetching=True)
+            self.fetch(self.found(place, slots, starts), x, arrays, place, memory)
+
+        def compute() -> None:
+            share_registers(tile.groups, fetching=False)
+            self.compute(group, y, place, memory)
+
+        lax.cond(group == tile.groups, fetch, compute)
 
     # ---- one warpgroup ---------------------------------------------------------------------------------------------
 
@@ -187,17 +193,13 @@ class Program:
     # ---- the others ------------------------------------------------------------------------------------------------
 
     def compute(self, group: Any, y: Any, place: Place, memory: dict[str, Any]) -> None:
-        plgpu, tile = backend(), self.tile
-        rows = tile.blocks.m // tile.groups
-        first = group * rows
-        acc = plgpu.ACC((rows, tile.blocks.n), jnp.float32)
-        result = pl.run_scoped(lambda acc: self.multiply(acc, first, rows, memory), acc)
+        plgpu, tile, share = backend(), self.tile, share_of(self.tile)
+        acc = plgpu.ACC(share.sums, jnp.float32)
+        result = pl.run_scoped(lambda acc: self.multiply(acc, group, share, memory), acc)
         if self.kinds:
             plgpu.barrier_wait(memory["ready"].at[0])
-        for part in range(tile.parts):
-            to = self.result.rows(memory["outs"], (part,), first, rows)
-            columns = slice(part * tile.row, (part + 1) * tile.row)
-            to[...] = self.finished(result[:, columns].astype(tile.op.out.dtype), columns, to, memory)
+        for part in share.parts(group, self.result, memory["outs"]):
+            part.store(self.finished(result[part.of].astype(tile.op.out.dtype), part, memory))
         plgpu.commit_smem()
         if tile.groups > 1:
             plgpu.barrier_arrive(memory["done"].at[0])
@@ -211,10 +213,10 @@ class Program:
                     plgpu.copy_smem_to_gmem(lies, self.there(y, rows, part, place))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def multiply(self, acc: Any, first: Any, rows: int, memory: dict[str, Any]) -> Any:
-        """The sum of all products, for `rows` rows of the tile from the first one on."""
+    def multiply(self, acc: Any, group: Any, share: Upright | Turned, memory: dict[str, Any]) -> Any:
+        """The sum of all products of a warpgroup's share."""
         plgpu, tile = backend(), self.tile
-        down = tile.taps[0]
+        down, lefts, rights = tile.taps[0], (self.left, memory["lefts"]), (self.right, memory["rights"])
 
         def step(i: Any, _: Any) -> None:
             left = rem(i, tile.left_stages)
@@ -224,8 +226,7 @@ class Program:
                 right = rem(j, tile.right_stages)
                 plgpu.barrier_wait(memory["right_there"].at[right])
                 for d in range(tile.deep):
-                    a = self.left.rows(memory["lefts"], (left, d), first + tile.below(tap) * tile.wide, rows)
-                    plgpu.wgmma(acc, a, self.right.part(memory["rights"], right, d))
+                    share.multiply(acc, group, lefts, rights, At(left, right, tap, d))
                 plgpu.wgmma_wait(tile.deep)  # what came before these products is done
 
                 @pl.when(j > 0)
@@ -237,18 +238,13 @@ class Program:
         lax.fori_loop(0, tile.steps, step, None)
         return acc[...]
 
-    def finished(self, part: Any, columns: slice, place: Any, memory: dict[str, Any]) -> Any:
+    def finished(self, sums: Any, part: Part, memory: dict[str, Any]) -> Any:
         """A part of the tile's columns, after the epilogue."""
         if self.epilogue is None:
-            return part
-        layout, vectors, given = backend().Layout.WGMMA, iter(memory["vectors"]), []
-        for kind in self.kinds:
-            if kind == WHOLE:
-                given.append(load(place, layout))
-                continue
-            vector = load(next(vectors).at[pl.ds(columns.start, self.tile.row)], layout.reduce(0))
-            given.append(lax.broadcast_in_dim(vector, part.shape, (1,)))
-        return self.epilogue.apply(part, *given)
+            return sums
+        vectors = iter(memory["vectors"])
+        given = [part.load() if kind == WHOLE else part.spread(next(vectors), sums.shape) for kind in self.kinds]
+        return self.epilogue.apply(sums, *given)
 
 
 @dataclass(frozen=True)

@@ -171,9 +171,11 @@ class Tile:
     @property
     def fits(self) -> bool:
         blocks = self.blocks
-        whole = blocks.m % (GROUP * self.groups) == 0 and blocks.m * blocks.n <= SUMS * self.groups
+        rows, columns = (8, GROUP * self.groups) if blocks.turned else (GROUP * self.groups, GROUP)
+        whole = blocks.m % rows == 0 == blocks.n % columns and blocks.m * blocks.n <= SUMS * self.groups
+        whole = whole and not (blocks.turned and (self.row != GROUP or blocks.m > WIDEST))  # a part is one of 16 bits
         divides = self.channels % blocks.k == 0 and self.op.n % blocks.n == 0
-        divides = divides and blocks.k % self.row == 0 and blocks.n % GROUP == 0
+        divides = divides and blocks.k % self.row == 0
         largest = max(*(band.count for band in self.bands), self.wide, blocks.n) <= WIDEST
         return whole and divides and largest and self.right_stages > 0
 

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 
 from coalesce.kernels.attention import COLUMN, Dim, full, Place, ROW, unraveled
 from coalesce.kernels.tiles import along, below, down
-from coalesce.kernels.triton import both, launch, load, store
+from coalesce.kernels.triton import both, div, launch, load, rem, store
 from coalesce.kernels.windows import power
 
 PROGRAM = 1024  # elements of a value: with four warps, 16 bytes a thread in 16 bits
@@ -65,7 +65,7 @@ def run(what: Rows, places: Sequence[Place], outs: Sequence[jax.ShapeDtypeStruct
         column = jnp.arange(columns, dtype=jnp.int32)
         rows, valid = down(below(row, what.count, block)), along(below(column, what.n, columns))
         at: dict[Dim, Any] = {ROW: row[:, None], COLUMN: column[None, :], None: full(0)}
-        at |= dict(enumerate(unraveled(row[:, None], what.sizes)))
+        at |= dict(enumerate(each(row[:, None], what.sizes)))
 
         def tile(place: Place) -> Any:
             ref = next(found)
@@ -90,6 +90,11 @@ def run(what: Rows, places: Sequence[Place], outs: Sequence[jax.ShapeDtypeStruct
         warps=MORE_WARPS if columns > MANY else WARPS,
         stages=1,
     )
+
+
+def each(row: Any, sizes: Sequence[int]) -> list[Any]:
+    """A row's place in each dimension."""
+    return [div(row, prod(sizes[1:])), *unraveled(rem(row, prod(sizes[1:])), sizes[1:])] if sizes else []
 
 
 def index(place: Place, at: dict[Dim, Any], lane: Any) -> tuple[Any, ...]:

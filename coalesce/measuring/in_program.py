@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from coalesce.waiting import block_until_ready
+
 NOISE = np.random.default_rng(0).standard_normal(1 << 16)  # a GPU runs at a higher clock on zeros
 
 
@@ -62,7 +64,7 @@ def array(struct: jax.ShapeDtypeStruct) -> jax.Array:
 def timed(run: Callable[[], Any]) -> float:
     """Seconds of one call, until its results are there."""
     start = time.perf_counter()
-    jax.block_until_ready(run())
+    block_until_ready(run())
     return time.perf_counter() - start
 
 

@@ -24,6 +24,7 @@ from jax.sharding import SingleDeviceSharding
 
 from coalesce import jaxpr as J
 from coalesce.bank import default_device
+from coalesce.waiting import block_until_ready
 
 KIND = "pinned_host"
 LITTLE = 256 * 2**10  # bytes
@@ -85,7 +86,7 @@ def can_leave(device: Any) -> bool:
 
 def seen(x: jax.Array) -> np.ndarray:
     """What a program has left in memory of the host, where it lies; waits until it is there."""
-    x.block_until_ready()
+    block_until_ready(x)
     memory: Any = (ctypes.c_uint8 * x.nbytes).from_address(x.unsafe_buffer_pointer())
     memory.array = x  # which is there as long as somebody looks at it
     return np.ndarray(x.shape, x.dtype, memory)

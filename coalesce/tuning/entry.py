@@ -71,10 +71,13 @@ def named(candidate: str) -> tuple[str, Blocks | None]:
 
 def blocks_of(text: str) -> Blocks:
     """Raises ValueError if `text` is not what `str` of Blocks gives."""
-    found = re.fullmatch(r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+)", text)
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+)( turned)?", text)
     if not found:
         raise ValueError(f"{text!r} are no blocks; expected such as 64x64x32 w4 s3")
-    sizes = tuple(int(size) for size in found.groups())
-    if any(size < 1 or size & (size - 1) for size in sizes[:3]) or min(sizes) < 1:
-        raise ValueError(f"{text!r} are no blocks: sizes are powers of two, warps and stages 1 at least")
-    return Blocks(*sizes)
+    *numbers, turned = found.groups()
+    m, n, k, warps, stages = sizes = tuple(map(int, numbers))
+    odd = [size for size in (m, n, k) if size & (size - 1) and not (size == n == 192 or (turned and size == m))]
+    if odd or min(sizes) < 1 or (turned and m % 8):
+        why = "sizes are powers of two (n may be 192, m a multiple of 8 if turned), warps and stages 1 at least"
+        raise ValueError(f"{text!r} are no blocks: {why}")
+    return Blocks(m, n, k, warps, stages, turned is not None)
