@@ -13,7 +13,6 @@ import jax
 from jax import lax
 
 from coalesce import jaxpr as J
-from coalesce.blocks import Blocks
 from coalesce.bundle import Bundle, items, Pack, Step
 from coalesce.heavy import heavy_op, HeavyOp
 from coalesce.kernels import mosaic_gemm
@@ -36,14 +35,18 @@ def in_place(pack: Pack, slices: Slices) -> tuple[Pack, J.Atom] | None:
     (member,) = pack.members
     eqn = slices.get((member.family, member.eqn.invars[0]))
     op = convolution(pack.op, eqn) if eqn else None
-    if not eqn or not op or (pack.kernel == "mosaic_gemm" and not by_tma(op, pack.blocks)):
+    if not eqn or not op or (pack.kernel == "mosaic_gemm" and not by_tma(op, pack)):
         return None
     return replace(pack, op=op), eqn.invars[0]
 
 
-def by_tma(op: HeavyOp, blocks: Blocks | None) -> bool:
-    """Whether mosaic_gemm runs it, in tiles of the same size."""
-    return mosaic_gemm.supports(op) and (blocks is None or tile_of(op, blocks) is not None)
+def by_tma(op: HeavyOp, pack: Pack) -> bool:
+    """Whether mosaic_gemm runs it, in as many tiles of the same size: positions of an image, which a product's are not,
+    may need more."""
+    if not mosaic_gemm.supports(op) or pack.blocks is None:
+        return mosaic_gemm.supports(op)
+    tile, own = tile_of(op, pack.blocks), tile_of(pack.op, pack.blocks)
+    return tile is not None and own is not None and tile.count <= own.count
 
 
 def convolution(op: HeavyOp, eqn: J.Eqn) -> HeavyOp | None:

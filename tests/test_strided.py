@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -9,6 +11,7 @@ from jax import lax
 
 import coalesce
 from coalesce import jaxpr as J
+from coalesce.blocks import Blocks
 from coalesce.bundle import packs
 from coalesce.fused import Fused
 from coalesce.strided import in_place, slices_in
@@ -77,3 +80,19 @@ def test_other_kernels_read_slices():
     assert in_place(pack, slices_in(program.bundle)) is None
     for got, p, x in zip(program(inputs), params, inputs, strict=True):
         assert_same(got, CASES["every second"][0](p, *x))
+
+
+def test_by_tma_only_in_as_few_tiles():
+    """200 positions of a product in one tile are 25 rows of an image by 8 columns, which has 14 of each."""
+    image, weights = (14, 14, 64), jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
+
+    def apply(params, x):
+        return lax.dot_general(lax.slice(x, (0,) * 4, x.shape, (1, 2, 2, 1)), params, (((3,), (0,)), ((), ())))
+
+    x = jax.ShapeDtypeStruct((1, 28, 28, 64), jnp.bfloat16)
+    programs = [coalesce.trace(apply, weights, x, name=name) for name in "ab"]
+    bundle = coalesce.fuse(programs, choose_kernel=lambda *_: "mosaic_gemm", platform="gpu").bundle
+    (pack,) = packs(bundle.schedule)
+    assert pack.op.m == image[0] * image[1]
+    for blocks, reads in ((Blocks(128, 64, 64, 8, 1), True), (Blocks(200, 64, 64, 4, 1, turned=True), False)):
+        assert (in_place(replace(pack, blocks=blocks), slices_in(bundle)) is not None) == reads
