@@ -84,8 +84,9 @@ def spread_out(l50_ns: int, spread: float, rng: Random) -> int:
 class HostTimes(Protocol):
     """What the host takes, asked anew each time."""
 
-    def wake(self, ended: bool) -> int:
-        """Until the driver's thread is told what happens while it waits: that a bundle ended, or anything else."""
+    def wake(self, ended: bool, busy_ns: int) -> int:
+        """Until the driver's thread is told what happens while it waits: that a bundle ended, or anything else; and for
+        how long the device still has work, which a CPU's does on the same cores."""
         ...
 
     def decide(self, event: Event, commands: Sequence[Command]) -> int:
@@ -119,7 +120,7 @@ class Host:
     tell_ns: int = 0
     wake_ns: int = 0
 
-    def wake(self, ended: bool) -> int:
+    def wake(self, ended: bool, busy_ns: int) -> int:
         return self.wake_ns
 
     def decide(self, event: Event, commands: Sequence[Command]) -> int:
@@ -153,7 +154,7 @@ class SerialHost:
     wake_ns: int = 0
     spread: float = 1.0
 
-    def wake(self, ended: bool) -> int:
+    def wake(self, ended: bool, busy_ns: int) -> int:
         return self._drawn(self.wake_ns)
 
     def decide(self, event: Event, commands: Sequence[Command]) -> int:

@@ -61,7 +61,7 @@ class Simulation:
         self._withdrawn: set[int] = set()
         self._wanted: set[tuple[Entry, ...]] = set()
         self._compiled_ns = 0
-        self._device_ns = 0  # when it is done with what it has
+        self.device_ns = 0  # when it is done with what it has
         self._told_ns = 0  # when the policy is told of the last bundle
         self._seen_ns = 0  # when anybody saw that it was done
         self._results_ns = 0  # what handing its results out took from then on
@@ -150,7 +150,7 @@ class Simulation:
             if bring_ns:
                 begun_ns = self.driver_ns
                 brought_ns = self.driver_ns = begun_ns + bring_ns
-        start_ns = max(self._device_ns, brought_ns)
+        start_ns = max(self.device_ns, brought_ns)
         end_ns = start_ns + self._takes(executable, self._rng)
         failed = False
         if self._faults is not None:
@@ -161,7 +161,7 @@ class Simulation:
         run.lanes += sum(map(len, command.lanes))
         run.widths += sum(entry.width for entry in executable.entries)
         run.mixed += len(command.lanes) > 1
-        self._device_ns = end_ns
+        self.device_ns = end_ns
         self._bundles[command.bundle] = command
         completed = Completed(command.bundle, start_ns, end_ns, failed, bring_ns)
         if bring_ns:

@@ -112,7 +112,10 @@ def go(simulation: Simulation, arrivals: Iterator[Arrival], until_ns: int, host:
         if time_ns >= until_ns:
             return
         busy_ns = simulation.driver_ns
-        now_ns = busy_ns if time_ns < busy_ns else time_ns + host.wake(happens and next_ns == time_ns)
+        if time_ns < busy_ns:
+            now_ns = busy_ns
+        else:
+            now_ns = time_ns + host.wake(happens and next_ns == time_ns, max(0, simulation.device_ns - time_ns))
         simulation.run.end_ns = now_ns
         if heap and heap[0][0] <= now_ns and isinstance(heap[0][2], Completed):
             at_ns, serial, event = heappop(heap)

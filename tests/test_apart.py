@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -460,7 +461,7 @@ def test_who_traces_sleeps_while_somebody_serves_but_no_more_than_half_of_the_ti
     at_work = set[object]()
     clock = Clock({3: at_work.clear})
     monkeypatch.setattr(gil, "time", clock)
-    give_way = giving_way(at_work)
+    give_way = partial(giving_way(at_work), sys._getframe(), "call", None)
     give_way()
     assert clock.naps == 0  # nobody serves
     at_work.add("driver")
@@ -480,12 +481,43 @@ def test_who_traces_sleeps_while_somebody_serves_but_no_more_than_half_of_the_ti
 def test_who_traces_sleeps_for_a_moment_now_and_then(monkeypatch):
     clock = Clock({})
     monkeypatch.setattr(gil, "time", clock)
-    give_way = giving_way(set())
+    give_way = partial(giving_way(set()), sys._getframe(), "call", None)
     for _ in range(10):
         give_way()
         clock.now_s += 0.6 * STRETCH_S
     assert clock.naps == 4
     assert clock.now_s == pytest.approx(6 * STRETCH_S + 4 * BREATH_S)
+
+
+def test_an_interrupt_of_who_gives_way_leaves_no_lock_held_and_no_profiler_that_is_gone(monkeypatch):
+    """It comes where a Python function begins, as it may without: a lock is left by one of C, which would not run."""
+
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    always = SimpleNamespace(perf_counter=iter(range(10_000)).__next__, sleep=interrupt, monotonic=lambda: 0.0)
+    monkeypatch.setattr(gil, "time", always)
+    monkeypatch.setattr(handing_on, "_served_s", 0.0)
+    lock, came = threading.Lock(), list[str]()
+    with pytest.raises(KeyboardInterrupt), handing_on():
+        with lock:
+            came.append("locked")
+        came.append("left")
+        what(came)
+        came.append("after")
+    assert came == ["locked", "left"] and not lock.locked() and sys.getprofile() is None
+    with handing_on():
+        profiler = weakref.ref(sys.getprofile())  # pyright: ignore
+        sys.setprofile(None)  # as an interrupt does, maybe after Python has looked whom to call
+        assert profiler() is not None
+    give_way = giving_way(set())
+
+    def __exit__() -> None:
+        give_way(sys._getframe(), "call", None)
+
+    __exit__()
+    with pytest.raises(KeyboardInterrupt):
+        give_way(sys._getframe(), "call", None)
 
 
 def test_whoever_makes_something_gives_way_where_requests_were_served_lately(monkeypatch):

@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import CancelledError, Future, wait
+from concurrent.futures import CancelledError, wait
 
 import pytest
 
@@ -563,19 +563,20 @@ def test_who_is_interrupted_waits_for_what_was_ordered(monkeypatch):
     """Else a slot that is given back would be written to."""
     waited_for, done = threading.Event(), list[int]()
 
-    class Interrupted(Future[None]):
-        def result(self, timeout: float | None = None) -> None:
-            raise KeyboardInterrupt
+    class Interrupted(orders.Outcome):
+        times = 0
 
-    def wait_for(ordered: Sequence[Future[None]]) -> None:
-        waited_for.set()
-        wait(ordered, 10)
+        def wait(self) -> None:
+            self.times += 1
+            if self.times == 1:
+                raise KeyboardInterrupt
+            waited_for.set()
+            super().wait()
 
     def put(order: Order) -> None:
         threading.Thread(target=lambda: waited_for.wait(10) and order.do()).start()
 
-    monkeypatch.setattr(orders, "Future", Interrupted)
-    monkeypatch.setattr(orders, "wait", wait_for)
+    monkeypatch.setattr(orders, "Outcome", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         orders.Orders().carry_out(put, lambda: done.append(1) or ())
     assert done == [1]

@@ -14,7 +14,7 @@ from coalesce.scheduler.request import Tenant
 from coalesce.scheduler.run import Run
 from coalesce.scheduler.simulator import simulate
 from coalesce.scheduler.workloads import arrive_apart
-from experiments.measured_machine import BLOCK_NS, host_of, MeasuredDevice, Moment, Ran, Stretches
+from experiments.measured_machine import BLOCK_NS, host_of, MeasuredDevice, MeasuredHost, Moment, Ran, Stretches, Woken
 
 pytestmark = pytest.mark.once
 
@@ -31,8 +31,8 @@ def run(host: Host, **options: object) -> Run:
 
 def test_a_host_is_found_in_its_log():
     found = host_of([run(HOST).log])
-    for ended in (False, True):
-        assert len(found.wakes[ended].times_ns) > 20 and set(found.wakes[ended].times_ns) == {HOST.wake_ns}
+    for kind, times in found.wakes.items():
+        assert len(times.times_ns) > 20 and set(times.times_ns) == {HOST.wake_ns}, kind
     assert {*found.busy[True].times_ns, *found.busy[False].times_ns} == {HOST.decide_ns}
 
 
@@ -98,6 +98,16 @@ def replace_id(entries: tuple) -> Executable:
     return Executable(0, entries, 1, 1)
 
 
+def test_who_wakes_up_beside_a_run_waits_for_a_core_until_it_is_done():
+    """It takes 5 on an idle device, 70 beside a run; one that has 20 left is told of 25 later, one with 80 left 70."""
+    idle, beside = ([[Moment(0, ns)]] for ns in (5, 70))
+    kinds = {
+        Woken(ended, busy): Stretches(beside if busy else idle) for ended in (False, True) for busy in (False, True)
+    }
+    host = MeasuredHost(kinds, {}, lambda: 0)
+    assert [host.wake(False, busy_ns) for busy_ns in (0, 20, 80)] == [5, 25, 70]
+
+
 def test_a_log_that_says_nothing_is_a_host_that_takes_no_time():
     host = host_of([[]])
-    assert (host.wake(True), host.tell(), host.decide(Timer(), []), host.dispatch()) == (0, 0, 0, 0)
+    assert (host.wake(True, 0), host.tell(), host.decide(Timer(), []), host.dispatch()) == (0, 0, 0, 0)

@@ -365,6 +365,19 @@ def test_removed_tenants_free_their_place_and_their_name():
         assert not rt.stats().tenants
 
 
+def test_who_removes_a_tenant_twice_does_not_remove_another_of_its_name():
+    """A thread may look a tenant up, and go on when others have removed it and given its name away."""
+    with checked_runtime(widths=(1,), capacity=2) as rt:
+        rt.add_tenant("t0", mlp, mlp_params(0), example=(row(0),), slo=SLO)
+        gone = rt._tenancy.residents["t0"]
+        rt.remove_tenant("t0", timeout=60.0)
+        rt.add_tenant("t0", mlp, mlp_params(1), example=(row(0),), slo=SLO)
+        rt._tenancy.remove(gone, True, 60.0)
+        check(rt.submit("t0", row(2)).result(60), np.asarray(jax.jit(mlp)(mlp_params(1), row(2))))
+        rt.remove_tenant("t0", timeout=60.0)
+        assert not rt._tenancy._names and not rt._stations[0].device.hosts
+
+
 @pytest.mark.parametrize("segments", [1, 3])
 def test_device_memory_returns_to_where_it_was(segments):
     held = held_from_now()

@@ -7,12 +7,12 @@ import pytest
 
 from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.workloads import gamma
-from experiments.sim_vs_real_stolen import disturbed_ns, Ran, Served, stolen_ns
+from experiments.sim_vs_real_stolen import disturbed_ns, Ran, Served, stolen_ns, taken_ns
 
 pytestmark = pytest.mark.once
 US = 1_000
 EACH = 120 * US
-END = 4_000_000 * US
+END = 8_000_000 * US
 
 
 def served(each_ns: int) -> tuple[Served, list[int]]:
@@ -51,6 +51,9 @@ def test_nothing_is_found_where_nothing_came():
 
 
 def test_who_comes_because_a_run_is_longer_makes_it_longer_still():
-    arrivals = [5, 104, 109, 120]
-    assert disturbed_ns(arrivals, 5, 0, 100) == 15 and disturbed_ns(arrivals, 5, 6, 100) == 10
-    assert disturbed_ns(arrivals, 5, 0, 5) == 0 == disturbed_ns(arrivals, 0, 0, 100)
+    """Of 50 that one takes, all of who comes first; half of the time that the run goes on with who comes last."""
+    arrivals = [50, 1040, 1090, 1200]
+    assert disturbed_ns(arrivals, 50, 0, 900) == 50
+    assert disturbed_ns(arrivals, 50, 0, 1000) == 50 + (1059 - 1040) // 2
+    assert taken_ns(arrivals, 50, 0, 1059) == 59 and taken_ns(arrivals, 50, 60, 1200) == 50 + (1200 - 1140) // 2
+    assert disturbed_ns(arrivals, 50, 0, 50) == 0 == disturbed_ns(arrivals, 0, 0, 1000)

@@ -6,11 +6,15 @@ programs are made, also on a user's thread, it does so after EAGER_S. That is a 
 was before is remembered here for all runtimes, and comes back with the last of them that makes something.
 
 Who traces would have the lock back as soon, over and over, while a driver decides: so it gives way. It looks at every
-call of a function (`sys.setprofile`, which is a thread's own) whether somebody serves right now, and sleeps until that
-is done: up to GIVEN_S, and then it works for as long before it does so again. After every STRETCH_S of work it sleeps
-for a moment whoever serves: Linux puts who wakes up on a processor that is taken, though it has a free one, and there
-he would wait for the next tick. Where nobody was served lately, and on a thread that has a profiler already, it does
-neither.
+call of a Python function (`sys.setprofile`, which is a thread's own) whether somebody serves right now, and sleeps
+until that is done: up to GIVEN_S, and then it works for as long before it does so again. After every STRETCH_S of work
+it sleeps for a moment whoever serves: Linux puts who wakes up on a processor that is taken, though it has a free one,
+and there he would wait for the next tick. Where nobody was served lately, and on a thread that has a profiler already,
+it does neither.
+
+An interrupt (Ctrl-C) that finds it asleep is raised there, as it may be at the beginning of any function. So it sleeps
+at no call of a function in C, which would not be called then, such as a lock's that lets go of it, and in none that
+leaves a context.
 
 Whoever waits for the lock asks for it after EAGER_S, by a timer. Linux lets timers come up to 50 us later, so that it
 wakes up for several at once: beside a thread that computes a nap and the lock took 172 us in the median, and 17 where
@@ -33,6 +37,7 @@ NAP_S = 2e-4  # who wakes up takes the lock for a moment
 STRETCH_S = 3e-4  # with a BREATH_S after it
 BREATH_S = 5e-5
 LATELY_S = 10.0
+LEAVING = frozenset({"__exit__", "__aexit__", "__del__"})
 TIMER_SLACK = 29  # what Linux calls it
 
 
@@ -73,7 +78,9 @@ class Eagerness:
                 sys.setswitchinterval(min(self._usual_s, EAGER_S))
             self._holders += 1
         if gives_way:
-            sys.setprofile(giving_way(self._at_work))
+            # Held here: an interrupt in it takes it away, maybe from Python itself, which is about to call it.
+            profile = giving_way(self._at_work)
+            sys.setprofile(profile)
         try:
             yield
         finally:
@@ -86,11 +93,13 @@ class Eagerness:
 
 
 def giving_way(at_work: Collection[object]) -> Callable[..., Any]:
-    """What a thread does at every call of a function."""
+    """What a thread does at every event of a profiler."""
     not_before_s, due_s = 0.0, time.perf_counter() + STRETCH_S
 
-    def give_way(*_: Any) -> None:
+    def give_way(frame: Any, event: str, _: Any) -> None:
         nonlocal not_before_s, due_s
+        if event != "call" or frame.f_code.co_name in LEAVING:
+            return
         now_s = time.perf_counter()
         if at_work and now_s >= not_before_s:
             while at_work and time.perf_counter() < now_s + GIVEN_S:

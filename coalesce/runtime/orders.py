@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError, wait
 from typing import NamedTuple
 
 from coalesce.scheduler.events import Event
@@ -18,9 +17,34 @@ class Order(NamedTuple):
     do: Callable[[], Sequence[Event]]
 
 
+class Outcome:
+    """Of an order that one thread waits for. An interrupt of that may leave the lock of a condition held, as a future
+    has one, and the driver would wait for it for good: here nobody waits for a lock that who waits has."""
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+        self._is_there = False
+        self._untold = [True]  # whoever takes that out tells it
+        self._told = threading.Lock()
+        self._told.acquire()
+
+    def tell(self, error: BaseException | None) -> None:
+        """Only the first counts."""
+        try:
+            self._untold.pop()
+        except IndexError:
+            return
+        self.error, self._is_there = error, True
+        self._told.release()
+
+    def wait(self) -> None:
+        while not self._is_there:
+            self._told.acquire()
+
+
 class Orders:
     def __init__(self) -> None:
-        self._open: set[Future[None]] = set()
+        self._open: set[Outcome] = set()
         self._error: Exception | None = None
         self._lock = threading.Lock()
 
@@ -30,40 +54,35 @@ class Orders:
         Who is interrupted (Ctrl-C) waits too, before that is raised: whoever undoes what an order was for must not be
         ahead of it.
         """
-        done = Future[None]()
+        outcome = Outcome()
         with self._lock:
             if self._error is not None:
                 raise self._error
-            self._open.add(done)
-        put(Order(lambda: self._try(do, done)))
+            self._open.add(outcome)
+        put(Order(lambda: self._try(do, outcome)))
         try:
-            done.result()
-        except BaseException:  # its own, or an interrupt's
-            wait([done])
+            outcome.wait()
+        except BaseException:  # an interrupt's
+            outcome.wait()
             raise
         finally:
             with self._lock:
-                self._open.discard(done)
+                self._open.discard(outcome)
+        if outcome.error is not None:
+            raise outcome.error
 
-    def _try(self, do: Callable[[], Sequence[Event]], done: Future[None]) -> Sequence[Event]:
+    def _try(self, do: Callable[[], Sequence[Event]], outcome: Outcome) -> Sequence[Event]:
         try:
             events = do()
         except BaseException as e:
-            end(done, e)
+            outcome.tell(e)
             return ()
-        end(done, None)
+        outcome.tell(None)
         return events
 
     def fail_all(self, error: Exception) -> None:
         with self._lock:
             self._error = self._error or error
             waiting = list(self._open)
-        for done in waiting:
-            end(done, error)
-
-
-def end(done: Future[None], error: BaseException | None) -> None:
-    try:
-        done.set_exception(error) if error is not None else done.set_result(None)
-    except InvalidStateError:  # whoever waited was told before
-        return
+        for outcome in waiting:
+            outcome.tell(error)

@@ -76,8 +76,8 @@ class Tenancy:
             if wanted.name in self._names:
                 raise InvalidInput(f"there is a tenant {wanted.name!r} already; update_tenant gives it other weights")
             self._names.add(wanted.name)
-        resident = Resident(wanted.name, wanted.fn, wanted.shapes, wanted.terms)
         try:
+            resident = Resident(wanted.name, wanted.fn, wanted.shapes, wanted.terms)
             with handing_on():
                 if wanted.verify:
                     check_examples(wanted.name, wanted.shapes, wanted.params)
@@ -106,8 +106,6 @@ class Tenancy:
         LOG.info("tenant %r has other weights", resident.name)
 
     def remove(self, resident: Resident, drain: bool, timeout_s: float | None) -> None:
-        if self.residents.pop(resident.name, None) is None:
-            return  # another thread removes it
         left, driver = Future[None](), resident.driver
 
         def free() -> None:
@@ -121,7 +119,12 @@ class Tenancy:
                 LOG.info("tenant %r has left", resident.name)
                 left.set_result(None)
 
-        threading.Thread(target=free, name=f"coalesce-remove-{resident.name}", daemon=True).start()
+        freeing = threading.Thread(target=free, name=f"coalesce-remove-{resident.name}", daemon=True)
+        with self._lock:
+            if self.residents.get(resident.name) is not resident:
+                return  # another thread removes it, or has, and another tenant has its name
+            del self.residents[resident.name]
+        freeing.start()  # at once: who is interrupted before has removed nothing
         try:
             left.result(timeout_s)
         except TimeoutError:
