@@ -27,6 +27,8 @@ from absl import flags
 from experiments.alone import ASK, DONE, GRANTED, TURNS
 
 ENDED = b"x"
+STOPS_S = 1.0  # that a process is waited for to stop
+LOOKS_S = 0.001
 SETTLES_S = 0.03  # what stopped processes have given to the device is done by then
 HELP = "Pass --help"  # how absl ends what it says of a flag
 OF_A_CELL = ("out", "force")
@@ -116,10 +118,14 @@ class Beside:
     @contextmanager
     def stopped(self, but: int) -> Iterator[None]:
         others = [process for number, process in list(self.running.items()) if number != but]
+        # Each by itself first: while it starts another process it cannot stop before that one runs, which a signal to
+        # both of them would keep it from.
         for process in others:
-            signal_all(process, signal.SIGSTOP)
+            signal_one(process, signal.SIGSTOP)
         for process in others:
             wait_for_stop(process)
+        for process in others:
+            signal_all(process, signal.SIGSTOP)
         time.sleep(SETTLES_S if others else 0)
         try:
             yield
@@ -149,9 +155,19 @@ def tell_end(process: subprocess.Popen[bytes], ask: int) -> None:
 
 
 def wait_for_stop(process: subprocess.Popen[bytes]) -> None:
-    """Or its end: a signal waits for whoever is in a call of the system, which takes its time where much runs."""
+    """Or its end: a signal waits for whoever is in a call of the system, which takes its time where much runs. Not for
+    ever: all but the thread that is in that call stand still."""
+    until = time.monotonic() + STOPS_S
     with suppress(ChildProcessError):  # `tell_end` has seen its end
-        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        while not os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG):
+            if time.monotonic() > until:
+                return
+            time.sleep(LOOKS_S)
+
+
+def signal_one(process: subprocess.Popen[bytes], number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(process.pid, number)
 
 
 def signal_all(process: subprocess.Popen[bytes], number: int) -> None:

@@ -55,6 +55,21 @@ wait(lambda: count() > before)
 (out / "enough").touch()
 """
 
+STARTS = """
+os.mkfifo(out / "pipe")
+(out / "starts").write_text(str(os.getpid()))
+opens = (os.POSIX_SPAWN_OPEN, 0, str(out / "pipe"), os.O_RDONLY, 0)
+os.posix_spawn(sys.executable, [sys.executable, "-c", ""], dict(os.environ), file_actions=[opens])
+"""
+TIMES_BESIDE_A_START = """
+wait(lambda: (out / "starts").exists() and (out / "starts").read_text())
+pid = (out / "starts").read_text()
+wait(lambda: Path(f"/proc/{pid}/task/{pid}/children").read_text())
+with alone():
+    (out / "timed").touch()
+open(out / "pipe", "w").close()
+"""
+
 
 def run(folder: Path, *codes: str, budget_s: float | None = None) -> list[str]:
     """Each code in a process of its own, all of them at once; returns the folders in the order in which they ended."""
@@ -67,6 +82,14 @@ def run(folder: Path, *codes: str, budget_s: float | None = None) -> list[str]:
 def test_who_times_does_so_alone_and_the_others_go_on(tmp_path):
     assert sorted(run(tmp_path, COUNTS, TIMES)) == ["0", "1"]
     assert (tmp_path / "moved").read_text() == "0"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a start waits for is Linux's")
+def test_one_that_is_starting_a_process_is_not_waited_for_for_ever(tmp_path, monkeypatch):
+    """It stops when the other one runs, which here waits for somebody to open a pipe."""
+    monkeypatch.setattr("experiments.beside.STOPS_S", 0.1)
+    assert sorted(run(tmp_path, STARTS, TIMES_BESIDE_A_START)) == ["0", "1"]
+    assert (tmp_path / "timed").exists()
 
 
 def test_one_that_dies_in_its_turn_is_named_and_stops_nobody(tmp_path, capfd):

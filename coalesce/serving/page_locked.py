@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ from coalesce.waiting import block_until_ready
 
 KIND = "pinned_host"
 LITTLE = 256 * 2**10  # bytes
+ENOUGH = 4  # processors: for clients, the driver, whatever the device's own driver does, and who waits
 
 LOG = logging.getLogger("coalesce.runtime")
 
@@ -84,9 +86,16 @@ def can_leave(device: Any) -> bool:
         return False
 
 
+def processors() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def seen(x: jax.Array) -> np.ndarray:
-    """What a program has left in memory of the host, where it lies; waits until it is there."""
-    block_until_ready(x)
+    """What a program has left in memory of the host, where it lies; waits until it is there. That keeps a processor
+    busy, where there are enough of them."""
+    wait = block_until_ready if processors() >= ENOUGH else jax.block_until_ready
+    wait(x)
     memory: Any = (ctypes.c_uint8 * x.nbytes).from_address(x.unsafe_buffer_pointer())
     memory.array = x  # which is there as long as somebody looks at it
     return np.ndarray(x.shape, x.dtype, memory)
