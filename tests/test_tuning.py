@@ -230,7 +230,7 @@ def test_without_a_home_there_is_what_comes_along(monkeypatch):
 
 @pytest.mark.parametrize("text", [
     "0x16x16 w4 s3", "48x16x16 w4 s3", "16x16x16 w0 s3", "16x16 w4 s3", "100x64x64 w4 s3 turned",
-    "16x192x48 w4 s3", "16x16x16 w4 s3 upright",
+    "16x192x48 w4 s3", "192x192x64 w4 s3", "64x192x192 w4 s3", "16x16x16 w4 s3 upright",
 ])  # fmt: skip
 def test_blocks_that_are_none(text):
     with pytest.raises(ValueError, match="are no blocks"):

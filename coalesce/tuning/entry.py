@@ -76,8 +76,8 @@ def blocks_of(text: str) -> Blocks:
         raise ValueError(f"{text!r} are no blocks; expected such as 64x64x32 w4 s3")
     *numbers, turned = found.groups()
     m, n, k, warps, stages = sizes = tuple(map(int, numbers))
-    odd = [size for size in (m, n, k) if size & (size - 1) and not (size == n == 192 or (turned and size == m))]
-    if odd or min(sizes) < 1 or (turned and m % 8):
+    powers = [k, *([] if n == 192 else [n]), *([] if turned else [m])]
+    if any(size & (size - 1) for size in powers) or min(sizes) < 1 or (turned and m % 8):
         why = "sizes are powers of two (n may be 192, m a multiple of 8 if turned), warps and stages 1 at least"
         raise ValueError(f"{text!r} are no blocks: {why}")
     return Blocks(m, n, k, warps, stages, turned is not None)
