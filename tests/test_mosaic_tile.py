@@ -34,6 +34,13 @@ def test_tiles_fit():
     assert place(dot(784, 192, 192), 64, 128, 64, 4, 2) is None  # or N
 
 
+def test_one_place_is_enough_for_one_block_alone():
+    """It is freed when the next block has been multiplied, which would never come."""
+    assert place(dot(784, 64, 256), 64, 128, 64, 4, 1) == (1, 64, 13, 1, 1)
+    assert place(dot(784, 128, 256), 64, 128, 64, 4, 1) is None
+    assert place(conv(14, 14, 64, 64), 64, 64, 64, 4, 1) is None
+
+
 def test_turned_tiles_fit():
     op = dot(197, 3072, 768)
     assert place(op, 200, 192, 64, 12, 3, turned=True) == (1, 200, 1, 3, 3)

@@ -143,9 +143,11 @@ class Tile:
 
     @cached_property
     def right_stages(self) -> int:
-        """As many as the blocks say, or as there is work or room for; 0 if there is no room."""
-        most = min(self.blocks.stages, self.steps * self.taps[0])
-        return next((stages for stages in range(most, 0, -1) if self.bytes_with(stages) <= SHARED_BYTES), 0)
+        """As many as the blocks say, or as there is work or room for; 0 if there is room for too few: a place is freed
+        when the next block has been multiplied, so that one place alone would be waited for without an end."""
+        work = self.steps * self.taps[0]
+        most, fewest = min(self.blocks.stages, work), min(2, work)
+        return next((own for own in range(most, fewest - 1, -1) if self.bytes_with(own) <= SHARED_BYTES), 0)
 
     @property
     def left_stages(self) -> int:

@@ -137,5 +137,4 @@ def is_sensible_tile(one: Tile, images: int) -> bool:
     programs = one.count * (one.op.n // blocks.n) * images
     padded = one.count * blocks.m / one.op.m
     deep = one.deep > 1 and one.steps < 4  # fewer waits for a loop that hardly has any
-    waits = blocks.stages == 1 and one.steps * one.taps[0] > 1  # nothing is fetched ahead
-    return padded <= 1.5 and programs >= FEWEST and not deep and not waits
+    return padded <= 1.5 and programs >= FEWEST and not deep
