@@ -9,6 +9,7 @@ while it compiles, to choose among kernels, is not alone.
 from __future__ import annotations
 
 import os
+import select
 import shlex
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from absl import flags
 from experiments.alone import ASK, DONE, GRANTED, TURNS
 
 ENDED = b"x"
+TURN_S = 300.0  # of one process, at most
 STOPS_S = 1.0  # that a process is waited for to stop
 LOOKS_S = 0.001
 SETTLES_S = 0.03  # what stopped processes have given to the device is done by then
@@ -51,8 +53,10 @@ class Beside:
         self, cells: Sequence[Sequence[str]], ended: Callable[[Path], None], budget_s: float | None = None
     ) -> None:
         """Begin the cells in the order given, but none after so many seconds. `ended` gets the folder of each that has
-        ended, in the caller's thread. A process that fails is named on stderr."""
+        ended, in the caller's thread, and where the run is interrupted of all that have begun. A process that fails is
+        named on stderr."""
         until = time.monotonic() + (inf if budget_s is None else budget_s)
+        told: set[int] = set()
         with terminated_as_interrupted(), ThreadPoolExecutor(self.processes) as pool:
             started = {pool.submit(self.one, number, cell, until): number for number, cell in enumerate(cells)}
             try:
@@ -60,12 +64,16 @@ class Beside:
                     number = started[future]
                     if failure := future.result():
                         print(f"{' '.join(cells[number])}: {failure}", file=sys.stderr, flush=True)
+                    told.add(number)
                     ended(self.place(number))
             except BaseException:
                 with self.beginning:
                     self.over = True
                     for process in list(self.running.values()):
                         signal_all(process, signal.SIGKILL)
+                for number in sorted({*started.values()} - told):
+                    if self.place(number).exists():
+                        ended(self.place(number))
                 raise
 
     def place(self, number: int) -> Path:
@@ -94,26 +102,33 @@ class Beside:
                 start_new_session=True,  # a group of its own, so that it is stopped with all that it starts
             )
         threading.Thread(target=tell_end, args=(process, ask)).start()
-        self.grant_turns(number, asked, grant)
+        overdue = self.grant_turns(number, asked, grant)
         signal_all(process, signal.SIGKILL)  # what it has left running
+        while overdue and os.read(asked, 1) != ENDED:
+            pass
         status = process.wait()
         del self.running[number]
         for end in (asked, ask, granted, grant):
             os.close(end)
         lines = log.read_text(errors="replace").strip().splitlines()
         lines = [line for line in lines if not line.startswith(HELP)]
+        if overdue:
+            return f"ended, since it timed for more than {TURN_S:.0f} s without an end, while all others stood still"
         return (lines or [f"exit status {status}"])[-1] if status else ""
 
     def device_of(self, number: int) -> dict[str, str]:
         return {"CUDA_VISIBLE_DEVICES": str(number % self.devices)} if self.devices > 1 else {}
 
-    def grant_turns(self, number: int, asked: int, grant: int) -> None:
-        """Until the process ends."""
+    def grant_turns(self, number: int, asked: int, grant: int) -> bool:
+        """Until the process ends; whether it should, since one of its turns does not."""
         while os.read(asked, 1) == ASK:
             with self.turn, self.stopped(number):
                 os.write(grant, GRANTED)
+                if not select.select([asked], [], [], TURN_S)[0]:
+                    return True
                 if os.read(asked, 1) != DONE:
-                    return
+                    return False
+        return False
 
     @contextmanager
     def stopped(self, but: int) -> Iterator[None]:

@@ -114,16 +114,14 @@ class Scope:
         if not group.grow() or not group.side_by_side():
             return
         behind = group.trim()
-        left = group.left()
-        if not left:
+        left, at, family = group.left(), group.stands(behind), first.family
+        if not left or at is None:
             return
-        at, family = min(group.limit, max(group.places)), first.family
         if (part := group.part(left)) is not None:
             group.places.add(part)
             left = [v for _, v in group.gives(part)]
         self.moved |= {*group.places, *behind}
         steps = {p: step for p in (*group.places, *behind) if isinstance(step := self.items[p], Step)}
-        self.made.update(((family, v), at) for step in steps.values() for v in step.eqn.outvars)
         rounded = tuple(v for v in left if self.rounding((family, v)))
         results = tuple(v for v in left if not self.rounds_all((family, v)))
         inside = tuple(steps[p] for p in sorted(group.places))

@@ -170,6 +170,13 @@ class Group:
         found = [v for at in sorted(self.places) for f, v in self.gives(at) if self.is_left((f, v))]
         return found if all(map(self.may_leave, found)) else []
 
+    def stands(self, behind: set[int]) -> int | None:
+        """Before which place; None if something is read that is made after it, as where a kernel reads early what the
+        group would compute late."""
+        at, own = min(self.limit, max(self.places)), self.places | behind
+        makers = {self.scope.made.get(name, -1) for p in own for name in self.reads(p)}
+        return at if all(p < at for p in makers - own) else None
+
     def part(self, left: Sequence[Any]) -> int | None:
         """The place of a step that takes some rows of all that is left, alone reads it, and comes last."""
         name = (self.family, left[0])

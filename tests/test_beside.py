@@ -40,6 +40,18 @@ with alone():
 wait(lambda: count() > before)
 (out / "enough").touch()
 """
+NEVER_ENDS = """
+wait(count)
+with alone():
+    (out / "hangs").touch()
+    time.sleep(1000)
+"""
+SEES_A_TURN = """
+wait((out / "hangs").exists)
+before = count()
+wait(lambda: count() > before)
+(out / "enough").touch()
+"""
 DIES = """
 wait(count)
 with alone():
@@ -97,6 +109,12 @@ def test_one_that_dies_in_its_turn_is_named_and_stops_nobody(tmp_path, capfd):
     assert "it broke" in capfd.readouterr().err
 
 
+def test_a_turn_without_an_end_is_ended(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("experiments.beside.TURN_S", 0.2)
+    assert sorted(run(tmp_path, COUNTS, NEVER_ENDS, SEES_A_TURN)) == ["0", "1", "2"]
+    assert "ended, since it timed for more than 0 s" in capfd.readouterr().err
+
+
 def test_no_cell_begins_when_the_budget_is_spent(tmp_path, capfd):
     run(tmp_path, "(out / 'begun').touch()", budget_s=0)
     assert "not begun, since the budget is spent" in capfd.readouterr().err
@@ -105,13 +123,17 @@ def test_no_cell_begins_when_the_budget_is_spent(tmp_path, capfd):
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_ended_leaves_no_process(end, tmp_path):
+    seen: list[str] = []
+
     def ended(place: Path) -> None:
-        assert place.name == "1"
-        os.kill(os.getpid(), end)
+        seen.append(place.name)
+        if seen == ["1"]:
+            os.kill(os.getpid(), end)
 
     beside = Beside([sys.executable, "-c"], 2, tmp_path, dict(os.environ))
     with pytest.raises(KeyboardInterrupt):
         beside.measure([[HEAD + COUNTS], [HEAD + "wait(count)"], [HEAD + COUNTS]], ended)
+    assert seen[:2] == ["1", "0"]  # what it has left is not lost
     assert not beside.running and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert not (tmp_path / "2" / "log").exists() or not (tmp_path / "2" / "log").read_text()
 

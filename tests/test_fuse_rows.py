@@ -159,6 +159,26 @@ def test_sums_of_what_is_written_anyway_go_along():
 
 
 @pytest.mark.once
+def test_what_is_wanted_before_the_rest_can_be_there_stays():
+    """A product reads early what a reduction behind it is of; another group stands between a value and its reader."""
+
+    def early(p, x, y):
+        bent = jnp.tanh(x)
+        z = jnp.sort(bent, axis=0) + y
+        total = z * 2.0 + x
+        mean, squares = total.mean(-1, keepdims=True), (bent * total).mean(-1, keepdims=True)
+        return (total - mean) * squares + bent.sum(-1, keepdims=True)
+
+    def between(p, x, y):
+        first = normed(x)
+        z = jnp.sort(first, axis=0) * first
+        return normed(z) + first, normed(first + y)
+
+    for fn in (early, between):
+        check_fused([(fn, {}, (array(5, 40), array(5, 40))) for _ in range(2)], **GPU)
+
+
+@pytest.mark.once
 def test_extremes_and_what_is_no_number():
     def run(x):
         least, most = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
