@@ -69,9 +69,9 @@ def default_device() -> Any:
     return chosen if hasattr(chosen, "platform") else jax.local_devices(backend=chosen)[0]
 
 
-def on_device(values: Sequence[Any]) -> list[Any]:
-    """The values, those that lie on other devices copied to the default one."""
-    device = default_device()
+def on_device(values: Sequence[Any], device: Any = None) -> list[Any]:
+    """The values, those that lie on other devices copied to that one, or to the default one."""
+    device = default_device() if device is None else device
 
     def place(x: Any) -> Any:
         elsewhere = isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.devices() != {device}

@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr
 
 from coalesce import jaxpr as J
-from coalesce.bank import bank_structs, on_device
+from coalesce.bank import bank_structs, default_device, on_device
 from coalesce.bundle import Bundle
 from coalesce.call import Caller
 from coalesce.chain import compile_parts
@@ -39,7 +39,7 @@ class Fused:
         self._no_weights = next((p.name for p in programs if p.abstract), None)
         self._histories = histories
         self._steps = steps
-        self._bank = bank
+        self._bank, self._device = bank, default_device()  # where it runs, also when another is the default
         self._compiled: Any = None
         self._caller = Caller(self._programs)
 
@@ -54,7 +54,7 @@ class Fused:
         flat = self._caller.flatten(inputs)
         compiled = self._compiled if self._compiled is not None else self.compile()
         if len(self.bundle.starts) > 1:  # a part of several has run when a later one refuses what it reads
-            flat = on_device(flat)
+            flat = on_device(flat, self._device)
         try:
             results = compiled(bank, flat)
         except TypeError:
@@ -62,7 +62,7 @@ class Fused:
                 raise
             results = self._function(bank, flat)  # under jit, vmap or grad: a part of the caller's program
         except ValueError:
-            placed = on_device(flat)
+            placed = on_device(flat, self._device)
             if all(a is b for a, b in zip(placed, flat, strict=True)):
                 raise
             results = compiled(bank, placed)  # inputs lay on another device
@@ -74,7 +74,7 @@ class Fused:
         Raises:
           TraceError: some program was traced from ShapeDtypeStructs and has no weights.
         """
-        return Staged(self.bundle, self._caller, self._weights())
+        return Staged(self.bundle, self._caller, self._weights(), self._device)
 
     def _weights(self) -> list[jax.Array]:
         if self._bank is None:
@@ -126,7 +126,8 @@ class Fused:
         """Compile ahead of time, for later calls too; returns JAX's Compiled, or a `Chain` of several."""
         if self._compiled is None or compiler_options is not None:
             parts = len(self.bundle.starts)
-            self._compiled = compile_parts(self._function, self._structs(), parts, compiler_options)
+            with jax.default_device(self._device):
+                self._compiled = compile_parts(self._function, self._structs(), parts, compiler_options)
         return self._compiled
 
     def cost_analysis(self) -> Any:

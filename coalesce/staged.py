@@ -29,8 +29,8 @@ Stacks = list[list[Any]]  # of each family, in order, its inputs or outputs [L, 
 class Staged:
     """`Fused.staged()` makes it. L counts the tenants of a family, in the order of `families[f]`."""
 
-    def __init__(self, bundle: Bundle, caller: Caller, bank: Sequence[jax.Array]) -> None:
-        self._bundle, self._caller, self._bank = bundle, caller, bank
+    def __init__(self, bundle: Bundle, caller: Caller, bank: Sequence[jax.Array], device: Any) -> None:
+        self._bundle, self._caller, self._bank, self._device = bundle, caller, bank, device
         self._compiled: Any = None
 
     @property
@@ -46,15 +46,16 @@ class Staged:
         Raises:
           InvalidInput: an input is not what its tenant was traced with.
         """
-        inputs = self._caller.split(on_device(self._caller.flatten(requests)))
+        inputs = self._caller.split(on_device(self._caller.flatten(requests), self._device))
         stacks = [
             [in_one([inputs[ln.tenant][ln.inputs[i]] for ln in family.lanes]) for i in range(len(family.inputs))]
             for family in self._bundle.families
         ]
-        return jax.device_put(stacks)
+        with jax.default_device(self._device):
+            return jax.device_put(stacks)
 
     def __call__(self, inputs: Stacks) -> Stacks:
-        """The outputs of what `stage` gave, or of arrays on the default device that lie as it lays them.
+        """The outputs of what `stage` gave, or of arrays on its device that lie as it lays them.
 
         Raises:
           InvalidInput: there are other arrays, or of other shapes or dtypes.
@@ -106,7 +107,8 @@ class Staged:
         if self._compiled is None or compiler_options is not None:
             self._caller.check_option()
             structs, parts = (bank_structs(self._bundle), self._structs), len(self._bundle.starts)
-            self._compiled = compile_parts(self._function, structs, parts, compiler_options)
+            with jax.default_device(self._device):
+                self._compiled = compile_parts(self._function, structs, parts, compiler_options)
         return self._compiled
 
     @cached_property

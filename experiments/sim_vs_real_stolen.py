@@ -21,7 +21,7 @@ from typing import NamedTuple
 from experiments.measured_machine import Ran
 
 SURELY = 10  # one part in so many of runs are shorter than what is looked at of each
-CORES = 2  # that share the work of a run
+CORES = 2  # that share the work of a run on the machine of the table; the more there are, the less a request takes
 STEPS = 3  # of finding what a request takes, each of which is nearer by far
 
 

@@ -130,7 +130,8 @@ def has_room(queue: Queue, due_ns: int, start: Start, now_ns: int) -> bool:
         found = remembered(queue.level, start)
     own = found.rooms.get(queue.serial)
     if own is None:
-        own = found.rooms[queue.serial] = room(known(queue.level, start, now_ns), queue)
+        sure = found.sure or sure_of(found, queue.level, start, now_ns)
+        own = found.rooms[queue.serial] = room(sure, queue)
     most, end_ns, is_tight = own
     if len(queue.items) >= most or due_ns < end_ns:
         return False

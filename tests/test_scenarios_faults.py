@@ -280,11 +280,23 @@ assert not [said for said in map(logging.LogRecord.getMessage, records) if "wher
 assert jax.config.jax_default_device is None and jax.config.jax_compilation_cache_dir is None
 """
 
+FUSED = """
+weights, row = np.full((4, 4), 0.5, np.float32), np.ones((1, 4), np.float32)
+fused = coalesce.fuse([coalesce.trace(lambda w, x: x @ w, weights, row, name=name) for name in "ab"])
+staged = fused.staged()
+for device in jax.devices():
+    with jax.default_device(device):
+        given = [(jax.device_put(row, device),)] * 2
+        for got in (*fused(given), *staged.unstage(staged(staged.stage(given)))):
+            np.testing.assert_array_equal(got, 2 * row)
+"""
+
 
 def test_families_live_on_devices_and_one_that_fails_takes_only_its_own_along():
-    """Also what is compiled in another process is for the device that it is to run on, the second one."""
+    """Also what is compiled in another process is for the device that it is to run on, the second one. A fused program
+    stays where it was made, whichever device is the default by then and has its inputs."""
     two = "--xla_force_host_platform_device_count=2"
-    run(TWO_DEVICES, XLA_FLAGS=two, COALESCE_COMPILED="", COALESCE_APART="1")
+    run(TWO_DEVICES + FUSED, XLA_FLAGS=two, COALESCE_COMPILED="", COALESCE_APART="1")
 
 
 CACHED = """

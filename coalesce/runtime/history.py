@@ -34,6 +34,8 @@ class Together(NamedTuple):
         for request, bundles in self.requests:
             in_time = "ok" if self.end_ns <= request.deadline_ns else "late"
             outcome = in_time if self.reason is None else self.reason.value
+            if self.reason is Reason.EXPIRED and request.deadline_ns <= request.arrival_ns:
+                outcome = "its deadline had passed before submit"
             yield Ended(request, bundles, outcome, self.end_ns)
 
 

@@ -53,6 +53,7 @@ class Runtime:
         coalesce.runtime.persistence; False: none.
       hang_s, stall_s: a bundle that takes longer is a device that hangs; an executable that does is done without.
       observers: told of everything that is decided and done; see coalesce.runtime.observer.
+      clock: what time it is, in nanoseconds, for tests; it must never go back.
 
     Raises:
       InvalidInput: an option that means nothing.
@@ -160,7 +161,7 @@ class Runtime:
     def remove_tenant(self, name: str, *, drain: bool = True, timeout: float | None = None) -> None:
         """Let a tenant go: what waits is served first, or with `drain=False` ends with TenantClosed.
 
-        Returns when its place on the device is free.
+        Returns when its place on the device is free; at once, if another thread is removing it.
 
         Raises:
           TenantClosed: there is no such tenant.
