@@ -15,11 +15,11 @@ from coalesce.waiting import Driver, driver_of
 
 
 class Library:
-    """Stands for libcuda: notes what is called, and answers `code` to a synchronisation."""
+    """Stands for libcuda: notes what is called, and answers `code` to one kind of call."""
 
-    def __init__(self, code: int = 0) -> None:
+    def __init__(self, code: int = 0, to: str = "cuStreamSynchronize") -> None:
         self.calls: list[str] = []
-        self.streams, self.code = 0, code
+        self.streams, self.code, self.to = 0, code, to
 
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any) -> int:
@@ -27,7 +27,7 @@ class Library:
             if name == "cuStreamCreate":
                 self.streams += 1
                 arguments[0]._obj.value = self.streams
-            return self.code if name == "cuStreamSynchronize" else 0
+            return self.code if name == self.to else 0
 
         return call
 
@@ -89,6 +89,12 @@ def test_threads_that_wait_at_once_have_a_stream_each() -> None:
     for thread in threads:
         thread.join()
     assert sorted(x.followed_by[0] for x in arrays) == [1, 2, 3, 4]
+
+
+def test_without_memory_for_a_stream_jax_waits() -> None:
+    library, arrays = Library(2, "cuStreamCreate"), [Given(), Given()]
+    assert Driver(library, 0).wait(arrays) == arrays
+    assert not arrays[0].followed_by and library.calls[-1] == "cuCtxPopCurrent_v2"
 
 
 def test_an_error_of_the_driver_is_raised_and_the_context_given_back() -> None:
