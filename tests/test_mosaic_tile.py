@@ -29,6 +29,9 @@ def test_tiles_fit():
     assert place(op, 128, 128, 64, 8, 12) == (1, 128, 7, 5, 5)  # no more stages than shared memory holds
     assert place(op, 128, 128, 64, 4, 2) == (1, 128, 7, 2, 2)
     assert place(op, 128, 256, 64, 4, 2) is None  # sums of 256 registers
+    assert place(op, 256, 128, 64, 16, 2) == (1, 256, 4, 2, 2)
+    assert place(dot(784, 1024, 192), 256, 192, 64, 16, 2) is None  # 96, which is all that a thread has beside four
+    assert place(op, 64, 128, 64, 2, 2) is None  # half a warpgroup
     assert place(op, 64, 128, 64, 8, 2) is None  # half of what a warpgroup multiplies
     assert place(dot(784, 192, 256), 64, 128, 128, 4, 2) is None  # blocks that do not divide K
     assert place(dot(784, 192, 192), 64, 128, 64, 4, 2) is None  # or N
@@ -48,6 +51,7 @@ def test_turned_tiles_fit():
     assert place(op, 200, 128, 64, 12, 2, turned=True) is None  # 64 columns for each of three warpgroups
     assert place(op, 100, 128, 64, 8, 2, turned=True) is None  # tensor cores take 8 positions at a time
     assert place(op, 200, 256, 64, 8, 2, turned=True) is None  # sums of 200 registers
+    assert place(op, 208, 192, 64, 12, 2, turned=True) is None  # of 104 of 128, and ptxas wants 28 for the rest
     assert place(dot(197, 3072, 768, jnp.float32), 200, 64, 32, 4, 2, turned=True) is None
     assert place(conv(14, 14, 256, 256), 112, 64, 64, 4, 4, turned=True) == (7, 16, 2, 3, 4)
     assert all(blocks.turned is False for _, blocks in candidates(dot(128, 768, 768), 8, 1, "gpu", True) if blocks)

@@ -10,13 +10,14 @@ from jax.experimental import pallas as pl
 
 from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
-from coalesce.kernels.mosaic import GROUP, ROW_BYTES, SHARED_BYTES
+from coalesce.kernels.mosaic import GROUP, REGISTERS, ROW_BYTES, SHARED_BYTES
 from coalesce.kernels.tiles import by_columns
 from coalesce.kernels.windows import Windows, windows_of
 
 WIDEST = 256  # positions that one copy can take in, along each dimension
 LEFT_STAGES = 3  # where each left block is multiplied by several right ones
-SUMS = 16 * 1024  # float32 sums of a warpgroup: half of its registers
+SUMS = 128  # float32 sums of a thread: half of its registers
+OTHERS = 28  # registers of a thread besides: with 24 ptxas has too few
 VECTORS = 3 * 1024  # bytes of shared memory for vectors of the epilogue
 BARRIERS = 1024
 
@@ -105,6 +106,11 @@ class Tile:
         return self.blocks.warps // 4
 
     @property
+    def most_sums(self) -> int:
+        """Of a thread, which is compiled for an equal share of the registers, whatever it has once it runs."""
+        return min(SUMS, REGISTERS // (self.groups + 1) // 8 * 8 - OTHERS)
+
+    @property
     def across(self) -> int:
         return pl.cdiv(self.out[1], self.wide)
 
@@ -173,8 +179,11 @@ class Tile:
     @property
     def fits(self) -> bool:
         blocks = self.blocks
+        if blocks.warps % 4:  # no whole warpgroups
+            return False
         rows, columns = (8, GROUP * self.groups) if blocks.turned else (GROUP * self.groups, GROUP)
-        whole = blocks.m % rows == 0 == blocks.n % columns and blocks.m * blocks.n <= SUMS * self.groups
+        sums = blocks.m * blocks.n // (32 * blocks.warps)
+        whole = blocks.m % rows == 0 == blocks.n % columns and sums <= self.most_sums
         whole = whole and not (blocks.turned and (self.row != GROUP or blocks.m > WIDEST))  # a part is one of 16 bits
         divides = self.channels % blocks.k == 0 and self.op.n % blocks.n == 0
         divides = divides and blocks.k % self.row == 0
