@@ -16,6 +16,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
 
 LIBRARY = "libcuda.so.1"
@@ -48,7 +49,7 @@ def block_until_ready(tree: Tree) -> Tree:
 
 def driver_of(x: Any) -> Driver | None:
     """The driver of the one GPU that an array lies on; None of what is no array, or where JAX has to be asked."""
-    if not isinstance(x, jax.Array) or isinstance(x, Tracer) or jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if not isinstance(x, jax.Array) or isinstance(x, Tracer) or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return None
     device, *more = x.sharding.device_set
     return driver_at(device) if device.platform == "gpu" and not more else None
