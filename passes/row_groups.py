@@ -135,8 +135,9 @@ class Group:
         return [p for p in makers if p > self.first and self.feeds(p, end)]
 
     def feeds(self, at: int, end: int) -> bool:
-        later = all(r >= end for r in self.readers(at))
-        return later and self.may_join(at) and all(map(self.scope.there, self.reads(at)))
+        if not self.may_join(at) or any(r < end for r in self.readers(at)):
+            return False
+        return all(map(self.scope.there, self.reads(at)))
 
     def trim(self) -> set[int]:
         """Takes out what is not worth a result of its own, and who reads it does as well; it runs right behind."""

@@ -159,6 +159,17 @@ def test_sums_of_what_is_written_anyway_go_along():
 
 
 @pytest.mark.once
+def test_what_is_made_behind_the_first_reduction_may_be_a_product_or_a_loop():
+    def run(p, x, y):
+        mean, squares = x.mean(-1, keepdims=True), jnp.square(x).mean(-1, keepdims=True)
+        late = jnp.tanh(y) @ p if p.size else lax.fori_loop(0, 3, lambda i, y: jnp.sin(y), y)
+        return (x - mean) * lax.rsqrt(squares + 1.0) + late
+
+    for p in (array(40, 40), array(0)):
+        assert found([(run, p, (array(5, 40), array(5, 40))) for _ in range(2)]) == 1
+
+
+@pytest.mark.once
 def test_what_is_wanted_before_the_rest_can_be_there_stays():
     """A product reads early what a reduction behind it is of; another group stands between a value and its reader."""
 
