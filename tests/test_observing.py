@@ -402,4 +402,4 @@ def test_who_refuses_several_at_once_tells_so_and_others_one_by_one():
         outcomes = [own.outcome for own in served.history.requests()]
     assert alone == [(i, Reason.EXPIRED) for i in range(3)] and together == [alone]
     assert sum(own.get(Reason.EXPIRED, 0) for own in rejected) == 3
-    assert outcomes == [Reason.EXPIRED.value] * 3
+    assert outcomes == ["its deadline had passed before submit"] * 3

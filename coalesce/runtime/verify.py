@@ -116,7 +116,11 @@ class Alone:
     def _flattened(self, given: tuple[Any, ...]) -> tuple[Callable[[list[Any]], list[Any]], list[Any]]:
         """The function by leaves, and these: what the tenant's own containers are is nobody else's business."""
         leaves, tree = jax.tree.flatten(given)
-        return lambda own: jax.tree.leaves(self._fn(*jax.tree.unflatten(tree, own))), on_device(leaves)
+
+        def alone(own: list[Any]) -> list[Any]:
+            return jax.tree.leaves(self._fn(*jax.tree.unflatten(tree, own)))
+
+        return alone, on_device(leaves)
 
     def _made(self, function: Callable[[list[Any]], list[Any]], leaves: list[Any]) -> list[np.ndarray]:
         return flat(self._make(lambda: Jitted(jax.jit(function), (leaves,)))(leaves))
