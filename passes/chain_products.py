@@ -21,21 +21,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from coalesce import jaxpr as J
 from coalesce.blocks import Blocks
-from coalesce.bundle import Bundle, equations, folds_of, Item, Pack, problems
+from coalesce.bundle import Bundle, folds_of, Item, Pack, problems
 from coalesce.epilogues import epilogue_reads, result_of
 from coalesce.kernels import chained
 from coalesce.kernels.strips import edges
+from coalesce.passes.scopes import left_by, makers_and_readers
 from coalesce.passes.share_launches import numbered
 from coalesce.tuning import Tuned, UNTUNED
 from coalesce.tuning.chains import Chain
 
 KERNELS = ("indexed_gemm", "mosaic_gemm")  # that read the weights as the chained kernel does
-
-Name = tuple[int, Any]  # (family, variable)
 
 
 class Found(NamedTuple):
@@ -75,14 +74,9 @@ class Scope:
     def __init__(self, bundle: Bundle) -> None:
         self.families = bundle.families
         self.packs = {at: item for at, item in enumerate(bundle.schedule) if isinstance(item, Pack) and can_chain(item)}
-        self.left = {(f, a) for f, family in enumerate(bundle.families) for a in J.outvars(family.jaxpr) if is_var(a)}
-        self.made: dict[Name, int] = {}
-        self.readers: dict[Name, set[int]] = {}
-        for at, item in enumerate(bundle.schedule):
-            for f, eqn in equations(item):
-                self.made.update(((f, v), at) for v in eqn.outvars)
-                for atom in filter(is_var, eqn.invars):
-                    self.readers.setdefault((f, atom), set()).add(at)
+        self.left = left_by(bundle)
+        self.made, readers = makers_and_readers(bundle.schedule)
+        self.readers = {name: set(places) for name, places in readers.items()}
 
     def chains(self) -> Iterator[Found]:
         """Each that could run: of every wide product the longest, and its parts."""
@@ -167,7 +161,3 @@ def can_chain(pack: Pack) -> bool:
     if result_of(pack) is None or any(edges(step.eqn) is not None for step in pack.epilogue):
         return False
     return pack.members[0].varies and pack.members[0].weight is not None
-
-
-def is_var(atom: J.Atom) -> bool:
-    return not isinstance(atom, J.Literal)

@@ -29,7 +29,7 @@ from coalesce.kernels import choose, indexed_gemm
 from coalesce.kernels.attention import fits, REDUCTIONS, SAME
 from coalesce.kernels.epilogue import runs_on_tiles
 from coalesce.passes.choose_kernels import Choice
-from coalesce.passes.scopes import left_by, Name, names, with_bodies
+from coalesce.passes.scopes import left_by, makers_and_readers, Name, names, with_bodies
 from coalesce.reschedule import same
 
 BEFORE = "batched_dot"  # the kernel of packs that may be fused so, also where another one was tuned
@@ -77,14 +77,9 @@ class Scope:
 
     def __init__(self, bundle: Bundle, items: Sequence[Item], left: set[Name], kernels: Sequence[str]) -> None:
         self.bundle, self.items, self.left, self.kernels = bundle, items, left, kernels
-        self.readers: dict[Name, list[int]] = {}
+        _, self.readers = makers_and_readers(items)
         self.moved: set[int] = set()
         self.instead: dict[int, Attention] = {}
-        for place, item in enumerate(items):
-            for f, eqn in equations(item):
-                for atom in eqn.invars:
-                    if not isinstance(atom, J.Literal):
-                        self.readers.setdefault((f, atom), []).append(place)
 
     def fuse(self, place: int, scores: Pack) -> None:
         """Begin with the pack at `place`, if what follows it allows it."""

@@ -36,10 +36,10 @@ from dataclasses import replace
 from heapq import heapify, heappop, heappush
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Bundle, equations, Item, JointLoop, Loop, Pack, packs, problems, Schedule, Step, units
+from coalesce.bundle import Bundle, Item, JointLoop, Loop, Pack, packs, problems, Schedule, Step, units
 from coalesce.kernels import choose, FUSING, indexed_matvec
 from coalesce.passes.choose_kernels import Choice
-from coalesce.passes.scopes import left_by, Name, names, with_bodies
+from coalesce.passes.scopes import left_by, makers_and_readers, Name, names, with_bodies
 from coalesce.passes.tails import Shapes, Tail
 from coalesce.reschedule import same
 from coalesce.tuning import Tuned, UNTUNED
@@ -105,19 +105,12 @@ class Scope:
 
     def __init__(self, items: Sequence[Item], left: set[Name]) -> None:
         self.items, self.left = items, left
-        self.made: dict[Name, int] = {}  # arguments of the scope are made before everything
-        self.readers: dict[Name, list[int]] = {}
+        self.made, self.readers = makers_and_readers(items)  # arguments of the scope are made before everything
         self.moved: set[int] = set()
         self.packs: dict[int, Pack] = {}  # with their tails
         self.begin: list[int] = []  # where each item runs: with the first of its launch
         for unit in units(items):
             self.begin += [len(self.begin)] * len(unit)
-        for place, item in enumerate(items):
-            for f, eqn in equations(item):
-                self.made.update(((f, v), place) for v in eqn.outvars)
-                for atom in eqn.invars:
-                    if not isinstance(atom, J.Literal):
-                        self.readers.setdefault((f, atom), []).append(place)
 
     def steps(self, places: Iterable[int]) -> list[Step]:
         return [item for at in places if isinstance(item := self.items[at], Step)]

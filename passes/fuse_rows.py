@@ -28,13 +28,13 @@ from functools import partial
 from math import prod
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Bundle, equations, Item, Loop, Pack, Rowwise, Schedule, Step
+from coalesce.bundle import Bundle, Item, Loop, Pack, Rowwise, Schedule, Step
 from coalesce.kernels.attention import REDUCTIONS
 from coalesce.kernels.epilogue import runs_on_tiles
 from coalesce.kernels.rows import LONGEST
 from coalesce.passes.round_results import cuts
 from coalesce.passes.row_groups import Group, moves, runs
-from coalesce.passes.scopes import left_by, Name, names, with_bodies
+from coalesce.passes.scopes import left_by, makers_and_readers, Name, names, with_bodies
 from coalesce.reschedule import same
 
 SHORTEST = 32  # columns: a warp
@@ -77,17 +77,11 @@ class Scope:
 
     def __init__(self, items: Sequence[Item], left: set[Name]) -> None:
         self.items, self.left = items, left
-        self.made: dict[Name, int] = {}  # arguments of the scope are made before everything
-        self.readers: dict[Name, list[int]] = {}
+        self.made, self.readers = makers_and_readers(items)  # arguments of the scope are made before everything
         self.moved: set[int] = set()
         self.before: dict[int, list[Item]] = {}  # what stands before an item
         self.packs: dict[int, Pack] = {}  # that read rounded numbers
         self.known: list[bool] = []
-        for place, item in enumerate(items):
-            for f, eqn in equations(item):
-                self.made.update(((f, v), place) for v in eqn.outvars)
-                for atom in names(eqn):
-                    self.readers.setdefault((f, atom), []).append(place)
 
     def there(self, name: Name) -> bool:
         """Whether no kernel of XLA has to run for a value: an argument, what kernels leave or read anyway, elementwise

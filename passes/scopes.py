@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from coalesce import jaxpr as J
-from coalesce.bundle import Bundle, JointLoop, Loop, Schedule
+from coalesce.bundle import Bundle, equations, Item, JointLoop, Loop, Schedule
 from coalesce.reschedule import same
 
 Name = tuple[int, Any]  # (family, variable)
@@ -35,3 +35,15 @@ def with_bodies(loop: Loop | JointLoop, change: Callable[[Schedule, set[Name]], 
 def names(eqn: J.Eqn) -> list[J.Var]:
     """What an equation reads but literals."""
     return [a for a in eqn.invars if not isinstance(a, J.Literal)]
+
+
+def makers_and_readers(items: Sequence[Item]) -> tuple[dict[Name, int], dict[Name, list[int]]]:
+    """Which item makes each value, and which items read it, by their places; arguments of the scope nobody makes."""
+    made: dict[Name, int] = {}
+    readers: dict[Name, list[int]] = {}
+    for place, item in enumerate(items):
+        for f, eqn in equations(item):
+            made.update(((f, v), place) for v in eqn.outvars)
+            for atom in names(eqn):
+                readers.setdefault((f, atom), []).append(place)
+    return made, readers

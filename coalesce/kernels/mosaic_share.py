@@ -3,7 +3,7 @@
     Upright   positions are rows: a warpgroup has some of them, and all columns
     Turned    columns are rows: a warpgroup has some of them, and all positions, of which there are any multiple of 8
 
-197 rows of a ViT are 256 upright, in tiles of 64, and 208 turned.
+197 rows of a ViT are 256 upright, in tiles of 64, and 200 turned.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +31,8 @@ from coalesce.waiting import block_until_ready
 KIND = "pinned_host"
 LITTLE = 256 * 2**10  # bytes
 ENOUGH = 4  # processors: for clients, the driver, whatever the device's own driver does, and who waits
+
+Wait = Callable[[jax.Array], Any]
 
 LOG = logging.getLogger("coalesce.runtime")
 
@@ -86,15 +89,14 @@ def can_leave(device: Any) -> bool:
         return False
 
 
-def processors() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def way_to_wait() -> Wait:
+    """By the device's own driver, which keeps a processor busy, where this process may use enough of them."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return block_until_ready if processors >= ENOUGH else jax.block_until_ready
 
 
-def seen(x: jax.Array) -> np.ndarray:
-    """What a program has left in memory of the host, where it lies; waits until it is there. That keeps a processor
-    busy, where there are enough of them."""
-    wait = block_until_ready if processors() >= ENOUGH else jax.block_until_ready
+def seen(x: jax.Array, wait: Wait = jax.block_until_ready) -> np.ndarray:
+    """What a program has left in memory of the host, where it lies; waits until it is there."""
     wait(x)
     memory: Any = (ctypes.c_uint8 * x.nbytes).from_address(x.unsafe_buffer_pointer())
     memory.array = x  # which is there as long as somebody looks at it

@@ -8,9 +8,9 @@ holds the interpreter's lock for 0.1 ms on a GPU's host. On a CPU they lie where
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any
 
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coalesce.serving.page_locked import seen
+from coalesce.serving.page_locked import seen, way_to_wait
 from coalesce.serving.words import can_pack, is_narrow, to_words, views
 
 
@@ -45,6 +45,11 @@ class Returned:
         one each in NumPy, and not there."""
         return self.left and not any(is_narrow(part.dtype) for part in self.all_parts)
 
+    @cached_property
+    def as_array(self) -> Callable[[Any], np.ndarray]:
+        """Shows what a call has left; waits."""
+        return partial(seen, wait=way_to_wait()) if self.in_place else np.asarray
+
     def pack(self, outputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
         """Inside the program: what it returns for the outputs of each entry; the buffer behind them, if there is one,
         with nothing in the place of what is in it."""
@@ -67,15 +72,14 @@ class Returned:
 
     def fetch(self, outputs: Sequence[Sequence[jax.Array]]) -> list[list[np.ndarray] | None]:
         """As NumPy arrays; waits."""
-        as_array = seen if self.in_place else np.asarray
         if self.packed:
-            flat = iter(views(as_array(outputs[-1][0]), self.all_parts))
+            flat = iter(views(self.as_array(outputs[-1][0]), self.all_parts))
         else:
             results = self._results(outputs)
             if len(results) > 1 and not self.copied:  # else `send` has
                 for x in results:
                     x.copy_to_host_async()
-            flat = map(as_array, results)
+            flat = map(self.as_array, results)
         return [None if own is None else [next(flat) for _ in own] for own in self.parts]
 
     def _results(self, outputs: Sequence[Sequence[Any]]) -> list[Any]:

@@ -26,8 +26,8 @@ STEP_BYTES = 256  # of a step's row
 SEPARATE = 8  # problems on a GPU: more of them one by one are slow to compile, and slow
 CORES = 132  # of an H100
 FEWEST = 64  # programs of mosaic_gemm: larger tiles read less
-PARTS = 3  # that such a tile covers an image in, at most; with
-TURNED = ((64, 4), (128, 4), (128, 8), (192, 12), (256, 8))  # columns of such tiles, and warps
+TURNED = ((64, 4), (128, 4), (128, 8), (192, 12), (256, 8))  # columns and warps of its turned tiles, of which
+PARTS = 3  # at most cover an image
 
 
 def candidates(op: HeavyOp, width: int, rows: int, platform: str, on_hopper: bool = False) -> list[Candidate]:
