@@ -1,8 +1,7 @@
 """Whether a tenant gets in company what it gets alone: its example through both, and the contract on numerics.
 
     a float      within RELATIVE of the tenant's own result, in norm; or no further from a reference in float32 at
-                 "highest" than TIMES the tenant's own distance, plus a rounding of the coarsest type
-                 that it is computed in
+                 "highest" than TIMES the tenant's own distance, plus a rounding
     the rest     equal, unless a float product, convolution or reduction feeds it: then a tie may fall either way
 
 A result of less than SMALL an element may be what a cancellation leaves, which has no relative precision: it may be as
@@ -61,7 +60,6 @@ class Alone:
         self._fn, self._given, self._make = fn, (params, *inputs), make
         self.own = self._run(self._given)
         self._floats = sums_floats(program)
-        self._roundings = roundings(program)
         self._off: list[np.ndarray] | None = None
 
     def fault(self, got: Any) -> str:
@@ -81,7 +79,7 @@ class Alone:
                 return f"output {i}, {b.dtype}{list(b.shape)}, differs, and no float operation feeds it"
             error, own = distance(a, truth[i]), distance(b, truth[i])
             scale = norm(truth[i])
-            limit = TIMES * own + self._roundings[i] * scale
+            limit = TIMES * own + float(jnp.finfo(b.dtype).eps) * scale
             if scale < SMALL * b.size**0.5:
                 limit += SHAKEN * distance(self._shaken()[i], b)
             if not error <= limit:
@@ -133,21 +131,6 @@ def sums_floats(program: Program) -> list[bool]:
         if any(not isinstance(a, J.Literal) and a in fed for a in eqn.invars) or holds_sum(eqn):
             fed.update(eqn.outvars)
     return [not isinstance(a, J.Literal) and a in fed for a in J.outvars(program.jaxpr)]
-
-
-def roundings(program: Program) -> list[float]:
-    """Of each output, the largest rounding of a type that something which feeds it is computed in."""
-    largest: dict[Any, float] = {}
-
-    def of(atom: J.Atom) -> float:
-        return 0.0 if isinstance(atom, J.Literal) else largest.get(atom, 0.0)
-
-    for eqn in program.jaxpr.jaxpr.eqns:
-        inner = [each for own in J.subjaxprs(eqn) for each in J.walk(own)]
-        left = [J.aval_struct(v.aval) for e in (eqn, *inner) for v in e.outvars]
-        own = [float(jnp.finfo(x.dtype).eps) for x in left if is_float(x)]
-        largest.update(dict.fromkeys(eqn.outvars, max([*map(of, eqn.invars), *own], default=0.0)))
-    return list(map(of, J.outvars(program.jaxpr)))
 
 
 def holds_sum(eqn: J.Eqn) -> bool:
