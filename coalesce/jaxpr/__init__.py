@@ -81,4 +81,4 @@ from coalesce.jaxpr.run import (
     verify as verify,
 )
 from coalesce.jaxpr.sending import batched_device_put as batched_device_put
-from coalesce.jaxpr.widened import evaluate_widened as evaluate_widened, is_low as is_low, widened as widened
+from coalesce.jaxpr.widened import evaluate_widened as evaluate_widened
