@@ -8,8 +8,10 @@ Before                                                  After
                                                               %6:f32[3,2] = slice %4 [limit_indices=(3,10) ...]
 
 The Q, K and V of attention, the gates of a recurrent cell: one product of all columns is one launch instead of three,
-with three times the work. The weights are laid side by side by `hoist_weights`, once a tenant; XLA, which merges such
-products too, would do it in every call.
+with three times the work. Where weights are added to each of them and nobody else reads them, what is sliced is the sum
+with all of these: a kernel adds a bias to its product, and attention reads queries, keys and values as they lie. The
+weights are laid side by side by `hoist_weights`, once a tenant; XLA, which merges such products too, would do it in
+every call.
 
 Merged are products that differ in a free dimension of their right operands alone, and that are wanted about as soon:
 the keys of all layers that attend to one memory are not computed before the first. In one program no weight comes to
