@@ -141,9 +141,7 @@ def rowwise(
         yield rows.spread(value(end, i), x.shape)
 
 
-def operand(
-    walk: Walk, env: Env, family: int, atom: J.Atom, dims: Sequence[Dim], arithmetic: bool = True
-) -> Operand:
+def operand(walk: Walk, env: Env, family: int, atom: J.Atom, dims: Sequence[Dim], arithmetic: bool = True) -> Operand:
     """How a tile of a value is read: `dims` says what its dimensions count. From what it was moved from, or of what
     little it was made of, where that is there; without `arithmetic` of a value and numbers alone."""
     reader = Reader(walk, env, family, arithmetic)

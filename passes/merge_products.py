@@ -72,7 +72,9 @@ def merged(jaxpr: ClosedJaxpr, path: Path, groups: dict[Path, list[Group]], rewr
     for place in range(len(eqns)):
         if place in firsts:
             products, sums = ([eqns[m.place] for m in own] for own in (firsts[place].members, firsts[place].sums))
-            terms = [a for product, total in zip(products, sums, strict=False) for a in added_to(product.outvars[0], total)]
+            terms = [
+                a for product, total in zip(products, sums, strict=False) for a in added_to(product.outvars[0], total)
+            ]
             for needed in behind(eqns, [*(product.invars[1] for product in products), *terms]):
                 if places[id(needed)] not in emitted:
                     emit(places[id(needed)])

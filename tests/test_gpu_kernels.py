@@ -75,11 +75,11 @@ def test_convolutions(dtype, precision, limit, window, stride, channels):
     (3, 1, 14, 14, Blocks(112, 64, 128, 4, 6, turned=True)),
     (3, 2, 28, 28, Blocks(80, 128, 64, 4, 4, turned=True)),
     (5, 1, 7, 7, Blocks(56, 64, 64, 4, 9, turned=True)),
+    (3, 1, 14, 14, Blocks(112, 128, 64, 8, 4, turned=True, over=True)),
+    (1, 1, 28, 28, Blocks(128, 128, 64, 8, 3, over=True)),
 ])  # fmt: skip
 def test_tiles_by_tma(dtype, limit, window, stride, height, width, blocks):
     """Two lanes on each row that is picked from a slab, in which weights begin where a tile may."""
-    if blocks and blocks.turned and dtype == "float32":
-        pytest.skip("turned tiles are of 16 bits")
     conv = partial(
         lax.conv_general_dilated, window_strides=(stride, stride), padding="SAME",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),

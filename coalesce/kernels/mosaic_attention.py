@@ -12,7 +12,7 @@ four 11.5.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from math import prod
@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from coalesce.kernels.attention import Attention, COLUMN, Operand, padded, Place, ROW, unraveled
-from coalesce.kernels.mosaic import backend, call, GROUP, Images, load, multiply, TOGETHER
+from coalesce.kernels.mosaic import backend, call, GROUP, Images, load, memory, multiply, TOGETHER
 from coalesce.kernels.mosaic_fetched import can_fetch, Fetched, fetched, in_floats, is_number, over_columns, to_the_end
 from coalesce.kernels.mosaic_rows import inside, only, over_rows, Rows, widened
 from coalesce.kernels.triton import div, rem
@@ -60,8 +60,7 @@ def run(what: Attention, operands: Sequence[Operand], out: Place, lanes: int, in
     program = Program(
         what,
         tuple(own.make for own in operands),
-        *(fetched(own.places[0]) for own in operands[:3]),
-        fetched(Place(result, out.dims)),
+        (*(fetched(own.places[0]) for own in operands[:3]), fetched(Place(result, out.dims))),
         (operands[0].places[1:], *(own.places for own in operands[3:])),
         interpreted,
     )
@@ -76,7 +75,7 @@ def run(what: Attention, operands: Sequence[Operand], out: Place, lanes: int, in
         1,
         program.out.view,
         (*arrays, *given),
-        program.memory(sum(x.ndim == 2 for x in given)),
+        program.scratch(sum(x.ndim == 2 for x in given)),
         name=f"attention_{lanes * prod(what.batch)}x{what.scores.m}x{what.scores.n}x{what.scores.k}",
         interpreted=interpreted,
     )
@@ -87,21 +86,19 @@ def run(what: Attention, operands: Sequence[Operand], out: Place, lanes: int, in
 
 @dataclass(frozen=True)
 class Program:
-    """`besides` are what is read besides tiles: numbers for the queries, then what each operand of the rows' work is
-    made of; `makes` what makes an operand of what is read, None: nothing does."""
+    """`tiles` are those of queries, keys, values and results; `besides` is what else is read: numbers for the queries,
+    then what each operand of the rows' work is made of. `makes` makes an operand of what is read, None: nothing does.
+    """
 
     what: Attention
     makes: Sequence[Callable[[Sequence[Any]], Any] | None]
-    q: Fetched
-    k: Fetched
-    v: Fetched
-    out: Fetched
+    tiles: tuple[Fetched, ...]
     besides: Sequence[Sequence[Place]]
     interpreted: bool
 
     @property
-    def tiles(self) -> tuple[Fetched, ...]:
-        return self.q, self.k, self.v, self.out
+    def out(self) -> Fetched:
+        return self.tiles[-1]
 
     @property
     def scored(self) -> int:
@@ -142,14 +139,14 @@ class Program:
         """Results lie where queries did, which have been read by then, if they are as large."""
         return "queries" if self.results == self.queries else "results"
 
-    def memory(self, vectors: int) -> dict[str, Any]:
+    def scratch(self, vectors: int) -> dict[str, Any]:
         plgpu = backend()
         own = {"queries": self.queries, "keys": self.keys, "values": self.values, self.left_in: self.results}
         if self.interpreted:
             own["through"] = self.images(GROUP, GROUP)
         arrivals = self.queries.before[0] + self.keys.before[0] + vectors
         return {
-            **{name: images.memory() for name, images in own.items()},
+            **{name: memory(images.views()) for name, images in own.items()},
             "vectors": [plgpu.SMEM((self.columns,), jnp.float32) for _ in range(vectors)],
             "there": plgpu.Barrier(num_arrivals=arrivals, num_barriers=1),
             "values_there": plgpu.Barrier(num_arrivals=self.values.before[0], num_barriers=1),
@@ -199,8 +196,9 @@ class Program:
         for tile, array, (images, name, spans, barrier) in zip(self.tiles, arrays, copies, strict=False):
             for i in range(images.before[0]):
                 for place, lies in images.copies(memory[name], (i,), 1):
-                    index = tile.index(at.lane, at.batch, *spans((i * GROUP, GROUP)), place)
-                    plgpu.copy_gmem_to_smem(array.at[index], lies, barrier)
+                    rows, columns = spans((i * GROUP, GROUP))
+                    part = array.at[tile.index(at.lane, at.batch, rows, columns, place)]
+                    plgpu.copy_gmem_to_smem(part, lies, barrier)
         for vector, to in zip(filter(is_vector, besides), memory["vectors"], strict=True):
             plgpu.copy_gmem_to_smem(vector.at[lane_of(vector, at.lane)], to, there)
 
@@ -275,4 +273,4 @@ def extended(program: Program, arrays: Sequence[Any]) -> tuple[Program, list[Any
     wanted = [(ROW, rows), (COLUMN, program.scored), (ROW, program.columns), (ROW, rows)]
     tiles, paddings = zip(*(tile.extended(*own) for tile, own in zip(program.tiles, wanted, strict=True)), strict=True)
     arrays = [jnp.pad(array, padding) for array, padding in zip(arrays, paddings, strict=False)]
-    return Program(program.what, program.makes, *tiles, program.besides, program.interpreted), arrays
+    return replace(program, tiles=tiles), arrays
