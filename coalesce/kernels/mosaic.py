@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from coalesce.kernels.underived import underived
@@ -20,6 +21,7 @@ SHARED_BYTES = 227 * 1024  # of a program on an H100
 GROUP = 64  # rows that a warpgroup multiplies at once
 TOGETHER = 8  # rows of a tile
 REGISTERS = 512  # of a thread, if a program were a single warpgroup
+HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")
 FETCHING = 40  # of a thread that only fetches
 
 Index = tuple[Any, ...]
@@ -58,7 +60,7 @@ class Images:
         return ref[-1].at[*place, pl.ds(first, count)]
 
     def copies(
-        self, ref: Any, place: tuple[Any, ...], count: int, begin: int = 0
+        self, ref: Any, place: tuple[Any, ...], count: int, begin: Any = 0
     ) -> list[tuple[Callable[[Any], Any], Any]]:
         """(from a first row of an image the index of what is copied, where it lies) of each copy of `count` rows, which
         lie from the row `begin` on."""
@@ -154,6 +156,11 @@ def backend() -> Any:
     return mosaic_gpu
 
 
+def is_hopper(kind: str) -> bool:
+    """Of a device's kind, as JAX names it."""
+    return kind.startswith(HOPPER)
+
+
 def on_hopper(device: Any) -> bool:
     """Whether it is a GPU with what the kernels use: there are older and newer ones without."""
     return str(getattr(device, "compute_capability", "")) == "9.0"
@@ -164,6 +171,28 @@ def load(ref: Any, layout: Any) -> Any:
     if jax.__version_info__ < (0, 11):
         return plgpu.load(ref, (), layout=layout, optimized=False)
     return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def iota(shape: Sequence[int], dimension: int) -> Any:
+    """As wgmma leaves a result."""
+    plgpu = backend()
+    return plgpu.broadcasted_iota(jnp.int32, tuple(shape), dimension, layout=plgpu.Layout.WGMMA)
+
+
+def multiply(acc: Any, left: Any, right: Any, through: Any) -> None:
+    """Add left x right, where the former is in registers; interpreted it goes `through` shared memory."""
+    plgpu = backend()
+    if through is None:
+        plgpu.wgmma(acc, left, right)
+        return
+    through[...] = left
+    plgpu.wgmma(acc, through, right)
+    plgpu.wgmma_wait(0)
+
+
+def relaid(x: Any, layout: Any) -> Any:
+    """The same elements, held by other threads."""
+    return backend().layout_cast(x, layout)
 
 
 def memory(views: Sequence[Any]) -> Any:
