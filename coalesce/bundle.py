@@ -145,6 +145,7 @@ class Attention:
     values: Pack
     after: tuple[Step, ...] = ()  # one transposition at most
     rounds: bool = False  # its result to TF32; set by round_results
+    by_tma: bool = False  # where what it multiplies lies so that TMA can fetch it (kernels/mosaic_attention.py)
 
     @property
     def inside(self) -> Schedule:

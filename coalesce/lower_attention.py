@@ -3,17 +3,19 @@ little: a part of a product of queries, keys and values, a bias, a scale. Whoeve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from coalesce import jaxpr as J
 from coalesce.bundle import Attention, Bundle, items, Step
-from coalesce.kernels import attention
+from coalesce.kernels import attention, mosaic_attention
 from coalesce.kernels.attention import COLUMN, Dim, on_rows, Operand, Place, REDUCTIONS, ROW
 from coalesce.kernels.epilogue import runs_on_tiles
 from coalesce.lanes import Banked, Env, LaneValue, plain, Shared, Stacked
@@ -60,11 +62,11 @@ def lower_attention(walk: Walk, item: Attention, env: Env) -> tuple[J.Eqn, list[
     inside = {v for eqn in (scores.eqn, *(step.eqn for step in item.rowwise)) for v in eqn.outvars}
     left = values.eqn.invars[0] in inside  # the weights, which the second product has transposed on its right otherwise
     reads = reads_of(item, inside)
-    operands = [
-        operand(walk, env, f, scores.eqn.invars[0], (*heads, ROW, COLUMN)),
-        operand(walk, env, f, scores.eqn.invars[1], (*heads, ROW, COLUMN)),
-        operand(walk, env, f, values.eqn.invars[left], (*heads, ROW, COLUMN) if left else (*heads, COLUMN, ROW)),
-        *(operand(walk, env, f, atom, tile_dims(atom, (*heads, ROW, COLUMN))) for atom in reads),
+    tiles: list[tuple[J.Atom, Sequence[Dim]]] = [
+        (scores.eqn.invars[0], (*heads, ROW, COLUMN)),
+        (scores.eqn.invars[1], (*heads, ROW, COLUMN)),
+        (values.eqn.invars[left], (*heads, ROW, COLUMN) if left else (*heads, COLUMN, ROW)),
+        *((atom, tile_dims(atom, (*heads, ROW, COLUMN))) for atom in reads),
     ]
     dims: Sequence[Dim] = (*heads, ROW, COLUMN) if left else (*heads, COLUMN, ROW)
     for step in item.after:
@@ -75,9 +77,22 @@ def lower_attention(walk: Walk, item: Attention, env: Env) -> tuple[J.Eqn, list[
     what = attention.Attention(scores.op, values.op, values.op.n if left else values.op.m, work)
     what = replace(what, finish=nearest) if item.rounds else what
 
+    operands = [operand(walk, env, f, *tile, arithmetic=not item.by_tma) for tile in tiles]
+    by_tma = item.by_tma and mosaic_attention.supports(what, operands, target)
+    if item.by_tma and not by_tma:
+        operands = [operand(walk, env, f, *tile) for tile in tiles]
+
     def run(arrays: Sequence[Sequence[Any]]) -> Any:
-        given = [with_arrays(own, found) for own, found in zip(operands, arrays, strict=True)]
-        return attention.run(what, given, target, lanes)
+        def by(kernel: Callable[..., Any]) -> Callable[..., Any]:
+            def call(arrays: Sequence[Sequence[Any]]) -> Any:
+                given = [with_arrays(own, found) for own, found in zip(operands, arrays, strict=True)]
+                return kernel(what, given, target, lanes)
+
+            return call
+
+        if not by_tma:
+            return by(attention.run)(arrays)
+        return lax.platform_dependent(arrays, cuda=by(mosaic_attention.run), default=by(attention.run))
 
     name = f"{'superkernel' if lanes > 1 else 'alone'}{item.values.index}_attention"
     run.__name__ = run.__qualname__ = name
@@ -86,26 +101,53 @@ def lower_attention(walk: Walk, item: Attention, env: Env) -> tuple[J.Eqn, list[
     return last, [Stacked(result) if lanes > 1 else Shared(result.reshape(out.shape))]
 
 
-def rowwise(item: Attention, reads: Sequence[J.Var], end: J.Atom, scores: Any, *tiles: Any, valid: Any) -> Any:
-    """What becomes of a tile of scores, on tiles of what it reads besides."""
-    known = dict(zip(reads, tiles, strict=True)) | {item.scores.members[0].eqn.outvars[0]: scores}
-    for step in item.rowwise:
-        args = [J.literal_value(a) if isinstance(a, J.Literal) else as_read(known[a], a) for a in step.eqn.invars]
-        if step.eqn.primitive.name in REDUCTIONS:  # a number may stand for all of its row
-            args = [jnp.broadcast_to(args[0], scores.shape)]
-        turned = step.eqn.primitive.name == "transpose"  # for the second product, which is told so
-        known[step.eqn.outvars[0]] = args[0] if turned else on_rows(step.eqn, args, valid)
+def rowwise(
+    item: Attention,
+    reads: Sequence[J.Var],
+    end: J.Atom,
+    scores: Sequence[Any],
+    given: Sequence[Sequence[Any]],
+    valid: Sequence[Any],
+    rows: Any,
+) -> Iterator[Any]:
+    """What becomes of scores, which come in tiles of some columns each, with tiles of what it reads besides. Of a tile
+    all is computed before the next, so that little is kept, but for what is a number for each row."""
+    made = {step.eqn.outvars[0]: step.eqn for step in item.rowwise}
+    numbers = set[Any]()
+    for v, eqn in made.items():
+        one = all(isinstance(a, J.Literal) or a in numbers for a in eqn.invars)
+        numbers |= {v} if one or eqn.primitive.name in REDUCTIONS else set()
+    known: dict[tuple[Any, int], Any] = {(item.scores.members[0].eqn.outvars[0], i): x for i, x in enumerate(scores)}
+    known |= {(v, i): as_read(x, v) for v, tiles in zip(reads, given, strict=True) for i, x in enumerate(tiles)}
+
+    def value(atom: J.Atom, i: int) -> Any:
+        if isinstance(atom, J.Literal):
+            return J.literal_value(atom)
+        key = atom, 0 if atom in numbers else i
+        if key not in known:
+            known[key] = computed(made[atom], i)
+        return known[key]
+
+    def computed(eqn: J.Eqn, i: int) -> Any:
+        if eqn.primitive.name in REDUCTIONS:  # a number may stand for all of its row
+            whole = [rows.spread(value(eqn.invars[0], i), x.shape) for i, x in enumerate(scores)]
+            return rows.reduced(eqn, whole, valid)
+        args = [value(a, i) for a in eqn.invars]
+        # the second product is told of a transposition
+        return args[0] if eqn.primitive.name == "transpose" else rows.on(eqn, args)
+
     assert not isinstance(end, J.Literal), "what is multiplied by values came of scores"
-    return jnp.broadcast_to(known[end], scores.shape)
+    for i, x in enumerate(scores):
+        yield rows.spread(value(end, i), x.shape)
 
 
-def operand(walk: Walk, env: Env, family: int, atom: J.Atom, dims: Sequence[Dim]) -> Operand:
+def operand(walk: Walk, env: Env, family: int, atom: J.Atom, dims: Sequence[Dim], arithmetic: bool = True) -> Operand:
     """How a tile of a value is read: `dims` says what its dimensions count. From what it was moved from, or of what
-    little it was made of, where that is there."""
-    reader = Reader(walk, env, family)
+    little it was made of, where that is there; without `arithmetic` of a value and numbers alone."""
+    reader = Reader(walk, env, family, arithmetic)
     make = reader.read(atom, dims, [0] * len(dims))
     if len(reader.places) > MOST:
-        reader = Reader(walk, env, family)
+        reader = Reader(walk, env, family, arithmetic)
         make = reader.leaf(atom, dims, [0] * len(dims))
     return Operand(tuple(reader.places), make if reader.made else None)
 
@@ -113,8 +155,8 @@ def operand(walk: Walk, env: Env, family: int, atom: J.Atom, dims: Sequence[Dim]
 class Reader:
     """Finds what an operand is made of; gives how to make its tile of theirs."""
 
-    def __init__(self, walk: Walk, env: Env, family: int) -> None:
-        self.walk, self.env, self.family = walk, env, family
+    def __init__(self, walk: Walk, env: Env, family: int, arithmetic: bool = True) -> None:
+        self.walk, self.env, self.family, self.arithmetic = walk, env, family, arithmetic
         self.lanes = walk.width(family)
         self.places: list[Place] = []
         self.made = False
@@ -142,13 +184,12 @@ class Reader:
                 one = [size == 1 for size in sizes]
                 own = [None if single else dims[at] for at, single in zip(kept, one, strict=True)]
                 return self.read(source, own, [0 if x else starts[at] for at, x in zip(kept, one, strict=True)])
-        if eqn.primitive.name in MOVES:
+        several = sum(prod(J.shape(a)) > 1 for a in eqn.invars) > 1
+        if eqn.primitive.name in MOVES or (several and not self.arithmetic):
             return self.leaf(atom, dims, starts)
         args = [self.read(a, *self.one_for_all(a, dims, starts)) for a in eqn.invars]
         self.made = True
-        return lambda tiles: on_rows(
-            eqn, [as_read(arg(tiles), a) for arg, a in zip(args, eqn.invars, strict=True)], None
-        )
+        return lambda tiles: on_rows(eqn, [as_read(arg(tiles), a) for arg, a in zip(args, eqn.invars, strict=True)])
 
     @staticmethod
     def one_for_all(atom: J.Atom, dims: Sequence[Dim], starts: Sequence[int]) -> tuple[list[Dim], list[int]]:

@@ -16,7 +16,7 @@ import numpy as np
 from coalesce import jaxpr as J
 from coalesce.bundle import Rowwise
 from coalesce.kernels import rows
-from coalesce.kernels.attention import Dim, on_rows, Place, REDUCTIONS, ROW
+from coalesce.kernels.attention import Dim, Place, REDUCTIONS, ROW, Tiles
 from coalesce.lanes import Banked, Env, LaneValue, plain, Shared, Stacked
 from coalesce.lower_attention import as_read, in_bank, Made
 from coalesce.rowwise import dims_of, rows_of, spread, taken, takes_rows
@@ -70,8 +70,10 @@ def work(item: Rowwise, reads: Sequence[J.Var], left: Left, *tiles: Any, valid: 
     for step in item.inside:
         args = [J.literal_value(a) if isinstance(a, J.Literal) else known[a] for a in step.eqn.invars]
         if step.eqn.primitive.name in REDUCTIONS:  # a number may stand for all of its row
-            args = [jnp.broadcast_to(args[0], (jnp.shape(args[0])[0], columns))]
-        known[step.eqn.outvars[0]] = args[0] if takes_rows(step.eqn) else on_rows(step.eqn, args, valid)
+            whole = jnp.broadcast_to(args[0], (jnp.shape(args[0])[0], columns))
+            known[step.eqn.outvars[0]] = Tiles.reduced(step.eqn, [whole], [valid])
+        else:
+            known[step.eqn.outvars[0]] = args[0] if takes_rows(step.eqn) else Tiles.on(step.eqn, args)
     return [nearest(known[v]) if rounds else known[v] for v, rounds in left]
 
 

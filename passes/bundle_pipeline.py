@@ -87,7 +87,7 @@ def bundle_passes(
     share = (partial(share_launches, costs=costs, tuned=tuned, **sharing),)
     last = (
         # products that need not write what the next one reads
-        partial(fuse_attention, platform=platform, choice=choice),
+        partial(fuse_attention, platform=platform, choice=choice, tuned=tuned),
         # what these do to their results: after the kernels, not all of which can
         partial(fuse_epilogues, choice=choice, tuned=tuned),
         partial(chain_products, tuned=tuned),  # which of them run as one, tile by tile: with what they do by then
@@ -121,7 +121,7 @@ def serving_passes(
         partial(keep_layouts, held=held, platform=platform, costs=costs, choice=choice, tuned=tuned),
         # of several families: what reads the bank in place runs side by side, as it is
         partial(share_launches, costs=costs, tuned=tuned),
-        partial(fuse_attention, platform=platform, choice=choice),
+        partial(fuse_attention, platform=platform, choice=choice, tuned=tuned),
         partial(fuse_epilogues, choice=choice, tuned=tuned),
         partial(chain_products, tuned=tuned),
         partial(fuse_rows, platform=platform),

@@ -28,9 +28,11 @@ from coalesce.bundle import Attention, Bundle, equations, Item, Loop, Pack, pack
 from coalesce.kernels import choose, indexed_gemm
 from coalesce.kernels.attention import fits, REDUCTIONS, SAME
 from coalesce.kernels.epilogue import runs_on_tiles
+from coalesce.kernels.mosaic import is_hopper
 from coalesce.passes.choose_kernels import Choice
 from coalesce.passes.scopes import left_by, makers_and_readers, Name, names, with_bodies
 from coalesce.reschedule import same
+from coalesce.tuning import Tuned, UNTUNED
 
 BEFORE = "batched_dot"  # the kernel of packs that may be fused so, also where another one was tuned
 TUNED = "indexed_gemm"
@@ -38,19 +40,20 @@ DTYPES = ("float32", "bfloat16", "float16", "bool")
 WHOLE, NUMBER, TURNED = "whole", "number", "turned"  # a value for each score, for each row, and scores transposed
 
 
-def fuse_attention(bundle: Bundle, *, platform: str, choice: Choice = choose) -> Bundle:
+def fuse_attention(bundle: Bundle, *, platform: str, choice: Choice = choose, tuned: Tuned = UNTUNED) -> Bundle:
+    """On a device that `tuned` knows as one with TMA, attention may run by it."""
     kernels = (BEFORE, TUNED) if choice is choose else (BEFORE,)
     if platform == "cpu" or sum(can_be_inside(bundle, pack, kernels) for pack in packs(bundle.schedule)) < 2:
         return bundle
-    schedule = fused(bundle, bundle.schedule, left_by(bundle), kernels)
+    schedule = fused(bundle, bundle.schedule, left_by(bundle), kernels, is_hopper(tuned.device))
     return bundle if schedule is bundle.schedule else replace(bundle, schedule=schedule)
 
 
-def fused(bundle: Bundle, schedule: Schedule, left: set[Name], kernels: Sequence[str]) -> Schedule:
+def fused(bundle: Bundle, schedule: Schedule, left: set[Name], kernels: Sequence[str], by_tma: bool) -> Schedule:
     """One scope, and those inside it; `left` is what it leaves to others. The same object if nothing changed."""
-    body = partial(fused, bundle, kernels=kernels)
+    body = partial(fused, bundle, kernels=kernels, by_tma=by_tma)
     inner = tuple(with_bodies(item, body) if isinstance(item, Loop) else item for item in schedule)
-    scope = Scope(bundle, inner, left, kernels)
+    scope = Scope(bundle, inner, left, kernels, by_tma)
     for place, item in enumerate(inner):
         if isinstance(item, Pack) and place not in scope.moved:
             scope.fuse(place, item)
@@ -75,8 +78,10 @@ def can_be_inside(bundle: Bundle, pack: Pack, kernels: Sequence[str]) -> bool:
 class Scope:
     """The items of one scope, and who reads each value."""
 
-    def __init__(self, bundle: Bundle, items: Sequence[Item], left: set[Name], kernels: Sequence[str]) -> None:
-        self.bundle, self.items, self.left, self.kernels = bundle, items, left, kernels
+    def __init__(
+        self, bundle: Bundle, items: Sequence[Item], left: set[Name], kernels: Sequence[str], by_tma: bool
+    ) -> None:
+        self.bundle, self.items, self.left, self.kernels, self.by_tma = bundle, items, left, kernels, by_tma
         _, self.readers = makers_and_readers(items)
         self.moved: set[int] = set()
         self.instead: dict[int, Attention] = {}
@@ -129,7 +134,7 @@ class Scope:
         moved = [item for p in after if isinstance(item := self.items[p], Step)]
         self.moved |= {place, *steps, at, *after}
         scores, values = (replace(pack, kernel=BEFORE, blocks=None) for pack in (scores, values))
-        self.instead[at] = Attention(scores, tuple(rowwise), values, tuple(moved))
+        self.instead[at] = Attention(scores, tuple(rowwise), values, tuple(moved), by_tma=self.by_tma)
 
     def only_move(self, values: Pack) -> list[int]:
         """The place of a transposition that alone reads a pack's result, if there is one."""

@@ -8,8 +8,10 @@ Before                                                  After
                                                               %6:f32[3,2] = slice %4 [limit_indices=(3,10) ...]
 
 The Q, K and V of attention, the gates of a recurrent cell: one product of all columns is one launch instead of three,
-with three times the work. The weights are laid side by side by `hoist_weights`, once a tenant; XLA, which merges such
-products too, would do it in every call.
+with three times the work. Where weights are added to each of them and nobody else reads them, what is sliced is the sum
+with all of these: a kernel adds a bias to its product, and attention reads queries, keys and values as they lie. The
+weights are laid side by side by `hoist_weights`, once a tenant; XLA, which merges such products too, would do it in
+every call.
 
 Merged are products that differ in a free dimension of their right operands alone, and that are wanted about as soon:
 the keys of all layers that attend to one memory are not computed before the first. In one program no weight comes to
@@ -36,7 +38,7 @@ from jax.extend.core import ClosedJaxpr
 from coalesce import jaxpr as J
 from coalesce.passes.canonical_rules import freeze, keep
 from coalesce.passes.lift_from_steps import behind
-from coalesce.passes.mergeable import columns, Group, mergeable, Path
+from coalesce.passes.mergeable import added_to, columns, Group, mergeable, Path
 from coalesce.program import Program
 from coalesce.rewrite import Rewriter, Staged
 
@@ -53,7 +55,7 @@ def merged(jaxpr: ClosedJaxpr, path: Path, groups: dict[Path, list[Group]], rewr
     eqns = jaxpr.jaxpr.eqns
     own = groups.get(path, [])
     firsts = {min(member.place for member in group.members): group for group in own}
-    gone = {member.place for group in own for member in group.members}
+    gone = {member.place for group in own for member in (*group.members, *group.sums)}
     splicer, env = J.Splicer(), dict[Any, J.Atom]()
     emitted: set[int] = set()
 
@@ -69,11 +71,14 @@ def merged(jaxpr: ClosedJaxpr, path: Path, groups: dict[Path, list[Group]], rewr
     places = {id(eqn): place for place, eqn in enumerate(eqns)}
     for place in range(len(eqns)):
         if place in firsts:
-            products = [eqns[member.place] for member in firsts[place].members]
-            for needed in behind(eqns, [product.invars[1] for product in products]):
+            products, sums = ([eqns[m.place] for m in own] for own in (firsts[place].members, firsts[place].sums))
+            terms = [
+                a for product, total in zip(products, sums, strict=False) for a in added_to(product.outvars[0], total)
+            ]
+            for needed in behind(eqns, [*(product.invars[1] for product in products), *terms]):
                 if places[id(needed)] not in emitted:
                     emit(places[id(needed)])
-            env.update(side_by_side(products, env, splicer, rewriter))
+            env.update(side_by_side(products, terms, sums or products, env, splicer, rewriter))
         elif place not in gone and place not in emitted:
             emit(place)
     unchanged = not own and all(a is b for a, b in zip(splicer.eqns, eqns, strict=True))
@@ -82,18 +87,27 @@ def merged(jaxpr: ClosedJaxpr, path: Path, groups: dict[Path, list[Group]], rewr
 
 
 def side_by_side(
-    products: Sequence[J.Eqn], env: dict[Any, J.Atom], splicer: J.Splicer, rewriter: Rewriter
+    products: Sequence[J.Eqn],
+    terms: Sequence[J.Atom],
+    ends: Sequence[J.Eqn],
+    env: dict[Any, J.Atom],
+    splicer: J.Splicer,
+    rewriter: Rewriter,
 ) -> list[tuple[Any, J.Atom]]:
-    """Emit the product of all, and its slices: (result of a product, what stands for it)."""
-    args = [J.read(env, products[0].invars[0]), *(product.invars[1] for product in products)]
-    staged = Staged(one_product, args, {"columns": columns(products[0]), **freeze(products[0].params)})
-    slices = splicer.inline(rewriter.fragment(staged), args, like=products[0])
-    return [(product.outvars[0], out) for product, out in zip(products, slices, strict=True)]
+    """Emit the product of all, what is added to it, and its slices: (result of an equation of `ends`, what stands for
+    it)."""
+    weights = [product.invars[1] for product in products]
+    args = [J.read(env, a) for a in (products[0].invars[0], *weights, *terms)]
+    options = {"columns": columns(products[0]), "count": len(products), **freeze(products[0].params)}
+    slices = splicer.inline(rewriter.fragment(Staged(one_product, args, options)), args, like=products[0])
+    return [(end.outvars[0], out) for end, out in zip(ends, slices, strict=True)]
 
 
-def one_product(lhs: Any, *weights: Any, columns: tuple[int, int], **params: Any) -> list[Any]:
-    dim, place = columns
+def one_product(lhs: Any, *given: Any, columns: tuple[int, int], count: int, **params: Any) -> list[Any]:
+    weights, terms, (dim, place) = given[:count], given[count:], columns
     out = lax.dot_general(lhs, lax.concatenate(weights, dim), **keep(params))
-    ends = [sum(w.shape[dim] for w in weights[: i + 1]) for i in range(len(weights))]
+    if terms:
+        out = lax.add(out, lax.concatenate(terms, place))
+    ends = [sum(w.shape[dim] for w in weights[: i + 1]) for i in range(count)]
     parts = zip([0, *ends], ends, strict=False)
     return [lax.slice_in_dim(out, start, end, axis=place) for start, end in parts]

@@ -39,6 +39,7 @@ class Group:
     """Products to merge, in the order in which their columns lie."""
 
     members: tuple[Member, ...]
+    sums: tuple[Member, ...] = ()  # where weights are added to each of the products, if to all of them
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -83,7 +84,8 @@ class Search:
                 read.discard(eqn.invars[1])
             self.read(read, known)
         self.read(variables(J.outvars(jaxpr)), known)
-        self.groups[path] = list(groups_of(jaxpr, products))
+        groups = groups_of(jaxpr, products)
+        self.groups[path] = [replace(group, sums=sums_of(jaxpr, group, known)) for group in groups]
         grouped = {member for group in self.groups[path] for member in group.members}
         self.others.update(member.weight.number for member in products if member not in grouped)
 
@@ -135,8 +137,9 @@ def variables(atoms: Sequence[J.Atom]) -> set[Any]:
 
 
 def without(group: Group, wrong: set[int]) -> Group | None:
-    members = tuple(member for member in group.members if member.weight.number not in wrong)
-    return replace(group, members=members) if len(members) > 1 else None
+    kept = [i for i, number in enumerate(group.numbers) if number not in wrong]
+    members, sums = (tuple(own[i] for i in kept) if own else () for own in (group.members, group.sums))
+    return Group(members, sums) if len(kept) > 1 else None
 
 
 def is_product(eqn: J.Eqn, known: dict[Any, Weight]) -> bool:
@@ -155,6 +158,38 @@ def columns(eqn: J.Eqn) -> tuple[int, int]:
     lhs, rhs = eqn.invars
     (lc, rc), (_, rb) = eqn.params["dimension_numbers"]
     return min(set(range(len(J.shape(rhs)))) - {*rc, *rb}), len(J.shape(lhs)) - len(lc)
+
+
+def sums_of(jaxpr: ClosedJaxpr, group: Group, known: dict[Any, Weight]) -> tuple[Member, ...]:
+    """Of each product the equation that alone reads it, if all are sums with weights that lie as its columns do."""
+    eqns = jaxpr.jaxpr.eqns
+    products = [eqns[member.place] for member in group.members]
+    readers: dict[Any, list[int]] = {product.outvars[0]: [] for product in products}
+    for place, eqn in enumerate(eqns):
+        for a in variables(eqn.invars) & readers.keys():
+            readers[a].append(place)
+    left = variables(J.outvars(jaxpr))
+    found: list[Member] = []
+    shapes: set[Hashable] = set()
+    for product in products:
+        (result,), (_, at) = product.outvars, columns(product)
+        places = readers[result] if result not in left else []
+        added = [a for place in places for a in added_to(result, eqns[place])]
+        if len(places) != 1 or not added or added[0] not in known:
+            return ()
+        shape, weight = J.shape(added[0]), known[added[0]]
+        if not weight.holders or len(shape) <= at or shape[at] != J.shape(result)[at]:
+            return ()
+        shapes.add((len(J.shape(result)), *shape[:at], *shape[at + 1 :], weight.holders))
+        found.append(Member(places[0], weight))
+    return tuple(found) if len(shapes) == 1 else ()
+
+
+def added_to(value: J.Var, eqn: J.Eqn) -> list[J.Var]:
+    """The other operand, if an equation adds to a value what it is as large as, and not the value itself."""
+    if eqn.primitive.name != "add" or J.shape(eqn.outvars[0]) != J.shape(value):
+        return []
+    return [a for a in eqn.invars if not isinstance(a, J.Literal) and a is not value]
 
 
 def groups_of(jaxpr: ClosedJaxpr, products: Sequence[Member]) -> Iterator[Group]:

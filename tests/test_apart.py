@@ -27,10 +27,11 @@ import pytest
 from coalesce import jaxpr as J
 from coalesce.errors import Shutdown, TraceError
 from coalesce.runtime import apart, gil, tenancy
-from coalesce.runtime.apart import Apart, Compiler, exported, WANTED
+from coalesce.runtime.apart import Apart, exported
 from coalesce.runtime.compiler import settings
 from coalesce.runtime.gil import BREATH_S, EAGER_S, GIVEN_S, giving_way, handing_on, LATELY_S, NAP_S, STRETCH_S
 from coalesce.runtime.runtime import Runtime
+from coalesce.runtime.second import Compiler, WANTED
 from coalesce.serving import executable, schema
 from coalesce.serving.making import Jitted, Recipe
 from tests.serving import fit_of, serve
@@ -207,8 +208,8 @@ def test_a_compiler_that_hangs_keeps_nobody_waiting_for_ever_and_leaves_nothing_
     monkeypatch.setattr(apart, "STUCK_S", 0.05)
     started, seen = apart.started, list[subprocess.Popen[bytes]]()
 
-    def stopped(idle: bool) -> subprocess.Popen[bytes]:
-        seen.append(started(idle))
+    def stopped(idle: bool, platforms: Any) -> subprocess.Popen[bytes]:
+        seen.append(started(idle, platforms))
         os.kill(seen[-1].pid, signal.SIGSTOP)
         return seen[-1]
 
@@ -262,7 +263,7 @@ def test_what_an_interrupt_left_unread_is_no_answer_to_the_next_request(monkeypa
 
     monkeypatch.setattr(apart, "is_starved", interrupted)
     echo, pipe = [sys.executable, "-c", ECHO], subprocess.PIPE
-    monkeypatch.setattr(apart, "started", lambda idle: Compiler(echo, stdin=pipe, stdout=pipe))
+    monkeypatch.setattr(apart, "started", lambda *_: Compiler(echo, stdin=pipe, stdout=pipe))
     with pytest.raises(KeyboardInterrupt):
         own.call(len, "first")
     assert own.call(len, "second") == (len, ("second",), ())
@@ -277,11 +278,18 @@ def check_left_here(own: Apart, recipe: Recipe, monkeypatch: Any, caplog: Any) -
 
     caplog.clear()
     with caplog.at_level(logging.INFO, "coalesce.runtime"):
-        assert own.compile(SimpleNamespace(id=99), recipe) is None
+        assert own.compile(SimpleNamespace(platform="cpu", id=99), recipe) is None
         monkeypatch.setattr(apart, "deserialize_and_load", other)
         assert own.compile(jax.devices()[0], recipe) is None
-    none, cannot = [r.getMessage() for r in caplog.records if not r.getMessage().startswith("traced")]
+        assert own.compile(jax.devices()[0], recipe, {"xla_gpu_no_such_option": True}) is None
+        assert not own._is_useless
+        assert own.compile(SimpleNamespace(platform="gpu", id=0), recipe) is None
+        assert own._is_useless
+    texts = [r.getMessage() for r in caplog.records if not r.getMessage().startswith("traced")]
+    none, cannot, option, useless = texts
     assert "LookupError: there is no device 99" in none and "cannot be loaded: KeyError: 0" in cannot
+    assert "xla_gpu_no_such_option" in option
+    assert "no compiler in a process of its own" in useless and "gpu" in useless
 
 
 FACTORS = """

@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from coalesce.runtime.apart import Compiler, is_starved
+from coalesce.runtime.apart import Apart, is_starved
 from coalesce.runtime.companion import command, search_path
+from coalesce.runtime.second import Compiler, environment, is_wanted, WANTED
 
 fcntl = pytest.importorskip("fcntl")
 resource = pytest.importorskip("resource")
@@ -27,6 +30,33 @@ def test_what_lies_in_the_working_directory_is_no_module_unless_it_is_here(tmp_p
     assert b"Zen" in said(search_path())
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     assert b"another" in said(search_path())
+
+
+CPU: Any = SimpleNamespace(platform="cpu")
+CUDA: Any = SimpleNamespace(platform="gpu", client=SimpleNamespace(platform_version="cuda 13000"))
+ROCM: Any = SimpleNamespace(platform="gpu", client=SimpleNamespace(platform_version="rocm 60300"))
+TPU: Any = SimpleNamespace(platform="tpu", client=SimpleNamespace(platform_version="libtpu"))
+
+
+def test_a_second_process_compiles_for_a_cpu_unless_forbidden_and_for_an_nvidia_gpu_if_asked_for(monkeypatch):
+    def wanted(asked: str | None) -> list[bool]:
+        monkeypatch.delenv(WANTED) if asked is None else monkeypatch.setenv(WANTED, asked)
+        return [is_wanted(device) for device in (CPU, CUDA, ROCM, TPU)]
+
+    assert wanted(None) == [True, False, False, False]
+    assert wanted("0") == [False] * 4
+    assert wanted("1") == [True, True, False, False]
+    assert Apart().takes_on(CPU) and Apart().takes_on(CUDA) and not Apart().takes_on(TPU)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    assert wanted("1") == [True, False, False, False]
+
+
+def test_it_sees_the_gpus_that_are_seen_here_and_keeps_no_memory_of_them(monkeypatch):
+    alone = environment({"cpu"})
+    assert alone["JAX_PLATFORMS"] == "cpu" and "XLA_PYTHON_CLIENT_PREALLOCATE" not in alone
+    both = environment({"cpu", "cuda"})
+    assert both["JAX_PLATFORMS"] == "cuda,cpu" and both["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    assert both["JAX_CUDA_VISIBLE_DEVICES"] == "all"
 
 
 def test_who_has_many_files_open_hears_the_compiler_too():

@@ -40,8 +40,9 @@ UNTIMED = {"xla_gpu_autotune_level": 0}
 def test_nothing_is_timed_on_a_gpu_that_serves_nor_where_kernels_are_to_be_the_same(platform, serves, same, options):
     make, jitted = Making(SimpleNamespace(platform=platform), None, same), Jitted()
     make.serves = serves
-    assert make(lambda: serving.Jitted(jitted, ())) == "made"
-    assert jitted.options == [options]
+    for often in (True, False):
+        assert make(lambda often=often: serving.Jitted(jitted, (), often=often)) == "made"
+    assert jitted.options == [options, options and {**options, "xla_gpu_enable_command_buffer": ""}]
 
 
 class Elsewhere:

@@ -126,6 +126,57 @@ def test_one(fn, params, inputs, left):
     assert shapes(fn, params, *inputs) == left
 
 
+# ---- and what is added to each ---------------------------------------------------------------------------------------
+
+
+def dense(p: Any, x: Any) -> Any:
+    return tuple(x @ p[f"w{i}"] + p[f"b{i}"][None] for i in (1, 2))
+
+
+def added(fn: Any, params: Any, *inputs: Any) -> list[tuple[int, ...]]:
+    """Shapes of the sums that are left of `fn`, where one product is."""
+    program = checked(merge_products, simplified(fn, params, *inputs))
+    eqns = program.jaxpr.jaxpr.eqns
+    assert sum(eqn.primitive.name == "dot_general" for eqn in eqns) == 1
+    return [J.shape(eqn.outvars[0]) for eqn in eqns if eqn.primitive.name == "add"]
+
+
+DENSE = {"w1": array(4, 5), "b1": array(5), "w2": array(4, 2), "b2": array(2)}
+
+
+def test_biases(golden):
+    golden(rewritten(merge_products, dense, DENSE, X, first=FIRST))
+    check(dense, [DENSE, jax.tree.map(lambda w: 2 * w, DENSE)], [(X,), (X,)])
+
+
+def test_biases_of_heads():
+    def apply(p: Any, x: Any) -> Any:
+        return tuple(jnp.einsum("tc,chd->thd", x, p[name]) + p[name + "b"][None] for name in "qk")
+
+    params = {"q": array(4, 6, 2), "k": array(4, 2, 2), "qb": array(6, 2), "kb": array(2, 2)}
+    assert added(apply, params, X) == [(3, 8, 2)]
+
+
+APART = {
+    "one has none": lambda p, x: (x @ p["w1"] + p["b1"][None], x @ p["w2"]),
+    "one for all columns": lambda p, x: tuple(x @ p[w] + p["b1"][None, :1] for w in ("w1", "w2")),
+    "one for each row": lambda p, x: tuple(x @ p[w] + p["b1"][:3, None] for w in ("w1", "w2")),
+    "not of weights": lambda p, x: tuple(x @ p[f"w{i}"] + x[:1, :1] * p[f"b{i}"][None] for i in (1, 2)),
+    "read by others": lambda p, x: (*dense(p, x), jnp.tanh(x @ p["w1"])),
+    "left": lambda p, x: (*dense(p, x), x @ p["w1"]),
+    "to itself": lambda p, x: tuple(y + y for y in (x @ p["w1"], x @ p["w2"])),
+    "along other dimensions": lambda p, x: (
+        x @ p["w1"] + p["b1"][None],
+        x @ p["w2"] + p["b2"][None] * p["b1"][:3, None],
+    ),
+}
+
+
+@pytest.mark.parametrize("fn", APART.values(), ids=APART)
+def test_sums_that_stay_apart(fn):
+    assert (3, 7) not in added(fn, DENSE, X)
+
+
 def test_one_weight_of_one_product_in_two_places():
     """A step by itself and the loop after it read the same weights side by side, which lie once."""
 

@@ -90,6 +90,8 @@ INTERPRETED = {
         Blocks(64, 64, 32, 4, 3),
     ),
     "turned": (dot(70, 128, 128), Blocks(72, 128, 64, 8, 2, turned=True)),
+    "32 bits, turned": (dot(70, 64, 128, jnp.float32), Blocks(72, 128, 32, 8, 2, turned=True, over=True)),
+    "96 columns": (dot(70, 64, 96, jnp.float32), Blocks(64, 96, 32, 4, 2)),
     "a window, turned, two tiles": (conv(9, 10, 64, 64), Blocks(80, 64, 64, 4, 3, turned=True)),
     "other windows": (conv(5, 9, 64, 64, taps=(2, 3), padding=((1, 2), (0, 1))), Blocks(64, 64, 64, 4, 3)),
 }
@@ -112,8 +114,9 @@ def test_tiles(op, blocks):
         (jnp.bfloat16, Blocks(64, 64, 64, 4, 3)),
         (jnp.float32, Blocks(64, 64, 32, 4, 3)),
         (jnp.bfloat16, Blocks(48, 64, 64, 4, 3, turned=True)),
+        (jnp.float32, Blocks(48, 64, 32, 4, 3, turned=True, over=True)),
     ],
-    ids=["16 bits", "32 bits", "turned"],
+    ids=["16 bits", "32 bits", "turned", "32 bits, turned and over"],
 )
 def test_epilogue_and_operands_in_slabs(dtype, blocks):
     """Rows of slabs that nobody picks may hold anything."""

@@ -12,8 +12,8 @@ from coalesce.tuning.candidates import candidates
 from tests.mosaic_ops import conv, dot
 
 
-def place(op: HeavyOp, *blocks: int, turned: bool = False) -> tuple[int, ...] | None:
-    tile = tile_of(op, Blocks(*blocks, turned=turned))
+def place(op: HeavyOp, *blocks: int, turned: bool = False, over: bool = False) -> tuple[int, ...] | None:
+    tile = tile_of(op, Blocks(*blocks, turned=turned, over=over))
     return (tile.tall, tile.wide, tile.count, tile.left_stages, tile.right_stages) if tile else None
 
 
@@ -52,11 +52,22 @@ def test_turned_tiles_fit():
     assert place(op, 100, 128, 64, 8, 2, turned=True) is None  # tensor cores take 8 positions at a time
     assert place(op, 200, 256, 64, 8, 2, turned=True) is None  # sums of 200 registers
     assert place(op, 208, 192, 64, 12, 2, turned=True) is None  # of 104 of 128, and ptxas wants 28 for the rest
-    assert place(dot(197, 3072, 768, jnp.float32), 200, 64, 32, 4, 2, turned=True) is None
+    assert place(dot(197, 3072, 768, jnp.float32), 200, 64, 32, 4, 12, turned=True) == (1, 200, 1, 5, 5)
     assert place(conv(14, 14, 256, 256), 112, 64, 64, 4, 4, turned=True) == (7, 16, 2, 3, 4)
     assert all(blocks.turned is False for _, blocks in candidates(dot(128, 768, 768), 8, 1, "gpu", True) if blocks)
     found = [blocks for _, blocks in candidates(op, 8, 1, "gpu", True) if blocks and blocks.turned]
     assert {blocks.m for blocks in found} == {72, 104, 200} and len(found) > 20
+
+
+def test_a_result_over_what_was_multiplied_leaves_room():
+    """Of 200 x 192 in 32 bits it would take 150 KB, and a step 49."""
+    op = dot(197, 768, 3072, jnp.float32)
+    assert place(op, 200, 192, 32, 12, 4, turned=True) is None
+    assert place(op, 200, 192, 32, 12, 6, turned=True, over=True) == (1, 200, 1, 4, 4)
+    assert place(op, 256, 256, 32, 16, 2, over=True) is None  # larger than all that there is
+    found = [blocks for _, blocks in candidates(op, 8, 1, "gpu", True) if blocks and blocks.over]
+    assert Blocks(200, 192, 32, 12, 4, turned=True, over=True) in found
+    assert {blocks.warps for blocks in found if blocks.stages == 2 and blocks.k == 32} == {4}  # two on a core
 
 
 @pytest.mark.parametrize("op", [conv(14, 14, 256, 256), dot(49, 512, 2048)], ids=["conv", "dot"])

@@ -170,7 +170,7 @@ def test_page_locked_memory_outlives_calls_that_fail(monkeypatch):
     loaded = Loaded(fails, (Home(Host(serving.schema, Preparer(serving.schema), serving.store, courses), courses[0]),))
     for _ in range(SPARES + 1):
         with pytest.raises(ValueError, match="no"):
-            device._run(loaded, staged(), [])
+            loaded.run(device.at, [[own] * 3], [])
     for _ in range(SPARES + 1):
         filled = staged()
         outputs = executable.run([serving.store.bank], [None], filled)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from coalesce.runtime import ticks
-from coalesce.runtime.apart import end, started
+from coalesce.runtime.second import end, started
 from coalesce.runtime.ticks import BEGIN, EVERY_S, FEW, follow, STOP, telling, tick
 
 BE_IDLE = """

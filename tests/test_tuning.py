@@ -231,12 +231,16 @@ def test_without_a_home_there_is_what_comes_along(monkeypatch):
 @pytest.mark.parametrize("text", [
     "0x16x16 w4 s3", "48x16x16 w4 s3", "16x16x16 w0 s3", "16x16 w4 s3", "100x64x64 w4 s3 turned",
     "16x192x48 w4 s3", "192x192x64 w4 s3", "64x192x192 w4 s3", "16x16x16 w4 s3 upright",
+    "96x64x64 w4 s3", "8x64x64 w4 s3 over turned",
 ])  # fmt: skip
 def test_blocks_that_are_none(text):
     with pytest.raises(ValueError, match="are no blocks"):
         blocks_of(text)
 
 
-@pytest.mark.parametrize("blocks", [Blocks(64, 192, 32, 8, 3), Blocks(200, 192, 64, 12, 3, turned=True)], ids=str)
+@pytest.mark.parametrize("blocks", [
+    Blocks(64, 192, 32, 8, 3), Blocks(128, 96, 32, 8, 3, over=True),
+    Blocks(200, 192, 64, 12, 3, turned=True), Blocks(200, 192, 32, 12, 4, turned=True, over=True),
+], ids=str)  # fmt: skip
 def test_blocks_as_text(blocks):
     assert blocks_of(str(blocks)) == blocks

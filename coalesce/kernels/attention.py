@@ -72,8 +72,10 @@ class Operand:
 
 @dataclass(frozen=True)
 class Attention:
-    """Of each head of a lane: scores [m, n] over k, results [m, d]. `rowwise(scores, *given, valid)` -> weights, all
-    [m, n]; `valid` masks the columns that there are, or is None. `finish` is done to results as they are written."""
+    """Of each head of a lane: scores [m, n] over k, results [m, d]. `rowwise(scores, given, valid, rows)` gives weights
+    for scores, which come in tiles of some columns each, as everything of `given` does; `valid` masks the columns that
+    there are in a tile, or is None, and `rows` does an equation, as Tiles. `finish` is done to results as they are
+    written."""
 
     scores: HeavyOp
     values: HeavyOp
@@ -129,7 +131,7 @@ def run(what: Attention, operands: Sequence[Operand], out: Place, lanes: int) ->
         found = dot(tile(0, m, k), tile(1, k, n), precision_of(scores)).astype(scores.out.dtype)
         given = [tile(i, m, n) for i in range(3, len(operands))]
         valid = along(n.inside)
-        weights = what.rowwise(found, *given, valid=valid)
+        (weights,) = what.rowwise([found], [[x] for x in given], [valid], Tiles)
         if valid is not None:  # what comes of padding may be no number
             weights = jnp.where(valid, weights, jnp.zeros_like(weights))
         result = dot(weights, tile(2, n, d), precision_of(what.values))
@@ -212,15 +214,28 @@ def unraveled(number: Any, sizes: Sequence[int]) -> list[Any]:
     return found
 
 
-def on_rows(eqn: J.Eqn, args: Sequence[Any], valid: Any) -> Any:
-    """An equation on tiles: [m, n], or [m, 1] and [1, n] of what is one number for each row or column."""
-    name, dtype = eqn.primitive.name, J.dtype(eqn.outvars[0])
-    if name in SAME:
-        return args[0]
-    if name in REDUCTIONS:
-        return reduced(name, args[0], valid).astype(dtype)
+def on_rows(eqn: J.Eqn, args: Sequence[Any]) -> Any:
+    """An elementwise equation on tiles: [m, n], or [m, 1] and [1, n] of what is one number for each row or column."""
     shape = jnp.broadcast_shapes(*map(jnp.shape, args))
     return on_tile(eqn, [jnp.broadcast_to(x, shape) for x in args])
+
+
+class Tiles:
+    """The rows' work on tiles; what is one number for each row is [m, 1]."""
+
+    @staticmethod
+    def on(eqn: J.Eqn, args: Sequence[Any]) -> Any:
+        return args[0] if eqn.primitive.name in SAME else on_rows(eqn, args)
+
+    @staticmethod
+    def spread(x: Any, shape: Sequence[int]) -> Any:
+        return jnp.broadcast_to(x, shape)
+
+    @staticmethod
+    def reduced(eqn: J.Eqn, tiles: Sequence[Any], valid: Sequence[Any]) -> Any:
+        """Of the one tile that has all columns."""
+        (x,), (own,) = tiles, valid
+        return reduced(eqn.primitive.name, x, own).astype(J.dtype(eqn.outvars[0]))
 
 
 def reduced(name: str, x: Any, valid: Any) -> Any:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from coalesce.kernels.underived import underived
@@ -20,6 +21,7 @@ SHARED_BYTES = 227 * 1024  # of a program on an H100
 GROUP = 64  # rows that a warpgroup multiplies at once
 TOGETHER = 8  # rows of a tile
 REGISTERS = 512  # of a thread, if a program were a single warpgroup
+HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")
 FETCHING = 40  # of a thread that only fetches
 
 Index = tuple[Any, ...]
@@ -38,30 +40,34 @@ class Images:
     dtype: Any
     interpreted: bool
 
-    def memory(self) -> Any:
+    @property
+    def row(self) -> int:
+        return ROW_BYTES // self.dtype.itemsize
+
+    def views(self) -> tuple[Any, ...]:
+        """Of one memory: as TMA writes it, and as wgmma reads it."""
         plgpu = backend()
-        row = ROW_BYTES // self.dtype.itemsize
         swizzle = plgpu.SwizzleTransform(ROW_BYTES)
-        tiles = (plgpu.TilingTransform((TOGETHER, row)), swizzle)
-        rows = plgpu.SMEM((*self.before, self.tall * self.wide, row), self.dtype, transforms=tiles)
+        tiles = (plgpu.TilingTransform((TOGETHER, self.row)), swizzle)
+        rows = plgpu.SMEM((*self.before, self.tall * self.wide, self.row), self.dtype, transforms=tiles)
         if self.interpreted:
-            return rows
-        lie = plgpu.SMEM((*self.before, self.tall, self.wide, row), self.dtype, transforms=(swizzle,))
-        return plgpu.RefUnion(lie, rows)
+            return (rows,)
+        lie = plgpu.SMEM((*self.before, self.tall, self.wide, self.row), self.dtype, transforms=(swizzle,))
+        return lie, rows
 
     def rows(self, ref: Any, place: tuple[Any, ...], first: Any, count: int) -> Any:
         """Rows as wgmma takes them: position i of an image row h is row h * wide + i."""
-        return (ref if self.interpreted else ref[1]).at[*place, pl.ds(first, count)]
+        return ref[-1].at[*place, pl.ds(first, count)]
 
     def copies(
-        self, ref: Any, place: tuple[Any, ...], count: int, begin: int = 0
+        self, ref: Any, place: tuple[Any, ...], count: int, begin: Any = 0
     ) -> list[tuple[Callable[[Any], Any], Any]]:
         """(from a first row of an image the index of what is copied, where it lies) of each copy of `count` rows, which
         lie from the row `begin` on."""
         if not self.interpreted:
             return [(lambda first: pl.ds(first, count), ref[0].at[*place, pl.ds(begin, count)])]
         return [
-            (lambda first, i=i: first + i, ref.at[*place, pl.ds((begin + i) * self.wide, self.wide)])
+            (lambda first, i=i: first + i, ref[0].at[*place, pl.ds((begin + i) * self.wide, self.wide)])
             for i in range(count)
         ]
 
@@ -87,14 +93,14 @@ class Rows:
     def row(self) -> int:
         return ROW_BYTES // self.dtype.itemsize
 
-    def memory(self) -> Any:
+    def views(self) -> tuple[Any, ...]:
         plgpu = backend()
         tiles = (plgpu.TilingTransform((TOGETHER, self.row)), plgpu.SwizzleTransform(ROW_BYTES))
-        return plgpu.SMEM((self.stages, self.k, self.n), self.dtype, transforms=tiles)
+        return (plgpu.SMEM((self.stages, self.k, self.n), self.dtype, transforms=tiles),)
 
     def copies(self, ref: Any, stage: Any, row: Any, start: Any, k: Any, n: Any) -> list[tuple[Index, Any]]:
         """(what is copied from [rows, .., N], where K begins at `start`, where it lies) of each copy."""
-        return [((row, pl.ds(start + k, self.k), pl.ds(n, self.n)), ref.at[stage])]
+        return [((row, pl.ds(start + k, self.k), pl.ds(n, self.n)), ref[0].at[stage])]
 
     @property
     def count(self) -> int:
@@ -103,11 +109,11 @@ class Rows:
 
     def part(self, ref: Any, stage: Any, d: int) -> Any:
         """The d-th row's width of K, [row, n], as wgmma takes it."""
-        return ref.at[stage, pl.ds(d * self.row, self.row)]
+        return ref[0].at[stage, pl.ds(d * self.row, self.row)]
 
     def turned(self, ref: Any, stage: Any, d: int, first: Any, count: int) -> Any:
         """Of that some columns, [count, row]."""
-        return ref.at[stage, pl.ds(d * self.row, self.row), pl.ds(first, count)].transpose((1, 0))
+        return ref[0].at[stage, pl.ds(d * self.row, self.row), pl.ds(first, count)].transpose((1, 0))
 
 
 @dataclass(frozen=True)
@@ -124,8 +130,8 @@ class Columns:
     def images(self) -> Images:
         return Images((self.stages, self.count), 1, self.n, self.dtype, self.interpreted)
 
-    def memory(self) -> Any:
-        return self.images.memory()
+    def views(self) -> tuple[Any, ...]:
+        return self.images.views()
 
     def copies(self, ref: Any, stage: Any, row: Any, start: Any, k: Any, n: Any) -> list[tuple[Index, Any]]:
         """(what is copied from [rows, .., K], where N begins at `start`, where it lies) of each copy."""
@@ -150,6 +156,11 @@ def backend() -> Any:
     return mosaic_gpu
 
 
+def is_hopper(kind: str) -> bool:
+    """Of a device's kind, as JAX names it."""
+    return kind.startswith(HOPPER)
+
+
 def on_hopper(device: Any) -> bool:
     """Whether it is a GPU with what the kernels use: there are older and newer ones without."""
     return str(getattr(device, "compute_capability", "")) == "9.0"
@@ -162,9 +173,42 @@ def load(ref: Any, layout: Any) -> Any:
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
+def iota(shape: Sequence[int], dimension: int) -> Any:
+    """As wgmma leaves a result."""
+    plgpu = backend()
+    return plgpu.broadcasted_iota(jnp.int32, tuple(shape), dimension, layout=plgpu.Layout.WGMMA)
+
+
+def multiply(acc: Any, left: Any, right: Any, through: Any) -> None:
+    """Add left x right, where the former is in registers; interpreted it goes `through` shared memory."""
+    plgpu = backend()
+    if through is None:
+        plgpu.wgmma(acc, left, right)
+        return
+    through[...] = left
+    plgpu.wgmma(acc, through, right)
+    plgpu.wgmma_wait(0)
+
+
 def relaid(x: Any, layout: Any) -> Any:
     """The same elements, held by other threads."""
     return backend().layout_cast(x, layout)
+
+
+def memory(views: Sequence[Any]) -> Any:
+    """One, whose views are indexed as `views`."""
+    return views if len(views) == 1 else backend().RefUnion(*views)
+
+
+def memory_over(first: Sequence[Sequence[Any]], after: Sequence[Any]) -> Any:
+    """One, in which several lie side by side, and after them another; see `parted`."""
+    return backend().RefUnion([views[0] for views in first], [views[-1] for views in first], *after)
+
+
+def parted(ref: Any) -> tuple[list[Any], Any]:
+    """The several and the other one of `memory_over`, each as `memory` has it."""
+    first, last, *after = ref
+    return list(zip(first, last, strict=True)), after
 
 
 def share_registers(groups: int, fetching: bool) -> None:

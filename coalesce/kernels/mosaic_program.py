@@ -19,7 +19,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from coalesce.kernels.epilogue import Epilogue, WHOLE
-from coalesce.kernels.mosaic import backend, Columns, Images, Rows, share_registers, wait_if
+from coalesce.kernels.mosaic import (
+    backend,
+    Columns,
+    Images,
+    memory,
+    memory_over,
+    parted,
+    Rows,
+    share_registers,
+    wait_if,
+)
+from coalesce.kernels.mosaic_columns import Beside
 from coalesce.kernels.mosaic_share import At, Part, share_of, Turned, Upright
 from coalesce.kernels.mosaic_tile import Tile
 from coalesce.kernels.triton import div, rem
@@ -90,16 +101,17 @@ class Program:
     @property
     def result(self) -> Images:
         """Of the result, and before that of the operand that has its size."""
-        return Images((self.tile.parts,), self.tile.tall, self.tile.wide, self.dtype, self.interpreted)
+        tile = self.tile
+        return (Beside if tile.blocks.turned else Images)(
+            (tile.parts,), tile.tall, tile.wide, self.dtype, self.interpreted
+        )
 
     def memory(self, vectors: Sequence[Any]) -> dict[str, Any]:
         """What a program has for itself; `vectors` are the dtypes of the epilogue's columns."""
         plgpu, tile = backend(), self.tile
         ready = len(vectors) + self.kinds.count(WHOLE) * tile.parts * self.result.count(tile.tall)
         return {
-            "lefts": self.left.memory(),
-            "rights": self.right.memory(),
-            "outs": self.result.memory(),
+            **self.blocks_memory(),
             "vectors": [plgpu.SMEM((tile.blocks.n,), dtype) for dtype in vectors],
             "left_there": plgpu.Barrier(
                 num_arrivals=tile.deep * sum(self.left.count(band.count) for band in tile.bands),
@@ -110,12 +122,22 @@ class Program:
             "right_free": plgpu.Barrier(num_arrivals=tile.groups, num_barriers=tile.right_stages),
             "ready": plgpu.Barrier(num_arrivals=max(1, ready), num_barriers=1),
             "done": plgpu.Barrier(num_arrivals=tile.groups, num_barriers=1),
+            **({"multiplied": plgpu.Barrier(num_arrivals=tile.groups, num_barriers=1)} if tile.blocks.over else {}),
         }
+
+    def blocks_memory(self) -> dict[str, Any]:
+        left, right, result = self.left.views(), self.right.views(), self.result.views()
+        if self.tile.blocks.over and not self.interpreted:
+            return {"over": memory_over((left, right), result)}
+        return {"lefts": memory(left), "rights": memory(right), "outs": memory(result)}
 
     def run(self, slots: Any, starts: Any, x: Any, arrays: Sequence[Any], y: Any, memory: dict[str, Any]) -> None:
         """Compute a tile. References: slots and starts, None if no source needs them; x [images, *phases, C]; arrays as
         `sources` say, whole ones [images, *out, N]."""
         tile = self.tile
+        if "over" in memory:
+            (lefts, rights), outs = parted(memory["over"])
+            memory = {**memory, "lefts": lefts, "rights": rights, "outs": outs}
         at = lax.axis_index(TILE)
         place = Place(
             lax.axis_index(IMAGE),
@@ -170,20 +192,27 @@ class Program:
                     plgpu.copy_gmem_to_smem(arrays[0].at[part], to, memory["right_there"].at[stage])
 
         step(jnp.int32(0), None)  # before what is needed last
-        self.fetch_operands(found[1:], arrays[1:], place, memory)
+        self.fetch_vectors(found[1:], arrays[1:], place, memory)
+        if not tile.blocks.over:
+            self.fetch_wholes(arrays[1:], place, memory)
         lax.fori_loop(1, tile.steps, step, None)
+        if tile.blocks.over and WHOLE in self.kinds:
+            plgpu.barrier_wait(memory["multiplied"].at[0])
+            self.fetch_wholes(arrays[1:], place, memory)
 
-    def fetch_operands(self, found: Sequence[Any], arrays: Sequence[Any], place: Place, memory: dict[str, Any]) -> None:
-        plgpu, tile = backend(), self.tile
-        ready, vectors = memory["ready"].at[0], iter(memory["vectors"])
+    def fetch_vectors(self, found: Sequence[Any], arrays: Sequence[Any], place: Place, memory: dict[str, Any]) -> None:
+        vectors = iter(memory["vectors"])
         for kind, (row, start), array in zip(self.kinds, found, arrays, strict=True):
             if kind != WHOLE:
-                span = pl.ds(start + place.n, tile.blocks.n)
-                plgpu.copy_gmem_to_smem(array.at[row, span], next(vectors), ready)
-                continue
-            for part in range(tile.parts):
-                for rows, to in self.result.copies(memory["outs"], (part,), tile.tall):
-                    plgpu.copy_gmem_to_smem(self.there(array, rows, part, place), to, ready)
+                span = pl.ds(start + place.n, self.tile.blocks.n)
+                backend().copy_gmem_to_smem(array.at[row, span], next(vectors), memory["ready"].at[0])
+
+    def fetch_wholes(self, arrays: Sequence[Any], place: Place, memory: dict[str, Any]) -> None:
+        for array in (y for kind, y in zip(self.kinds, arrays, strict=True) if kind == WHOLE):
+            for part in range(self.tile.parts):
+                for rows, to in self.result.copies(memory["outs"], (part,), self.tile.tall):
+                    there = self.there(array, rows, part, place)
+                    backend().copy_gmem_to_smem(there, to, memory["ready"].at[0])
 
     def there(self, array: Any, rows: Callable[[Any], Any], part: int, place: Place) -> Any:
         """A part of the tile's columns in an array of the result's shape."""
@@ -196,6 +225,10 @@ class Program:
         plgpu, tile, share = backend(), self.tile, share_of(self.tile)
         acc = plgpu.ACC(share.sums, jnp.float32)
         result = pl.run_scoped(lambda acc: self.multiply(acc, group, share, memory), acc)
+        if tile.blocks.over:  # what others still multiply, or fetch for all, lies where this one writes
+            plgpu.barrier_arrive(memory["multiplied"].at[0])
+            if WHOLE not in self.kinds:
+                plgpu.barrier_wait(memory["multiplied"].at[0])
         if self.kinds:
             plgpu.barrier_wait(memory["ready"].at[0])
         for part in share.parts(group, self.result, memory["outs"]):

@@ -15,7 +15,8 @@ from typing import Any
 from jax import lax
 from jax.experimental import pallas as pl
 
-from coalesce.kernels.mosaic import backend, Columns, GROUP, Images, load, relaid, Rows
+from coalesce.kernels.mosaic import backend, Columns, GROUP, Images, load, Rows
+from coalesce.kernels.mosaic_columns import Beside
 from coalesce.kernels.mosaic_tile import Tile
 
 
@@ -39,7 +40,7 @@ class Upright:
         row, count = self.tile.row, self.sums[0]
         for part in range(self.tile.parts):
             to = images.rows(outs, (part,), group * count, count)
-            yield Part((slice(None), slice(part * row, (part + 1) * row)), part * row, to, self)
+            yield Part((slice(None), slice(part * row, (part + 1) * row)), part * row, row, to, self)
 
     def load(self, to: Any) -> Any:
         return load(to, backend().Layout.WGMMA)
@@ -69,17 +70,19 @@ class Turned:
         backend().wgmma(acc, a, b.transpose((1, 0)))
 
     def parts(self, group: Any, images: Images, outs: Any) -> Iterator[Part]:
+        assert isinstance(images, Beside), "what other images hold is not read by columns"
         each = self.sums[0] // GROUP
         for i in range(each):
-            part = group * each + i
-            to = images.rows(outs, (part,), 0, self.tile.blocks.m).transpose((1, 0))
-            yield Part((slice(i * GROUP, (i + 1) * GROUP), slice(None)), part * GROUP, to, self)
+            column = (group * each + i) * GROUP
+            yield Part((slice(i * GROUP, (i + 1) * GROUP), slice(None)), column, GROUP, (images, outs, column), self)
 
-    def load(self, to: Any) -> Any:
-        return relaid(load(to, backend().Layout.WGMMA_TRANSPOSED), backend().Layout.WGMMA)
+    def load(self, to: tuple[Beside, Any, Any]) -> Any:
+        images, outs, column = to
+        return images.load(outs, column)
 
-    def store(self, to: Any, value: Any) -> None:
-        to[...] = relaid(value, backend().Layout.WGMMA_TRANSPOSED)
+    def store(self, to: tuple[Beside, Any, Any], value: Any) -> None:
+        images, outs, column = to
+        images.store(outs, column, value)
 
     def spread(self, vector: Any, shape: Sequence[int]) -> Any:
         return lax.broadcast_in_dim(load(vector, backend().Layout.WGMMA.reduce(1)), shape, (0,))
@@ -97,11 +100,12 @@ class At:
 
 @dataclass(frozen=True)
 class Part:
-    """Some of a warpgroup's sums: where they are among them, at which column of the tile they begin, and where they go
-    in shared memory, where an operand of the result's size lies before."""
+    """Some of a warpgroup's sums: where they are among them, at which column of the tile they begin, of how many, and
+    where they go in shared memory, where an operand of the result's size lies before."""
 
     of: tuple[slice, slice]
     column: Any
+    columns: int
     to: Any
     share: Upright | Turned
 
@@ -113,7 +117,7 @@ class Part:
 
     def spread(self, vector: Any, shape: Sequence[int]) -> Any:
         """A vector over the tile's columns: those of this part."""
-        return self.share.spread(vector.at[pl.ds(self.column, self.share.tile.row)], shape)
+        return self.share.spread(vector.at[pl.ds(self.column, self.columns)], shape)
 
 
 def share_of(tile: Tile) -> Upright | Turned:

@@ -174,17 +174,19 @@ class Tile:
     def bytes_with(self, stages: int) -> int:
         left = self.left_beside(stages) * self.deep * self.halo * self.wide * ROW_BYTES
         right = stages * self.blocks.k * self.blocks.n * self.op.lhs.dtype.itemsize
-        return left + right + self.blocks.m * self.parts * ROW_BYTES + VECTORS + BARRIERS
+        result = self.blocks.m * self.parts * ROW_BYTES
+        held = max(left + right, result) if self.blocks.over else left + right + result
+        return held + VECTORS + BARRIERS
 
     @property
     def fits(self) -> bool:
         blocks = self.blocks
         if blocks.warps % 4:  # no whole warpgroups
             return False
-        rows, columns = (8, GROUP * self.groups) if blocks.turned else (GROUP * self.groups, GROUP)
+        rows, columns = (8, GROUP * self.groups) if blocks.turned else (GROUP * self.groups, self.row)
         sums = blocks.m * blocks.n // (32 * blocks.warps)
         whole = blocks.m % rows == 0 == blocks.n % columns and sums <= self.most_sums
-        whole = whole and not (blocks.turned and (self.row != GROUP or blocks.m > WIDEST))  # a part is one of 16 bits
+        whole = whole and not (blocks.turned and blocks.m > WIDEST)
         divides = self.channels % blocks.k == 0 and self.op.n % blocks.n == 0
         divides = divides and blocks.k % self.row == 0
         largest = max(*(band.count for band in self.bands), self.wide, blocks.n) <= WIDEST

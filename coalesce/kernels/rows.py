@@ -3,7 +3,7 @@
     grid (blocks of rows, lanes)
     a program: the tiles [m, n] of what it reads, or [m, 1] and [1, n]; `work` on them; what of it others read
 
-The work is the tenant's own equations, elementwise or over a row, in their own dtypes (`on_rows` of attention.py).
+The work is the tenant's own equations, elementwise or over a row, in their own dtypes (`Tiles` of attention.py).
 XLA makes two kernels of a norm by the mean and the mean of squares, of which the second reads the rows again. What it
 reads of a bank is read where it lies, by slot.
 """

@@ -1,4 +1,4 @@
-"""Compiling for a CPU in a process of its own, so that it takes no time from who serves.
+"""Compiling in a process of its own, so that it takes no time from who serves.
 
 XLA's compiler for CPUs works on the threads that programs run on, and at their priority: whoever is asked for anything
 meanwhile would wait for it. What comes before, the passes over a program, tracing and lowering, takes the interpreter's
@@ -9,20 +9,23 @@ here, and goes there as JAX exports it.
 It is started when it is first needed, takes the time that others leave, and ends with this one; where they leave none,
 another is started that takes a little. Where it cannot be used, what it was asked for is compiled here: a program that
 calls back into Python belongs to its process, and some platforms have no other.
+
+For a GPU the other process has a context of its own there, which takes some hundred megabytes, and runs nothing on it:
+kernels are not timed (`UNTIMED`), and memory is taken as it is needed. Where it gets no context, or what it makes
+cannot be loaded here, there is none from then on.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import math
 import os
 import pickle
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from multiprocessing import connection
 from pathlib import Path
@@ -35,9 +38,8 @@ from jax.experimental.serialize_executable import deserialize_and_load
 
 from coalesce import jaxpr as J
 from coalesce.errors import Shutdown
-from coalesce.runtime import ticks
-from coalesce.runtime.companion import command, search_path
-from coalesce.runtime.compiler import IDLE, read, settings, write
+from coalesce.runtime.compiler import read, settings, write
+from coalesce.runtime.second import Compiler, end, is_wanted, PLUGINS, started
 from coalesce.serving.making import Recipe
 
 PATIENCE_S = 10.0  # while it is at work for somebody else
@@ -45,17 +47,9 @@ BRIEF_S = 3.0  # for what takes no compiler
 STARVED_S = 5.0  # that it gets less than SHARE of a processor for
 SHARE = 0.2
 STUCK_S, NOTHING = 60.0, 0.001  # and the same of one that takes a little: it hangs
-WANTED = "COALESCE_APART"  # an environment variable: 0 for never
-
 LAPACK = b"lapack_"  # in an executable that calls a function of it
 
 LOG = logging.getLogger("coalesce.runtime")
-
-
-class Compiler(subprocess.Popen[bytes]):
-    """And what ticks beside it, if it is idle and something does."""
-
-    ticking: subprocess.Popen[bytes] | None = None
 
 
 class Apart:
@@ -66,16 +60,27 @@ class Apart:
         self._process: Compiler | None = None
         self._is_useless = self._is_closed = False
         self._is_idle = hasattr(os, "SCHED_IDLE")  # it takes only what others leave
+        self._platforms = {"cpu"}  # that it is started with
 
-    def compile(self, device: Any, recipe: Recipe) -> Any:
+    def takes_on(self, device: Any) -> bool:
+        """Whether it compiles for a device, of which it is told before it is started."""
+        if not is_wanted(device):
+            return False
+        if device.platform == "gpu":
+            find_mosaic()
+        self._platforms.add(PLUGINS[device.platform])
+        return True
+
+    def compile(self, device: Any, recipe: Recipe, options: Mapping[str, Any] | None = None) -> Any:
         """What `make_here` makes of it, or None if it cannot be made there."""
         if self._is_useless:
             return None
+        at = device.platform, device.id
         try:
-            made = self._answer("compile", J.dumps((recipe, device.id)), PATIENCE_S)
+            made = self._answer("compile", J.dumps((recipe, at, options)), PATIENCE_S)
         except J.Uncarried as e:
             LOG.info("traced where it is served: %s", e)
-            made = self._compile_traced(device, recipe)
+            made = self._compile_traced(recipe, at, options)
         if made is None:
             return None
         try:
@@ -84,16 +89,19 @@ class Apart:
             return deserialize_and_load(*made, backend=device.client, execution_devices=[device])
         except Exception as e:  # it is for another processor, or another device
             LOG.info("compiled where it is served, since what was made cannot be loaded: %s: %s", type(e).__name__, e)
+            if device.platform != "cpu":  # and to make it took long
+                self._give_up(f"a {device.platform} does not load what it makes")
             return None
 
-    def _compile_traced(self, device: Any, recipe: Recipe) -> Any:
+    def _compile_traced(self, recipe: Recipe, at: tuple[str, int], options: Mapping[str, Any] | None) -> Any:
         try:
             jitted = recipe()
             program = exported(jitted.function, jitted.arguments)
         except Exception as e:  # it depends on this process
             LOG.info("compiled where it is served: %s: %s", type(e).__name__, str(e)[:200])
             return None
-        return self._answer("compile_exported", pickle.dumps((program, jitted.donated, device.id)), PATIENCE_S)
+        request = pickle.dumps((program, jitted.donated, jitted.often, at, options))
+        return self._answer("compile_exported", request, PATIENCE_S)
 
     def call(
         self, function: Callable[..., Any], *given: Any, known: Sequence[object] = (), inlined: bool = False
@@ -125,6 +133,9 @@ class Apart:
         if answer is None:
             return None
         kind, found = answer
+        if kind == "useless":
+            self._give_up(found)
+            return None
         if kind == "failed":  # if it is the program's fault it fails here too, and says so
             LOG.info("%s where it is served: %s", "done" if what == "call" else "compiled", found)
             return None
@@ -138,14 +149,17 @@ class Apart:
         except (OSError, EOFError, ValueError) as e:
             if self._is_closed:
                 raise Shutdown("the runtime was closed") from None
-            self._is_useless = True
-            LOG.warning("there is no compiler in a process of its own: %s: %s", type(e).__name__, e)
+            self._give_up(f"{type(e).__name__}: {e}")
             return None
         except BaseException:  # Ctrl-C: what it still answers would be taken for an answer to the next request
             process, self._process = self._process, None
             if process is not None:
                 end(process)
             raise
+
+    def _give_up(self, why: str) -> None:
+        self._is_useless = True
+        LOG.warning("there is no compiler in a process of its own: %s", why)
 
     def _ask(self, request: Any) -> tuple[str, Any]:
         process = self._sent(request)
@@ -167,7 +181,7 @@ class Apart:
     def _sent(self, request: Any) -> Compiler:
         """To whom."""
         if self._process is None:
-            self._process = started(self._is_idle)
+            self._process = started(self._is_idle, self._platforms)
         process = self._process
         if self._is_closed:
             end(process)
@@ -199,19 +213,18 @@ def find_lapack() -> None:
     jax.jit(jax.lax.linalg.cholesky).lower(jax.ShapeDtypeStruct((1, 1), np.float32))
 
 
+def find_mosaic() -> None:
+    """Mosaic's kernels are made once more where they are loaded, by a library that JAX names when this is imported, and
+    it is here only where one was lowered. Now, since it takes half a second and nobody is served yet."""
+    with suppress(ImportError):
+        importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+
+
 def send(process: Compiler, request: Any) -> None:
     """Whoever waits for the answer of one that has ended is told."""
     assert process.stdin is not None, "the compiler has no pipes"
     with suppress(OSError, ValueError):
         write(process.stdin, request)
-
-
-def end(process: Compiler) -> None:
-    process.kill()
-    process.communicate()
-    if process.ticking is not None:
-        process.ticking.kill()
-        process.ticking.wait()
 
 
 def is_starved(process: Compiler, window_s: float, share: float) -> bool:
@@ -227,31 +240,9 @@ def is_starved(process: Compiler, window_s: float, share: float) -> bool:
 
 
 def processor_s(pid: int) -> float:
-    """What all its threads have had so far; endless where nobody says."""
+    """What all its threads have had so far, and what they started and has ended; endless where nobody says."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return sum(map(int, after_name[11:13])) / os.sysconf("SC_CLK_TCK")
+        return sum(map(int, after_name[11:15])) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError):
         return math.inf
-
-
-def started(idle: bool) -> Compiler:
-    own = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(jax.config.jax_num_cpu_devices)}  # pyright: ignore
-    own["PYTHONPATH"] = search_path()
-    env = os.environ | own
-    ticking = ticks.started(env) if idle else None
-    with ticking.stdin if ticking is not None and ticking.stdin is not None else nullcontext() as orders:
-        numbers = [] if orders is None else [orders.fileno()]
-        compiler = Compiler(
-            command("coalesce.runtime.compiler", *([IDLE] if idle else []), *map(str, numbers)),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=numbers,
-            env=env,
-        )
-    compiler.ticking = ticking
-    return compiler
-
-
-def is_wanted(platform: str) -> bool:
-    return platform == "cpu" and os.environ.get(WANTED) != "0" and bool(sys.executable)

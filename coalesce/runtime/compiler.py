@@ -1,10 +1,10 @@
 """The other end of coalesce.runtime.apart: reads requests from its standard input, and writes what came of them.
 
     request   size, then pickled (what, what for, settings)
-        "compile"            a recipe, and the number of the device that it is for
-        "compile_exported"   an exported program, its donated arguments, the device
+        "compile"            a recipe, the device that it is for (its platform and number), options of the compiler
+        "compile_exported"   an exported program, its donated arguments and whether it runs often, the same two
         "call"               a function, what it takes, and objects that the other end has
-    answer    size, then pickled ("made", it), or ("failed", why)
+    answer    size, then pickled ("made", it), ("failed", why), or ("useless", why): so will all others
 
 What was compiled goes back as (executable, trees of arguments and results). Everything is done under the settings of
 JAX that whoever asks has. It ends with its input, so that it never outlives who started it. Started as `idle` it runs
@@ -68,36 +68,59 @@ def under(told: dict[str, Any]) -> None:
             jax.config.update(name, value)
 
 
+class Useless(Exception):
+    """This process has no devices like those of whoever asks."""
+
+
 def compile(carried: bytes) -> Any:
     from coalesce.jaxpr import loads
 
-    recipe, number = loads(carried)
-    jitted = recipe()
-    return executable(jitted.function, jitted.arguments, number)
+    recipe, at, options = loads(carried)
+    device = device_at(*at)  # before anything is lowered, which may look at it
+    with on(device):
+        return executable(recipe(), options)
 
 
 def compile_exported(carried: bytes) -> Any:
     import jax
     from jax import export
 
-    program, donated, number = pickle.loads(carried)
+    from coalesce.serving.making import Jitted
+
+    program, donated, often, at, options = pickle.loads(carried)
     exported = export.deserialize(bytearray(program))
     structs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in exported.in_avals]
     arguments, _ = jax.tree.unflatten(exported.in_tree, structs)
-    return executable(jax.jit(exported.call, donate_argnums=donated), arguments, number)
+    with on(device_at(*at)):
+        return executable(Jitted(jax.jit(exported.call, donate_argnums=donated), arguments, donated, often), options)
 
 
-def executable(function: Any, arguments: Any, number: int) -> Any:
+def device_at(platform: str, number: int) -> Any:
     import jax
-    from jax.experimental.serialize_executable import serialize
 
-    devices = {own.id: own for own in jax.devices()}
+    try:
+        devices = {own.id: own for own in jax.devices(platform)}
+    except RuntimeError as e:
+        raise Useless(str(e)) from None
     if number not in devices:  # an executable knows which one it is for
         raise LookupError(f"there is no device {number}")
+    return devices[number]
+
+
+def on(device: Any) -> Any:
+    import jax
+
     # What JAX reads from its cache lacks its code when it is serialized again, and fails as soon as it runs.
     jax.config.update("jax_enable_compilation_cache", False)
-    with jax.default_device(devices[number]):
-        return serialize(function.lower(*arguments).compile())
+    return jax.default_device(device)
+
+
+def executable(jitted: Any, options: Any) -> Any:
+    from jax.experimental.serialize_executable import serialize
+
+    from coalesce.serving.making import make_here
+
+    return serialize(make_here(lambda: jitted, options))
 
 
 def call(carried: bytes) -> bytes:
@@ -114,6 +137,8 @@ def answer(what: str, request: bytes, told: dict[str, Any]) -> tuple[str, Any]:
     try:
         under(told)
         return "made", does[what](request)
+    except Useless as e:
+        return "useless", str(e)
     except Exception as e:
         return "failed", f"{type(e).__name__}: {e}"
 

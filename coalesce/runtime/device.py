@@ -18,7 +18,8 @@ from coalesce.bank import default_device
 from coalesce.compile import default_costs, default_tuned
 from coalesce.errors import CompileError, OutOfDeviceMemory
 from coalesce.runtime.apart import Apart
-from coalesce.runtime.bundle import blanks_of, Bundle, lanes_of, leave, raise_understood, restored, suspect
+from coalesce.runtime.bundle import Bundle, lanes_of, leave, restored
+from coalesce.runtime.first_runs import run_first
 from coalesce.runtime.frozen import set_aside
 from coalesce.runtime.host import Course, Host
 from coalesce.runtime.loaded import Home, Loaded
@@ -31,7 +32,6 @@ from coalesce.serving.fit import Fit, Template
 from coalesce.serving.page_locked import can_leave
 from coalesce.serving.schema import cut, Options, plan_schema, Schema
 from coalesce.serving.segments import Segments
-from coalesce.serving.staging import Filled
 from coalesce.serving.store import free_bytes, free_there
 
 ANNOTATION = "coalesce bundle"  # what a dispatch is called in a trace of jax.profiler
@@ -86,12 +86,18 @@ class Device:
 
     def compile(self, entries: tuple[Entry, ...], capacities: tuple[int, ...]) -> Executable:
         lanes = [self._lanes(*both) for both in zip(entries, capacities, strict=True)]
-        return compile_executable(lanes, make=self.make)
+        made = compile_executable(lanes, make=self.make)
+        if self.copies:
+            run_first(Loaded(made, self._homes_of(entries)), capacities, self.at)
+        return made
 
     def _lanes(self, entry: Entry, capacity: int) -> Lanes:
         host, course = self._homes[entry.family]
         slots = course.pool.slots if course.pool is not None else 0
         return Lanes(host.schema, course.segments, entry.width, capacity, entry.segment, slots)
+
+    def _homes_of(self, entries: Sequence[Entry]) -> tuple[Home, ...]:
+        return tuple(self._homes[entry.family] for entry in entries)
 
     def capacity_of(self, family: int) -> int:
         return self._homes[family].host.store.capacity
@@ -194,25 +200,13 @@ class Device:
             restored(loaded.pools)  # before lanes are asked whose values are lost
             each = zip(entries, loaded.executable.lanes, loaded.pools, strict=True)
             lanes = [lanes_of(*one) for one in each]
-            return self._run(loaded, loaded.executable.stage(lanes), entries)
+            return loaded.run(self.at, lanes, entries)
 
     def launch_blank(self, key: Key) -> Bundle:
         """A run for nothing."""
         loaded = self._loaded[self._numbers[key[0]]]
         restored(loaded.pools)
-        each = zip(loaded.executable.lanes, loaded.homes, strict=True)
-        blanks = [blanks_of(own, home.course.pool, home.course.example) for own, home in each]
-        return self._run(loaded, loaded.executable.stage(blanks), [])
-
-    def _run(self, loaded: Loaded, filled: Filled, entries: Sequence[Sequence[Ticket]]) -> Bundle:
-        executable, pools = loaded.executable, loaded.pools
-        try:
-            outputs = executable.run(loaded.banks, pools, filled)
-        except Exception as e:
-            suspect(pools)
-            executable.take_back_failed(filled)
-            raise_understood(e, self.at)
-        return Bundle(self.at, executable, pools, filled, outputs, entries)
+        return loaded.run(self.at, loaded.blanks(), [])
 
     def release(self, tickets: Sequence[Ticket]) -> None:
         leave(tickets)
@@ -222,7 +216,7 @@ class Device:
         entries, capacities = key
         if not self.knows(entries):
             return False
-        loaded = Loaded(executable, tuple(self._homes[entry.family] for entry in entries))
+        loaded = Loaded(executable, self._homes_of(entries))
         now = loaded.capacities
         if now != capacities:
             if all(has <= wants for has, wants in zip(now, capacities, strict=True)):

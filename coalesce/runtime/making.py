@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from coalesce.runtime.apart import Apart, is_wanted
+from coalesce.runtime.apart import Apart
 from coalesce.serving.making import make_here, Recipe, UNTIMED
 
 
@@ -18,17 +18,17 @@ class Making:
 
     def __init__(self, at: Any, apart: Apart | None, same: bool) -> None:
         self._at, self._same = at, same
-        self.apart = apart if is_wanted(at.platform) else None
+        self.apart = apart if apart is not None and apart.takes_on(at) else None
         self.serves = False
 
     def __call__(self, recipe: Recipe) -> Any:
-        """JAX's Compiled. While others are served it is made in a process of its own, or, on a GPU, without kernels
-        being timed there to choose among them: which is chosen differs from time to time, too."""
-        made = None
-        if self.apart is not None and self.serves:
-            made = self.apart.compile(self._at, recipe)
+        """JAX's Compiled. While others are served it is made in a process of its own, and on a GPU, there or here,
+        without kernels being timed to choose among them: which is chosen differs from time to time, too."""
         untimed = self._at.platform == "gpu" and (self.serves or self._same)
-        return made if made is not None else make_here(recipe, UNTIMED if untimed else None)
+        made, options = None, UNTIMED if untimed else None
+        if self.apart is not None and self.serves:
+            made = self.apart.compile(self._at, recipe, options)
+        return made if made is not None else make_here(recipe, options)
 
     def call(
         self, function: Callable[..., Any], *given: Any, known: Sequence[object] = (), inlined: bool = False

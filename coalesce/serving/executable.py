@@ -196,7 +196,7 @@ def executable_recipe(lanes: Sequence[Lanes], packed: bool | None) -> Jitted:
 
     registers = [states.structs(places) for places in (states.kept, states.written)]
     banks = [own.schema.structs(own.capacity) for own in lanes]
-    return Jitted(jax.jit(serve, donate_argnums=WRITTEN), (banks, *registers, staging.structs), (WRITTEN,))
+    return Jitted(jax.jit(serve, donate_argnums=WRITTEN), (banks, *registers, staging.structs), (WRITTEN,), often=True)
 
 
 def stacks(values: Sequence[jax.ShapeDtypeStruct], width: int) -> tuple[jax.ShapeDtypeStruct, ...]:

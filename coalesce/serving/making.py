@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 class Jitted(NamedTuple):
     """A function of `jax.jit`, with values or structs of its arguments; `donated` are the positions of those that it
-    donates, for who takes it elsewhere."""
+    donates, for who takes it elsewhere. `often`: it runs for requests, and not once for a tenant."""
 
     function: Any
     arguments: tuple[Any, ...]
     donated: tuple[int, ...] = ()
+    often: bool = False
 
 
 Recipe = Callable[[], Jitted]
@@ -26,8 +27,18 @@ Make = Callable[[Recipe], Any]
 
 # XLA times kernels on the device to choose among them: whoever is served there meanwhile would wait for these.
 UNTIMED: Mapping[str, Any] = {"xla_gpu_autotune_level": 0}
+# When a program with a CUDA graph is loaded XLA drops those of all others in the process, each of which has one again
+# after two slow runs. So what runs once for a tenant has none.
+WITHOUT_GRAPH: Mapping[str, Any] = {"xla_gpu_enable_command_buffer": ""}
 
 
 def make_here(recipe: Recipe, options: Mapping[str, Any] | None = None) -> Any:
     jitted = recipe()
-    return jitted.function.lower(*jitted.arguments).compile(compiler_options=dict(options) if options else None)
+    return jitted.function.lower(*jitted.arguments).compile(compiler_options=told(jitted, options))
+
+
+def told(jitted: Jitted, options: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What the compiler is; nothing but `options` where these are none, as on a CPU."""
+    if not options:
+        return None
+    return {**options, **({} if jitted.often else WITHOUT_GRAPH)}

@@ -1,8 +1,9 @@
 """What is worth measuring for an op: kernels, and block sizes of those that are tiled, some tens in all.
 
-Blocks are every power of two that the rules below leave, and of columns that TMA fetches 192: of 768 and 3072 these
-make 128 programs for 132 cores, where 256 make 96. The rules leave out what cannot run, what computes mostly padding,
-what leaves most of the device idle, and what never came within 2% of the best for 16 ResNet-50 on an H200.
+Blocks are every power of two that the rules below leave, and of columns that TMA fetches 192 and in 32 bits 96: of 768
+and 3072 columns 192 make 128 programs for 132 cores, where 256 make 96. The rules leave out what cannot run, what
+computes mostly padding, what leaves most of the device idle, and what never came within 2% of the best for 16 ResNet-50
+on an H200.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ SHARED_BYTES = 200 * 1024  # of 227 KiB that a program may have on an H100
 STEP_BYTES = 256  # of a step's row
 SEPARATE = 8  # problems on a GPU: more of them one by one are slow to compile, and slow
 CORES = 132  # of an H100
+STAGES = (12, 9, 6, 5, 4, 3, 2, 1)
 FEWEST = 64  # programs of mosaic_gemm: larger tiles read less
 TURNED = ((64, 4), (128, 4), (128, 8), (192, 12), (256, 8))  # columns and warps of its turned tiles, of which
 PARTS = 3  # at most cover an image
@@ -104,10 +106,12 @@ def tma_tiles(op: HeavyOp, lanes: int) -> Iterator[Blocks]:
     """Of mosaic_gemm, with as many stages as leave room on a core for three programs, two, or one."""
     images = lanes * (op.lhs.shape[0] if op.kind == "conv" else 1)
     row = ROW_BYTES // op.lhs.dtype.itemsize
-    for one, k in product((*upright(), *turned(op)), (row, 2 * row)):
+    for one, k, over in product((*upright(), *turned(op)), (row, 2 * row), (False, True)):
+        if over and not is_large(one, k, op):
+            continue
         found: set[int] = set()
-        for room in (2, 1) if one.turned else (3, 2, 1):
-            staged = (tile_of(op, replace(one, k=k, stages=stages)) for stages in (12, 9, 6, 4, 3, 2, 1))
+        for room in rooms(one, over):
+            staged = (tile_of(op, replace(one, k=k, stages=stages, over=over)) for stages in STAGES)
             fitting = [each for each in staged if each and each.shared_bytes * room <= SHARED]
             most = next((each for each in fitting if each.right_stages == each.blocks.stages), None)
             if most and is_sensible_tile(most, images) and most.blocks.stages not in found:
@@ -115,8 +119,21 @@ def tma_tiles(op: HeavyOp, lanes: int) -> Iterator[Blocks]:
                 yield most.blocks
 
 
+def rooms(one: Blocks, over: bool) -> tuple[int, ...]:
+    """How many programs may have room on a core. Of those that are large two of one warpgroup that multiplies have
+    registers there, and of several one."""
+    if over:
+        return (2, 1) if one.warps == 4 else (1,)
+    return (2, 1) if one.turned else (3, 2, 1)
+
+
+def is_large(one: Blocks, k: int, op: HeavyOp) -> bool:
+    """Whether a tile of the result takes as much memory as one and a half of a step: beside it there are few."""
+    return 2 * one.m * one.n * op.out.dtype.itemsize >= 3 * (one.m + one.n) * k * op.lhs.dtype.itemsize
+
+
 def upright() -> Iterator[Blocks]:
-    for (m, warps), n in product(((64, 4), (128, 8), (256, 8), (256, 16)), (64, 128, 192, 256)):
+    for (m, warps), n in product(((64, 4), (128, 8), (256, 8), (256, 16)), (64, 96, 128, 192, 256)):
         yield Blocks(m, n, 0, warps)
 
 

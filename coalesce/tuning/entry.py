@@ -71,13 +71,13 @@ def named(candidate: str) -> tuple[str, Blocks | None]:
 
 def blocks_of(text: str) -> Blocks:
     """Raises ValueError if `text` is not what `str` of Blocks gives."""
-    found = re.fullmatch(r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+)( turned)?", text)
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+)( turned)?( over)?", text)
     if not found:
         raise ValueError(f"{text!r} are no blocks; expected such as 64x64x32 w4 s3")
-    *numbers, turned = found.groups()
+    *numbers, turned, over = found.groups()
     m, n, k, warps, stages = sizes = tuple(map(int, numbers))
-    powers = [k, *([] if n == 192 else [n]), *([] if turned else [m])]
+    powers = [k, *([] if n in (96, 192) else [n]), *([] if turned else [m])]
     if any(size & (size - 1) for size in powers) or min(sizes) < 1 or (turned and m % 8):
-        why = "sizes are powers of two (n may be 192, m a multiple of 8 if turned), warps and stages 1 at least"
+        why = "sizes are powers of two (n may be 96 or 192, m a multiple of 8 if turned), warps and stages 1 at least"
         raise ValueError(f"{text!r} are no blocks: {why}")
-    return Blocks(m, n, k, warps, stages, turned is not None)
+    return Blocks(m, n, k, warps, stages, turned is not None, over is not None)
