@@ -1,5 +1,5 @@
-"""Claim: tenants of different architectures are served faster in one program that packs across them or runs them side by
-side, as the cost model says, and never slower.
+"""Claim: tenants of different architectures are served faster in one program that packs across them or runs them side
+by side, as the cost model says, and never slower.
 
     python -m experiments.mixed_tenants
     python -m experiments.mixed_tenants --sets=recurrent,berts --lanes=4 --dtype=bfloat16
