@@ -3,6 +3,7 @@
     python -m experiments.newcomer                      writes experiments/results/<device>/newcomer.json and .md
     python -m experiments.newcomer --model=resnet50 --dtype=bfloat16 --fields=classes=1000 --vary=classes --families=1 \
         --turns=2 --widths=1,2,4
+    COALESCE_APART=1 python -m experiments.newcomer --ways=present,before
 
 Tenants of one family are asked at a steady rate, from a thread that sends each request when its time has come. In turns
 nothing else happens for a while, and new families are added, one after another, each with all of its executables; then
@@ -10,7 +11,8 @@ they go again. What can be reached is measured too: on a CPU newcomers are compi
 its threads as there are processors, so in a third kind of turn nothing is added, and as many processes of that one's
 priority do nothing but compute. Latency is from submit to the moment at which whoever asked is called back. Nothing
 that was compiled before is found again: each newcomer has another size, the field `vary` counted on, and the runtime
-keeps nothing on disk. Newcomers' weights and examples are made before anything is measured: users have them, and here
+keeps nothing on disk. Families are added in each of several `ways` (experiments/newcomer_ways.py), in turns; the target
+is for the first. Newcomers' weights and examples are made before anything is measured: users have them, and here
 JAX compiles for them.
 """
 
@@ -24,6 +26,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,11 +37,13 @@ from coalesce.runtime.compiler import LESS_URGENT
 from coalesce.runtime.runtime import Runtime
 from experiments import own_flags
 from experiments.cells import tenants_of
-from experiments.list_flags import define_counts, define_fields, fields_of
+from experiments.list_flags import define_counts, define_fields, define_names, fields_of
 from experiments.methods import Tenants
+from experiments.newcomer_ways import WAYS
 from experiments.results import device_name, header, Row, save_rows, table
 
 TIMES = 2.0  # that the p99 may rise by
+COLUMNS = "requests", "p50_ms", "p99_ms", "p999_ms"
 SLO_S = 5.0
 
 # As coalesce.runtime.compiler steps back, and then one thread of it without an end.
@@ -63,6 +68,15 @@ flags.DEFINE_float("rate", 400.0, "requests a second", lower_bound=1.0, flag_val
 flags.DEFINE_integer("families", 4, "that are added in a turn", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("turns", 5, "of each kind", lower_bound=1, flag_values=FLAGS)
 define_counts("widths", [1, 2, 4, 8], "lanes of executables", flag_values=FLAGS)
+define_names("ways", ["present"], "to take newcomers in", WAYS, flag_values=FLAGS)
+
+
+@dataclass
+class Added:
+    """What others saw while families were added in one way, and how long that took."""
+
+    latencies_s: list[float] = field(default_factory=list)
+    s: float = 0.0
 
 
 class Clients:
@@ -130,24 +144,26 @@ def measure() -> Iterator[Row]:
     widths = FLAGS.widths
     quiet: list[float] = []
     beside: list[float] = []
-    busy: list[float] = []
-    added_s = 0.0
-    fresh = iter([family(more, 2) for more in range(1, FLAGS.turns * FLAGS.families + 1)])
+    busy = {way: Added() for way in FLAGS.ways}
+    fresh = iter([family(more, 2) for more in range(1, FLAGS.turns * len(busy) * FLAGS.families + 1)])
     with Runtime(widths=widths, compiled=False) as rt:
         names, x = add(rt, "served", family(0, FLAGS.tenants))
         rt.warm_up(600.0)
         with Clients(rt, names, x, FLAGS.rate) as clients:
             time.sleep(0.3)
             for turn in range(FLAGS.turns):
-                clients.into, begin = busy, time.perf_counter()
-                newcomers = [add(rt, f"new{turn}.{k}.", next(fresh))[0] for k in range(FLAGS.families)]
-                rt.warm_up(600.0)
-                took = time.perf_counter() - begin
-                added_s += took
-                clients.into = []
-                for name in itertools.chain(*newcomers):
-                    rt.remove_tenant(name)
-                time.sleep(0.2)
+                took = 0.0
+                for way, added in busy.items():
+                    with WAYS[way]():
+                        clients.into, begin = added.latencies_s, time.perf_counter()
+                        newcomers = [add(rt, f"new{turn}.{k}.", next(fresh))[0] for k in range(FLAGS.families)]
+                        rt.warm_up(600.0)
+                        took = time.perf_counter() - begin
+                    clients.into = []
+                    added.s += took
+                    for name in itertools.chain(*newcomers):
+                        rt.remove_tenant(name)
+                    time.sleep(0.2)
                 clients.into = quiet
                 time.sleep(took)
                 with computing():
@@ -158,22 +174,20 @@ def measure() -> Iterator[Row]:
                 time.sleep(0.1)  # the last ones come in
                 failed = dict(rt.health().failed)
                 assert not failed, f"executables failed: {failed}"
-                yield row_of(list(quiet), list(beside), list(busy), (turn + 1) * FLAGS.families, added_s)
+                yield row_of(list(quiet), list(beside), busy, (turn + 1) * FLAGS.families)
 
 
-def row_of(
-    quiet: Sequence[float], beside: Sequence[float], busy: Sequence[float], families: int, added_s: float
-) -> Row:
+def row_of(quiet: Sequence[float], beside: Sequence[float], busy: Mapping[str, Added], families: int) -> Row:
     steady = quantiles(quiet)
-    return {
-        "families": families,
-        "family_s": round(added_s / families, 3),
-        **{f"steady_{name}": value for name, value in steady.items()},
-        **{f"beside_{name}": value for name, value in quantiles(beside).items()},
-        **{f"adding_{name}": value for name, value in quantiles(busy).items()},
-        "beside_ratio": round(quantiles(beside)["p99_ms"] / steady["p99_ms"], 2),
-        "p99_ratio": round(quantiles(busy)["p99_ms"] / steady["p99_ms"], 2),
-    }
+    row: Row = {"families": families, **{f"steady_{name}": value for name, value in steady.items()}}
+    row |= {f"beside_{name}": value for name, value in quantiles(beside).items()}
+    row["beside_ratio"] = round(row["beside_p99_ms"] / steady["p99_ms"], 2)
+    for way, added in busy.items():
+        prefix = f"{way}_" if way != FLAGS.ways[0] else ""
+        row[f"{prefix}family_s"] = round(added.s / families, 3)
+        row |= {f"{prefix}adding_{name}": value for name, value in quantiles(list(added.latencies_s)).items()}
+        row[f"{prefix}p99_ratio"] = round(row[f"{prefix}adding_p99_ms"] / steady["p99_ms"], 2)
+    return row
 
 
 def quantiles(latencies_s: Sequence[float]) -> dict[str, Any]:
@@ -183,9 +197,12 @@ def quantiles(latencies_s: Sequence[float]) -> dict[str, Any]:
 
 def report(head: Mapping[str, Any], row: Row) -> str:
     lines = [
-        [text, *(f"{row[f'{kind}_{name}']:,}" for name in ("requests", "p50_ms", "p99_ms", "p999_ms"))]
+        [text, *(f"{row[f'{kind}_{name}']:,}" for name in COLUMNS)]
         for kind, text in (("steady", "steady"), ("beside", "beside processes that compute"), ("adding", "adding"))
     ]
+    others = [kind.removesuffix("_p99_ratio") for kind in row if kind.endswith("_p99_ratio")]
+    for way in others:
+        lines.append([f"adding: {way}", *(f"{row[f'{way}_adding_{name}']:,}" for name in COLUMNS)])
     shown = table(["", "requests", "p50, ms", "p99, ms", "p99.9, ms"], lines)
     text = [
         "# What others notice of a newcomer",
@@ -196,6 +213,7 @@ def report(head: Mapping[str, Any], row: Row) -> str:
         f"{row['p99_ratio']:.2f} times that of steady serving; the target is {TIMES:g}.\n"
         f"Beside processes that only compute, one for each processor and at the compiler's priority, it is "
         f"{row['beside_ratio']:.2f} times that.",
+        *(f"{way}: {row[f'{way}_p99_ratio']:.2f} times, a family in {row[f'{way}_family_s']:.2f} s." for way in others),
     ]
     return "\n\n".join(text) + "\n"
 
