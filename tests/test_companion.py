@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from coalesce.runtime.apart import is_starved
+from coalesce.runtime.apart import Apart, is_starved
 from coalesce.runtime.companion import command, search_path
 from coalesce.runtime.second import Compiler, environment, is_wanted, WANTED
 
@@ -46,6 +46,7 @@ def test_a_second_process_compiles_for_a_cpu_unless_forbidden_and_for_an_nvidia_
     assert wanted(None) == [True, False, False, False]
     assert wanted("0") == [False] * 4
     assert wanted("1") == [True, True, False, False]
+    assert Apart().takes_on(CPU) and Apart().takes_on(CUDA) and not Apart().takes_on(TPU)
     monkeypatch.setattr("jax.process_count", lambda: 2)
     assert wanted("1") == [True, False, False, False]
 

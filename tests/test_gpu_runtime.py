@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 from coalesce.models import by_name
 from coalesce.runtime.runtime import Runtime
+from coalesce.runtime.second import WANTED
 from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.commands import Want
 from tests.runtime_body import check_served, Kind, kinds_of, pools_of
@@ -68,6 +70,20 @@ def test_families_share_an_executable(segments, monkeypatch):
         rt.warm_up(600.0)
         assert [e.entries for e in station.device.catalog.mixed] == [entries]
         check_served(rt, found, requests=64, add=False)
+
+
+def test_newcomers_are_compiled_in_another_process_to_what_runs_in_this_one(monkeypatch, caplog):
+    monkeypatch.setenv(WANTED, "1")
+    with caplog.at_level(logging.DEBUG, "coalesce.runtime"), Runtime(widths=(1, 2, 4), compiled=False) as rt:
+        first, *newcomers = kinds("mlp", "bert_small")
+        check_served(rt, [first], requests=8)
+        apart = rt._process.apart
+        assert apart._process is None  # nobody was served meanwhile
+        check_served(rt, newcomers, requests=64)
+        rt.warm_up(600.0)
+        check_served(rt, newcomers, requests=64, add=False)
+        assert apart._process is not None and not apart._is_useless
+    assert "where it is served" not in caplog.text
 
 
 def test_nan_of_one_tenant_stays_there():

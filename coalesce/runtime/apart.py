@@ -18,6 +18,7 @@ cannot be loaded here, there is none from then on.
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import math
 import os
@@ -65,6 +66,8 @@ class Apart:
         """Whether it compiles for a device, of which it is told before it is started."""
         if not is_wanted(device):
             return False
+        if device.platform == "gpu":
+            find_mosaic()
         self._platforms.add(PLUGINS[device.platform])
         return True
 
@@ -208,6 +211,13 @@ def find_lapack() -> None:
     """JAX looks for it when it lowers the first program that calls it, as the other process did. To call what was not
     found ends this one."""
     jax.jit(jax.lax.linalg.cholesky).lower(jax.ShapeDtypeStruct((1, 1), np.float32))
+
+
+def find_mosaic() -> None:
+    """Mosaic's kernels are made once more where they are loaded, by a library that JAX names when this is imported, and
+    it is here only where one was lowered. Now, since it takes half a second and nobody is served yet."""
+    with suppress(ImportError):
+        importlib.import_module("jax.experimental.pallas.mosaic_gpu")
 
 
 def send(process: Compiler, request: Any) -> None:
