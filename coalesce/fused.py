@@ -119,7 +119,8 @@ class Fused:
         return bundle_text(self.bundle)
 
     def lower(self) -> Any:
-        """JAX's Lowered for the default device, of the program in one executable."""
+        """JAX's Lowered for the default device, of the program in one executable; what is compiled of it lacks the options
+        that the plan needs."""
         with J.precision_as_traced():
             return jax.jit(self._function).lower(*self._structs())
 
