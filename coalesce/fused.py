@@ -119,8 +119,7 @@ class Fused:
         return bundle_text(self.bundle)
 
     def lower(self) -> Any:
-        """JAX's Lowered for the default device, of the program in one executable; what is compiled of it lacks the options
-        that the plan needs."""
+        """JAX's Lowered for the default device, of the program in one executable, without the options of its plan."""
         with J.precision_as_traced():
             return jax.jit(self._function).lower(*self._structs())
 
