@@ -6,16 +6,16 @@ round up:
     chain     the family that takes longest, with its waits for others at what they share
     filled    the sum over all kernels of their time, each times the share of the device that it keeps busy
 
-Where one of them is much the longer, the round takes that long; where they are alike, kernels find the device busy when
-their turn comes: so it is taken for the root of the sum of their squares. A kernel keeps busy as many cores as it has
-tiles, and the memory with what it reads and writes. Measured on an H200 beside one program a model, with the prediction
-in parentheses: two ResNets 1.37 (1.32) times as fast in a row, three vision models 1.36 (1.64), two BERTs 1.18 (1.14).
+A kernel keeps busy as many cores as it has tiles, and the memory with what it reads and writes. Where one of the two is
+much the longer, the round takes that long; where they are alike, kernels find the device busy when their turn comes.
+How these add up (`CROWDED`, `SHARP`) was fitted to what an H200 takes for a round in a row of one program a model over
+one of all side by side, in float32: two ResNets 1.37 (predicted 1.32), three vision models 1.36 (1.36), two BERTs 1.18
+(1.14).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import hypot
 from typing import NamedTuple
 
 from coalesce.bundle import (
@@ -38,7 +38,9 @@ from coalesce.costs.schedule import bodies_of, heavy_us, is_light, light_work, t
 from coalesce.costs.superkernels import nbytes
 from coalesce.family import Family
 
-MEET_US = 2.0  # an estimate: branches of a graph that meet, at a kernel of families that were apart
+CROWDED = 1.5  # how much longer kernels keep a device busy that they share
+SHARP = 3  # what is much the shorter of the two hardly counts
+MEET_US = 7.0  # branches that meet, at a kernel of families that were apart: 13 packs of both ResNets lost 135 us there
 
 
 class Beside(NamedTuple):
@@ -48,7 +50,8 @@ class Beside(NamedTuple):
 
     @property
     def us(self) -> float:
-        return min(hypot(self.chain_us, self.filled_us), self.turns_us)
+        both = self.chain_us**SHARP + (CROWDED * self.filled_us) ** SHARP
+        return min(both ** (1 / SHARP), self.turns_us)
 
 
 def beside(schedule: Schedule, families: Sequence[Family], costs: Costs) -> Beside:
