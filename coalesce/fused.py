@@ -119,7 +119,7 @@ class Fused:
         return bundle_text(self.bundle)
 
     def lower(self) -> Any:
-        """JAX's Lowered for the default device, of the program in one executable."""
+        """JAX's Lowered for the default device, of the program in one executable, without the options of its plan."""
         with J.precision_as_traced():
             return jax.jit(self._function).lower(*self._structs())
 

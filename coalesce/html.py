@@ -96,6 +96,7 @@ def summary(report: Report) -> Html:
         "across families": f"{report.superkernels_across:,}",
         "left alone": f"{report.alone:,}",
         "padding": f"{report.padding_waste:.1%}",
+        **({"families run": "side by side"} if report.side_by_side else {}),
     }
     return el("dl", *(el("div", el("dt", k), el("dd", v)) for k, v in numbers.items()), class_="summary")
 

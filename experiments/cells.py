@@ -18,7 +18,7 @@ import numpy as np
 
 from coalesce.errors import CoalesceError
 from coalesce.models import Model
-from experiments.measure import interleave, Timing
+from experiments.measure import interleave, Round, Timing
 from experiments.methods import Candidate, Method, Options, Served, Tenants
 from experiments.results import Row
 
@@ -66,8 +66,10 @@ def measure_cell(
     tolerance: float,
     repeats: int,
     seconds: float,
+    in_a_row: int = 0,
 ) -> dict[str, Row]:
-    """A row for each method. The outputs of the first one are what the others' are compared with."""
+    """A row for each method. The outputs of the first one are what the others' are compared with. With `in_a_row` half
+    of the time is for so many rounds that are issued one after the other."""
     reference: list[np.ndarray] | None = None
     attempts: dict[str, list[Attempt]] = {}
     compile_s: dict[str, float] = {}
@@ -83,13 +85,34 @@ def measure_cell(
     }
     print(f"  timing {len(rounds)} candidates in turns", file=sys.stderr, flush=True)
     try:
-        timings = interleave(rounds, repeats=repeats, seconds=seconds)
+        timings = interleave(rounds, repeats=repeats, seconds=seconds / 2 if in_a_row else seconds)
+        rows = {key: partial(issued, run, in_a_row) for key, run in rounds.items()} if in_a_row else {}
+        sustained = interleave(rows, repeats=max(3, repeats // max(in_a_row, 1)), seconds=seconds / 2)
     except jax.errors.JaxRuntimeError as e:  # out of memory, say, with the temporaries of two rounds alive
         return {name: {"failed": f"while timing: {brief(e)}", "compile_s": compile_s[name]} for name in methods}
     return {
-        name: {**row_of(tried, {i: t for (of, i), t in timings.items() if of == name}), "compile_s": compile_s[name]}
+        name: {
+            **row_of(tried, {i: t for (of, i), t in timings.items() if of == name}),
+            **sustained_of([t for (of, _), t in sustained.items() if of == name], in_a_row),
+            "compile_s": compile_s[name],
+        }
         for name, tried in attempts.items()
     }
+
+
+def issued(run: Round, rounds: int) -> Any:
+    """The last of rounds none of which is waited for before the next is issued."""
+    for _ in range(rounds - 1):
+        run()
+    return run()
+
+
+def sustained_of(timings: Sequence[Timing], rounds: int) -> Row:
+    """Of the configuration that takes the least for so many rounds in a row: what one of them takes."""
+    if not timings:
+        return {}
+    best = min(timings, key=lambda timing: timing.median)
+    return {"sustained_us_median": round(best.median / rounds, 1), "sustained_us_p10": round(best.p10 / rounds, 1)}
 
 
 def build(

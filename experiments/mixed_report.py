@@ -27,7 +27,8 @@ def report(head: Mapping[str, Any], rows: Sequence[Row]) -> str:
         "\n".join(sets.values()),
         "Median microseconds a round, of each method's best configuration; in parentheses, how many times faster than "
         f"`{BASE}`, one fused program for each model.",
-        time_table(rows),
+        time_table(rows, "round_us_median"),
+        *sustained_lines(rows),
         *(["\n".join(reasons)] if reasons else []),
         *(["Whether `auto` runs families side by side:", text] if (text := "\n".join(beside_lines(rows))) else []),
         "What packing across families was predicted to win a round over what packs nothing, `beside` where families "
@@ -50,15 +51,23 @@ def sizes_text(fields: Mapping[str, Mapping[str, Any]]) -> str:
     return "; ".join(f"{setting} ({', '.join(names)})" for setting, names in models.items())
 
 
-def times_of(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Median by set and method, of those that did not fail."""
+def sustained_lines(rows: Sequence[Row]) -> list[str]:
+    found = [row for row in rows if "sustained_us_median" in row]
+    if not found:
+        return []
+    of_ten = "The same of ten rounds issued one after the other, in which the device need not wait for the host:"
+    return [of_ten, time_table(found, "sustained_us_median")]
+
+
+def times_of(rows: Sequence[Row], key: str = "round_us_median") -> dict[str, dict[str, float]]:
+    """By set and method, of those that did not fail."""
     found: dict[str, dict[str, float]] = {}
     for row in rows:
-        found.setdefault(row["set"], {}).update({} if row["failed"] else {row["method"]: row["round_us_median"]})
+        found.setdefault(row["set"], {}).update({} if row["failed"] else {row["method"]: row[key]})
     return found
 
 
-def time_table(rows: Sequence[Row]) -> str:
+def time_table(rows: Sequence[Row], key: str) -> str:
     methods = list(dict.fromkeys(row["method"] for row in rows))
 
     def cell(times: Mapping[str, float], method: str) -> str:
@@ -67,7 +76,7 @@ def time_table(rows: Sequence[Row]) -> str:
         faster = f" ({times[BASE] / times[method]:.2f}x)" if BASE in times and method != BASE else ""
         return f"{times[method]:,.0f}{faster}"
 
-    lines = [[name, *(cell(times, method) for method in methods)] for name, times in times_of(rows).items()]
+    lines = [[name, *(cell(times, method) for method in methods)] for name, times in times_of(rows, key).items()]
     return table(["set", *methods], lines)
 
 

@@ -1,14 +1,14 @@
-"""Claim: tenants of different architectures are served faster in one program that packs across them, where the cost
-model says so, and never slower.
+"""Claim: tenants of different architectures are served faster in one program that packs across them or runs them side
+by side, as the cost model says, and never slower.
 
     python -m experiments.mixed_tenants
     python -m experiments.mixed_tenants --sets=recurrent,berts --lanes=4 --dtype=bfloat16
     python -m experiments.mixed_tenants --sets=resnets --notry_options      one configuration: half of the compile time
 
-Times one round of all tenants of a set of models: one ahead-of-time executable a tenant (`sequential`), one fused
-program a model (`per_family`), and all in one fused program. `auto` packs across families, and runs them side by side,
-where the cost model predicts a gain; `always` packs wherever it is legal. `never` does neither, `beside` is `never`
-with families side by side, and `turns` is `auto` without. `launches` is `auto` with kernel launches that ops of
+Times a round of all tenants of a set of models, and ten in a row: one ahead-of-time executable a tenant (`sequential`),
+one fused program a model (`per_family`), and all in one fused program. `auto` packs across families, and runs them side
+by side, where the cost model predicts a gain; `always` packs wherever it is legal. `never` does neither, `beside` is
+`never` with families side by side, and `turns` is `auto` without. `launches` is `auto` with kernel launches that ops of
 different shapes share as they are. Launches and side by side there are on a GPU alone. A cell is one set; see
 tenant_scaling for how a cell is measured and how a second run goes on. Models are smaller on a CPU (--sizes); the
 header says what was set.
@@ -43,6 +43,7 @@ SETS = {  # models, some with a field of their own
     "everything": NAMES,
 }
 METHODS = ("sequential", "per_family", "never", "beside", "turns", "auto", "launches", "always")
+IN_A_ROW = 10
 
 IMAGES = ("resnet18", "resnet34", "resnet50", "se_resnet50", "senet154", "mobilenetv2", "vgg16", "vit_ti16", "vit_b16")
 # Tables of DLRM are capped in both: they are looked up, and no heavy op reads them.
@@ -87,7 +88,7 @@ def mix_of(items: Sequence[str], fields: dict[str, dict[str, Any]]) -> Mix:
 def chosen_methods() -> dict[str, Method[Mix]]:
     sequential = partial(methods.sequential, own_executables=settings.own_executables())
     # within one program few kernels are independent: tried, since what others are compared with is to be at its best
-    per_family = partial(methods.fused, side_by_side=jax.default_backend() == "gpu" and FLAGS.try_options)
+    per_family = partial(methods.fused, side_by_side=jax.default_backend() == "gpu")
     configured: dict[str, Method[Mix]] = {
         "sequential": partial(mixed_methods.one_by_one, method=sequential),
         "per_family": partial(mixed_methods.one_by_one, method=per_family),
@@ -121,8 +122,8 @@ def main(argv: Sequence[str]) -> None:
 
     def measure(name: str) -> list[Row]:
         print(f"{name}: {FLAGS.lanes} each of {', '.join(SETS[name])}", file=sys.stderr, flush=True)
-        mix = mix_of(SETS[name], fields)
-        measured = measure_cell(mix, chosen_methods(), settings.options_to_try(), **settings.limits())
+        mix, limits = mix_of(SETS[name], fields), settings.limits() | {"in_a_row": IN_A_ROW}
+        measured = measure_cell(mix, chosen_methods(), settings.options_to_try(), **limits)
         return [{"set": name, "models": SETS[name], **common, "method": m, **row} for m, row in measured.items()]
 
     rows = settings.measure_cells(

@@ -201,6 +201,22 @@ def test_across_families_is_as_good_as_alone(name, dtype):
     assert packed <= max(1.5 * own, 1e-5)
 
 
+def test_families_side_by_side_give_what_they_give_in_turns():
+    """Called again and again, with several rounds under way. What families compute on the way lies apart."""
+    models = [by_name(model, **options) for model, options in ACROSS["residual networks"]]
+    params = [m.init(jax.random.key(i)) for i, m in enumerate(models)]
+    rounds = [[m.example(jax.random.key(100 * r + i)) for i, m in enumerate(models)] for r in range(4)]
+    programs = [coalesce.trace(m.apply, p, *x, name=m.name) for m, p, x in zip(models, params, rounds[0], strict=True)]
+    with jax.default_matmul_precision("highest"):
+        turns, beside = (
+            coalesce.fuse(programs, policy="never", executables=1, side_by_side=wanted) for wanted in (False, True)
+        )
+        wants, gots = [turns(own) for own in rounds], [beside(own) for own in rounds]
+    for want, got in zip(wants, gots, strict=True):
+        assert all(distance(b, a) <= 1e-5 for a, b in zip(want, got, strict=True))
+    assert beside.memory_analysis().temp_size_in_bytes > turns.memory_analysis().temp_size_in_bytes
+
+
 def test_across_families_a_lane_is_isolated():
     models = [by_name(model, **options) for model, options in ACROSS["residual networks"]]
     params = [m.init(jax.random.key(i)) for i, m in enumerate(models)]

@@ -192,7 +192,9 @@ def test_a_superkernel_across_programs_stands_in_the_column_of_each():
         members = next(line for line in row["title"].split("\n") if line.startswith("members: "))
         assert "(small)" in members and "(large)" in members and members in other["title"]
     never = coalesce.fuse(towers, policy="never")
-    assert "<dt>across families</dt><dd>0</dd>" in html_page(never)
+    assert "<dt>across families</dt><dd>0</dd>" in html_page(never) and "side by side" not in html_page(never)
+    beside = html_page(coalesce.fuse(towers, platform="gpu", side_by_side=True))
+    assert "<dt>families run</dt><dd>side by side</dd>" in beside
     note = 'nothing runs across families with policy="never"'
     assert note in never.explain() and note not in fused.explain()
     assert note not in coalesce.fuse(towers[:1], policy="never").explain()

@@ -43,6 +43,7 @@ def test_mixed_tenants_compares_eight_ways_to_serve_a_set(mix, tmp_path, capsys)
     assert list(rows) == [*mixed_tenants.METHODS]
     for row in rows.values():
         assert row["models"] == ["lstm", "gru"] and not row["failed"] and row["error"] <= 1e-5
+        assert row["sustained_us_median"] >= row["sustained_us_p10"] > 0
     assert len(rows["sequential"]["tried"]) == 2
     assert rows["never"]["facts"]["heavy_ops"] == 2 * (3 + 3)
     assert rows["never"]["facts"]["superkernels_across"] == rows["never"]["facts"]["ops_across"] == 0
