@@ -164,7 +164,7 @@ class Reader:
     def read(self, atom: J.Atom, dims: Sequence[Dim], starts: Sequence[int]) -> Callable[[Sequence[Any]], Any]:
         if isinstance(atom, J.Literal):
             self.made = True
-            return lambda tiles: J.literal_value(atom)
+            return lambda tiles: number(atom)
         if len(self.places) > MOST:  # already too many: what reads a value twice, over and over, would never end
             return self.leaf(atom, dims, starts)
         eqn = self.walk.made.get((self.family, atom))
@@ -215,6 +215,11 @@ class Reader:
         at = len(self.places)
         self.places.append(place)
         return lambda tiles: tiles[at]
+
+
+def number(literal: J.Literal) -> Any:
+    """As a tile: what is computed of numbers alone is computed by the kernel too, and no backend takes plain ones."""
+    return jnp.full((1, 1), J.literal_value(literal), J.dtype(literal))
 
 
 def in_bank(array: Any, dims: Sequence[Dim], starts: Sequence[int]) -> Place:

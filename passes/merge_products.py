@@ -14,10 +14,10 @@ weights are laid side by side by `hoist_weights`, once a tenant; XLA, which merg
 every call.
 
 Merged are products that differ in a free dimension of their right operands alone, and that are wanted about as soon:
-the keys of all layers that attend to one memory are not computed before the first. In one program no weight comes to
-lie in the bank twice by it: everything that reads one of the weights reads it as part of the same product, and the same
-tenants share it. Products of images, whose rows are positions, stay: they have rows enough, and a kernel that runs what
-follows each. Nor do convolutions merge, for the same reason.
+the keys of all layers that attend to one memory are not computed before the first. In one program no weight of a
+product comes to lie in the bank twice by it: everything that reads one of the weights reads it as part of the same
+product, and the same tenants share it. Products of images, whose rows are positions, stay: they have rows enough, and a
+kernel that runs what follows each. Nor do convolutions merge, for the same reason.
 
 What is merged depends on no order in which a program was written, so that its like is one family with it. Nor on how
 large a request is, so that a tenant's request shapes share their weights, but for one case: operands that are equal at

@@ -182,7 +182,9 @@ def sums_of(jaxpr: ClosedJaxpr, group: Group, known: dict[Any, Weight]) -> tuple
             return ()
         shapes.add((len(J.shape(result)), *shape[:at], *shape[at + 1 :], weight.holders))
         found.append(Member(places[0], weight))
-    return tuple(found) if len(shapes) == 1 else ()
+    # one weight for several would be larger side by side than it is, and so be laid there in every request
+    apart = len({member.weight.number for member in found}) == len(found)
+    return tuple(found) if len(shapes) == 1 and apart else ()
 
 
 def added_to(value: J.Var, eqn: J.Eqn) -> list[J.Var]:

@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 import coalesce.compile as compile_module
 from coalesce.kernels import attention, mosaic_attention
+from coalesce.lower import lower
 from coalesce.tuning import Database, Tuned
 from tests.alone import alone, array, fuse_tenants, Tenant
 from tests.compare import assert_as_good
@@ -47,20 +49,57 @@ def check(own: list[Tenant]) -> None:
         assert_as_good(got, alone(tenant), alone((fn, *wide)), [False])
 
 
+def attend(scores: Any, v: Any) -> Any:
+    """[heads, m, n], [n, heads, size] -> [m, heads, size]."""
+    return jnp.einsum("hmn,nhd->mhd", jax.nn.softmax(scores, axis=-1), v)
+
+
+def within(_: Any, y: Any, keep: Any, bias: Any) -> Any:
+    """Queries, and keys and values of one head for all, out of one array; a mask and a bias of parts of others."""
+    k, v = (jnp.broadcast_to(x, (len(y), 2, 64)) for x in (y[:, 2:3], y[:, 3:]))
+    scores = jnp.einsum("mhd,nhd->hmn", y[:, :2], k) + bias[:, 1:2, 2 : 2 + len(y)]
+    return attend(jnp.where(keep[:, :, : len(y)], scores, -1e4), v)
+
+
+def negative(_: Any, q: Any, k: Any, v: Any) -> Any:
+    """Times a number that is computed of numbers alone."""
+    return attend(jnp.einsum("mhd,nhd->hmn", q, k) * -jnp.ones((1, 1, 1), q.dtype), v)
+
+
+def floors(_: Any, q: Any, k: Any, v: Any) -> Any:
+    return attend(jnp.floor(jnp.einsum("mhd,nhd->hmn", q, k)), v)
+
+
+def beside_others(_: Any, y: Any) -> Any:
+    """Of each head queries, keys, values and three numbers more."""
+    q, k, v = (y[..., start : start + 64] for start in (0, 64, 128))
+    return attend(jnp.einsum("hmd,hnd->hmn", q, k), v.transpose(1, 0, 2)) * y[..., 192:193].transpose(1, 0, 2)
+
+
+def weightless(fn: Any, *shapes: tuple[int, ...]) -> list[Tenant]:
+    return [(fn, {}, tuple(array(*shape).astype(jnp.bfloat16) for shape in shapes)) for _ in range(2)]
+
+
 @pytest.fixture
-def ran(monkeypatch) -> list[bool]:
-    """Programs are for an H200, and its kernel is interpreted; what it runs is in the list, and whether it could."""
+def could(monkeypatch) -> list[bool]:
+    """Programs are for an H200; whether its kernel can run what there is is in the list."""
     found: list[bool] = []
     monkeypatch.setattr(compile_module, "default_tuned", lambda *_: Tuned(Database(), "NVIDIA H200"))
     supports = mosaic_attention.supports
     monkeypatch.setattr(mosaic_attention, "supports", lambda *given: found.append(supports(*given)) or found[-1])
+    return found
+
+
+@pytest.fixture
+def ran(could, monkeypatch) -> list[bool]:
+    """What it can it does, interpreted."""
     triton = attention.run
 
     def run(*given: Any) -> Any:
-        return partial(mosaic_attention.run, interpreted=True)(*given) if found[-1] else triton(*given)
+        return partial(mosaic_attention.run, interpreted=True)(*given) if could[-1] else triton(*given)
 
     monkeypatch.setattr(attention, "run", run)
-    return found
+    return could
 
 
 @interprets
@@ -77,6 +116,36 @@ def test_what_each_tenant_computes(ran, time, size, dtype, masked):
 def test_one_tenant(ran):
     check(tenants(1, 64))
     assert ran == [True]
+
+
+@interprets
+def test_parts_of_arrays(ran):
+    own = weightless(within, (40, 4, 64), (1, 1, 100), (1, 3, 44))
+    check([(fn, p, (y, keep > -1, bias)) for fn, p, (y, keep, bias) in own])
+    assert ran == [True]
+
+
+def test_it_is_one_kernel_of_a_gpu_program(could):
+    """Lowered on a machine without one, with rows that fill no whole tiles."""
+    own = weightless(negative, *[(70, 2, 64)] * 3)
+    function, inputs = lower(fuse_tenants(own, **BATCHED).bundle, "gpu"), [xs for _, _, xs in own]
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        text = jax.jit(function).trace([], inputs).lower(lowering_platforms=("cuda",)).as_text()
+    assert could == [True] and text.count("@mosaic_gpu") == 1 and "xla.gpu.triton" not in text
+
+
+QKV = ((64, 2, 64),) * 3
+TRITON = {
+    "what its backend lacks": weightless(floors, *QKV),
+    "rows that TMA cannot step over": weightless(beside_others, (2, 64, 195)),
+}
+
+
+@pytest.mark.parametrize("own", TRITON.values(), ids=TRITON)
+def test_what_else_triton_runs(ran, own):
+    check(own)
+    assert ran == [False]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.extend.core import ClosedJaxpr
 
+from coalesce import jaxpr as J
 from coalesce.kernels.underived import underived
 
 ROW_BYTES = 128
@@ -23,6 +25,11 @@ TOGETHER = 8  # rows of a tile
 REGISTERS = 512  # of a thread, if a program were a single warpgroup
 HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")
 FETCHING = 40  # of a thread that only fetches
+# What the backend lowers on a tile, in all versions that are supported.
+LOWERED = frozenset(
+    """abs add and bitcast_convert_type broadcast_in_dim convert_element_type div eq exp exp2 ge gt jit le log logistic
+    lt max min mul ne neg not or pjit reduce_max reduce_min reduce_sum rsqrt select_n sign square sub tanh""".split()
+)
 
 Index = tuple[Any, ...]
 
@@ -164,6 +171,16 @@ def is_hopper(kind: str) -> bool:
 def on_hopper(device: Any) -> bool:
     """Whether it is a GPU with what the kernels use: there are older and newer ones without."""
     return str(getattr(device, "compute_capability", "")) == "9.0"
+
+
+def lowers(jaxpr: ClosedJaxpr) -> bool:
+    """Whether the backend has all that is computed of tiles."""
+    return not jaxpr.consts and {eqn.primitive.name for eqn in J.walk(jaxpr)} <= LOWERED
+
+
+def joins() -> bool:
+    """Whether the backend lays tiles side by side: that of JAX 0.10 does not."""
+    return jax.__version_info__ >= (0, 11)
 
 
 def load(ref: Any, layout: Any) -> Any:

@@ -22,9 +22,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.extend.core import ClosedJaxpr
 
 from coalesce.kernels.attention import Attention, COLUMN, Operand, padded, Place, ROW, unraveled
-from coalesce.kernels.mosaic import backend, call, GROUP, Images, load, memory, multiply, TOGETHER
+from coalesce.kernels.mosaic import backend, call, GROUP, Images, joins, load, lowers, memory, multiply, TOGETHER
 from coalesce.kernels.mosaic_fetched import can_fetch, Fetched, fetched, in_floats, is_number, over_columns, to_the_end
 from coalesce.kernels.mosaic_rows import inside, only, over_rows, Rows, widened
 from coalesce.kernels.triton import div, rem
@@ -36,8 +37,8 @@ PROBLEM, BLOCK = "problem", "block"  # the axes of a launch
 
 
 def supports(what: Attention, operands: Sequence[Operand], out: Place) -> bool:
-    """Whether it multiplies what lies somewhere as it is, in whole GROUPs of numbers a head, and reads besides no more
-    than vectors over columns."""
+    """Whether it multiplies what lies somewhere as it is, in whole GROUPs of numbers a head, reads besides no more than
+    vectors over columns, and does to rows what the backend has."""
     (q, k, v), others = operands[:3], operands[3:]
     dtype = str(what.scores.lhs.dtype)
     if not q.places or any(len(own.places) != 1 or own.make for own in (k, v)):
@@ -51,7 +52,23 @@ def supports(what: Attention, operands: Sequence[Operand], out: Place) -> bool:
     if not all(map(is_number, q.places[1:])) or not all(map(over_columns, given)):
         return False
     # a row of values beyond the last is multiplied by zero, so it has to be a number
-    return all(can_fetch(*one) for one in lies) and to_the_end(v.places[0], ROW, what.scores.n)
+    lies_well = all(can_fetch(*one) for one in lies) and to_the_end(v.places[0], ROW, what.scores.n)
+    return lies_well and lowers(work_on_rows(what, q, others))
+
+
+def work_on_rows(what: Attention, q: Operand, others: Sequence[Operand]) -> ClosedJaxpr:
+    """All that is done to tiles besides what is multiplied."""
+
+    def work(scores: Any, tiles: Sequence[Sequence[Any]]) -> Any:
+        made = [own[0] if x.make is None else x.make(own) for x, own in zip((q, *others), tiles, strict=True)]
+        given = [[Rows.spread(x, scores.shape)] for x in made[1:]]
+        return made[0], list(what.rowwise([scores], given, [None], Rows))
+
+    def tile(dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((GROUP, GROUP), dtype)
+
+    given = [[tile(place.array.dtype) for place in x.places] for x in (q, *others)]
+    return jax.make_jaxpr(work)(tile(what.scores.out.dtype), given)
 
 
 def run(what: Attention, operands: Sequence[Operand], out: Place, lanes: int, interpreted: bool = False) -> Any:
@@ -103,7 +120,7 @@ class Program:
     @property
     def scored(self) -> int:
         """Columns that are computed."""
-        return padded(self.what.scores.n, TOGETHER)
+        return padded(self.what.scores.n, TOGETHER if joins() else GROUP)
 
     @property
     def columns(self) -> int:
@@ -226,7 +243,8 @@ class Program:
         """What the rows' work reads, as tiles of each span."""
         for operand, make in enumerate(self.makes[3:], start=1):
             tiles = [self.read(sources, operand, span) for span in self.spans]
-            yield [own[0] if make is None else make(own) for own in tiles]
+            made = [own[0] if make is None else make(own) for own in tiles]
+            yield [Rows.spread(x, (GROUP, columns)) for x, (_, columns) in zip(made, self.spans, strict=True)]
 
     def read(self, sources: Sequence[Any], operand: int, span: tuple[int, int]) -> list[Any]:
         """Tiles of what an operand is made of."""

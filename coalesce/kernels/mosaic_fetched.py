@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from coalesce.kernels.attention import COLUMN, Dim, Place, ROW
 
 MOST = 5  # dimensions of what TMA copies, with that of the lanes
+TOGETHER = 16  # bytes: of all but the last dimension it steps by multiples of that
 
 Span = tuple[Any, int]  # where it begins, and how long it is
 
@@ -35,7 +36,9 @@ class Fetched:
         for dim, start in zip(self.dims, self.starts, strict=True):
             if isinstance(dim, int):
                 own.append(batch[dim] + start)
-            elif dim is not None:
+            elif dim is None:  # one of several, the same for all
+                own.append(start)
+            else:
                 begin, size = spans[dim]
                 own.append(pl.ds(begin + start, size))
         return (first(lane if self.by_lane else 0), *own)
@@ -64,11 +67,13 @@ def sizes_of(place: Place) -> tuple[int, ...]:
 
 
 def can_fetch(place: Place, last: Dim) -> bool:
-    """Whether it is a whole array with rows and columns, of which the ones that `last` says lie together."""
+    """Whether it is a whole array with rows and columns, of which the ones that `last` says lie together, and as many
+    of them as TMA's steps to what lies beside them are long."""
     if place.cut is not None or place.slots is not None:
         return False
     own = fetched(place)
-    return len(own.view.shape) <= MOST and own.dims[-1:] == (last,) and {ROW, COLUMN} <= set(own.dims)
+    whole = own.view.shape[-1] * own.view.dtype.itemsize % TOGETHER == 0
+    return whole and len(own.view.shape) <= MOST and own.dims[-1:] == (last,) and {ROW, COLUMN} <= set(own.dims)
 
 
 def to_the_end(place: Place, dim: Dim, count: int) -> bool:
@@ -79,7 +84,7 @@ def to_the_end(place: Place, dim: Dim, count: int) -> bool:
 
 def over_columns(place: Place) -> bool:
     """Whether it is a vector over columns, or a number."""
-    return place.cut is None and place.slots is None and not any(place.starts) and set(place.dims) <= {COLUMN, None}
+    return place.cut is None and place.slots is None and set(place.dims) <= {COLUMN, None}
 
 
 def is_number(place: Place) -> bool:
@@ -87,6 +92,8 @@ def is_number(place: Place) -> bool:
 
 
 def in_floats(place: Place, columns: int) -> Any:
-    """A number [lanes or 1], or a vector [lanes or 1, columns] with zeros beyond the columns that there are."""
-    array = place.array.reshape(place.array.shape[0] if place.by_lane else 1, -1).astype(jnp.float32)
-    return array[:, 0] if is_number(place) else jnp.pad(array, ((0, 0), (0, columns - array.shape[1])))
+    """A number [lanes or 1], or a vector [lanes or 1, columns] with anything beyond the columns that there are."""
+    starts = place.starts or (0,) * len(place.dims)
+    index = (slice(at, at + columns) if dim == COLUMN else at for dim, at in zip(place.dims, starts, strict=True))
+    array = (place.array if place.by_lane else place.array[None])[:, *index].astype(jnp.float32)
+    return array if is_number(place) else jnp.pad(array, ((0, 0), (0, columns - array.shape[1])))

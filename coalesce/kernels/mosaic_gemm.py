@@ -19,12 +19,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from coalesce import jaxpr as J
 from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import indexed_gemm
 from coalesce.kernels.epilogue import Epilogue, WHOLE
-from coalesce.kernels.mosaic import call, ROW_BYTES, TOGETHER
+from coalesce.kernels.mosaic import call, lowers, ROW_BYTES, TOGETHER
 from coalesce.kernels.mosaic_program import IMAGE, PART, Program, Source, TILE
 from coalesce.kernels.mosaic_tile import Tile, tile_of, VECTORS
 from coalesce.kernels.operands import operands_of
@@ -36,11 +35,6 @@ from coalesce.structure import canonical
 from coalesce.tf32 import multiplies, near
 
 FLOATS = ("float32", "bfloat16", "float16")
-# Of what an epilogue may have, what the backend lowers on a tile, in all versions that are supported.
-LOWERED = frozenset(
-    """abs add and bitcast_convert_type broadcast_in_dim convert_element_type div eq exp exp2 ge gt jit le log logistic
-    lt max min mul ne neg not or pjit rsqrt select_n sign square sub tanh""".split()
-)
 
 
 def supports(op: HeavyOp) -> bool:
@@ -186,9 +180,7 @@ def on_tiles(epilogue: Epilogue, operands: Sequence[Any], tile: Tile) -> Hashabl
         return None
     structs = [jax.ShapeDtypeStruct((64, tile.row), dtype) for dtype in (tile.op.out.dtype, *dtypes)]
     jaxpr = jax.make_jaxpr(epilogue.apply)(*structs)
-    if jaxpr.consts or not {eqn.primitive.name for eqn in J.walk(jaxpr)} <= LOWERED:
-        return None
-    return canonical(jaxpr, positional=True).key
+    return canonical(jaxpr, positional=True).key if lowers(jaxpr) else None
 
 
 def dtype_of(y: Any) -> Any:
