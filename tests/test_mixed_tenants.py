@@ -13,7 +13,7 @@ from absl.testing import flagsaver
 
 from coalesce.models import NAMES
 from experiments import executables, mixed_tenants, settings
-from experiments.mixed_report import gain_lines
+from experiments.mixed_report import beside_lines, gain_lines
 
 ROOT = Path(__file__).parent.parent
 SMALL = [f"{name}.{field}" for name in ("lstm", "gru") for field in ("hidden=8", "features=8", "steps=3", "classes=4")]
@@ -90,6 +90,12 @@ def test_a_prediction_is_right_wrong_or_within_the_noise():
     nothing = verdict(row("auto", 101.0, ops=0))
     assert "packs nothing across families" in nothing and nothing.endswith("-1 us (-1.0%)")
     assert list(gain_lines([never, row("always", 90.0) | {"failed": "no memory"}])) == []
+    # What runs side by side is compared with what packs nothing and does so too.
+    beside, auto = row("beside", 80.0, ops=0), row("auto", 60.0, predicted=20.0)
+    auto["facts"] |= {"side_by_side": True, "why_side_by_side": "side by side: it wins"}
+    (line,) = gain_lines([never, beside, auto])
+    assert line.endswith("measured +20 us (+25.0%); the sign is right, and the size")
+    assert list(beside_lines([never, beside, auto])) == ["- s: side by side: it wins"]
 
 
 @pytest.mark.once  # it counts what is traced, and runs nothing
