@@ -38,8 +38,7 @@ from coalesce.weigh import can_launch, no_launch
 BundlePass = Callable[[Bundle], Bundle]
 
 POLICIES = ("auto", "always", "never")
-# What bundles compute right without, too; what is across families goes by the policy, and the last two passes by
-# `executables` and `beside`.
+# What bundles compute right without, too; what is across families goes by the policy, and the last by `executables`.
 OPTIONAL = (
     "unroll_loops",
     "share_launches",
@@ -49,6 +48,7 @@ OPTIONAL = (
     "round_results",
     "fuse_rows",
     "join_arrays",
+    "side_by_side",
 )
 
 
@@ -138,6 +138,8 @@ class BundleStep:
 
 def plan(bundle: Bundle, without: Collection[str] = (), **options) -> tuple[BundleStep, ...]:
     """Run the bundle passes but for those `without`: see `run_passes`."""
+    if "side_by_side" in without:
+        options["beside"] = False  # nothing is taken apart for it
     return run_passes(bundle, [run for run in bundle_passes(**options) if name_of(run) not in without])
 
 

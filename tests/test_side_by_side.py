@@ -143,6 +143,7 @@ def test_by_default_where_it_is_predicted_to_win():
     large = planned((4096, 12), (8192, 6), rows=4096).report
     assert not large.side_by_side and large.why_side_by_side.startswith("one after the other: a round is predicted")
     others: list[dict[str, Any]] = [{"platform": "cpu"}, {"side_by_side": False}, {"executables": 2}]
+    others.append({"without": ["side_by_side"]})
     for options in others:
         assert not planned((512, 12), (1024, 12), **options).report.side_by_side
     one = planned((512, 12)).report
