@@ -8,8 +8,8 @@ A pack across families saves launches and fills a device that one family leaves 
 for the others at every pack; side by side they fill the device without that (`passes/side_by_side.py`). ResNets of 18
 and 50 layers took 653 us a round in turns on an H200, 685 packed and side by side, and 486 side by side alone. Eight
 small MLPs are better packed: there most of a round is launches. All packs of families that share any stay or go, since
-those that stay would hold them in step. Families with a loop that is one on the device keep theirs, since it is part of
-no graph. Relies on: kernels take about as long as `align` predicts. Gives: `bundle.aligned` with less in it, and the
+those that stay would hold them in step. And all stay where the program would run in turns all the same, because of
+what other families take, or of a loop that is one on the device: it is part of no graph. Relies on: kernels take about as long as `align` predicts. Gives: `bundle.aligned` with less in it, and the
 reason in the records.
 """
 
@@ -34,10 +34,20 @@ def part_families(bundle: Bundle, *, platform: str, costs: Costs, wanted: bool |
         return bundle
     home = connected([tuple(sorted({f for f, _ in group.places})) for group in bundle.aligned])
     schedule = unroll_loops(bundle, costs=costs).schedule
+    found = bundle
     for families in dict.fromkeys(home.values()):
         own = tuple(item for item in schedule if families_of([item])[0] in families)
-        bundle = parted(bundle, families, own, costs)
-    return bundle
+        found = parted(found, families, own, costs)
+    return found if found is bundle or wanted or runs_beside(found, costs) else bundle
+
+
+def runs_beside(bundle: Bundle, costs: Costs) -> bool:
+    """Whether all of it is predicted to run sooner side by side, as `side_by_side` will ask of what comes of it."""
+    schedule = unroll_loops(pack(bundle), costs=costs).schedule
+    if not all(stretch.graph for stretch in stretches(schedule, bundle.families, costs)):
+        return False
+    together, turns = ways(schedule, bundle.families, costs)
+    return together.both < (1 - costs.margin) * turns.both
 
 
 def parted(bundle: Bundle, families: Families, own: Schedule, costs: Costs) -> Bundle:

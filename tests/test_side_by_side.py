@@ -122,6 +122,23 @@ def test_packs_that_hold_families_in_step_are_left_out():
     assert parted(50.0, platform="cpu") is parted(50.0, wanted=False) is before
 
 
+def test_packs_stay_where_another_family_has_all_run_in_turns():
+    """One with a loop that is in no graph."""
+
+    def looped(p: Any, x: Any) -> Any:
+        return jax.lax.while_loop(lambda c: c.sum() > 0, lambda c: mlp(p, c), x)
+
+    def left(*others: Tenant, **options: Any) -> int:
+        before = align(formed(layers(8, 3), layers(7, 3), *others), costs=FREE, policy="always")
+        ops = timed(before, FREE, {0: 40.0, 1: 30.0}).measured
+        key = next(iter(packs(pack(before).schedule))).op.key
+        costs = Costs(FREE.device, {**ops, (key, "batched_dot", 2, 1): 50.0})
+        return len(part_families(before, platform="gpu", costs=costs, **options).aligned)
+
+    loop = looped, [array(200, 200)], (array(2, 200),)
+    assert (left(), left(loop), left(loop, wanted=True)) == (0, 3, 0)
+
+
 def test_what_launches_cost_keeps_packs():
     """Eight towers of tiny layers: side by side each would launch its own kernels."""
     sizes = [(width, 6) for width in (64, 60, 56, 52, 48, 44, 40, 36)]
