@@ -8,9 +8,9 @@ A pack across families saves launches and fills a device that one family leaves 
 for the others at every pack; side by side they fill the device without that (`passes/side_by_side.py`). ResNets of 18
 and 50 layers took 653 us a round in turns on an H200, 685 packed and side by side, and 486 side by side alone. Eight
 small MLPs are better packed: there most of a round is launches. All packs of families that share any stay or go, since
-those that stay would hold them in step. And all stay where the program would run in turns all the same, because of
-what other families take, or of a loop that is one on the device: it is part of no graph. Relies on: kernels take about as long as `align` predicts. Gives: `bundle.aligned` with less in it, and the
-reason in the records.
+those that stay would hold them in step. And all stay where the program would run in turns all the same, because of what
+other families take, or of a loop that is one on the device: it is part of no graph. Relies on: kernels take about as
+long as `align` predicts. Gives: `bundle.aligned` with less in it, and the reason in the records.
 """
 
 from __future__ import annotations
