@@ -205,6 +205,8 @@ class Bundle:
     clusters: tuple[Cluster, ...] = ()  # packs that are near enough in shape to share a superkernel, by place
     predicted_us: float = 0.0  # what `aligned` wins, by the cost model
     records: Mapping[Place, Record] = field(default_factory=dict)  # why each heavy op is where it is
+    beside: bool = False  # whether families run side by side, as branches of one CUDA graph; set by side_by_side
+    why_beside: str = ""
     starts: tuple[int, ...] = (0,)  # where in the schedule each executable begins, set by cut_executables
     why_starts: str = ""  # there are so many
 

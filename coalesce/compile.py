@@ -40,6 +40,7 @@ def fuse(
     launches: bool = False,
     tuned: Database | str | Path | bool | None = None,
     executables: int | None = None,
+    side_by_side: bool | None = None,
     platform: str | None = None,
     without: Sequence[str] = (),
     strict: bool = False,
@@ -68,6 +69,9 @@ def fuse(
         its file. A `choose_kernel` goes before them, and its kernels get the blocks that were tuned for them.
       executables: in how many the program is compiled, as far as there are places to cut it, each launched while those
         before it run. None: as many as are predicted to win; on a CPU one.
+      side_by_side: whether independent kernels run at once on a GPU, as branches of one CUDA graph: those of different
+        families above all, which then share no memory for what they compute on the way. None: where it is predicted to
+        win for several families, also over what they could share by `policy` "auto".
       platform: what kernels are chosen for; the default backend's unless given.
       without: passes to leave out, of `coalesce.compile.OPTIONAL_PASSES`: to see what each brings, or is to blame for.
       strict: run JAX's own type check after every pass (for tests and for writing passes; slow).
@@ -83,7 +87,8 @@ def fuse(
         raise PlanError(f"fuse got one program, {programs.name!r}; give it a list of them")
     programs = list(programs)
     check_names(programs)
-    check_options(policy, waste_bound, costs, choose_kernel, executables, platform, without)
+    check_options(policy, waste_bound, costs, choose_kernel, platform, without)
+    check_executables(executables, side_by_side)
     check_usable(programs)
     passes = [run for run in PROGRAM_PASSES if name_of(run) not in without]
     memo: dict[int, Normalised] = {}
@@ -111,6 +116,7 @@ def fuse(
         within_program=within_program,
         pack_unbounded_loops=pack_unbounded_loops,
         executables=executables,
+        beside=side_by_side,
         without=without,
     )
     histories = tuple(memo[id(p.jaxpr)] for p in programs)
@@ -133,9 +139,7 @@ def default_costs(platform: str | None, tuned: Tuned) -> Costs:
     return Costs(device_of(platform))
 
 
-def check_options(
-    policy: Any, waste_bound: Any, costs: Any, choose_kernel: Any, executables: Any, platform: Any, without: Any
-) -> None:
+def check_options(policy: Any, waste_bound: Any, costs: Any, choose_kernel: Any, platform: Any, without: Any) -> None:
     if policy not in POLICIES:
         raise PlanError(f"policy is {policy!r}; expected one of {', '.join(map(repr, POLICIES))}")
     if not (isinstance(waste_bound, int | float | np.number) and 0 <= waste_bound < 1):
@@ -144,13 +148,20 @@ def check_options(
         raise PlanError(f"costs is {costs!r}; give a coalesce.costs.Costs, or None for what is known of the device")
     if not callable(choose_kernel):
         raise PlanError(f"choose_kernel is {choose_kernel!r}; give a function of (op, problems, platform)")
-    if executables is not None and (not isinstance(executables, int | np.integer) or executables < 1):
-        raise PlanError(f"executables is {executables!r}; a program is compiled in one or more, or None for what wins")
     if platform not in (None, *PLATFORMS, jax.default_backend()):
         raise PlanError(f"platform is {platform!r}; expected one of {', '.join(map(repr, PLATFORMS))}, or None")
     listed = isinstance(without, Collection) and not isinstance(without, str)
     if not listed or any(name not in OPTIONAL_PASSES for name in without):
         raise PlanError(f"without is {without!r}; a list of passes is wanted, of {', '.join(OPTIONAL_PASSES)}")
+
+
+def check_executables(executables: Any, side_by_side: Any) -> None:
+    if executables is not None and (not isinstance(executables, int | np.integer) or executables < 1):
+        raise PlanError(f"executables is {executables!r}; a program is compiled in one or more, or None for what wins")
+    if side_by_side is not None and not isinstance(side_by_side, bool | np.bool_):
+        raise PlanError(f"side_by_side is {side_by_side!r}; expected True, False, or None for what wins")
+    if side_by_side and (executables or 1) > 1:
+        raise PlanError(f"side_by_side=True is one executable, and executables is {executables}; leave one of them out")
 
 
 def check_names(programs: Sequence[Program]) -> None:

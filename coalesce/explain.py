@@ -53,6 +53,10 @@ def lines(programs: Sequence[Program], histories: Sequence[Normalised], steps: S
                 yield clusters_text(step.bundle.clusters)
             case "align":
                 yield from (aligned_text(group) for group in step.bundle.aligned)
+            case "part_families" if changed:
+                yield from (aligned_text(group) for group in step.bundle.aligned)
+            case "side_by_side":
+                yield from filter(None, [step.bundle.why_beside])
             case "cut_executables":
                 yield step.bundle.why_starts
             case _ if changed:
@@ -123,6 +127,7 @@ def bundle_text(bundle: Bundle) -> str:
         out += schedule_lines(bundle, bundle.schedule[start:end], names, "    " if several else "  ")
     for f, family in enumerate(bundle.families):
         out.append(f"  -> family {f}: {', '.join(map(names[f], J.outvars(family.jaxpr)))}")
+    out += ["  independent kernels run side by side"] if bundle.beside else []
     for i, array in enumerate(bundle.arrays):
         row = J.struct_short(jax.ShapeDtypeStruct(array.shape, array.dtype))
         out.append(f"  array {i}: {counted(len(array.rows), 'row')} of {row}, {array.layout}")

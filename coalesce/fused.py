@@ -20,6 +20,7 @@ from coalesce.explain import bundle_text, explain
 from coalesce.lower import lower
 from coalesce.passes.bundle_pipeline import BundleStep
 from coalesce.passes.pipeline import Normalised
+from coalesce.passes.side_by_side import options_of
 from coalesce.program import Program
 from coalesce.report import Report, report_of
 from coalesce.staged import Staged
@@ -123,11 +124,14 @@ class Fused:
             return jax.jit(self._function).lower(*self._structs())
 
     def compile(self, compiler_options: dict[str, Any] | None = None) -> Any:
-        """Compile ahead of time, for later calls too; returns JAX's Compiled, or a `Chain` of several."""
+        """Compile ahead of time, for later calls too; returns JAX's Compiled, or a `Chain` of several.
+
+        Options that the plan needs (`passes/side_by_side.py`) are added to those given, which go first.
+        """
         if self._compiled is None or compiler_options is not None:
-            parts = len(self.bundle.starts)
+            parts, options = len(self.bundle.starts), options_of(self.bundle, compiler_options)
             with jax.default_device(self._device):
-                self._compiled = compile_parts(self._function, self._structs(), parts, compiler_options)
+                self._compiled = compile_parts(self._function, self._structs(), parts, options)
         return self._compiled
 
     def cost_analysis(self) -> Any:

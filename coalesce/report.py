@@ -41,6 +41,8 @@ class Report:
     loops_across: int  # scans of two or more families that run as one
     predicted_gain_us: float  # what running across families wins a round, as predicted; 0 if nothing does
     components: int  # groups of families with no superkernel, launch or loop in common
+    side_by_side: bool  # whether independent kernels run at once, as branches of one CUDA graph
+    why_side_by_side: str  # or not; empty where there is nothing to choose
     executables: int  # that the program is compiled in
     why_executables: str  # so many
     tenants: tuple[TenantReport, ...]
@@ -48,6 +50,7 @@ class Report:
     def __str__(self) -> str:
         across = f", {self.superkernels_across} across families" if self.superkernels_across else ""
         several = f", in {self.executables} executables" if self.executables > 1 else ""
+        several = ", side by side" if self.side_by_side else several
         return (
             f"{counted(self.programs, 'program')} in {counted(self.families, 'family', 'families')}: "
             f"{counted(self.heavy_ops, 'heavy op')} -> {counted(self.superkernels, 'superkernel')}{across}, "
@@ -115,6 +118,8 @@ def report_of(bundle: Bundle) -> Report:
         loops_across=sum(isinstance(item, JointLoop) for item in items(bundle.schedule)),
         predicted_gain_us=bundle.predicted_us,
         components=len(components(bundle.schedule)),
+        side_by_side=bundle.beside,
+        why_side_by_side=bundle.why_beside,
         executables=len(bundle.starts),
         why_executables=bundle.why_starts,
         tenants=tuple(tenants[i] for i in range(len(bundle.tenants))),

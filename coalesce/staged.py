@@ -22,6 +22,7 @@ from coalesce.call import Caller, is_gone
 from coalesce.chain import compile_parts
 from coalesce.errors import InvalidInput
 from coalesce.lower import lower_stacked
+from coalesce.passes.side_by_side import options_of
 
 Stacks = list[list[Any]]  # of each family, in order, its inputs or outputs [L, ...], L its tenants
 
@@ -103,12 +104,16 @@ class Staged:
         return self._caller.unflatten([x for tenant in values for x in tenant])
 
     def compile(self, compiler_options: dict[str, Any] | None = None) -> Any:
-        """Compile ahead of time, for later calls too; returns JAX's Compiled, or a `Chain` of several."""
+        """Compile ahead of time, for later calls too; returns JAX's Compiled, or a `Chain` of several.
+
+        Options that the plan needs (`passes/side_by_side.py`) are added to those given, which go first.
+        """
         if self._compiled is None or compiler_options is not None:
             self._caller.check_option()
             structs, parts = (bank_structs(self._bundle), self._structs), len(self._bundle.starts)
+            options = options_of(self._bundle, compiler_options)
             with jax.default_device(self._device):
-                self._compiled = compile_parts(self._function, structs, parts, compiler_options)
+                self._compiled = compile_parts(self._function, structs, parts, options)
         return self._compiled
 
     @cached_property

@@ -111,14 +111,17 @@ def fused(
     within_program: bool = False,
     kernels: Mapping[str, Choice] = OWN_CHOICE,
     staged: bool = False,
+    side_by_side: bool = False,
 ) -> Iterator[Candidate]:
     """coalesce.fuse, by its public call: checks of the inputs and each tenant's own outputs are part of the round. With
-    `staged` also by the other one, whose inputs were staged and whose outputs stay stacked."""
+    `staged` also by the other one, whose inputs were staged and whose outputs stay stacked. With `within_program` and
+    `side_by_side` these are tried too."""
     programs = traced(tenants)
-    for within, (name, choice) in product((False, True) if within_program else (False,), kernels.items()):
-        together = coalesce.fuse(programs, within_program=within, choose_kernel=choice)
+    tries = product((False, True) if within_program else (False,), (None, True) if side_by_side else (None,))
+    for (within, beside), (name, choice) in product(tries, kernels.items()):
+        together = coalesce.fuse(programs, within_program=within, choose_kernel=choice, side_by_side=beside)
         together.compile(options)
-        how = ", ".join(filter(None, ["within_program" if within else "", name]))
+        how = ", ".join(filter(None, ["within_program" if within else "", "side by side" if beside else "", name]))
         yield Candidate(how, lambda together=together: together(tenants.inputs))
         if staged:
             yield in_stacks(together, tenants, options, how)

@@ -28,6 +28,7 @@ def fused(
     waste_bound: float,
     launches: bool = False,
     executables: int | None = None,
+    side_by_side: bool | None = None,
 ) -> Iterator[Candidate]:
     """coalesce.fuse of all tenants, by its public call."""
     programs = [
@@ -36,7 +37,12 @@ def fused(
         for i, (params, inputs) in enumerate(zip(tenants.params, tenants.inputs, strict=True))
     ]
     together = coalesce.fuse(
-        programs, policy=policy, waste_bound=waste_bound, launches=launches, executables=executables
+        programs,
+        policy=policy,
+        waste_bound=waste_bound,
+        launches=launches,
+        executables=executables,
+        side_by_side=side_by_side,
     )
     together.compile(options)
     requests = [inputs for tenants in mix for inputs in tenants.inputs]
@@ -50,6 +56,8 @@ def fused(
         "loops_across": report.loops_across,
         "padding": report.padding_waste,
         "predicted_gain_us": report.predicted_gain_us,
+        "side_by_side": report.side_by_side,
+        "why_side_by_side": report.why_side_by_side,
         "executables": report.executables,
         "why_executables": report.why_executables,
     }

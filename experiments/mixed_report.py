@@ -29,9 +29,11 @@ def report(head: Mapping[str, Any], rows: Sequence[Row]) -> str:
         f"`{BASE}`, one fused program for each model.",
         time_table(rows),
         *(["\n".join(reasons)] if reasons else []),
-        "What packing across families was predicted to win a round over `never`, and what it won. Noise: twice the "
-        "standard error of the medians' difference, with the spread of a normal distribution that has their p10 and "
-        f"p90, and at least {ALIKE:.0%} of `never`, as runs of one program differ by:",
+        *(["Whether `auto` runs families side by side:", text] if (text := "\n".join(beside_lines(rows))) else []),
+        "What packing across families was predicted to win a round over what packs nothing, `beside` where families "
+        "run side by side and `never` where they do not, and what it won. Noise: twice the standard error of the "
+        "medians' difference, with the spread of a normal distribution that has their p10 and p90, and at least "
+        f"{ALIKE:.0%} of that round, as runs of one program differ by:",
         "\n".join(gain_lines(rows)) or "- nothing to compare",
         "The spread of the times, and what was fused:",
         detail_table(rows),
@@ -73,26 +75,35 @@ def gain_lines(rows: Sequence[Row]) -> Iterator[str]:
     """For each set and policy that packs across families."""
     found = {(row["set"], row["method"]): row for row in rows if not row["failed"]}
     for (name, method), row in found.items():
-        never = found.get((name, "never"))
-        if method not in ("auto", "launches", "always") or never is None:
+        facts = row.get("facts", {})
+        base = "beside" if facts.get("side_by_side") else "never"  # that packs nothing, and runs in the same way
+        other = found.get((name, base))
+        if method not in ("auto", "launches", "always") or other is None:
             continue
-        facts, won = row["facts"], never["round_us_median"] - row["round_us_median"]
-        measured = f"{won:+,.0f} us ({won / never['round_us_median']:+.1%})"
+        won = other["round_us_median"] - row["round_us_median"]
+        measured = f"{won:+,.0f} us ({won / other['round_us_median']:+.1%})"
         if not facts["ops_across"]:
-            same = "so it is the program of `never`; what one program's times differ by"
+            same = f"so it is the program of `{base}`; what one program's times differ by"
             yield f"- {name}, {method}: packs nothing across families, {same}: {measured}"
             continue
         predicted = facts["predicted_gain_us"]
         yield (
             f"- {name}, {method}: {facts['superkernels_across']} superkernels across families with "
             f"{facts['ops_across']} ops, joint loops: {facts['loops_across']}; predicted {predicted:+,.0f} us, "
-            f"measured {measured}; {verdict(predicted, won, noise_of(row, never))}"
+            f"measured {measured}; {verdict(predicted, won, noise_of(row, other))}"
         )
 
 
-def noise_of(row: Row, never: Row) -> float:
+def noise_of(row: Row, other: Row) -> float:
     """What medians of rounds may differ by where two programs are as quick as each other."""
-    return max(2 * math.hypot(median_error(row), median_error(never)), ALIKE * never["round_us_median"])
+    return max(2 * math.hypot(median_error(row), median_error(other)), ALIKE * other["round_us_median"])
+
+
+def beside_lines(rows: Sequence[Row]) -> Iterator[str]:
+    """For each set, what `auto` chose and by which times."""
+    for row in rows:
+        if row["method"] == "auto" and not row["failed"] and (why := row["facts"].get("why_side_by_side")):
+            yield f"- {row['set']}: {why}"
 
 
 def median_error(row: Row) -> float:

@@ -6,10 +6,12 @@ model says so, and never slower.
     python -m experiments.mixed_tenants --sets=resnets --notry_options      one configuration: half of the compile time
 
 Times one round of all tenants of a set of models: one ahead-of-time executable a tenant (`sequential`), one fused
-program a model (`per_family`), and all in one fused program that packs within families alone (`never`), wherever the
-cost model predicts a gain (`auto`) and wherever it is legal (`always`). `launches` is `auto` with kernel launches that
-ops of different shapes share as they are, which there are on a GPU alone. A cell is one set; see tenant_scaling for how
-a cell is measured and how a second run goes on. Models are smaller on a CPU (--sizes); the header says what was set.
+program a model (`per_family`), and all in one fused program. `auto` packs across families, and runs them side by side,
+where the cost model predicts a gain; `always` packs wherever it is legal. `never` does neither, `beside` is `never`
+with families side by side, and `turns` is `auto` without. `launches` is `auto` with kernel launches that ops of
+different shapes share as they are. Launches and side by side there are on a GPU alone. A cell is one set; see
+tenant_scaling for how a cell is measured and how a second run goes on. Models are smaller on a CPU (--sizes); the
+header says what was set.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ SETS = {  # models, some with a field of their own
     "recurrent": ("lstm", "gru"),
     "everything": NAMES,
 }
-METHODS = ("sequential", "per_family", "never", "auto", "launches", "always")
+METHODS = ("sequential", "per_family", "never", "beside", "turns", "auto", "launches", "always")
 
 IMAGES = ("resnet18", "resnet34", "resnet50", "se_resnet50", "senet154", "mobilenetv2", "vgg16", "vit_ti16", "vit_b16")
 # Tables of DLRM are capped in both: they are looked up, and no heavy op reads them.
@@ -84,14 +86,19 @@ def mix_of(items: Sequence[str], fields: dict[str, dict[str, Any]]) -> Mix:
 
 def chosen_methods() -> dict[str, Method[Mix]]:
     sequential = partial(methods.sequential, own_executables=settings.own_executables())
+    # within one program few kernels are independent: tried, since what others are compared with is to be at its best
+    per_family = partial(methods.fused, side_by_side=jax.default_backend() == "gpu" and FLAGS.try_options)
     configured: dict[str, Method[Mix]] = {
         "sequential": partial(mixed_methods.one_by_one, method=sequential),
-        "per_family": partial(mixed_methods.one_by_one, method=methods.fused),
+        "per_family": partial(mixed_methods.one_by_one, method=per_family),
     }
-    for policy in ("never", "auto", "always"):
-        configured[policy] = partial(mixed_methods.fused, policy=policy, waste_bound=FLAGS.waste_bound)
-    shared = partial(mixed_methods.fused, policy="auto", waste_bound=FLAGS.waste_bound, launches=True)
-    configured["launches"] = shared
+    fused = partial(mixed_methods.fused, waste_bound=FLAGS.waste_bound)
+    configured["never"] = partial(fused, policy="never", side_by_side=False)
+    configured["beside"] = partial(fused, policy="never", side_by_side=True)
+    configured["turns"] = partial(fused, policy="auto", side_by_side=False)
+    configured["auto"] = partial(fused, policy="auto")
+    configured["launches"] = partial(fused, policy="auto", launches=True)
+    configured["always"] = partial(fused, policy="always")
     return {name: configured[name] for name in settings.wanted(METHODS)}
 
 

@@ -25,10 +25,12 @@ from coalesce.passes.fuse_rows import fuse_rows
 from coalesce.passes.join_arrays import join_arrays
 from coalesce.passes.keep_layouts import Held, keep_layouts
 from coalesce.passes.pack import pack
+from coalesce.passes.part_families import part_families
 from coalesce.passes.pipeline import name_of
 from coalesce.passes.plan_layouts import plan_layouts
 from coalesce.passes.round_results import round_results
 from coalesce.passes.share_launches import share_launches
+from coalesce.passes.side_by_side import side_by_side
 from coalesce.passes.unroll_loops import unroll_loops
 from coalesce.tuning import Tuned, UNTUNED
 from coalesce.weigh import can_launch, no_launch
@@ -36,7 +38,8 @@ from coalesce.weigh import can_launch, no_launch
 BundlePass = Callable[[Bundle], Bundle]
 
 POLICIES = ("auto", "always", "never")
-# What bundles compute right without, too; what is across families goes by the policy, and the last by `executables`.
+# What bundles compute right without, too; what is across families goes by the policy, and the last two passes by
+# `executables` and `beside`.
 OPTIONAL = (
     "unroll_loops",
     "share_launches",
@@ -61,15 +64,20 @@ def bundle_passes(
     within_program: bool = False,
     pack_unbounded_loops: bool = False,
     executables: int | None = None,
+    beside: bool | None = None,
 ) -> tuple[BundlePass, ...]:
     # families as wide lanes: every equation in order, a pack for each heavy op of a family
     first = (partial(form_packs, within_program=within_program, pack_unbounded_loops=pack_unbounded_loops),)
     by_gain = launches and policy == "auto" and platform != "cpu"
     may_launch = partial(can_launch, choice=choice, platform=platform, tuned=tuned) if by_gain else no_launch
+    if executables is not None and executables > 1:
+        beside = False  # they run in turns
+    apart = (partial(part_families, platform=platform, costs=costs, wanted=beside),)
     across = (
         partial(cluster, waste_bound=waste_bound),  # which packs are near enough in shape
         # which of those run as one
         partial(align, costs=costs, policy=policy, waste_bound=waste_bound, may_launch=may_launch),
+        *(apart if policy == "auto" else ()),  # and which of these better run side by side
         pack,  # one order for all families, in which they do
     )
     loops = (partial(unroll_loops, costs=costs),)  # which are none: once it is known what runs in one
@@ -87,7 +95,9 @@ def bundle_passes(
         partial(fuse_rows, platform=platform),  # what lies between them, and what is rounded there
         plan_layouts,  # where the weights lie: after the kernels, which say how they read them
         partial(join_arrays, platform=platform),  # which of these arrays are one argument
-        # where a program is launched in parts: once nothing moves any more
+        # whether families run in turns: once nothing moves any more
+        partial(side_by_side, platform=platform, costs=costs, wanted=beside),
+        # where a program is launched in parts: not where they run at once
         partial(cut_executables, platform=platform, costs=costs, executables=executables),
     )
     if policy == "never":

@@ -13,8 +13,9 @@ A GPU starts no kernel of a CUDA graph before the host has launched all of it: 9
 ResNet-50 takes on an H100. Cuts lie before packs and loops, where what XLA fuses to one kernel ends anyway, and where
 little is live: nothing between families that share no kernel, so where there are several executables these run one
 after the other, in the order that hides most of their launches (`passes/components.py`). How many executables there are
-is decided by cost (`passes/launch_cuts.py`). Relies on: nothing moves in the schedule after this. Gives: what is read
-behind a cut was computed before it, once, or is an argument, or depends on weights alone.
+is decided by cost (`passes/launch_cuts.py`); families that run side by side are one. Relies on: nothing moves in the
+schedule after this. Gives: what is read behind a cut was computed before it, once, or is an argument, or depends on
+weights alone.
 """
 
 from __future__ import annotations
@@ -46,8 +47,11 @@ def cut_executables(bundle: Bundle, *, platform: str, costs: Costs, executables:
     apart = in_order(bundle, costs)
     schedule = tuple(item for own in apart for item in own.component.schedule)
     found = [stretch for own in placed(apart) for stretch in own]
-    chosen = choose_parts(found, places(bundle, schedule, [own.start for own in found]), costs, executables)
+    wanted = 1 if bundle.beside else executables
+    chosen = choose_parts(found, places(bundle, schedule, [own.start for own in found]), costs, wanted)
     starts, why = (0, *(found[cut].start for cut in chosen.cuts)), chosen.why
+    if bundle.beside or executables is not None:
+        why = f"{'side by side' if bundle.beside else 'as asked for'}: {why}"
     if len(starts) == 1 or same(schedule, bundle.schedule):
         schedule = bundle.schedule
     else:

@@ -32,6 +32,7 @@ WORTH = 0.05  # of the host's time for a call: what one executable more must win
 class Parts(NamedTuple):
     cuts: tuple[int, ...]  # the stretches with which another executable begins
     why: str  # there are so many executables
+    us: float  # of a round, as far as the device is sure to take that long
 
 
 def choose_parts(
@@ -42,12 +43,12 @@ def choose_parts(
     table = Table(stretches, points, costs)
     if executables is not None:
         wanted = min(executables, len(table.points) + 1)
-        return Parts(table.cuts(wanted), f"as asked for: {table.text(wanted)}")
+        return table.parts(wanted)
     device_us = sum(own.us for own in stretches)
     several = range(2, min(MOST, len(table.points) + 1) + 1)
     possible = [1, *(parts for parts in several if table.host_us(parts) <= device_us)]
     chosen = min(possible, key=lambda parts: table.best(parts) + parts * WORTH * costs.device.dispatch_us)
-    return Parts(table.cuts(chosen), table.text(chosen))
+    return table.parts(chosen)
 
 
 class Table:
@@ -112,6 +113,9 @@ class Table:
                 found.append(end)
                 parts -= 1
         return tuple(reversed(found))
+
+    def parts(self, parts: int) -> Parts:
+        return Parts(self.cuts(parts), self.text(parts), self.best(parts))
 
     def text(self, parts: int) -> str:
         cuts, total = self.cuts(parts), self.kernels(0, len(self.stretches))

@@ -283,8 +283,9 @@ def check_left_here(own: Apart, recipe: Recipe, monkeypatch: Any, caplog: Any) -
         assert own.compile(jax.devices()[0], recipe) is None
         assert own.compile(jax.devices()[0], recipe, {"xla_gpu_no_such_option": True}) is None
         assert not own._is_useless
+        process = own._process
         assert own.compile(SimpleNamespace(platform="gpu", id=0), recipe) is None
-        assert own._is_useless
+        assert own._is_useless and process is not None and process.poll() is not None
     texts = [r.getMessage() for r in caplog.records if not r.getMessage().startswith("traced")]
     none, cannot, option, useless = texts
     assert "LookupError: there is no device 99" in none and "cannot be loaded: KeyError: 0" in cannot

@@ -149,8 +149,8 @@ def test_a_launch_keeps_families_together():
 
 
 def test_by_default_programs_that_share_no_kernel_are_cut_apart():
-    """Two long ones and a short one on a GPU: what runs longer than it is launched goes first, and nothing is live
-    between. Many short ones are one graph, since a call would cost more than it hides."""
+    """In turns, two long ones and a short one on a GPU: what runs longer than it is launched goes first, and nothing is
+    live between. Many short ones are one graph, since a call would cost more than it hides."""
 
     def planned(*sizes: tuple[int, int]) -> coalesce.Fused:
         tenants = [
@@ -162,7 +162,7 @@ def test_by_default_programs_that_share_no_kernel_are_cut_apart():
             )
             for width, count in sizes
         ]
-        return coalesce.fuse(tenants, policy="never", platform="gpu", tuned=False)
+        return coalesce.fuse(tenants, policy="never", platform="gpu", tuned=False, side_by_side=False)
 
     long = planned((64, 20), (8192, 5), (4096, 30))
     report = long.report

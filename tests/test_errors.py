@@ -162,7 +162,9 @@ def test_options_that_mean_nothing(options, text):
         coalesce.fuse([coalesce.trace(dense, W, X, name="a")], **options)
 
 
-@pytest.mark.parametrize("option", ["policy", "waste_bound", "costs", "choose_kernel", "executables", "platform"])
+@pytest.mark.parametrize(
+    "option", ["policy", "waste_bound", "costs", "choose_kernel", "executables", "side_by_side", "platform"]
+)
 def test_options_of_another_type(option):
     wrong: Any = {option: {}}
     with nothing_checked(), pytest.raises(coalesce.PlanError, match=f"^{option} is {{}}; "):

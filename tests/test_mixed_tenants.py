@@ -33,14 +33,14 @@ def mix(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.mark.once  # methods of one model are compared on both interpreters, in tests/test_experiments.py
-def test_mixed_tenants_compares_six_ways_to_serve_a_set(mix, tmp_path, capsys):
+def test_mixed_tenants_compares_eight_ways_to_serve_a_set(mix, tmp_path, capsys):
     mix(*QUICK, "--lanes=2", f"--out={tmp_path}", "--own_executables")
     assert {path.name for path in tmp_path.iterdir()} == {
         f"mixed_tenants_lanes2.{end}" for end in ("json", "md", "png")
     }
     result = json.loads((tmp_path / "mixed_tenants_lanes2.json").read_text())
     rows = {row["method"]: row for row in result["rows"]}
-    assert list(rows) == ["sequential", "per_family", "never", "auto", "launches", "always"]
+    assert list(rows) == [*mixed_tenants.METHODS]
     for row in rows.values():
         assert row["models"] == ["lstm", "gru"] and not row["failed"] and row["error"] <= 1e-5
     assert len(rows["sequential"]["tried"]) == 2

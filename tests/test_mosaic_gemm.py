@@ -19,7 +19,7 @@ from coalesce.costs import Costs, devices
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import choose, indexed_gemm, mosaic_gemm
 from coalesce.kernels.epilogue import COLUMN, Epilogue, WHOLE
-from coalesce.kernels.mosaic import on_hopper
+from coalesce.kernels.mosaic import equal_share, FETCHING, larger_share, on_hopper
 from coalesce.kernels.mosaic_tile import tile_of
 from coalesce.passes.keep_layouts import kernel_for
 from coalesce.slab import Cut, Picked
@@ -77,6 +77,15 @@ def normalise(y: Any, mean: Any, scale: Any, residual: Any) -> Any:
 
 def normalised(dtype: Any) -> Epilogue:
     return Epilogue(normalise, (COLUMN, COLUMN, WHOLE), jnp.dtype(dtype))
+
+
+@pytest.mark.parametrize("groups", [3, 4, 5, 6, 7])
+def test_warpgroups_ask_for_no_more_registers_than_there_are(groups):
+    """A core has 65,536, and a warpgroup 128 threads."""
+    launched = equal_share(groups) * (groups + 1)
+    assert launched * 128 <= 65536
+    assert equal_share(groups) <= larger_share(groups)
+    assert larger_share(groups) * groups + FETCHING <= launched
 
 
 INTERPRETED = {

@@ -129,8 +129,9 @@ def test_every_bundle_pass_is_recorded():
     bundle = Bundle(("a", "b"), find_families([normalise(program(name)).program for name in "ab"]))
     steps = bundle_pipeline.plan(bundle, platform="cpu", costs=default_costs("cpu", UNTUNED))
     assert [step.name for step in steps] == [
-        "form_packs", "cluster", "align", "pack", "unroll_loops", "choose_kernels", "fuse_attention", "fuse_epilogues",
-        "chain_products", "round_results", "fuse_rows", "plan_layouts", "join_arrays", "cut_executables",
+        "form_packs", "cluster", "align", "part_families", "pack", "unroll_loops", "choose_kernels", "fuse_attention",
+        "fuse_epilogues", "chain_products", "round_results", "fuse_rows", "plan_layouts", "join_arrays", "side_by_side",
+        "cut_executables",
     ]  # fmt: skip
     never = bundle_pipeline.plan(bundle, platform="cpu", costs=default_costs("cpu", UNTUNED), policy="never")
     assert [step.name for step in never] == [
@@ -144,5 +145,6 @@ def test_every_bundle_pass_is_recorded():
         "fuse_rows",
         "plan_layouts",
         "join_arrays",
+        "side_by_side",
         "cut_executables",
     ]

@@ -83,7 +83,7 @@ def test_report(fused):
         report.programs = 4  # type: ignore[misc]
     fields = ["programs", "families", "heavy_ops", "superkernels", "alone", "padding_waste"]
     across = ["superkernels_across", "launches_shared", "ops_across", "loops_across", "predicted_gain_us"]
-    last = ["components", "executables", "why_executables", "tenants"]
+    last = ["components", "side_by_side", "why_side_by_side", "executables", "why_executables", "tenants"]
     assert [f.name for f in dataclasses.fields(report)] == [*fields, *across, *last]
     assert (report.programs, report.families, report.heavy_ops) == (3, 2, 5)
     assert (report.superkernels, report.alone, report.padding_waste) == (2, 1, 0.0)

@@ -22,8 +22,18 @@ Product = tuple[float, int, int, int, int]  # rate, batch, m, n, k
 
 def product_us(device: Device, rate: float, batch: int, m: int, n: int, k: int) -> float:
     """`batch` products [m,k] x [k,n] at `rate` FLOPs a microsecond, were all operands at hand."""
+    return fastest(device, rate, batch, m, n, k)[0]
+
+
+def tiles_of(device: Device, rate: float, batch: int, m: int, n: int, k: int) -> int:
+    """How many tiles that takes."""
+    return fastest(device, rate, batch, m, n, k)[1]
+
+
+def fastest(device: Device, rate: float, batch: int, m: int, n: int, k: int) -> tuple[float, int]:
+    """(microseconds, tiles) of the fastest way."""
     per_core = rate / device.cores
-    best = float("inf")
+    best = float("inf"), 0
     for tile in device.tiles:
         tiles = -(-m // tile.m) * -(-n // tile.n)
         step_us = 2 * tile.m * tile.n * device.k_step / (per_core * tile.efficiency)
@@ -34,7 +44,7 @@ def product_us(device: Device, rate: float, batch: int, m: int, n: int, k: int) 
             us = waves * -(-k // (parts * device.k_step)) * step_us
             if parts > 1:  # float32 parts, written and read
                 us += device.launch_us + 8 * parts * batch * m * n / (device.memory_gbs * 1e3)
-            best = min(best, us)
+            best = min(best, (us, batch * tiles * parts))
     return best
 
 

@@ -211,6 +211,17 @@ def parted(ref: Any) -> tuple[list[Any], Any]:
     return list(zip(first, last, strict=True)), after
 
 
+def equal_share(groups: int) -> int:
+    """Registers of a thread, at most, that a program is launched with: so many warpgroups, and one that fetches."""
+    return REGISTERS // (groups + 1) // 8 * 8
+
+
+def larger_share(groups: int) -> int:
+    """Of a thread that multiplies, once who fetches has given its own away. There are no more than the program was
+    launched with: a warpgroup that asks for more waits without an end."""
+    return (equal_share(groups) * (groups + 1) - FETCHING) // groups // 8 * 8
+
+
 def share_registers(groups: int, fetching: bool) -> None:
     """Who fetches needs few, and leaves them to `groups` warpgroups that multiply, where equal shares are too few."""
     if groups < 3:
@@ -218,7 +229,7 @@ def share_registers(groups: int, fetching: bool) -> None:
     if fetching:
         backend().set_max_registers(FETCHING, action="decrease")
     else:
-        backend().set_max_registers((REGISTERS - FETCHING) // groups // 8 * 8, action="increase")
+        backend().set_max_registers(larger_share(groups), action="increase")
 
 
 def wait_if(needed: Any, barriers: Any, at: Any) -> None:

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 
 from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
-from coalesce.kernels.mosaic import GROUP, REGISTERS, ROW_BYTES, SHARED_BYTES
+from coalesce.kernels.mosaic import equal_share, GROUP, ROW_BYTES, SHARED_BYTES
 from coalesce.kernels.tiles import by_columns
 from coalesce.kernels.windows import Windows, windows_of
 
@@ -108,7 +108,7 @@ class Tile:
     @property
     def most_sums(self) -> int:
         """Of a thread, which is compiled for an equal share of the registers, whatever it has once it runs."""
-        return min(SUMS, REGISTERS // (self.groups + 1) // 8 * 8 - OTHERS)
+        return min(SUMS, equal_share(self.groups) - OTHERS)
 
     @property
     def across(self) -> int:

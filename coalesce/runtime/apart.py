@@ -47,6 +47,7 @@ BRIEF_S = 3.0  # for what takes no compiler
 STARVED_S = 5.0  # that it gets less than SHARE of a processor for
 SHARE = 0.2
 STUCK_S, NOTHING = 60.0, 0.001  # and the same of one that takes a little: it hangs
+
 LAPACK = b"lapack_"  # in an executable that calls a function of it
 
 LOG = logging.getLogger("coalesce.runtime")
@@ -158,8 +159,14 @@ class Apart:
             raise
 
     def _give_up(self, why: str) -> None:
+        """For good, and nothing is kept of a device for it."""
+        if self._is_useless:  # whoever waited for it is told too
+            return
         self._is_useless = True
         LOG.warning("there is no compiler in a process of its own: %s", why)
+        process, self._process = self._process, None
+        if process is not None:
+            end(process)
 
     def _ask(self, request: Any) -> tuple[str, Any]:
         process = self._sent(request)
