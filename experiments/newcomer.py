@@ -3,7 +3,7 @@
     python -m experiments.newcomer                      writes experiments/results/<device>/newcomer.json and .md
     python -m experiments.newcomer --model=resnet50 --dtype=bfloat16 --fields=classes=1000 --vary=classes --families=1 \
         --turns=2 --widths=1,2,4
-    COALESCE_APART=1 python -m experiments.newcomer --ways=present,before
+    python -m experiments.newcomer --ways=present,before
 
 Tenants of one family are asked at a steady rate, from a thread that sends each request when its time has come. In turns
 nothing else happens for a while, and new families are added, one after another, each with all of its executables; then

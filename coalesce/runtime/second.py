@@ -16,7 +16,7 @@ from coalesce.runtime import ticks
 from coalesce.runtime.companion import command, search_path
 from coalesce.runtime.compiler import IDLE
 
-WANTED = "COALESCE_APART"  # an environment variable: 0 for never, 1 on a GPU too
+WANTED = "COALESCE_APART"  # an environment variable: 0 for never
 PLUGINS = {"cpu": "cpu", "gpu": "cuda"}  # what JAX is told to have
 
 
@@ -57,13 +57,12 @@ def environment(platforms: Collection[str]) -> dict[str, str]:
 
 def is_wanted(device: Any) -> bool:
     """Numbers of devices are of one process: among several of JAX's another one would have others."""
-    asked = os.environ.get(WANTED)
-    if asked == "0" or not sys.executable:
+    if os.environ.get(WANTED) == "0" or not sys.executable:
         return False
     if device.platform == "cpu":
         return True
     is_cuda = device.platform == "gpu" and "cuda" in device.client.platform_version
-    return asked == "1" and is_cuda and jax.process_count() == 1
+    return is_cuda and jax.process_count() == 1
 
 
 def end(process: Compiler) -> None:
