@@ -62,7 +62,7 @@ def test_a_short_program_is_not_cut():
     """The device would wait for the second call."""
     two = [kernels(4.0) for _ in range(2)]
     chosen = choose_parts(two, everywhere(two), COSTS)
-    assert chosen == ((), "one executable: the host takes 2 us for its 0 arguments and the launch of its 2 kernels")
+    assert chosen[:2] == ((), "one executable: the host takes 2 us for its 0 arguments and the launch of its 2 kernels")
     assert choose_parts(two, everywhere(two), COSTS, executables=2).cuts == (1,)
 
 
