@@ -22,6 +22,7 @@ from tests.heavy_cases import indexed
 from tests.hlo import moves_of_size
 from tests.test_chained import in_turn
 from tests.test_gpu import distance, fused_of, setup, widened
+from tests.test_mosaic_attention import weightless, within
 
 pytestmark = [
     pytest.mark.gpu,
@@ -250,6 +251,20 @@ def test_attention(dtype, columns, monkeypatch):
             want = jax.jit(attention)(*jax.tree.map(lambda a: a.astype(jnp.float32), (p, *x)))
         assert distance(got, want) <= {"float32": 2e-3, "float16": 5e-3, "bfloat16": 2e-2}[dtype]
     assert bool(by_tma) == (on_hopper() and dtype != "float32")
+
+
+def test_attention_of_parts_of_arrays():
+    """On a Hopper GPU by TMA."""
+    given = weightless(within, (40, 4, 64), (1, 1, 100), (1, 3, 44))
+    own = [(p, (y, keep > -1, bias)) for _, p, (y, keep, bias) in given]
+    programs = [coalesce.trace(within, p, *x, name=f"t{i}") for i, (p, x) in enumerate(own)]
+    fused = coalesce.fuse(programs, choose_kernel=lambda *op: "batched_dot")
+    assert sum(isinstance(item, Attention) for item in items(fused.bundle.schedule)) == 1
+    for (p, x), got in zip(own, fused([x for _, x in own]), strict=True):
+        wide = [a if a.dtype == bool else a.astype(jnp.float32) for a in x]
+        with jax.default_matmul_precision("highest"):
+            want = jax.jit(within)(p, *wide)
+        assert distance(got, want) <= 2e-2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
