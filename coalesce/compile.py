@@ -40,7 +40,7 @@ def fuse(
     launches: bool = False,
     tuned: Database | str | Path | bool | None = None,
     executables: int | None = None,
-    side_by_side: bool | None = None,
+    side_by_side: bool | np.bool_ | None = None,
     platform: str | None = None,
     without: Sequence[str] = (),
     strict: bool = False,
@@ -116,7 +116,7 @@ def fuse(
         within_program=within_program,
         pack_unbounded_loops=pack_unbounded_loops,
         executables=executables,
-        beside=side_by_side,
+        beside=None if side_by_side is None else bool(side_by_side),  # NumPy's too
         without=without,
     )
     histories = tuple(memo[id(p.jaxpr)] for p in programs)

@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from coalesce.bundle import Aligned, Bundle, Place, Schedule
 from coalesce.costs import Costs
-from coalesce.costs.schedule import stretches
+from coalesce.costs.schedule import Stretch, stretches
 from coalesce.family import Family
 from coalesce.passes.components import connected, Families, families_of
 from coalesce.passes.pack import pack
@@ -44,20 +44,23 @@ def part_families(bundle: Bundle, *, platform: str, costs: Costs, wanted: bool |
 def runs_beside(bundle: Bundle, costs: Costs) -> bool:
     """Whether all of it is predicted to run sooner side by side, as `side_by_side` will ask of what comes of it."""
     schedule = unroll_loops(pack(bundle), costs=costs).schedule
-    if not all(stretch.graph for stretch in stretches(schedule, bundle.families, costs)):
+    found = stretches(schedule, bundle.families, costs)
+    if not all(stretch.graph for stretch in found):
         return False
-    together, turns = ways(schedule, bundle.families, costs)
+    together, turns = ways(schedule, found, bundle.families, costs)
     return together.both < (1 - costs.margin) * turns.both
 
 
 def parted(bundle: Bundle, families: Families, own: Schedule, costs: Costs) -> Bundle:
     """With or without what those families share; `own` is all that they run."""
-    if not all(stretch.graph for stretch in stretches(own, bundle.families, costs)):
+    found = stretches(own, bundle.families, costs)
+    if not all(stretch.graph for stretch in found):
         return bundle  # what is in no graph runs in turns
-    apart, turns = ways(own, bundle.families, costs)
+    apart, turns = ways(own, found, bundle.families, costs)
     groups = [group for group in bundle.aligned if group.places[0][0] in families]
     packed = pack(replace(bundle, schedule=own, aligned=tuple(groups))).schedule
-    kept = min(ways(packed, bundle.families, costs), key=lambda way: way.both)
+    found = stretches(packed, bundle.families, costs)
+    kept = min(ways(packed, found, bundle.families, costs), key=lambda way: way.both)
     if apart.both >= (1 - costs.margin) * turns.both or kept.both <= apart.both:
         return bundle
     why = (
@@ -67,11 +70,12 @@ def parted(bundle: Bundle, families: Families, own: Schedule, costs: Costs) -> B
     return without(bundle, groups, why, costs)
 
 
-def ways(schedule: Schedule, families: Sequence[Family], costs: Costs) -> tuple[Rounds, Rounds]:
-    """Side by side as far as nothing is shared, and in turns."""
-    found = stretches(schedule, families, costs)
+def ways(
+    schedule: Schedule, found: Sequence[Stretch], families: Sequence[Family], costs: Costs
+) -> tuple[Rounds, Rounds]:
+    """Side by side as far as nothing is shared, and in turns; `found` are its stretches."""
     host_us, us = costs.device.dispatch_us + launch_us(found), sum(own.us for own in found)
-    return in_one_graph(schedule, families, costs), Rounds(host_us + us, max(host_us, us))
+    return in_one_graph(schedule, found, families, costs), Rounds(host_us + us, max(host_us, us))
 
 
 def without(bundle: Bundle, groups: Sequence[Aligned], why: str, costs: Costs) -> Bundle:

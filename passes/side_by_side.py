@@ -67,7 +67,7 @@ def decided(bundle: Bundle, costs: Costs, wanted: bool | None) -> tuple[bool, st
     own = stretches(bundle.schedule, bundle.families, costs)
     if not all(stretch.graph for stretch in own):
         return False, "one after the other: some of it, such as a loop, is part of no CUDA graph"
-    together, turns = in_one_graph(bundle.schedule, bundle.families, costs), in_turns(bundle, costs)
+    together, turns = in_one_graph(bundle.schedule, own, bundle.families, costs), in_turns(bundle, costs)
     won = together.both < (1 - costs.margin) * turns.both
     how = "side by side" if won else "one after the other"
     return won, (
@@ -76,9 +76,9 @@ def decided(bundle: Bundle, costs: Costs, wanted: bool | None) -> tuple[bool, st
     )
 
 
-def in_one_graph(schedule: Schedule, families: Sequence[Family], costs: Costs) -> Rounds:
-    """Side by side; arguments are left out, which either way has."""
-    host_us = costs.device.dispatch_us + launch_us(stretches(schedule, families, costs))
+def in_one_graph(schedule: Schedule, found: Sequence[Stretch], families: Sequence[Family], costs: Costs) -> Rounds:
+    """Side by side; `found` are its stretches. Arguments are left out, which either way has."""
+    host_us = costs.device.dispatch_us + launch_us(found)
     us = beside(schedule, families, costs).us
     return Rounds(host_us + us, max(host_us, us))
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 import coalesce
@@ -166,6 +167,8 @@ def test_by_default_where_it_is_predicted_to_win():
     one = planned((512, 12)).report
     assert (one.side_by_side, one.why_side_by_side) == (False, "")
     assert planned((512, 12), side_by_side=True).report.side_by_side
+    for wanted in (np.bool_(True), np.bool_(False)):
+        assert planned((512, 1), side_by_side=wanted).report.side_by_side is bool(wanted)
 
 
 def test_loops_run_in_turns():
