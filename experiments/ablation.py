@@ -2,11 +2,13 @@
 
     python -m experiments.ablation --models=lstm,bert_base --dtypes=bfloat16 --tenants=8
     python -m experiments.ablation --models=mlp --fields=mlp.width=64 --methods=fuse_epilogues,join_arrays
+    python -m experiments.ablation --models=vit_b16 --methods=nothing --databases=mine.json,theirs.json
 
-Fuses n tenants with all passes, with all but one (`fuse(without=[pass])`), and untuned, each in a program of its own,
-whose outputs are compared with those of the tenants one after the other. Programs whose plan is the same as with all
-passes are not timed; the others take turns, a round by itself and rounds in a row, inputs and outputs stacked. A cell
-is one model, dtype and number of tenants; a second run measures only the cells that are not there yet.
+Fuses n tenants with all passes, with all but one (`fuse(without=[pass])`), untuned, and tuned by other databases, each
+in a program of its own, whose outputs are compared with those of the tenants one after the other. Programs whose plan
+is the same as with all passes are not timed; the others take turns, a round by itself and rounds in a row, inputs and
+outputs stacked. A cell is one model, dtype and number of tenants; a second run measures only the cells that are not
+there yet.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ define_names("models", ["resnet50", "bert_base", "lstm"], "the models, one after
 define_fields_of_models("fields", "fields of single models to set, as in lstm.steps=5,vgg16.image_size=32")
 define_names("dtypes", list(DTYPES), "dtypes of weights and activations", DTYPES)
 define_counts("tenants", [8], "numbers of tenants")
+flags.DEFINE_list("databases", [], "files of tuning databases, each of which takes the place of the usual ones once")
 
 
 class Cell(NamedTuple):
@@ -68,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
         cell_of=lambda row: Cell(row["model"], row["dtype"], row["tenants"]),
         methods=lambda _: variants(),
         measure=lambda cell: measure(cell, fields.get(cell.model, {})),
-        order=lambda row: (row["model"], row["dtype"], row["tenants"], VARIANTS.index(row["method"])),
+        order=lambda row: (row["model"], row["dtype"], row["tenants"], place(row["method"])),
     )
     if rows:
         text = report(head, rows)
@@ -77,8 +80,19 @@ def main(argv: Sequence[str]) -> None:
 
 
 def variants() -> list[str]:
-    """Those that --methods asks for, and the one that they are compared with."""
-    return [name for name in VARIANTS if name == ALL or FLAGS.methods is None or name in FLAGS.methods]
+    """Those that --methods asks for, databases, and the one that they are compared with."""
+    own = [name for name in VARIANTS if name == ALL or FLAGS.methods is None or name in FLAGS.methods]
+    return own + [database(path) for path in FLAGS.databases]
+
+
+def database(path: str) -> str:
+    """What is left out for a database: the usual ones."""
+    return f"{UNTUNED} but {path}"
+
+
+def place(method: str) -> tuple[int, str]:
+    """Databases last, by name."""
+    return VARIANTS.index(method) if method in VARIANTS else len(VARIANTS), method
 
 
 def measure(cell: Cell, fields: dict[str, Any]) -> list[Row]:
@@ -110,7 +124,9 @@ def measure(cell: Cell, fields: dict[str, Any]) -> list[Row]:
 
 def fuse(tenants: Tenants, left_out: str) -> coalesce.Fused:
     without = [left_out] if left_out in OPTIONAL_PASSES else []
-    return coalesce.fuse(methods.traced(tenants), without=without, tuned=False if left_out == UNTUNED else None)
+    files = {database(path): path for path in FLAGS.databases}
+    tuned = False if left_out == UNTUNED else files.get(left_out)
+    return coalesce.fuse(methods.traced(tenants), without=without, tuned=tuned)
 
 
 def plan_of(fused: coalesce.Fused) -> str:

@@ -40,3 +40,14 @@ def test_each_pass_has_a_row(tmp_path):
     assert all(rows[name]["round_us_median"] > 0 and rows[name]["sustained_us_median"] > 0 for name in timed)
     again = ablate(tmp_path, "--methods=cse")
     assert {row["method"]: row for row in again} == rows
+
+
+@pytest.mark.once
+def test_databases_have_rows(tmp_path):
+    empty, broken = tmp_path / "empty.json", tmp_path / "broken.json"
+    empty.write_text('{"format": 1, "entries": []}')
+    broken.write_text("{}")
+    found = {row["method"]: row for row in ablate(tmp_path, "--methods=nothing", f"--databases={empty},{broken}")}
+    assert list(found) == ["nothing", f"tuning but {broken}", f"tuning but {empty}"]
+    assert found[f"tuning but {empty}"]["same_as"] == "nothing"
+    assert "has format None" in found[f"tuning but {broken}"]["failed"]

@@ -27,7 +27,7 @@ from jax.extend.core import ClosedJaxpr
 from coalesce.kernels.attention import Attention, COLUMN, Operand, padded, Place, ROW, unraveled
 from coalesce.kernels.mosaic import backend, call, GROUP, Images, joins, load, lowers, memory, multiply, TOGETHER
 from coalesce.kernels.mosaic_fetched import can_fetch, Fetched, fetched, in_floats, is_number, over_columns, to_the_end
-from coalesce.kernels.mosaic_rows import inside, only, over_rows, Rows, widened
+from coalesce.kernels.mosaic_rows import inside, only, over_rows, WgmmaTiles, widened
 from coalesce.kernels.triton import div, rem
 
 DTYPES = ("bfloat16", "float16")
@@ -61,8 +61,8 @@ def work_on_rows(what: Attention, q: Operand, others: Sequence[Operand]) -> Clos
 
     def work(scores: Any, tiles: Sequence[Sequence[Any]]) -> Any:
         made = [own[0] if x.make is None else x.make(own) for x, own in zip((q, *others), tiles, strict=True)]
-        given = [[Rows.spread(x, scores.shape)] for x in made[1:]]
-        return made[0], list(what.rowwise([scores], given, [None], Rows))
+        given = [[WgmmaTiles.spread(x, scores.shape)] for x in made[1:]]
+        return made[0], list(what.rowwise([scores], given, [None], WgmmaTiles))
 
     def tile(dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((GROUP, GROUP), dtype)
@@ -189,7 +189,7 @@ class Program:
         scores = list(self.scores(sources, through, memory))
         valid = [inside(self.what.scores.n - start, (GROUP, count)) for start, count in self.spans]
         given = list(self.given(sources))
-        found = self.what.rowwise(scores, given, valid, Rows)
+        found = self.what.rowwise(scores, given, valid, WgmmaTiles)
         weights = [only(own, tile) for own, tile in zip(valid, found, strict=True)]
         plgpu.barrier_wait(memory["values_there"].at[0])
         for i in range(self.values.before[0]):
@@ -244,7 +244,7 @@ class Program:
         for operand, make in enumerate(self.makes[3:], start=1):
             tiles = [self.read(sources, operand, span) for span in self.spans]
             made = [own[0] if make is None else make(own) for own in tiles]
-            yield [Rows.spread(x, (GROUP, columns)) for x, (_, columns) in zip(made, self.spans, strict=True)]
+            yield [WgmmaTiles.spread(x, (GROUP, columns)) for x, (_, columns) in zip(made, self.spans, strict=True)]
 
     def read(self, sources: Sequence[Any], operand: int, span: tuple[int, int]) -> list[Any]:
         """Tiles of what an operand is made of."""

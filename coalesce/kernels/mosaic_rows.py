@@ -19,7 +19,7 @@ from coalesce.kernels.mosaic import backend, GROUP, iota, load, relaid
 OVER = {"reduce_sum": (jnp.sum, jnp.add), "reduce_max": (jnp.max, jnp.maximum), "reduce_min": (jnp.min, jnp.minimum)}
 
 
-class Rows:
+class WgmmaTiles:
     """As attention.Tiles."""
 
     @staticmethod
@@ -30,9 +30,9 @@ class Rows:
         shape = max(map(jnp.shape, args), key=len)
         if name == "div" and jnp.dtype(dtype).itemsize == 2 and len(shape) == 2 and jnp.ndim(args[1]) == 1:
             # a division a row, and not a number: what that rounds besides is less than what the dtype does
-            times = Rows.spread(1.0 / args[1].astype(jnp.float32), shape)
+            times = WgmmaTiles.spread(1.0 / args[1].astype(jnp.float32), shape)
             return (args[0].astype(jnp.float32) * times).astype(dtype)
-        return on_tile(eqn, [Rows.spread(x, shape) for x in args])
+        return on_tile(eqn, [WgmmaTiles.spread(x, shape) for x in args])
 
     @staticmethod
     def spread(x: Any, shape: Sequence[int]) -> Any:
