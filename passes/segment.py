@@ -11,13 +11,14 @@ Before                                            After, with segments=2
                                                         %6:f32[2,8] = tanh %5
                                                         -> %6
 
-What is live at a cut waits in registers, each for one value of every lane under way. Values that are never live at the
-same time share a register, but no segment writes one that it reads, so that it can be run again. Cuts lie where live
-sets are small and times balanced (`passes/cuts.py`), also between steps of a scan (`passes/split_scans.py`). What
-depends on weights and literals alone is not kept: each segment that reads it computes it. A program with a callback on
-the host is not cut, since a segment that raises would take the registers of other lanes with it; nor is one with a
-while_loop, which might not end in a lane that nobody uses. Relies on: `hoist_weights` has left nothing of weight alone
-that is dear. Gives: run one after the other, the segments compute what the program does.
+What is live at a cut waits in registers, each for one value of every lane under way, but for what was spread to a
+larger value: who reads that spreads it again. Values that are never live at the same time share a register, but no
+segment writes one that it reads, so that it can be run again. Cuts lie where live sets are small and times balanced
+(`passes/cuts.py`), also between steps of a scan (`passes/split_scans.py`). What depends on weights and literals alone
+is not kept: each segment that reads it computes it. A program with a callback on the host is not cut, since a segment
+that raises would take the registers of other lanes with it; nor is one with a while_loop, which might not end in a lane
+that nobody uses. Relies on: `hoist_weights` has left nothing of weight alone that is dear. Gives: run one after the
+other, the segments compute what the program does.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def segment(
     if reason:
         return Segmented((Segment(program, tuple(range(n_weights)), (), ()),), (), reason)
     demand = Demand(segments, patience_us, slower)
-    parts = with_places(program, n_weights, costs, demand)
+    parts = spread_where_read(with_places(program, n_weights, costs, demand), n_weights)
     chosen = choose_cuts(*points_of(parts, n_weights, costs), costs, demand)
     if not chosen.cuts:
         whole = Segment(program, tuple(range(n_weights)), (), ())
@@ -94,6 +95,38 @@ def with_places(program: ClosedJaxpr, n_weights: int, costs: Costs, demand: Dema
     if demand.patience_us is None:
         return program
     return split_scans(program, n_weights, costs=costs, longest_us=demand.patience_us / demand.slower)
+
+
+def spread_where_read(program: ClosedJaxpr, n_weights: int) -> ClosedJaxpr:
+    """What is spread to a larger value is so once more for each who reads that: a mask of all layers waits as it came,
+    and not once for each head and row."""
+    spread = {eqn.outvars[0]: eqn for eqn in kept_apart(program, n_weights)[0] if spreads(eqn)}
+    if not spread:
+        return program
+    eqns: list[J.Eqn] = []
+
+    def read(atom: J.Atom) -> J.Atom:
+        if isinstance(atom, J.Literal) or atom not in spread:
+            return atom
+        own = J.fresh(atom)
+        eqns.append(J.respell(spread[atom], [read(a) for a in spread[atom].invars], [own]))
+        return own
+
+    for eqn in program.jaxpr.eqns:
+        if not spread.keys().isdisjoint(eqn.outvars):
+            continue
+        own = {a: read(a) for a in dict.fromkeys(variables(eqn.invars)) if a in spread}
+        eqns.append(J.respell(eqn, [J.read(own, a) for a in eqn.invars], eqn.outvars) if own else eqn)
+    return J.close(J.invars(program), eqns, [read(a) for a in J.outvars(program)])
+
+
+def spreads(eqn: J.Eqn) -> bool:
+    return (
+        eqn.primitive.name == "broadcast_in_dim"
+        and len(eqn.invars) == 1
+        and not isinstance(eqn.invars[0], J.Literal)
+        and J.nbytes(eqn.invars[0].aval) < J.nbytes(eqn.outvars[0].aval)
+    )
 
 
 def why_whole(program: ClosedJaxpr) -> str:

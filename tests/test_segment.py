@@ -111,6 +111,19 @@ def test_what_depends_on_no_request_is_computed_where_it_is_read(golden):
     golden(cut(apply, {"w": W[:2], "gain": array(8)}, X, segments=2))
 
 
+def test_what_is_spread_waits_as_it_was_before():
+    """A mask that all layers read, and a result."""
+
+    def apply(p, x, keep):
+        mask = jnp.broadcast_to(keep[:, None], (2, 8))
+        for w in p:
+            x = jnp.where(mask, jnp.tanh(x @ w), 0.0)
+        return x, mask
+
+    found = cut(apply, W, X, array(2) > 0, segments=3)
+    assert [own.size for own in found.registers if own.dtype == bool] == [2]
+
+
 def test_a_scan_is_cut_between_its_steps(golden):
     def apply(p, xs):
         h, _ = lax.scan(lambda h, x: (jnp.tanh(h @ p[0] + x), None), jnp.zeros((2, 8)), xs)
