@@ -14,17 +14,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from coalesce import jaxpr as J
+from coalesce.attended import Attended, left_dims, out_dims, regrouped, right_dims
 from coalesce.bundle import Attention, Bundle, items, Step
 from coalesce.kernels import attention, mosaic_attention
 from coalesce.kernels.attention import COLUMN, Dim, on_rows, Operand, Place, REDUCTIONS, ROW
 from coalesce.kernels.epilogue import runs_on_tiles
+from coalesce.kernels.tiles import unnamed
 from coalesce.lanes import Banked, Env, LaneValue, plain, Shared, Stacked
 from coalesce.slab import Cut, Picked
 from coalesce.tf32 import nearest
 
 Made = Mapping[tuple[int, Any], J.Eqn]  # what makes a family's variable, where a kernel can do it as it reads
 
-MOVES = ("broadcast_in_dim", "slice", "transpose")
+MOVES = ("broadcast_in_dim", "expand_dims", "reshape", "slice", "squeeze", "transpose")
 DTYPES = {"float32", "bfloat16", "float16", "bool"}
 MOST = 4  # arrays that an operand is made of
 
@@ -57,24 +59,26 @@ def lower_attention(walk: Walk, item: Attention, env: Env) -> tuple[J.Eqn, list[
     """The last equation, and its result."""
     scores, values = item.scores.members[0], item.values.members[0]
     f, lanes = scores.family, walk.width(scores.family)
-    heads: tuple[Dim, ...] = tuple(range(len(scores.op.out.shape) - 2))
+    made = Attended(scores.op, scores.eqn.outvars[0])
+    for step in item.rowwise:
+        followed = made.follow(step.eqn)
+        assert followed, f"no work on rows: {step.eqn}"
     last = item.after[-1].eqn if item.after else values.eqn
-    inside = {v for eqn in (scores.eqn, *(step.eqn for step in item.rowwise)) for v in eqn.outvars}
-    left = values.eqn.invars[0] in inside  # the weights, which the second product has transposed on its right otherwise
-    reads = reads_of(item, inside)
+    heads = made.heads
+    left = values.eqn.invars[0] in made.of  # the weights, which are turned on the right otherwise
     tiles: list[tuple[J.Atom, Sequence[Dim]]] = [
-        (scores.eqn.invars[0], (*heads, ROW, COLUMN)),
-        (scores.eqn.invars[1], (*heads, ROW, COLUMN)),
-        (values.eqn.invars[left], (*heads, ROW, COLUMN) if left else (*heads, COLUMN, ROW)),
-        *((atom, tile_dims(atom, (*heads, ROW, COLUMN))) for atom in reads),
+        (scores.eqn.invars[0], left_dims(scores.op, heads)),
+        (scores.eqn.invars[1], right_dims(scores.op, heads)),
+        (values.eqn.invars[left], right_dims(values.op, heads) if left else left_dims(values.op, heads, COLUMN, ROW)),
+        *made.reads.items(),
     ]
-    dims: Sequence[Dim] = (*heads, ROW, COLUMN) if left else (*heads, COLUMN, ROW)
+    dims: Sequence[Dim] = out_dims(values.op, heads, *((ROW, COLUMN) if left else (COLUMN, ROW)))
     for step in item.after:
         dims = [dims[d] for d in step.eqn.params["permutation"]]
     out = J.aval_struct(last.outvars[0].aval)
     target = Place(jax.ShapeDtypeStruct((lanes, *out.shape), out.dtype), tuple(dims))
-    work = partial(rowwise, item, reads, values.eqn.invars[not left])
-    what = attention.Attention(scores.op, values.op, values.op.n if left else values.op.m, work)
+    work = partial(rowwise, item, list(made.reads), values.eqn.invars[not left])
+    what = attention.Attention(unnamed(scores.op), unnamed(values.op), values.op.n if left else values.op.m, work)
     what = replace(what, finish=nearest) if item.rounds else what
 
     operands = [operand(walk, env, f, *tile, arithmetic=not item.by_tma) for tile in tiles]
@@ -185,6 +189,9 @@ class Reader:
                 own = [None if single else dims[at] for at, single in zip(kept, one, strict=True)]
                 return self.read(source, own, [0 if x else starts[at] for at, x in zip(kept, one, strict=True)])
         several = sum(prod(J.shape(a)) > 1 for a in eqn.invars) > 1
+        if eqn.primitive.name in ("reshape", "expand_dims", "squeeze") and not any(starts):
+            own = regrouped(tuple(dims), J.shape(atom), J.shape(source))
+            return self.leaf(atom, dims, starts) if own is None else self.read(source, own, [0] * len(own))
         if eqn.primitive.name in MOVES or (several and not self.arithmetic):
             return self.leaf(atom, dims, starts)
         args = [self.read(a, *self.one_for_all(a, dims, starts)) for a in eqn.invars]
@@ -237,18 +244,6 @@ def with_arrays(operand: Operand, arrays: Sequence[Any]) -> Operand:
         array = next(found)
         places.append(replace(place, array=array, slots=None if place.slots is None else next(found)))
     return replace(operand, places=tuple(places))
-
-
-def tile_dims(atom: J.Var, counted: Sequence[Dim]) -> list[Dim]:
-    """What the dimensions of an operand of the rows' work count."""
-    sizes = J.shape(atom)
-    return [dim if size > 1 else None for size, dim in zip(sizes, counted, strict=True)] if sizes else []
-
-
-def reads_of(item: Attention, inside: set[Any]) -> list[J.Var]:
-    """What the rows' work reads besides the scores, each once."""
-    read = [a for step in item.rowwise for a in step.eqn.invars if not isinstance(a, J.Literal)]
-    return list(dict.fromkeys(a for a in read if a not in inside))
 
 
 def as_read(x: Any, atom: J.Atom) -> Any:

@@ -21,14 +21,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from coalesce import jaxpr as J
+from coalesce.attended import Attended, counted, is_plain, left_dims, right_dims
 from coalesce.bundle import Attention, Bundle, equations, Item, Loop, Pack, packs, Schedule, Step
 from coalesce.kernels import choose, indexed_gemm
-from coalesce.kernels.attention import fits, REDUCTIONS, SAME
-from coalesce.kernels.epilogue import runs_on_tiles
+from coalesce.kernels.attention import COLUMN, fits, ROW
 from coalesce.kernels.mosaic import is_hopper
+from coalesce.kernels.tiles import unnamed
 from coalesce.passes.choose_kernels import Choice
 from coalesce.passes.scopes import left_by, makers_and_readers, Name, names, with_bodies
 from coalesce.reschedule import same
@@ -37,7 +37,6 @@ from coalesce.tuning import Tuned, UNTUNED
 BEFORE = "batched_dot"  # the kernel of packs that may be fused so, also where another one was tuned
 TUNED = "indexed_gemm"
 DTYPES = ("float32", "bfloat16", "float16", "bool")
-WHOLE, NUMBER, TURNED = "whole", "number", "turned"  # a value for each score, for each row, and scores transposed
 
 
 def fuse_attention(bundle: Bundle, *, platform: str, choice: Choice = choose, tuned: Tuned = UNTUNED) -> Bundle:
@@ -62,17 +61,12 @@ def fused(bundle: Bundle, schedule: Schedule, left: set[Name], kernels: Sequence
 
 
 def can_be_inside(bundle: Bundle, pack: Pack, kernels: Sequence[str]) -> bool:
-    """Whether a pack is a product [B.., M, K] x [B.., K, N] of one family, each lane's own, by one of these kernels."""
+    """Whether a pack is a product of heads of one family, each lane's own, by one of these kernels."""
     if pack.kernel not in kernels or pack.form or pack.launch is not None or pack.epilogue or len(pack.members) != 1:
         return False
     (member,), op = pack.members, pack.op
     each = bundle.families[member.family].width == 1 or member.varies
-    if not each or op.kind != "dot" or member.weight is not None or not indexed_gemm.supports(op):
-        return False
-    batch = len(op.out.shape) - 2
-    ((contracted, _), (own, _)) = op.params["dimension_numbers"]
-    plain = own == tuple(range(batch)) and contracted == (batch + 1,)
-    return plain and len(op.lhs.shape) == len(op.rhs.shape) == batch + 2
+    return each and member.weight is None and is_plain(op) and indexed_gemm.supports(unnamed(op))
 
 
 class Scope:
@@ -92,38 +86,34 @@ class Scope:
             return
         (member,) = scores.members
         f, start = member.family, member.eqn.outvars[0]
-        kinds, steps = {start: WHOLE}, list[int]()
+        made, steps = Attended(scores.op, start), list[int]()
         for at in range(min(self.readers.get((f, start), [len(self.items)])), len(self.items)):
             item = self.items[at]
-            if at in self.moved or not any(g == f and a in kinds for g, e in equations(item) for a in names(e)):
+            if at in self.moved or not any(g == f and a in made.of for g, e in equations(item) for a in names(e)):
                 continue
-            if isinstance(item, Step) and (kind := kind_of(item, kinds, scores)):
-                kinds[item.eqn.outvars[0]] = kind
+            if isinstance(item, Step) and can_run(item) and made.follow(item.eqn):
                 steps.append(at)
                 continue
-            if isinstance(item, Pack) and self.closes(item, kinds, scores) and self.is_closed(f, kinds, {*steps, at}):
+            if isinstance(item, Pack) and self.closes(item, made, scores) and self.is_closed(f, made, {*steps, at}):
                 self.replace(place, steps, at)
             return
 
-    def closes(self, values: Pack, kinds: dict[Any, str], scores: Pack) -> bool:
+    def closes(self, values: Pack, made: Attended, scores: Pack) -> bool:
         """Whether a pack multiplies the weights that were made of the scores."""
         if not can_be_inside(self.bundle, values, self.kernels) or values.members[0].family != scores.members[0].family:
             return False
-        left, right = (None if isinstance(a, J.Literal) else kinds.get(a) for a in values.members[0].eqn.invars)
-        batch, (*heads, m, n) = len(scores.op.out.shape) - 2, scores.op.out.shape
-        if left == WHOLE and right is None:
-            return (
-                values.op.lhs.shape == (*heads, m, n)
-                and len(values.op.out.shape) == batch + 2
-                and fits(scores.op, values.op.n)
-            )
-        if right == TURNED and left is None:
-            return values.op.rhs.shape == (*heads, n, m) and fits(scores.op, values.op.m)
+        left, right = (None if isinstance(a, J.Literal) else made.of.get(a) for a in values.members[0].eqn.invars)
+        if left is not None and right is None:
+            weights = counted(left_dims(values.op, made.heads), values.op.lhs.shape)
+            return left == weights and fits(scores.op, values.op.n)
+        if right is not None and left is None:
+            weights = counted(right_dims(values.op, made.heads, COLUMN, ROW), values.op.rhs.shape)
+            return right == weights and fits(scores.op, values.op.m)
         return False
 
-    def is_closed(self, family: int, inside: dict[Any, str], places: set[int]) -> bool:
+    def is_closed(self, family: int, made: Attended, places: set[int]) -> bool:
         """Whether nobody else reads what lies inside."""
-        names = [(family, v) for v in inside]
+        names = [(family, v) for v in made.of]
         return all(name not in self.left and places.issuperset(self.readers.get(name, ())) for name in names)
 
     def replace(self, place: int, steps: Sequence[int], at: int) -> None:
@@ -153,49 +143,7 @@ class Scope:
         return tuple(kept)
 
 
-def kind_of(step: Step, kinds: dict[Any, str], scores: Pack) -> str | None:
-    """What a step makes of what lies inside; None if it cannot run on rows."""
-    eqn, shape = step.eqn, scores.op.out.shape
-    if step.each or len(eqn.outvars) != 1 or any(J.dtype(a) not in DTYPES for a in [*eqn.invars, *eqn.outvars]):
-        return None
-    name, out = eqn.primitive.name, J.shape(eqn.outvars[0])
-    read = {kinds[a] for a in names(eqn) if a in kinds}
-    if TURNED in read:
-        return None
-    if name == "transpose":
-        batch = len(shape) - 2
-        turns = tuple(eqn.params["permutation"]) == (*range(batch), batch + 1, batch)
-        return TURNED if turns and read == {WHOLE} else None
-    if name in REDUCTIONS:
-        along_rows = tuple(eqn.params["axes"]) == (len(shape) - 1,) and read == {WHOLE}
-        return NUMBER if along_rows and J.dtype(eqn.outvars[0]) != "bool" else None
-    if name in SAME:
-        if len(eqn.invars) > 1 or (name == "broadcast_in_dim" and not keeps_rows(eqn, shape)):
-            return None
-        return kind_by_shape(out, shape) if read == {NUMBER} else WHOLE if out == shape else None
-    if not runs_on_tiles(eqn) or not all(fits_tile(a, kinds, shape, out) for a in eqn.invars):
-        return None
-    return WHOLE if WHOLE in read and out == shape else kind_by_shape(out, shape)
-
-
-def kind_by_shape(out: tuple[int, ...], shape: tuple[int, ...]) -> str | None:
-    """A number for each row, or one that is spread over its row."""
-    if out in (shape[:-1], (*shape[:-1], 1)):
-        return NUMBER
-    return WHOLE if out == shape else None
-
-
-def keeps_rows(eqn: J.Eqn, shape: tuple[int, ...]) -> bool:
-    """Whether a broadcast leaves the dimensions of heads and rows where they are."""
-    dims = tuple(eqn.params["broadcast_dimensions"])
-    return dims == tuple(range(len(dims))) and len(dims) >= len(shape) - 1
-
-
-def fits_tile(atom: J.Atom, kinds: dict[Any, str], shape: tuple[int, ...], out: tuple[int, ...]) -> bool:
-    """Whether an operand is of the inside, a number, or has for each head, row and column an element or one for all."""
-    own = J.shape(atom)
-    if own == () or (not isinstance(atom, J.Literal) and atom in kinds):
-        return True
-    if isinstance(atom, J.Literal) or len(own) != len(shape) or len(out) != len(shape):
-        return False
-    return all(size in (1, whole) for size, whole in zip(own, shape, strict=True))
+def can_run(step: Step) -> bool:
+    """Whether a kernel for rows has its dtypes, and it is the same for all lanes."""
+    eqn = step.eqn
+    return not step.each and len(eqn.outvars) == 1 and all(J.dtype(a) in DTYPES for a in [*eqn.invars, *eqn.outvars])

@@ -110,6 +110,56 @@ def test_keys_that_weights_make():
     assert found([tenant() for _ in range(3)]) == 1
 
 
+def as_jax_has_it(p: Any, x: Any, keep: Any, **how: Any) -> Any:
+    """[batch, time, features] -> [batch, time, heads, size]. Its scores have a dimension more, for groups of heads."""
+    q, k, v = (jnp.einsum("btd,dhk->bthk", x, p[i]) for i in range(3))
+    return jax.nn.dot_product_attention(q, k, v, mask=keep, **how)
+
+
+@pytest.mark.parametrize(
+    ("batch", "how"),
+    [(1, {}), pytest.param(2, {"is_causal": True}, marks=pytest.mark.once)],
+)
+def test_attention_as_jax_has_it(batch, how):
+    def tenant() -> Tenant:
+        return partial(as_jax_has_it, **how), array(3, 8, 2, 4), (array(batch, 7, 8), array(batch, 1, 1, 7) > 0)
+
+    assert found([tenant() for _ in range(2)]) == 1
+
+
+def test_attention_as_jax_has_it_in_16_bits():
+    """Which asks by name for what tensor cores do with these."""
+    tenants = [
+        (
+            as_jax_has_it,
+            array(3, 8, 2, 4).astype(jnp.bfloat16),
+            (array(1, 7, 8).astype(jnp.bfloat16), array(1, 1, 1, 7) > 0),
+        )
+        for _ in range(2)
+    ]
+    with jax.numpy_dtype_promotion("standard"):
+        fused = fuse_tenants(tenants, **BATCHED)
+        assert len(attentions(fused.bundle)) == 1
+        for (fn, p, xs), got in zip(tenants, fused([xs for _, _, xs in tenants]), strict=True):
+            exact = fn(p.astype(jnp.float32), xs[0].astype(jnp.float32), xs[1])
+            assert_as_good(got, alone((fn, p, xs)), exact, [False])
+
+
+@pytest.mark.parametrize(
+    ("m", "n"), [(1, 6), pytest.param(5, 1, marks=pytest.mark.once), pytest.param(1, 1, marks=pytest.mark.once)]
+)
+def test_single_rows_and_columns(m, n):
+    """Nothing says which of the dimensions of size one they are, once some were left out."""
+
+    def apply(p: Any, q: Any, k: Any, v: Any) -> Any:
+        weights = jax.nn.softmax(jnp.einsum("hmd,hnd->hmn", q, k).reshape(3, m * n), axis=-1)
+        return jnp.einsum("hmn,hne->hme", weights.reshape(3, m, n), v)
+
+    tenants = [(apply, {}, (array(3, m, 4), array(3, n, 4), array(3, n, 2))) for _ in range(2)]
+    check_fused(tenants, **BATCHED)
+    assert found(two(softmax, (3, m, 4), (3, n, 4), (3, n, 2))) == 1
+
+
 def test_masks_and_biases():
     """Of each score, of each column, of all lanes, and numbers."""
 

@@ -113,6 +113,19 @@ def test_what_each_tenant_computes(ran, time, size, dtype, masked):
 
 
 @interprets
+def test_as_jax_has_it(ran):
+    """With scores in float32, which have dimensions of size one."""
+
+    def apply(p: Any, x: Any, keep: Any) -> Any:
+        q, k, v = (jnp.einsum("btd,dhk->bthk", x[None], p["w"][:, i]) + p["b"][i][None, None] for i in range(3))
+        return jax.nn.dot_product_attention(q, k, v, mask=keep[None, None, None])
+
+    with jax.numpy_dtype_promotion("standard"):
+        check([(apply, params, xs) for _, params, xs in tenants(2, 70)])
+    assert ran == [True]
+
+
+@interprets
 def test_one_tenant(ran):
     check(tenants(1, 64))
     assert ran == [True]

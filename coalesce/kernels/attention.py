@@ -85,7 +85,7 @@ class Attention:
 
     @property
     def batch(self) -> tuple[int, ...]:
-        return self.scores.out.shape[:-2]
+        return self.scores.out.shape[: len(self.scores.params["dimension_numbers"][1][0])]
 
     @property
     def rows(self) -> int:

@@ -5,7 +5,7 @@ then the epilogue. No copy of a window, a patch or a weight is made.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,10 +21,20 @@ from coalesce.kernels.operands import Source
 from coalesce.kernels.triton import both, div, dot, load, rem, store
 from coalesce.kernels.windows import Windows, windows_of
 
+# What tensor cores do with operands of 16 bits, for whoever asks for it by name.
+USUAL = {"bfloat16": lax.DotAlgorithmPreset.BF16_BF16_F32, "float16": lax.DotAlgorithmPreset.F16_F16_F32}
+
 
 def precision_of(op: HeavyOp) -> Any:
     """Of both operands, which is one for all that the kernels run."""
     return op.precision[0] if isinstance(op.precision, tuple) else op.precision
+
+
+def unnamed(op: HeavyOp) -> HeavyOp:
+    """An op that asks by name for what a kernel does with its dtype, as one that asks for nothing."""
+    if op.kind != "dot" or op.rhs.dtype != op.lhs.dtype or op.precision is not USUAL.get(str(op.lhs.dtype), USUAL):
+        return op
+    return replace(op, params={**op.params, "precision": None})
 
 
 def by_columns(op: HeavyOp) -> bool:
