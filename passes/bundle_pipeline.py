@@ -38,7 +38,7 @@ from coalesce.weigh import can_launch, no_launch
 BundlePass = Callable[[Bundle], Bundle]
 
 POLICIES = ("auto", "always", "never")
-# What bundles compute right without, too; what is across families goes by the policy, and the last by `executables`.
+# What bundles compute right without, too; what is across families goes by the policy, and cuts by `executables`.
 OPTIONAL = (
     "unroll_loops",
     "share_launches",
