@@ -62,15 +62,16 @@ def check_schedule(schedule: Schedule, scopes: Sequence[tuple[int, list[J.Var], 
 def check_item(item: Item, bound: set[Name], want: dict[tuple[int, int], J.Eqn]) -> set[Name]:
     """What an item leaves bound, from what is `bound` before it; takes what it runs from `want`."""
     together = reading_nothing_inside(item)
-    inside = set(bound)
+    inside: set[Name] = set()  # of what it computes; `bound` is large, and is never copied
     for i, (f, eqn) in enumerate(equations(item)):
         if want.pop((f, id(eqn)), None) is None:
             raise IRError(f"family {f}: {eqn.primitive.name} is scheduled twice or is not of this scope")
         # Members of a pack see nothing of each other, what else its kernel runs sees what came before; only its results
         # are left.
         for atom in eqn.invars:
-            if not isinstance(atom, J.Literal) and (f, atom) not in (bound if i < together else inside):
-                raise IRError(f"family {f}: {eqn.primitive.name} runs before what it reads")
+            if isinstance(atom, J.Literal) or (f, atom) in bound or (i >= together and (f, atom) in inside):
+                continue
+            raise IRError(f"family {f}: {eqn.primitive.name} runs before what it reads")
         inside |= {(f, v) for v in eqn.outvars}
     left = leaves(item)
     if not left <= inside - bound or (isinstance(item, Pack | Rowwise) and not left):

@@ -38,7 +38,7 @@ from coalesce.weigh import can_launch, no_launch
 BundlePass = Callable[[Bundle], Bundle]
 
 POLICIES = ("auto", "always", "never")
-# What bundles compute right without, too; what is across families goes by the policy, and the last by `executables`.
+# What bundles compute right without, too; what is across families goes by the policy, and cuts by `executables`.
 OPTIONAL = (
     "unroll_loops",
     "share_launches",
@@ -144,7 +144,7 @@ def plan(bundle: Bundle, without: Collection[str] = (), **options) -> tuple[Bund
 
 
 def run_passes(bundle: Bundle, passes: Sequence[BundlePass]) -> tuple[BundleStep, ...]:
-    """Run passes over a bundle, checking the schedule after each.
+    """Run passes over a bundle, checking the schedule after each that changed something.
 
     Raises:
       PassError: a pass raised, or handed on a schedule that is not a topological order of every equation.
@@ -155,14 +155,15 @@ def run_passes(bundle: Bundle, passes: Sequence[BundlePass]) -> tuple[BundleStep
         name = name_of(run)
         start = perf_counter()
         try:
-            bundle = run(bundle)
+            before, bundle = bundle, run(bundle)
             seconds = perf_counter() - start
-            check_bundle(bundle)
+            if bundle is not before or not steps:
+                check_bundle(bundle)
         except PlanError:
             raise
         except Exception as e:
             kind = "handed on a broken bundle" if isinstance(e, IRError) else "failed"
-            before = ", ".join(step.name for step in steps) or "none"
-            raise PassError(f"{name} {kind} (ran before: {before}): {type(e).__name__}: {e}") from e
+            earlier = ", ".join(step.name for step in steps) or "none"
+            raise PassError(f"{name} {kind} (ran before: {earlier}): {type(e).__name__}: {e}") from e
         steps.append(BundleStep(name, bundle, seconds))
     return tuple(steps)

@@ -270,6 +270,21 @@ def test_what_an_interrupt_left_unread_is_no_answer_to_the_next_request(monkeypa
     own.close()
 
 
+def test_a_gpu_that_does_not_load_what_it_makes_asks_no_more_but_for_want_of_memory(monkeypatch):
+    own, gpu, why = Apart(), SimpleNamespace(platform="gpu", id=0, client=None), ["RESOURCE_EXHAUSTED: out of memory"]
+
+    def unloaded(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(why[-1])
+
+    monkeypatch.setattr(J, "dumps", lambda *_: b"")
+    monkeypatch.setattr(own, "_answer", lambda *_: (b"", None, None))
+    monkeypatch.setattr(apart, "deserialize_and_load", unloaded)
+    recipe = partial(Jitted, None, ())
+    assert own.compile(gpu, recipe) is None and not own._is_useless
+    why.append("it is for another device")
+    assert own.compile(gpu, recipe) is None and own._is_useless
+
+
 def check_left_here(own: Apart, recipe: Recipe, monkeypatch: Any, caplog: Any) -> None:
     """What the other process has no device for, and what does not load."""
 

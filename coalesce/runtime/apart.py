@@ -12,7 +12,7 @@ calls back into Python belongs to its process, and some platforms have no other.
 
 For a GPU the other process has a context of its own there, which takes some hundred megabytes, and runs nothing on it:
 kernels are not timed (`UNTIMED`), and memory is taken as it is needed. Where it gets no context, or what it makes
-cannot be loaded here, there is none from then on.
+cannot be loaded here, other than for want of memory, there is none from then on.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ class Apart:
             return deserialize_and_load(*made, backend=device.client, execution_devices=[device])
         except Exception as e:  # it is for another processor, or another device
             LOG.info("compiled where it is served, since what was made cannot be loaded: %s: %s", type(e).__name__, e)
-            if device.platform != "cpu":  # and to make it took long
+            # To make it took long; where there was no memory to load it, there may be some for the next.
+            if device.platform != "cpu" and "RESOURCE_EXHAUSTED" not in str(e):
                 self._give_up(f"a {device.platform} does not load what it makes")
             return None
 
