@@ -81,7 +81,8 @@ def lower_attention(walk: Walk, item: Attention, env: Env) -> tuple[J.Eqn, list[
     what = attention.Attention(unnamed(scores.op), unnamed(values.op), values.op.n if left else values.op.m, work)
     what = replace(what, finish=nearest) if item.rounds else what
 
-    operands = [operand(walk, env, f, *tile, arithmetic=not item.by_tma) for tile in tiles]
+    # By TMA what is multiplied is fetched as it lies; the rest is read by registers all the same.
+    operands = [operand(walk, env, f, *tile, arithmetic=i > 2 or not item.by_tma) for i, tile in enumerate(tiles)]
     by_tma = item.by_tma and mosaic_attention.supports(what, operands, target)
     if item.by_tma and not by_tma:
         operands = [operand(walk, env, f, *tile) for tile in tiles]

@@ -9,7 +9,8 @@ Before                                                After
       f0: %9:f32[1,4,8,4] = dot_general %8 %0               pack 1 x2 dot B=4 M=8 N=4 K=8 ...: batched_dot
                                                               f0: %9:f32[1,4,8,4] = dot_general %8 %0
 
-The work on rows is elementwise equations, reductions over a row, and what brings these back to rows; whatever else it
+The work on rows is elementwise equations, reductions over a row, and what brings these back to rows, with dimensions of
+size one wherever a library puts them (`coalesce/attended.py`); whatever else it
 reads is there before it: a mask, a bias. Nobody else reads what lies inside. A transposition of the result by its only
 reader goes along. On a GPU alone, where each of these would be a kernel of its own, and as far as rows fit
 (coalesce/kernels/attention.py). Products that would run by a kernel that the caller asked for stay; one that was tuned
