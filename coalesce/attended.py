@@ -1,13 +1,15 @@
 """What dimensions count in attention: heads, and rows and columns of the scores of a head. Those of size one count
 nothing, and may stand anywhere: jax.nn.dot_product_attention has one for groups of heads, and one for batches.
 
-A product [heads.., rows, k] x [heads.., k, columns] begins it. `Attended` follows what is made of the scores, equation
-by equation, as long as each number of it belongs to one score, or to one row of them.
+A product [heads.., rows, k] x [heads.., k, columns] begins it; several heads of queries may share one of keys.
+`Attended` follows what is made of the scores, equation by equation, as long as each number of it belongs to one score,
+or to one row of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 from coalesce import jaxpr as J
@@ -19,14 +21,15 @@ Dims = tuple[Dim, ...]
 
 
 def is_plain(op: HeavyOp) -> bool:
-    """Whether it is [B.., *left, K] x [B.., K, *right], and of left, and of right, at most one is more than one."""
+    """Whether it is [B.., *left, K] x [B.., K, *right], and of left, or of right, at most one is more than one."""
     if op.kind != "dot":
         return False
     ((left_k, right_k), (left_b, right_b)) = op.params["dimension_numbers"]
     batch = tuple(range(len(left_b)))
     if left_b != batch or right_b != batch or left_k != (len(op.lhs.shape) - 1,) or right_k != (len(batch),):
         return False
-    return all(own and sum(size > 1 for size in own) <= 1 for own in sides(op))
+    left, right = sides(op)
+    return bool(left and right) and (is_single(left) or is_single(right))
 
 
 def heads_of(op: HeavyOp) -> int:
@@ -39,34 +42,51 @@ def sides(op: HeavyOp) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(op.lhs.shape[heads:-1]), tuple(op.rhs.shape[heads + 1 :])
 
 
-def left_dims(op: HeavyOp, heads: Dims, free: Dim = ROW, contracted: Dim = COLUMN) -> Dims:
-    return (*heads, *marked(sides(op)[0], free), contracted)
+def is_single(sizes: Sequence[int]) -> bool:
+    return sum(size > 1 for size in sizes) <= 1
 
 
-def right_dims(op: HeavyOp, heads: Dims, contracted: Dim = ROW, free: Dim = COLUMN) -> Dims:
-    return (*heads, contracted, *marked(sides(op)[1], free))
-
-
-def out_dims(op: HeavyOp, heads: Dims, left: Dim = ROW, right: Dim = COLUMN) -> Dims:
-    return (*heads, *marked(sides(op)[0], left), *marked(sides(op)[1], right))
-
-
-def marked(sizes: Sequence[int], dim: Dim) -> Dims:
-    """The one that is more than one; the last, if none is."""
-    at = next((i for i, size in enumerate(sizes) if size > 1), len(sizes) - 1)
-    return tuple(dim if i == at else None for i in range(len(sizes)))
+def marked(sizes: Sequence[int], dim: Dim, more: int = 0) -> Dims:
+    """The largest, or the last if none is more than one; the others are heads, numbered from `more` on."""
+    at = max(range(len(sizes)), key=lambda i: (sizes[i], -i)) if max(sizes) > 1 else len(sizes) - 1
+    numbers = count(more)
+    return tuple(dim if i == at else next(numbers) if size > 1 else None for i, size in enumerate(sizes))
 
 
 class Attended:
     """`of` has the dimensions of each value that is made of scores, `reads` those of whatever else is read for it."""
 
     def __init__(self, scores: HeavyOp, result: J.Var) -> None:
-        self.heads: Dims = tuple(
-            i if size > 1 else None for i, size in enumerate(scores.out.shape[: heads_of(scores)])
-        )
-        self.columns = scores.n
-        self.of: dict[Any, Dims] = {result: counted(out_dims(scores, self.heads), scores.out.shape)}
+        heads, (left, right) = heads_of(scores), sides(scores)
+        self.heads: Dims = counted(tuple(range(heads)), scores.out.shape[:heads])
+        self.rows, self.columns = max(left), scores.n
+        q, k = marked(left, ROW, heads), marked(right, COLUMN)
+        self.left, self.right = (*self.heads, *q, COLUMN), (*self.heads, ROW, *k)  # of the product
+        # Several queries read the keys of one head: those are heads of their own.
+        more = [size for dim, size in zip(q, left, strict=True) if isinstance(dim, int)]
+        self.sizes = (*scores.out.shape[:heads], *more)
+        self.of: dict[Any, Dims] = {result: counted((*self.heads, *q, *k), scores.out.shape)}
         self.reads: dict[Any, Dims] = {}
+
+    def values(self, op: HeavyOp, weights: Any, left: bool) -> tuple[Dims, Dims] | None:
+        """The dimensions of what a product multiplies by weights, which are on its left or on its right, and of its
+        result; None if that is no product along rows."""
+        dims, heads, (mine, others) = self.of[weights], heads_of(op), sides(op)[:: 1 if left else -1]
+        contracted, free = (dims[-1], dims[heads:-1]) if left else (dims[heads], dims[heads + 1 :])
+        wanted = {*range(len(self.heads), len(self.sizes)), *([ROW] if self.rows > 1 else [])}
+        if dims[:heads] != self.heads or contracted != (COLUMN if self.columns > 1 else None):
+            return None
+        if {dim for dim in free if dim is not None} != wanted or not is_single(others):
+            return None
+        if self.rows == 1:
+            at = next((i for i in reversed(range(len(free))) if mine[i] == 1), None)
+            if at is None:
+                return None
+            free = (*free[:at], ROW, *free[at + 1 :])
+        own = marked(others, COLUMN)
+        if left:
+            return (*self.heads, ROW, *own), (*self.heads, *free, *own)
+        return (*self.heads, *own, ROW), (*self.heads, *own, *free)
 
     def follow(self, eqn: J.Eqn) -> bool:
         """Whether an equation can run on rows; then its result is known."""

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from coalesce import jaxpr as J
-from coalesce.attended import Attended, left_dims, out_dims, regrouped, right_dims
+from coalesce.attended import Attended, regrouped
 from coalesce.bundle import Attention, Bundle, items, Step
 from coalesce.kernels import attention, mosaic_attention
-from coalesce.kernels.attention import COLUMN, Dim, on_rows, Operand, Place, REDUCTIONS, ROW
+from coalesce.kernels.attention import Dim, on_rows, Operand, Place, REDUCTIONS
 from coalesce.kernels.epilogue import runs_on_tiles
 from coalesce.kernels.tiles import unnamed
 from coalesce.lanes import Banked, Env, LaneValue, plain, Shared, Stacked
@@ -64,21 +64,23 @@ def lower_attention(walk: Walk, item: Attention, env: Env) -> tuple[J.Eqn, list[
         followed = made.follow(step.eqn)
         assert followed, f"no work on rows: {step.eqn}"
     last = item.after[-1].eqn if item.after else values.eqn
-    heads = made.heads
     left = values.eqn.invars[0] in made.of  # the weights, which are turned on the right otherwise
+    found = made.values(values.op, values.eqn.invars[not left], left)
+    assert found is not None, f"no product along rows: {values.eqn}"
+    multiplied, dims = found
     tiles: list[tuple[J.Atom, Sequence[Dim]]] = [
-        (scores.eqn.invars[0], left_dims(scores.op, heads)),
-        (scores.eqn.invars[1], right_dims(scores.op, heads)),
-        (values.eqn.invars[left], right_dims(values.op, heads) if left else left_dims(values.op, heads, COLUMN, ROW)),
+        (scores.eqn.invars[0], made.left),
+        (scores.eqn.invars[1], made.right),
+        (values.eqn.invars[left], multiplied),
         *made.reads.items(),
     ]
-    dims: Sequence[Dim] = out_dims(values.op, heads, *((ROW, COLUMN) if left else (COLUMN, ROW)))
     for step in item.after:
-        dims = [dims[d] for d in step.eqn.params["permutation"]]
+        dims = tuple(dims[d] for d in step.eqn.params["permutation"])
     out = J.aval_struct(last.outvars[0].aval)
-    target = Place(jax.ShapeDtypeStruct((lanes, *out.shape), out.dtype), tuple(dims))
+    target = Place(jax.ShapeDtypeStruct((lanes, *out.shape), out.dtype), dims)
     work = partial(rowwise, item, list(made.reads), values.eqn.invars[not left])
-    what = attention.Attention(unnamed(scores.op), unnamed(values.op), values.op.n if left else values.op.m, work)
+    product = replace(unnamed(scores.op), m=made.rows)
+    what = attention.Attention(product, unnamed(values.op), values.op.n if left else values.op.m, work, made.sizes)
     what = replace(what, finish=nearest) if item.rounds else what
 
     # By TMA what is multiplied is fetched as it lies; the rest is read by registers all the same.

@@ -24,10 +24,10 @@ from dataclasses import replace
 from functools import partial
 
 from coalesce import jaxpr as J
-from coalesce.attended import Attended, counted, is_plain, left_dims, right_dims
+from coalesce.attended import Attended, is_plain, is_single, sides
 from coalesce.bundle import Attention, Bundle, equations, Item, Loop, Pack, packs, Schedule, Step
 from coalesce.kernels import choose, indexed_gemm
-from coalesce.kernels.attention import COLUMN, fits, ROW
+from coalesce.kernels.attention import fits
 from coalesce.kernels.mosaic import is_hopper
 from coalesce.kernels.tiles import unnamed
 from coalesce.passes.choose_kernels import Choice
@@ -83,7 +83,7 @@ class Scope:
 
     def fuse(self, place: int, scores: Pack) -> None:
         """Begin with the pack at `place`, if what follows it allows it."""
-        if not can_be_inside(self.bundle, scores, self.kernels):
+        if not can_be_inside(self.bundle, scores, self.kernels) or not is_single(sides(scores.op)[1]):
             return
         (member,) = scores.members
         f, start = member.family, member.eqn.outvars[0]
@@ -103,14 +103,11 @@ class Scope:
         """Whether a pack multiplies the weights that were made of the scores."""
         if not can_be_inside(self.bundle, values, self.kernels) or values.members[0].family != scores.members[0].family:
             return False
-        left, right = (None if isinstance(a, J.Literal) else made.of.get(a) for a in values.members[0].eqn.invars)
-        if left is not None and right is None:
-            weights = counted(left_dims(values.op, made.heads), values.op.lhs.shape)
-            return left == weights and fits(scores.op, values.op.n)
-        if right is not None and left is None:
-            weights = counted(right_dims(values.op, made.heads, COLUMN, ROW), values.op.rhs.shape)
-            return right == weights and fits(scores.op, values.op.m)
-        return False
+        left, right = (not isinstance(a, J.Literal) and a in made.of for a in values.members[0].eqn.invars)
+        if left == right:
+            return False
+        weights, size = values.members[0].eqn.invars[right], values.op.n if left else values.op.m
+        return made.values(values.op, weights, left) is not None and fits(scores.op, size)
 
     def is_closed(self, family: int, made: Attended, places: set[int]) -> bool:
         """Whether nobody else reads what lies inside."""

@@ -127,6 +127,22 @@ def test_attention_as_jax_has_it(batch, how):
     assert found([tenant() for _ in range(2)]) == 1
 
 
+@pytest.mark.parametrize(("time", "causal"), [(7, True), pytest.param(1, False, marks=pytest.mark.once)])
+def test_queries_that_share_keys(time, causal):
+    """Four heads of queries and two of keys."""
+
+    def apply(p: Any, x: Any, past: Any) -> Any:
+        q = jnp.einsum("btd,dhk->bthk", x, p["q"])
+        k, v = (jnp.einsum("btd,dhk->bthk", past, p[i]) for i in "kv")
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+
+    def tenant() -> Tenant:
+        params = {"q": array(8, 4, 4), "k": array(8, 2, 4), "v": array(8, 2, 4)}
+        return apply, params, (array(2, time, 8), array(2, 9, 8))
+
+    assert found([tenant() for _ in range(2)]) == 1
+
+
 def test_attention_as_jax_has_it_in_16_bits():
     """Which asks by name for what tensor cores do with these."""
     tenants = [
@@ -330,7 +346,7 @@ def test_rows_of_a_program_pad_little(rows, block):
     struct = jax.ShapeDtypeStruct((rows, 64), jnp.bfloat16)
     (eqn,) = jax.make_jaxpr(lambda q, k: q @ k.T)(struct, struct).eqns[-1:]
     scores = heavy_op(eqn)
-    assert attention.Attention(scores, scores, 64, lambda *_: None).rows == block
+    assert attention.Attention(scores, scores, 64, lambda *_: None, ()).rows == block
 
 
 def test_the_plan_says_so():

@@ -81,11 +81,8 @@ class Attention:
     values: HeavyOp
     d: int
     rowwise: Callable[..., Any]
+    batch: tuple[int, ...]  # of heads
     finish: Callable[[Any], Any] = lambda x: x
-
-    @property
-    def batch(self) -> tuple[int, ...]:
-        return self.scores.out.shape[: len(self.scores.params["dimension_numbers"][1][0])]
 
     @property
     def rows(self) -> int:
