@@ -89,17 +89,15 @@ def lower_attention(walk: Walk, item: Attention, env: Env) -> tuple[J.Eqn, list[
     if item.by_tma and not by_tma:
         operands = [operand(walk, env, f, *tile) for tile in tiles]
 
+    def by(kernel: Callable[..., Any], arrays: Sequence[Sequence[Any]]) -> Any:
+        given = [with_arrays(own, found) for own, found in zip(operands, arrays, strict=True)]
+        return kernel(what, given, target, lanes)
+
     def run(arrays: Sequence[Sequence[Any]]) -> Any:
-        def by(kernel: Callable[..., Any]) -> Callable[..., Any]:
-            def call(arrays: Sequence[Sequence[Any]]) -> Any:
-                given = [with_arrays(own, found) for own, found in zip(operands, arrays, strict=True)]
-                return kernel(what, given, target, lanes)
-
-            return call
-
         if not by_tma:
-            return by(attention.run)(arrays)
-        return lax.platform_dependent(arrays, cuda=by(mosaic_attention.run), default=by(attention.run))
+            return by(attention.run, arrays)
+        on_cuda, elsewhere = partial(by, mosaic_attention.run), partial(by, attention.run)
+        return lax.platform_dependent(arrays, cuda=on_cuda, default=elsewhere)
 
     name = f"{'superkernel' if lanes > 1 else 'alone'}{item.values.index}_attention"
     run.__name__ = run.__qualname__ = name

@@ -18,7 +18,7 @@ import numpy as np
 
 from coalesce.errors import CoalesceError
 from coalesce.models import Model
-from experiments.measure import interleave, Round, Timing
+from experiments.measure import each_round, interleave, issued, Timing
 from experiments.methods import Candidate, Method, Options, Served, Tenants
 from experiments.results import Row
 
@@ -86,7 +86,7 @@ def measure_cell(
     print(f"  timing {len(rounds)} candidates in turns", file=sys.stderr, flush=True)
     try:
         timings = interleave(rounds, repeats=repeats, seconds=seconds / 2 if in_a_row else seconds)
-        rows = {key: partial(issued, run, in_a_row) for key, run in rounds.items()} if in_a_row else {}
+        rows = {key: partial(issued, run, run, in_a_row) for key, run in rounds.items()} if in_a_row else {}
         sustained = interleave(rows, repeats=max(3, repeats // max(in_a_row, 1)), seconds=seconds / 2)
     except jax.errors.JaxRuntimeError as e:  # out of memory, say, with the temporaries of two rounds alive
         return {name: {"failed": f"while timing: {brief(e)}", "compile_s": compile_s[name]} for name in methods}
@@ -100,19 +100,12 @@ def measure_cell(
     }
 
 
-def issued(run: Round, rounds: int) -> Any:
-    """The last of rounds none of which is waited for before the next is issued."""
-    for _ in range(rounds - 1):
-        run()
-    return run()
-
-
 def sustained_of(timings: Sequence[Timing], rounds: int) -> Row:
     """Of the configuration that takes the least for so many rounds in a row: what one of them takes."""
     if not timings:
         return {}
-    best = min(timings, key=lambda timing: timing.median)
-    return {"sustained_us_median": round(best.median / rounds, 1), "sustained_us_p10": round(best.p10 / rounds, 1)}
+    best = each_round(min(timings, key=lambda timing: timing.median), rounds)
+    return {"sustained_us_median": best.median, "sustained_us_p10": best.p10}
 
 
 def build(

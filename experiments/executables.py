@@ -25,7 +25,7 @@ from coalesce.models import NAMES
 from experiments import methods, mixed_methods, pairs, settings
 from experiments.cells import brief, largest_error, on_host
 from experiments.list_flags import count, define
-from experiments.measure import interleave
+from experiments.measure import each_round, interleave
 from experiments.methods import Candidate
 from experiments.mixed_methods import Mix
 from experiments.mixed_tenants import check_sets, fields_of_models, mix_of, SETS
@@ -78,7 +78,7 @@ def measured(mix: Mix, options: dict[str, Any]) -> list[Row]:
             "round_us_p10": rounds[name].p10,
             "round_us_p90": rounds[name].p90,
             "host_us_median": host_us[name],
-            "sustained_us_median": pairs.each_round(in_a_row[name], rows[name].rounds).median,
+            "sustained_us_median": each_round(in_a_row[name], rows[name].rounds).median,
             "repeats": rounds[name].repeats,
             "error_to_first": errors[name],
             "executables": way.facts.get("executables", len(mix)),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -67,3 +67,16 @@ def take_turns(rounds: Mapping[Key, Round], repeats: int, seconds: float, warmup
 def summary(times: list[float]) -> Timing:
     p10, median, p90, p99 = (round(float(x) * 1e6, 1) for x in np.percentile(times, (10, 50, 90, 99)))
     return Timing(median, p10, p90, p99, len(times))
+
+
+def issued(issue: Callable[[], Any], last: Round, rounds: int) -> Any:
+    """The last of rounds none of which is waited for before the next is issued."""
+    for _ in range(rounds - 1):
+        issue()
+    return last()
+
+
+def each_round(timing: Timing, rounds: int) -> Timing:
+    """Of a timing of several rounds in a row, what one of them took."""
+    values = {name: round(getattr(timing, name) / rounds, 1) for name in ("median", "p10", "p90", "p99")}
+    return replace(timing, **values) if rounds > 1 else timing

@@ -10,6 +10,7 @@ import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import numpy as np
 
 from experiments import methods
 from experiments.cells import brief, largest_error, on_host
-from experiments.measure import interleave, Timing
+from experiments.measure import each_round, interleave, issued, Timing
 from experiments.methods import Candidate, Options
 from experiments.peers_common import Burst, CannotRun, Cell, Configurations, Peer, with_options
 from experiments.results import Row
@@ -113,24 +114,12 @@ def timed(bursts: Mapping[Any, Burst], repeats: int, seconds: float) -> dict[Any
     return {key: each_round(timing, bursts[key].rounds) for key, timing in timings.items()}
 
 
-def each_round(timing: Timing, rounds: int) -> Timing:
-    """Of a timing of several rounds in a row, what one of them took."""
-    values = {name: round(getattr(timing, name) / rounds, 1) for name in ("median", "p10", "p90", "p99")}
-    return replace(timing, **values) if rounds > 1 else timing
-
-
 def in_a_row(burst: Burst) -> Burst:
     """Rounds that are issued while those before them are under way, as many at once; processes do so by themselves."""
     if burst.rounds > 1:
         return burst
     issue, last = burst.candidate.issue or burst.candidate.run, burst.candidate.run
-
-    def run() -> Any:
-        for _ in range(IN_A_ROW - 1):
-            issue()
-        return last()
-
-    return Burst(replace(burst.candidate, run=run), IN_A_ROW)
+    return Burst(replace(burst.candidate, run=partial(issued, issue, last, IN_A_ROW)), IN_A_ROW)
 
 
 def measure_pair(

@@ -19,7 +19,7 @@ from coalesce.models import by_name
 from experiments import methods, pairs, peers_processes, peers_torch, peers_worker
 from experiments.cells import tenants_of
 from experiments.floor import Ceilings, floor_row, heavy_work
-from experiments.measure import Timing
+from experiments.measure import each_round, Timing
 from experiments.methods import Candidate
 from experiments.multiplexing_report import reasons, report, Times
 from experiments.peers_common import Burst, CannotRun, Cell, OneTenant, Peer
@@ -150,7 +150,7 @@ def test_a_burst_is_several_rounds():
     theirs, coalesced = pairs.measure_pair(cell, "burst", Peer("time", burst), ours, want, LIMITS)
     assert theirs["latency_p99_us"] == 250_000 and theirs["how"] == "ten at once" and ended == ["processes"]
     assert (coalesced["method"], coalesced["kind"]) == ("coalesced", "coalesced")
-    assert pairs.each_round(Timing(40.0, 20.0, 60.0, 80.0, 7), 10) == Timing(4.0, 2.0, 6.0, 8.0, 7)
+    assert each_round(Timing(40.0, 20.0, 60.0, 80.0, 7), 10) == Timing(4.0, 2.0, 6.0, 8.0, 7)
 
 
 def test_a_process_serves_in_its_fastest_form(monkeypatch):

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from coalesce.kernels.attention import COLUMN, Dim, Place, ROW
 
 MOST = 5  # dimensions of what TMA copies, with that of the lanes
-TOGETHER = 16  # bytes: of all but the last dimension it steps by multiples of that
+STEP_BYTES = 16  # of all but the last dimension it steps by multiples of that
 
 Span = tuple[Any, int]  # where it begins, and how long it is
 
@@ -72,7 +72,7 @@ def can_fetch(place: Place, last: Dim) -> bool:
     if place.cut is not None or place.slots is not None:
         return False
     own = fetched(place)
-    whole = own.view.shape[-1] * own.view.dtype.itemsize % TOGETHER == 0
+    whole = own.view.shape[-1] * own.view.dtype.itemsize % STEP_BYTES == 0
     return whole and len(own.view.shape) <= MOST and own.dims[-1:] == (last,) and {ROW, COLUMN} <= set(own.dims)
 
 
