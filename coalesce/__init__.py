@@ -15,8 +15,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from coalesce.captured import Captured as Captured
     from coalesce.compile import fuse as fuse
     from coalesce.errors import (
+        CaptureError as CaptureError,
         CoalesceError as CoalesceError,
         CompileError as CompileError,
         DeadlineExceeded as DeadlineExceeded,
@@ -45,10 +47,12 @@ _HOME = {
     "trace": "coalesce.tracing",
     "block_until_ready": "coalesce.waiting",
     "fuse": "coalesce.compile",
+    "Captured": "coalesce.captured",
     "Fused": "coalesce.fused",
     "Program": "coalesce.program",
     "Report": "coalesce.report",
     "Runtime": "coalesce.runtime.runtime",
+    "CaptureError": "coalesce.errors",
     "CoalesceError": "coalesce.errors",
     "CompileError": "coalesce.errors",
     "DeadlineExceeded": "coalesce.errors",

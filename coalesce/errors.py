@@ -5,6 +5,7 @@ expected and what to do.
     IRError        a program or bundle that is not well formed: a bug in a pass, never the user's
     PassError      a pass failed, or handed on something that is not well formed; names the passes before it
     PlanError      the programs and options given to `fuse` contradict each other
+    CaptureError   a program cannot be a CUDA graph of its own
     TuningError    a tuning database cannot be read or written, or is none
     InvalidInput   the inputs of a call are not what the tenants were traced with
     ServingError   a request, or a tenant, that the runtime cannot serve; one type a cause, each with its status codes
@@ -29,6 +30,10 @@ class PassError(CoalesceError):
 
 class PlanError(CoalesceError, ValueError):
     """The programs and options given to `fuse` contradict each other."""
+
+
+class CaptureError(CoalesceError, RuntimeError):
+    """A program cannot be captured as a CUDA graph. It runs as it is where that is called instead."""
 
 
 class TuningError(CoalesceError, ValueError):

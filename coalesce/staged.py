@@ -2,6 +2,8 @@
 and each output of a family, however many tenants it has. So a round is a few transfers and a call of few arguments.
 
     requests  --stage-->  inputs [L, ...]  --call-->  outputs [L, ...]  --unstage-->  each tenant's own results
+
+`capture` makes something of it that is launched without JAX.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ from coalesce import jaxpr as J
 from coalesce.bank import bank_structs, on_device
 from coalesce.bundle import Bundle
 from coalesce.call import Caller, is_gone
+from coalesce.capture.aside import aside_of
+from coalesce.captured import ByCall, Captured, InGraph, Running, Stacks
 from coalesce.chain import compile_parts
 from coalesce.errors import InvalidInput
 from coalesce.lower import lower_stacked
+from coalesce.passes.components import components
 from coalesce.passes.side_by_side import options_of
-
-Stacks = list[list[Any]]  # of each family, in order, its inputs or outputs [L, ...], L its tenants
 
 
 class Staged:
@@ -103,6 +106,35 @@ class Staged:
                 values[ln.tenant] = [x[i, ...] for x in own]
         return self._caller.unflatten([x for tenant in values for x in tenant])
 
+    def capture(self, requests: Any) -> Captured:
+        """The same program to be launched without JAX: on an NVIDIA GPU as one CUDA graph, whose inputs and outputs lie
+        where they are for every launch; `requests` are the first. It has memory of its own for these and for what it
+        computes on the way, reads the same weights, and has not run yet.
+
+        Families that share no kernel run at once where the plan has them side by side.
+
+        Raises:
+          InvalidInput: an input is not what its tenant was traced with.
+          CaptureError: the program does what no CUDA graph can, such as to look at a value on the host, as a loop does
+            that runs until its values say so. Call it instead.
+        """
+        inputs = self.stage(requests)
+        with jax.default_device(self._device):
+            return Captured(self._running(inputs), self.stage, self.unstage)
+
+    def _running(self, inputs: Stacks) -> Running:
+        parts = [list(range(len(self._bundle.families)))]
+        if self._bundle.beside:
+            parts = [own.families for own in components(self._bundle.schedule)]
+        asides = [aside_of(self._device, number) for number in range(len(parts))]
+        found = [aside for aside in asides if aside is not None]
+        if not found:
+            self.compile()
+            return ByCall(self, inputs)
+        with J.precision_as_traced():
+            outputs = jax.eval_shape(self._function, bank_structs(self._bundle), self._structs)
+        return InGraph(self._function, self._bank, inputs, outputs, parts, found, compile_donating)
+
     def compile(self, compiler_options: dict[str, Any] | None = None) -> Any:
         """Compile ahead of time, for later calls too; returns JAX's Compiled, or a `Chain` of several.
 
@@ -137,6 +169,13 @@ class Staged:
             [stack(family.lanes[0].tenant, position, family.width) for position in family.lanes[0].inputs]
             for family in self._bundle.families
         ]
+
+
+def compile_donating(function: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """JAX's Compiled, which leaves its results in the memory of its last argument."""
+    jitted = jax.jit(function, donate_argnums=len(arguments) - 1, keep_unused=True)
+    with J.precision_as_traced():
+        return jitted.lower(*arguments).compile(compiler_options=options)
 
 
 def in_one(values: Sequence[Any]) -> Any:

@@ -8,10 +8,9 @@ that an array's program recorded, and a thread that synchronises with the stream
 
 from __future__ import annotations
 
-import ctypes
-import logging
 from collections import deque
 from collections.abc import Iterable
+from ctypes import byref, c_void_p
 from functools import cache
 from typing import Any, TypeVar
 
@@ -19,10 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-LIBRARY = "libcuda.so.1"
-NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: it waits for nothing else
+from coalesce.capture.cuda import Cuda, cuda_of, follows, NON_BLOCKING
 
-LOG = logging.getLogger("coalesce")
 Tree = TypeVar("Tree")
 
 
@@ -56,58 +53,34 @@ def driver_of(x: Any) -> Driver | None:
 
 
 class Driver:
-    """CUDA's, for one device, in the context that JAX uses too."""
+    """Streams of one device to wait on."""
 
-    def __init__(self, library: Any, ordinal: int) -> None:
-        self._library, self._context, device = library, ctypes.c_void_p(), ctypes.c_int()
-        self._call("cuDeviceGet", ctypes.byref(device), ordinal)
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
         self._streams: deque[int] = deque()  # that nobody uses: as many as ever waited at once
 
     def wait(self, arrays: Iterable[Any]) -> list[Any]:
         """Until all are there but those of which JAX would not say when: these. All, where there is no stream."""
-        self._call("cuCtxPushCurrent_v2", self._context)
-        try:
+        with self._cuda:
             stream = self._free_stream()
             if not stream:
                 return list(arrays)
             left = [x for x in arrays if not follows(stream, x)]
-            self._call("cuStreamSynchronize", ctypes.c_void_p(stream))
+            self._cuda("cuStreamSynchronize", c_void_p(stream))
             self._streams.append(stream)
             return left
-        finally:
-            self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
     def _free_stream(self) -> int:
         """0 if there is none and none can be made, as without memory: JAX waits without, and says if more is wrong."""
         try:
             return self._streams.pop()
         except IndexError:
-            stream = ctypes.c_void_p()
-            failed = self._library.cuStreamCreate(ctypes.byref(stream), NON_BLOCKING)
+            stream = c_void_p()
+            failed = self._cuda.library.cuStreamCreate(byref(stream), NON_BLOCKING)
             return 0 if failed else stream.value or 0
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        if code := getattr(self._library, name)(*arguments):
-            raise RuntimeError(f"CUDA's driver answered {name} with error {code}; the device may be lost")
-
-
-def follows(stream: int, x: Any) -> bool:
-    """Make a stream wait for an array; whether JAX did. It has no word in DLPack for some dtypes, and errors of its own
-    for whoever waits."""
-    try:
-        x.__dlpack__(stream=stream)
-    except Exception:
-        return False
-    return True
 
 
 @cache
 def driver_at(device: Any) -> Driver | None:
-    if "cuda" not in device.client.platform_version or device.local_hardware_id is None:
-        return None
-    try:
-        return Driver(ctypes.CDLL(LIBRARY), device.local_hardware_id)
-    except (OSError, AttributeError, RuntimeError) as e:
-        LOG.info("waiting for %s by JAX's callbacks: %s: %s", device, type(e).__name__, e)
-        return None
+    cuda = cuda_of(device)
+    return None if cuda is None else Driver(cuda)

@@ -141,6 +141,13 @@ def in_stacks(together: coalesce.Fused, tenants: Tenants, options: Options, how:
     return Candidate(how, lambda: call(inputs), call.unstage)
 
 
+def captured(tenants: Tenants, options: Options) -> Iterator[Candidate]:
+    """The fused program as one CUDA graph, launched without JAX: inputs and outputs lie where they lie, as PyTorch's
+    do in its graphs."""
+    call = coalesce.fuse(traced(tenants)).staged().capture(tenants.inputs)
+    yield Candidate("captured", call, lambda own: own.results())
+
+
 def by_pallas(op: HeavyOp, groups: int, platform: str) -> str:
     """A choice of kernels: ours for Pallas, with their epilogues, wherever they run an op."""
     if indexed_matvec.supports(op):

@@ -55,10 +55,15 @@ def reference(cell: Cell) -> list[np.ndarray]:
 
 def coalesced(cell: Cell, within_program: bool = False, try_pallas: bool = True) -> Configurations:
     """coalesce.fuse by its public calls, with a tenant's own inputs and outputs or with stacks of them, as peers leave
-    theirs in buffers of a CUDA graph or in stacks; on a GPU with Pallas kernels too, wherever they run."""
+    theirs in stacks, and on a GPU captured, as they leave them in buffers of a CUDA graph; there with Pallas kernels
+    too, wherever they run."""
     pallas = {"Pallas kernels": methods.by_pallas} if try_pallas and jax.default_backend() == "gpu" else {}
     kernels = {**methods.OWN_CHOICE, **pallas}
-    return with_options(lambda tenants, options: methods.fused(tenants, options, within_program, kernels, True), cell)
+    if jax.default_backend() == "gpu":
+        yield {}, lambda: methods.captured(cell.tenants, {})
+    yield from with_options(
+        lambda tenants, options: methods.fused(tenants, options, within_program, kernels, True), cell
+    )
 
 
 def best_of(

@@ -18,8 +18,8 @@ from tests.alone import array
 from tests.compare import assert_same
 
 NAMES = {
-    "trace", "fuse", "Fused", "Program", "Report", "Runtime", "block_until_ready",
-    "CoalesceError", "TraceError", "PassError", "PlanError", "InvalidInput",
+    "trace", "fuse", "Fused", "Captured", "Program", "Report", "Runtime", "block_until_ready",
+    "CoalesceError", "TraceError", "PassError", "PlanError", "CaptureError", "InvalidInput",
     "ServingError", "QueueFull", "DeadlineExceeded", "TenantClosed", "TenantFailure", "CompileError",
     "OutOfDeviceMemory", "DeviceError", "PolicyError", "Shutdown", "StateLost",
 }  # fmt: skip

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import coalesce
+from coalesce.capture.cuda import Cuda
 from coalesce.waiting import Driver, driver_of
 
 
@@ -65,7 +66,7 @@ def test_what_failed_raises() -> None:
 
 def test_one_stream_follows_all_that_it_can_and_waits_once() -> None:
     library = Library()
-    driver, arrays, odd = Driver(library, 0), [Given(), Given()], Given(BufferError("no such dtype"))
+    driver, arrays, odd = Driver(Cuda(library, 0)), [Given(), Given()], Given(BufferError("no such dtype"))
     library.calls.clear()
     assert driver.wait([arrays[0], odd, arrays[1]]) == [odd]
     assert [x.followed_by for x in arrays] == [[1], [1]]
@@ -75,7 +76,7 @@ def test_one_stream_follows_all_that_it_can_and_waits_once() -> None:
 
 
 def test_threads_that_wait_at_once_have_a_stream_each() -> None:
-    driver, together = Driver(Library(), 0), threading.Barrier(4)
+    driver, together = Driver(Cuda(Library(), 0)), threading.Barrier(4)
 
     class Meeting(Given):
         def __dlpack__(self, stream: int) -> None:
@@ -93,13 +94,13 @@ def test_threads_that_wait_at_once_have_a_stream_each() -> None:
 
 def test_without_memory_for_a_stream_jax_waits() -> None:
     library, arrays = Library(2, "cuStreamCreate"), [Given(), Given()]
-    assert Driver(library, 0).wait(arrays) == arrays
+    assert Driver(Cuda(library, 0)).wait(arrays) == arrays
     assert not arrays[0].followed_by and library.calls[-1] == "cuCtxPopCurrent_v2"
 
 
 def test_an_error_of_the_driver_is_raised_and_the_context_given_back() -> None:
     library = Library(code=700)
-    driver = Driver(library, 0)
+    driver = Driver(Cuda(library, 0))
     with pytest.raises(RuntimeError, match="cuStreamSynchronize with error 700"):
         driver.wait([Given()])
     assert library.calls[-1] == "cuCtxPopCurrent_v2"

@@ -25,6 +25,11 @@ from coalesce.jaxpr.carried import (
     loads as loads,
     Uncarried as Uncarried,
 )
+from coalesce.jaxpr.clients import (
+    loaded_at as loaded_at,
+    second_client as second_client,
+    view_at as view_at,
+)
 from coalesce.jaxpr.control import (
     as_cond as as_cond,
     as_scan as as_scan,

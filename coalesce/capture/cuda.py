@@ -1,0 +1,93 @@
+"""CUDA's driver, for one device, in the context that JAX uses too.
+
+    with cuda:                           the context is this thread's
+        cuda("cuStreamSynchronize", stream)
+
+Raises RuntimeError with the driver's code where that says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from ctypes import byref, c_int, c_size_t, c_uint64, c_void_p
+from functools import cache
+from typing import Any
+
+LIBRARY = "libcuda.so.1"
+NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: it waits for nothing else
+NO_TIMING, BLOCKING = 2, 1  # flags of events: whoever waits for one looks for it all the time, or sleeps
+BY_ANY_THREAD = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+NOT_READY = 600  # CUDA_ERROR_NOT_READY
+
+LOG = logging.getLogger("coalesce")
+
+
+class Cuda:
+    def __init__(self, library: Any, ordinal: int) -> None:
+        self.library, self._context, device = library, c_void_p(), c_int()
+        self("cuDeviceGet", byref(device), ordinal)
+        self("cuDevicePrimaryCtxRetain", byref(self._context), device)
+
+    def __call__(self, name: str, *arguments: Any) -> None:
+        if code := getattr(self.library, name)(*arguments):
+            raise RuntimeError(f"CUDA's driver answered {name} with error {code}; the device may be lost")
+
+    def __enter__(self) -> None:
+        self("cuCtxPushCurrent_v2", self._context)
+
+    def __exit__(self, *_: object) -> None:
+        self("cuCtxPopCurrent_v2", byref(c_void_p()))
+
+    # Within its context
+
+    def stream(self) -> c_void_p:
+        """A new one."""
+        made = c_void_p()
+        self("cuStreamCreate", byref(made), NON_BLOCKING)
+        return made
+
+    def event(self, sleeps: bool = False) -> c_void_p:
+        """A new one; `sleeps`: whoever waits for it leaves its processor to others, and is woken up."""
+        made = c_void_p()
+        self("cuEventCreate", byref(made), NO_TIMING | (BLOCKING if sleeps else 0))
+        return made
+
+    def copy(self, to: int, source: int, nbytes: int, stream: c_void_p) -> None:
+        """From anywhere to anywhere: page-locked memory of the host has an address of its own."""
+        self("cuMemcpyAsync", c_void_p(to), c_void_p(source), c_size_t(nbytes), stream)
+
+    def executable(self, graphs: list[c_void_p]) -> c_void_p:
+        """One CUDA graph that runs these at once, ready to be launched."""
+        made, whole, node = c_void_p(), c_void_p(), c_void_p()
+        if len(graphs) == 1:
+            self("cuGraphInstantiateWithFlags", byref(made), graphs[0], c_uint64(0))
+            return made
+        self("cuGraphCreate", byref(whole), 0)
+        for graph in graphs:
+            self("cuGraphAddChildGraphNode", byref(node), whole, None, c_size_t(0), graph)
+        self("cuGraphInstantiateWithFlags", byref(made), whole, c_uint64(0))
+        self("cuGraphDestroy", whole)
+        return made
+
+
+def follows(stream: int, x: Any) -> bool:
+    """Make a stream wait for an array of JAX's; whether JAX did. It has no word in DLPack for some dtypes, and errors
+    of its own for whoever waits."""
+    try:
+        x.__dlpack__(stream=stream)
+    except Exception:
+        return False
+    return True
+
+
+@cache
+def cuda_of(device: Any) -> Cuda | None:
+    """That of a JAX device; None of one that is no NVIDIA GPU, or where the driver cannot be had."""
+    if "cuda" not in device.client.platform_version or device.local_hardware_id is None:
+        return None
+    try:
+        return Cuda(ctypes.CDLL(LIBRARY), device.local_hardware_id)
+    except (OSError, AttributeError, RuntimeError) as e:
+        LOG.info("%s is left to JAX: %s: %s", device, type(e).__name__, e)
+        return None

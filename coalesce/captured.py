@@ -1,0 +1,153 @@
+"""A staged program that is launched without JAX: its inputs and outputs lie where they lie, for every launch.
+
+    captured = staged.capture(requests)
+    captured()                          launches it; returns before it has ended
+    captured(other_requests)            brings these to where it reads, then launches it
+    results = captured.results()        waits
+
+On an NVIDIA GPU it is one CUDA graph (coalesce/capture). Elsewhere the same calls run the compiled program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from coalesce.capture.aside import Aside, Graph, Line, OPTIONS
+from coalesce.capture.cuda import follows
+from coalesce.capture.ending import ends
+
+Stacks = list[list[Any]]  # of each family, in order, its inputs or outputs [L, ...], L its tenants
+Stacked = Callable[[Sequence[Any], Stacks], Stacks]  # (bank, inputs) -> outputs
+
+
+@runtime_checkable
+class Running(Protocol):
+    """What is launched."""
+
+    inputs: Stacks
+    outputs: Stacks
+
+    def write(self, inputs: Stacks) -> None: ...
+
+    def launch(self) -> None: ...
+
+    def wait(self) -> None: ...
+
+
+class Captured:
+    """`Staged.capture` makes it. One thread calls it at a time; several of them may be called on several threads."""
+
+    def __init__(
+        self, running: Running, stage: Callable[[Any], Stacks], unstage: Callable[[Stacks], list[Any]]
+    ) -> None:
+        self._running, self._stage, self._unstage = running, stage, unstage
+
+    def __call__(self, requests: Any = None) -> Captured:
+        """Launch it, with other requests if they are given, and return itself before it has ended. It runs after
+        whatever was launched before.
+
+        Raises:
+          InvalidInput: an input is not what its tenant was traced with; nothing has changed then.
+        """
+        if requests is not None:
+            self._running.write(self._stage(requests))
+        self._running.launch()
+        return self
+
+    @property
+    def inputs(self) -> Stacks:
+        """What it reads: of each family its inputs [L, ...], as `Staged.stage` lays them. JAX does not know that
+        `captured(requests)` changes them."""
+        return self._running.inputs
+
+    @property
+    def outputs(self) -> Stacks:
+        """What it writes: of each family its outputs [L, ...]. JAX does not know that each launch changes them: wait
+        before they are read, and copy what is to stay."""
+        return self._running.outputs
+
+    def block_until_ready(self) -> Captured:
+        """Wait for the last launch; `jax.block_until_ready` and `coalesce.block_until_ready` call this."""
+        self._running.wait()
+        return self
+
+    def results(self) -> list[Any]:
+        """Each tenant's results of the last launch in its own pytree, as `Staged.unstage` gives them; waits."""
+        self._running.wait()
+        copies = [[np.array(x) for x in own] for own in self._running.outputs]
+        return self._unstage(copies)
+
+
+class ByCall:
+    """As JAX calls it."""
+
+    def __init__(self, compiled: Callable[[Stacks], Stacks], inputs: Stacks) -> None:
+        self._compiled, self.inputs = compiled, inputs
+        self.outputs = compiled(inputs)
+
+    def write(self, inputs: Stacks) -> None:
+        self.inputs = inputs
+
+    def launch(self) -> None:
+        self.outputs = self._compiled(self.inputs)
+
+    def wait(self) -> None:
+        jax.block_until_ready(self.outputs)
+
+
+class InGraph:
+    """As a CUDA graph. `parts` are families by number, those that share no kernel with others apart from them; each
+    part runs on an `Aside` of its own, and all at once."""
+
+    def __init__(
+        self,
+        run: Stacked,
+        bank: Sequence[jax.Array],
+        inputs: Stacks,
+        outputs: Stacks,
+        parts: Sequence[Sequence[int]],
+        asides: Sequence[Aside],
+        compile: Callable[..., Any],
+    ) -> None:
+        """`outputs` are structs; `compile(function, structs, options)` is JAX's Compiled, of a function that donates
+        its last argument."""
+        self.inputs = jax.tree.map(jnp.copy, inputs)
+        self.outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
+        self._line: Line = asides[0].line
+        self._moving: list[Any] = []  # what is on its way to where it is read
+        graphs, programs = [], []
+        for own, aside in zip(parts, asides, strict=False):
+            into = [x for f in own for x in self.outputs[f]]
+            arguments = (list(bank), self.inputs)
+            compiled = compile(ends(partial(part, run, own)), (*arguments, into), OPTIONS)
+            programs.append(aside.load(compiled))
+            graphs.append(aside.capture(programs[-1], arguments, into))
+        self._graph = Graph(self._line, graphs, (bank, self.inputs, self.outputs, programs))
+
+    def write(self, inputs: Stacks) -> None:
+        line = self._line
+        with line.turn, line.cuda:
+            for x, to in zip(jax.tree.leaves(inputs), jax.tree.leaves(self.inputs), strict=True):
+                if not follows(line.stream.value or 0, x):
+                    jax.block_until_ready(x)
+                line.cuda.copy(to.unsafe_buffer_pointer(), x.unsafe_buffer_pointer(), x.nbytes, line.stream)
+                self._moving.append(x)
+
+    def launch(self) -> None:
+        self._graph.launch()
+
+    def wait(self) -> None:
+        self._line.wait()
+        self._moving.clear()
+
+
+def part(run: Stacked, families: Sequence[int], bank: Sequence[Any], inputs: Stacks, into: Sequence[Any]) -> list[Any]:
+    """The outputs of some families; whoever compiles it leaves out what only others need."""
+    outputs = run(bank, inputs)
+    return [x for f in families for x in outputs[f]]

@@ -1,0 +1,221 @@
+"""Programs that are launched without JAX (coalesce/captured.py, coalesce/capture), as far as it goes without a GPU: see
+tests/test_gpu_capture.py for one."""
+
+from __future__ import annotations
+
+import threading
+from ctypes import c_void_p
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import coalesce
+from coalesce.capture import ending
+from coalesce.capture.aside import aside_of, check_order, Graph, Line
+from coalesce.capture.cuda import Cuda, cuda_of
+from coalesce.capture.ending import ends, Recording, TARGET
+from coalesce.errors import CaptureError, InvalidInput
+from coalesce.staged import compile_donating
+from tests.test_staged import programs, requests_of, tenants
+
+GRAPH, STREAM, EXECUTABLE = 77, 5, 99
+
+
+class Library:
+    """Stands for libcuda: notes what is called, and answers `code` to one kind of call."""
+
+    def __init__(self, code: int = 0, to: str = "") -> None:
+        self.calls: list[str] = []
+        self.code, self.to = code, to
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> int:
+            self.calls.append(name)
+            if name == "cuStreamEndCapture":
+                arguments[1]._obj.value = None if self.code else GRAPH
+            if name == "cuGraphInstantiateWithFlags":
+                arguments[0]._obj.value = EXECUTABLE
+            return self.code if name == self.to else 0
+
+        return call
+
+
+def cuda(code: int = 0, to: str = "") -> tuple[Cuda, list[str]]:
+    library = Library(code, to)
+    made = Cuda(library, 0)
+    library.calls.clear()
+    return made, library.calls
+
+
+def test_on_a_cpu_the_same_calls_run_the_compiled_program():
+    found = tenants()
+    fused = coalesce.fuse(programs(found))
+    captured = fused.staged().capture(requests_of(found))
+    assert isinstance(captured, coalesce.Captured)
+    for got, want in zip(captured().results(), fused(requests_of(found)), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+    others = [tuple(map(doubled, own)) for own in requests_of(found)]
+    assert coalesce.block_until_ready(captured(others)) is captured
+    for got, want in zip(captured.results(), fused(others), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert [[x.shape[0] for x in own] for own in captured.inputs] == [[3, 3], [3, 3]]
+    assert [len(own) for own in captured.outputs] == [3, 1]
+
+
+def doubled(x: Any) -> Any:
+    return x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else 2 * x
+
+
+def test_results_stay_when_it_is_launched_again():
+    captured = one_tenant()
+    (first,) = captured().results()
+    before = np.array(first)
+    captured([(jnp.full((4, 8), 3.0),)]).block_until_ready()
+    np.testing.assert_array_equal(first, before)
+
+
+def test_a_wrong_request_changes_nothing():
+    captured = one_tenant()
+    (before,) = captured().results()
+    with pytest.raises(InvalidInput, match="tenant 'a'"):
+        captured([(jnp.ones((4, 9)),)])
+    np.testing.assert_array_equal(captured().results()[0], before)
+
+
+def one_tenant() -> coalesce.Captured:
+    program = coalesce.trace(lambda p, x: jnp.tanh(x @ p), jnp.ones((8, 5)) / 8, jnp.ones((4, 8)), name="a")
+    return coalesce.fuse([program]).staged().capture([(jnp.ones((4, 8)),)])
+
+
+def test_a_cpu_has_no_driver_and_no_second_client():
+    (device, *_) = jax.devices("cpu")
+    assert cuda_of(device) is None
+    assert aside_of(device) is None
+
+
+# What XLA calls
+
+
+@pytest.fixture(scope="module")
+def on_cpu():
+    """XLA calls the end of a program on a CPU too, but nothing before it."""
+    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(ending.execute), platform="cpu")
+
+
+def compiled(into: int = 1) -> Any:
+    given = jnp.ones((4, 4)), [jnp.zeros((4, 4))] * into
+    return compile_donating(ends(lambda x, _: [x @ x + i for i in range(into)]), given, {})
+
+
+def test_a_program_that_ends_so_computes_what_it_did(on_cpu):
+    result, _ = compiled()(jnp.ones((4, 4)), [jnp.zeros((4, 4))])
+    np.testing.assert_array_equal(result, np.full((4, 4), 4.0))
+
+
+def test_the_last_call_ends_a_capture(on_cpu):
+    driver, calls = cuda()
+    run = compiled()
+    with Recording(driver) as recording:
+        recording.begin(STREAM)
+        jax.block_until_ready(run(jnp.ones((4, 4)), [jnp.zeros((4, 4))]))
+        assert calls == ["cuStreamBeginCapture_v2", "cuStreamEndCapture"]
+    assert recording.graph is not None and recording.graph.value == GRAPH
+    assert recording.error is None
+    calls.clear()
+    run(jnp.ones((4, 4)), [jnp.zeros((4, 4))])
+    assert not calls  # of no recording
+
+
+def test_it_runs_behind_everything_else(on_cpu):
+    check_order(compiled(3))
+
+
+def test_nothing_may_run_behind_it(on_cpu):
+    made = compiled()
+    text = made.as_text()
+    end = next(line for line in text.splitlines() if TARGET in line)
+    late = text.replace(end, f"{end}\n  %late = f32[4,4]{{1,0}} add(%a, %a)")
+    with pytest.raises(CaptureError, match="behind its end: %late"):
+        check_order(Text(late))
+    with pytest.raises(CaptureError, match="in which order"):
+        check_order(Text(text.replace("is_scheduled=true", "")))
+    with pytest.raises(CaptureError, match="in which order"):
+        check_order(Text(text.replace(TARGET, "another")))
+
+
+class Text:
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def as_text(self) -> str:
+        return self.text
+
+
+# A capture that fails
+
+
+def test_a_capture_that_cannot_begin_is_none():
+    driver, calls = cuda(900, "cuStreamBeginCapture_v2")
+    with Recording(driver) as recording:
+        recording.begin(STREAM)
+        recording.end()
+    assert calls == ["cuStreamBeginCapture_v2"]
+    assert recording.graph is None and "error 900" in str(recording.error)
+
+
+def test_a_stream_is_not_left_capturing():
+    """A program that fails never comes to its end."""
+    driver, calls = cuda(901, "cuStreamEndCapture")
+    with pytest.raises(ValueError, match="the program"), Recording(driver) as recording:
+        recording.begin(STREAM)
+        raise ValueError("the program")
+    assert calls == ["cuStreamBeginCapture_v2", "cuStreamEndCapture"]
+    assert recording.graph is None and "error 901" in str(recording.error)
+    with Recording(driver):
+        pass  # the next one has its turn
+
+
+def test_one_is_recorded_at_a_time():
+    driver, _ = cuda()
+    seen, entered, go = [], threading.Event(), threading.Event()
+
+    def other() -> None:
+        with Recording(driver):
+            seen.append("other")
+
+    with Recording(driver):
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert not entered.wait(0.05)
+        seen.append("first")
+    thread.join()
+    go.set()
+    assert seen == ["first", "other"]
+    assert Recording.now is None
+
+
+# Graphs
+
+
+def test_several_that_run_at_once_are_one_graph():
+    driver, calls = cuda()
+    graph = Graph(Line(driver), [c_void_p(1), c_void_p(2)], None)
+    assert calls.count("cuGraphAddChildGraphNode") == 2
+    assert calls.count("cuGraphDestroy") == 3  # none is needed any more
+    calls.clear()
+    graph.launch()
+    assert calls == ["cuCtxPushCurrent_v2", "cuGraphLaunch", "cuCtxPopCurrent_v2"]
+    calls.clear()
+    del graph
+    assert calls == ["cuCtxPushCurrent_v2", "cuStreamSynchronize", "cuGraphExecDestroy", "cuCtxPopCurrent_v2"]
+
+
+def test_a_launch_that_fails_says_so():
+    driver, calls = cuda(700, "cuGraphLaunch")
+    graph = Graph(Line(driver), [c_void_p(1)], None)
+    assert "cuGraphAddChildGraphNode" not in calls
+    with pytest.raises(RuntimeError, match="cuGraphLaunch with error 700"):
+        graph.launch()
