@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from coalesce.capture.aside import Aside, Graph, Line, OPTIONS
-from coalesce.capture.cuda import follows
+from coalesce.capture.aside import Aside, Graph, Line, OPTIONS, place_of
 from coalesce.capture.ending import ends
 
 Stacks = list[list[Any]]  # of each family, in order, its inputs or outputs [L, ...], L its tenants
@@ -121,21 +120,22 @@ class InGraph:
         self.outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
         self._line: Line = asides[0].line
         self._moving: list[Any] = []  # what is on its way to where it is read
+        arguments = (list(bank), self.inputs)
         graphs, programs = [], []
         for own, aside in zip(parts, asides, strict=False):
             into = [x for f in own for x in self.outputs[f]]
-            arguments = (list(bank), self.inputs)
             compiled = compile(ends(partial(part, run, own)), (*arguments, into), OPTIONS)
             programs.append(aside.load(compiled))
-            graphs.append(aside.capture(programs[-1], arguments, into))
-        self._graph = Graph(self._line, graphs, (bank, self.inputs, self.outputs, programs))
+            places = jax.tree.map(place_of, (arguments, into))
+            graphs.append(aside.capture(programs[-1], *places))
+        self._graph = Graph(self._line, graphs, (bank, programs))
+        self._line.follow(jax.tree.leaves((arguments, self.outputs)))
 
     def write(self, inputs: Stacks) -> None:
-        line = self._line
-        with line.turn, line.cuda:
-            for x, to in zip(jax.tree.leaves(inputs), jax.tree.leaves(self.inputs), strict=True):
-                if not follows(line.stream.value or 0, x):
-                    jax.block_until_ready(x)
+        line, arrays = self._line, jax.tree.leaves(inputs)
+        line.follow(arrays)
+        with line.cuda:
+            for x, to in zip(arrays, jax.tree.leaves(self.inputs), strict=True):
                 line.cuda.copy(to.unsafe_buffer_pointer(), x.unsafe_buffer_pointer(), x.nbytes, line.stream)
                 self._moving.append(x)
 
@@ -145,6 +145,11 @@ class InGraph:
     def wait(self) -> None:
         self._line.wait()
         self._moving.clear()
+
+    def __del__(self) -> None:
+        """Else JAX would give memory that is written to, or read, to somebody else."""
+        if hasattr(self, "_graph"):
+            self._line.wait()
 
 
 def part(run: Stacked, families: Sequence[int], bank: Sequence[Any], inputs: Stacks, into: Sequence[Any]) -> list[Any]:

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from ctypes import c_void_p
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from coalesce import jaxpr as J
-from coalesce.capture.cuda import Cuda, cuda_of
+from coalesce.capture.cuda import Cuda, cuda_of, follows
 from coalesce.capture.ending import Recording, register, TARGET
 from coalesce.errors import CaptureError
 
@@ -29,13 +29,19 @@ HARMLESS = re.compile(r" (?:tuple|bitcast|get-tuple-element|after-all)\(")
 
 
 class Line:
-    """The stream of a GPU on which everything that was captured there runs, in the order of its launches."""
+    """The stream of a GPU on which everything that was captured there runs, in the order of its launches; and another
+    for what is brought there meanwhile."""
 
     def __init__(self, cuda: Cuda) -> None:
         self.cuda = cuda
         with cuda:
-            self.stream = cuda.stream()
-        self.turn = threading.RLock()  # of whoever launches several things in a row
+            self.stream, self.bringing = cuda.stream(), cuda.stream()
+
+    def follow(self, arrays: Iterable[jax.Array]) -> None:
+        """What is launched from now on begins after them."""
+        with self.cuda:
+            left = [x for x in arrays if not follows(self.stream.value or 0, x)]
+        jax.block_until_ready(left)
 
     def wait(self) -> None:
         """Until all that was launched has ended."""
@@ -43,52 +49,75 @@ class Line:
             self.cuda("cuStreamSynchronize", self.stream)
 
 
+class Place(NamedTuple):
+    """Memory of the device that a program reads or writes."""
+
+    address: int
+    struct: jax.ShapeDtypeStruct
+
+
+def place_of(x: jax.Array) -> Place:
+    return Place(x.unsafe_buffer_pointer(), jax.ShapeDtypeStruct(x.shape, x.dtype))
+
+
 class Aside:
     def __init__(self, device: Any, line: Line) -> None:
         self._device, self.line = device, line
         self._there: Any = None  # the same GPU, as the other client has it
+        self._making = threading.Lock()
 
     def load(self, compiled: Any) -> Any:
-        """What JAX has compiled of `ends(...)` with `OPTIONS`, for this client."""
+        """What JAX has compiled of `ends(...)` with `OPTIONS`, for this client.
+
+        Raises:
+          CaptureError: XLA runs something behind its end.
+        """
         check_order(compiled)
         return J.loaded_at(compiled, self.there)
 
     @property
     def there(self) -> Any:
-        if self._there is None:
-            (self._there,) = J.second_client(self._device).local_devices()
-        return self._there
+        with self._making:
+            if self._there is None:
+                (self._there,) = J.second_client(self._device).local_devices()
+            return self._there
 
-    def capture(self, loaded: Any, arguments: Sequence[Any], results: Sequence[jax.Array]) -> c_void_p:
-        """The CUDA graph of a program, which reads and writes these arrays of JAX's own client.
+    def capture(self, loaded: Any, arguments: Any, into: Sequence[Place]) -> c_void_p:
+        """The CUDA graph of a program, which reads and writes these places.
 
-        `loaded(*arguments, results)` gives its results and one more, in the memory of `results`, which it donates. The
-        arrays have to be there as long as the graph is launched. Nothing of it runs now.
+        `loaded(*arguments, into)`, with an array for each `Place` in the pytree, gives its results and one more, in the
+        memory of `into`, which it donates. Nothing of it runs now, and nothing is read: what lies there has to be there
+        when the graph runs.
 
         Raises:
           CaptureError: the program does something that no CUDA graph can, such as to look at a value on the host.
         """
-        jax.block_until_ready((arguments, results))
         with self.line.cuda, Recording(self.line.cuda) as recording:
             try:
-                reads, into = jax.tree.map(lambda x: J.view_at(x, self.there), (list(arguments), list(results)))
-                made = loaded(*reads, into)
+                reads, writes = jax.tree.map(self._seen, (arguments, list(into)), is_leaf=is_place)
+                made = loaded(*reads, writes)
                 jax.block_until_ready(made)
             except Exception as e:
                 raise CaptureError(f"the program cannot be captured: {type(e).__name__}: {e}") from e
         if recording.error is not None or recording.graph is None:
             raise CaptureError(f"the program cannot be captured: {recording.error or 'XLA did not say where it runs'}")
-        for got, want in zip(made[:-1], results, strict=True):
-            if got.unsafe_buffer_pointer() != want.unsafe_buffer_pointer():
-                raise CaptureError("the program does not leave its results where it was told to")
+        if [x.unsafe_buffer_pointer() for x in made[:-1]] != [place.address for place in into]:
+            raise CaptureError("the program does not leave its results where it was told to")
         return recording.graph
+
+    def _seen(self, place: Place) -> jax.Array:
+        return J.view_at(place.address, place.struct.shape, place.struct.dtype, self.there)
+
+
+def is_place(x: Any) -> bool:
+    return isinstance(x, Place)
 
 
 class Graph:
     """CUDA graphs of programs that were captured on one line, and run at once if they are several."""
 
     def __init__(self, line: Line, graphs: Sequence[c_void_p], holding: Any) -> None:
-        """`holding` is what has to be there: arrays, and the programs, whose kernels these are."""
+        """`holding` is what has to be there: the programs, whose kernels these are, and whoever has the memory."""
         self._line, self._holding = line, holding
         with line.cuda:
             self._executable = line.cuda.executable(list(graphs))
@@ -97,18 +126,19 @@ class Graph:
 
     def launch(self) -> None:
         """Returns before it has begun."""
-        cuda = self._line.cuda
-        with cuda:
-            cuda("cuGraphLaunch", self._executable, self._line.stream)
+        with self._line.cuda:
+            self.launch_within()
+
+    def launch_within(self) -> None:
+        """The same, for who is in the context of the driver already."""
+        self._line.cuda("cuGraphLaunch", self._executable, self._line.stream)
 
     def __del__(self) -> None:
-        """CUDA keeps one that runs until it has ended; its memory and its kernels are another matter."""
+        """CUDA keeps one that runs until it has ended; whoever holds what it uses waits for it."""
         made = getattr(self, "_executable", None)
-        if made is None:
-            return
-        with self._line.cuda:
-            self._line.cuda.library.cuStreamSynchronize(self._line.stream)
-            self._line.cuda.library.cuGraphExecDestroy(made)
+        if made is not None:
+            with self._line.cuda:
+                self._line.cuda.library.cuGraphExecDestroy(made)
 
 
 def check_order(compiled: Any) -> None:

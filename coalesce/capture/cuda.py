@@ -14,6 +14,8 @@ from ctypes import byref, c_int, c_size_t, c_uint64, c_void_p
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 LIBRARY = "libcuda.so.1"
 NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: it waits for nothing else
 NO_TIMING, BLOCKING = 2, 1  # flags of events: whoever waits for one looks for it all the time, or sleeps
@@ -57,6 +59,20 @@ class Cuda:
         """From anywhere to anywhere: page-locked memory of the host has an address of its own."""
         self("cuMemcpyAsync", c_void_p(to), c_void_p(source), c_size_t(nbytes), stream)
 
+    def memory(self, nbytes: int) -> Memory:
+        """Of the device."""
+        made = c_void_p()
+        self("cuMemAlloc_v2", byref(made), c_size_t(max(nbytes, 1)))
+        return Memory(self, "cuMemFree_v2", made)
+
+    def host_memory(self, count: int, dtype: np.dtype) -> np.ndarray:
+        """Of the host, page-locked: the device copies it by itself. It is there as long as somebody looks at it."""
+        made, nbytes = c_void_p(), max(count * dtype.itemsize, 1)
+        self("cuMemHostAlloc", byref(made), c_size_t(nbytes), 0)
+        seen: Any = (ctypes.c_uint8 * nbytes).from_address(made.value or 0)
+        seen.owner = Memory(self, "cuMemFreeHost", made)
+        return np.frombuffer(seen, dtype, count)
+
     def executable(self, graphs: list[c_void_p]) -> c_void_p:
         """One CUDA graph that runs these at once, ready to be launched."""
         made, whole, node = c_void_p(), c_void_p(), c_void_p()
@@ -79,6 +95,21 @@ def follows(stream: int, x: Any) -> bool:
     except Exception:
         return False
     return True
+
+
+class Memory:
+    """Is given back when nobody holds it any more."""
+
+    def __init__(self, cuda: Cuda, free: str, at: c_void_p) -> None:
+        self._cuda, self._free, self._at = cuda, free, at
+
+    @property
+    def address(self) -> int:
+        return self._at.value or 0
+
+    def __del__(self) -> None:
+        with self._cuda:
+            getattr(self._cuda.library, self._free)(self._at)
 
 
 @cache

@@ -151,6 +151,8 @@ def register() -> None:
 def ends(function: Callable[..., Sequence[jax.Array]]) -> Callable[..., tuple[Any, ...]]:
     """`function`, whose arrays are followed by a number that means nothing: without it nobody needs the last call."""
 
+    register()
+
     def ended(*arguments: Any) -> tuple[Any, ...]:
         results = list(function(*arguments))
         last = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct((1,), jnp.uint32))(*results)

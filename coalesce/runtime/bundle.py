@@ -76,9 +76,8 @@ class Bundle:
             for ticket in tickets:
                 if not ticket.form.is_plain:
                     return False
-        last = [own[-1] for own in self._outputs if own]
         until_s = time.monotonic() + within_s if within_s else 0.0
-        while not all([x.is_ready() for x in last]):
+        while not self._executable.is_ready(self._outputs):
             if not within_s or time.monotonic() > until_s:
                 return False
             time.sleep(0)  # others may have the interpreter's lock

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from coalesce.bank import default_device
+from coalesce.capture.aside import aside_of
 from coalesce.compile import default_costs, default_tuned
 from coalesce.errors import CompileError, OutOfDeviceMemory
 from coalesce.runtime.apart import Apart
@@ -27,7 +28,8 @@ from coalesce.runtime.making import Making
 from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler import catalog
 from coalesce.scheduler.catalog import Catalog, Entry
-from coalesce.serving.executable import compile_executable, Executable, Lanes
+from coalesce.serving.captured import CapturedExecutable, make_executable
+from coalesce.serving.executable import Executable, Lanes
 from coalesce.serving.fit import Fit, Template
 from coalesce.serving.page_locked import can_leave
 from coalesce.serving.schema import cut, Options, plan_schema, Schema
@@ -57,7 +59,11 @@ class Device:
         with self.here():
             measured = default_tuned(None, None)
             left = self.copies and can_leave(self.at)
-            self._options = Options(self.at.platform, default_costs(None, measured), tuned=measured, left=left)
+            self._aside = None if same else aside_of(self.at)
+            captured = self._aside is not None
+            costs = default_costs(None, measured)
+            self._options = Options(self.at.platform, costs, tuned=measured, left=left, captured=captured)
+        self._uncaptured: set[int] = set()  # families whose programs do what no CUDA graph can
         self.hosts: dict[Any, Host] = {}  # by the schema's key
         self._homes: dict[int, Home] = {}  # of each family
         self._families = itertools.count()
@@ -86,7 +92,11 @@ class Device:
 
     def compile(self, entries: tuple[Entry, ...], capacities: tuple[int, ...]) -> Executable:
         lanes = [self._lanes(*both) for both in zip(entries, capacities, strict=True)]
-        made = compile_executable(lanes, make=self.make)
+        families = {entry.family for entry in entries}
+        aside = None if families & self._uncaptured else self._aside
+        made = make_executable(lanes, self.make, aside)
+        if aside is not None and len(families) == 1 and not isinstance(made, CapturedExecutable):
+            self._uncaptured |= families
         if self.copies:
             run_first(Loaded(made, self._homes_of(entries)), capacities, self.at)
         return made

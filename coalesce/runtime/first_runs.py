@@ -1,7 +1,8 @@
 """The first runs of an executable on a device with memory of its own, beside who serves and not in its stead.
 
 In the first a GPU's driver loads the program's code, and JAX finds out how to call it; in the second XLA records its
-CUDA graph. Each keeps the thread that it is called on for milliseconds: here a compiler's, and not the driver's.
+CUDA graph. One of our own is captured before them. Each keeps the thread that it is called on for milliseconds: here a
+compiler's, and not the driver's.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def run_first(loaded: Loaded, capacities: Sequence[int], at: Any) -> bool:
     if loaded.capacities != tuple(capacities) or any(pool is not None for pool in loaded.pools):
         return False
     try:
+        loaded.executable.make_ready(loaded.banks)
         for _ in range(RUNS):
             loaded.run(at, loaded.blanks(), []).wait()
     except Exception as e:

@@ -99,6 +99,13 @@ class Executable:
         """So that results follow the last kernel to the host, instead of waiting until somebody asks for them."""
         self.returned.send(outputs)
 
+    def is_ready(self, outputs: list[list[jax.Array]]) -> bool:
+        """Whether `fetch` returns at once, or raises."""
+        return all([own[-1].is_ready() for own in outputs if own])
+
+    def make_ready(self, banks: Sequence[Sequence[jax.Array]]) -> None:
+        """For calls that read these banks, as far as anything is to be done ahead of them."""
+
     def take_back(self, filled: Filled) -> None:
         """What was staged for a call that has ended, and did not fail; nobody reads it any more."""
         self.staging.take_back(filled)
@@ -147,9 +154,9 @@ def trace_executable(lanes: Sequence[Lanes], packed: bool | None = None) -> Trac
         return Traced(bundle_of(lanes), frame_of(lanes, packed).states, jitted.function.trace(*jitted.arguments))
 
 
-def frame_of(lanes: Sequence[Lanes], packed: bool | None) -> Frame:
+def frame_of(lanes: Sequence[Lanes], packed: bool | None, captured: bool = False) -> Frame:
     """`packed` says whether what a call brings lies in one buffer, and what it gives back; None: unless it runs on a
-    CPU."""
+    CPU. Whoever is `captured` leaves nothing on the host by itself."""
     inputs = [() if own.segment else stacks(own.program.inputs, own.width) for own in lanes]
     packed = lanes[0].schema.options.platform != "cpu" if packed is None else packed
     staging = Staging(
@@ -165,7 +172,7 @@ def frame_of(lanes: Sequence[Lanes], packed: bool | None) -> Frame:
     returned = Returned(
         tuple(stacks(own.program.outputs, own.width) if own.is_last else None for own in lanes),
         copied=packed,
-        left=packed and lanes[0].schema.options.left,
+        left=packed and lanes[0].schema.options.left and not captured,
     )
     return Frame(staging, states, returned)
 

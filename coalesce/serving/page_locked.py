@@ -89,10 +89,15 @@ def can_leave(device: Any) -> bool:
         return False
 
 
+def has_processors() -> bool:
+    """Whether this process may use so many that one of them may be kept busy with waiting."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return count >= ENOUGH
+
+
 def way_to_wait() -> Wait:
-    """By the device's own driver, which keeps a processor busy, where this process may use enough of them."""
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return block_until_ready if processors >= ENOUGH else jax.block_until_ready
+    """By the device's own driver, which keeps a processor busy, where there are enough of them."""
+    return block_until_ready if has_processors() else jax.block_until_ready
 
 
 def seen(x: jax.Array, wait: Wait = jax.block_until_ready) -> np.ndarray:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from coalesce.serving.page_locked import seen, way_to_wait
-from coalesce.serving.words import can_pack, is_narrow, to_words, views
+from coalesce.serving.words import can_pack, is_narrow, to_words, views, WORD, words
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +38,25 @@ class Returned:
     def packed(self) -> bool:
         """Whether they lie in one buffer."""
         return self.copied and len(self.all_parts) > 1 and can_pack(self.all_parts)
+
+    @cached_property
+    def structs(self) -> list[jax.ShapeDtypeStruct]:
+        """What `pack` returns, of a program that is not cut."""
+        if self.packed:
+            return [jax.ShapeDtypeStruct((sum(map(words, self.all_parts)),), WORD)]
+        return self.all_parts
+
+    def as_packed(self, results: Sequence[jax.Array]) -> list[list[jax.Array]]:
+        """What `pack` returns, of what lies side by side as `structs` says."""
+        flat = iter(results)
+        if self.packed:
+            return [*([] for _ in self.parts), list(flat)]
+        return [[] if own is None else [next(flat) for _ in own] for own in self.parts]
+
+    def shown(self, arrays: Sequence[np.ndarray]) -> list[list[np.ndarray] | None]:
+        """The results in what lies on the host as `structs` says."""
+        flat = iter(views(arrays[0], self.all_parts) if self.packed else arrays)
+        return [None if own is None else [next(flat) for _ in own] for own in self.parts]
 
     @cached_property
     def in_place(self) -> bool:
@@ -73,14 +92,12 @@ class Returned:
     def fetch(self, outputs: Sequence[Sequence[jax.Array]]) -> list[list[np.ndarray] | None]:
         """As NumPy arrays; waits."""
         if self.packed:
-            flat = iter(views(self.as_array(outputs[-1][0]), self.all_parts))
-        else:
-            results = self._results(outputs)
-            if len(results) > 1 and not self.copied:  # else `send` has
-                for x in results:
-                    x.copy_to_host_async()
-            flat = map(self.as_array, results)
-        return [None if own is None else [next(flat) for _ in own] for own in self.parts]
+            return self.shown([self.as_array(outputs[-1][0])])
+        results = self._results(outputs)
+        if len(results) > 1 and not self.copied:  # else `send` has
+            for x in results:
+                x.copy_to_host_async()
+        return self.shown([self.as_array(x) for x in results])
 
     def _results(self, outputs: Sequence[Sequence[Any]]) -> list[Any]:
         return list(chain.from_iterable(own for part, own in zip(self.parts, outputs, strict=True) if part is not None))

@@ -46,6 +46,7 @@ class Options:
     pack_unbounded_loops: bool = False
     as_it_is: bool = False  # one lane at a time, and nothing rewritten
     left: bool = False  # programs leave their results on the host: see `Returned`
+    captured: bool = False  # what reads the bank may be a CUDA graph: see coalesce/serving/captured.py
 
 
 class Place(NamedTuple):

@@ -47,13 +47,14 @@ class Given(NamedTuple):
 class Filled:
     """What one call brings: `arguments` for it, and where in them each entry's own lies."""
 
-    __slots__ = ("_arguments", "_sent", "given", "locked", "used")
+    __slots__ = ("_arguments", "_sent", "given", "locked", "seat", "used")
 
     def __init__(self, arguments: Any, given: list[Given], used: list[int], locked: Locked | None = None) -> None:
         self._arguments, self.given = arguments, given
         self.used = used  # lanes of each entry that may hold something else than zeros
         self.locked = locked  # where they lie, if the device reads it by itself
         self._sent: jax.Array | None = None  # what it reads there, or has read
+        self.seat: Any = None  # whose memory it is, of an executable that was captured
 
     @property
     def arguments(self) -> Any:
@@ -122,7 +123,10 @@ class Staging:
         if not self.packed:
             arrays = [[np.empty(shape, dtype) for shape, dtype in own] for own in self.plain]
             return Filled(arrays, self.given(arrays), list(self.widths))
-        buffer = np.empty(self.structs.shape, WORD) if locked is None else locked.view
+        return self.over(np.empty(self.structs.shape, WORD) if locked is None else locked.view, locked)
+
+    def over(self, buffer: np.ndarray, locked: Locked | None = None) -> Filled:
+        """A buffer of words, of which nothing is written."""
         placed = iter(views(buffer, [part for own in self.parts for part in own]))
         given = self.given([[next(placed) for _ in own] for own in self.parts])
         return Filled(buffer, given, list(self.widths), locked)
@@ -145,12 +149,19 @@ class Staging:
         except IndexError:  # asked for instead of looked for: another thread may warm this executable up meanwhile
             filled = self.buffers()
         try:
-            self._write(filled, entries)
-        except Exception:  # what lies in it now is not known
-            filled.used[:] = self.widths
+            self.write(filled, entries)
+        except Exception:
             self.take_back_failed(filled)
             raise
         return filled
+
+    def write(self, filled: Filled, entries: Sequence[Sequence[Lane]]) -> None:
+        """Into that one, as `fill` does."""
+        try:
+            self._write(filled, entries)
+        except Exception:  # what lies in it now is not known
+            filled.used[:] = self.widths
+            raise
 
     def _write(self, filled: Filled, entries: Sequence[Sequence[Lane]]) -> None:
         for e, (lanes, (slots, states, inputs), pool) in enumerate(zip(entries, filled.given, self.pools, strict=True)):

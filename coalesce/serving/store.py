@@ -12,7 +12,8 @@ compiles in `write`, nor in `grow` after `make_ready`.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from jax import lax
 
 from coalesce import jaxpr as J
 from coalesce.bank import default_device, on_device, prepare_key
+from coalesce.capture.aside import line_of
 from coalesce.serving.fit import Fit
 from coalesce.serving.making import Jitted, Make, make_here
 from coalesce.serving.rows import leaves_of, rows_recipe
@@ -42,6 +44,7 @@ class Store:
         self._writers: dict[int, Any] = {}  # by capacity
         self._growers: dict[tuple[int, int], list[Any]] = {}
         self.bank: list[jax.Array] = list(first)
+        self._line = line_of(default_device()) if schema.options.captured else None  # who reads it without JAX
         self._replace(blank([schema.structs(capacity)[i] for i in self._owned], make))
         self.make_ready(capacity)
         self.write(0, first)
@@ -61,7 +64,8 @@ class Store:
     def write(self, slot: int, rows: Rows) -> None:
         """Put a tenant's weights into a slot, in place of whatever was there."""
         write = self._writers[self.capacity]
-        self._replace(write([self.bank[i] for i in self._owned], [rows[i] for i in self._owned], np.int32(slot)))
+        with self._alone():
+            self._replace(write([self.bank[i] for i in self._owned], [rows[i] for i in self._owned], np.int32(slot)))
 
     def make_ready(self, capacity: int) -> None:
         """Compile what it takes to grow to a capacity, and to write then; on any thread."""
@@ -77,8 +81,9 @@ class Store:
     def grow(self, capacity: int) -> None:
         """Make room for more tenants; each keeps its slot. One array after the other, so that few lie twice."""
         self.make_ready(capacity)
-        for i, grow in zip(self._owned, self._growers.pop((self.capacity, capacity)), strict=True):
-            self.bank[i] = grow(self.bank[i])
+        with self._alone():
+            for i, grow in zip(self._owned, self._growers.pop((self.capacity, capacity)), strict=True):
+                self.bank[i] = grow(self.bank[i])
         for slot in range(self.capacity, capacity):
             self.release(slot)
         self.capacity = capacity
@@ -90,6 +95,16 @@ class Store:
     @property
     def nbytes(self) -> int:
         return sum(x.nbytes for x in self.bank)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """JAX knows nothing of who reads a bank without it: they have ended before it is written to, and begin after
+        that."""
+        if self._line is not None:
+            self._line.wait()
+        yield
+        if self._line is not None:
+            self._line.follow(self.bank)
 
     def _replace(self, owned: Iterable[jax.Array]) -> None:
         for i, array in zip(self._owned, owned, strict=True):

@@ -1,0 +1,237 @@
+"""Executables that are launched without JAX give each lane what it gets alone; on a CPU, which stands for a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import wait
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import coalesce
+from coalesce.runtime import device as device_module
+from coalesce.serving import store as store_module
+from coalesce.serving.captured import CapturedExecutable, make_executable, may_capture, SEATS
+from coalesce.serving.executable import Executable
+from tests.alone import array
+from tests.fake_graphs import FakeAside
+from tests.serving import assert_alone, CPU, fit_of, results, serve, Serving
+from tests.serving_models import tenants
+
+
+def captured_of(served: Serving) -> tuple[CapturedExecutable, FakeAside]:
+    aside = FakeAside()
+    made = make_executable([served.lanes(2)], aside=aside)
+    assert isinstance(made, CapturedExecutable)
+    return made, aside
+
+
+def served(name: str, count: int = 3) -> tuple[Serving, list[Any]]:
+    found = tenants(name, count)
+    return serve([fit_of(fn, p, x) for fn, p, x in found]), found
+
+
+def called(serving: Serving, executable: CapturedExecutable, lanes: list[int], found: list[Any]) -> list[Any]:
+    """What each lane's tenant gets; what was staged is given back, as the runtime does."""
+    filled = executable.stage([[serving.lane(t, found[t][2]) for t in lanes]])
+    (stacks,) = executable.fetch(executable.run([serving.store.bank], [None], filled))
+    executable.take_back(filled)
+    return [results(serving.fits[t], [x[i] for x in stacks]) for i, t in enumerate(lanes)]
+
+
+@pytest.mark.parametrize("name", ["mlp", "mixed"])
+def test_lanes_get_what_they_get_alone(name):
+    serving, found = served(name)
+    executable, aside = captured_of(serving)
+    for lanes in ([0, 1], [2, 0], [1], [2, 2], [0]):
+        for got, t in zip(called(serving, executable, lanes, found), lanes, strict=True):
+            assert_alone(got, found[t])
+    assert aside.library.calls.count("cuGraphLaunch") == 5
+
+
+def test_what_was_fetched_stays():
+    serving, found = served("mlp")
+    executable, _ = captured_of(serving)
+    (first,) = called(serving, executable, [0], found)
+    for _ in range(2 * SEATS):
+        called(serving, executable, [1, 2], found)
+    assert_alone(first, found[0])
+
+
+def test_a_seat_is_taken_until_it_is_given_back():
+    """And who finds none is served as JAX serves."""
+    serving, found = served("mlp")
+    executable, aside = captured_of(serving)
+    filled = [executable.stage([[serving.lane(t % 3, found[t % 3][2])]]) for t in range(SEATS + 1)]
+    assert not executable.free
+    assert [own.seat is None for own in filled] == [False] * SEATS + [True]
+    outputs = [executable.run([serving.store.bank], [None], own) for own in filled]
+    assert aside.library.calls.count("cuGraphLaunch") == SEATS
+    for t, (own, out) in enumerate(zip(filled, outputs, strict=True)):
+        executable.send_back(out)
+        (stacks,) = executable.fetch(out)
+        assert_alone(results(serving.fits[t % 3], [x[0] for x in stacks]), found[t % 3])
+        executable.take_back(own)
+    assert len(executable.free) == SEATS
+
+
+def test_a_bank_that_has_moved_is_captured_anew():
+    serving, found = served("mlp", 2)
+    executable, aside = captured_of(serving)
+    executable.make_ready([serving.store.bank])
+    assert aside.captured == 1 + SEATS  # one of no bank, which shows that it can be
+    executable.make_ready([serving.store.bank])
+    assert aside.captured == 1 + SEATS
+    serving.store.bank[:] = [jnp.array(x) for x in serving.store.bank]
+    for got, t in zip(serving.call(executable, [(0, found[0][2]), (1, found[1][2])]), (0, 1), strict=True):
+        assert_alone(got, found[t])
+    assert aside.captured == 2 + SEATS
+
+
+def test_inputs_that_cannot_be_staged_leave_the_seat():
+    serving, found = served("mlp")
+    executable, _ = captured_of(serving)
+    good = serving.lane(0, found[0][2])
+    with pytest.raises(ValueError):
+        executable.stage([[good._replace(inputs=[np.ones(99, np.float32)] * len(good.inputs))]])
+    assert len(executable.free) == SEATS
+    (got,) = serving.call(executable, [(0, found[0][2])])
+    assert_alone(got, found[0])
+
+
+def test_what_cannot_be_captured_is_called_as_jax_does():
+    serving, found = served("mlp")
+    aside = FakeAside("it looks at a value")
+    made = make_executable([serving.lanes(2)], aside=aside)
+    assert type(made) is Executable
+    (got,) = serving.call(made, [(0, found[0][2])])
+    assert_alone(got, found[0])
+
+
+def test_one_that_cannot_be_captured_again_is_called_as_jax_does(caplog):
+    serving, found = served("mlp")
+    executable, aside = captured_of(serving)
+    aside.refuses = "no memory"
+    (got,) = serving.call(executable, [(0, found[0][2])])
+    assert_alone(got, found[0])
+    assert "no memory" in caplog.text
+    assert not aside.library.calls.count("cuGraphLaunch")
+
+
+def test_a_call_that_failed_frees_its_seat_when_it_has_ended():
+    serving, found = served("mlp")
+    executable, aside = captured_of(serving)
+    executable.make_ready([serving.store.bank])
+    filled = executable.stage([[serving.lane(0, found[0][2])]])
+    aside.library.broken = "cuGraphLaunch"
+    with pytest.raises(RuntimeError, match="error 700"):
+        executable.run([serving.store.bank], [None], filled)
+    aside.library.broken = "cuEventSynchronize"
+    executable.take_back_failed(filled)
+    assert len(executable.free) == SEATS - 1  # what it did is not known
+    aside.library.broken = ""
+    other = executable.stage([[serving.lane(0, found[0][2])]])
+    executable.take_back_failed(other)
+    assert len(executable.free) == SEATS - 1
+
+
+def test_memory_is_given_back():
+    serving, found = served("mlp")
+    executable, aside = captured_of(serving)
+    serving.call(executable, [(0, found[0][2])])
+    assert aside.library.memory
+    del executable
+    assert not aside.library.memory
+
+
+def until(p: Any, x: Any) -> Any:
+    return jax.lax.while_loop(lambda c: jnp.sum(c) < 10, lambda c: c @ p + 1, x)
+
+
+def test_neither_loops_that_look_at_a_value_nor_cut_programs_are_tried():
+    whole, _ = served("mlp")
+    assert may_capture([whole.lanes(2)])
+    loop = serve([fit_of(until, jnp.eye(3), (array(2, 3),))])
+    assert not may_capture([loop.lanes(1)])
+    cut = serve([fit_of(lambda p, x: jnp.tanh(jnp.tanh(x @ p) @ p), array(6, 6), (array(2, 6),))], segments=2)
+    assert not may_capture([cut.lanes(1)])
+    as_it_is = dataclasses.replace(CPU, as_it_is=True)
+    alone = serve([fit_of(lambda p, x: x @ p, array(6, 6), (array(2, 6),))], options=as_it_is)
+    assert not may_capture([alone.lanes(1)])
+
+
+# Behind a runtime
+
+
+@pytest.fixture
+def runtime_on(monkeypatch):
+    """A runtime whose CPU has CUDA graphs."""
+
+    def make(aside: FakeAside, **options: Any) -> coalesce.Runtime:
+        monkeypatch.setattr(device_module, "aside_of", lambda device: aside)
+        monkeypatch.setattr(store_module, "line_of", lambda device: aside.line)
+        return coalesce.Runtime(widths=(1, 2, 4), **options)
+
+    return make
+
+
+def scorer(p: Any, x: Any) -> Any:
+    return {"y": jnp.tanh(x @ p["w"]) @ p["v"], "sum": jnp.sum(x)}
+
+
+def weights(seed: int) -> Any:
+    rng = np.random.default_rng(seed)
+    return {"w": rng.standard_normal((6, 8), np.float32), "v": rng.standard_normal((8, 3), np.float32)}
+
+
+def same(got: Any, p: Any, x: Any) -> None:
+    want = jax.jit(scorer)(p, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
+
+
+def test_tenants_come_change_and_go(runtime_on):
+    aside = FakeAside()
+    held = {f"t{i}": weights(i) for i in range(6)}
+    x = np.random.default_rng(9).standard_normal((2, 6), np.float32)
+    with runtime_on(aside, capacity=2) as rt:
+        for name, p in held.items():  # the bank grows twice
+            rt.add_tenant(name, scorer, p, example=(x,), slo=30.0)
+        rt.warm_up()
+        futures = [(name, rt.submit(name, x + i)) for i in range(8) for name in held]
+        wait([future for _, future in futures])
+        for i, (name, future) in enumerate(futures):
+            same(future.result(), held[name], x + i // len(held))
+        held["t1"] = weights(77)
+        rt.update_tenant("t1", held["t1"])
+        rt.remove_tenant("t0")
+        for name in ("t1", "t5"):
+            same(rt.submit(name, x).result(), held[name], x)
+        assert rt.health().ok and not rt.health().failed
+    calls = aside.library.calls
+    assert calls.count("cuGraphLaunch") >= 10
+    assert calls.count("cuStreamSynchronize") >= 6  # before a bank is written to
+
+
+def test_where_kernels_stay_the_same_nothing_is_captured(runtime_on):
+    aside = FakeAside()
+    x = np.ones((2, 6), np.float32)
+    with runtime_on(aside, reproducible=True) as rt:
+        rt.add_tenant("a", scorer, weights(0), example=(x,), slo=30.0)
+        same(rt.submit("a", x).result(), weights(0), x)
+    assert not aside.captured
+
+
+def test_a_device_that_fails_ends_what_runs_there(runtime_on):
+    aside = FakeAside()
+    x = np.ones((2, 6), np.float32)
+    with runtime_on(aside) as rt:
+        rt.add_tenant("a", scorer, weights(0), example=(x,), slo=30.0)
+        rt.warm_up()
+        aside.library.broken = "cuGraphLaunch"
+        with pytest.raises(coalesce.TenantFailure):  # the device itself still answers JAX
+            rt.submit("a", x).result()
+        aside.library.broken = ""
+        same(rt.submit("a", x).result(), weights(0), x)
