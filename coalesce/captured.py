@@ -16,7 +16,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from coalesce.capture.aside import Aside, Graph, Line, OPTIONS, place_of
 from coalesce.capture.ending import ends
@@ -29,14 +28,15 @@ Stacked = Callable[[Sequence[Any], Stacks], Stacks]  # (bank, inputs) -> outputs
 class Running(Protocol):
     """What is launched."""
 
-    inputs: Stacks
-    outputs: Stacks
-
     def write(self, inputs: Stacks) -> None: ...
 
     def launch(self) -> None: ...
 
     def wait(self) -> None: ...
+
+    def copied(self) -> Stacks:
+        """The outputs, after waiting."""
+        ...
 
 
 class Captured:
@@ -60,16 +60,10 @@ class Captured:
         return self
 
     @property
-    def inputs(self) -> Stacks:
-        """What it reads: of each family its inputs [L, ...], as `Staged.stage` lays them. JAX does not know that
-        `captured(requests)` changes them."""
-        return self._running.inputs
-
-    @property
     def outputs(self) -> Stacks:
-        """What it writes: of each family its outputs [L, ...]. JAX does not know that each launch changes them: wait
-        before they are read, and copy what is to stay."""
-        return self._running.outputs
+        """What the last launch has left: of each family its outputs [L, ...], as `Staged` gives them. Copies on the
+        device, which no other launch changes; waits."""
+        return self._running.copied()
 
     def block_until_ready(self) -> Captured:
         """Wait for the last launch; `jax.block_until_ready` and `coalesce.block_until_ready` call this."""
@@ -78,26 +72,27 @@ class Captured:
 
     def results(self) -> list[Any]:
         """Each tenant's results of the last launch in its own pytree, as `Staged.unstage` gives them; waits."""
-        self._running.wait()
-        copies = [[np.array(x) for x in own] for own in self._running.outputs]
-        return self._unstage(copies)
+        return self._unstage(self.outputs)
 
 
 class ByCall:
     """As JAX calls it."""
 
     def __init__(self, compiled: Callable[[Stacks], Stacks], inputs: Stacks) -> None:
-        self._compiled, self.inputs = compiled, inputs
-        self.outputs = compiled(inputs)
+        self._compiled, self._inputs, self._outputs = compiled, inputs, compiled(inputs)
 
     def write(self, inputs: Stacks) -> None:
-        self.inputs = inputs
+        self._inputs = inputs
 
     def launch(self) -> None:
-        self.outputs = self._compiled(self.inputs)
+        self._outputs = self._compiled(self._inputs)
 
     def wait(self) -> None:
-        jax.block_until_ready(self.outputs)
+        jax.block_until_ready(self._outputs)
+
+    def copied(self) -> Stacks:
+        self.wait()
+        return self._outputs
 
 
 class InGraph:
@@ -116,26 +111,27 @@ class InGraph:
     ) -> None:
         """`outputs` are structs; `compile(function, structs, options)` is JAX's Compiled, of a function that donates
         its last argument."""
-        self.inputs = jax.tree.map(jnp.copy, inputs)
-        self.outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
+        # JAX does not know that these change, and keeps what it has once brought to the host: nobody else gets them.
+        self._inputs = jax.tree.map(jnp.copy, inputs)
+        self._outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
         self._line: Line = asides[0].line
         self._moving: list[Any] = []  # what is on its way to where it is read
-        arguments = (list(bank), self.inputs)
+        arguments = (list(bank), self._inputs)
         graphs, programs = [], []
         for own, aside in zip(parts, asides, strict=False):
-            into = [x for f in own for x in self.outputs[f]]
+            into = [x for f in own for x in self._outputs[f]]
             compiled = compile(ends(partial(part, run, own)), (*arguments, into), OPTIONS)
             programs.append(aside.load(compiled))
             places = jax.tree.map(place_of, (arguments, into))
             graphs.append(aside.capture(programs[-1], *places))
         self._graph = Graph(self._line, graphs, (bank, programs))
-        self._line.follow(jax.tree.leaves((arguments, self.outputs)))
+        self._line.follow(jax.tree.leaves((arguments, self._outputs)))
 
     def write(self, inputs: Stacks) -> None:
         line, arrays = self._line, jax.tree.leaves(inputs)
         line.follow(arrays)
         with line.cuda:
-            for x, to in zip(arrays, jax.tree.leaves(self.inputs), strict=True):
+            for x, to in zip(arrays, jax.tree.leaves(self._inputs), strict=True):
                 line.cuda.copy(to.unsafe_buffer_pointer(), x.unsafe_buffer_pointer(), x.nbytes, line.stream)
                 self._moving.append(x)
 
@@ -145,6 +141,10 @@ class InGraph:
     def wait(self) -> None:
         self._line.wait()
         self._moving.clear()
+
+    def copied(self) -> Stacks:
+        self.wait()
+        return jax.block_until_ready(jax.tree.map(jnp.copy, self._outputs))
 
     def __del__(self) -> None:
         """Else JAX would give memory that is written to, or read, to somebody else."""

@@ -109,7 +109,7 @@ class Staged:
     def capture(self, requests: Any) -> Captured:
         """The same program to be launched without JAX: on an NVIDIA GPU as one CUDA graph, whose inputs and outputs lie
         where they are for every launch; `requests` are the first. It has memory of its own for these and for what it
-        computes on the way, reads the same weights, and has not run yet.
+        computes on the way, and reads the same weights. Before the first launch its outputs mean nothing.
 
         Families that share no kernel run at once where the plan has them side by side.
 

@@ -66,7 +66,7 @@ class Driver:
             if not stream:
                 return list(arrays)
             left = [x for x in arrays if not follows(stream, x)]
-            self._cuda("cuStreamSynchronize", c_void_p(stream))
+            self._cuda.wait("cuStreamSynchronize", c_void_p(stream))
             self._streams.append(stream)
             return left
 

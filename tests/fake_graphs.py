@@ -13,7 +13,7 @@ import numpy as np
 from coalesce.capture import ending
 from coalesce.capture.aside import Aside, check_order, is_place, Line, Place
 from coalesce.capture.cuda import Cuda
-from coalesce.capture.ending import TARGET
+from coalesce.capture.ending import Around, NOTHING, TARGET
 from coalesce.errors import CaptureError
 
 jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(ending.execute), platform="cpu")
@@ -68,7 +68,7 @@ class FakeAside(Aside):
 
     def __init__(self, refuses: str = "") -> None:
         self.library = Library()
-        super().__init__(None, Line(Cuda(self.library, 0)))
+        super().__init__(None, Line(Cuda(self.library, self.library, 0)))
         self.captured = 0
         self.refuses = refuses  # why nothing can be captured
 
@@ -76,16 +76,20 @@ class FakeAside(Aside):
         check_order(compiled)
         return compiled
 
-    def capture(self, loaded: Any, arguments: Any, into: Sequence[Place]) -> c_void_p:
+    def capture(self, loaded: Any, arguments: Any, into: Sequence[Place], around: Around = NOTHING) -> c_void_p:
         if self.refuses:
             raise CaptureError(self.refuses)
         self.captured += 1
 
         def run() -> None:
+            for to, source, nbytes in around.before:
+                ctypes.memmove(to, source, nbytes)
             given = jax.tree.map(lambda place: lying_at(place).copy(), arguments, is_leaf=is_place)
             *results, _ = loaded(*given, [lying_at(place).copy() for place in into])
             for place, x in zip(into, results, strict=True):
                 lying_at(place)[...] = np.asarray(x)
+            for to, source, nbytes in around.after:
+                ctypes.memmove(to, source, nbytes)
 
         self.library.graphs[self.captured] = run
         return c_void_p(self.captured)

@@ -16,7 +16,7 @@ import coalesce
 from coalesce.capture import ending
 from coalesce.capture.aside import aside_of, check_order, Graph, Line
 from coalesce.capture.cuda import Cuda, cuda_of
-from coalesce.capture.ending import ends, Recording, TARGET
+from coalesce.capture.ending import Around, ends, Recording, TARGET
 from coalesce.errors import CaptureError, InvalidInput
 from coalesce.staged import compile_donating
 from tests.test_staged import programs, requests_of, tenants
@@ -45,7 +45,7 @@ class Library:
 
 def cuda(code: int = 0, to: str = "") -> tuple[Cuda, list[str]]:
     library = Library(code, to)
-    made = Cuda(library, 0)
+    made = Cuda(library, library, 0)
     library.calls.clear()
     return made, library.calls
 
@@ -61,8 +61,7 @@ def test_on_a_cpu_the_same_calls_run_the_compiled_program():
     assert coalesce.block_until_ready(captured(others)) is captured
     for got, want in zip(captured.results(), fused(others), strict=True):
         jax.tree.map(np.testing.assert_array_equal, got, want)
-    assert [[x.shape[0] for x in own] for own in captured.inputs] == [[3, 3], [3, 3]]
-    assert [len(own) for own in captured.outputs] == [3, 1]
+    assert [[x.shape[0] for x in own] for own in captured.outputs] == [[3, 3, 3], [3]]
 
 
 def doubled(x: Any) -> Any:
@@ -195,6 +194,17 @@ def test_one_is_recorded_at_a_time():
     go.set()
     assert seen == ["first", "other"]
     assert Recording.now is None
+
+
+def test_what_is_copied_around_a_program_is_part_of_it():
+    driver, calls = cuda()
+    with Recording(driver, Around([(1, 2, 3)], [(4, 5, 6), (7, 8, 9)])) as recording:
+        recording.begin(STREAM)
+        calls.append("the program")
+        recording.end()
+    begin, copy, end = "cuStreamBeginCapture_v2", "cuMemcpyAsync", "cuStreamEndCapture"
+    assert calls == [begin, copy, "the program", copy, copy, end]
+    assert recording.error is None
 
 
 # Graphs

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from coalesce.runtime import device as device_module
 from coalesce.runtime.bundle import copied
 from coalesce.runtime.runtime import Runtime
+from coalesce.serving import captured as captured_module
 from coalesce.serving.executable import compile_executable, Executable
 from coalesce.serving.page_locked import can_leave
 from coalesce.serving.staging import Lane
@@ -210,7 +210,7 @@ def weights(layers: int, seed: int = 0) -> list[np.ndarray]:
 @pytest.mark.parametrize("segments", [1, 2])
 def test_a_runtime_serves_so_and_each_has_results_of_its_own(segments, monkeypatch):
     """What one tenant holds keeps no other's results alive, and shows none."""
-    monkeypatch.setattr(device_module, "compile_executable", partial(compile_executable, packed=True))
+    monkeypatch.setattr(captured_module, "compile_executable", partial(compile_executable, packed=True))
     with Runtime(widths=(1, 4), segments=segments, compiled=False) as rt:
         for t in range(2):
             rt.add_tenant(f"t{t}", deep, weights(3, t), example=(np.ones((2, 6), np.float32),), slo=SLO)

@@ -46,6 +46,10 @@ class Given:
         self.followed_by.append(stream)
 
 
+def driver_by(library: Library) -> Driver:
+    return Driver(Cuda(library, library, 0))
+
+
 def test_a_pytree_comes_back_as_it_is() -> None:
     tree = {"a": jnp.ones(3) + 1, "b": [2, "s", None], "key": jax.random.key(0), "c": np.ones(2)}
     assert coalesce.block_until_ready(tree) is tree
@@ -66,7 +70,7 @@ def test_what_failed_raises() -> None:
 
 def test_one_stream_follows_all_that_it_can_and_waits_once() -> None:
     library = Library()
-    driver, arrays, odd = Driver(Cuda(library, 0)), [Given(), Given()], Given(BufferError("no such dtype"))
+    driver, arrays, odd = driver_by(library), [Given(), Given()], Given(BufferError("no such dtype"))
     library.calls.clear()
     assert driver.wait([arrays[0], odd, arrays[1]]) == [odd]
     assert [x.followed_by for x in arrays] == [[1], [1]]
@@ -76,7 +80,7 @@ def test_one_stream_follows_all_that_it_can_and_waits_once() -> None:
 
 
 def test_threads_that_wait_at_once_have_a_stream_each() -> None:
-    driver, together = Driver(Cuda(Library(), 0)), threading.Barrier(4)
+    driver, together = driver_by(Library()), threading.Barrier(4)
 
     class Meeting(Given):
         def __dlpack__(self, stream: int) -> None:
@@ -94,13 +98,13 @@ def test_threads_that_wait_at_once_have_a_stream_each() -> None:
 
 def test_without_memory_for_a_stream_jax_waits() -> None:
     library, arrays = Library(2, "cuStreamCreate"), [Given(), Given()]
-    assert Driver(Cuda(library, 0)).wait(arrays) == arrays
+    assert driver_by(library).wait(arrays) == arrays
     assert not arrays[0].followed_by and library.calls[-1] == "cuCtxPopCurrent_v2"
 
 
 def test_an_error_of_the_driver_is_raised_and_the_context_given_back() -> None:
     library = Library(code=700)
-    driver = Driver(Cuda(library, 0))
+    driver = driver_by(library)
     with pytest.raises(RuntimeError, match="cuStreamSynchronize with error 700"):
         driver.wait([Given()])
     assert library.calls[-1] == "cuCtxPopCurrent_v2"

@@ -20,7 +20,7 @@ import jax
 
 from coalesce import jaxpr as J
 from coalesce.capture.cuda import Cuda, cuda_of, follows
-from coalesce.capture.ending import Recording, register, TARGET
+from coalesce.capture.ending import Around, NOTHING, Recording, register, TARGET
 from coalesce.errors import CaptureError
 
 # A CUDA graph cannot be launched while another is captured, so XLA is not to make any of its own.
@@ -46,7 +46,7 @@ class Line:
     def wait(self) -> None:
         """Until all that was launched has ended."""
         with self.cuda:
-            self.cuda("cuStreamSynchronize", self.stream)
+            self.cuda.wait("cuStreamSynchronize", self.stream)
 
 
 class Place(NamedTuple):
@@ -82,8 +82,8 @@ class Aside:
                 (self._there,) = J.second_client(self._device).local_devices()
             return self._there
 
-    def capture(self, loaded: Any, arguments: Any, into: Sequence[Place]) -> c_void_p:
-        """The CUDA graph of a program, which reads and writes these places.
+    def capture(self, loaded: Any, arguments: Any, into: Sequence[Place], around: Around = NOTHING) -> c_void_p:
+        """The CUDA graph of a program, which reads and writes these places, with what is copied `around` it.
 
         `loaded(*arguments, into)`, with an array for each `Place` in the pytree, gives its results and one more, in the
         memory of `into`, which it donates. Nothing of it runs now, and nothing is read: what lies there has to be there
@@ -92,7 +92,7 @@ class Aside:
         Raises:
           CaptureError: the program does something that no CUDA graph can, such as to look at a value on the host.
         """
-        with self.line.cuda, Recording(self.line.cuda) as recording:
+        with self.line.cuda, Recording(self.line.cuda, around) as recording:
             try:
                 reads, writes = jax.tree.map(self._seen, (arguments, list(into)), is_leaf=is_place)
                 made = loaded(*reads, writes)
@@ -125,12 +125,12 @@ class Graph:
                 line.cuda("cuGraphDestroy", graph)
 
     def launch(self) -> None:
-        """Returns before it has begun."""
+        """Returns before it has begun, unless so many are on their way that CUDA takes no more."""
         with self._line.cuda:
-            self.launch_within()
+            self._line.cuda.wait("cuGraphLaunch", self._executable, self._line.stream)
 
-    def launch_within(self) -> None:
-        """The same, for who is in the context of the driver already."""
+    def launch_soon(self) -> None:
+        """The same for who has few on their way, and is in the context of the driver already."""
         self._line.cuda("cuGraphLaunch", self._executable, self._line.stream)
 
     def __del__(self) -> None:

@@ -1,9 +1,11 @@
 """CUDA's driver, for one device, in the context that JAX uses too.
 
-    with cuda:                           the context is this thread's
-        cuda("cuStreamSynchronize", stream)
+    with cuda:                                       the context is this thread's
+        cuda("cuGraphLaunch", graph, stream)         keeps the interpreter's lock: it is a matter of microseconds
+        cuda.wait("cuStreamSynchronize", stream)     gives it away
 
-Raises RuntimeError with the driver's code where that says so.
+To give the lock away and to get it back takes longer than most calls, where other threads want it. Raises RuntimeError
+with the driver's code where that says so.
 """
 
 from __future__ import annotations
@@ -26,14 +28,19 @@ LOG = logging.getLogger("coalesce")
 
 
 class Cuda:
-    def __init__(self, library: Any, ordinal: int) -> None:
-        self.library, self._context, device = library, c_void_p(), c_int()
+    """`library` keeps the interpreter's lock in its functions, `waiting` is the same and does not."""
+
+    def __init__(self, library: Any, waiting: Any, ordinal: int) -> None:
+        self.library, self.waiting, self._context, device = library, waiting, c_void_p(), c_int()
         self("cuDeviceGet", byref(device), ordinal)
         self("cuDevicePrimaryCtxRetain", byref(self._context), device)
 
     def __call__(self, name: str, *arguments: Any) -> None:
-        if code := getattr(self.library, name)(*arguments):
-            raise RuntimeError(f"CUDA's driver answered {name} with error {code}; the device may be lost")
+        check(name, getattr(self.library, name)(*arguments))
+
+    def wait(self, name: str, *arguments: Any) -> None:
+        """The same of what takes long."""
+        check(name, getattr(self.waiting, name)(*arguments))
 
     def __enter__(self) -> None:
         self("cuCtxPushCurrent_v2", self._context)
@@ -62,13 +69,13 @@ class Cuda:
     def memory(self, nbytes: int) -> Memory:
         """Of the device."""
         made = c_void_p()
-        self("cuMemAlloc_v2", byref(made), c_size_t(max(nbytes, 1)))
+        self.wait("cuMemAlloc_v2", byref(made), c_size_t(max(nbytes, 1)))
         return Memory(self, "cuMemFree_v2", made)
 
     def host_memory(self, count: int, dtype: np.dtype) -> np.ndarray:
         """Of the host, page-locked: the device copies it by itself. It is there as long as somebody looks at it."""
         made, nbytes = c_void_p(), max(count * dtype.itemsize, 1)
-        self("cuMemHostAlloc", byref(made), c_size_t(nbytes), 0)
+        self.wait("cuMemHostAlloc", byref(made), c_size_t(nbytes), 0)
         seen: Any = (ctypes.c_uint8 * nbytes).from_address(made.value or 0)
         seen.owner = Memory(self, "cuMemFreeHost", made)
         return np.frombuffer(seen, dtype, count)
@@ -77,14 +84,19 @@ class Cuda:
         """One CUDA graph that runs these at once, ready to be launched."""
         made, whole, node = c_void_p(), c_void_p(), c_void_p()
         if len(graphs) == 1:
-            self("cuGraphInstantiateWithFlags", byref(made), graphs[0], c_uint64(0))
+            self.wait("cuGraphInstantiateWithFlags", byref(made), graphs[0], c_uint64(0))
             return made
         self("cuGraphCreate", byref(whole), 0)
         for graph in graphs:
             self("cuGraphAddChildGraphNode", byref(node), whole, None, c_size_t(0), graph)
-        self("cuGraphInstantiateWithFlags", byref(made), whole, c_uint64(0))
+        self.wait("cuGraphInstantiateWithFlags", byref(made), whole, c_uint64(0))
         self("cuGraphDestroy", whole)
         return made
+
+
+def check(name: str, code: int) -> None:
+    if code:
+        raise RuntimeError(f"CUDA's driver answered {name} with error {code}; the device may be lost")
 
 
 def follows(stream: int, x: Any) -> bool:
@@ -109,7 +121,7 @@ class Memory:
 
     def __del__(self) -> None:
         with self._cuda:
-            getattr(self._cuda.library, self._free)(self._at)
+            getattr(self._cuda.waiting, self._free)(self._at)
 
 
 @cache
@@ -118,7 +130,7 @@ def cuda_of(device: Any) -> Cuda | None:
     if "cuda" not in device.client.platform_version or device.local_hardware_id is None:
         return None
     try:
-        return Cuda(ctypes.CDLL(LIBRARY), device.local_hardware_id)
+        return Cuda(ctypes.PyDLL(LIBRARY), ctypes.CDLL(LIBRARY), device.local_hardware_id)
     except (OSError, AttributeError, RuntimeError) as e:
         LOG.info("%s is left to JAX: %s: %s", device, type(e).__name__, e)
         return None

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Sequence
 from ctypes import byref, c_int, c_size_t, c_uint32, c_void_p, POINTER
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,14 +63,24 @@ Handler = ctypes.CFUNCTYPE(c_void_p, POINTER(Frame))
 GetStream = ctypes.CFUNCTYPE(c_void_p, POINTER(StreamGet))
 
 
+class Around(NamedTuple):
+    """What is copied before a program and after it: (to, from, bytes), each by its address."""
+
+    before: Sequence[tuple[int, int, int]] = ()
+    after: Sequence[tuple[int, int, int]] = ()
+
+
+NOTHING = Around()
+
+
 class Recording:
     """What the program that runs now launches: one at a time in a process. In the context of `cuda`."""
 
     _alone = threading.Lock()
     now: Recording | None = None
 
-    def __init__(self, cuda: Cuda) -> None:
-        self._cuda = cuda
+    def __init__(self, cuda: Cuda, around: Around = NOTHING) -> None:
+        self._cuda, self._around = cuda, around
         self._stream: int | None = None  # that captures
         self.graph: c_void_p | None = None  # what was captured
         self.error: Exception | None = None
@@ -91,20 +101,26 @@ class Recording:
 
     def begin(self, stream: int) -> None:
         if self._stream is None and self.graph is None:
-            if self._attempt("cuStreamBeginCapture_v2", c_void_p(stream), BY_ANY_THREAD):
+            if self._attempt(self._cuda, "cuStreamBeginCapture_v2", c_void_p(stream), BY_ANY_THREAD):
                 self._stream = stream
+                self._copy(self._around.before)
 
     def end(self) -> None:
-        stream, self._stream = self._stream, None
-        if stream is not None:
+        if self._stream is not None:
+            self._copy(self._around.after)
+            stream, self._stream = c_void_p(self._stream), None
             graph = c_void_p()
-            self._attempt("cuStreamEndCapture", c_void_p(stream), byref(graph))
+            self._attempt(self._cuda, "cuStreamEndCapture", stream, byref(graph))
             self.graph = graph if graph.value else None
 
-    def _attempt(self, name: str, *arguments: Any) -> bool:
+    def _copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        for copy in copies:
+            self._attempt(self._cuda.copy, *copy, c_void_p(self._stream))
+
+    def _attempt(self, does: Callable[..., None], *arguments: Any) -> bool:
         """XLA calls through C, where nothing can be raised."""
         try:
-            self._cuda(name, *arguments)
+            does(*arguments)
         except RuntimeError as e:
             self.error = self.error or e
             return False

@@ -99,7 +99,7 @@ class Executable:
         """So that results follow the last kernel to the host, instead of waiting until somebody asks for them."""
         self.returned.send(outputs)
 
-    def is_ready(self, outputs: list[list[jax.Array]]) -> bool:
+    def is_ready(self, outputs: list[list[Any]]) -> bool:
         """Whether `fetch` returns at once, or raises."""
         return all([own[-1].is_ready() for own in outputs if own])
 
