@@ -69,8 +69,9 @@ class Bundle:
                 leave(tickets)
 
     def is_at_hand(self, within_s: float) -> bool:
-        """On a CPU programs of less than 1,000 operations run where they are called, others on a thread of XLA's."""
-        if not self._is_here or not all(self._executable.ends):
+        """On a CPU programs of less than 1,000 operations run where they are called, others on a thread of XLA's. What
+        was captured has left its results here too."""
+        if not (self._is_here or self._executable.leaves_here(self._outputs)) or not all(self._executable.ends):
             return False
         for tickets in self._entries:
             for ticket in tickets:

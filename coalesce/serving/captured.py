@@ -162,6 +162,9 @@ class CapturedExecutable(Executable):
         if not isinstance(outputs, Seat):
             super().send_back(outputs)
 
+    def leaves_here(self, outputs: Any) -> bool:
+        return isinstance(outputs, Seat)
+
     def is_ready(self, outputs: Any) -> bool:
         return outputs.is_ready() if isinstance(outputs, Seat) else super().is_ready(outputs)
 

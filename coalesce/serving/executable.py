@@ -103,6 +103,10 @@ class Executable:
         """Whether `fetch` returns at once, or raises."""
         return all([own[-1].is_ready() for own in outputs if own])
 
+    def leaves_here(self, outputs: Any) -> bool:
+        """Whether they are on the host as soon as the device is done, wherever that is."""
+        return False
+
     def make_ready(self, banks: Sequence[Sequence[jax.Array]]) -> None:
         """For calls that read these banks, as far as anything is to be done ahead of them."""
 
