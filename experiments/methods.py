@@ -6,7 +6,7 @@ A method yields one candidate for each configuration worth trying; the caller me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, TypeVar
@@ -112,10 +112,11 @@ def fused(
     kernels: Mapping[str, Choice] = OWN_CHOICE,
     staged: bool = False,
     side_by_side: bool = False,
+    captured: bool = False,
 ) -> Iterator[Candidate]:
     """coalesce.fuse, by its public call: checks of the inputs and each tenant's own outputs are part of the round. With
-    `staged` also by the other one, whose inputs were staged and whose outputs stay stacked. With `within_program` and
-    `side_by_side` these are tried too."""
+    `staged` also by the other one, whose inputs were staged and whose outputs stay stacked, with `captured` as one CUDA
+    graph (`in_graph`). With `within_program` and `side_by_side` these are tried too."""
     programs = traced(tenants)
     tries = product((False, True) if within_program else (False,), (None, True) if side_by_side else (None,))
     for (within, beside), (name, choice) in product(tries, kernels.items()):
@@ -125,6 +126,8 @@ def fused(
         yield Candidate(how, lambda together=together: together(tenants.inputs))
         if staged:
             yield in_stacks(together, tenants, options, how)
+        if captured:
+            yield in_graph(together, tenants.inputs, how)
 
 
 def traced(tenants: Tenants) -> list[coalesce.Program]:
@@ -141,11 +144,21 @@ def in_stacks(together: coalesce.Fused, tenants: Tenants, options: Options, how:
     return Candidate(how, lambda: call(inputs), call.unstage)
 
 
-def captured(tenants: Tenants, options: Options) -> Iterator[Candidate]:
+def captured(
+    tenants: Tenants, within_program: bool = False, kernels: Mapping[str, Choice] = OWN_CHOICE
+) -> Iterator[Candidate]:
+    """coalesce.fuse as one CUDA graph, and by nothing else."""
+    programs = traced(tenants)
+    for within, (name, choice) in product((False, True) if within_program else (False,), kernels.items()):
+        together = coalesce.fuse(programs, within_program=within, choose_kernel=choice)
+        yield in_graph(together, tenants.inputs, ", ".join(filter(None, ["within_program" if within else "", name])))
+
+
+def in_graph(together: coalesce.Fused, requests: Sequence[Any], how: str = "") -> Candidate:
     """The fused program as one CUDA graph, launched without JAX: inputs and outputs lie where they lie, as PyTorch's
     do in its graphs."""
-    call = coalesce.fuse(traced(tenants)).staged().capture(tenants.inputs)
-    yield Candidate("captured", call, lambda own: own.results())
+    call = together.staged().capture(requests)
+    return Candidate(", ".join(filter(None, [how, "captured"])), call, lambda own: own.results())
 
 
 def by_pallas(op: HeavyOp, groups: int, platform: str) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import coalesce
-from experiments.methods import Candidate, Method, Options, Tenants
+from experiments.methods import Candidate, in_graph, Method, Options, Tenants
 
 Mix = Sequence[Tenants]  # one for each model
 
@@ -29,8 +30,9 @@ def fused(
     launches: bool = False,
     executables: int | None = None,
     side_by_side: bool | None = None,
+    captured: bool = False,
 ) -> Iterator[Candidate]:
-    """coalesce.fuse of all tenants, by its public call."""
+    """coalesce.fuse of all tenants, by its public call, and `captured`."""
     programs = [
         coalesce.trace(tenants.apply, params, *inputs, name=f"model {m} tenant {i}")
         for m, tenants in enumerate(mix)
@@ -62,3 +64,5 @@ def fused(
         "why_executables": report.why_executables,
     }
     yield Candidate("", lambda: together(requests), facts=facts)
+    if captured:
+        yield replace(in_graph(together, requests), facts=facts)

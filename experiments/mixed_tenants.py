@@ -9,9 +9,9 @@ Times a round of all tenants of a set of models, and ten in a row: one ahead-of-
 one fused program a model (`per_family`), and all in one fused program. `auto` packs across families, and runs them side
 by side, where the cost model predicts a gain; `always` packs wherever it is legal. `never` does neither, `beside` is
 `never` with families side by side, and `turns` is `auto` without. `launches` is `auto` with kernel launches that ops of
-different shapes share as they are. Launches and side by side there are on a GPU alone. A cell is one set; see
-tenant_scaling for how a cell is measured and how a second run goes on. Models are smaller on a CPU (--sizes); the
-header says what was set.
+different shapes share as they are. Launches and side by side there are on a GPU alone, where each of these but the
+first is also tried as CUDA graphs that are launched without JAX. A cell is one set; see tenant_scaling for how a cell
+is measured and how a second run goes on. Models are smaller on a CPU (--sizes); the header says what was set.
 """
 
 from __future__ import annotations
@@ -88,12 +88,13 @@ def mix_of(items: Sequence[str], fields: dict[str, dict[str, Any]]) -> Mix:
 def chosen_methods() -> dict[str, Method[Mix]]:
     sequential = partial(methods.sequential, own_executables=settings.own_executables())
     # within one program few kernels are independent: tried, since what others are compared with is to be at its best
-    per_family = partial(methods.fused, side_by_side=jax.default_backend() == "gpu")
+    on_gpu = jax.default_backend() == "gpu"
+    per_family = partial(methods.fused, side_by_side=on_gpu, captured=on_gpu)
     configured: dict[str, Method[Mix]] = {
         "sequential": partial(mixed_methods.one_by_one, method=sequential),
         "per_family": partial(mixed_methods.one_by_one, method=per_family),
     }
-    fused = partial(mixed_methods.fused, waste_bound=FLAGS.waste_bound)
+    fused = partial(mixed_methods.fused, waste_bound=FLAGS.waste_bound, captured=on_gpu)
     configured["never"] = partial(fused, policy="never", side_by_side=False)
     configured["beside"] = partial(fused, policy="never", side_by_side=True)
     configured["turns"] = partial(fused, policy="auto", side_by_side=False)

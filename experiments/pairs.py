@@ -53,14 +53,18 @@ def reference(cell: Cell) -> list[np.ndarray]:
     return on_host(next(methods.sequential(cell.tenants, cell.options[-1])))
 
 
-def coalesced(cell: Cell, within_program: bool = False, try_pallas: bool = True) -> Configurations:
+def coalesced(
+    cell: Cell, within_program: bool = False, try_pallas: bool = True, called: bool = False
+) -> Configurations:
     """coalesce.fuse by its public calls, with a tenant's own inputs and outputs or with stacks of them, as peers leave
-    theirs in stacks, and on a GPU captured, as they leave them in buffers of a CUDA graph; there with Pallas kernels
-    too, wherever they run."""
+    theirs in stacks. On a GPU captured, as they leave them in buffers of a CUDA graph, and as JAX calls it only if it
+    is to be `called` too, which was slower for every model; there with Pallas kernels too, wherever they run."""
     pallas = {"Pallas kernels": methods.by_pallas} if try_pallas and jax.default_backend() == "gpu" else {}
     kernels = {**methods.OWN_CHOICE, **pallas}
     if jax.default_backend() == "gpu":
-        yield {}, lambda: methods.captured(cell.tenants, {})
+        yield {}, lambda: methods.captured(cell.tenants, within_program, kernels)
+        if not called:
+            return
     yield from with_options(
         lambda tenants, options: methods.fused(tenants, options, within_program, kernels, True), cell
     )
