@@ -11,6 +11,7 @@ import pytest
 
 import coalesce
 from coalesce.errors import CaptureError
+from coalesce.models import by_name
 from tests.test_gpu import fused_of, setup
 
 pytestmark = [
@@ -95,6 +96,16 @@ def test_families_run_side_by_side():
     for _ in range(20):
         captured()
     near(captured.results(), want)
+
+
+def test_results_may_be_parts_of_one_array():
+    """XLA would take the slices into the call that ends a capture."""
+    both = [(by_name("mlp", width=width), width) for width in (64, 60, 56)]
+    given = [(m, m.init(jax.random.key(w)), m.example(jax.random.key(w))) for m, w in both]
+    found = [coalesce.trace(m.apply, p, *x, name=f"t{i}") for i, (m, p, x) in enumerate(given)]
+    staged = coalesce.fuse(found, policy="always").staged()
+    requests = [x for _, _, x in given]
+    near(staged.capture(requests)().results(), staged.unstage(staged(staged.stage(requests))))
 
 
 def test_what_looks_at_a_value_cannot_be_captured():

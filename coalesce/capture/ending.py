@@ -165,12 +165,13 @@ def register() -> None:
 
 
 def ends(function: Callable[..., Sequence[jax.Array]]) -> Callable[..., tuple[Any, ...]]:
-    """`function`, whose arrays are followed by a number that means nothing: without it nobody needs the last call."""
+    """`function`, whose arrays are followed by a number that means nothing: without it nobody needs the last call. XLA
+    may make one operation of a call and the slices that it reads; not across a barrier."""
 
     register()
 
     def ended(*arguments: Any) -> tuple[Any, ...]:
-        results = list(function(*arguments))
+        results = jax.lax.optimization_barrier(list(function(*arguments)))
         last = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct((1,), jnp.uint32))(*results)
         return *results, last
 
