@@ -41,6 +41,7 @@ def fuse(
     tuned: Database | str | Path | bool | None = None,
     executables: int | None = None,
     side_by_side: bool | np.bool_ | None = None,
+    captured: bool | np.bool_ = False,
     platform: str | None = None,
     without: Sequence[str] = (),
     strict: bool = False,
@@ -72,6 +73,8 @@ def fuse(
       side_by_side: whether independent kernels run at once on a GPU, as branches of one CUDA graph: those of different
         families above all, which then share no memory for what they compute on the way. None: where it is predicted to
         win for several families, also over what they could share by `policy` "auto".
+      captured: whether it is planned for `Staged.capture`, which launches it without JAX: what a launch costs the host
+        is no reason then to pack families together, or to cut the program. On a CPU it makes no difference.
       platform: what kernels are chosen for; the default backend's unless given.
       without: passes to leave out, of `coalesce.compile.OPTIONAL_PASSES`: to see what each brings, or is to blame for.
       strict: run JAX's own type check after every pass (for tests and for writing passes; slow).
@@ -88,7 +91,7 @@ def fuse(
     programs = list(programs)
     check_names(programs)
     check_options(policy, waste_bound, costs, choose_kernel, platform, without)
-    check_executables(executables, side_by_side)
+    check_executables(executables, side_by_side, captured)
     check_usable(programs)
     passes = [run for run in PROGRAM_PASSES if name_of(run) not in without]
     memo: dict[int, Normalised] = {}
@@ -104,10 +107,11 @@ def fuse(
         check_wide(normalised[-1])
     bundle = Bundle(tuple(p.name for p in programs), find_families(normalised, leaves))
     measured = default_tuned(tuned, platform)
+    predicted = costs or default_costs(platform, measured)
     steps = plan(
         bundle,
         platform=platform or jax.default_backend(),
-        costs=costs or default_costs(platform, measured),
+        costs=predicted.captured if captured else predicted,
         policy=policy,
         waste_bound=waste_bound,
         choice=choose_kernel,
@@ -117,6 +121,7 @@ def fuse(
         pack_unbounded_loops=pack_unbounded_loops,
         executables=executables,
         beside=None if side_by_side is None else bool(side_by_side),  # NumPy's too
+        captured=bool(captured),
         without=without,
     )
     histories = tuple(memo[id(p.jaxpr)] for p in programs)
@@ -155,13 +160,15 @@ def check_options(policy: Any, waste_bound: Any, costs: Any, choose_kernel: Any,
         raise PlanError(f"without is {without!r}; a list of passes is wanted, of {', '.join(OPTIONAL_PASSES)}")
 
 
-def check_executables(executables: Any, side_by_side: Any) -> None:
+def check_executables(executables: Any, side_by_side: Any, captured: Any) -> None:
     if executables is not None and (not isinstance(executables, int | np.integer) or executables < 1):
         raise PlanError(f"executables is {executables!r}; a program is compiled in one or more, or None for what wins")
     if side_by_side is not None and not isinstance(side_by_side, bool | np.bool_):
         raise PlanError(f"side_by_side is {side_by_side!r}; expected True, False, or None for what wins")
     if side_by_side and (executables or 1) > 1:
         raise PlanError(f"side_by_side=True is one executable, and executables is {executables}; leave one of them out")
+    if not isinstance(captured, bool | np.bool_):
+        raise PlanError(f"captured is {captured!r}; expected True or False")
 
 
 def check_names(programs: Sequence[Program]) -> None:

@@ -111,7 +111,8 @@ class Staged:
         where they are for every launch; `requests` are the first. It has memory of its own for these and for what it
         computes on the way, and reads the same weights. Before the first launch its outputs mean nothing.
 
-        Families that share no kernel run at once where the plan has them side by side.
+        Families that share no kernel run at once where the plan has them side by side; `fuse(captured=True)` plans so
+        that they do where that wins.
 
         Raises:
           InvalidInput: an input is not what its tenant was traced with.

@@ -127,7 +127,10 @@ def fused(
         if staged:
             yield in_stacks(together, tenants, options, how)
         if captured:
-            yield in_graph(together, tenants.inputs, how)
+            again = coalesce.fuse(
+                programs, within_program=within, choose_kernel=choice, side_by_side=beside, captured=True
+            )
+            yield in_graph(again, tenants.inputs, how)
 
 
 def traced(tenants: Tenants) -> list[coalesce.Program]:
@@ -150,7 +153,7 @@ def captured(
     """coalesce.fuse as one CUDA graph, and by nothing else."""
     programs = traced(tenants)
     for within, (name, choice) in product((False, True) if within_program else (False,), kernels.items()):
-        together = coalesce.fuse(programs, within_program=within, choose_kernel=choice)
+        together = coalesce.fuse(programs, within_program=within, choose_kernel=choice, captured=True)
         yield in_graph(together, tenants.inputs, ", ".join(filter(None, ["within_program" if within else "", name])))
 
 

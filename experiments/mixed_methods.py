@@ -38,18 +38,25 @@ def fused(
         for m, tenants in enumerate(mix)
         for i, (params, inputs) in enumerate(zip(tenants.params, tenants.inputs, strict=True))
     ]
-    together = coalesce.fuse(
-        programs,
-        policy=policy,
-        waste_bound=waste_bound,
-        launches=launches,
-        executables=executables,
-        side_by_side=side_by_side,
-    )
+    options_of_plan: dict[str, Any] = {
+        "policy": policy,
+        "waste_bound": waste_bound,
+        "launches": launches,
+        "executables": executables,
+        "side_by_side": side_by_side,
+    }
+    together = coalesce.fuse(programs, **options_of_plan)
     together.compile(options)
     requests = [inputs for tenants in mix for inputs in tenants.inputs]
+    yield Candidate("", lambda: together(requests), facts=facts_of(together))
+    if captured:
+        again = coalesce.fuse(programs, **options_of_plan, captured=True)
+        yield replace(in_graph(again, requests), facts=facts_of(again))
+
+
+def facts_of(together: coalesce.Fused) -> dict[str, Any]:
     report = together.report
-    facts = {
+    return {
         "heavy_ops": report.heavy_ops,
         "superkernels": report.superkernels,
         "superkernels_across": report.superkernels_across,
@@ -63,6 +70,3 @@ def fused(
         "executables": report.executables,
         "why_executables": report.why_executables,
     }
-    yield Candidate("", lambda: together(requests), facts=facts)
-    if captured:
-        yield replace(in_graph(together, requests), facts=facts)

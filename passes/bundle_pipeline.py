@@ -65,6 +65,7 @@ def bundle_passes(
     pack_unbounded_loops: bool = False,
     executables: int | None = None,
     beside: bool | None = None,
+    captured: bool = False,
 ) -> tuple[BundlePass, ...]:
     # families as wide lanes: every equation in order, a pack for each heavy op of a family
     first = (partial(form_packs, within_program=within_program, pack_unbounded_loops=pack_unbounded_loops),)
@@ -72,7 +73,7 @@ def bundle_passes(
     may_launch = partial(can_launch, choice=choice, platform=platform, tuned=tuned) if by_gain else no_launch
     if executables is not None and executables > 1:
         beside = False  # they run in turns
-    apart = (partial(part_families, platform=platform, costs=costs, wanted=beside),)
+    apart = (partial(part_families, platform=platform, costs=costs, wanted=beside, captured=captured),)
     across = (
         partial(cluster, waste_bound=waste_bound),  # which packs are near enough in shape
         # which of those run as one

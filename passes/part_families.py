@@ -8,7 +8,8 @@ A pack across families saves launches and fills a device that one family leaves 
 for the others at every pack; side by side they fill the device without that (`passes/side_by_side.py`). ResNets of 18
 and 50 layers took 653 us a round in turns on an H200, 685 packed and side by side, and 486 side by side alone. Eight
 small MLPs are better packed: there most of a round is launches. All packs of families that share any stay or go, since
-those that stay would hold them in step. And all stay where the program would run in turns all the same, because of what
+those that stay would hold them in step: what is captured (coalesce/capture) runs in turns then, since only what shares
+nothing is a branch of its graph. And all stay where the program would run in turns all the same, because of what
 other families take, or of a loop that is one on the device: it is part of no graph. Relies on: kernels take about as
 long as `align` predicts. Gives: `bundle.aligned` with less in it, and the reason in the records.
 """
@@ -28,7 +29,9 @@ from coalesce.passes.side_by_side import in_one_graph, launch_us, Rounds
 from coalesce.passes.unroll_loops import unroll_loops
 
 
-def part_families(bundle: Bundle, *, platform: str, costs: Costs, wanted: bool | None = None) -> Bundle:
+def part_families(
+    bundle: Bundle, *, platform: str, costs: Costs, wanted: bool | None = None, captured: bool = False
+) -> Bundle:
     """`wanted` as `side_by_side` has it."""
     if wanted is False or platform != "gpu" or not bundle.aligned:
         return bundle
@@ -37,7 +40,7 @@ def part_families(bundle: Bundle, *, platform: str, costs: Costs, wanted: bool |
     found = bundle
     for families in dict.fromkeys(home.values()):
         own = tuple(item for item in schedule if families_of([item])[0] in families)
-        found = parted(found, families, own, costs)
+        found = parted(found, families, own, costs, captured)
     return found if found is bundle or wanted or runs_beside(found, costs) else bundle
 
 
@@ -51,7 +54,7 @@ def runs_beside(bundle: Bundle, costs: Costs) -> bool:
     return together.both < (1 - costs.margin) * turns.both
 
 
-def parted(bundle: Bundle, families: Families, own: Schedule, costs: Costs) -> Bundle:
+def parted(bundle: Bundle, families: Families, own: Schedule, costs: Costs, captured: bool) -> Bundle:
     """With or without what those families share; `own` is all that they run."""
     found = stretches(own, bundle.families, costs)
     if not all(stretch.graph for stretch in found):
@@ -60,7 +63,8 @@ def parted(bundle: Bundle, families: Families, own: Schedule, costs: Costs) -> B
     groups = [group for group in bundle.aligned if group.places[0][0] in families]
     packed = pack(replace(bundle, schedule=own, aligned=tuple(groups))).schedule
     found = stretches(packed, bundle.families, costs)
-    kept = min(ways(packed, found, bundle.families, costs), key=lambda way: way.both)
+    beside, in_turns = ways(packed, found, bundle.families, costs)
+    kept = in_turns if captured else min(beside, in_turns, key=lambda way: way.both)
     if apart.both >= (1 - costs.margin) * turns.both or kept.both <= apart.both:
         return bundle
     why = (

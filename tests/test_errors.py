@@ -163,7 +163,7 @@ def test_options_that_mean_nothing(options, text):
 
 
 @pytest.mark.parametrize(
-    "option", ["policy", "waste_bound", "costs", "choose_kernel", "executables", "side_by_side", "platform"]
+    "option", ["policy", "waste_bound", "costs", "choose_kernel", "executables", "side_by_side", "captured", "platform"]
 )
 def test_options_of_another_type(option):
     wrong: Any = {option: {}}

@@ -148,6 +148,28 @@ def test_what_launches_cost_keeps_packs():
     assert planned(*sizes, rows=2, policy="never").report.predicted_gain_us == 0.0
 
 
+def test_what_is_captured_is_planned_for_the_device_alone():
+    """A long and a short tower: their launches hide nothing, and cost nothing, once they are branches of one graph."""
+    sizes = [(64, 6), (48, 24)]
+    assert [planned(*sizes, captured=own).report.side_by_side for own in (False, True)] == [False, True]
+    alike = planned((64, 6), (60, 12), captured=True).report  # whose packs take no longer than the longer of them
+    assert (alike.superkernels_across, alike.components) == (6, 1)
+    assert planned((4096, 12), (8192, 6), rows=4096, captured=True).report.executables == 1
+    assert str(planned(*sizes, platform="cpu", captured=np.bool_(True))) == str(planned(*sizes, platform="cpu"))
+
+
+def test_what_shares_a_kernel_is_no_branch_of_a_captured_graph():
+    """Three products of 40 us and three of 30, the first two of which take 35 as one. XLA's graph has the others side
+    by side behind it, 115 us in all; one that is captured has everything in turns, and rather shares nothing."""
+    both = align(formed(layers(8, 3), layers(7, 3)), costs=FREE, policy="always")
+    key = next(iter(packs(pack(both).schedule))).op.key
+    alone = timed(both, FREE, {0: 40.0, 1: 30.0}).measured
+    costs = Costs(FREE.device, {**alone, (key, "batched_dot", 2, 1): 35.0})
+    before = replace(both, aligned=both.aligned[:1])
+    assert part_families(before, platform="gpu", costs=costs) is before
+    assert part_families(before, platform="gpu", costs=costs, captured=True).aligned == ()
+
+
 def test_by_default_where_it_is_predicted_to_win():
     """Two towers whose kernels leave most of a GPU idle; not those that fill it, one alone, on a CPU, or in turns."""
     small = planned((512, 12), (1024, 12))

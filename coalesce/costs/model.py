@@ -28,6 +28,11 @@ class Costs:
         self.tuned = tuned
         self.machine = Machine(device)
 
+    @property
+    def captured(self) -> Costs:
+        """Of programs that are launched without JAX."""
+        return Costs(self.device.captured, self.measured, self.tuned)
+
     def op(self, op: HeavyOp, groups: int, rows: int = 1, kernel: str | None = None) -> float:
         """One superkernel that runs `groups` problems of `op`, with `rows` lanes folded into each.
 
