@@ -14,7 +14,7 @@ import pytest
 import coalesce
 from coalesce.runtime import device as device_module
 from coalesce.serving import store as store_module
-from coalesce.serving.captured import CapturedExecutable, make_executable, may_capture, SEATS
+from coalesce.serving.captured import CapturedExecutable, Capturing, may_capture, SEATS
 from coalesce.serving.executable import Executable
 from tests.alone import array
 from tests.fake_graphs import FakeAside
@@ -24,7 +24,7 @@ from tests.serving_models import tenants
 
 def captured_of(served: Serving) -> tuple[CapturedExecutable, FakeAside]:
     aside = FakeAside()
-    made = make_executable([served.lanes(2)], aside=aside)
+    made = Capturing(aside).made([served.lanes(2)])
     assert isinstance(made, CapturedExecutable)
     return made, aside
 
@@ -105,8 +105,11 @@ def test_inputs_that_cannot_be_staged_leave_the_seat():
 def test_what_cannot_be_captured_is_called_as_jax_does():
     serving, found = served("mlp")
     aside = FakeAside("it looks at a value")
-    made = make_executable([serving.lanes(2)], aside=aside)
+    capturing = Capturing(aside)
+    made = capturing.made([serving.lanes(2)])
     assert type(made) is Executable
+    aside.refuses = ""
+    assert type(capturing.made([serving.lanes(1)])) is Executable  # it is not tried again
     (got,) = serving.call(made, [(0, found[0][2])])
     assert_alone(got, found[0])
 

@@ -28,7 +28,7 @@ from coalesce.runtime.making import Making
 from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler import catalog
 from coalesce.scheduler.catalog import Catalog, Entry
-from coalesce.serving.captured import CapturedExecutable, make_executable
+from coalesce.serving.captured import Capturing
 from coalesce.serving.executable import Executable, Lanes
 from coalesce.serving.fit import Fit, Template
 from coalesce.serving.page_locked import can_leave
@@ -59,11 +59,9 @@ class Device:
         with self.here():
             measured = default_tuned(None, None)
             left = self.copies and can_leave(self.at)
-            self._aside = None if same else aside_of(self.at)
-            captured = self._aside is not None
-            costs = default_costs(None, measured)
+            self._capturing = Capturing(None if same else aside_of(self.at))
+            costs, captured = default_costs(None, measured), self._capturing.aside is not None
             self._options = Options(self.at.platform, costs, tuned=measured, left=left, captured=captured)
-        self._uncaptured: set[int] = set()  # families whose programs do what no CUDA graph can
         self.hosts: dict[Any, Host] = {}  # by the schema's key
         self._homes: dict[int, Home] = {}  # of each family
         self._families = itertools.count()
@@ -92,11 +90,7 @@ class Device:
 
     def compile(self, entries: tuple[Entry, ...], capacities: tuple[int, ...]) -> Executable:
         lanes = [self._lanes(*both) for both in zip(entries, capacities, strict=True)]
-        families = {entry.family for entry in entries}
-        aside = None if families & self._uncaptured else self._aside
-        made = make_executable(lanes, self.make, aside)
-        if aside is not None and len(families) == 1 and not isinstance(made, CapturedExecutable):
-            self._uncaptured |= families
+        made = self._capturing.made(lanes, self.make)
         if self.copies:
             run_first(Loaded(made, self._homes_of(entries)), capacities, self.at)
         return made

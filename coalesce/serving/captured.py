@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from coalesce.capture.ending import Around, ends
 from coalesce.errors import CaptureError
 from coalesce.lower import run_stacked
 from coalesce.serving.executable import bundle_of, compile_executable, Executable, Frame, frame_of, Lanes, picked
+from coalesce.serving.fit import Template
 from coalesce.serving.making import Jitted, Make, make_here
 from coalesce.serving.page_locked import has_processors
 from coalesce.serving.pool import Pool
@@ -200,14 +202,22 @@ def filled_of(seat: Seat, staging: Staging) -> Filled:
     return filled
 
 
-def make_executable(lanes: Sequence[Lanes], make: Make = make_here, aside: Aside | None = None) -> Executable:
-    """Captured where it can be, if there is a client for it."""
-    if aside is not None and may_capture(lanes):
-        try:
-            return capture_executable(lanes, make, aside)
-        except CaptureError as e:
-            LOG.info("called as JAX does: %s", e)
-    return compile_executable(lanes, make=make)
+class Capturing:
+    """Makes executables, captured where they can be, if there is a client for it; called on any thread."""
+
+    def __init__(self, aside: Aside | None) -> None:
+        self.aside = aside
+        self._never: WeakSet[Template] = WeakSet()  # what was tried and does what no CUDA graph can
+
+    def made(self, lanes: Sequence[Lanes], make: Make = make_here) -> Executable:
+        if self.aside is not None and may_capture(lanes) and not any(own.program in self._never for own in lanes):
+            try:
+                return capture_executable(lanes, make, self.aside)
+            except CaptureError as e:
+                LOG.info("called as JAX does: %s", e)
+                if len(lanes) == 1:
+                    self._never.add(lanes[0].program)
+        return compile_executable(lanes, make=make)
 
 
 def may_capture(lanes: Sequence[Lanes]) -> bool:
