@@ -10,6 +10,7 @@ On an NVIDIA GPU it is one CUDA graph (coalesce/capture). Elsewhere the same cal
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -21,6 +22,7 @@ from coalesce.capture.aside import Aside, Graph, Line, OPTIONS, place_of
 from coalesce.capture.ending import ends
 
 Stacks = list[list[Any]]  # of each family, in order, its inputs or outputs [L, ...], L its tenants
+MOVING = 64  # arrays on their way, of which nobody has waited for any
 Stacked = Callable[[Sequence[Any], Stacks], Stacks]  # (bank, inputs) -> outputs
 
 
@@ -124,11 +126,13 @@ class InGraph:
             programs.append(aside.load(compiled))
             places = jax.tree.map(place_of, (arguments, into))
             graphs.append(aside.capture(programs[-1], *places))
-        self._graph = Graph(self._line, graphs, (bank, programs))
+        self._graph, self._bank = Graph(self._line, graphs, programs), bank
         self._line.follow(jax.tree.leaves((arguments, self._outputs)))
 
     def write(self, inputs: Stacks) -> None:
         line, arrays = self._line, jax.tree.leaves(inputs)
+        if len(self._moving) > MOVING:
+            self.wait()
         line.follow(arrays)
         with line.cuda:
             for x, to in zip(arrays, jax.tree.leaves(self._inputs), strict=True):
@@ -148,7 +152,7 @@ class InGraph:
 
     def __del__(self) -> None:
         """Else JAX would give memory that is written to, or read, to somebody else."""
-        if hasattr(self, "_graph"):
+        if hasattr(self, "_graph") and not sys.is_finalizing():
             self._line.wait()
 
 

@@ -126,15 +126,17 @@ class Staged:
     def _running(self, inputs: Stacks) -> Running:
         parts = [list(range(len(self._bundle.families)))]
         if self._bundle.beside:
-            parts = [own.families for own in components(self._bundle.schedule)]
+            found = [list(own.families) for own in components(self._bundle.schedule)]
+            rest = set(parts[0]).difference(*found)  # that compute nothing
+            parts = [*found[1:], [*found[0], *rest]] if found else parts
         asides = [aside_of(self._device, number) for number in range(len(parts))]
-        found = [aside for aside in asides if aside is not None]
-        if not found:
+        clients = [aside for aside in asides if aside is not None]
+        if not clients:
             self.compile()
             return ByCall(self, inputs)
         with J.precision_as_traced():
             outputs = jax.eval_shape(self._function, bank_structs(self._bundle), self._structs)
-        return InGraph(self._function, self._bank, inputs, outputs, parts, found, compile_donating)
+        return InGraph(self._function, self._bank, inputs, outputs, parts, clients, compile_donating)
 
     def compile(self, compiler_options: dict[str, Any] | None = None) -> Any:
         """Compile ahead of time, for later calls too; returns JAX's Compiled, or a `Chain` of several.

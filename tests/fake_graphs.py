@@ -12,7 +12,7 @@ import numpy as np
 
 from coalesce.capture import ending
 from coalesce.capture.aside import Aside, check_order, is_place, Line, Place
-from coalesce.capture.cuda import Cuda
+from coalesce.capture.cuda import Cuda, Owned
 from coalesce.capture.ending import Around, NOTHING, TARGET
 from coalesce.errors import CaptureError
 
@@ -20,12 +20,15 @@ jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(ending.execute), platform=
 
 
 class Library:
-    """Stands for libcuda. What is launched runs at once."""
+    """Stands for libcuda. What is launched runs at once or, if that is `late`, when somebody waits for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, late: bool = False) -> None:
         self.calls: list[str] = []
+        self.late = late
+        self.queue: list[Callable[[], object]] = []
         self.memory: dict[int, Any] = {}  # by address
-        self.graphs: dict[int, Callable[[], None]] = {}
+        self.graphs: dict[int, Callable[[], object]] = {}
+        self.children: dict[int, list[int]] = {}  # of graphs of graphs
         self.broken: str = ""  # what fails
 
     def __getattr__(self, name: str) -> Any:
@@ -54,20 +57,39 @@ class Library:
     do_cuMemFreeHost = do_cuMemFree_v2
 
     def do_cuMemcpyAsync(self, to: Any, source: Any, nbytes: Any, stream: Any) -> None:
-        ctypes.memmove(to.value, source.value, nbytes.value)
+        self.soon(lambda: ctypes.memmove(to.value, source.value, nbytes.value))
+
+    def soon(self, does: Callable[[], object]) -> None:
+        self.queue.append(does)
+        if not self.late:
+            self.do_cuStreamSynchronize()
+
+    def do_cuStreamSynchronize(self, *_: Any) -> None:
+        while self.queue:
+            self.queue.pop(0)()
+
+    do_cuEventSynchronize = do_cuEventQuery = do_cuStreamSynchronize
+
+    def do_cuGraphCreate(self, made: Any, flags: int) -> None:
+        made._obj.value = number = 1000 + len(self.children)
+        self.children[number] = []
+        self.graphs[number] = lambda: [self.graphs[child]() for child in self.children[number]]
+
+    def do_cuGraphAddChildGraphNode(self, node: Any, graph: Any, _: Any, count: Any, child: Any) -> None:
+        self.children[graph.value].append(child.value)
 
     def do_cuGraphInstantiateWithFlags(self, made: Any, graph: Any, flags: Any) -> None:
         made._obj.value = graph.value
 
     def do_cuGraphLaunch(self, graph: Any, stream: Any) -> None:
-        self.graphs[graph.value]()
+        self.soon(self.graphs[graph.value])
 
 
 class FakeAside(Aside):
     """One client for everything."""
 
-    def __init__(self, refuses: str = "") -> None:
-        self.library = Library()
+    def __init__(self, refuses: str = "", late: bool = False) -> None:
+        self.library = Library(late)
         super().__init__(None, Line(Cuda(self.library, self.library, 0)))
         self.captured = 0
         self.refuses = refuses  # why nothing can be captured
@@ -76,7 +98,7 @@ class FakeAside(Aside):
         check_order(compiled)
         return compiled
 
-    def capture(self, loaded: Any, arguments: Any, into: Sequence[Place], around: Around = NOTHING) -> c_void_p:
+    def capture(self, loaded: Any, arguments: Any, into: Sequence[Place], around: Around = NOTHING) -> Owned:
         if self.refuses:
             raise CaptureError(self.refuses)
         self.captured += 1
@@ -92,7 +114,7 @@ class FakeAside(Aside):
                 ctypes.memmove(to, source, nbytes)
 
         self.library.graphs[self.captured] = run
-        return c_void_p(self.captured)
+        return Owned(self.line.cuda, "cuGraphDestroy", c_void_p(self.captured))
 
 
 def lying_at(place: Place) -> np.ndarray:

@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 
 import coalesce
+from coalesce import staged as staged_module
 from coalesce.capture import ending
-from coalesce.capture.aside import aside_of, check_order, Graph, Line
-from coalesce.capture.cuda import Cuda, cuda_of
+from coalesce.capture.aside import aside_of, check_order, Graph, Line, undisturbed
+from coalesce.capture.cuda import Cuda, cuda_of, Owned
 from coalesce.capture.ending import Around, ends, Recording, TARGET
+from coalesce.captured import MOVING
 from coalesce.errors import CaptureError, InvalidInput
 from coalesce.staged import compile_donating
+from tests.fake_graphs import FakeAside
 from tests.test_staged import programs, requests_of, tenants
 
 GRAPH, STREAM, EXECUTABLE = 77, 5, 99
@@ -95,6 +98,78 @@ def test_a_cpu_has_no_driver_and_no_second_client():
     assert aside_of(device) is None
 
 
+# As graphs, on a CPU that stands for a GPU
+
+
+@pytest.fixture(params=[False, True], ids=["at once", "late"])
+def aside(monkeypatch, request):
+    made = FakeAside(late=request.param)
+    monkeypatch.setattr(staged_module, "aside_of", lambda device, number: made)
+    return made
+
+
+def test_a_graph_gives_what_a_call_does(aside):
+    found = tenants()
+    fused = coalesce.fuse(programs(found))
+    captured = fused.staged().capture(requests_of(found))
+    others = [tuple(map(doubled, own)) for own in requests_of(found)]
+    for requests in (requests_of(found), others, requests_of(found)):
+        for got, want in zip(captured(requests).results(), fused(requests), strict=True):
+            jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert aside.captured == 1 and aside.library.calls.count("cuGraphLaunch") == 3
+
+
+def test_branches_write_all_results(aside):
+    x, p = jnp.arange(12.0).reshape(3, 4), jnp.ones((4, 4)) / 3
+    functions = [lambda p, x: jnp.tanh(x @ p), lambda p, x: jnp.tanh(x @ p @ p) - x, lambda p, x: (x @ p) * 2]
+    found = [coalesce.trace(fn, p, x, name=f"t{i}") for i, fn in enumerate(functions)]
+    fused = coalesce.fuse(found, platform="gpu", policy="never", side_by_side=True, tuned=False)
+    captured = fused.staged().capture([(x,)] * 3)
+    assert aside.captured == len(functions)
+    for fn, got in zip(functions, captured().results(), strict=True):
+        np.testing.assert_allclose(got, fn(p, x), rtol=1e-5)
+    for fn, got in zip(functions, captured([(x + 1,)] * 3).results(), strict=True):
+        np.testing.assert_allclose(got, fn(p, x + 1), rtol=1e-5)
+
+
+def test_who_computes_nothing_has_results_or_there_is_no_graph(aside):
+    """It shares no kernel with anybody. XLA may copy what it gives back behind everything else."""
+    x, p = jnp.arange(12.0).reshape(3, 4), jnp.ones((4, 4)) / 3
+    functions = [lambda p, x: jnp.tanh(x @ p), lambda p, x: x]
+    found = [coalesce.trace(fn, p, x, name=f"t{i}") for i, fn in enumerate(functions)]
+    staged = coalesce.fuse(found, platform="gpu", policy="never", side_by_side=True, tuned=False).staged()
+    try:
+        captured = staged.capture([(x,)] * 2)
+    except CaptureError as e:
+        assert "behind its end" in str(e)
+        return
+    np.testing.assert_array_equal(captured().results()[1], x)
+
+
+def test_what_nobody_waits_for_does_not_pile_up(aside):
+    captured = (
+        coalesce.fuse([coalesce.trace(lambda p, x: x * p, 2.0, jnp.ones(3), name="a")])
+        .staged()
+        .capture([(jnp.ones(3),)])
+    )
+    for i in range(3 * MOVING):
+        captured([(jnp.full(3, float(i)),)])
+        assert len(captured._running._moving) <= MOVING + 1  # pyright: ignore
+    np.testing.assert_array_equal(captured.results()[0], np.full(3, 2.0 * (3 * MOVING - 1)))
+
+
+def test_it_is_waited_for_before_its_memory_goes(aside):
+    captured = (
+        coalesce.fuse([coalesce.trace(lambda p, x: x * p, 2.0, jnp.ones(3), name="a")])
+        .staged()
+        .capture([(jnp.ones(3),)])
+    )
+    captured()
+    assert bool(aside.library.queue) == aside.library.late
+    del captured
+    assert not aside.library.queue
+
+
 # What XLA calls
 
 
@@ -153,13 +228,31 @@ class Text:
         return self.text
 
 
+def test_ctrl_c_is_for_who_waits():
+    """XLA calls Python on the thread that captures: never the main one."""
+    driver, seen = cuda()[0], []
+
+    def capture() -> Owned:
+        seen.append(threading.current_thread().name)
+        return owned(driver, GRAPH)
+
+    undisturbed(capture)
+    assert seen == ["coalesce-capture"]
+    with pytest.raises(CaptureError, match="no"):
+        undisturbed(refuse)
+
+
+def refuse() -> Owned:
+    raise CaptureError("no")
+
+
 # A capture that fails
 
 
 def test_a_capture_that_cannot_begin_is_none():
     driver, calls = cuda(900, "cuStreamBeginCapture_v2")
     with Recording(driver) as recording:
-        recording.begin(STREAM)
+        assert not recording.begin(STREAM)  # so XLA is told to run nothing
         recording.end()
     assert calls == ["cuStreamBeginCapture_v2"]
     assert recording.graph is None and "error 900" in str(recording.error)
@@ -199,7 +292,7 @@ def test_one_is_recorded_at_a_time():
 def test_what_is_copied_around_a_program_is_part_of_it():
     driver, calls = cuda()
     with Recording(driver, Around([(1, 2, 3)], [(4, 5, 6), (7, 8, 9)])) as recording:
-        recording.begin(STREAM)
+        assert recording.begin(STREAM)
         calls.append("the program")
         recording.end()
     begin, copy, end = "cuStreamBeginCapture_v2", "cuMemcpyAsync", "cuStreamEndCapture"
@@ -212,7 +305,7 @@ def test_what_is_copied_around_a_program_is_part_of_it():
 
 def test_several_that_run_at_once_are_one_graph():
     driver, calls = cuda()
-    graph = Graph(Line(driver), [c_void_p(1), c_void_p(2)], None)
+    graph = Graph(Line(driver), [owned(driver, 1), owned(driver, 2)], None)
     assert calls.count("cuGraphAddChildGraphNode") == 2
     assert calls.count("cuGraphDestroy") == 3  # none is needed any more
     calls.clear()
@@ -223,9 +316,20 @@ def test_several_that_run_at_once_are_one_graph():
     assert calls == ["cuCtxPushCurrent_v2", "cuGraphExecDestroy", "cuCtxPopCurrent_v2"]
 
 
+def owned(driver: Cuda, number: int) -> Owned:
+    return Owned(driver, "cuGraphDestroy", c_void_p(number))
+
+
+def test_a_graph_that_cannot_be_made_is_a_capture_that_failed():
+    driver, calls = cuda(2, "cuGraphInstantiateWithFlags")
+    with pytest.raises(CaptureError, match="error 2"):
+        Graph(Line(driver), [owned(driver, 1), owned(driver, 2)], None)
+    assert calls.count("cuGraphDestroy") == 3  # also of the one that was to hold both
+
+
 def test_a_launch_that_fails_says_so():
     driver, calls = cuda(700, "cuGraphLaunch")
-    graph = Graph(Line(driver), [c_void_p(1)], None)
+    graph = Graph(Line(driver), [owned(driver, 1)], None)
     assert "cuGraphAddChildGraphNode" not in calls
     with pytest.raises(RuntimeError, match="cuGraphLaunch with error 700"):
         graph.launch()

@@ -14,16 +14,17 @@ import pytest
 import coalesce
 from coalesce.runtime import device as device_module
 from coalesce.serving import store as store_module
-from coalesce.serving.captured import CapturedExecutable, Capturing, may_capture, SEATS
+from coalesce.serving.captured import CapturedExecutable, Capturing, lost, may_capture, SEATS
 from coalesce.serving.executable import Executable
+from coalesce.serving.store import Preparer
 from tests.alone import array
 from tests.fake_graphs import FakeAside
 from tests.serving import assert_alone, CPU, fit_of, results, serve, Serving
 from tests.serving_models import tenants
 
 
-def captured_of(served: Serving) -> tuple[CapturedExecutable, FakeAside]:
-    aside = FakeAside()
+def captured_of(served: Serving, late: bool = False) -> tuple[CapturedExecutable, FakeAside]:
+    aside = FakeAside(late=late)
     made = Capturing(aside).made([served.lanes(2)])
     assert isinstance(made, CapturedExecutable)
     return made, aside
@@ -122,6 +123,11 @@ def test_one_that_cannot_be_captured_again_is_called_as_jax_does(caplog):
     assert_alone(got, found[0])
     assert "no memory" in caplog.text
     assert not aside.library.calls.count("cuGraphLaunch")
+    aside.refuses = ""
+    for _ in range(2 * SEATS):
+        (got,) = called(serving, executable, [0], found)
+        assert_alone(got, found[0])
+    assert len(executable.free) == SEATS - 1  # that seat is not tried again
 
 
 def test_a_call_that_failed_frees_its_seat_when_it_has_ended():
@@ -132,13 +138,59 @@ def test_a_call_that_failed_frees_its_seat_when_it_has_ended():
     aside.library.broken = "cuGraphLaunch"
     with pytest.raises(RuntimeError, match="error 700"):
         executable.run([serving.store.bank], [None], filled)
-    aside.library.broken = "cuEventSynchronize"
+    aside.library.broken = "cuStreamSynchronize"
     executable.take_back_failed(filled)
-    assert len(executable.free) == SEATS - 1  # what it did is not known
+    assert len(executable.free) == SEATS - 1 and lost.pop() is filled  # what it did is not known
     aside.library.broken = ""
     other = executable.stage([[serving.lane(0, found[0][2])]])
     executable.take_back_failed(other)
     assert len(executable.free) == SEATS - 1
+
+
+def test_a_launch_that_fails_half_way_is_waited_for():
+    serving, found = served("mlp")
+    executable, aside = captured_of(serving, late=True)
+    filled = executable.stage([[serving.lane(0, found[0][2])]])
+    aside.library.broken = "cuEventRecord"
+    with pytest.raises(RuntimeError, match="error 700"):
+        executable.run([serving.store.bank], [None], filled)
+    assert aside.library.queue  # its graph was launched
+    executable.take_back_failed(filled)
+    assert not aside.library.queue and len(executable.free) == SEATS
+
+
+@pytest.mark.parametrize("broken", ["cuMemAlloc_v2", "cuMemHostAlloc", "cuGraphInstantiateWithFlags"])
+def test_without_memory_it_is_called_as_jax_does(broken):
+    serving, found = served("mlp")
+    aside = FakeAside()
+    aside.library.broken, capturing = broken, Capturing(aside)
+    made = capturing.made([serving.lanes(2)])
+    assert type(made) is Executable and not aside.library.memory
+    (got,) = serving.call(made, [(0, found[0][2])])
+    assert_alone(got, found[0])
+    aside.library.broken = ""
+    again = capturing.made([serving.lanes(1)])
+    assert (type(again) is Executable) == (broken == "cuGraphInstantiateWithFlags")  # may be the program's fault
+
+
+def test_a_bank_is_written_to_when_who_reads_it_has_ended(monkeypatch):
+    """Graphs that run when somebody waits for them: who wrote without would change what they read."""
+    aside = FakeAside(late=True)
+    monkeypatch.setattr(store_module, "line_of", lambda device: aside.line)
+    fn, p, x = tenants("mlp", 1)[0]
+    _, other, _ = tenants("mlp", 2)[1]
+    fits = [fit_of(fn, p, x), fit_of(fn, other, x)]
+    serving = serve(fits[:1], capacity=1, options=dataclasses.replace(CPU, captured=True))
+    made = Capturing(aside).made([serving.lanes(1)])
+    filled = made.stage([[serving.lane(0, x)]])
+    outputs = made.run([serving.store.bank], [None], filled)
+    assert aside.library.queue
+    serving.store.write(0, Preparer(serving.schema)(fits[1]))
+    (stacks,) = made.fetch(outputs)
+    assert_alone(results(fits[0], [y[0] for y in stacks]), (fn, p, x))
+    made.take_back(filled)
+    (stacks,) = made.fetch(made.run([serving.store.bank], [None], made.stage([[serving.lane(0, x)]])))
+    assert_alone(results(fits[1], [y[0] for y in stacks]), (fn, other, x))
 
 
 def test_memory_is_given_back():

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable, Sequence
-from ctypes import c_void_p
-from functools import cache
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from coalesce import jaxpr as J
-from coalesce.capture.cuda import Cuda, cuda_of, follows
-from coalesce.capture.ending import Around, NOTHING, Recording, register, TARGET
+from coalesce.capture.cuda import Cuda, cuda_of, follows, Owned
+from coalesce.capture.ending import Around, ends, NOTHING, Recording, register, TARGET
 from coalesce.errors import CaptureError
 
 # A CUDA graph cannot be launched while another is captured, so XLA is not to make any of its own.
@@ -44,8 +44,9 @@ class Line:
         jax.block_until_ready(left)
 
     def wait(self) -> None:
-        """Until all that was launched has ended."""
+        """Until all that was launched has ended, and been brought."""
         with self.cuda:
+            self.cuda.wait("cuStreamSynchronize", self.bringing)
             self.cuda.wait("cuStreamSynchronize", self.stream)
 
 
@@ -64,25 +65,30 @@ class Aside:
     def __init__(self, device: Any, line: Line) -> None:
         self._device, self.line = device, line
         self._there: Any = None  # the same GPU, as the other client has it
-        self._making = threading.Lock()
+        self._making = threading.RLock()
+        self._works = False
 
     def load(self, compiled: Any) -> Any:
         """What JAX has compiled of `ends(...)` with `OPTIONS`, for this client.
 
         Raises:
-          CaptureError: XLA runs something behind its end.
+          CaptureError: XLA runs something behind its end, or it cannot be loaded again.
         """
         check_order(compiled)
-        return J.loaded_at(compiled, self.there)
+        try:
+            return J.loaded_at(compiled, self.there)
+        except Exception as e:
+            raise CaptureError(f"the program cannot be loaded for another client: {type(e).__name__}: {e}") from e
 
     @property
     def there(self) -> Any:
-        with self._making:
-            if self._there is None:
-                (self._there,) = J.second_client(self._device).local_devices()
-            return self._there
+        if self._there is None:
+            with self._making:
+                if self._there is None:
+                    (self._there,) = J.second_client(self._device).local_devices()
+        return self._there
 
-    def capture(self, loaded: Any, arguments: Any, into: Sequence[Place], around: Around = NOTHING) -> c_void_p:
+    def capture(self, loaded: Any, arguments: Any, into: Sequence[Place], around: Around = NOTHING) -> Owned:
         """The CUDA graph of a program, which reads and writes these places, with what is copied `around` it.
 
         `loaded(*arguments, into)`, with an array for each `Place` in the pytree, gives its results and one more, in the
@@ -92,21 +98,58 @@ class Aside:
         Raises:
           CaptureError: the program does something that no CUDA graph can, such as to look at a value on the host.
         """
-        with self.line.cuda, Recording(self.line.cuda, around) as recording:
-            try:
-                reads, writes = jax.tree.map(self._seen, (arguments, list(into)), is_leaf=is_place)
-                made = loaded(*reads, writes)
-                jax.block_until_ready(made)
-            except Exception as e:
-                raise CaptureError(f"the program cannot be captured: {type(e).__name__}: {e}") from e
-        if recording.error is not None or recording.graph is None:
-            raise CaptureError(f"the program cannot be captured: {recording.error or 'XLA did not say where it runs'}")
+        with self._making:
+            if not self._works:
+                self._try()
+                self._works = True
+        return undisturbed(self._captured, loaded, arguments, into, around)
+
+    def _try(self) -> None:
+        """A program that does no harm: were nothing captured, the next one would run, and read what is not there."""
+        with self.line.cuda:
+            given, left = self.line.cuda.memory(4), self.line.cuda.memory(4)
+        struct = jax.ShapeDtypeStruct((1,), np.float32)
+        with jax.default_device(self._device):
+            jitted = jax.jit(ends(lambda x, into: [x + 1]), donate_argnums=1, keep_unused=True)
+            loaded = self.load(jitted.lower(struct, [struct]).compile(OPTIONS))
+        undisturbed(self._captured, loaded, (Place(given.address, struct),), [Place(left.address, struct)], NOTHING)
+
+    def _captured(self, loaded: Any, arguments: Any, into: Sequence[Place], around: Around) -> Owned:
+        made: Any = None
+        with self.line.cuda:
+            with Recording(self.line.cuda, around) as recording:
+                try:
+                    reads, writes = jax.tree.map(self._seen, (arguments, list(into)), is_leaf=is_place)
+                    made = loaded(*reads, writes)
+                    jax.block_until_ready(made)
+                except Exception as e:
+                    recording.error = recording.error or e
+            graph = None if recording.graph is None else Owned(self.line.cuda, "cuGraphDestroy", recording.graph)
+        if recording.error is not None or graph is None:
+            error = recording.error or RuntimeError("XLA did not say where it runs")
+            raise CaptureError(f"the program cannot be captured: {type(error).__name__}: {error}") from error
         if [x.unsafe_buffer_pointer() for x in made[:-1]] != [place.address for place in into]:
-            raise CaptureError("the program does not leave its results where it was told to")
-        return recording.graph
+            raise CaptureError("the program cannot be captured: it does not leave its results where it was told to")
+        return graph
 
     def _seen(self, place: Place) -> jax.Array:
         return J.view_at(place.address, place.struct.shape, place.struct.dtype, self.there)
+
+
+def undisturbed(does: Callable[..., Owned], *given: Any) -> Owned:
+    """Not on the main thread, on which Ctrl-C may raise anywhere: in what XLA calls it would be taken for a result."""
+    if threading.current_thread() is not threading.main_thread():
+        return does(*given)
+    done: list[Future[Owned]] = [Future()]
+
+    def run() -> None:
+        try:
+            done[0].set_result(does(*given))
+        except BaseException as e:
+            done[0].set_exception(e)
+
+    threading.Thread(target=run, name="coalesce-capture", daemon=True).start()
+    return done.pop().result()
 
 
 def is_place(x: Any) -> bool:
@@ -114,31 +157,29 @@ def is_place(x: Any) -> bool:
 
 
 class Graph:
-    """CUDA graphs of programs that were captured on one line, and run at once if they are several."""
+    """CUDA graphs of programs that were captured on one line, and run at once if they are several.
 
-    def __init__(self, line: Line, graphs: Sequence[c_void_p], holding: Any) -> None:
-        """`holding` is what has to be there: the programs, whose kernels these are, and whoever has the memory."""
-        self._line, self._holding = line, holding
+    CUDA keeps one that runs until it has ended. Whoever holds what it uses, but for the programs, waits for that.
+    """
+
+    def __init__(self, line: Line, graphs: Sequence[Owned], programs: Any) -> None:
+        """`programs` are those whose kernels these are. Raises CaptureError."""
+        self._line, self._programs = line, programs
         with line.cuda:
-            self._executable = line.cuda.executable(list(graphs))
-            for graph in graphs:
-                line.cuda("cuGraphDestroy", graph)
+            try:
+                made = line.cuda.executable([graph.handle for graph in graphs])
+            except RuntimeError as e:
+                raise CaptureError(f"the program cannot be captured: {e}") from e
+            self._executable = Owned(line.cuda, "cuGraphExecDestroy", made)
 
     def launch(self) -> None:
         """Returns before it has begun, unless so many are on their way that CUDA takes no more."""
         with self._line.cuda:
-            self._line.cuda.wait("cuGraphLaunch", self._executable, self._line.stream)
+            self._line.cuda.wait("cuGraphLaunch", self._executable.handle, self._line.stream)
 
     def launch_soon(self) -> None:
         """The same for who has few on their way, and is in the context of the driver already."""
-        self._line.cuda("cuGraphLaunch", self._executable, self._line.stream)
-
-    def __del__(self) -> None:
-        """CUDA keeps one that runs until it has ended; whoever holds what it uses waits for it."""
-        made = getattr(self, "_executable", None)
-        if made is not None:
-            with self._line.cuda:
-                self._line.cuda.library.cuGraphExecDestroy(made)
+        self._line.cuda("cuGraphLaunch", self._executable.handle, self._line.stream)
 
 
 def check_order(compiled: Any) -> None:
@@ -157,18 +198,26 @@ def check_order(compiled: Any) -> None:
             raise CaptureError(f"the program cannot be captured: this would run behind its end: {line.strip()[:120]}")
 
 
-@cache
+making = threading.RLock()  # a device has one line, whoever asks first
+lines: dict[Any, Line | None] = {}
+asides: dict[tuple[Any, int], Aside] = {}
+
+
 def line_of(device: Any) -> Line | None:
     """That of a JAX device; None of one that is no NVIDIA GPU."""
-    cuda = cuda_of(device)
-    if cuda is None:
-        return None
-    register()
-    return Line(cuda)
+    with making:
+        if device not in lines:
+            cuda = cuda_of(device)
+            if cuda is not None:
+                register()
+            lines[device] = None if cuda is None else Line(cuda)
+        return lines[device]
 
 
-@cache
 def aside_of(device: Any, number: int = 0) -> Aside | None:
     """A second client of a JAX device; those of other numbers are for what runs at once. None as `line_of`."""
-    line = line_of(device)
-    return None if line is None else Aside(device, line)
+    with making:
+        line = line_of(device)
+        if line is not None and (device, number) not in asides:
+            asides[device, number] = Aside(device, line)
+        return asides.get((device, number))

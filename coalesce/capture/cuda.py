@@ -15,6 +15,7 @@ import logging
 from ctypes import byref, c_int, c_size_t, c_uint64, c_void_p
 from functools import cache
 from typing import Any
+from weakref import finalize
 
 import numpy as np
 
@@ -56,28 +57,28 @@ class Cuda:
         self("cuStreamCreate", byref(made), NON_BLOCKING)
         return made
 
-    def event(self, sleeps: bool = False) -> c_void_p:
+    def event(self, sleeps: bool = False) -> Owned:
         """A new one; `sleeps`: whoever waits for it leaves its processor to others, and is woken up."""
         made = c_void_p()
         self("cuEventCreate", byref(made), NO_TIMING | (BLOCKING if sleeps else 0))
-        return made
+        return Owned(self, "cuEventDestroy_v2", made)
 
     def copy(self, to: int, source: int, nbytes: int, stream: c_void_p) -> None:
         """From anywhere to anywhere: page-locked memory of the host has an address of its own."""
         self("cuMemcpyAsync", c_void_p(to), c_void_p(source), c_size_t(nbytes), stream)
 
-    def memory(self, nbytes: int) -> Memory:
+    def memory(self, nbytes: int) -> Owned:
         """Of the device."""
         made = c_void_p()
         self.wait("cuMemAlloc_v2", byref(made), c_size_t(max(nbytes, 1)))
-        return Memory(self, "cuMemFree_v2", made)
+        return Owned(self, "cuMemFree_v2", made)
 
     def host_memory(self, count: int, dtype: np.dtype) -> np.ndarray:
         """Of the host, page-locked: the device copies it by itself. It is there as long as somebody looks at it."""
         made, nbytes = c_void_p(), max(count * dtype.itemsize, 1)
         self.wait("cuMemHostAlloc", byref(made), c_size_t(nbytes), 0)
         seen: Any = (ctypes.c_uint8 * nbytes).from_address(made.value or 0)
-        seen.owner = Memory(self, "cuMemFreeHost", made)
+        seen.owner = Owned(self, "cuMemFreeHost", made)
         return np.frombuffer(seen, dtype, count)
 
     def executable(self, graphs: list[c_void_p]) -> c_void_p:
@@ -87,10 +88,12 @@ class Cuda:
             self.wait("cuGraphInstantiateWithFlags", byref(made), graphs[0], c_uint64(0))
             return made
         self("cuGraphCreate", byref(whole), 0)
-        for graph in graphs:
-            self("cuGraphAddChildGraphNode", byref(node), whole, None, c_size_t(0), graph)
-        self.wait("cuGraphInstantiateWithFlags", byref(made), whole, c_uint64(0))
-        self("cuGraphDestroy", whole)
+        try:
+            for graph in graphs:
+                self("cuGraphAddChildGraphNode", byref(node), whole, None, c_size_t(0), graph)
+            self.wait("cuGraphInstantiateWithFlags", byref(made), whole, c_uint64(0))
+        finally:
+            self("cuGraphDestroy", whole)
         return made
 
 
@@ -109,19 +112,23 @@ def follows(stream: int, x: Any) -> bool:
     return True
 
 
-class Memory:
-    """Is given back when nobody holds it any more."""
+class Owned:
+    """What the driver has made: memory, an event, a graph. It is given back when nobody holds it any more, but not when
+    the interpreter ends."""
 
-    def __init__(self, cuda: Cuda, free: str, at: c_void_p) -> None:
-        self._cuda, self._free, self._at = cuda, free, at
+    def __init__(self, cuda: Cuda, free: str, handle: c_void_p) -> None:
+        self.handle = handle
+        finalize(self, give_back, cuda, free, handle).atexit = False
 
     @property
     def address(self) -> int:
-        return self._at.value or 0
+        """Of memory."""
+        return self.handle.value or 0
 
-    def __del__(self) -> None:
-        with self._cuda:
-            getattr(self._cuda.waiting, self._free)(self._at)
+
+def give_back(cuda: Cuda, free: str, handle: c_void_p) -> None:
+    with cuda:
+        getattr(cuda.waiting, free)(handle)
 
 
 @cache

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Sequence
-from ctypes import byref, c_int, c_size_t, c_uint32, c_void_p, POINTER
+from ctypes import byref, c_char_p, c_int, c_size_t, c_uint32, c_void_p, POINTER
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -26,7 +26,9 @@ from coalesce.capture.cuda import BY_ANY_THREAD, Cuda
 TARGET = "coalesce_capture"
 METADATA = 1  # XLA_FFI_Extension_Metadata: XLA asks what the function is
 VERSION_AT = 16  # of XLA_FFI_Api: its size and extensions, the version (24 bytes), internal functions, then pointers to
-STREAM_GET_AT = 80  # functions, of which XLA_FFI_Stream_Get is the fifth
+ERROR_CREATE_AT = 48  # functions, of which XLA_FFI_Error_Create is the first
+STREAM_GET_AT = 80  # and XLA_FFI_Stream_Get the fifth
+FAILED_PRECONDITION = 9  # XLA_FFI_Error_Code_FAILED_PRECONDITION
 
 
 class Version(ctypes.Structure):
@@ -59,8 +61,15 @@ class StreamGet(ctypes.Structure):
     _fields_ = (("size", c_size_t), ("extension", c_void_p), ("context", c_void_p), ("stream", c_void_p))
 
 
+class ErrorCreate(ctypes.Structure):
+    """What XLA_FFI_Error_Create takes."""
+
+    _fields_ = (("size", c_size_t), ("extension", c_void_p), ("message", c_char_p), ("code", c_int))
+
+
 Handler = ctypes.CFUNCTYPE(c_void_p, POINTER(Frame))
 GetStream = ctypes.CFUNCTYPE(c_void_p, POINTER(StreamGet))
+CreateError = ctypes.CFUNCTYPE(c_void_p, POINTER(ErrorCreate))
 
 
 class Around(NamedTuple):
@@ -74,9 +83,12 @@ NOTHING = Around()
 
 
 class Recording:
-    """What the program that runs now launches: one at a time in a process. In the context of `cuda`."""
+    """What the program that runs now launches: one at a time in a process. In the context of `cuda`.
 
-    _alone = threading.Lock()
+    Whoever runs such a program without one has `alone` meanwhile: each of them would be taken for this one.
+    """
+
+    alone = threading.Lock()
     now: Recording | None = None
 
     def __init__(self, cuda: Cuda, around: Around = NOTHING) -> None:
@@ -86,7 +98,7 @@ class Recording:
         self.error: Exception | None = None
 
     def __enter__(self) -> Recording:
-        self._alone.acquire()
+        self.alone.acquire()
         Recording.now = self
         return self
 
@@ -97,13 +109,15 @@ class Recording:
             if self._stream is not None:
                 self.end()
         finally:
-            self._alone.release()
+            self.alone.release()
 
-    def begin(self, stream: int) -> None:
-        if self._stream is None and self.graph is None:
+    def begin(self, stream: int) -> bool:
+        """Whether it has begun. Else the program must not run: what it reads may not be there."""
+        if self._stream is None and self.graph is None and self.error is None:
             if self._attempt(self._cuda, "cuStreamBeginCapture_v2", c_void_p(stream), BY_ANY_THREAD):
                 self._stream = stream
                 self._copy(self._around.before)
+        return self._stream is not None and self.error is None
 
     def end(self) -> None:
         if self._stream is not None:
@@ -121,7 +135,7 @@ class Recording:
         """XLA calls through C, where nothing can be raised."""
         try:
             does(*arguments)
-        except RuntimeError as e:
+        except Exception as e:
             self.error = self.error or e
             return False
         return True
@@ -143,11 +157,18 @@ def stream_of(frame: Any) -> int:
     return 0 if error else asked.stream or 0
 
 
+def error_of(frame: Any, message: bytes) -> int | None:
+    """One of XLA's, which takes it."""
+    asked = ErrorCreate(ctypes.sizeof(ErrorCreate), None, message, FAILED_PRECONDITION)
+    return CreateError(c_void_p.from_address(frame.api + ERROR_CREATE_AT).value or 0)(byref(asked))
+
+
 @Handler
-def initialize(pointer: Any) -> None:
+def initialize(pointer: Any) -> int | None:
     frame, recording = pointer.contents, Recording.now
-    if not tells_what_it_is(frame) and recording is not None:
-        recording.begin(stream_of(frame))
+    if tells_what_it_is(frame) or recording is None or recording.begin(stream_of(frame)):
+        return None
+    return error_of(frame, b"the capture did not begin")
 
 
 @Handler

@@ -5,8 +5,9 @@ launch a graph, which leaves its results on the host too, takes a tenth of that.
 call has a seat, with memory for its arguments and results on both sides and a graph that uses it, until its results
 were read. A bank is written in place, and graphs are captured anew only when it has grown.
 
-Where all seats are taken, the program is called as JAX calls it. One that is cut has registers that it hands on, one
-that runs as it is may look at values, and none may where a program always has the same kernels: these have no seats.
+Where all seats are taken, or there is no memory for one, the program is called as JAX calls it. One that is cut has
+registers that it hands on, one that runs as it is may look at values, and where a program always has the same kernels
+there is no other way than JAX's: these have no seats.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 from coalesce import jaxpr as J
 from coalesce.capture.aside import Aside, Graph, Place, place_of
 from coalesce.capture.cuda import NOT_READY
-from coalesce.capture.ending import Around, ends
+from coalesce.capture.ending import Around, ends, Recording
 from coalesce.errors import CaptureError
 from coalesce.lower import run_stacked
 from coalesce.serving.executable import bundle_of, compile_executable, Executable, Frame, frame_of, Lanes, picked
@@ -42,19 +43,28 @@ INTO = 2  # the argument that results are left in
 
 LOG = logging.getLogger("coalesce.runtime")
 
+lost: list[Any] = []  # memory of calls of which nobody knows whether they have ended
+
+
+class NoSeat(CaptureError):
+    """Another time there may be memory."""
+
 
 class Seat:
-    """What one call at a time uses."""
+    """What one call at a time uses. Raises NoSeat if there is no memory for it."""
 
     def __init__(self, aside: Aside, staging: Staging, returned: Returned) -> None:
         self._line = aside.line
         cuda, self._results = self._line.cuda, returned.structs
-        with cuda:
-            self.given = given = cuda.host_memory(staging.structs.size, WORD)  # what is staged
-            self._sent = cuda.memory(given.nbytes)
-            self._into = [cuda.memory(nbytes(part)) for part in self._results]
-            self._left = [cuda.host_memory(part.size, np.dtype(part.dtype)) for part in self._results]
-            self._arrived, self._ended = cuda.event(), cuda.event(sleeps=not has_processors())
+        try:
+            with cuda:
+                self.given = given = cuda.host_memory(staging.structs.size, WORD)  # what is staged
+                self._sent = cuda.memory(given.nbytes)
+                self._into = [cuda.memory(nbytes(part)) for part in self._results]
+                self._left = [cuda.host_memory(part.size, np.dtype(part.dtype)) for part in self._results]
+                self._arrived, self._ended = cuda.event(), cuda.event(sleeps=not has_processors())
+        except RuntimeError as e:
+            raise NoSeat(f"there is no memory for what a call brings and leaves: {e}") from e
         self._is_little = given.nbytes <= LITTLE
         self._brings = self._sent.address, given.ctypes.data, given.nbytes
         self._leaves = [
@@ -64,7 +74,6 @@ class Seat:
         self._argument = Place(self._sent.address, staging.structs)
         self._graph: Graph | None = None
         self._reads: Any = None  # where the banks lay when it was captured
-        self._held: Any = None  # what a call reads
 
     def capture(self, aside: Aside, program: Any, banks: Sequence[Sequence[Place]]) -> None:
         """For banks that lie there; raises CaptureError."""
@@ -82,29 +91,31 @@ class Seat:
     def fits(self, banks: Sequence[Sequence[jax.Array]]) -> bool:
         return self._reads == [[x.unsafe_buffer_pointer() for x in own] for own in banks]
 
-    def launch(self, banks: Sequence[Sequence[jax.Array]]) -> None:
-        """With what was staged; returns before it has begun."""
+    def launch(self) -> None:
+        """With what was staged; returns before it has begun. Whoever replaces a bank waits for the line first."""
         graph, line, cuda = self._graph, self._line, self._line.cuda
         assert graph is not None, "a seat without a graph"
-        self._held = [list(own) for own in banks]
         with cuda:
             if not self._is_little:  # while what was launched before runs
                 cuda.copy(*self._brings, line.bringing)
-                cuda("cuEventRecord", self._arrived, line.bringing)
-                cuda("cuStreamWaitEvent", line.stream, self._arrived, 0)
+                cuda("cuEventRecord", self._arrived.handle, line.bringing)
+                cuda("cuStreamWaitEvent", line.stream, self._arrived.handle, 0)
             graph.launch_soon()
-            cuda("cuEventRecord", self._ended, line.stream)
+            cuda("cuEventRecord", self._ended.handle, line.stream)
 
     def wait(self) -> None:
         """Until its results are here."""
         with self._line.cuda:
-            self._line.cuda.wait("cuEventSynchronize", self._ended)
-        self._held = None
+            self._line.cuda.wait("cuEventSynchronize", self._ended.handle)
+
+    def settle(self) -> None:
+        """Until nothing that it has begun is under way, however far a launch has come."""
+        self._line.wait()
 
     def is_ready(self) -> bool:
         """Whether `wait` returns at once, or raises."""
         with self._line.cuda:
-            return self._line.cuda.library.cuEventQuery(self._ended) != NOT_READY
+            return self._line.cuda.library.cuEventQuery(self._ended.handle) != NOT_READY
 
     def results(self) -> list[np.ndarray]:
         """Copies, as `Returned.structs` says."""
@@ -135,24 +146,26 @@ class CapturedExecutable(Executable):
 
     def run(self, banks: Sequence[Sequence[jax.Array]], pools: Sequence[Pool | None], filled: Filled) -> Any:
         """A seat, or what another executable gives."""
-        seat = filled.seat
+        seat, now = filled.seat, [list(own) for own in banks]  # which nobody frees until it is launched
         if seat is None:
-            return self._called(banks, filled)
+            return self._called(now, filled)
         try:
-            self._fit(seat, banks)
+            self._fit(seat, now)
         except CaptureError as e:
-            LOG.warning("called as JAX does: %s", e)
-            return self._called(banks, filled)
-        seat.launch(banks)
+            LOG.warning("called as JAX does, from now on where it would have had this seat: %s", e)
+            filled.seat = None
+            return self._called(now, filled)
+        seat.launch()
         return seat
 
     def _fit(self, seat: Seat, banks: Sequence[Sequence[jax.Array]]) -> None:
         if not seat.fits(banks):
             seat.capture(self.aside, self.program, [[place_of(x) for x in own] for own in banks])
 
-    def _called(self, banks: Sequence[Sequence[jax.Array]], filled: Filled) -> list[list[jax.Array]]:
+    def _called(self, banks: list[list[jax.Array]], filled: Filled) -> list[list[jax.Array]]:
         into = [np.zeros(part.shape, part.dtype) for part in self.returned.structs]
-        *results, _ = self.compiled([list(own) for own in banks], filled.arguments, into)
+        with Recording.alone:
+            *results, _ = self.compiled(banks, filled.arguments, into)
         return self.returned.as_packed(results)
 
     def make_ready(self, banks: Sequence[Sequence[jax.Array]]) -> None:
@@ -187,9 +200,10 @@ class CapturedExecutable(Executable):
             super().take_back_failed(filled)
             return
         try:
-            filled.seat.wait()
-        except Exception as e:  # nobody sits there any more
+            filled.seat.settle()
+        except Exception as e:
             LOG.info("memory of a call that failed is left alone: %s: %s", type(e).__name__, e)
+            lost.append(filled)
             return
         self.free.append(filled)
 
@@ -215,7 +229,7 @@ class Capturing:
                 return capture_executable(lanes, make, self.aside)
             except CaptureError as e:
                 LOG.info("called as JAX does: %s", e)
-                if len(lanes) == 1:
+                if len(lanes) == 1 and not isinstance(e, NoSeat) and "RESOURCE_EXHAUSTED" not in str(e):
                     self._never.add(lanes[0].program)
         return compile_executable(lanes, make=make)
 
@@ -235,12 +249,7 @@ def capture_executable(lanes: Sequence[Lanes], make: Make, aside: Aside) -> Capt
         raise CaptureError("what it is given cannot lie in one buffer")
     with J.precision_as_traced():
         made = make(partial(captured_recipe, tuple(own._replace(schema=own.schema.bank) for own in lanes)))
-    try:
-        program = aside.load(made)
-    except CaptureError:
-        raise
-    except Exception as e:  # what comes from JAX's cache may be for this client alone
-        raise CaptureError(f"the program cannot be loaded again: {type(e).__name__}: {e}") from e
+    program = aside.load(made)
     seats = [Seat(aside, frame.staging, frame.returned) for _ in range(SEATS)]
     # Nothing is read now, so the banks may lie anywhere. The first time loads the program's code.
     nowhere = [[Place(seats[0].address, struct) for struct in own.schema.structs(own.capacity)] for own in lanes]
