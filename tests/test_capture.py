@@ -258,6 +258,19 @@ def test_a_capture_that_cannot_begin_is_none():
     assert recording.graph is None and "error 900" in str(recording.error)
 
 
+def test_xla_runs_nothing_where_a_capture_does_not_begin():
+    """What the program reads may not be there. On a CPU what begins a capture is called in the program's place."""
+    stages = {"execute": jax.ffi.pycapsule(ending.initialize)}
+    jax.ffi.register_ffi_target("coalesce_capture_that_begins", stages, platform="cpu")
+    call = jax.ffi.ffi_call("coalesce_capture_that_begins", jax.ShapeDtypeStruct((1,), jnp.uint32))
+    run = jax.jit(lambda x: call(x + 1)).lower(jnp.ones(3)).compile()
+    jax.block_until_ready(run(jnp.ones(3)))  # of no recording
+    driver, calls = cuda(900, "cuStreamBeginCapture_v2")
+    with Recording(driver), pytest.raises((ValueError, RuntimeError), match="the capture did not begin"):
+        jax.block_until_ready(run(jnp.ones(3)))
+    assert calls == ["cuStreamBeginCapture_v2"]
+
+
 def test_a_stream_is_not_left_capturing():
     """A program that fails never comes to its end."""
     driver, calls = cuda(901, "cuStreamEndCapture")
