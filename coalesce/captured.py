@@ -17,12 +17,16 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from coalesce.capture.aside import Aside, Graph, Line, OPTIONS, place_of
+from coalesce.capture.cuda import Cuda
 from coalesce.capture.ending import ends
 
 Stacks = list[list[Any]]  # of each family, in order, its inputs or outputs [L, ...], L its tenants
 MOVING = 64  # arrays on their way, of which nobody has waited for any
+SPOTS = 2  # one is read while another is written
+ALIGNED = 64  # bytes
 Stacked = Callable[[Sequence[Any], Stacks], Stacks]  # (bank, inputs) -> outputs
 
 
@@ -30,7 +34,9 @@ Stacked = Callable[[Sequence[Any], Stacks], Stacks]  # (bank, inputs) -> outputs
 class Running(Protocol):
     """What is launched."""
 
-    def write(self, inputs: Stacks) -> None: ...
+    def write(self, inputs: Stacks) -> None:
+        """Of arrays on the device, or on the host."""
+        ...
 
     def launch(self) -> None: ...
 
@@ -45,19 +51,19 @@ class Captured:
     """`Staged.capture` makes it. One thread calls it at a time; several of them may be called on several threads."""
 
     def __init__(
-        self, running: Running, stage: Callable[[Any], Stacks], unstage: Callable[[Stacks], list[Any]]
+        self, running: Running, stacked: Callable[[Any], Stacks], unstage: Callable[[Stacks], list[Any]]
     ) -> None:
-        self._running, self._stage, self._unstage = running, stage, unstage
+        self._running, self._stacked, self._unstage = running, stacked, unstage
 
     def __call__(self, requests: Any = None) -> Captured:
         """Launch it, with other requests if they are given, and return itself before it has ended. It runs after
-        whatever was launched before.
+        whatever was launched before. Requests on the host are copied once there, and brought by the device itself.
 
         Raises:
           InvalidInput: an input is not what its tenant was traced with; nothing has changed then.
         """
         if requests is not None:
-            self._running.write(self._stage(requests))
+            self._running.write(self._stacked(requests))
         self._running.launch()
         return self
 
@@ -97,6 +103,31 @@ class ByCall:
         return self._outputs
 
 
+class Spot:
+    """Page-locked memory for the inputs of a round."""
+
+    def __init__(self, cuda: Cuda, nbytes: int) -> None:
+        self._memory, self._read = cuda.host_memory(nbytes, np.dtype(np.uint8)), cuda.event()
+
+    def bring(self, pairs: Sequence[tuple[np.ndarray, int]], line: Line) -> None:
+        """Arrays to addresses of the device, for what is launched from now on; returns before they are there."""
+        with line.cuda:
+            line.cuda.wait("cuEventSynchronize", self._read.handle)
+        start = 0
+        for x, to in pairs:
+            held = self._memory[start : start + x.nbytes]
+            np.copyto(held.view(x.dtype).reshape(x.shape), x)
+            with line.cuda:
+                line.cuda.copy(to, held.ctypes.data, x.nbytes, line.stream)
+            start += aligned(x.nbytes)
+        with line.cuda:
+            line.cuda("cuEventRecord", self._read.handle, line.stream)
+
+
+def aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNED) * ALIGNED
+
+
 class InGraph:
     """As a CUDA graph. `parts` are families by number, those that share no kernel with others apart from them; each
     part runs on an `Aside` of its own, and all at once."""
@@ -118,6 +149,7 @@ class InGraph:
         self._outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
         self._line: Line = asides[0].line
         self._moving: list[Any] = []  # what is on its way to where it is read
+        self._spots: list[Spot] = []  # made when they are needed
         arguments = (list(bank), self._inputs)
         graphs, programs = [], []
         for own, aside in zip(parts, asides, strict=False):
@@ -130,14 +162,28 @@ class InGraph:
         self._line.follow(jax.tree.leaves((arguments, self._outputs)))
 
     def write(self, inputs: Stacks) -> None:
-        line, arrays = self._line, jax.tree.leaves(inputs)
+        line, pairs = self._line, list(zip(jax.tree.leaves(inputs), jax.tree.leaves(self._inputs), strict=True))
         if len(self._moving) > MOVING:
             self.wait()
-        line.follow(arrays)
+        self._bring([(x, to) for x, to in pairs if isinstance(x, np.ndarray)])
+        there = [(x, to) for x, to in pairs if not isinstance(x, np.ndarray)]
+        line.follow([x for x, _ in there])
         with line.cuda:
-            for x, to in zip(arrays, jax.tree.leaves(self._inputs), strict=True):
+            for x, to in there:
                 line.cuda.copy(to.unsafe_buffer_pointer(), x.unsafe_buffer_pointer(), x.nbytes, line.stream)
                 self._moving.append(x)
+
+    def _bring(self, pairs: Sequence[tuple[np.ndarray, jax.Array]]) -> None:
+        """From the host, by way of memory that the device reads by itself."""
+        if not pairs:
+            return
+        if not self._spots:
+            nbytes = sum(aligned(to.nbytes) for to in jax.tree.leaves(self._inputs))
+            with self._line.cuda:
+                self._spots = [Spot(self._line.cuda, nbytes) for _ in range(SPOTS)]
+        spot = self._spots.pop(0)
+        spot.bring([(x, to.unsafe_buffer_pointer()) for x, to in pairs], self._line)
+        self._spots.append(spot)
 
     def launch(self) -> None:
         self._graph.launch()

@@ -50,13 +50,16 @@ class Staged:
         Raises:
           InvalidInput: an input is not what its tenant was traced with.
         """
+        with jax.default_device(self._device):
+            return jax.device_put(self._stacked(requests))
+
+    def _stacked(self, requests: Any) -> Stacks:
+        """What lies on the host stays there."""
         inputs = self._caller.split(on_device(self._caller.flatten(requests), self._device))
-        stacks = [
+        return [
             [in_one([inputs[ln.tenant][ln.inputs[i]] for ln in family.lanes]) for i in range(len(family.inputs))]
             for family in self._bundle.families
         ]
-        with jax.default_device(self._device):
-            return jax.device_put(stacks)
 
     def __call__(self, inputs: Stacks) -> Stacks:
         """The outputs of what `stage` gave, or of arrays on its device that lie as it lays them.
@@ -121,7 +124,7 @@ class Staged:
         """
         inputs = self.stage(requests)
         with jax.default_device(self._device):
-            return Captured(self._running(inputs), self.stage, self.unstage)
+            return Captured(self._running(inputs), self._stacked, self.unstage)
 
     def _running(self, inputs: Stacks) -> Running:
         parts = [list(range(len(self._bundle.families)))]

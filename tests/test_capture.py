@@ -14,8 +14,8 @@ import pytest
 
 import coalesce
 from coalesce import staged as staged_module
-from coalesce.capture import ending
-from coalesce.capture.aside import aside_of, check_order, Graph, Line, undisturbed
+from coalesce.capture import aside as aside_module, ending
+from coalesce.capture.aside import aside_of, check_order, Graph, Line, line_of, undisturbed
 from coalesce.capture.cuda import Cuda, cuda_of, Owned
 from coalesce.capture.ending import Around, ends, Recording, TARGET
 from coalesce.captured import MOVING
@@ -146,6 +146,34 @@ def test_who_computes_nothing_has_results_or_there_is_no_graph(aside):
     np.testing.assert_array_equal(captured().results()[1], x)
 
 
+def test_requests_on_the_host_are_brought_by_the_device(aside):
+    """Each is written where no round before it is still read from."""
+
+    def fn(p, x, n, flag):
+        return jnp.where(flag, x @ p, x * n.astype(jnp.float32)), n + 1
+
+    def request(i: int) -> tuple[Any, ...]:
+        x = np.random.default_rng(i).standard_normal((2, 3), np.float32)
+        return x, np.int32(i), np.array([i % 2 == 0, True, False])
+
+    p = np.eye(3, dtype=np.float32) * 2
+    found = [coalesce.trace(fn, p, *request(0), name=name) for name in "ab"]
+    captured = coalesce.fuse(found).staged().capture([request(0), request(1)])
+    copies = aside.library.calls.count("cuMemcpyAsync")
+    for i in range(5):
+        given = [request(i), request(i + 7)]
+        captured(given)
+        if i % 2:
+            continue  # the next one comes before anybody has waited
+        for x, (y, n) in zip(given, captured.results(), strict=True):
+            np.testing.assert_allclose(y, fn(p, *map(jnp.asarray, x))[0], rtol=1e-6)
+            assert n == x[1] + 1
+    assert aside.library.calls.count("cuMemcpyAsync") == copies + 5 * 3
+    moved = [tuple(map(jnp.asarray, request(3))), request(4)]  # one of them lies on the device
+    for x, (y, _) in zip(moved, captured(moved).results(), strict=True):
+        np.testing.assert_allclose(y, fn(p, *map(jnp.asarray, x))[0], rtol=1e-6)
+
+
 def test_what_nobody_waits_for_does_not_pile_up(aside):
     captured = (
         coalesce.fuse([coalesce.trace(lambda p, x: x * p, 2.0, jnp.ones(3), name="a")])
@@ -168,6 +196,19 @@ def test_it_is_waited_for_before_its_memory_goes(aside):
     assert bool(aside.library.queue) == aside.library.late
     del captured
     assert not aside.library.queue
+
+
+def test_it_can_be_forbidden(monkeypatch):
+    driver, _ = cuda()
+    monkeypatch.setattr(aside_module, "cuda_of", lambda device: driver)
+    monkeypatch.setattr(aside_module, "lines", {})
+    monkeypatch.setattr(aside_module, "asides", {})
+    device = object()
+    made = aside_of(device)
+    assert made is not None and aside_of(device) is made and aside_of(device, 1) is not made
+    assert line_of(device) is made.line
+    monkeypatch.setenv("COALESCE_CAPTURE", "0")
+    assert aside_of(device) is None and line_of(device) is None
 
 
 # What XLA calls

@@ -9,6 +9,7 @@ graphs run one after the other, on one stream. Those that are to run at once hav
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,8 @@ from coalesce import jaxpr as J
 from coalesce.capture.cuda import Cuda, cuda_of, follows, Owned
 from coalesce.capture.ending import Around, ends, NOTHING, Recording, register, TARGET
 from coalesce.errors import CaptureError
+
+WANTED = "COALESCE_CAPTURE"  # an environment variable: 0 for never
 
 # A CUDA graph cannot be launched while another is captured, so XLA is not to make any of its own.
 OPTIONS: dict[str, Any] = {"xla_gpu_enable_command_buffer": ""}
@@ -204,7 +207,9 @@ asides: dict[tuple[Any, int], Aside] = {}
 
 
 def line_of(device: Any) -> Line | None:
-    """That of a JAX device; None of one that is no NVIDIA GPU."""
+    """That of a JAX device; None of one that is no NVIDIA GPU, and where WANTED is 0."""
+    if os.environ.get(WANTED) == "0":
+        return None
     with making:
         if device not in lines:
             cuda = cuda_of(device)
