@@ -223,6 +223,8 @@ def aside_of(device: Any, number: int = 0) -> Aside | None:
     """A second client of a JAX device; those of other numbers are for what runs at once. None as `line_of`."""
     with making:
         line = line_of(device)
-        if line is not None and (device, number) not in asides:
+        if line is None:
+            return None
+        if (device, number) not in asides:
             asides[device, number] = Aside(device, line)
-        return asides.get((device, number))
+        return asides[device, number]
