@@ -111,8 +111,9 @@ class Staged:
 
     def capture(self, requests: Any) -> Captured:
         """The same program to be launched without JAX: on an NVIDIA GPU as one CUDA graph, whose inputs and outputs lie
-        where they are for every launch; `requests` are the first. It has memory of its own for these and for what it
-        computes on the way, and reads the same weights. Before the first launch its outputs mean nothing.
+        where they are for every launch; `requests` are the first. It has memory of its own for these, shares what it
+        computes in with all others that are captured, and reads the same weights. Before the first launch its outputs
+        mean nothing.
 
         Families that share no kernel run at once where the plan has them side by side; `fuse(captured=True)` plans so
         that they do where that wins.
