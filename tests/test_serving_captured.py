@@ -13,9 +13,12 @@ import pytest
 
 import coalesce
 from coalesce.runtime import device as device_module
+from coalesce.scheduler.catalog import Entry
+from coalesce.scheduler.commands import Want
 from coalesce.serving import store as store_module
 from coalesce.serving.captured import CapturedExecutable, Capturing, lost, may_capture, SEATS
 from coalesce.serving.executable import Executable
+from coalesce.serving.making import make_here
 from coalesce.serving.store import Preparer
 from tests.alone import array
 from tests.fake_graphs import FakeAside
@@ -25,7 +28,7 @@ from tests.serving_models import tenants
 
 def captured_of(served: Serving, late: bool = False) -> tuple[CapturedExecutable, FakeAside]:
     aside = FakeAside(late=late)
-    made = Capturing(aside).made([served.lanes(2)])
+    made = Capturing(lambda _: aside).made([served.lanes(2)])
     assert isinstance(made, CapturedExecutable)
     return made, aside
 
@@ -35,7 +38,7 @@ def served(name: str, count: int = 3) -> tuple[Serving, list[Any]]:
     return serve([fit_of(fn, p, x) for fn, p, x in found]), found
 
 
-def called(serving: Serving, executable: CapturedExecutable, lanes: list[int], found: list[Any]) -> list[Any]:
+def called(serving: Serving, executable: Any, lanes: list[int], found: list[Any]) -> list[Any]:
     """What each lane's tenant gets; what was staged is given back, as the runtime does."""
     filled = executable.stage([[serving.lane(t, found[t][2]) for t in lanes]])
     (stacks,) = executable.fetch(executable.run([serving.store.bank], [None], filled))
@@ -51,6 +54,43 @@ def test_lanes_get_what_they_get_alone(name):
         for got, t in zip(called(serving, executable, lanes, found), lanes, strict=True):
             assert_alone(got, found[t])
     assert aside.library.calls.count("cuGraphLaunch") == 5
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_families_that_share_an_executable_are_branches(late):
+    """Each is the program that it is alone, which is compiled once."""
+    each = [served("mlp"), served("lstm"), served("mixed")]
+    aside, made = FakeAside(late=late), []
+    capturing = Capturing(lambda number: aside)
+
+    def make(recipe: Any) -> Any:
+        made.append(recipe)
+        return make_here(recipe)
+
+    alone = capturing.made([each[0][0].lanes(2)], make)
+    together = capturing.made([serving.lanes(2) for serving, _ in each], make)
+    assert isinstance(together, CapturedExecutable) and len(made) == 3
+    lanes = [[1, 0], [2], [0, 1]]
+
+    def staged(executable: Any) -> Any:
+        given = zip(each, lanes, strict=True)
+        return executable.stage([[s.lane(t, found[t][2]) for t in own] for (s, found), own in given])
+
+    filled = [staged(together) for _ in range(SEATS + 1)]  # the last one finds no seat
+    banks = [serving.store.bank for serving, _ in each]
+    outputs = [together.run(banks, [None] * 3, own) for own in filled]
+    assert aside.library.calls.count("cuGraphLaunch") == SEATS
+    for own, out in zip(filled, outputs, strict=True):
+        together.send_back(out)
+        stacks = together.fetch(out)
+        assert together.is_ready(out)
+        together.take_back(own)
+        for (serving, found), ran, stack in zip(each, lanes, stacks, strict=True):
+            for i, t in enumerate(ran):
+                assert_alone(results(serving.fits[t], [y[i] for y in stack]), found[t])
+    assert len(together.free) == SEATS
+    (got,) = called(each[0][0], alone, [2], each[0][1])
+    assert_alone(got, each[0][1][2])
 
 
 def test_what_was_fetched_stays():
@@ -106,7 +146,7 @@ def test_inputs_that_cannot_be_staged_leave_the_seat():
 def test_what_cannot_be_captured_is_called_as_jax_does():
     serving, found = served("mlp")
     aside = FakeAside("it looks at a value")
-    capturing = Capturing(aside)
+    capturing = Capturing(lambda _: aside)
     made = capturing.made([serving.lanes(2)])
     assert type(made) is Executable
     aside.refuses = ""
@@ -163,7 +203,7 @@ def test_a_launch_that_fails_half_way_is_waited_for():
 def test_without_memory_it_is_called_as_jax_does(broken):
     serving, found = served("mlp")
     aside = FakeAside()
-    aside.library.broken, capturing = broken, Capturing(aside)
+    aside.library.broken, capturing = broken, Capturing(lambda _: aside)
     made = capturing.made([serving.lanes(2)])
     assert type(made) is Executable and not aside.library.memory
     (got,) = serving.call(made, [(0, found[0][2])])
@@ -181,7 +221,7 @@ def test_a_bank_is_written_to_when_who_reads_it_has_ended(monkeypatch):
     _, other, _ = tenants("mlp", 2)[1]
     fits = [fit_of(fn, p, x), fit_of(fn, other, x)]
     serving = serve(fits[:1], capacity=1, options=dataclasses.replace(CPU, captured=True))
-    made = Capturing(aside).made([serving.lanes(1)])
+    made = Capturing(lambda _: aside).made([serving.lanes(1)])
     filled = made.stage([[serving.lane(0, x)]])
     outputs = made.run([serving.store.bank], [None], filled)
     assert aside.library.queue
@@ -226,7 +266,7 @@ def runtime_on(monkeypatch):
     """A runtime whose CPU has CUDA graphs."""
 
     def make(aside: FakeAside, **options: Any) -> coalesce.Runtime:
-        monkeypatch.setattr(device_module, "aside_of", lambda device: aside)
+        monkeypatch.setattr(device_module, "aside_of", lambda device, number: aside)
         monkeypatch.setattr(store_module, "line_of", lambda device: aside.line)
         return coalesce.Runtime(widths=(1, 2, 4), **options)
 
@@ -290,3 +330,28 @@ def test_a_device_that_fails_ends_what_runs_there(runtime_on):
             rt.submit("a", x).result()
         aside.library.broken = ""
         same(rt.submit("a", x).result(), weights(0), x)
+
+
+def test_families_that_wait_for_each_other_share_a_graph(runtime_on, monkeypatch):
+    aside = FakeAside()
+    x = np.ones((2, 6), np.float32)
+
+    def other(p: Any, x: Any) -> Any:
+        return jnp.tanh(x @ p["w"] * 2) @ p["v"]
+
+    with runtime_on(aside) as rt:
+        rt.add_tenant("a", scorer, weights(0), example=(x,), slo=30.0)
+        rt.add_tenant("b", other, weights(1), example=(x,), slo=30.0)
+        station = rt._stations[0]
+        monkeypatch.setattr(station.device, "apart_ns", lambda entries: None)  # it wins, whatever it takes here
+        station.foundry.want(Want((Entry(0, 0, 2), Entry(1, 0, 2))))
+        rt.warm_up(60.0)
+        (mixed,) = station.device.catalog.mixed
+        executable = station.device._loaded[mixed.id].executable
+        assert isinstance(executable, CapturedExecutable) and len(executable.free) == SEATS
+        futures = [rt.submit(name, x + i) for i in range(40) for name in "ab"]
+        wait(futures)
+        for i, future in enumerate(futures):
+            p, fn = (weights(1), other) if i % 2 else (weights(0), scorer)
+            want = jax.jit(fn)(p, x + i // 2)
+            jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, rtol=1e-5, atol=1e-5), future.result(), want)

@@ -59,8 +59,8 @@ class Device:
         with self.here():
             measured = default_tuned(None, None)
             left = self.copies and can_leave(self.at)
-            self._capturing = Capturing(None if same else aside_of(self.at))
-            costs, captured = default_costs(None, measured), self._capturing.aside is not None
+            self._capturing = Capturing(lambda number: None if same else aside_of(self.at, number))
+            costs, captured = default_costs(None, measured), self._capturing.can
             self._options = Options(self.at.platform, costs, tuned=measured, left=left, captured=captured)
         self.hosts: dict[Any, Host] = {}  # by the schema's key
         self._homes: dict[int, Home] = {}  # of each family

@@ -2,10 +2,13 @@
 
 A call of JAX's executable takes its host some 0.2 ms for 16 ResNet-50, with what it brings and what it asks for; to
 launch a graph, which leaves its results on the host too, takes a tenth of that. A graph has addresses in it: so each
-call has a seat, with memory for its arguments and results on both sides and a graph that uses it, until its results
-were read. A bank is written in place, and graphs are captured anew only when it has grown.
+call has a seat (coalesce/serving/seats.py), with memory for its arguments and results on both sides and a graph that
+uses it, until its results were read. A bank is written in place, and graphs are captured anew only when it has grown.
 
-Where all seats are taken, or there is no memory for one, the program is called as JAX calls it. One that is cut has
+Families that share an executable are branches of one graph, and run at once: each is the program that it is alone,
+since launches that cost nothing need not be shared.
+
+Where all seats are taken, or there is no memory for one, programs are called as JAX calls them. One that is cut has
 registers that it hands on, one that runs as it is may look at values, and where a program always has the same kernels
 there is no other way than JAX's: these have no seats.
 """
@@ -14,31 +17,28 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
-from weakref import WeakSet
+from typing import Any, NamedTuple
+from weakref import WeakSet, WeakValueDictionary
 
 import jax
 import numpy as np
 
 from coalesce import jaxpr as J
-from coalesce.capture.aside import Aside, Graph, Place, place_of
-from coalesce.capture.cuda import NOT_READY
-from coalesce.capture.ending import Around, ends, Recording
+from coalesce.capture.aside import Aside, Place
+from coalesce.capture.ending import ends, Recording
 from coalesce.errors import CaptureError
 from coalesce.lower import run_stacked
-from coalesce.serving.executable import bundle_of, compile_executable, Executable, Frame, frame_of, Lanes, picked
+from coalesce.serving.executable import bundle_of, compile_executable, Executable, frame_of, Lanes, picked
 from coalesce.serving.fit import Template
 from coalesce.serving.making import Jitted, Make, make_here
-from coalesce.serving.page_locked import has_processors
 from coalesce.serving.pool import Pool
-from coalesce.serving.returned import Returned
-from coalesce.serving.staging import Filled, Lane, Staging
-from coalesce.serving.words import is_narrow, nbytes, WORD
+from coalesce.serving.seats import fit, Made, NoSeat, Part, Seat
+from coalesce.serving.staging import Filled, Lane
+from coalesce.serving.words import is_narrow, WORD
 
 SEATS = 3  # one runs, one waits for it, and one is staged
-LITTLE = 64 * 2**10  # bytes that are as soon there as another stream is told of them: a part of the graph
 INTO = 2  # the argument that results are left in
 
 LOG = logging.getLogger("coalesce.runtime")
@@ -46,111 +46,40 @@ LOG = logging.getLogger("coalesce.runtime")
 lost: list[Any] = []  # memory of calls of which nobody knows whether they have ended
 
 
-class NoSeat(CaptureError):
-    """Another time there may be memory."""
+class Called(NamedTuple):
+    """What each entry's program has returned, as JAX has called it."""
 
-
-class Seat:
-    """What one call at a time uses. Raises NoSeat if there is no memory for it."""
-
-    def __init__(self, aside: Aside, staging: Staging, returned: Returned) -> None:
-        self._line = aside.line
-        cuda, self._results = self._line.cuda, returned.structs
-        try:
-            with cuda:
-                self.given = given = cuda.host_memory(staging.structs.size, WORD)  # what is staged
-                self._sent = cuda.memory(given.nbytes)
-                self._into = [cuda.memory(nbytes(part)) for part in self._results]
-                self._left = [cuda.host_memory(part.size, np.dtype(part.dtype)) for part in self._results]
-                self._arrived, self._ended = cuda.event(), cuda.event(sleeps=not has_processors())
-        except RuntimeError as e:
-            raise NoSeat(f"there is no memory for what a call brings and leaves: {e}") from e
-        self._is_little = given.nbytes <= LITTLE
-        self._brings = self._sent.address, given.ctypes.data, given.nbytes
-        self._leaves = [
-            (left.ctypes.data, into.address, nbytes(part))
-            for left, into, part in zip(self._left, self._into, self._results, strict=True)
-        ]
-        self._argument = Place(self._sent.address, staging.structs)
-        self._graph: Graph | None = None
-        self._reads: Any = None  # where the banks lay when it was captured
-
-    def capture(self, aside: Aside, program: Any, banks: Sequence[Sequence[Place]]) -> None:
-        """For banks that lie there; raises CaptureError."""
-        into = [Place(memory.address, part) for memory, part in zip(self._into, self._results, strict=True)]
-        given = [list(own) for own in banks], self._argument
-        around = Around([self._brings] if self._is_little else [], self._leaves)
-        self._graph = Graph(self._line, [aside.capture(program, given, into, around)], program)
-        self._reads = [[place.address for place in own] for own in banks]
-
-    @property
-    def address(self) -> int:
-        """Somewhere on the device."""
-        return self._sent.address
-
-    def fits(self, banks: Sequence[Sequence[jax.Array]]) -> bool:
-        return self._reads == [[x.unsafe_buffer_pointer() for x in own] for own in banks]
-
-    def launch(self) -> None:
-        """With what was staged; returns before it has begun. Whoever replaces a bank waits for the line first."""
-        graph, line, cuda = self._graph, self._line, self._line.cuda
-        assert graph is not None, "a seat without a graph"
-        with cuda:
-            if not self._is_little:  # while what was launched before runs
-                cuda.copy(*self._brings, line.bringing)
-                cuda("cuEventRecord", self._arrived.handle, line.bringing)
-                cuda("cuStreamWaitEvent", line.stream, self._arrived.handle, 0)
-            graph.launch_soon()
-            cuda("cuEventRecord", self._ended.handle, line.stream)
-
-    def wait(self) -> None:
-        """Until its results are here."""
-        with self._line.cuda:
-            self._line.cuda.wait("cuEventSynchronize", self._ended.handle)
-
-    def settle(self) -> None:
-        """Until nothing that it has begun is under way, however far a launch has come."""
-        self._line.wait()
-
-    def is_ready(self) -> bool:
-        """Whether `wait` returns at once, or raises."""
-        with self._line.cuda:
-            return self._line.cuda.library.cuEventQuery(self._ended.handle) != NOT_READY
-
-    def results(self) -> list[np.ndarray]:
-        """Copies, as `Returned.structs` says."""
-        return [left.reshape(part.shape).copy() for left, part in zip(self._left, self._results, strict=True)]
+    outputs: list[list[list[jax.Array]]]
 
 
 class CapturedExecutable(Executable):
-    """`compiled` is the program as JAX calls it, `program` the same for the client on which it is captured."""
+    """Entries are branches of one graph, each the program that it is when it runs alone."""
 
-    def __init__(
-        self, lanes: Sequence[Lanes], frame: Frame, compiled: Any, aside: Aside, program: Any, seats: Sequence[Seat]
-    ) -> None:
-        super().__init__(tuple(lanes), *frame, compiled)
-        self.aside, self.program = aside, program
-        self.free = deque(filled_of(seat, frame.staging) for seat in seats)  # any thread takes one, or gives one back
+    def __init__(self, lanes: Sequence[Lanes], parts: Sequence[Part], seats: Sequence[Seat]) -> None:
+        frame = frame_of(lanes, packed=True, captured=True)
+        super().__init__(tuple(lanes), *frame, [part.made.compiled for part in parts])
+        self._parts = parts
+        self.free = deque(filled_of(seat, parts) for seat in seats)  # any thread takes one, or gives one back
 
     def stage(self, entries: Sequence[Sequence[Lane]]) -> Filled:
         try:
             filled = self.free.popleft()
         except IndexError:
-            return super().stage(entries)
+            filled = filled_of(None, self._parts)
         try:
             self.staging.write(filled, entries)
         except Exception:
-            self.free.append(filled)
+            self.take_back(filled)
             raise
         return filled
 
     def run(self, banks: Sequence[Sequence[jax.Array]], pools: Sequence[Pool | None], filled: Filled) -> Any:
-        """A seat, or what another executable gives."""
+        """A seat, or `Called`."""
         seat, now = filled.seat, [list(own) for own in banks]  # which nobody frees until it is launched
         if seat is None:
             return self._called(now, filled)
         try:
-            self._fit(seat, now)
+            fit(seat, now)
         except CaptureError as e:
             LOG.warning("called as JAX does, from now on where it would have had this seat: %s", e)
             filled.seat = None
@@ -158,46 +87,47 @@ class CapturedExecutable(Executable):
         seat.launch()
         return seat
 
-    def _fit(self, seat: Seat, banks: Sequence[Sequence[jax.Array]]) -> None:
-        if not seat.fits(banks):
-            seat.capture(self.aside, self.program, [[place_of(x) for x in own] for own in banks])
-
-    def _called(self, banks: list[list[jax.Array]], filled: Filled) -> list[list[jax.Array]]:
-        into = [np.zeros(part.shape, part.dtype) for part in self.returned.structs]
-        with Recording.alone:
-            *results, _ = self.compiled(banks, filled.arguments, into)
-        return self.returned.as_packed(results)
+    def _called(self, banks: list[list[jax.Array]], filled: Filled) -> Called:
+        outputs = []
+        for part, bank, given in zip(self._parts, banks, filled.arguments, strict=True):
+            into = [np.zeros(own.shape, own.dtype) for own in part.results]
+            with Recording.alone:
+                *results, _ = part.made.compiled([bank], given.copy(), into)
+            outputs.append(part.frame.returned.as_packed(results))
+        return Called(outputs)
 
     def make_ready(self, banks: Sequence[Sequence[jax.Array]]) -> None:
         """So that no seat has to be captured when it is needed."""
         for filled in list(self.free):
-            self._fit(filled.seat, banks)
+            fit(filled.seat, banks)
 
     def send_back(self, outputs: Any) -> None:
-        if not isinstance(outputs, Seat):
-            super().send_back(outputs)
+        if isinstance(outputs, Called):
+            for part, own in zip(self._parts, outputs.outputs, strict=True):
+                part.frame.returned.send(own)
 
     def leaves_here(self, outputs: Any) -> bool:
         return isinstance(outputs, Seat)
 
     def is_ready(self, outputs: Any) -> bool:
-        return outputs.is_ready() if isinstance(outputs, Seat) else super().is_ready(outputs)
+        return outputs.is_ready() if isinstance(outputs, Seat) else all(map(super().is_ready, outputs.outputs))
 
     def fetch(self, outputs: Any) -> list[Any]:
-        if not isinstance(outputs, Seat):
-            return super().fetch(outputs)
-        outputs.wait()
-        return self.returned.shown(outputs.results())
+        if isinstance(outputs, Seat):
+            outputs.wait()
+            return [berth.results() for berth in outputs.berths]
+        return [
+            shown
+            for part, own in zip(self._parts, outputs.outputs, strict=True)
+            for shown in part.frame.returned.fetch(own)
+        ]
 
     def take_back(self, filled: Filled) -> None:
-        if filled.seat is None:
-            super().take_back(filled)
-        else:
+        if filled.seat is not None:
             self.free.append(filled)
 
     def take_back_failed(self, filled: Filled) -> None:
         if filled.seat is None:
-            super().take_back_failed(filled)
             return
         try:
             filled.seat.settle()
@@ -208,30 +138,66 @@ class CapturedExecutable(Executable):
         self.free.append(filled)
 
 
-def filled_of(seat: Seat, staging: Staging) -> Filled:
-    """Its memory, of zeros. It holds the seat, which does not hold it: what only the collector finds would stay."""
-    filled = staging.over(seat.given)
-    filled.clear()
+def filled_of(seat: Seat | None, parts: Sequence[Part]) -> Filled:
+    """A seat's memory, or some of the host's, of zeros. It holds the seat, which does not hold it: what only the
+    collector finds would stay."""
+    if seat is None:
+        buffers = [np.zeros(part.frame.staging.structs.size, WORD) for part in parts]
+    else:
+        buffers = [berth.given for berth in seat.berths]
+    each = [part.frame.staging.over(buffer) for part, buffer in zip(parts, buffers, strict=True)]
+    for own in each:
+        own.clear()
+    filled = Filled(buffers, [given for own in each for given in own.given], [0] * len(parts))
     filled.seat = seat
     return filled
 
 
 class Capturing:
-    """Makes executables, captured where they can be, if there is a client for it; called on any thread."""
+    """Makes executables, captured where they can be, if there are clients for it; called on any thread. `aside_at`
+    gives those of entries by number, which run at once."""
 
-    def __init__(self, aside: Aside | None) -> None:
-        self.aside = aside
+    def __init__(self, aside_at: Callable[[int], Aside | None]) -> None:
+        self._aside_at = aside_at
         self._never: WeakSet[Template] = WeakSet()  # what was tried and does what no CUDA graph can
+        self._made: WeakValueDictionary[Any, Made] = WeakValueDictionary()  # by program, width and capacity
+
+    @property
+    def can(self) -> bool:
+        """Whether anything can be."""
+        return self._aside_at(0) is not None
 
     def made(self, lanes: Sequence[Lanes], make: Make = make_here) -> Executable:
-        if self.aside is not None and may_capture(lanes) and not any(own.program in self._never for own in lanes):
+        if self.can and may_capture(lanes) and not any(own.program in self._never for own in lanes):
             try:
-                return capture_executable(lanes, make, self.aside)
+                return self._captured(lanes, make)
             except CaptureError as e:
                 LOG.info("called as JAX does: %s", e)
                 if len(lanes) == 1 and not isinstance(e, NoSeat) and "RESOURCE_EXHAUSTED" not in str(e):
                     self._never.add(lanes[0].program)
         return compile_executable(lanes, make=make)
+
+    def _captured(self, lanes: Sequence[Lanes], make: Make) -> CapturedExecutable:
+        """Raises CaptureError, if a program does what no CUDA graph can, or there is no memory."""
+        parts = [self._part(own, number, make) for number, own in enumerate(lanes)]
+        seats = [Seat(parts) for _ in range(SEATS)]
+        # Nothing is read now, so the banks may lie anywhere. The first time loads the program's code.
+        somewhere = seats[0].berths[0].address
+        nowhere = [[Place(somewhere, struct) for struct in own.schema.structs(own.capacity)] for own in lanes]
+        seats[0].capture(nowhere)
+        return CapturedExecutable(lanes, parts, seats)
+
+    def _part(self, own: Lanes, number: int, make: Make) -> Part:
+        frame, aside = frame_of([own], packed=True, captured=True), self._aside_at(number)
+        if not frame.staging.packed or aside is None:
+            raise CaptureError("what it is given cannot lie in one buffer")
+        key = own.program, own.width, own.capacity
+        made = self._made.get(key)
+        if made is None:
+            with J.precision_as_traced():
+                made = Made(make(partial(captured_recipe, own._replace(schema=own.schema.bank))))
+            self._made[key] = made
+        return Part(frame, made, aside.load(made.compiled), aside)
 
 
 def may_capture(lanes: Sequence[Lanes]) -> bool:
@@ -242,31 +208,16 @@ def may_capture(lanes: Sequence[Lanes]) -> bool:
     return whole and plain and bool(parts) and not any(is_narrow(part.dtype) for part in parts)
 
 
-def capture_executable(lanes: Sequence[Lanes], make: Make, aside: Aside) -> CapturedExecutable:
-    """Raises CaptureError, if the program does what no CUDA graph can."""
-    frame = frame_of(lanes, packed=True, captured=True)
-    if not frame.staging.packed:
-        raise CaptureError("what it is given cannot lie in one buffer")
-    with J.precision_as_traced():
-        made = make(partial(captured_recipe, tuple(own._replace(schema=own.schema.bank) for own in lanes)))
-    program = aside.load(made)
-    seats = [Seat(aside, frame.staging, frame.returned) for _ in range(SEATS)]
-    # Nothing is read now, so the banks may lie anywhere. The first time loads the program's code.
-    nowhere = [[Place(seats[0].address, struct) for struct in own.schema.structs(own.capacity)] for own in lanes]
-    seats[0].capture(aside, program, nowhere)
-    return CapturedExecutable(lanes, frame, made, aside, program, seats)
-
-
-def captured_recipe(lanes: Sequence[Lanes]) -> Jitted:
-    bundle = bundle_of(lanes)
-    staging, _, returned = frame_of(lanes, packed=True, captured=True)
+def captured_recipe(own: Lanes) -> Jitted:
+    bundle = bundle_of([own])
+    staging, _, returned = frame_of([own], packed=True, captured=True)
 
     def serve(banks: Sequence[Sequence[Any]], arguments: Any, into: Any) -> list[Any]:
         given = staging.unpack(arguments)
-        arrays = picked(bundle, lanes, banks, [own.slots for own in given])
-        outputs = returned.pack(run_stacked(bundle, arrays, [own.inputs for own in given]))
-        return [x for own in outputs for x in own]
+        arrays = picked(bundle, [own], banks, [each.slots for each in given])
+        outputs = returned.pack(run_stacked(bundle, arrays, [each.inputs for each in given]))
+        return [x for each in outputs for x in each]
 
-    structs = [own.schema.structs(own.capacity) for own in lanes], staging.structs, returned.structs
+    structs = [own.schema.structs(own.capacity)], staging.structs, returned.structs
     jitted = jax.jit(ends(serve), donate_argnums=INTO, keep_unused=True)
     return Jitted(jitted, structs, (INTO,), often=True, captured=True)
