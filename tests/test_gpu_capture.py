@@ -108,6 +108,15 @@ def test_results_may_be_parts_of_one_array():
     near(staged.capture(requests)().results(), staged.unstage(staged(staged.stage(requests))))
 
 
+def test_results_may_be_inputs_or_one_thing_twice():
+    x, p = jnp.arange(12.0).reshape(3, 4), jnp.ones((4, 4)) / 3
+    functions = [lambda p, x: (jnp.tanh(x @ p), jnp.tanh(x @ p), jnp.arange(3)), lambda p, x: x]
+    found = [coalesce.trace(fn, p, x, name=f"t{i}") for i, fn in enumerate(functions)]
+    captured = coalesce.fuse(found, captured=True).staged().capture([(x,)] * 2)
+    for y in (x, x + 1):
+        near(captured([(y,)] * 2).results(), [fn(p, y) for fn in functions])
+
+
 def test_what_looks_at_a_value_cannot_be_captured():
     def until(p: jax.Array, x: jax.Array) -> jax.Array:
         return jax.lax.while_loop(lambda c: jnp.sum(c) < 1e4, lambda c: c @ p + 1, x)

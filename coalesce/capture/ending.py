@@ -186,14 +186,19 @@ def register() -> None:
 
 
 def ends(function: Callable[..., Sequence[jax.Array]]) -> Callable[..., tuple[Any, ...]]:
-    """`function`, whose arrays are followed by a number that means nothing: without it nobody needs the last call. XLA
-    may make one operation of a call and the slices that it reads; not across a barrier."""
+    """`function`, whose arrays pass through the last call where they lie, so that XLA does whatever is to be done for
+    them before it, such as to copy one that is given back twice. It may make one operation of a call and the slices
+    that it reads; not across a barrier. One more array means nothing: there would be no call without any."""
 
     register()
 
     def ended(*arguments: Any) -> tuple[Any, ...]:
         results = jax.lax.optimization_barrier(list(function(*arguments)))
-        last = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct((1,), jnp.uint32))(*results)
-        return *results, last
+        given_back = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results]
+        places = {i: i for i in range(len(results))}
+        call = jax.ffi.ffi_call(
+            TARGET, [*given_back, jax.ShapeDtypeStruct((1,), jnp.uint32)], input_output_aliases=places
+        )
+        return tuple(call(*results))
 
     return ended
