@@ -83,7 +83,7 @@ def test_families_that_share_an_executable_are_branches(late):
     for own, out in zip(filled, outputs, strict=True):
         together.send_back(out)
         stacks = together.fetch(out)
-        assert together.is_ready(out)
+        assert together.looks(out)()
         together.take_back(own)
         for (serving, found), ran, stack in zip(each, lanes, stacks, strict=True):
             for i, t in enumerate(ran):

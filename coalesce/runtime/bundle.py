@@ -71,14 +71,15 @@ class Bundle:
     def is_at_hand(self, within_s: float) -> bool:
         """On a CPU programs of less than 1,000 operations run where they are called, others on a thread of XLA's. What
         was captured has left its results here too."""
-        if not (self._is_here or self._executable.leaves_here(self._outputs)) or not all(self._executable.ends):
+        executable = self._executable
+        if not (self._is_here or executable.leaves_here(self._outputs)) or not all(executable.ends):
             return False
         for tickets in self._entries:
             for ticket in tickets:
                 if not ticket.form.is_plain:
                     return False
-        until_s = time.monotonic() + within_s if within_s else 0.0
-        while not self._executable.is_ready(self._outputs):
+        until_s, is_ready = time.monotonic() + within_s if within_s else 0.0, executable.looks(self._outputs)
+        while not is_ready():
             if not within_s or time.monotonic() > until_s:
                 return False
             time.sleep(0)  # others may have the interpreter's lock

@@ -109,8 +109,11 @@ class CapturedExecutable(Executable):
     def leaves_here(self, outputs: Any) -> bool:
         return isinstance(outputs, Seat)
 
-    def is_ready(self, outputs: Any) -> bool:
-        return outputs.is_ready() if isinstance(outputs, Seat) else all(map(super().is_ready, outputs.outputs))
+    def looks(self, outputs: Any) -> Callable[[], bool]:
+        if isinstance(outputs, Seat):
+            return outputs.is_ready
+        each = [super(CapturedExecutable, self).looks(own) for own in outputs.outputs]
+        return lambda: all([is_ready() for is_ready in each])
 
     def fetch(self, outputs: Any) -> list[Any]:
         if isinstance(outputs, Seat):

@@ -14,7 +14,7 @@ it, and leaves for those after it, lies in a pool.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -99,9 +99,10 @@ class Executable:
         """So that results follow the last kernel to the host, instead of waiting until somebody asks for them."""
         self.returned.send(outputs)
 
-    def is_ready(self, outputs: list[list[Any]]) -> bool:
-        """Whether `fetch` returns at once, or raises."""
-        return all([own[-1].is_ready() for own in outputs if own])
+    def looks(self, outputs: list[list[Any]]) -> Callable[[], bool]:
+        """What says whether `fetch` returns at once, or raises."""
+        last = [own[-1] for own in outputs if own]
+        return lambda: all([x.is_ready() for x in last])
 
     def leaves_here(self, outputs: Any) -> bool:
         """Whether they are on the host as soon as the device is done, wherever that is."""
