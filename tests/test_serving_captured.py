@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from concurrent.futures import wait
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,13 +13,15 @@ import numpy as np
 import pytest
 
 import coalesce
+from coalesce import jaxpr as J
+from coalesce.capture.aside import check_order
 from coalesce.runtime import device as device_module
 from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.commands import Want
 from coalesce.serving import store as store_module
-from coalesce.serving.captured import CapturedExecutable, Capturing, lost, may_capture, SEATS
+from coalesce.serving.captured import captured_recipe, CapturedExecutable, Capturing, lost, may_capture, SEATS
 from coalesce.serving.executable import Executable
-from coalesce.serving.making import make_here
+from coalesce.serving.making import make_here, told, WITHOUT_GRAPH
 from coalesce.serving.store import Preparer
 from tests.alone import array
 from tests.fake_graphs import FakeAside
@@ -355,3 +358,15 @@ def test_families_that_wait_for_each_other_share_a_graph(runtime_on, monkeypatch
             p, fn = (weights(1), other) if i % 2 else (weights(0), scorer)
             want = jax.jit(fn)(p, x + i // 2)
             jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, rtol=1e-5, atol=1e-5), future.result(), want)
+
+
+def test_a_recipe_is_carried_to_the_compilers_process():
+    serving, found = served("mlp")
+    own = serving.lanes(2)
+    jitted = J.loads(J.dumps(partial(captured_recipe, own._replace(schema=own.schema.bank))))()
+    assert jitted.captured and told(jitted, None) == WITHOUT_GRAPH == told(jitted, {}) != told(jitted, {"a": 1})
+    made = make_here(lambda: jitted)
+    check_order(made)
+    given, into = (np.zeros(jitted.arguments[1].shape, jitted.arguments[1].dtype), jitted.arguments[2])
+    *results_, _ = made([serving.store.bank], given, [np.zeros(s.shape, s.dtype) for s in into])
+    assert [x.shape for x in results_] == [s.shape for s in into]
