@@ -22,6 +22,7 @@ import numpy as np
 from coalesce.capture.aside import Aside, Graph, Line, OPTIONS, place_of
 from coalesce.capture.cuda import Cuda
 from coalesce.capture.ending import ends
+from coalesce.errors import CaptureError
 
 Stacks = list[list[Any]]  # of each family, in order, its inputs or outputs [L, ...], L its tenants
 MOVING = 64  # arrays on their way, of which nobody has waited for any
@@ -154,7 +155,10 @@ class InGraph:
         graphs, programs = [], []
         for own, aside in zip(parts, asides, strict=False):
             into = [x for f in own for x in self._outputs[f]]
-            compiled = compile(ends(partial(part, run, own)), (*arguments, into), OPTIONS)
+            try:
+                compiled = compile(ends(partial(part, run, own)), (*arguments, into), OPTIONS)
+            except RuntimeError as e:
+                raise CaptureError(f"the program cannot be compiled as a graph: {type(e).__name__}: {e}") from e
             programs.append(aside.load(compiled))
             places = jax.tree.map(place_of, (arguments, into))
             graphs.append(aside.capture(programs[-1], *places))

@@ -20,12 +20,15 @@ jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(ending.execute), platform=
 
 
 class Library:
-    """Stands for libcuda. What is launched runs at once or, if that is `late`, when somebody waits for it."""
+    """Stands for libcuda. What is launched runs at once or, if that is `late`, when somebody waits for it: as far as it
+    must then have come, and nothing else."""
 
     def __init__(self, late: bool = False) -> None:
         self.calls: list[str] = []
         self.late = late
-        self.queue: list[Callable[[], object]] = []
+        self.queues: dict[int, list[Any]] = {}  # of streams: what is to be done, or the number of an event
+        self.recorded: dict[int, int] = {}  # where each event was recorded last
+        self.handles = 0
         self.memory: dict[int, Any] = {}  # by address
         self.graphs: dict[int, Callable[[], object]] = {}
         self.children: dict[int, list[int]] = {}  # of graphs of graphs
@@ -57,18 +60,48 @@ class Library:
     do_cuMemFreeHost = do_cuMemFree_v2
 
     def do_cuMemcpyAsync(self, to: Any, source: Any, nbytes: Any, stream: Any) -> None:
-        self.soon(lambda: ctypes.memmove(to.value, source.value, nbytes.value))
+        self.soon(stream, lambda: ctypes.memmove(to.value, source.value, nbytes.value))
 
-    def soon(self, does: Callable[[], object]) -> None:
-        self.queue.append(does)
+    def do_cuStreamCreate(self, made: Any, flags: int) -> None:
+        self.handles += 1
+        made._obj.value = self.handles
+
+    do_cuEventCreate = do_cuStreamCreate
+
+    @property
+    def queue(self) -> list[Any]:
+        """All that is still to be done."""
+        return [does for own in self.queues.values() for does in own]
+
+    def soon(self, stream: Any, does: Any) -> None:
+        self.queues.setdefault(stream.value, []).append(does)
         if not self.late:
-            self.do_cuStreamSynchronize()
+            self.do_cuStreamSynchronize(stream)
 
-    def do_cuStreamSynchronize(self, *_: Any) -> None:
-        while self.queue:
-            self.queue.pop(0)()
+    def do_cuEventRecord(self, event: Any, stream: Any) -> None:
+        self.recorded[event.value] = stream.value
+        self.soon(stream, event.value)
 
-    do_cuEventSynchronize = do_cuEventQuery = do_cuStreamSynchronize
+    def do_cuStreamWaitEvent(self, stream: Any, event: Any, flags: int) -> None:
+        self.soon(stream, lambda: self.do_cuEventSynchronize(event))
+
+    def do_cuStreamSynchronize(self, stream: Any) -> None:
+        self.drain(stream.value)
+
+    def do_cuEventSynchronize(self, event: Any) -> None:
+        if event.value in self.recorded:
+            self.drain(self.recorded[event.value], event.value)
+
+    do_cuEventQuery = do_cuEventSynchronize
+
+    def drain(self, stream: int, event: int = 0) -> None:
+        """As far as the last time that the event was recorded, or all of it."""
+        queue = self.queues.get(stream, [])
+        count = len(queue) - queue[::-1].index(event) if event in queue else 0 if event else len(queue)
+        for _ in range(count):
+            does = queue.pop(0)
+            if callable(does):
+                does()
 
     def do_cuGraphCreate(self, made: Any, flags: int) -> None:
         made._obj.value = number = 1000 + len(self.children)
@@ -82,7 +115,7 @@ class Library:
         made._obj.value = graph.value
 
     def do_cuGraphLaunch(self, graph: Any, stream: Any) -> None:
-        self.soon(self.graphs[graph.value])
+        self.soon(stream, self.graphs[graph.value])
 
 
 class FakeAside(Aside):
@@ -92,7 +125,13 @@ class FakeAside(Aside):
         self.library = Library(late)
         super().__init__(None, Line(Cuda(self.library, self.library, 0)))
         self.captured = 0
+        self.numbers: list[int] = []
         self.refuses = refuses  # why nothing can be captured
+
+    def numbered(self, number: int) -> FakeAside:
+        if number not in self.numbers:
+            self.numbers.append(number)
+        return self
 
     def load(self, compiled: Any) -> Any:
         check_order(compiled)

@@ -4,6 +4,7 @@ tests/test_gpu_capture.py for one."""
 from __future__ import annotations
 
 import threading
+import time
 from ctypes import c_void_p
 from typing import Any
 
@@ -15,13 +16,13 @@ import pytest
 import coalesce
 from coalesce import staged as staged_module
 from coalesce.capture import aside as aside_module, ending
-from coalesce.capture.aside import aside_of, check_order, Graph, Line, line_of, undisturbed
+from coalesce.capture.aside import aside_of, check_order, Graph, Line, line_of, place_of, undisturbed
 from coalesce.capture.cuda import Cuda, cuda_of, Owned
 from coalesce.capture.ending import Around, ends, Recording, TARGET
 from coalesce.captured import MOVING
 from coalesce.errors import CaptureError, InvalidInput
 from coalesce.staged import compile_donating
-from tests.fake_graphs import FakeAside
+from tests.fake_graphs import FakeAside, lying_at
 from tests.test_staged import programs, requests_of, tenants
 
 GRAPH, STREAM, EXECUTABLE = 77, 5, 99
@@ -103,8 +104,9 @@ def test_a_cpu_has_no_driver_and_no_second_client():
 
 @pytest.fixture(params=[False, True], ids=["at once", "late"])
 def aside(monkeypatch, request):
+    """Stands for all of a device's; `numbers` are those that were asked for."""
     made = FakeAside(late=request.param)
-    monkeypatch.setattr(staged_module, "aside_of", lambda device, number: made)
+    monkeypatch.setattr(staged_module, "aside_of", lambda device, number: made.numbered(number))
     return made
 
 
@@ -125,7 +127,7 @@ def test_branches_write_all_results(aside):
     found = [coalesce.trace(fn, p, x, name=f"t{i}") for i, fn in enumerate(functions)]
     fused = coalesce.fuse(found, platform="gpu", policy="never", side_by_side=True, tuned=False)
     captured = fused.staged().capture([(x,)] * 3)
-    assert aside.captured == len(functions)
+    assert aside.captured == len(functions) and aside.numbers == [0, 1, 2]  # with memory of its own each
     for fn, got in zip(functions, captured().results(), strict=True):
         np.testing.assert_allclose(got, fn(p, x), rtol=1e-5)
     for fn, got in zip(functions, captured([(x + 1,)] * 3).results(), strict=True):
@@ -181,9 +183,23 @@ def test_requests_on_the_host_are_brought_by_the_device(aside):
             np.testing.assert_allclose(y, fn(p, *map(jnp.asarray, x))[0], rtol=1e-6)
             assert n == x[1] + 1
     assert aside.library.calls.count("cuMemcpyAsync") == copies + 5 * 3
+    assert aside.numbers == [0]
     moved = [tuple(map(jnp.asarray, request(3))), request(4)]  # one of them lies on the device
     for x, (y, _) in zip(moved, captured(moved).results(), strict=True):
         np.testing.assert_allclose(y, fn(p, *map(jnp.asarray, x))[0], rtol=1e-6)
+
+
+def test_no_request_is_written_over_another(aside):
+    """Rounds that nobody waits for: what each of them reads is looked at in its place among them."""
+    traced = coalesce.trace(lambda p, x: x * p, np.float32(2), np.ones(3, np.float32), name="a")
+    captured = coalesce.fuse([traced]).staged().capture([(np.ones(3, np.float32),)])
+    ((out,),) = captured._running._outputs  # pyright: ignore
+    seen, stream = [], aside.line.stream
+    for i in range(5):
+        captured([(np.full(3, i, np.float32),)])
+        aside.library.soon(stream, lambda: seen.append(float(lying_at(place_of(out)).ravel()[0])))
+    captured.block_until_ready()
+    assert seen == [0.0, 2.0, 4.0, 6.0, 8.0]
 
 
 def test_what_nobody_waits_for_does_not_pile_up(aside):
@@ -220,7 +236,18 @@ def test_it_can_be_forbidden(monkeypatch):
     assert made is not None and aside_of(device) is made and aside_of(device, 1) is not made
     assert line_of(device) is made.line
     monkeypatch.setenv("COALESCE_CAPTURE", "0")
-    assert aside_of(device) is None and line_of(device) is None
+    assert aside_of(device) is made  # as it was when it was first asked for
+    other = object()
+    assert aside_of(other) is None and line_of(other) is None
+    monkeypatch.delenv("COALESCE_CAPTURE")
+    assert aside_of(other) is None
+
+
+def test_a_device_without_memory_for_a_stream_is_left_to_jax(monkeypatch):
+    driver, _ = cuda(2, "cuStreamCreate")
+    monkeypatch.setattr(aside_module, "cuda_of", lambda device: driver)
+    monkeypatch.setattr(aside_module, "lines", {})
+    assert line_of(object()) is None
 
 
 # What XLA calls
@@ -296,6 +323,7 @@ def test_ctrl_c_is_for_who_waits():
 
 
 def refuse() -> Owned:
+    time.sleep(0.05)  # who waits does so by then
     raise CaptureError("no")
 
 

@@ -112,7 +112,7 @@ def test_results_may_be_inputs_or_one_thing_twice():
     x, p = jnp.arange(12.0).reshape(3, 4), jnp.ones((4, 4)) / 3
     functions = [lambda p, x: (jnp.tanh(x @ p), jnp.tanh(x @ p), jnp.arange(3)), lambda p, x: x]
     found = [coalesce.trace(fn, p, x, name=f"t{i}") for i, fn in enumerate(functions)]
-    captured = coalesce.fuse(found, captured=True).staged().capture([(x,)] * 2)
+    captured = coalesce.fuse(found, captured=True, side_by_side=True).staged().capture([(x,)] * 2)
     for y in (x, x + 1):
         near(captured([(y,)] * 2).results(), [fn(p, y) for fn in functions])
 

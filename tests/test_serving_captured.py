@@ -15,10 +15,11 @@ import pytest
 import coalesce
 from coalesce import jaxpr as J
 from coalesce.capture.aside import check_order
+from coalesce.capture.ending import Recording
 from coalesce.runtime import device as device_module
 from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.commands import Want
-from coalesce.serving import store as store_module
+from coalesce.serving import seats as seats_module, store as store_module
 from coalesce.serving.captured import captured_recipe, CapturedExecutable, Capturing, lost, may_capture, SEATS
 from coalesce.serving.executable import Executable
 from coalesce.serving.making import make_here, told, WITHOUT_GRAPH
@@ -64,7 +65,7 @@ def test_families_that_share_an_executable_are_branches(late):
     """Each is the program that it is alone, which is compiled once."""
     each = [served("mlp"), served("lstm"), served("mixed")]
     aside, made = FakeAside(late=late), []
-    capturing = Capturing(lambda number: aside)
+    capturing = Capturing(aside.numbered)
 
     def make(recipe: Any) -> Any:
         made.append(recipe)
@@ -73,6 +74,7 @@ def test_families_that_share_an_executable_are_branches(late):
     alone = capturing.made([each[0][0].lanes(2)], make)
     together = capturing.made([serving.lanes(2) for serving, _ in each], make)
     assert isinstance(together, CapturedExecutable) and len(made) == 3
+    assert aside.numbers == [0, 1, 2]  # what they compute on the way lies apart
     lanes = [[1, 0], [2], [0, 1]]
 
     def staged(executable: Any) -> Any:
@@ -120,6 +122,35 @@ def test_a_seat_is_taken_until_it_is_given_back():
         assert_alone(results(serving.fits[t % 3], [x[0] for x in stacks]), found[t % 3])
         executable.take_back(own)
     assert len(executable.free) == SEATS
+
+
+@pytest.mark.parametrize("little", [0, 2**20])
+def test_what_is_brought_is_there_when_it_is_read(little, monkeypatch):
+    """On a stream of its own, or as a part of the graph."""
+    monkeypatch.setattr(seats_module, "LITTLE", little)
+    serving, found = served("mlp")
+    executable, aside = captured_of(serving, late=True)
+    for lanes in ([0, 1], [2], [1, 0], [2, 2], [0]):
+        for got, t in zip(called(serving, executable, lanes, found), lanes, strict=True):
+            assert_alone(got, found[t])
+    assert ("cuStreamWaitEvent" in aside.library.calls) == (little == 0)
+
+
+def test_as_jax_calls_it_nobody_else_is_captured_meanwhile():
+    serving, found = served("mlp")
+    executable, _ = captured_of(serving)
+    made = executable._parts[0].made
+    compiled, held = made.compiled, []
+
+    def call(*given: Any) -> Any:
+        held.append(Recording.alone.locked())
+        return compiled(*given)
+
+    made.compiled = call
+    executable.free.clear()
+    (got,) = called(serving, executable, [1], found)
+    assert_alone(got, found[1])
+    assert held == [True] and not Recording.alone.locked()
 
 
 def test_a_bank_that_has_moved_is_captured_anew():
@@ -200,6 +231,21 @@ def test_a_launch_that_fails_half_way_is_waited_for():
     assert aside.library.queue  # its graph was launched
     executable.take_back_failed(filled)
     assert not aside.library.queue and len(executable.free) == SEATS
+
+
+def test_what_cannot_be_compiled_so_is_compiled_as_ever():
+    serving, found = served("mlp")
+
+    def make(recipe: Any) -> Any:
+        jitted = recipe()
+        if jitted.captured:
+            raise RuntimeError("RESOURCE_EXHAUSTED: not so")
+        return make_here(recipe)
+
+    made = Capturing(lambda _: FakeAside()).made([serving.lanes(2)], make)
+    assert type(made) is Executable
+    (got,) = serving.call(made, [(0, found[0][2])])
+    assert_alone(got, found[0])
 
 
 @pytest.mark.parametrize("broken", ["cuMemAlloc_v2", "cuMemHostAlloc", "cuGraphInstantiateWithFlags"])

@@ -9,6 +9,7 @@ graphs run one after the other, on one stream. Those that are to run at once hav
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import threading
@@ -23,6 +24,8 @@ from coalesce import jaxpr as J
 from coalesce.capture.cuda import Cuda, cuda_of, follows, Owned
 from coalesce.capture.ending import Around, ends, NOTHING, Recording, register, TARGET
 from coalesce.errors import CaptureError
+
+LOG = logging.getLogger("coalesce")
 
 WANTED = "COALESCE_CAPTURE"  # an environment variable: 0 for never
 
@@ -109,12 +112,16 @@ class Aside:
 
     def _try(self) -> None:
         """A program that does no harm: were nothing captured, the next one would run, and read what is not there."""
-        with self.line.cuda:
-            given, left = self.line.cuda.memory(4), self.line.cuda.memory(4)
         struct = jax.ShapeDtypeStruct((1,), np.float32)
-        with jax.default_device(self._device):
-            jitted = jax.jit(ends(lambda x, into: [x + 1]), donate_argnums=1, keep_unused=True)
-            loaded = self.load(jitted.lower(struct, [struct]).compile(OPTIONS))
+        try:
+            with self.line.cuda:
+                given, left = self.line.cuda.memory(4), self.line.cuda.memory(4)
+            with jax.default_device(self._device):
+                jitted = jax.jit(ends(lambda x, into: [x + 1]), donate_argnums=1, keep_unused=True)
+                compiled = jitted.lower(struct, [struct]).compile(OPTIONS)
+        except RuntimeError as e:
+            raise CaptureError(f"nothing can be captured now: {type(e).__name__}: {e}") from e
+        loaded = self.load(compiled)
         undisturbed(self._captured, loaded, (Place(given.address, struct),), [Place(left.address, struct)], NOTHING)
 
     def _captured(self, loaded: Any, arguments: Any, into: Sequence[Place], around: Around) -> Owned:
@@ -143,16 +150,19 @@ def undisturbed(does: Callable[..., Owned], *given: Any) -> Owned:
     """Not on the main thread, on which Ctrl-C may raise anywhere: in what XLA calls it would be taken for a result."""
     if threading.current_thread() is not threading.main_thread():
         return does(*given)
-    done: list[Future[Owned]] = [Future()]
+    done = Future[Owned]()
+    threading.Thread(target=settle, args=(done, does, given), name="coalesce-capture", daemon=True).start()
+    try:
+        return done.result()
+    finally:
+        del done  # what it raises holds this frame
 
-    def run() -> None:
-        try:
-            done[0].set_result(does(*given))
-        except BaseException as e:
-            done[0].set_exception(e)
 
-    threading.Thread(target=run, name="coalesce-capture", daemon=True).start()
-    return done.pop().result()
+def settle(done: Future[Owned], does: Callable[..., Owned], given: tuple[Any, ...]) -> None:
+    try:
+        done.set_result(does(*given))
+    except BaseException as e:
+        done.set_exception(e)
 
 
 def is_place(x: Any) -> bool:
@@ -207,16 +217,24 @@ asides: dict[tuple[Any, int], Aside] = {}
 
 
 def line_of(device: Any) -> Line | None:
-    """That of a JAX device; None of one that is no NVIDIA GPU, and where WANTED is 0."""
-    if os.environ.get(WANTED) == "0":
-        return None
+    """That of a JAX device; None of one that is no NVIDIA GPU, has no memory for one, or where WANTED was 0 when it was
+    first asked for."""
     with making:
         if device not in lines:
-            cuda = cuda_of(device)
-            if cuda is not None:
-                register()
-            lines[device] = None if cuda is None else Line(cuda)
+            lines[device] = new_line(device)
         return lines[device]
+
+
+def new_line(device: Any) -> Line | None:
+    cuda = None if os.environ.get(WANTED) == "0" else cuda_of(device)
+    if cuda is None:
+        return None
+    register()
+    try:
+        return Line(cuda)
+    except RuntimeError as e:
+        LOG.info("%s is left to JAX: %s", device, e)
+        return None
 
 
 def aside_of(device: Any, number: int = 0) -> Aside | None:

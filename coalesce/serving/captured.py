@@ -16,6 +16,7 @@ there is no other way than JAX's: these have no seats.
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -40,6 +41,9 @@ from coalesce.serving.words import is_narrow, WORD
 
 SEATS = 3  # one runs, one waits for it, and one is staged
 INTO = 2  # the argument that results are left in
+# Whether XLA may be asked to launch programs on threads of its own, after a call has returned.
+WAYS = ("PJRT_GPU_ENABLE_ASYNC_DISPATCH", "XLA_PYTHON_CLIENT_USE_TFRT_GPU_CLIENT")
+LATER = any(os.environ.get(way) for way in WAYS)
 
 LOG = logging.getLogger("coalesce.runtime")
 
@@ -93,6 +97,8 @@ class CapturedExecutable(Executable):
             into = [np.zeros(own.shape, own.dtype) for own in part.results]
             with Recording.alone:
                 *results, _ = part.made.compiled([bank], given.copy(), into)
+                if LATER:
+                    jax.block_until_ready(results)
             outputs.append(part.frame.returned.as_packed(results))
         return Called(outputs)
 
@@ -197,8 +203,11 @@ class Capturing:
         key = own.program, own.width, own.capacity
         made = self._made.get(key)
         if made is None:
-            with J.precision_as_traced():
-                made = Made(make(partial(captured_recipe, own._replace(schema=own.schema.bank))))
+            try:
+                with J.precision_as_traced():
+                    made = Made(make(partial(captured_recipe, own._replace(schema=own.schema.bank))))
+            except RuntimeError as e:  # of XLA: if it is the program's fault it fails without a capture too
+                raise NoSeat(f"the program cannot be compiled so: {type(e).__name__}: {e}") from e
             self._made[key] = made
         return Part(frame, made, aside.load(made.compiled), aside)
 
