@@ -181,6 +181,29 @@ def test_whoever_is_interrupted_while_a_callback_is_handed_on_may_end_another_re
     own.thread.join(10)
 
 
+def test_how_late_clients_are_is_known_without_what_their_callbacks_take():
+    now = [100]
+    own = callbacks.Callbacks(lambda: now[0])
+
+    def at(time_ns: int) -> None:
+        now[0] = time_ns
+
+    own._put([(lambda reply: at(400), Future())])  # which takes 250
+    own._put([(lambda reply: None, Future())])
+    first, second = own.inbox.take(0.0)
+    at(150)
+    own.handle(first)
+    assert (own.late_ns(), own.late_ns()) == (50, 0)
+    at(410)
+    own.handle(second)
+    assert own.late_ns() == 10  # it could have begun at 400
+    at(500)
+    own._put([(lambda reply: None, Future())])
+    at(507)
+    own.handle(own.inbox.take(0.0)[0])
+    assert own.late_ns() == 7
+
+
 def test_what_a_callback_was_given_is_let_go_while_the_next_one_waits():
     """Though both were taken from the inbox at once."""
     gate, begun, over = threading.Event(), threading.Event(), threading.Event()

@@ -104,6 +104,19 @@ def test_what_handing_results_out_took_is_told_once_though_a_bundle_fails_after_
     assert [end.results_ns > 0 for end in ends] == [False, True, False, True]
 
 
+def test_clients_have_results_when_they_are_called_back():
+    told = Told()
+    machine = FakeMachine()
+    machine.copies = True
+    with Served(machine, observers=[told]) as served:
+        late = iter([0, 3_000_000_000, 0])
+        served.driver._finisher._late_ns = lambda: next(late)
+        for _ in range(3):
+            wait([served.submit("t0", "good")], 10)
+    took_ns = [event.results_ns for event in told.events if isinstance(event, Completed)]
+    assert [took > 3_000_000_000 for took in took_ns] == [False, False, True]
+
+
 def test_what_runs_next_does_not_wait_for_an_order_that_comes_before_requests():
     """The driver finds in its inbox that a bundle has ended, an order that takes long, and a request, while others wait
     already."""

@@ -59,8 +59,8 @@ class Driver:
         self._policy, self._machine, self._maker, self._observers = policy, machine, maker, observers
         self._elsewhere = policy if isinstance(policy, Elsewhere) else None
         self._clock = clock
-        self._finisher = Finisher(self.inbox, observers, clock, self.book)
-        self.callbacks = Callbacks()
+        self.callbacks = Callbacks(clock)
+        self._finisher = Finisher(self.inbox, observers, clock, self.book, self.callbacks.late_ns)
         # whoever ends a request may be about to end one that a callback waits for
         self.call_back, self.call_all_back = self.callbacks.call, self.callbacks.call_all
         self._watchdog = Watchdog(self._overdue, self.lose, hang_s)

@@ -66,9 +66,19 @@ class Lost(NamedTuple):
 
 
 class Finisher(Attendant):
-    def __init__(self, driver: Inbox, observers: Observers, clock: Callable[[], int], book: Book) -> None:
+    """`late_ns` says what clients wait for besides, where that is known."""
+
+    def __init__(
+        self,
+        driver: Inbox,
+        observers: Observers,
+        clock: Callable[[], int],
+        book: Book,
+        late_ns: Callable[[], int] = lambda: 0,
+    ) -> None:
         super().__init__("finisher")
         self._driver, self._observers, self._clock, self._book = driver, observers, clock, book
+        self._late_ns = late_ns
         self._free_ns = 0  # when the device was done with what was waited for last
         self._results_ns = 0  # from the end of the last bundle whose results were handed out until they were
         self._landed_ns = 0  # and with what landed last: the driver's thread writes it, a probe is not timed from it
@@ -102,7 +112,7 @@ class Finisher(Attendant):
         self._free_ns = self._complete(flight, error)
         if error is None:
             self.hand_out(flight)
-            self._results_ns = self._clock() - self._free_ns
+            self._results_ns = self._clock() - self._free_ns + self._late_ns()
 
     def land(self, flight: Flight) -> bool:
         """Of a bundle that is done: the driver is told. Whether it has results; called on the driver's thread while no
