@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from concurrent.futures import wait
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,8 +16,10 @@ import pytest
 import coalesce
 from coalesce import jaxpr as J
 from coalesce.capture.aside import check_order
+from coalesce.capture.cuda import NOT_READY
 from coalesce.capture.ending import Recording
 from coalesce.runtime import device as device_module
+from coalesce.runtime.bundle import Bundle
 from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.commands import Want
 from coalesce.serving import seats as seats_module, store as store_module
@@ -134,6 +137,25 @@ def test_what_is_brought_is_there_when_it_is_read(little, monkeypatch):
         for got, t in zip(called(serving, executable, lanes, found), lanes, strict=True):
             assert_alone(got, found[t])
     assert ("cuStreamWaitEvent" in aside.library.calls) == (little == 0)
+
+
+def test_on_a_gpu_too_a_bundle_that_is_done_at_once_is_at_hand():
+    """What it leaves lies on the host; what JAX leaves has to be asked for."""
+    serving, found = served("mlp")
+    executable, aside = captured_of(serving, late=True)
+    gpu = SimpleNamespace(platform="gpu")
+    filled = executable.stage([[serving.lane(0, found[0][2])]])
+    outputs = executable.run([serving.store.bank], [None], filled)
+    bundle = Bundle(gpu, executable, [None], filled, outputs, [[]])
+    aside.library.codes["cuEventQuery"] = NOT_READY
+    assert not bundle.is_at_hand(0.0) and not bundle.is_at_hand(0.01)
+    aside.library.codes.clear()
+    assert bundle.is_at_hand(0.0)
+    bundle.wait()
+    assert len(executable.free) == SEATS
+    executable.free.clear()
+    called_by_jax = executable.run([serving.store.bank], [None], executable.stage([[serving.lane(0, found[0][2])]]))
+    assert not Bundle(gpu, executable, [None], filled, called_by_jax, [[]]).is_at_hand(0.0)
 
 
 def test_as_jax_calls_it_nobody_else_is_captured_meanwhile():
