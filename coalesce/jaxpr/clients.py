@@ -63,8 +63,9 @@ described: dict[int, Any] = {}  # by address, what jaxlib still looks at
 
 
 @ctypes.CFUNCTYPE(None, c_void_p)
-def forget(tensor: int) -> None:
-    described.pop(tensor, None)
+def forget(tensor: int, known: dict[int, Any] = described) -> None:
+    """Also when the interpreter ends, and names of modules are gone."""
+    known.pop(tensor, None)
 
 
 Capsule = ctypes.PYFUNCTYPE(ctypes.py_object, c_void_p, ctypes.c_char_p, c_void_p)
