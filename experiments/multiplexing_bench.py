@@ -97,6 +97,10 @@ def hold(pair: Pair, model: Model, fields: dict[str, Any], limits: Limits) -> He
     given = model, fields, pair.dtype, flags.FLAGS.batch, flags.FLAGS.precision, tenants, options
     cell = Cell(*given, until_end=ExitStack(), autotune=flags.FLAGS.autotune)
     want = pairs.reference(cell)
-    given = flags.FLAGS
-    ours = partial(pairs.coalesced, within_program=given.within_program, try_pallas=given.pallas, called=given.called)
+    ours = partial(
+        pairs.coalesced,
+        within_program=flags.FLAGS.within_program,
+        try_pallas=flags.FLAGS.pallas,
+        called=flags.FLAGS.called,
+    )
     return Held(cell, want, pairs.best_of(ours, cell, want, limits))

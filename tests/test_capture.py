@@ -250,13 +250,7 @@ def test_a_device_without_memory_for_a_stream_is_left_to_jax(monkeypatch):
     assert line_of(object()) is None
 
 
-# What XLA calls
-
-
-@pytest.fixture(scope="module")
-def on_cpu():
-    """XLA calls the end of a program on a CPU too, but nothing before it."""
-    jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(ending.execute), platform="cpu")
+# What XLA calls: on a CPU the end of a program too (tests/fake_graphs.py), but nothing before it
 
 
 def compiled(into: int = 1) -> Any:
@@ -264,12 +258,12 @@ def compiled(into: int = 1) -> Any:
     return compile_donating(ends(lambda x, _: [x @ x + i for i in range(into)]), given, {})
 
 
-def test_a_program_that_ends_so_computes_what_it_did(on_cpu):
+def test_a_program_that_ends_so_computes_what_it_did():
     result, _ = compiled()(jnp.ones((4, 4)), [jnp.zeros((4, 4))])
     np.testing.assert_array_equal(result, np.full((4, 4), 4.0))
 
 
-def test_the_last_call_ends_a_capture(on_cpu):
+def test_the_last_call_ends_a_capture():
     driver, calls = cuda()
     run = compiled()
     with Recording(driver) as recording:
@@ -283,11 +277,11 @@ def test_the_last_call_ends_a_capture(on_cpu):
     assert not calls  # of no recording
 
 
-def test_it_runs_behind_everything_else(on_cpu):
+def test_it_runs_behind_everything_else():
     check_order(compiled(3))
 
 
-def test_nothing_may_run_behind_it(on_cpu):
+def test_nothing_may_run_behind_it():
     made = compiled()
     text = made.as_text()
     end = next(line for line in text.splitlines() if TARGET in line)
@@ -366,10 +360,11 @@ def test_a_stream_is_not_left_capturing():
 
 def test_one_is_recorded_at_a_time():
     driver, _ = cuda()
-    seen, entered, go = [], threading.Event(), threading.Event()
+    seen, entered = [], threading.Event()
 
     def other() -> None:
         with Recording(driver):
+            entered.set()
             seen.append("other")
 
     with Recording(driver):
@@ -378,8 +373,7 @@ def test_one_is_recorded_at_a_time():
         assert not entered.wait(0.05)
         seen.append("first")
     thread.join()
-    go.set()
-    assert seen == ["first", "other"]
+    assert seen == ["first", "other"] and entered.is_set()
     assert Recording.now is None
 
 

@@ -232,4 +232,4 @@ def captured_recipe(own: Lanes) -> Jitted:
 
     structs = [own.schema.structs(own.capacity)], staging.structs, returned.structs
     jitted = jax.jit(ends(serve), donate_argnums=INTO, keep_unused=True)
-    return Jitted(jitted, structs, (INTO,), often=True, captured=True)
+    return Jitted(jitted, structs, (INTO,), captured=True)
