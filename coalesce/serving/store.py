@@ -102,9 +102,11 @@ class Store:
         that."""
         if self._line is not None:
             self._line.wait()
-        yield
-        if self._line is not None:
-            self._line.follow(self.bank)
+        try:
+            yield
+        finally:  # also of what was written before something failed
+            if self._line is not None:
+                self._line.follow(self.bank)
 
     def _replace(self, owned: Iterable[jax.Array]) -> None:
         for i, array in zip(self._owned, owned, strict=True):
