@@ -22,7 +22,10 @@ pytestmark = [
 
 
 def other(x: jax.Array) -> jax.Array:
-    return jnp.roll(x, 1, -1) if jnp.issubdtype(x.dtype, jnp.integer) else 1.5 * x
+    """Another request; an index stays within its table."""
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return 1.5 * x
+    return jnp.maximum(x - 1, 0) if jnp.issubdtype(x.dtype, jnp.integer) else x
 
 
 def near(got: Any, want: Any, within: float = 1e-5) -> None:
