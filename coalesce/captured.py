@@ -200,9 +200,10 @@ class InGraph:
         self.wait()
         return jax.block_until_ready(jax.tree.map(jnp.copy, self._outputs))
 
-    def __del__(self) -> None:
-        """Else JAX would give memory that is written to, or read, to somebody else."""
-        if hasattr(self, "_graph") and not sys.is_finalizing():
+    def __del__(self, is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        """Else JAX would give memory that is written to, or read, to somebody else. When the interpreter ends this
+        module's names may be gone before what it has made."""
+        if not is_ending() and hasattr(self, "_graph"):
             self._line.wait()
 
 
