@@ -9,10 +9,10 @@ PIP := -m pip --disable-pip-version-check --no-input --quiet install --no-compil
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # All root folders by name: ruff does not follow the links in coalesce/.
-SOURCES := coalesce passes scheduler models experiments tests tools
+SOURCES := coalesce passes scheduler models experiments tests tools setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint interpreters newest pytest pytest-newest soak clean
+.PHONY: help demo test lint interpreters newest pytest pytest-newest soak native clean
 
 # One thing after the other, but for what `make test` does at once.
 ifndef AT_ONCE
@@ -60,8 +60,11 @@ soak: $(VENV)/test.stamp  ## the suite compiled as XLA does by itself, then the 
 	@$(VENV)/bin/python $(PYTEST) --xla own
 	@$(VENV)/bin/python $(PYTEST) --xla own -m "slow or soak" --hypothesis-profile soak --timeout 0
 
+native: $(VENV)/test.stamp  ## compile what the policy thinks with, in place, until `make clean` (needs a C compiler)
+	@COALESCE_MYPYC=1 $(VENV)/bin/python setup.py --quiet build_ext --inplace
+
 clean:  ## remove what was built, the environments included
-	rm -rf $(VENV) $(NEWEST) .cache .hypothesis .pytest_cache .ruff_cache .import_linter_cache build dist *.egg-info
+	rm -rf $(VENV) $(NEWEST) .cache .hypothesis .pytest_cache .ruff_cache .import_linter_cache build dist *.egg-info *__mypyc*.so scheduler/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # DIR/EXTRA.stamp: the environment DIR holds the checkout (editable) and what the extra asks for.

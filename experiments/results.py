@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 
+from coalesce.scheduler.native import is_native
+
 Row = dict[str, Any]
 PER_RUN = ("command", "date")  # may differ between two runs that fill one file
 
@@ -35,13 +37,14 @@ def device_folder() -> str:
 
 def header(command: str, device: str, note: str = "", **settings: Any) -> dict[str, Any]:
     packages = ("jax", "jaxlib", "flax", "numpy")
+    policy = {"policy": "compiled by mypyc"} if is_native() else {}
     return {
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": device,
         "note": note,
         **({"xla_flags": flags} if (flags := os.environ.get("XLA_FLAGS")) else {}),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}, **policy},
         "settings": settings,
     }
 

@@ -31,12 +31,12 @@ class Sums:
 
     def __init__(self, mostly: list[tuple[int, int]], before: Sums | None = None) -> None:
         """What `before` knows of the narrowest runs, as far as they are the same, is known."""
-        self.mostly = mostly  # width and time, the narrowest first
+        self.mostly: list[tuple[int, int]] = mostly  # width and time, the narrowest first
         self.ascends = all([ns < wider_ns for (_, ns), (_, wider_ns) in pairwise(mostly)])  # a wider one takes longer
         alike = takewhile(lambda both: both[0] == both[1], zip(mostly, before.mostly, strict=False) if before else ())
         upto = max([width for (width, _), _ in alike], default=0)
-        self.times = before.times[: upto + 1] if before else [0]
-        self.firsts = before.firsts[: upto + 1] if before else [0]  # their numbers; for no lanes the narrowest
+        self.times: list[int] = before.times[: upto + 1] if before else [0]
+        self.firsts: list[int] = before.firsts[: upto + 1] if before else [0]  # numbers; of none the narrowest
         self.untils: dict[int, int] = {}
         self._at = 0  # the narrowest that has places for one more
         self._narrower: list[tuple[int, int, int]] = []  # with their numbers, the widest first
@@ -86,7 +86,8 @@ class Cover:
         mostly = [(width, ns) for width, _, _, _, _, ns, _ in options]
         self._wider: dict[int, tuple[Option, ...]] = {}
         known = before._sums if before is not None else None
-        self._sums = sums = known if known is not None and known.mostly == mostly else Sums(mostly, known)
+        sums = known if known is not None and known.mostly == mostly else Sums(mostly, known)
+        self._sums: Sums = sums
         self._times, self._firsts, self.ascends = sums.times, sums.firsts, sums.ascends
 
     def first(self, lanes: int) -> Option:

@@ -98,7 +98,7 @@ class Queues:
             items.append(item)
             return
         insort(items, item)
-        if items[0] is item:
+        if items[0][2] is item[2]:
             self.rank(queue)
 
     def put_all(self, lanes: Sequence[Lane], queue: Queue) -> None:

@@ -3,6 +3,7 @@
 pytest --update-golden                      rewrite tests/golden/; read the diff before committing it
 pytest --unchecked                          without the annotations checked
 pytest --numbers 1                          other random numbers in all arrays (default: 0)
+pytest --native                             what `make native` has compiled of the policy, instead of its sources
 pytest --xla own                            compile as XLA does unless told otherwise (default: cheaply, see below)
 pytest --hypothesis-profile quick           20 examples a property (default: 200, on a second interpreter: 25; the
                                             same ones in every run; soak: 2000, others in every run)
@@ -49,6 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files instead of comparing")
     parser.addoption("--numbers", type=int, default=0, help="which random numbers the arrays of all tests hold")
     parser.addoption("--unchecked", action="store_true", help="do not check annotations as the tests run")
+    parser.addoption("--native", action="store_true", help="test what mypyc has compiled of the policy")
     parser.addoption("--xla", choices=("cheap", "own"), default="cheap", help="how XLA compiles: cheaply, or as usual")
 
 
@@ -57,13 +59,28 @@ def pytest_configure(config: pytest.Config) -> None:
     NUMBERS.variant = int(config.getoption("--numbers") or 0)
     if not config.getoption("--unchecked"):
         check_all("coalesce")
+    check_native(bool(config.getoption("--native")))
     if config.getoption("--xla") == "cheap" and metadata.version("jaxlib").startswith("0.10."):
         # Read when the first program is compiled. 0.12 does not know the first, and what is not known ends the process.
         flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"  # a third of the time
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
 
+def check_native(asked: bool) -> None:
+    """So that nobody tests sources, and runs what was compiled of others. Imported after `check_all`."""
+    from coalesce.scheduler.native import is_native
+
+    if is_native() and not asked:
+        raise pytest.UsageError("mypyc has compiled parts of scheduler/; `make clean`, or test these with --native")
+    if asked and not is_native():
+        raise pytest.UsageError("nothing of scheduler/ is compiled, which `make native` does")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--native"):
+        for item in items:
+            if item.get_closest_marker("inside"):
+                item.add_marker(pytest.mark.skip(reason="looks inside of what was compiled, or copies it"))
     # The longest first: workers, each of which takes whole files, end together.
     items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]

@@ -106,6 +106,7 @@ def test_lanes_to_spare_are_filled_with_lower_priorities(golden: Golden):
     golden(story(both, [(0, "h"), (0.5, "l"), (0.5, "h"), (0.6, "h"), (0.7, "h")], line_catalog(LINES, (1, 4))))
 
 
+@pytest.mark.inside
 def test_a_copy_of_a_policy_goes_its_own_way():
     policy = Coalescing()
     for event in CatalogChanged(Catalog()), TenantAdded(tenant("a", 50)):

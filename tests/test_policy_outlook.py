@@ -33,6 +33,7 @@ def said(ahead: Outlook) -> tuple[object, ...]:
     return ahead.late, ahead.tardy_ns, ahead.hurried, ahead.end_ns, ahead.slip_ns, runs
 
 
+@pytest.mark.inside
 @pytest.mark.parametrize("seed", range(6))
 def test_a_newcomer_is_laid_as_if_all_were_laid_anew(seed, monkeypatch):
     asked = kept = 0

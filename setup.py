@@ -1,0 +1,29 @@
+"""What pyproject.toml cannot say: with COALESCE_MYPYC=1 mypyc compiles what the policy thinks with.
+
+    pip install mypy setuptools
+    COALESCE_MYPYC=1 pip install --no-build-isolation .     needs a C compiler
+    make native                                             the same in place, for who works on the checkout
+
+It decides the same. Left as they are: what is told to a policy and by it, which everybody makes; `coalescing`, whose
+classes may be derived from; and protocols.
+"""
+
+import os
+
+from setuptools import setup
+
+THINKS = """
+    admission choice costs cover demand doubt evidence hopes joining lag lanes latency laying load outlook patience
+    promises quarantine queues rate requests shares slots starting tenancy times trial wants
+"""
+OPTIONS = ["--follow-imports=silent", "--ignore-missing-imports", "--no-site-packages"]
+ASKED = os.environ.get("COALESCE_MYPYC") == "1"
+
+
+def modules() -> list:
+    from mypyc.build import mypycify
+
+    return mypycify([*OPTIONS, *(f"coalesce/scheduler/{name}.py" for name in THINKS.split())], opt_level="3")
+
+
+setup(ext_modules=modules() if ASKED else [])
