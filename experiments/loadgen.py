@@ -60,7 +60,7 @@ class Served:
     def __init__(self, rt: Runtime, lives: Sequence[Live]) -> None:
         self._rt, self._lives = rt, lives
         self.refused = 0
-        self.wrong = 0  # answers that are not finite, or of another shape
+        self.wrong = 0  # answers that are not finite
         self.failures: list[BaseException] = []
         self._ended: SimpleQueue[tuple[int, Live, Future[Any]] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._answer_all, daemon=True)
@@ -78,7 +78,11 @@ class Served:
         """Nothing is held back."""
 
     def _send(self, number: int, live: Live, deadline_s: float | None) -> None:
-        reply = self._rt.submit(live.name, *live.inputs, deadline=deadline_s)
+        try:
+            reply = self._rt.submit(live.name, *live.inputs, deadline=deadline_s)
+        except Exception as e:  # LoadGen waits for an answer all the same
+            reply = Future[Any]()
+            reply.set_exception(e)
         reply.add_done_callback(lambda done: self._ended.put((number, live, done)))
 
     def _answer_all(self) -> None:
@@ -87,25 +91,28 @@ class Served:
         while more:
             ended = [self._ended.get(), *(self._ended.get() for _ in range(self._ended.qsize()))]
             more = None not in ended
-            answers = [own for own in map(self._answer, filter(None, ended)) if own is not None]
+            answers, refused = [], []
+            for number, live, done in filter(None, ended):
+                if isinstance(done.exception(), DeadlineExceeded | QueueFull):
+                    refused.append((number, live))
+                else:
+                    answers.append((number, self._answer(done)))
             if answers:
-                mlperf_loadgen.QuerySamplesComplete([response for response, _ in answers])
+                told = [mlperf_loadgen.QuerySampleResponse(n, *own.buffer_info()) for n, own in answers]
+                mlperf_loadgen.QuerySamplesComplete(told)
+            self.refused += len(refused)
+            for number, live in refused:
+                self._send(number, live, LATER_S)
 
-    def _answer(self, ended: tuple[int, Live, Future[Any]]) -> tuple[Any, Any] | None:
-        """With what it points to; None if it was sent again."""
-        number, live, done = ended
-        error = done.exception()
-        if isinstance(error, DeadlineExceeded | QueueFull):
-            self.refused += 1
-            self._send(number, live, LATER_S)
-            return None
-        if error is not None:  # LoadGen waits for an answer all the same
-            self.failures.append(error)
-            return mlperf_loadgen.QuerySampleResponse(number, 0, 0), None
-        result = done.result()
-        self.wrong += not np.isfinite(result).all()
-        answer = array.array("B", result.tobytes())
-        return mlperf_loadgen.QuerySampleResponse(number, *answer.buffer_info()), answer
+    def _answer(self, done: Future[Any]) -> array.array[int]:
+        """Nothing for what failed."""
+        try:
+            result = done.result()
+            self.wrong += not np.isfinite(result).all()
+            return array.array("B", result.tobytes())
+        except Exception as e:
+            self.failures.append(e)
+            return array.array("B")
 
 
 def settings() -> Any:

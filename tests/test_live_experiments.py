@@ -1,16 +1,19 @@
 """The experiments that serve run, from their command line to their files; no test looks at a time."""
 
 import json
+import time
 from concurrent.futures import Future
+from itertools import chain
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from absl import flags
 
-from coalesce.errors import DeadlineExceeded
+from coalesce.errors import DeadlineExceeded, DeviceError
 from coalesce.scheduler.catalog import Catalog, Entry, Executable
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.commands import Dispatch, WakeAt
@@ -159,6 +162,31 @@ def test_loadgen_says_what_it_thinks(loadgen, tmp_path):
     assert row["result"] == "VALID" and row["because"] == []
     assert row["queries"] >= 700 and row["wrong"] == 0
     assert "mlperf_log" not in str(list(tmp_path.iterdir()))
+
+
+def test_loadgen_has_an_answer_to_whatever_ends(loadgen, monkeypatch):
+    """Else it would wait for ever. What is refused is sent again, after it was told of the others."""
+    told, asked = [], []
+    monkeypatch.setattr(loadgen.mlperf_loadgen, "QuerySamplesComplete", lambda own: told.append([r.id for r in own]))
+    ends = {0: np.ones(3, np.float32), 1: DeadlineExceeded("late"), 2: DeviceError("gone"), 3: np.array([np.nan])}
+
+    def submit(name: str, deadline: float | None) -> Future[Any]:
+        asked.append((name, deadline))
+        if deadline is not None:
+            raise DeviceError("the device has gone")
+        reply, end = Future[Any](), ends[int(name)]
+        reply.set_exception(end) if isinstance(end, Exception) else reply.set_result(end)
+        return reply
+
+    lives = [SimpleNamespace(name=str(i), inputs=()) for i in ends]
+    served = loadgen.Served(SimpleNamespace(submit=submit), lives)
+    served.issue([SimpleNamespace(id=10 + i, index=i) for i in ends])
+    while sum(map(len, told)) < len(ends):
+        time.sleep(1e-3)
+    served.close()
+    assert sorted(chain.from_iterable(told)) == [10, 11, 12, 13] and told[-1] == [11]
+    assert asked[-1] == ("1", loadgen.LATER_S) and (served.refused, served.wrong) == (1, 1)
+    assert [str(e) for e in served.failures] == ["gone", "the device has gone"]
 
 
 def test_loadgens_summary_is_read(loadgen):
