@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from coalesce.errors import (
     DeadlineExceeded,
     DeviceError,
@@ -15,24 +17,43 @@ from coalesce.errors import (
 )
 from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler.commands import Reason
+from coalesce.scheduler.request import Request
+from coalesce.scheduler.tuples import made
+
+
+class Untimely(NamedTuple):
+    """Why a request has no place, in words that are made when somebody asks for them: past capacity most requests end
+    so, and few are read."""
+
+    request: Request
+    reason: Reason
+    now_ns: int
+
+    def __str__(self) -> str:
+        request, reason, now_ns = self
+        allowed_ms = (request.deadline_ns - request.arrival_ns) / 1e6
+        waited_ms = (now_ns - request.arrival_ns) / 1e6
+        who = who_asked(request)
+        if reason is Reason.QUEUE_FULL:
+            return f"{who}: {reason.value}; send later, or give the tenant a larger quota"
+        if reason is Reason.INFEASIBLE:
+            return f"{who}: {reason.value}, {allowed_ms:.3g} ms from submit; allow more time, or send less"
+        if allowed_ms <= 0:
+            return f"{who}: its deadline had passed {abs(allowed_ms):.3g} ms before submit"
+        return f"{who}: {reason.value}: it had {allowed_ms:.3g} ms and waited {waited_ms:.3g} ms"
+
+
+def who_asked(request: Request) -> str:
+    return f"tenant {request.tenant!r}, request {request.id}"
 
 
 def error_of(ticket: Ticket, reason: Reason, now_ns: int) -> ServingError:
-    request = ticket.request
-    who = f"tenant {request.tenant!r}, request {request.id}"
-    allowed_ms = (request.deadline_ns - request.arrival_ns) / 1e6
-    waited_ms = (now_ns - request.arrival_ns) / 1e6
+    if reason is Reason.INFEASIBLE or reason is Reason.EXPIRED:
+        return DeadlineExceeded(made(Untimely, (ticket.request, reason, now_ns)))
+    who = who_asked(ticket.request)
     match reason:
         case Reason.QUEUE_FULL:
-            return QueueFull(f"{who}: {reason.value}; send later, or give the tenant a larger quota")
-        case Reason.INFEASIBLE:
-            return DeadlineExceeded(
-                f"{who}: {reason.value}, {allowed_ms:.3g} ms from submit; allow more time, or send less"
-            )
-        case Reason.EXPIRED if allowed_ms <= 0:
-            return DeadlineExceeded(f"{who}: its deadline had passed {abs(allowed_ms):.3g} ms before submit")
-        case Reason.EXPIRED:
-            return DeadlineExceeded(f"{who}: {reason.value}: it had {allowed_ms:.3g} ms and waited {waited_ms:.3g} ms")
+            return QueueFull(Untimely(ticket.request, reason, now_ns))
         case Reason.UNKNOWN_TENANT | Reason.TENANT_CLOSED:
             return TenantClosed(f"{who}: {reason.value}; add_tenant adds one")
         case Reason.FAILED:
