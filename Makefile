@@ -61,10 +61,11 @@ soak: $(VENV)/test.stamp  ## the suite compiled as XLA does by itself, then the 
 	@$(VENV)/bin/python $(PYTEST) --xla own -m "slow or soak" --hypothesis-profile soak --timeout 0
 
 native: $(VENV)/test.stamp  ## compile what the policy thinks with, in place, until `make clean` (needs a C compiler)
-	@COALESCE_MYPYC=1 $(VENV)/bin/python setup.py --quiet build_ext --inplace
+	@rm -f *__mypyc*.so scheduler/*.so
+	@COALESCE_MYPYC=1 $(VENV)/bin/python $(PIP) --no-build-isolation --no-deps --editable .
 
 clean:  ## remove what was built, the environments included
-	rm -rf $(VENV) $(NEWEST) .cache .hypothesis .pytest_cache .ruff_cache .import_linter_cache build dist *.egg-info *__mypyc*.so scheduler/*.so
+	rm -rf $(VENV) $(NEWEST) .cache .hypothesis .pytest_cache .ruff_cache .import_linter_cache .mypy_cache build dist *.egg-info *__mypyc*.so scheduler/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # DIR/EXTRA.stamp: the environment DIR holds the checkout (editable) and what the extra asks for.

@@ -1,6 +1,6 @@
 """What pyproject.toml cannot say: with COALESCE_MYPYC=1 mypyc compiles what the policy thinks with.
 
-    pip install mypy setuptools
+    pip install "mypy>=1.18" "setuptools>=77"
     COALESCE_MYPYC=1 pip install --no-build-isolation .     needs a C compiler
     make native                                             the same in place, for who works on the checkout
 
@@ -21,8 +21,10 @@ ASKED = os.environ.get("COALESCE_MYPYC") == "1"
 
 
 def modules() -> list:
-    from mypyc.build import mypycify
-
+    try:
+        from mypyc.build import mypycify
+    except ImportError as e:
+        raise SystemExit("COALESCE_MYPYC=1 needs mypy: pip install mypy, then pip install --no-build-isolation") from e
     return mypycify([*OPTIONS, *(f"coalesce/scheduler/{name}.py" for name in THINKS.split())], opt_level="3")
 
 

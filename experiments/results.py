@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from coalesce.scheduler.native import is_native
+from coalesce.scheduler.native import is_native, stale
 
 Row = dict[str, Any]
 PER_RUN = ("command", "date")  # may differ between two runs that fill one file
@@ -37,6 +37,8 @@ def device_folder() -> str:
 
 def header(command: str, device: str, note: str = "", **settings: Any) -> dict[str, Any]:
     packages = ("jax", "jaxlib", "flax", "numpy")
+    if stale():
+        raise SystemExit(f"compiled of other sources: {', '.join(stale())}; `make native` does it again")
     policy = {"policy": "compiled by mypyc"} if is_native() else {}
     return {
         "command": command,

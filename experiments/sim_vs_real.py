@@ -33,6 +33,7 @@ from typing import NamedTuple
 import jax
 from absl import flags
 
+from coalesce.scheduler.native import is_native
 from coalesce.scheduler.request import Request
 from coalesce.scheduler.run import Run
 from coalesce.scheduler.simulator import simulate
@@ -164,6 +165,8 @@ def chosen_of(drawn: Sequence[Configuration], numbers: Sequence[str] | None) -> 
 def main(argv: Sequence[str]) -> None:
     begun_s = time.monotonic()
     own_flags.parse("sim_vs_real", FLAGS, argv)
+    if is_native():
+        raise SystemExit("the simulator goes on from copies of the policy, and a compiled one has none: `make clean`")
     models = MODELS["cpu" if jax.default_backend() == "cpu" else "gpu"]
     drawn = draw_configurations(models, FLAGS.count, FLAGS.seed, FLAGS.most_segments)
     chosen = chosen_of(drawn, FLAGS.configurations)

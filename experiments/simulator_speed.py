@@ -28,6 +28,7 @@ from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.commands import Command
 from coalesce.scheduler.events import Event
 from coalesce.scheduler.machine import Line, line_catalog
+from coalesce.scheduler.native import is_native
 from coalesce.scheduler.request import Tenant
 from coalesce.scheduler.run import quantile
 from coalesce.scheduler.simulator import simulate
@@ -160,16 +161,18 @@ def main(argv: list[str]) -> None:
     command = " ".join(["python -m experiments.simulator_speed", *given])
     rows = [*map(measure_speed, SPEED), *map(measure_decisions, DECISIONS)]
     head = header(command, device_name(), "one core", tenants=TENANTS.value, requests=REQUESTS.value)
-    save_rows(folder / "simulator_speed.json", head, rows)
+    path = folder / f"simulator_speed{'_native' if is_native() else ''}.json"
+    save_rows(path, head, rows)
+    compiled = " The policy is compiled by mypyc (`make native`)." if is_native() else ""
     text = (
         f"# The simulator's speed, and the time of a decision\n\n{TENANTS.value:,} tenants, {REQUESTS.value:,} "
-        f"requests, one core of {head['device']}. {head['date']}.\n\n    {command}\n\n{report(rows)}"
+        f"requests, one core of {head['device']}. {head['date']}.{compiled}\n\n    {command}\n\n{report(rows)}"
     )
-    (folder / "simulator_speed.md").write_text(text, encoding="utf-8")
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
     if PROFILE.value:
         profiles = "\n".join([profile(SPEED[0]), profile(DECISIONS[1])])
-        (folder / "simulator_speed_profile.txt").write_text(profiles, encoding="utf-8")
+        path.with_name(f"{path.stem}_profile.txt").write_text(profiles, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -68,12 +68,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def check_native(asked: bool) -> None:
     """So that nobody tests sources, and runs what was compiled of others. Imported after `check_all`."""
-    from coalesce.scheduler.native import is_native
+    from coalesce.scheduler.native import is_native, stale
 
     if is_native() and not asked:
         raise pytest.UsageError("mypyc has compiled parts of scheduler/; `make clean`, or test these with --native")
     if asked and not is_native():
         raise pytest.UsageError("nothing of scheduler/ is compiled, which `make native` does")
+    if stale():
+        raise pytest.UsageError(f"compiled of other sources: {', '.join(stale())}; `make native` does it again")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from coalesce.scheduler.native import is_native
 from tests.test_scheduler_fuzz import simulated
 
-pytestmark = [pytest.mark.slow, pytest.mark.once]
+pytestmark = [pytest.mark.once, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("coalesce", "passes", "scheduler", "models", "tests", "experiments")
@@ -29,15 +30,20 @@ for seed in range({SEEDS}):
 """
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the checkout, with what was compiled in place."""
-    folder = tmp_path_factory.mktemp("native")
+def copied(folder: Path) -> Path:
     left_out = shutil.ignore_patterns("__pycache__", "results", "*.so")
     for name in FOLDERS:
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=left_out)
     for name in FILES:
         shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the checkout, with what was compiled in place."""
+    assert not is_native(), "it is compared with the sources, which `make clean` brings back"
+    folder = copied(tmp_path_factory.mktemp("native"))
     run(folder, "setup.py", "--quiet", "build_ext", "--inplace", COALESCE_MYPYC="1")
     return folder
 
@@ -50,6 +56,13 @@ def run(folder: Path, *arguments: str, **variables: str) -> str:
     return done.stdout
 
 
+def test_mypyc_takes_it(tmp_path):
+    """All that it does before a C compiler."""
+    run(copied(tmp_path), "setup.py", "--quiet", "--version", COALESCE_MYPYC="1")
+    assert len(list((tmp_path / "build").rglob("*.c"))) > 10
+
+
+@pytest.mark.slow
 def test_it_decides_the_same(copy):
     told = run(copy, "-c", RUNS, PYTHONPATH=str(copy)).splitlines()
     assert len(told) == SEEDS
@@ -57,10 +70,11 @@ def test_it_decides_the_same(copy):
         assert line == str(simulated(seed)), f"seed {seed}"
 
 
+@pytest.mark.slow
 def test_it_passes_the_same_tests(copy):
     """But for those that look inside of it, or copy it."""
-    found = [path for name in ("policy", "scheduler", "runtime") for path in (copy / "tests").glob(f"test_{name}*.py")]
-    files = [str(path.relative_to(copy)) for path in sorted(found)]
+    names = [f"tests/test_{name}*.py" for name in ("policy", "scheduler", "baselines", "runtime")]
+    files = [str(path.relative_to(copy)) for name in names for path in sorted(copy.glob(name))]
     assert len(files) > 10
     said = run(copy, "-m", "pytest", "-q", "--native", "-p", "no:cacheprovider", *files)
     assert " passed" in said
