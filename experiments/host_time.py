@@ -8,7 +8,9 @@ dispatching, and handing out the result. Host time is CPU time of the whole proc
 the rest of what Python's threads take is JAX's, which may spin while it waits for a device. `wall` is the time of a
 measurement over its requests. Through `infer` all coroutines share one event loop. The floor is a loop on one thread
 without a runtime: 16 futures, their inputs side by side, one call, a copy for each future. Staging is timed by itself:
-the bytes of 16 inputs, copied into what a call takes, with everything that this costs.
+the bytes of 16 inputs, copied into what a call takes, with everything that this costs. Refused is what has no time left
+at submit: past capacity most requests end so. Hosts differ by how fast they run Python, which `python` is: 100 objects
+of a class with two slots, made and let go.
 
 Inputs of 64 bytes are cheaper than all others by what XLA does, not by their size: what has less than 1,000 operations
 of floating point it runs on the thread that calls, everything else on a thread of its own, which has to be woken up.
@@ -32,15 +34,17 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from coalesce.errors import DeadlineExceeded
 from coalesce.runtime.runtime import Runtime
 from coalesce.serving.staging import Lane, Staging
 from experiments import own_flags
 from experiments.list_flags import define_counts
-from experiments.results import device_name, header, Row, save_rows, table
+from experiments.results import device_name, header, named, Row, save_rows, table
 
 LANES = 16
 AHEAD = 4  # rounds that are sent before the first is waited for
 SLO_S = 10.0
+TOO_SOON_S = 1e-6
 TARGETS_US = {"submit": 30.0, "infer": 60.0}
 STAGED_GBS = 3.0
 
@@ -119,6 +123,42 @@ def served(rt: Runtime, way: str, size: int, requests: int) -> Row:
     }
 
 
+def refused(rt: Runtime, size: int, requests: int) -> Row:
+    """Of requests that are not taken on, `AHEAD` rounds ahead too."""
+    names, inputs = [f"t{i}" for i in range(LANES)], inputs_of(size)
+    rounds = -(-requests // LANES)
+    sent: deque[list[Any]] = deque()
+    cpu, python, wall = time.process_time(), python_s(), time.perf_counter()
+    for i in range(rounds + AHEAD):
+        if i < rounds:
+            sent.append([rt.submit(name, x, deadline=TOO_SOON_S) for name, x in zip(names, inputs, strict=True)])
+        if i >= AHEAD:
+            errors = [reply.exception() for reply in sent.popleft()]
+            assert all(isinstance(error, DeadlineExceeded) for error in errors), errors
+    cpu, python, wall = time.process_time() - cpu, python_s() - python, time.perf_counter() - wall
+    each = {"host_us": cpu, "python_us": python, "wall_us": wall}
+    spent = {name: 1e6 * took_s / (rounds * LANES) for name, took_s in each.items()}
+    return {"way": "refused", "bytes": size, **spent, "lanes": 0.0}
+
+
+class Pair:
+    __slots__ = ("first", "second")
+
+    def __init__(self, first: int, second: int) -> None:
+        self.first = first
+        self.second = second
+
+
+def interpreter(count: int = 100_000) -> Row:
+    """How fast this host runs Python."""
+    cpu, wall = time.thread_time(), time.perf_counter()
+    for i in range(count):
+        Pair(i, i)
+    cpu, wall = time.thread_time() - cpu, time.perf_counter() - wall
+    spent = {"host_us": cpu, "python_us": cpu, "wall_us": wall}
+    return {"way": "python", "bytes": 0, **{name: 1e8 * took_s / count for name, took_s in spent.items()}, "lanes": 0.0}
+
+
 def python_s() -> float:
     """Processor time of Python's threads that are there."""
     threads = [thread.ident for thread in threading.enumerate() if thread.ident is not None]
@@ -180,7 +220,8 @@ def measured(sizes: Sequence[int], stages: Sequence[int], requests: int, repeats
         turns: list[list[Row]] = []
         for _ in range(repeats):
             through = [served(rt, way, size, requests) for size, rt in runtimes.items() for way in WAYS]
-            floors = [floor(size, requests // 10) for size in sizes]
+            through += [refused(rt, size, requests) for size, rt in runtimes.items()]
+            floors = [*(floor(size, requests // 10) for size in sizes), interpreter()]
             turns.append([*through, *floors, *map(staged, stages)])
             yield [merged(rows) for rows in zip(*turns, strict=True)]
     finally:
@@ -217,7 +258,7 @@ def report(head: Mapping[str, Any], rows: Sequence[Row]) -> str:
 def main(argv: Sequence[str]) -> None:
     own_flags.parse("host_time", FLAGS, argv)
     head = header(own_flags.command("host_time", FLAGS), FLAGS.device_name or device_name(), FLAGS.note, lanes=LANES)
-    path = own_flags.folder(FLAGS) / "host_time.json"
+    path = own_flags.folder(FLAGS) / named("host_time")
     for rows in measured(FLAGS.bytes, FLAGS.staged, FLAGS.requests, FLAGS.repeats):
         save_rows(path, head, rows)
         text = report(head, rows)

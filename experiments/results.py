@@ -51,6 +51,11 @@ def header(command: str, device: str, note: str = "", **settings: Any) -> dict[s
     }
 
 
+def named(stem: str) -> str:
+    """The name of a JSON file: results of a compiled policy do not take the place of those of its sources."""
+    return f"{stem}{'_native' if is_native() else ''}.json"
+
+
 FORCE, OUT = "--force measures all of it again", "--out names another folder"
 
 

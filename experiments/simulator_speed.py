@@ -33,7 +33,7 @@ from coalesce.scheduler.request import Tenant
 from coalesce.scheduler.run import quantile
 from coalesce.scheduler.simulator import simulate
 from coalesce.scheduler.workloads import Arrival, arrive, poisson, SECOND, zipf
-from experiments.results import device_folder, device_name, header, Row, save_rows, table
+from experiments.results import device_folder, device_name, header, named, Row, save_rows, table
 
 TENANTS = flags.DEFINE_integer("tenants", 1000, "tenants", lower_bound=1)
 REQUESTS = flags.DEFINE_integer("requests", 200_000, "requests of a simulation", lower_bound=1000)
@@ -161,7 +161,7 @@ def main(argv: list[str]) -> None:
     command = " ".join(["python -m experiments.simulator_speed", *given])
     rows = [*map(measure_speed, SPEED), *map(measure_decisions, DECISIONS)]
     head = header(command, device_name(), "one core", tenants=TENANTS.value, requests=REQUESTS.value)
-    path = folder / f"simulator_speed{'_native' if is_native() else ''}.json"
+    path = folder / named("simulator_speed")
     save_rows(path, head, rows)
     compiled = " The policy is compiled by mypyc (`make native`)." if is_native() else ""
     text = (

@@ -22,8 +22,9 @@ def saved(path: Path) -> dict:
 def test_host_time_has_a_row_for_each_way_and_size(tmp_path, capsys):
     host_time.main(["--requests=64", "--bytes=64", "--staged=4096", "--repeats=1", f"--out={tmp_path}"])
     rows = saved(tmp_path / "host_time.json")["rows"]
-    assert [row["way"] for row in rows] == ["submit", "infer", "floor", "staging"]
-    assert all(row["host_us"] > 0 and 1 <= row["lanes"] <= 16 for row in rows[:3]) and rows[3]["gbs"] > 0
+    assert [row["way"] for row in rows] == ["submit", "infer", "refused", "floor", "python", "staging"]
+    assert all(row["host_us"] > 0 for row in rows[:5]) and rows[5]["gbs"] > 0
+    assert [1 <= row["lanes"] <= 16 for row in rows[:5]] == [True, True, False, True, False]
     text = (tmp_path / "host_time.md").read_text()
     assert "< 30 us" in text and text in capsys.readouterr().out
     assert "    python -m experiments.host_time --bytes=64 --repeats=1 --requests=64 --staged=4096\n" in text
