@@ -130,8 +130,16 @@ def test_no_cell_begins_when_the_budget_is_spent(tmp_path, capfd):
     assert not (tmp_path / "begun").exists()
 
 
+@pytest.fixture
+def interrupted():
+    """By Ctrl-C, also where whoever started the tests ignores that, as shells do for what runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_ended_leaves_no_process(end, tmp_path):
+def test_a_run_that_is_ended_leaves_no_process(end, tmp_path, interrupted):
     seen: list[str] = []
 
     def ended(place: Path) -> None:
