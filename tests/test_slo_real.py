@@ -24,7 +24,7 @@ TINY = by_name("mlp", width=8, layers=2)
 @pytest.fixture
 def flags(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     own = SimpleNamespace(
-        models=["mlp"], fields=["mlp.width=8", "mlp.layers=2"], dtype="float32", tenants=2, slo_scale=1e5,
+        models=["mlp"], fields=["mlp.width=8", "mlp.layers=2"], dtype="float32", tenants=2, slo_scale=1e7,
         alone="program", cvs=[1.0], overloads=[2.0], loads=[0.02], probe_s=0.02, tries=1, within=0.5,
         lanes=[1, 2], policies=None, budget_s=None, device_name=None, note="", force=False, precision=None,
         segments=None, mixed=True, rates=[],
