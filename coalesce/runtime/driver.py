@@ -24,6 +24,7 @@ from coalesce.runtime.launcher import Launcher, Leaving
 from coalesce.runtime.machine import Machine, Maker
 from coalesce.runtime.observer import Observers
 from coalesce.runtime.orders import Order, Orders
+from coalesce.runtime.terms import left_s
 from coalesce.runtime.ticket import Ending, tell, Ticket
 from coalesce.runtime.watchdog import Watchdog
 from coalesce.scheduler.catalog import Entry
@@ -88,8 +89,9 @@ class Driver:
         self._watchdog.start()
         self._thread.start()
 
-    def stop(self) -> None:
-        """Ends the threads, after everything that was put into the inbox; a device that is lost is not waited for."""
+    def stop(self, called_until: Callable[[], float | None] = lambda: None) -> None:
+        """Ends the threads, after everything that was put into the inbox; a device that is lost is not waited for, nor
+        are callbacks longer than that, and JOIN_S."""
         self.inbox.put(Stop())
         self._join(self._thread)
         self._launcher.stop()
@@ -103,13 +105,15 @@ class Driver:
         self.book.end_all(self.last_error, Reason.SHUTDOWN)
         self.book.wait_empty(JOIN_S)  # whoever sends too late may be ending what was sent
         self.callbacks.stop()
-        self._join(self.callbacks.thread)  # the last: they may have waited for what has ended just now
+        self._join(self.callbacks.thread, called_until)  # the last: they may wait for what has ended just now
+        if self.callbacks.thread.is_alive():
+            LOG.warning("a callback of a request has not returned: the runtime is closed, and it goes on by itself")
         LOG.info("the runtime is closed")
 
-    def _join(self, thread: threading.Thread) -> None:
+    def _join(self, thread: threading.Thread, until: Callable[[], float | None] = lambda: None) -> None:
         while thread.is_alive():
             thread.join(JOIN_S)
-            if self.failure is not None:
+            if self.failure is not None or left_s(until()) == 0:
                 return
 
     @property

@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Literal
 
-from coalesce.errors import Shutdown, TenantClosed
+from coalesce.errors import InvalidInput, Shutdown, TenantClosed
 from coalesce.runtime.accounts import Accounts, Stats
+from coalesce.runtime.closing import Closing
 from coalesce.runtime.desk import Desk
 from coalesce.runtime.device import Device
 from coalesce.runtime.health import Health
@@ -30,10 +31,12 @@ from coalesce.runtime.reply import Reply
 from coalesce.runtime.station import health_of, Setup, Station, wait_ended
 from coalesce.runtime.surroundings import Surroundings
 from coalesce.runtime.tenancy import Tenancy, Wanted
-from coalesce.runtime.terms import left_s, shapes_of, terms_of
+from coalesce.runtime.terms import left_s, shapes_of, terms_of, until_s
 from coalesce.scheduler.coalescing import Coalescing
-from coalesce.scheduler.events import Closed
+from coalesce.scheduler.events import Closed, Event
 from coalesce.scheduler.policy import Policy
+
+PATIENCE_S = 5.0  # for callbacks, of who does not wait for requests
 
 
 class Runtime:
@@ -86,8 +89,9 @@ class Runtime:
         setup = Setup(tuple(sorted(widths)), capacity, segments, executables, hang_s, stall_s, self._process.around)
         self._stations = list[Station]()
         self._tenancy = Tenancy(self._stations)
-        self._closing, self._closed = threading.Lock(), False
+        self._closing = Closing(lambda: self._tell_all(Closed(drain=False)))
         self._over = ""  # why nothing is taken on any more
+        self._is_forked = False
         try:
             for number, (at, own) in enumerate(zip(devices or [None], policies, strict=True)):
                 device = Device(memory_limit, at, number, self._process.apart, reproducible)
@@ -167,13 +171,13 @@ class Runtime:
           TenantClosed: there is no such tenant.
           TimeoutError: it has not gone after `timeout` seconds; it goes when its last request has ended.
         """
-        resident = self._resident(name)
+        resident, until = self._resident(name), until_s("remove_tenant", timeout)
         self._desk.close_to(resident)
-        self._tenancy.remove(resident, drain, timeout)
+        self._tenancy.remove(resident, drain, left_s(until))
 
     def warm_up(self, timeout: float | None = None) -> None:
         """Wait until the executables are there that the present tenants can use; TimeoutError after so many seconds."""
-        until = None if timeout is None else time.monotonic() + timeout
+        until = until_s("warm_up", timeout)
         for station in self._stations:
             station.foundry.wait_idle(left_s(until))
 
@@ -214,7 +218,10 @@ class Runtime:
 
     def _resident(self, name: str) -> Resident:
         """Who can be asked."""
-        resident = self._tenancy.residents.get(name)
+        try:
+            resident = self._tenancy.residents.get(name)
+        except TypeError:
+            raise InvalidInput(f"tenant {name!r}: a name is a str, not a {type(name).__name__}") from None
         if self._over or resident is None or resident.driver.failure is not None:
             raise self._why_nobody(name, resident)
         return resident
@@ -245,27 +252,45 @@ class Runtime:
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until every request that was submitted has ended, and its callbacks; False if not after so long."""
-        return wait_ended([station.driver for station in self._stations], timeout)
+        drivers, until = [station.driver for station in self._stations], until_s("drain", timeout)
+        if self._is_forked:  # what waits here, waits for ever
+            return not any(driver.book.tickets for driver in drivers)
+        return wait_ended(drivers, left_s(until))
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
-        """Take on nothing more, serve what waits (or end it with Shutdown), and stop the threads. Twice is once. From a
-        callback of a request it returns at once, and the rest follows.
+        """Take on nothing more, serve what waits (or end it with Shutdown), and stop the threads. From a callback of a
+        request it returns at once, and the rest follows.
+
+        Another call meanwhile waits for the first, and may have it hurry: `drain=False` at once, or a shorter timeout.
+        One in a signal handler that interrupts the first returns at once.
+
+        Args:
+          timeout: seconds after which what still waits ends with Shutdown. Callbacks that take longer, or with
+            `drain=False` longer than some seconds, go on by themselves.
+
+        Raises:
+          InvalidInput: a timeout that is none; nothing is closed.
         """
+        until = until_s("close", timeout)
         if any(threading.current_thread() in station.driver.threads for station in self._stations):
             threading.Thread(target=self.close, kwargs={"drain": drain, "timeout": timeout}, daemon=True).start()
             return
-        with self._closing:
-            if self._closed:  # and not one that was interrupted
-                return
+        if not self._over:
             self._over = "the runtime is closed"
-            until = None if timeout is None else time.monotonic() + timeout
-            for station in self._stations:
-                station.driver.inbox.put(Closed(drain))
-            self._process.apart.close()
-            for station in self._stations:
-                station.close(left_s(until))
-            self._process.leave()
-            self._closed = True
+        if not self._closing.is_closed:
+            self._tell_all(Closed(drain))
+        self._process.apart.close()
+        called_until = until if drain or until is not None else time.monotonic() + PATIENCE_S
+        self._closing.by(lambda: self._close(until), until, called_until)
+
+    def _close(self, until: float | None) -> None:
+        for station in self._stations:
+            station.close(until, lambda: self._closing.soonest)
+        self._process.leave()
+
+    def _tell_all(self, event: Event) -> None:
+        for station in self._stations:
+            station.driver.inbox.put(event)
 
     def _check_open(self) -> None:
         if self._over:
@@ -273,7 +298,7 @@ class Runtime:
 
     def _end_in_a_fork(self) -> None:
         """None of the threads is there, and who held a lock may be none of them."""
-        self._closing, self._closed = threading.Lock(), True
+        self._closing.is_closed = self._is_forked = True
         self._over = "this process was forked off the runtime's; start it with spawn"
 
     def __enter__(self) -> Runtime:

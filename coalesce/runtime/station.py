@@ -59,13 +59,13 @@ class Station:
     def status(self) -> str:
         return "failed" if self.driver.failure is not None else "closed" if self.driver.stopped else "serving"
 
-    def close(self, timeout_s: float | None) -> None:
-        """After what waits, which the driver was told of."""
-        if not self.driver.book.wait_empty(timeout_s):
+    def close(self, until: float | None, called_until: Callable[[], float | None]) -> None:
+        """After what waits, which the driver was told of, and after callbacks, whose time may become less meanwhile."""
+        if not self.driver.book.wait_empty(left_s(until)):
             self.driver.inbox.put(Closed(drain=False))
             self.driver.book.wait_empty(None)
         self.foundry.stop()
-        self.driver.stop()
+        self.driver.stop(called_until)
         if isinstance(self._policy, Elsewhere):
             self._policy.close()
 

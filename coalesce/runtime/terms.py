@@ -79,6 +79,15 @@ def is_positive(value: Any) -> bool:
     return is_finite(value) and value > 0
 
 
+def until_s(what: str, timeout: float | None) -> float | None:
+    """By the monotonic clock; raises InvalidInput, before anything is done."""
+    if timeout is None or timeout == math.inf:
+        return None
+    if not is_finite(timeout):
+        raise InvalidInput(f"{what}: timeout is {timeout!r}; give seconds, or None to wait as long as it takes")
+    return time.monotonic() + ns_of(timeout) / 1e9
+
+
 def left_s(until: float | None) -> float | None:
     """Of a time limit, by the monotonic clock."""
     return None if until is None else max(0.0, until - time.monotonic())
