@@ -152,3 +152,24 @@ def test_a_timeout_that_is_none_changes_nothing(held: Held, timeout: Any):
     with nothing_checked(), pytest.raises(InvalidInput, match="a name is a str, not a list"):
         rt.submit(["t"], X)  # pyright: ignore
     assert rt.drain(timeout=float("inf"))
+
+
+def test_a_tenant_that_is_coming_is_waited_for(held: Held):
+    """A thread in the middle of JAX's code must not be there when the interpreter ends."""
+    tracing, gate = threading.Event(), threading.Event()
+
+    def traced_long(w: Any, x: Any) -> Any:
+        tracing.set()
+        assert gate.wait(60)
+        return x @ w
+
+    added = held.rt.add_tenant("new", traced_long, np.eye(4, dtype=np.float32), example=(X,), slo=SLO, wait=False)
+    assert tracing.wait(60)
+    assert not added.cancel(), "it comes, and remove_tenant lets it go"
+    with beside(held.rt.close) as closing:
+        while not is_over(held):
+            time.sleep(0.001)
+        assert closing.is_alive()
+        gate.set()
+    assert isinstance(added.exception(0), Shutdown)
+    assert not [thread.name for thread in threading.enumerate() if thread.name == "coalesce-add-new"]

@@ -8,9 +8,9 @@ there. Requests under the old number end so; then what was made for it goes. The
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from coalesce.errors import CoalesceError
@@ -32,7 +32,7 @@ def look_again(site: Site) -> None:
     """Has programs cut that somebody else cannot wait for, as they were measured."""
     for host in list(site.device.hosts.values()):
         if shorter(site, host) is not None:
-            threading.Thread(target=cut, args=(site, host), name="coalesce-cut", daemon=True).start()
+            site.errands.thread("cut", partial(cut, site, host)).start()
 
 
 def shorter(site: Site, host: Host) -> list[Segments] | None:

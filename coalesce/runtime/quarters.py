@@ -10,10 +10,10 @@ at a time; those of others do not wait for them, and for no compiler that works 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from coalesce import jaxpr as J
@@ -22,6 +22,7 @@ from coalesce.runtime.accounts import Accounts
 from coalesce.runtime.cutting import look_again, tenant_of
 from coalesce.runtime.device import Device
 from coalesce.runtime.driver import Driver
+from coalesce.runtime.errands import Errands
 from coalesce.runtime.form import example_of, Form
 from coalesce.runtime.foundry import Foundry
 from coalesce.runtime.host import courses_of, first_capacity, Host, pool_bytes, reserve
@@ -69,8 +70,9 @@ class Quarters:
         widths: Sequence[int],
         capacity: int | None,
         segments: int | None,
+        errands: Errands,
     ) -> None:
-        self._site = Site(device, driver, foundry, widths)
+        self._site = Site(device, driver, foundry, widths, errands)
         self._device, self._driver, self._foundry, self._accounts = device, driver, foundry, accounts
         self._capacity, self._segments = capacity, segments
 
@@ -128,7 +130,7 @@ class Quarters:
         self._driver.carry_out(write)
         if not written:
             replaced = Future[None]()  # on a thread of its own, which goes on if this one is interrupted
-            threading.Thread(target=self._replace, args=(resident, rows, replaced), daemon=True).start()
+            self._site.errands.thread("replace", partial(self._replace, resident, rows, replaced)).start()
             replaced.result()
 
     def _replace(self, resident: Resident, rows: Rows, replaced: Future[None]) -> None:

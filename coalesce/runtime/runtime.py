@@ -23,6 +23,7 @@ from coalesce.runtime.accounts import Accounts, Stats
 from coalesce.runtime.closing import Closing
 from coalesce.runtime.desk import Desk
 from coalesce.runtime.device import Device
+from coalesce.runtime.errands import Errands
 from coalesce.runtime.health import Health
 from coalesce.runtime.observer import Observer
 from coalesce.runtime.options import check_options, made_policies
@@ -37,6 +38,7 @@ from coalesce.scheduler.events import Closed, Event
 from coalesce.scheduler.policy import Policy
 
 PATIENCE_S = 5.0  # for callbacks, of who does not wait for requests
+JOIN_S = 10.0  # for what is being done for tenants
 
 
 class Runtime:
@@ -86,9 +88,10 @@ class Runtime:
         self._accounts, self._process = Accounts(), Surroundings(compiled)
         if reproducible:  # cuts depend on who else is here
             widths, segments = (max(widths),), 1 if segments is None else segments
-        setup = Setup(tuple(sorted(widths)), capacity, segments, executables, hang_s, stall_s, self._process.around)
+        self._errands, around = Errands(), self._process.around
+        setup = Setup(tuple(sorted(widths)), capacity, segments, executables, hang_s, stall_s, around, self._errands)
         self._stations = list[Station]()
-        self._tenancy = Tenancy(self._stations)
+        self._tenancy = Tenancy(self._stations, self._errands)
         self._closing = Closing(lambda: self._tell_all(Closed(drain=False)))
         self._over = ""  # why nothing is taken on any more
         self._is_forked = False
@@ -286,6 +289,7 @@ class Runtime:
     def _close(self, until: float | None) -> None:
         for station in self._stations:
             station.close(until, lambda: self._closing.soonest)
+        self._errands.wait(JOIN_S)
         self._process.leave()
 
     def _tell_all(self, event: Event) -> None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 from coalesce.runtime.device import Device
 from coalesce.runtime.driver import Driver
+from coalesce.runtime.errands import Errands
 from coalesce.runtime.foundry import Foundry
 from coalesce.runtime.host import Course, Host, lanes_for
 from coalesce.scheduler.catalog import Entry
@@ -25,8 +26,10 @@ LOOK_S = 1.0  # whoever was interrupted may have woken nobody
 
 
 class Site:
-    def __init__(self, device: Device, driver: Driver, foundry: Foundry, widths: Sequence[int]) -> None:
-        self.device, self.driver, self.foundry, self.widths = device, driver, foundry, widths
+    def __init__(
+        self, device: Device, driver: Driver, foundry: Foundry, widths: Sequence[int], errands: Errands
+    ) -> None:
+        self.device, self.driver, self.foundry, self.widths, self.errands = device, driver, foundry, widths, errands
         self.lanes = lanes_for(widths)
         self.rooms = threading.Lock()  # so that two new banks are not promised the same memory
         self._taken: dict[Hashable, object] = {}  # schemas that somebody is at work on, and who

@@ -12,6 +12,7 @@ from coalesce.runtime.accounts import Accounts
 from coalesce.runtime.device import Device
 from coalesce.runtime.driver import Driver
 from coalesce.runtime.elsewhere import Elsewhere
+from coalesce.runtime.errands import Errands
 from coalesce.runtime.foundry import Foundry
 from coalesce.runtime.health import Health
 from coalesce.runtime.history import History
@@ -32,6 +33,7 @@ class Setup(NamedTuple):
     hang_s: float
     stall_s: float
     around: Callable[[], Any]
+    errands: Errands
 
 
 class Station:
@@ -51,7 +53,7 @@ class Station:
         self.foundry = Foundry(device, setup.widths, setup.executables, setup.stall_s, setup.around)
         self.driver = Driver(policy, device, watching, clock, self.foundry, setup.hang_s)
         own = setup.widths, setup.capacity, setup.segments
-        self.quarters = Quarters(device, self.driver, self.foundry, accounts, *own)
+        self.quarters = Quarters(device, self.driver, self.foundry, accounts, *own, setup.errands)
         self.foundry.start(self.driver)
         self.driver.start()
 

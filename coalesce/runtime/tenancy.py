@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from coalesce.errors import InvalidInput, TraceError
 from coalesce.passes.pipeline import normalise
 from coalesce.program import Program
+from coalesce.runtime.errands import Errands
 from coalesce.runtime.gil import handing_on
 from coalesce.runtime.quarters import Resident
 from coalesce.runtime.station import Station
@@ -45,8 +46,8 @@ class Wanted(NamedTuple):
 
 
 class Tenancy:
-    def __init__(self, stations: Sequence[Station]) -> None:
-        self._stations = stations
+    def __init__(self, stations: Sequence[Station], errands: Errands) -> None:
+        self._stations, self._errands = stations, errands
         self.residents: dict[str, Resident] = {}  # that requests are taken for
         self._names: set[str] = set()  # those, and who comes or goes
         self._homes: dict[Hashable, list[Station]] = {}  # of each schema its device, once for each of its tenants
@@ -54,8 +55,10 @@ class Tenancy:
         self._lock = threading.Lock()
 
     def add(self, wanted: Wanted, wait: bool) -> Future[None]:
-        """Ends when requests of it can be served; on the calling thread, if that waits anyway."""
+        """Ends when requests of it can be served; on the calling thread, if that waits anyway. To cancel it is too
+        late: the tenant comes, and `remove` lets it go."""
         added = Future[None]()
+        added.set_running_or_notify_cancel()
 
         def add() -> None:
             try:
@@ -68,7 +71,7 @@ class Tenancy:
         if wait:
             add()
         else:
-            threading.Thread(target=add, name=f"coalesce-add-{wanted.name}", daemon=True).start()
+            self._errands.thread(f"add-{wanted.name}", add).start()
         return added
 
     def _add(self, wanted: Wanted) -> None:
@@ -119,7 +122,7 @@ class Tenancy:
                 LOG.info("tenant %r has left", resident.name)
                 left.set_result(None)
 
-        freeing = threading.Thread(target=free, name=f"coalesce-remove-{resident.name}", daemon=True)
+        freeing = self._errands.thread(f"remove-{resident.name}", free)
         with self._lock:
             if self.residents.get(resident.name) is not resident:
                 return  # another thread removes it, or has, and another tenant has its name
