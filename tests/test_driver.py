@@ -255,7 +255,10 @@ def test_a_device_that_hangs_ends_everything_with_an_error(segments: int):
     served = Served(machine, hang_s=0.2)
     replies = [served.submit("t0", i) for i in range(20)]
     wait(replies, 10)
-    assert all(isinstance(reply.exception(0), DeviceError) for reply in replies)
+    errors = [reply.exception(0) for reply in replies]
+    assert all(isinstance(error, DeviceError) for error in errors)
+    assert len(set(map(id, errors))) == 20, "one that is raised by all of them keeps what each had"
+    assert str(errors[3]).startswith("tenant 't0', request 3: a bundle is on the device for 0.2 s")
     assert isinstance(served.driver.failure, DeviceError)
     later = served.submit("t0", "later")
     assert isinstance(later.exception(10), DeviceError)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 
 from coalesce.errors import ServingError
+from coalesce.runtime.endings import told_to
 from coalesce.runtime.observer import Observers
 from coalesce.runtime.ticket import Ending, tell, Ticket
 from coalesce.scheduler.commands import Reason
@@ -55,7 +56,7 @@ class Book:
         if untold := tuple([ticket.request for ticket in tickets if not ticket.told]):  # they count, before they end
             self._observers.decided(Submitted(untold), now_ns, ())
         self._observers.rejected_together(dict.fromkeys(tickets, reason), now_ns)
-        tell([Ending(ticket, None, error) for ticket in tickets])
+        tell([Ending(ticket, None, told_to(ticket.request, error)) for ticket in tickets])
         self.forget(tickets)
 
     def wait_for(self, gone: Callable[[Sequence[Ticket]], bool], timeout_s: float | None) -> bool:

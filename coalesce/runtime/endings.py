@@ -47,6 +47,11 @@ def who_asked(request: Request) -> str:
     return f"tenant {request.tenant!r}, request {request.id}"
 
 
+def told_to(request: Request, why: ServingError) -> ServingError:
+    """Why all end, for one of them: an error that is raised again and again keeps what everybody had who raised it."""
+    return type(why)(f"{who_asked(request)}: {why}")
+
+
 def error_of(ticket: Ticket, reason: Reason, now_ns: int) -> ServingError:
     if reason is Reason.INFEASIBLE or reason is Reason.EXPIRED:
         return DeadlineExceeded(made(Untimely, (ticket.request, reason, now_ns)))

@@ -1,13 +1,14 @@
 """What others want done on the driver's thread, between two dispatches.
 
-    Order        to be done; the policy is told the events that it returns
-    Orders       those that somebody waits for: they end with an error when the driver does, or hangs
+Order        to be done; the policy is told the events that it returns
+Orders       those that somebody waits for: they end with an error when the driver does, or hangs
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import NamedTuple
 
 from coalesce.scheduler.events import Event
@@ -57,7 +58,7 @@ class Orders:
         outcome = Outcome()
         with self._lock:
             if self._error is not None:
-                raise self._error
+                raise copy(self._error)  # not the same one for all, which would keep what everybody had
             self._open.add(outcome)
         put(Order(lambda: self._try(do, outcome)))
         try:
@@ -85,4 +86,4 @@ class Orders:
             self._error = self._error or error
             waiting = list(self._open)
         for outcome in waiting:
-            outcome.tell(error)
+            outcome.tell(copy(error))

@@ -1,8 +1,8 @@
 """Tenants coming, changing and going, while others are served.
 
-    add       trace -> fit -> a device, that of its family if there is one -> a place there
-    update    params of the same types -> fit again -> weights
-    remove    the policy is told -> its last request ends -> the place is free
+add       trace -> fit -> a device, that of its family if there is one -> a place there
+update    params of the same types -> fit again -> weights
+remove    the policy is told -> its last request ends -> the place is free
 """
 
 from __future__ import annotations
