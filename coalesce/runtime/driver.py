@@ -19,7 +19,7 @@ from coalesce.runtime.elsewhere import Elsewhere
 from coalesce.runtime.endings import error_of
 from coalesce.runtime.finisher import Exhausted, Finisher, Lost, Probe, Probing
 from coalesce.runtime.gil import handing_on
-from coalesce.runtime.inbox import Inbox
+from coalesce.runtime.inbox import Inbox, Look
 from coalesce.runtime.launcher import Launcher, Leaving
 from coalesce.runtime.machine import Machine, Maker
 from coalesce.runtime.observer import Observers
@@ -190,6 +190,8 @@ class Driver:
         for item in items:
             if type(item) is Request or type(item) is Completed:
                 together.append(item)
+                continue
+            if type(item) is Look:
                 continue
             self._tell_together(together)
             together.clear()

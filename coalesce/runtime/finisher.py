@@ -79,6 +79,7 @@ class Finisher(Attendant):
         super().__init__("finisher")
         self._driver, self._observers, self._clock, self._book = driver, observers, clock, book
         self._late_ns = late_ns
+        self.completed = 0  # bundles, which are so in the order of their launches
         self._free_ns = 0  # when the device was done with what was waited for last
         self._results_ns = 0  # from the end of the last bundle whose results were handed out until they were
         self._landed_ns = 0  # and with what landed last: the driver's thread writes it, a probe is not timed from it
@@ -130,12 +131,13 @@ class Finisher(Attendant):
             for ticket in chain.from_iterable(entries):
                 ticket.failure = error
         if isinstance(error, OutOfDeviceMemory):
-            self._driver.put(Exhausted(dispatch.executable, error))
+            self._driver.put_first(Exhausted(dispatch.executable, error))
         elif isinstance(error, DeviceError):
-            self._driver.put(Lost(error))
+            self._driver.put_first(Lost(error))
         results_ns, self._results_ns = self._results_ns if flight.host_ns else 0, 0  # each is told once
         ended = Completed(dispatch.bundle, start_ns, end_ns, error is not None, flight.host_ns, False, results_ns)
-        self._driver.put(ended)
+        self._driver.put_first(ended)
+        self.completed += 1
         self._observers.finished(Finished(dispatch, tuple(flight.form), entries, start_ns, end_ns, error))
         return end_ns
 

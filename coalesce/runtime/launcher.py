@@ -45,8 +45,9 @@ HURRY_NS = 2_000_000  # some times as long as another bundle and TOGETHER_NS
 
 
 class Aloft(NamedTuple):
-    """A bundle that the policy was not told the end of."""
+    """A bundle that the policy was not told the end of, the how manyth."""
 
+    number: int
     overdue_ns: int
     landed: bool
 
@@ -70,6 +71,7 @@ class Launcher(Attendant):
         self._apart = elsewhere and machine.copies  # on a thread of its own
         self._machine, self._finisher, self._clock, self._hang_ns = machine, finisher, clock, hang_ns
         self._aloft: deque[Aloft] = deque()
+        self._launched_so_far = 0
         self._vain: dict[int, int] = {}  # of each executable, how often looking was in vain since it last was not
         self._landed: list[Flight] = []  # done, and nobody has their results yet
         self._due: list[Flight] = []  # those of them whose ends were in the inbox when the driver looked there
@@ -90,16 +92,17 @@ class Launcher(Attendant):
             if not bundles and isinstance(waiter, Reply):
                 waiter.set_running_or_notify_cancel()
             bundles.append(bundle)
-        overdue_ns = leaving.decided_ns + self._hang_ns
+        number, overdue_ns = self._launched_so_far, leaving.decided_ns + self._hang_ns
+        self._launched_so_far += 1
         if self._apart:
-            self._aloft.append(Aloft(overdue_ns, landed=False))
+            self._aloft.append(Aloft(number, overdue_ns, landed=False))
             self.inbox.put(leaving)
             return
         flight = self._flight(leaving)
         launched = flight.launched
         is_first = all([own.landed for own in self._aloft])
         lands = is_first and not isinstance(launched, Exception) and self._is_at_hand(launched, leaving.dispatch)
-        self._aloft.append(Aloft(overdue_ns, lands))
+        self._aloft.append(Aloft(number, overdue_ns, lands))
         if not lands:
             self._finisher.inbox.put(flight)
             return
@@ -150,8 +153,10 @@ class Launcher(Attendant):
             done.wait()
 
     def is_overdue(self, now_ns: int) -> bool:
-        """Called on the watchdog's thread, which sees bundles come and go."""
-        first, *_ = [*list(self._aloft), None]
+        """Whether the first one that has not ended is; called on the watchdog's thread, which sees bundles come and go.
+        The driver may have much to do before it looks at one that has."""
+        completed = self._finisher.completed
+        first = next((own for own in list(self._aloft) if own.number >= completed), None)
         return first is not None and now_ns > first.overdue_ns
 
     def _is_at_hand(self, launched: Launched, dispatch: Dispatch) -> bool:
