@@ -275,6 +275,14 @@ with checked_runtime(devices=jax.devices(), widths=(1, 2)) as rt:
     rt.add_tenant("new", lambda w, x: w - x, three, example=(one,), slo=30.0)
     np.testing.assert_array_equal(rt.submit("new", one).result(60), 2 * one)
     served = rt._tenancy.residents["new"].driver, rt._tenancy.residents["t1"].driver
+    rt.remove_tenant("t0")
+    assert "t0" not in rt.stats().tenants
+    for name in ("t0", "moved"):  # of the schema of t2, whose device is gone
+        rt.add_tenant(name, add, three, example=(one,), slo=30.0)
+        np.testing.assert_array_equal(rt.submit(name, one).result(60), 4 * one)
+        assert rt._tenancy.residents[name].driver is served[1]
+    rt.remove_tenant("t2")
+    assert rt.health().tenants == 5
     assert served[0] is served[1] is rt._stations[1].driver and rt._process.apart._process is not None
 assert not [said for said in map(logging.LogRecord.getMessage, records) if "where it is served" in said]
 assert jax.config.jax_default_device is None and jax.config.jax_compilation_cache_dir is None
@@ -372,6 +380,8 @@ def test_nobody_waits_for_a_tenant_whose_device_dies_while_it_is_added(compiler)
 class Picky:
     """A tenant's own class, which will not be made again of NumPy arrays that are negative."""
 
+    raises: type[BaseException] = ValueError
+
     def __init__(self, value: Any) -> None:
         self.value = value
 
@@ -381,11 +391,13 @@ class Picky:
     @classmethod
     def tree_unflatten(cls, _: None, children: tuple[Any]) -> "Picky":
         if isinstance(children[0], np.ndarray) and (children[0] < 0).any():
-            raise ValueError("I do not like it")
+            raise cls.raises("I do not like it")
         return cls(*children)
 
 
-def test_results_that_a_tenants_own_class_refuses_are_its_own_failure():
+@pytest.mark.parametrize("raises", [ValueError, SystemExit])  # which ends a thread that nobody guards
+def test_results_that_a_tenants_own_class_refuses_are_its_own_failure(monkeypatch, raises):
+    monkeypatch.setattr(Picky, "raises", raises)
     with checked_runtime(widths=(1, 2, 4)) as rt:
         serve(rt, "picky", lambda w, x: Picky(w + x))
         serve(rt, "other")

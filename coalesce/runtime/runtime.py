@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from copy import copy
 from typing import Any, Literal
 
 from coalesce.errors import InvalidInput, Shutdown, TenantClosed
@@ -174,7 +175,9 @@ class Runtime:
           TenantClosed: there is no such tenant.
           TimeoutError: it has not gone after `timeout` seconds; it goes when its last request has ended.
         """
-        resident, until = self._resident(name), until_s("remove_tenant", timeout)
+        until, resident = until_s("remove_tenant", timeout), self._tenancy.residents.get(name)
+        if self._over or resident is None:  # one whose device is lost goes too
+            raise self._why_nobody(name, None)
         self._desk.close_to(resident)
         self._tenancy.remove(resident, drain, left_s(until))
 
@@ -233,7 +236,7 @@ class Runtime:
         self._check_open()
         if resident is None or resident.driver.failure is None:
             return TenantClosed(f"there is no tenant {name!r}; add_tenant adds one")
-        return type(resident.driver.failure)(str(resident.driver.failure))
+        return copy(resident.driver.failure)
 
     # What is known
 

@@ -1,8 +1,8 @@
 """Tenants coming, changing and going, while others are served.
 
-add       trace -> fit -> a device, that of its family if there is one -> a place there
-update    params of the same types -> fit again -> weights
-remove    the policy is told -> its last request ends -> the place is free
+    add       trace -> fit -> a device, that of its family if there is one -> a place there
+    update    params of the same types -> fit again -> weights
+    remove    the policy is told -> its last request ends -> the place is free
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from coalesce.errors import InvalidInput, TraceError
+from coalesce.errors import InvalidInput, ServingError, TraceError
 from coalesce.passes.pipeline import normalise
 from coalesce.program import Program
 from coalesce.runtime.errands import Errands
@@ -109,13 +109,11 @@ class Tenancy:
         LOG.info("tenant %r has other weights", resident.name)
 
     def remove(self, resident: Resident, drain: bool, timeout_s: float | None) -> None:
-        left, driver = Future[None](), resident.driver
+        left = Future[None]()
 
         def free() -> None:
             try:
-                driver.carry_out(lambda: [TenantRemoved(resident.name, drain)])
-                driver.book.wait_for(lambda tickets: not any(t.resident is resident for t in tickets), None)
-                self._move_out(resident)
+                self._move_out(resident, drain)
             except BaseException as e:
                 left.set_exception(e)
             else:
@@ -167,34 +165,40 @@ class Tenancy:
         try:
             station.quarters.take_in(resident, fitted, check if verified is not None else None)
         except BaseException:
-            self._forget_home(fitted.key)
+            self._forget_home(fitted.key, station)
             raise
 
-    def _move_out(self, resident: Resident) -> None:
+    def _move_out(self, resident: Resident, drain: bool) -> None:
+        driver = resident.driver
         try:
+            driver.carry_out(lambda: [TenantRemoved(resident.name, drain)])
+            driver.book.wait_for(lambda tickets: not any(t.resident is resident for t in tickets), None)
             resident.quarters.let_go(resident)
+        except ServingError:
+            if driver.failure is None:  # else its device is lost, with all that it had there
+                raise
         finally:
-            self._forget_home(resident.host.schema.key)
+            station = next(own for own in self._stations if own.quarters is resident.quarters)
+            self._forget_home(resident.host.schema.key, station)
             with self._lock:  # whoever sees that it is gone may use its name
                 resident.quarters.forget(resident)
                 self._names.discard(resident.name)
 
     def _home(self, schema: Hashable) -> Station:
-        """Tenants of a schema live on one device: a new one on that with the least weights, of those that work."""
+        """Tenants of a schema live on one device: a new one on that with the least weights. Where that was lost, those
+        who come later live on another."""
         with self._lock:
             known = self._homes.setdefault(schema, [])
-            if known:
-                station = known[0]
-            else:
-                working = [s for s in self._stations if s.driver.failure is None] or self._stations
-                homes = [homes[0] for homes in self._homes.values() if homes]
-                station = min(working, key=lambda s: (s.device.held_bytes, homes.count(s)))
+            working = [s for s in self._stations if s.driver.failure is None] or self._stations
+            homes = [homes[-1] for homes in self._homes.values() if homes]
+            least = min(working, key=lambda s: (s.device.held_bytes, homes.count(s)))
+            station = next((s for s in known if s in working), least)
             known.append(station)
             return station
 
-    def _forget_home(self, schema: Hashable) -> None:
+    def _forget_home(self, schema: Hashable, station: Station) -> None:
         with self._lock:
-            self._homes[schema].pop()
+            self._homes[schema].remove(station)
             if not self._homes[schema]:
                 del self._homes[schema]
 
