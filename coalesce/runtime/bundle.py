@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from coalesce.errors import DeviceError, OutOfDeviceMemory, StateLost
-from coalesce.runtime.machine import Spoilt
+from coalesce.runtime.machine import as_exception, Spoilt
 from coalesce.runtime.ticket import State, Ticket
 from coalesce.scheduler.tuples import made
 from coalesce.serving.executable import Executable, Lanes
@@ -119,8 +119,8 @@ def result_of(ticket: Ticket, values: Sequence[Any]) -> Any:
     """In the tenant's own pytree, which may be a class of its own, with code that raises."""
     try:
         return ticket.form.result(values)
-    except Exception as e:
-        return Spoilt(e)
+    except BaseException as e:  # a SystemExit must not end the thread that others wait for
+        return Spoilt(as_exception(e))
 
 
 def raise_understood(error: Exception, device: Any) -> NoReturn:

@@ -176,7 +176,7 @@ class Driver:
             self._launcher.hand_out(everything=is_last)
         except PolicyError as e:
             self.lose(e)
-        except Exception:  # a bug of ours must not leave everybody waiting for ever
+        except BaseException:  # a bug of ours must not leave everybody waiting for ever
             if self.failure is None:  # else the requests that it was about have ended meanwhile
                 LOG.exception("the driver failed; every request that waits ends with DeviceError")
             self.lose(DeviceError("the runtime's driver failed; its log has the traceback. Restart the runtime"))

@@ -17,7 +17,7 @@ from coalesce.runtime.book import Book
 from coalesce.runtime.endings import error_of
 from coalesce.runtime.gil import handing_on
 from coalesce.runtime.inbox import Inbox
-from coalesce.runtime.machine import Launched, Spoilt
+from coalesce.runtime.machine import as_exception, Launched, Spoilt
 from coalesce.runtime.observer import Finished, Observers
 from coalesce.runtime.ticket import Ending, tell, Ticket
 from coalesce.scheduler.catalog import Entry
@@ -90,7 +90,7 @@ class Finisher(Attendant):
             return
         try:
             self._finish(item)
-        except Exception:  # a bug of ours must not leave everybody waiting for ever
+        except BaseException:  # a bug of ours must not leave everybody waiting for ever
             LOG.exception("the finisher failed; every request that waits ends with DeviceError")
             why = "the runtime's finisher failed; its log has the traceback. Restart the runtime"
             self._driver.put(Lost(DeviceError(why)))
@@ -157,8 +157,8 @@ class Finisher(Attendant):
             return flight.launched
         try:
             flight.launched.wait()
-        except Exception as e:
-            return e
+        except BaseException as e:
+            return as_exception(e)
         return None
 
     def _hand_out(

@@ -30,7 +30,7 @@ from typing import NamedTuple
 from coalesce.runtime.attendant import Attendant
 from coalesce.runtime.finisher import Finisher, Flight
 from coalesce.runtime.gil import handing_on
-from coalesce.runtime.machine import Launched, Machine
+from coalesce.runtime.machine import as_exception, Launched, Machine
 from coalesce.runtime.reply import Reply
 from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler.catalog import Entry
@@ -45,7 +45,7 @@ HURRY_NS = 2_000_000  # some times as long as another bundle and TOGETHER_NS
 
 
 class Aloft(NamedTuple):
-    """A bundle that the policy was not told the end of, the how manyth."""
+    """A bundle that the policy was not told the end of; they are numbered as they are launched."""
 
     number: int
     overdue_ns: int
@@ -181,8 +181,8 @@ class Launcher(Attendant):
     def _launched(self, leaving: Leaving) -> Launched | Exception:
         try:
             return self._machine.launch(leaving.dispatch.executable, leaving.entries)
-        except Exception as e:
-            return e
+        except BaseException as e:  # of a tenant's own code, a SystemExit say: the thread goes on
+            return as_exception(e)
 
     # On its own
 

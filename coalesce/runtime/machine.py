@@ -17,6 +17,13 @@ class Spoilt(NamedTuple):
     error: Exception
 
 
+def as_exception(raised: BaseException) -> Exception:
+    """What a tenant's own code has raised, as what may end its request and nothing else."""
+    if isinstance(raised, Exception):
+        return raised
+    return RuntimeError(f"{type(raised).__name__}: {raised}")
+
+
 @runtime_checkable
 class Launched(Protocol):
     """A bundle on its way."""
