@@ -23,6 +23,7 @@ from coalesce.runtime.runtime import Runtime
 from coalesce.scheduler.catalog import Entry
 from coalesce.serving.executable import Executable
 from tests.checked import checked_runtime
+from tests.memory import held_from_now
 
 SLO = 30.0
 in_segments = pytest.mark.parametrize("segments", [1, pytest.param(3, marks=pytest.mark.once)])
@@ -100,8 +101,10 @@ def test_a_tenant_for_whom_nothing_can_be_compiled_is_refused_alone(compiler, se
             raise RuntimeError("no")
 
         compiler(before)
-        with pytest.raises(CompileError, match="family 1 .*x1: RuntimeError: no"):
+        held = held_from_now()
+        with pytest.raises(CompileError, match="family 1 .*x1: RuntimeError: no") as kept:
             serve(rt, "refused", times)
+        assert kept.value and held() <= 2 * vector(0).nbytes, "its bank stays as long as the error"
         np.testing.assert_array_equal(rt.submit("served", vector(2)).result(60), vector(3))
         assert rt.health().tenants == 1 and not rt.health().failed  # nobody is left who would want it
         serve(rt, "same family")  # for which nothing is to be compiled

@@ -74,6 +74,13 @@ class Host:
     def nbytes(self) -> int:
         return self.store.nbytes + sum(course.pool.nbytes for course in self.courses if course.pool)
 
+    def let_go(self) -> None:
+        """Of what it has on the device."""
+        self.store.let_go()
+        for course in self.courses:
+            if course.pool is not None:
+                course.pool.let_go()
+
     def __str__(self) -> str:
         count = len(self.families)
         return f"family {self.families[0]}" if count == 1 else f"families {self.families[0]} to {self.families[-1]}"

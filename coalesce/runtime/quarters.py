@@ -233,7 +233,9 @@ class Quarters:
         """Nobody reads its bank any more."""
 
         def dismiss() -> Sequence[Event]:
-            return [CatalogChanged(self._device.dismiss(host))]
+            catalog = self._device.dismiss(host)
+            host.let_go()
+            return [CatalogChanged(catalog)]
 
         self._driver.carry_out(dismiss)
         self._foundry.forget(host.families)

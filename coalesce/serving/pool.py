@@ -51,6 +51,10 @@ class Pool:
     def nbytes(self) -> int:
         return sum(x.nbytes for x in self.registers)
 
+    def let_go(self) -> None:
+        """Nobody is in it, or will be."""
+        self.registers.clear()
+
     def restore(self) -> bool:
         """After a call that failed: whether the values were lost. Then they are zeros, and `life` is one more."""
         self.suspect = False

@@ -88,6 +88,12 @@ class Store:
             self.release(slot)
         self.capacity = capacity
 
+    def let_go(self) -> None:
+        """Nobody reads it any more: whoever still holds it, as the frames of an error do, holds no weights."""
+        self.bank.clear()
+        self._writers.clear()
+        self._growers.clear()
+
     def bytes_to_grow(self, capacity: int) -> int:
         """What `grow` needs besides what is there, while it runs."""
         return (capacity - self.capacity) * self.schema.slot_bytes + max((x.nbytes for x in self.bank), default=0)
