@@ -179,7 +179,7 @@ class Runtime:
         if self._over or resident is None:  # one whose device is lost goes too
             raise self._why_nobody(name, None)
         self._desk.close_to(resident)
-        self._tenancy.remove(resident, drain, left_s(until))
+        self._tenancy.remove(resident, drain, None if until is None else timeout)
 
     def warm_up(self, timeout: float | None = None) -> None:
         """Wait until the executables are there that the present tenants can use; TimeoutError after so many seconds."""
