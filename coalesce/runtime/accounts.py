@@ -2,6 +2,10 @@
 
 A bundle's time on the device is shared out by lanes: a lane costs its tenant the bundle's time over its width. What the
 lanes without a request cost is padding, borne in equal parts by the lanes that were used.
+
+Whoever asks takes no lock: a signal handler may ask, or close the runtime, while its own thread is asking, and whoever
+serves waits for nobody who asks. Each count is read at once; together they are read in such an order that no request
+has ended which was not submitted, and that no time on the device was given to tenants which bundles did not take.
 """
 
 from __future__ import annotations
@@ -68,18 +72,21 @@ class Account:
     alone: str = ""
 
     def snapshot(self) -> TenantStats:
-        rejected = dict(self.rejected)
+        """Others may go on counting: ends are read before what was submitted, and results before how long they took,
+        which is noted first."""
+        ok, late, rejected = self.ok, self.late, self.rejected.copy()
+        ended = ok + late + sum(rejected.values())
         cancelled, failed = rejected.pop(Reason.CANCELLED, 0), rejected.pop(Reason.FAILED, 0)
-        ended = self.ok + self.late + sum(self.rejected.values())
         latencies = sorted(self.latencies_ns)
+        submitted = self.submitted
         return TenantStats(
-            self.submitted,
-            self.ok,
-            self.late,
+            submitted,
+            ok,
+            late,
             MappingProxyType(rejected),
             cancelled,
             failed,
-            self.submitted - ended,
+            submitted - ended,
             self.device_ns / 1e9,
             self.padding_ns / 1e9,
             quantile_s(latencies, 0.5),
@@ -98,20 +105,18 @@ class Accounts(Observer):
     def __init__(self) -> None:
         self._accounts: dict[str, Account] = {}
         self._bundles = self._lanes = self._device_ns = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # of those who count, on threads of the runtime unless it has ended
 
     def open(self, tenant: str, alone: str = "") -> None:
-        with self._lock:
-            self._accounts[tenant] = Account(alone=alone)
+        self._accounts[tenant] = Account(alone=alone)
 
     def close(self, tenant: str) -> None:
-        with self._lock:
-            self._accounts.pop(tenant, None)
+        self._accounts.pop(tenant, None)
 
     def stats(self) -> Stats:
-        with self._lock:
-            tenants = {name: account.snapshot() for name, account in self._accounts.items()}
-            return Stats(MappingProxyType(tenants), self._bundles, self._lanes, self._device_ns / 1e9)
+        tenants = {name: account.snapshot() for name, account in self._accounts.copy().items()}
+        bundles = self._bundles  # counted last, and read first
+        return Stats(MappingProxyType(tenants), bundles, self._lanes, self._device_ns / 1e9)
 
     def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
         if isinstance(event, Submitted):
@@ -140,9 +145,9 @@ class Accounts(Observer):
         each = bundle.took_ns / width
         padding = each * (width - lanes) / lanes
         with self._lock:
-            self._bundles += 1
             self._lanes += lanes
             self._device_ns += bundle.took_ns
+            self._bundles += 1
             known = self._accounts
             for ticket in chain.from_iterable(bundle.entries):
                 account = known.get(ticket.request.tenant) or Account()
