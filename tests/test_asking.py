@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from coalesce.runtime import account
 from coalesce.runtime.accounts import Accounts
 from coalesce.runtime.history import History
 from coalesce.runtime.observer import Finished, Observer
@@ -17,6 +18,7 @@ from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.commands import Dispatch, Quarantine, Reason
 from coalesce.scheduler.events import Submitted
 from coalesce.scheduler.request import Request
+from tests.annotations import nothing_checked
 
 pytestmark = pytest.mark.once
 
@@ -119,3 +121,29 @@ def test_requests_may_be_explained_anywhere_in_what_remembers_them():
         interrupted_everywhere(tell, history, ask)
     assert set(said) == {said[-1]} and "bundle 0" in said[-1]
     interrupted_everywhere(lambda: history.explain(0), history, lambda: elsewhere(told.each(history)))
+
+
+def test_quantiles_are_of_the_last_thousand_and_sorted_for_by_who_looks(monkeypatch):
+    """What was asked before does not change; and to ask about a thousand tenants sorts nothing."""
+    accounts, sorted_for = Accounts(), list[float]()
+    for name in ("t0", "t1"):
+        accounts.open(name)
+    right = account.quantile_s
+    monkeypatch.setattr(account, "quantile_s", lambda ns, q: sorted_for.append(q) or right(ns, q))
+    took_ns, asked = list[int](), list[tuple[Any, list[int]]]()
+    for i in range(4500):
+        took_ns.append(i * 7919 % 10_007)
+        ticket = Ticket(Request(i, "t0", 0, 0, 5_000), None, None, [], Future())
+        accounts.ended([Ending(ticket, None)], took_ns[-1])
+        if i % 500 == 0 or 1990 < i < 2010:
+            with nothing_checked():  # by looking at one of them
+                asked.append((accounts.stats(), sorted(took_ns[-1000:])))
+    assert not sorted_for
+    for i, (stats, recent) in enumerate(asked):
+        own = stats.tenants["t0"]
+        assert own is stats.tenants["t0"] and len(sorted_for) == 2 * (i + 1)
+        assert own.latency_p50_s == recent[int(0.5 * (len(recent) - 1) + 0.5)] / 1e9
+        assert own.latency_p99_s == recent[int(0.99 * (len(recent) - 1) + 0.5)] / 1e9
+    last = asked[-1][0].tenants
+    assert set(last) == {"t0", "t1"} and last["t1"].latency_p50_s is None and "nobody" not in last
+    assert repr(last) == repr(dict(last)) and last["t0"].late > 1000 < last["t0"].ok

@@ -11,44 +11,17 @@ has ended which was not submitted, and that no time on the device was given to t
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
-from types import MappingProxyType
 
+from coalesce.runtime.account import Account, Seen, TenantStats
 from coalesce.runtime.observer import Finished, Observer
 from coalesce.runtime.ticket import Ending, Ticket
 from coalesce.scheduler.commands import Command, Quarantine, Readmit, Reason
 from coalesce.scheduler.events import Event, Submitted
 
-RECENT = 1000  # latencies that the quantiles of a tenant are of
 APART = (Quarantine, Readmit)
-
-
-@dataclass(frozen=True)
-class TenantStats:
-    """Counts since the tenant was added; submitted = ok + late + rejected + cancelled + failed + pending."""
-
-    submitted: int
-    ok: int  # results by their deadline
-    late: int  # results after it
-    rejected: Mapping[Reason, int]
-    cancelled: int
-    failed: int
-    pending: int
-    device_s: float  # of the device's time, without padding
-    padding_s: float
-    latency_p50_s: float | None  # from submit to result, of the last 1,000
-    latency_p99_s: float | None
-    quarantined: bool
-    alone: str = ""  # why it shares no bundles with others, if it does not: see `verify`
-
-    @property
-    def attainment(self) -> float | None:
-        """The share of ended requests, cancelled ones apart, that got a result in time."""
-        ended = self.ok + self.late + sum(self.rejected.values()) + self.failed
-        return self.ok / ended if ended else None
 
 
 @dataclass(frozen=True)
@@ -59,46 +32,25 @@ class Stats:
     device_s: float  # that bundles took
 
 
-@dataclass
-class Account:
-    submitted: int = 0
-    ok: int = 0
-    late: int = 0
-    rejected: dict[Reason, int] = field(default_factory=dict)
-    device_ns: float = 0.0
-    padding_ns: float = 0.0
-    latencies_ns: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT))
-    quarantined: bool = False
-    alone: str = ""
+class Tenants(Mapping[str, TenantStats]):
+    """Of each that was there when somebody asked; made when they are looked at, and once."""
 
-    def snapshot(self) -> TenantStats:
-        """Others may go on counting: ends are read before what was submitted, and results before how long they took,
-        which is noted first."""
-        ok, late, rejected = self.ok, self.late, self.rejected.copy()
-        ended = ok + late + sum(rejected.values())
-        cancelled, failed = rejected.pop(Reason.CANCELLED, 0), rejected.pop(Reason.FAILED, 0)
-        latencies = sorted(self.latencies_ns)
-        submitted = self.submitted
-        return TenantStats(
-            submitted,
-            ok,
-            late,
-            MappingProxyType(rejected),
-            cancelled,
-            failed,
-            submitted - ended,
-            self.device_ns / 1e9,
-            self.padding_ns / 1e9,
-            quantile_s(latencies, 0.5),
-            quantile_s(latencies, 0.99),
-            self.quarantined,
-            self.alone,
-        )
+    def __init__(self, seen: Mapping[str, Seen]) -> None:
+        self._seen = seen
+        self._made: dict[str, TenantStats] = {}
 
+    def __getitem__(self, name: str) -> TenantStats:
+        made = self._made.get(name)
+        return self._made.setdefault(name, self._seen[name].stats()) if made is None else made
 
-def quantile_s(ascending_ns: Sequence[int], q: float) -> float | None:
-    """The nearest-rank quantile."""
-    return ascending_ns[int(q * (len(ascending_ns) - 1) + 0.5)] / 1e9 if ascending_ns else None
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._seen)
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
 
 class Accounts(Observer):
@@ -114,9 +66,9 @@ class Accounts(Observer):
         self._accounts.pop(tenant, None)
 
     def stats(self) -> Stats:
-        tenants = {name: account.snapshot() for name, account in self._accounts.copy().items()}
+        tenants = Tenants({name: account.seen() for name, account in self._accounts.copy().items()})
         bundles = self._bundles  # counted last, and read first
-        return Stats(MappingProxyType(tenants), bundles, self._lanes, self._device_ns / 1e9)
+        return Stats(tenants, bundles, self._lanes, self._device_ns / 1e9)
 
     def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
         if isinstance(event, Submitted):
@@ -160,11 +112,7 @@ class Accounts(Observer):
             for ending in endings:
                 _, tenant, _, arrival_ns, deadline_ns, _ = ending.ticket.request
                 account = known.get(tenant) or Account()
-                account.latencies_ns.append(now_ns - arrival_ns)
-                if now_ns <= deadline_ns:
-                    account.ok += 1
-                else:
-                    account.late += 1
+                account.note_result(now_ns - arrival_ns, now_ns > deadline_ns)
 
     def _of(self, tenant: str) -> Account:
         """An account that was closed meanwhile is written to and forgotten."""
