@@ -25,7 +25,7 @@ from rich.live import Live as Screen
 from rich.table import Table
 
 from coalesce.observing.trace import Trace
-from coalesce.runtime.accounts import TenantStats
+from coalesce.runtime.account import TenantStats
 from coalesce.runtime.runtime import Runtime
 from coalesce.scheduler import workloads
 from coalesce.scheduler.workloads import Arrival

@@ -383,6 +383,11 @@ pythons, own = gc.get_freeze_count(), SetAside()
 own.again()
 own.collect()
 assert gc.get_freeze_count() == pythons, "nobody serves"
+for _ in range(2):
+    gone = weakref.ref(Cycle())
+    own.begin()
+    assert gone() is None, "it would be set aside, where no collection finds it"
+    own.end()
 own.begin()
 before, kept = gc.get_freeze_count(), [[] for _ in range(5000)]
 gone = weakref.ref(Cycle())
@@ -397,6 +402,13 @@ for _ in range(OFTEN):
     assert gone() is not None
     own.again()
 assert gone() is None and gc.get_freeze_count() > before + 4000
+gone = weakref.ref(Cycle())
+own.again()
+gc.unfreeze()
+gc.collect()
+assert gone() is None
+own.again()
+assert gc.get_freeze_count() > before + 4000
 gc.disable()
 before, more = gc.get_freeze_count(), [[] for _ in range(5000)]
 own.again()

@@ -224,19 +224,55 @@ def test_a_full_queue_refuses_at_once():
 
 
 class Broken(Observer):
+    """It cannot take what it is told: `of` says what."""
+
+    def __init__(self, of: str, error: BaseException) -> None:
+        self.of, self.error = of, error
+
+    def raises(self, what: str) -> None:
+        if self.of == what:
+            raise self.error
+
+    def sent(self, *_):
+        self.raises("sent")
+
     def decided(self, *_):
-        raise RuntimeError("a sink that is broken")
+        self.raises("decided")
+
+    def rejected(self, *_):
+        self.raises("rejected")
+
+    def finished(self, *_):
+        self.raises("finished")
 
     def ended(self, *_):
-        raise RuntimeError("a sink that is broken")
+        self.raises("ended")
 
 
-@in_segments
-def test_an_observer_that_raises_is_dropped_and_the_loop_lives(caplog, segments: int):
-    with Served(FakeMachine(segments=segments), observers=[Broken()]) as served, caplog.at_level(logging.ERROR):
-        assert served.submit("t0", 1).result(10) == ("result", 1)
+@pytest.mark.parametrize("error", [RuntimeError(), SystemExit(3), CancelledError(), asyncio.CancelledError()], ids=repr)
+def test_an_observer_that_raises_is_dropped_and_the_loop_lives(caplog, error):
+    """Whichever thread it is told on, and whatever it raises."""
+    broken = [Broken(of, error) for of in ("decided", "rejected", "finished", "ended")]
+    machine = FakeMachine(segments=3, raises=lambda value: value == "bad")
+    with Served(machine, observers=broken) as served, caplog.at_level(logging.ERROR):
+        assert isinstance(served.submit("t0", "late", deadline_s=-1.0).exception(10), DeadlineExceeded)
+        assert isinstance(served.submit("t0", "bad").exception(10), TenantFailure)
         assert served.submit("t0", 2).result(10) == ("result", 2)
-    assert [r.getMessage() for r in caplog.records if "is not told anything any more" in r.getMessage()]
+        assert served.driver._thread.is_alive() and served.driver._finisher.thread.is_alive()
+    dropped = [r.getMessage() for r in caplog.records if "is not told anything any more" in r.getMessage()]
+    assert len(dropped) == 4
+
+
+def test_what_ends_a_callers_thread_is_the_callers(caplog):
+    """As what a signal handler raises while an observer is told there. The request is not sent."""
+    broken = Broken("sent", KeyboardInterrupt())
+    with Served(FakeMachine(), observers=[broken]) as served:
+        with pytest.raises(KeyboardInterrupt):
+            served.submit("t0", 1)
+        assert not served.driver.book.tickets and not caplog.records
+        broken.error = RuntimeError()
+        assert served.submit("t0", 2).result(10) == ("result", 2)
+        assert "is not told anything any more" in caplog.text
 
 
 @in_segments

@@ -5,6 +5,7 @@ import json
 import logging
 import threading
 import urllib.request
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import wait
 from pathlib import Path
@@ -33,7 +34,7 @@ from coalesce.runtime.orders import Order
 from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.commands import Command, Reason
-from coalesce.scheduler.events import Event, TenantRemoved
+from coalesce.scheduler.events import Event, TenantRemoved, Timer
 from coalesce.scheduler.replay import replay
 from coalesce.scheduler.run import Decision
 from tests.fake_machine import FakeMachine, Served
@@ -305,6 +306,17 @@ def test_a_recording_that_lacks_something_says_so(tmp_path: Path, caplog):
     assert "cannot be replayed" in caplog.text and (tmp_path / "log.jsonl").read_text() == ""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a system without a disk that is always full")
+def test_what_a_full_disk_did_not_take_is_counted_and_said_once(caplog):
+    with Recording("/dev/full") as log, Predictions("/dev/full") as predictions:
+        stats = serve_some(predictions).accounts.stats()
+        for i in range(200):
+            log.decided(Timer(), i, ())
+    assert (log.dropped, predictions.dropped) == (200, stats.bundles)
+    assert Counter(record.levelname for record in caplog.records) == {"ERROR": 2, "WARNING": 2}
+    assert "No space left" in caplog.text and "lacks 200 decisions" in caplog.text and "be replayed" in caplog.text
+
+
 # ---- several devices -----------------------------------------------------------------------------------------------
 
 
@@ -335,8 +347,8 @@ class Slow(Aside):
 
     def handle(self, item: int) -> None:
         self.go.wait(10)
-        if item == 1:
-            raise ValueError("one")
+        if item in (1, 3):
+            raise ValueError("one") if item == 1 else SystemExit
         self.got.append(item)
 
     def finish(self) -> None:
@@ -345,16 +357,17 @@ class Slow(Aside):
 
 def test_what_is_put_aside_is_handled_in_order_and_once(caplog):
     slow = Slow(most=1000)
-    with caplog.at_level(logging.ERROR):
+    with caplog.at_level(logging.WARNING):
         for i in range(5):
             slow.put(i)
         slow.go.set()
         slow.flush()
-        assert slow.got == [0, 2, 3, 4]
+        assert slow.got == [0, 2, 4]
         slow.close()
         slow.close()
-    assert slow.got == [0, 2, 3, 4, "end"] and slow.dropped == 0
-    assert "could not take what it was told" in caplog.text
+    assert slow.got == [0, 2, 4, "end"] and slow.dropped == 2
+    assert caplog.text.count("could not take what it was told") == 1
+    assert "Slow lacks 2 of what it was told" in caplog.text
 
 
 def test_a_writer_that_is_too_slow_drops_and_counts_and_never_blocks():

@@ -263,8 +263,8 @@ def test_weights_of_other_types_are_refused_before_anything_is_made_of_them(serv
     monkeypatch.setattr(served._tenancy, "_fit", lambda *given: made.append(given))
     (w, b), *rest = mlp_params(0)
     for params, says in [
-        (rest, r"params\[2\]\[0\] is no array, and f32\[\d+,\d+\] when it was added"),
-        ([*rest, (w, b), (w, b)], r"params\[3\]\[0\] is f32\[\d+,\d+\], and no array when"),
+        (rest, r"params\[2\]\[0\] is no leaf, and f32\[\d+,\d+\] when it was added"),
+        ([*rest, (w, b), (w, b)], r"params\[3\]\[0\] is f32\[\d+,\d+\], and no leaf when"),
         ([(w.astype(jnp.bfloat16), b), *rest], r"params\[0\]\[0\] is bf16\[\d+,\d+\], and f32"),
         ([(w, b[:, :-1]), *rest], r"params\[0\]\[1\] is f32.*another tenant"),
         ([(np.full((2,), "w"), b), *rest], r"params\[0\]\[0\] is ndarray, and f32"),

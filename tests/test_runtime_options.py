@@ -134,7 +134,7 @@ def test_terms_that_mean_nothing(rt, terms, text):
 @pytest.mark.parametrize(
     ("params", "text"),
     [
-        ({"w": W}, "params is no array, and f32.* when it was added; give params of the same tree"),
+        ({"w": W}, "params is no leaf, and f32.* when it was added; give params of the same tree"),
         (W[:3], r"params is f32\[3,4\], and f32\[4,4\] when it was added"),
         (np.eye(4, 5, dtype=np.float32), r"params is f32\[4,5\], and f32\[4,4\] when it was added"),
         (jax.ShapeDtypeStruct((4, 4), jnp.float32), "params hold a ShapeDtypeStruct"),
@@ -144,6 +144,67 @@ def test_weights_that_are_not_the_tenants(rt, params, text):
     with pytest.raises(InvalidInput, match=f"tenant 'good': .*{text}"):
         rt.update_tenant("good", params)
     np.testing.assert_array_equal(rt.submit("good", X).result(60), X)
+
+
+@jax.tree_util.register_pytree_node_class
+class Named:
+    """Weights, with what is no leaf."""
+
+    def __init__(self, w: Any, name: Any) -> None:
+        self.w, self.name = w, name
+
+    def tree_flatten(self) -> tuple[tuple[Any], Any]:
+        return (self.w,), (self.name, dense)
+
+    @classmethod
+    def tree_unflatten(cls, rest: Any, children: tuple[Any]) -> "Named":
+        return cls(*children, rest[0])
+
+
+class Label:
+    """Compares by identity."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+def labelled(p: Any, x: Any) -> Any:
+    return {p["name"]: p["inner"][0].w @ x.T + p["inner"][1], p["label"].text: p["act"](x)}
+
+
+def params_of(**other: Any) -> dict[str, Any]:
+    own = {
+        "name": "old",
+        "inner": [Named(W, "a"), W[:, :1]],
+        "label": Label("text"),
+        "act": lambda x: x + 1,
+        "no": None,
+    }
+    return {**own, **other}
+
+
+def test_weights_of_another_tree_or_beside_other_leaves(rt):
+    """What is made anew and compares by identity is taken, if the same program and results come of it."""
+    rt.add_tenant("named", labelled, params_of(), example=(X,), slo=60.0)
+    named = r"params\['inner'\]\[0\].* lies in a"
+    for other, text in [
+        ({"name": "new"}, r"params\['name'\] is 'new', and 'old' when it was added; give params of the same tree"),
+        ({"more": None}, r"params\['more'\] is None, and no leaf when"),
+        ({"no": W}, r"params\['no'\] is f32\[4,4\], and None when"),
+        ({"more": ()}, r"params\['act'\] lies in a dict of \[.*'more'.*\], and in a dict of \["),
+        ({"inner": (Named(W, "a"), W[:, :1])}, f"{named} tuple, and in a list when"),
+        ({"inner": [Named(W, "b"), W[:, :1]]}, rf"{named} Named of \('b', .*in a Named of \('a'"),
+        ({"act": "none"}, r"params\['act'\] is 'none', and a function when"),
+        ({"act": lambda x: x + 2}, "it would be another program"),
+        ({"label": Label("other")}, r"results are PyTreeDef\(.*'other'.*\), and PyTreeDef\(.*'text'.*\) when"),
+    ]:
+        with pytest.raises(InvalidInput, match=f"tenant 'named': .*{text}"):
+            rt.update_tenant("named", params_of(**other))
+    rt.update_tenant("named", params_of(inner=[Named(2 * W, "a"), W[:, :1]]))
+    got = rt.submit("named", X).result(60)
+    assert set(got) == {"old", "text"}
+    np.testing.assert_array_equal(got["old"], 2 * X.T + W[:, :1])
+    rt.remove_tenant("named")
 
 
 def test_weights_that_were_deleted(rt):

@@ -5,18 +5,17 @@
         metrics.watch(rt.health)
         metrics.serve(9464)                    # or metrics.text(), in a server of your own
 
-Being told is a few additions; what Prometheus wants to see is made when it asks. A tenant's series end when it was
-removed and its last request has ended.
+Being told is a few additions; what Prometheus wants to see is made when it asks, of copies: no lock is taken for it,
+since whoever serves would wait until the last line was written, or for ever. A tenant's series end when it was removed
+and its last request has ended.
 """
 
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
 
 try:
     from prometheus_client import CollectorRegistry, generate_latest, start_http_server
@@ -25,61 +24,12 @@ try:
 except ImportError as e:
     raise ImportError("Prometheus metrics need prometheus-client: pip install 'coalesce-jax[metrics]'") from e
 
+from coalesce.observing.counted import Device, Tenant
 from coalesce.runtime.health import Health
 from coalesce.runtime.observer import Finished, Observer
 from coalesce.runtime.ticket import Ending, Ticket
 from coalesce.scheduler.commands import Command, Dispatch, Quarantine, Readmit, Reason
 from coalesce.scheduler.events import CatalogChanged, Event, Submitted, TenantAdded, TenantRemoved
-
-SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0, 8.0)
-
-
-class Histogram:
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds, self._sum = bounds, 0.0
-        self._counts = [0] * (len(bounds) + 1)
-
-    def add(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def sample(self) -> tuple[list[tuple[str, float]], float]:
-        """Counts of what is at most each bound, and the sum."""
-        total, buckets = 0, []
-        for bound, count in zip([*map(str, self._bounds), "+Inf"], self._counts, strict=True):
-            total += count
-            buckets.append((bound, float(total)))
-        return buckets, self._sum
-
-
-@dataclass
-class Tenant:
-    """What is known of one."""
-
-    submitted: int = 0
-    outcomes: Counter[str] = field(default_factory=Counter)
-    latency: Histogram = field(default_factory=lambda: Histogram(SECONDS))
-    device_s: float = 0.0
-    padding_s: float = 0.0
-    in_flight: int = 0
-    quarantined: bool = False
-    leaving: bool = False
-
-    @property
-    def pending(self) -> int:
-        return self.submitted - self.outcomes.total()
-
-
-@dataclass
-class Device:
-    """What is known of one."""
-
-    bundles: Counter[tuple[int, int]] = field(default_factory=Counter)  # by width and lanes
-    failed: int = 0
-    busy_s: float = 0.0
-    ratio: Histogram = field(default_factory=lambda: Histogram(RATIOS))
-    executables: Counter[int] = field(default_factory=Counter)  # by width
 
 
 class Metrics(Observer, Collector):
@@ -92,7 +42,7 @@ class Metrics(Observer, Collector):
         self._device = Device()
         self._devices = {0: self._device}
         self._health: Callable[[], Health] | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # of those who count, on threads of the runtime unless it has ended
         self.registry.register(self)
 
     def on(self, device: int) -> Metrics:
@@ -193,60 +143,63 @@ class Metrics(Observer, Collector):
     # What Prometheus asks
 
     def collect(self) -> Iterator[Metric]:
-        with self._lock:
-            yield from [*self._of_tenants(), *self._of_devices()]
+        tenants = {name: own.copied() for name, own in self._tenants.copy().items()}
+        devices = {number: own.copied() for number, own in self._devices.copy().items()}
+        yield from [*tenant_metrics(tenants), *device_metrics(devices)]
         if self._health is not None:
             yield from health_metrics(self._health())
 
-    def _of_tenants(self) -> list[Metric]:
-        by = ["tenant"]
-        submitted = CounterMetricFamily("coalesce_requests_submitted", "Requests that were sent.", labels=by)
-        ended = CounterMetricFamily(
-            "coalesce_requests", "Requests that ended, by how: ok and late have a result.", labels=["tenant", "outcome"]
-        )
-        latency = HistogramMetricFamily(
-            "coalesce_request_latency_seconds", "From submit to result, of requests that have one.", labels=by
-        )
-        device = CounterMetricFamily("coalesce_device_seconds", "Device time of a tenant's lanes.", labels=by)
-        padding = CounterMetricFamily(
-            "coalesce_padding_seconds", "Its part of the device time of lanes that nobody used.", labels=by
-        )
-        waiting = GaugeMetricFamily("coalesce_requests_waiting", "Requests that wait for a bundle.", labels=by)
-        running = GaugeMetricFamily("coalesce_requests_running", "Requests that are lanes of a bundle.", labels=by)
-        apart = GaugeMetricFamily("coalesce_tenant_quarantined", "1 while a tenant runs alone, being slow.", labels=by)
-        for name, own in self._tenants.items():
-            submitted.add_metric([name], own.submitted)
-            for outcome, count in own.outcomes.items():
-                ended.add_metric([name, outcome], count)
-            latency.add_metric([name], *own.latency.sample())
-            device.add_metric([name], own.device_s)
-            padding.add_metric([name], own.padding_s)
-            waiting.add_metric([name], own.pending - own.in_flight)
-            running.add_metric([name], own.in_flight)
-            apart.add_metric([name], own.quarantined)
-        return [submitted, ended, latency, device, padding, waiting, running, apart]
 
-    def _of_devices(self) -> list[Metric]:
-        by = ["device"]
-        bundles = CounterMetricFamily(
-            "coalesce_bundles", "Bundles that left a device, by room and lanes used.", labels=[*by, "width", "lanes"]
-        )
-        failed = CounterMetricFamily("coalesce_bundles_failed", "Bundles that raised.", labels=by)
-        busy = CounterMetricFamily("coalesce_device_busy_seconds", "Time that bundles took.", labels=by)
-        ratio = HistogramMetricFamily(
-            "coalesce_bundle_actual_to_predicted_ratio", "Time on the device over the expected median.", labels=by
-        )
-        executables = GaugeMetricFamily("coalesce_executables", "Executables that are offered.", labels=[*by, "width"])
-        for number, own in self._devices.items():
-            device = str(number)
-            for (width, lanes), count in own.bundles.items():
-                bundles.add_metric([device, str(width), str(lanes)], count)
-            failed.add_metric([device], own.failed)
-            busy.add_metric([device], own.busy_s)
-            ratio.add_metric([device], *own.ratio.sample())
-            for width, count in sorted(own.executables.items()):
-                executables.add_metric([device, str(width)], count)
-        return [bundles, failed, busy, ratio, executables]
+def tenant_metrics(tenants: Mapping[str, Tenant]) -> list[Metric]:
+    by = ["tenant"]
+    submitted = CounterMetricFamily("coalesce_requests_submitted", "Requests that were sent.", labels=by)
+    ended = CounterMetricFamily(
+        "coalesce_requests", "Requests that ended, by how: ok and late have a result.", labels=["tenant", "outcome"]
+    )
+    latency = HistogramMetricFamily(
+        "coalesce_request_latency_seconds", "From submit to result, of requests that have one.", labels=by
+    )
+    device = CounterMetricFamily("coalesce_device_seconds", "Device time of a tenant's lanes.", labels=by)
+    padding = CounterMetricFamily(
+        "coalesce_padding_seconds", "Its part of the device time of lanes that nobody used.", labels=by
+    )
+    waiting = GaugeMetricFamily("coalesce_requests_waiting", "Requests that wait for a bundle.", labels=by)
+    running = GaugeMetricFamily("coalesce_requests_running", "Requests that are lanes of a bundle.", labels=by)
+    apart = GaugeMetricFamily("coalesce_tenant_quarantined", "1 while a tenant runs alone, being slow.", labels=by)
+    for name, own in tenants.items():
+        submitted.add_metric([name], own.submitted)
+        for outcome, count in own.outcomes.items():
+            ended.add_metric([name, outcome], count)
+        latency.add_metric([name], *own.latency.sample())
+        device.add_metric([name], own.device_s)
+        padding.add_metric([name], own.padding_s)
+        waiting.add_metric([name], own.pending - own.in_flight)
+        running.add_metric([name], own.in_flight)
+        apart.add_metric([name], own.quarantined)
+    return [submitted, ended, latency, device, padding, waiting, running, apart]
+
+
+def device_metrics(devices: Mapping[int, Device]) -> list[Metric]:
+    by = ["device"]
+    bundles = CounterMetricFamily(
+        "coalesce_bundles", "Bundles that left a device, by room and lanes used.", labels=[*by, "width", "lanes"]
+    )
+    failed = CounterMetricFamily("coalesce_bundles_failed", "Bundles that raised.", labels=by)
+    busy = CounterMetricFamily("coalesce_device_busy_seconds", "Time that bundles took.", labels=by)
+    ratio = HistogramMetricFamily(
+        "coalesce_bundle_actual_to_predicted_ratio", "Time on the device over the expected median.", labels=by
+    )
+    executables = GaugeMetricFamily("coalesce_executables", "Executables that are offered.", labels=[*by, "width"])
+    for number, own in devices.items():
+        device = str(number)
+        for (width, lanes), count in own.bundles.items():
+            bundles.add_metric([device, str(width), str(lanes)], count)
+        failed.add_metric([device], own.failed)
+        busy.add_metric([device], own.busy_s)
+        ratio.add_metric([device], *own.ratio.sample())
+        for width, count in sorted(own.executables.items()):
+            executables.add_metric([device, str(width)], count)
+    return [bundles, failed, busy, ratio, executables]
 
 
 def health_metrics(health: Health) -> list[Metric]:

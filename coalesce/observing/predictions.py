@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from coalesce.observing.aside import Aside
+from coalesce.observing.lines import Lines
 from coalesce.runtime.observer import Finished
 from coalesce.scheduler.catalog import text_of
 
@@ -36,10 +37,8 @@ class Line(NamedTuple):
 
 class Predictions(Aside):
     def __init__(self, path: str | Path, most: int = 100_000) -> None:
-        self._file = Path(path).open("w", encoding="utf-8", newline="")
         self._is_csv = Path(path).suffix == ".csv"
-        if self._is_csv:
-            self._file.write(as_csv(Line._fields))
+        self._lines = Lines(path, as_csv(Line._fields) if self._is_csv else "")
         self._device = 0
         super().__init__(most)
 
@@ -67,10 +66,10 @@ class Predictions(Aside):
         )
 
     def handle(self, item: Line) -> None:
-        self._file.write(as_csv(item) if self._is_csv else json.dumps(item._asdict()) + "\n")
+        self._lines.add(as_csv(item) if self._is_csv else json.dumps(item._asdict()) + "\n")
 
     def finish(self) -> None:
-        self._file.close()
+        self._lines.close()
 
 
 def as_csv(values: Sequence[object]) -> str:

@@ -12,11 +12,11 @@ asked what it would have done. Of several devices each has a file: log.jsonl, lo
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from coalesce.observing.aside import Aside
+from coalesce.observing.lines import Lines
 from coalesce.scheduler.baselines.edf import Edf
 from coalesce.scheduler.baselines.fifo import Fifo
 from coalesce.scheduler.coalescing import Coalescing
@@ -28,7 +28,6 @@ from coalesce.scheduler.record import dump, read
 from coalesce.scheduler.replay import replay
 from coalesce.scheduler.run import Decision
 
-LOG = logging.getLogger("coalesce.runtime")
 POLICIES: dict[str, Callable[[], Policy]] = {"coalescing": Coalescing, "fifo": Fifo, "edf": Edf}
 
 
@@ -37,7 +36,7 @@ class Recording(Aside):
 
     def __init__(self, path: str | Path, most: int = 1_000_000) -> None:
         self._path, self._others = Path(path), dict[int, Recording]()
-        self._file = self._path.open("w", encoding="utf-8")
+        self._lines = Lines(self._path)
         super().__init__(most)
 
     def on(self, device: int) -> Recording:
@@ -52,12 +51,14 @@ class Recording(Aside):
         self.put(Decision(event, now_ns, commands))
 
     def handle(self, item: Decision) -> None:
-        self._file.write(dump(*item) + "\n")
+        self._lines.add(dump(*item) + "\n")
 
     def finish(self) -> None:
-        self._file.close()
-        if self.dropped:
-            LOG.warning("%s lacks %d decisions, which came too fast; it cannot be replayed", self._path, self.dropped)
+        self._lines.close()
+
+    def lacking(self, dropped: int) -> str:
+        why = "which came too fast or could not be written"
+        return f"{self._path} lacks {dropped} decisions, {why}; it cannot be replayed"
 
     def close(self) -> None:
         super().close()

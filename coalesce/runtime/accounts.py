@@ -2,49 +2,26 @@
 
 A bundle's time on the device is shared out by lanes: a lane costs its tenant the bundle's time over its width. What the
 lanes without a request cost is padding, borne in equal parts by the lanes that were used.
+
+Whoever asks takes no lock: a signal handler may ask, or close the runtime, while its own thread is asking, and whoever
+serves waits for nobody who asks. Each count is read at once; together they are read in such an order that no request
+has ended which was not submitted, and that no time on the device was given to tenants which bundles did not take.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
-from types import MappingProxyType
 
+from coalesce.runtime.account import Account, Seen, TenantStats
 from coalesce.runtime.observer import Finished, Observer
 from coalesce.runtime.ticket import Ending, Ticket
 from coalesce.scheduler.commands import Command, Quarantine, Readmit, Reason
 from coalesce.scheduler.events import Event, Submitted
 
-RECENT = 1000  # latencies that the quantiles of a tenant are of
 APART = (Quarantine, Readmit)
-
-
-@dataclass(frozen=True)
-class TenantStats:
-    """Counts since the tenant was added; submitted = ok + late + rejected + cancelled + failed + pending."""
-
-    submitted: int
-    ok: int  # results by their deadline
-    late: int  # results after it
-    rejected: Mapping[Reason, int]
-    cancelled: int
-    failed: int
-    pending: int
-    device_s: float  # of the device's time, without padding
-    padding_s: float
-    latency_p50_s: float | None  # from submit to result, of the last 1,000
-    latency_p99_s: float | None
-    quarantined: bool
-    alone: str = ""  # why it shares no bundles with others, if it does not: see `verify`
-
-    @property
-    def attainment(self) -> float | None:
-        """The share of ended requests, cancelled ones apart, that got a result in time."""
-        ended = self.ok + self.late + sum(self.rejected.values()) + self.failed
-        return self.ok / ended if ended else None
 
 
 @dataclass(frozen=True)
@@ -55,63 +32,43 @@ class Stats:
     device_s: float  # that bundles took
 
 
-@dataclass
-class Account:
-    submitted: int = 0
-    ok: int = 0
-    late: int = 0
-    rejected: dict[Reason, int] = field(default_factory=dict)
-    device_ns: float = 0.0
-    padding_ns: float = 0.0
-    latencies_ns: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT))
-    quarantined: bool = False
-    alone: str = ""
+class Tenants(Mapping[str, TenantStats]):
+    """Of each that was there when somebody asked; made when they are looked at, and once."""
 
-    def snapshot(self) -> TenantStats:
-        rejected = dict(self.rejected)
-        cancelled, failed = rejected.pop(Reason.CANCELLED, 0), rejected.pop(Reason.FAILED, 0)
-        ended = self.ok + self.late + sum(self.rejected.values())
-        latencies = sorted(self.latencies_ns)
-        return TenantStats(
-            self.submitted,
-            self.ok,
-            self.late,
-            MappingProxyType(rejected),
-            cancelled,
-            failed,
-            self.submitted - ended,
-            self.device_ns / 1e9,
-            self.padding_ns / 1e9,
-            quantile_s(latencies, 0.5),
-            quantile_s(latencies, 0.99),
-            self.quarantined,
-            self.alone,
-        )
+    def __init__(self, seen: Mapping[str, Seen]) -> None:
+        self._seen = seen
+        self._made: dict[str, TenantStats] = {}
 
+    def __getitem__(self, name: str) -> TenantStats:
+        made = self._made.get(name)
+        return self._made.setdefault(name, self._seen[name].stats()) if made is None else made
 
-def quantile_s(ascending_ns: Sequence[int], q: float) -> float | None:
-    """The nearest-rank quantile."""
-    return ascending_ns[int(q * (len(ascending_ns) - 1) + 0.5)] / 1e9 if ascending_ns else None
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._seen)
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
 
 class Accounts(Observer):
     def __init__(self) -> None:
         self._accounts: dict[str, Account] = {}
         self._bundles = self._lanes = self._device_ns = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # of those who count, on threads of the runtime unless it has ended
 
     def open(self, tenant: str, alone: str = "") -> None:
-        with self._lock:
-            self._accounts[tenant] = Account(alone=alone)
+        self._accounts[tenant] = Account(alone=alone)
 
     def close(self, tenant: str) -> None:
-        with self._lock:
-            self._accounts.pop(tenant, None)
+        self._accounts.pop(tenant, None)
 
     def stats(self) -> Stats:
-        with self._lock:
-            tenants = {name: account.snapshot() for name, account in self._accounts.items()}
-            return Stats(MappingProxyType(tenants), self._bundles, self._lanes, self._device_ns / 1e9)
+        tenants = Tenants({name: account.seen() for name, account in self._accounts.copy().items()})
+        bundles = self._bundles  # counted last, and read first
+        return Stats(tenants, bundles, self._lanes, self._device_ns / 1e9)
 
     def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
         if isinstance(event, Submitted):
@@ -140,9 +97,9 @@ class Accounts(Observer):
         each = bundle.took_ns / width
         padding = each * (width - lanes) / lanes
         with self._lock:
-            self._bundles += 1
             self._lanes += lanes
             self._device_ns += bundle.took_ns
+            self._bundles += 1
             known = self._accounts
             for ticket in chain.from_iterable(bundle.entries):
                 account = known.get(ticket.request.tenant) or Account()
@@ -155,11 +112,7 @@ class Accounts(Observer):
             for ending in endings:
                 _, tenant, _, arrival_ns, deadline_ns, _ = ending.ticket.request
                 account = known.get(tenant) or Account()
-                account.latencies_ns.append(now_ns - arrival_ns)
-                if now_ns <= deadline_ns:
-                    account.ok += 1
-                else:
-                    account.late += 1
+                account.note_result(now_ns - arrival_ns, now_ns > deadline_ns)
 
     def _of(self, tenant: str) -> Account:
         """An account that was closed meanwhile is written to and forgotten."""

@@ -21,15 +21,15 @@ class Form:
         self.tenant, self.family = program.name, family
         self._order = None if tuple(order) == tuple(range(len(program.inputs))) else order
         self.inputs: tuple[Slot, ...] = program.inputs
-        self._in_tree, self._out_tree = program.in_tree, program.out_tree
+        self._in_tree, self.out_tree = program.in_tree, program.out_tree
         self._outputs = program.outputs
         self._wants = [(slot.aval.shape, slot.aval.dtype) for slot in self.inputs]
         self._keys = any(slot.key_impl is not None for slot in program.inputs)
         flat = jax.tree.structure((0,) * len(self.inputs))
         self._is_flat = not self._keys and self._in_tree == flat  # each input is one array
         self._key_results = any(slot.key_impl is not None for slot in program.outputs)
-        self.is_bare = not self._key_results and self._out_tree == jax.tree.structure(0)  # one array, in no container
-        self.is_plain = not self._key_results and is_built_in(self._out_tree)  # made by no code of the tenant's
+        self.is_bare = not self._key_results and self.out_tree == jax.tree.structure(0)  # one array, in no container
+        self.is_plain = not self._key_results and is_built_in(self.out_tree)  # made by no code of the tenant's
 
     def under(self, family: int) -> Form:
         """The same, whose family has another number."""
@@ -80,7 +80,7 @@ class Form:
             return values[0]
         if self._key_results:
             values = [rewrapped(x, slot) for x, slot in zip(values, self._outputs, strict=True)]
-        return self._out_tree.unflatten(values)
+        return self.out_tree.unflatten(values)
 
 
 def example_of(program: Program, order: Sequence[int], inputs: tuple[Any, ...]) -> list[np.ndarray]:

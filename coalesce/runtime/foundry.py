@@ -144,11 +144,11 @@ class Foundry:
                 raise TimeoutError(f"{pending} executables are not ready after {timeout} s")
 
     def ordered(self) -> tuple[int, dict[str, str]]:
-        """(on their way, what failed and why); what was given up was not tried."""
-        with self._change:
-            ended = {key: made.exception() for key, made in self._made.items() if made.done()}
-            failed = {key: error for key, error in ended.items() if error not in (None, self._over)}
-            return len(self._made) - len(ended), {text_of(key[0]): str(error) for key, error in failed.items()}
+        """(on their way, what failed and why); what was given up was not tried. Whoever asks takes no lock of ours."""
+        known = self._made.copy()
+        ended = {key: made.exception() for key, made in known.items() if made.done()}
+        failed = {key: error for key, error in ended.items() if error not in (None, self._over)}
+        return len(known) - len(ended), {text_of(key[0]): str(error) for key, error in failed.items()}
 
     # Compilers
 

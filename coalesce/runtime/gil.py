@@ -3,7 +3,8 @@
 Tracing, the passes and lowering keep the lock busy for tens of milliseconds a program, and who serves would wait for
 it at every step of a request: Python hands it on after 5 ms at the earliest. While a tenant is taken in and while
 programs are made, also on a user's thread, it does so after EAGER_S. That is a setting of the whole process, so what it
-was before is remembered here for all runtimes, and comes back with the last of them that makes something.
+was before is remembered here for all runtimes, and comes back with the last of them that makes something, unless
+somebody else has changed it meanwhile.
 
 Who traces would have the lock back as soon, over and over, while a driver decides: so it gives way. It looks at every
 call of a Python function (`sys.setprofile`, which is a thread's own) whether somebody serves right now, and sleeps
@@ -45,7 +46,7 @@ class Eagerness:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._holders = 0
-        self._usual_s = 0.0
+        self._usual_s = self._eager_s = 0.0
         self._at_work: set[object] = set()  # who serves right now
         self._served_s = -LATELY_S
         self._thread = threading.local()
@@ -72,23 +73,24 @@ class Eagerness:
     @contextmanager
     def __call__(self) -> Iterator[None]:
         gives_way = time.monotonic() - self._served_s < LATELY_S and sys.getprofile() is None
+        # Held here: an interrupt in it takes it away, maybe from Python itself, which is about to call it.
+        profile = giving_way(self._at_work)
         with self._lock:
             if not self._holders:
                 self._usual_s = sys.getswitchinterval()
                 sys.setswitchinterval(min(self._usual_s, EAGER_S))
+                self._eager_s = sys.getswitchinterval()  # rounded to what Python counts in
             self._holders += 1
         if gives_way:
-            # Held here: an interrupt in it takes it away, maybe from Python itself, which is about to call it.
-            profile = giving_way(self._at_work)
             sys.setprofile(profile)
         try:
             yield
         finally:
-            if gives_way:
+            if gives_way and sys.getprofile() is profile:
                 sys.setprofile(None)
             with self._lock:
                 self._holders -= 1
-                if not self._holders:
+                if not self._holders and sys.getswitchinterval() == self._eager_s:
                     sys.setswitchinterval(self._usual_s)
 
 

@@ -1,4 +1,8 @@
-"""What was decided, for the last bundles and requests: the answer to "what happened to my request?"."""
+"""What was decided, for the last bundles and requests: the answer to "what happened to my request?".
+
+As of accounts, whoever asks takes no lock. A bundle is noted before the requests that end with it, and looked up after
+them.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +48,7 @@ class History(Observer):
         self._bundles: OrderedDict[int, Recorded] = OrderedDict()
         self._lots: deque[Together] = deque()
         self._count = 0  # requests in them
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # of those who note something, on threads of the runtime unless it has ended
 
     def finished(self, bundle: Finished) -> None:
         with self._lock:
@@ -72,21 +76,18 @@ class History(Observer):
                 self._count -= len(self._lots.popleft().requests)
 
     def bundles(self) -> list[Recorded]:
-        with self._lock:
-            return list(self._bundles.values())
+        return list(self._bundles.copy().values())
 
     def requests(self) -> list[Ended]:
-        with self._lock:
-            return [ended for lot in self._lots for ended in lot.each()][-KEPT:]
+        return [ended for lot in self._lots.copy() for ended in lot.each()][-KEPT:]
 
     def explain(self, request: int) -> str | None:
         """A line for each decision about a request that has ended, or None if it is not known (any more)."""
-        with self._lock:
-            found = (own for lot in reversed(self._lots) for own in lot.each() if own.request.id == request)
-            ended = next(found, None)
-            if ended is None:
-                return None
-            bundles = [self._bundles[b] for b in ended.bundles if b in self._bundles]
+        found = (own for lot in reversed(self._lots.copy()) for own in lot.each() if own.request.id == request)
+        ended = next(found, None)
+        if ended is None:
+            return None
+        bundles = [bundle for b in ended.bundles if (bundle := self._bundles.get(b)) is not None]
         own, zero = ended.request, ended.request.arrival_ns
 
         def ms(t_ns: int) -> str:

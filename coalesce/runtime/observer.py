@@ -1,7 +1,8 @@
 """Who watches the runtime: accounts, records, logs and metrics are told the same few things.
 
 They are told on the driver's and the finisher's threads (of a request that is sent, on the caller's), so they are quick
-and never wait. One that raises is dropped, with its traceback in the log: the runtime goes on.
+and never wait. One that raises is dropped, with its traceback in the log: the runtime goes on, whatever it was. A
+SystemExit would end a thread that everybody is served on; but one that a signal handler raises on the caller's is his.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class Observers(Observer):
         self._ended = listening(observers, "ended")
 
     def sent(self, ticket: Ticket) -> None:
-        self._tell(self._sent, ticket)
+        self._tell(self._sent, ticket, drops=Exception)
 
     def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
         self._tell(self._decided, event, now_ns, commands)
@@ -133,11 +134,11 @@ class Observers(Observer):
     def ended(self, endings: Sequence[Ending], now_ns: int) -> None:
         self._tell(self._ended, endings, now_ns)
 
-    def _tell(self, listeners: Sequence[Listener], *args: Any) -> None:
+    def _tell(self, listeners: Sequence[Listener], *args: Any, drops: type[BaseException] = BaseException) -> None:
         for observer, tell in listeners:
             try:
                 tell(*args)
-            except Exception:
+            except drops:
                 LOG.exception("%r raised in %s() and is not told anything any more", observer, tell.__name__)
                 self._set([other for other in self._observers if other is not observer])
 

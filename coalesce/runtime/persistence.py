@@ -1,8 +1,9 @@
 """What was compiled is kept on disk, and read again by the next process that needs it: JAX's own persistent cache.
 
 JAX has one for the process. A folder that the user has given it is used as it is. Otherwise JAX is given one only while
-an executable is made here, and asked to forget it then: what the user compiles meanwhile may land in it too, and what
-takes JAX less than its `jax_persistent_cache_min_compile_time_secs` is not kept.
+an executable is made here, and asked to forget it then, unless the user has given it another one by then: what the user
+compiles meanwhile may land in it too, and what takes JAX less than its `jax_persistent_cache_min_compile_time_secs` is
+not kept.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Keeping:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._holders = 0
-        self._ours = False
+        self._ours: str | None = None  # the folder, if JAX has it of us
 
     @contextmanager
     def __call__(self, folder: Path | None) -> Iterator[None]:
@@ -45,18 +46,19 @@ class Keeping:
             return
         with self._lock:
             if not self._holders and getattr(jax.config, OPTION) is None:
-                self._ours = True
-                jax.config.update(OPTION, str(folder))
+                self._ours = str(folder)
+                jax.config.update(OPTION, self._ours)
             self._holders += 1
         try:
             yield
         finally:
             with self._lock:
                 self._holders -= 1
-                if not self._holders and self._ours:
-                    self._ours = False
-                    jax.config.update(OPTION, None)
-                    compilation_cache.reset_cache()
+                if not self._holders and self._ours is not None:
+                    if getattr(jax.config, OPTION) == self._ours:
+                        jax.config.update(OPTION, None)
+                    self._ours = None
+                    compilation_cache.reset_cache()  # JAX looks where once, whatever it is told then
 
 
 keeping = Keeping()  # one for the process, as JAX's cache is

@@ -29,7 +29,7 @@ from coalesce.runtime.host import courses_of, first_capacity, Host, pool_bytes, 
 from coalesce.runtime.rehearse import rehearse
 from coalesce.runtime.site import Site
 from coalesce.runtime.ticket import Ticket
-from coalesce.runtime.weights import check_bits
+from coalesce.runtime.weights import check_bits, Types
 from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.events import CatalogChanged, Event, TenantAdded, TenantRemoved
 from coalesce.scheduler.request import Request
@@ -47,7 +47,7 @@ class Resident:
         self.alone = ""  # why it shares no bundles with others, if it does not
         self.left = False  # nobody may ask for it any more, or write its weights: others may have its name and slot
         self.forms: list[Form] = []
-        self.weights: dict[str, str] = {}  # types of its params' arrays, by path
+        self.weights: Types  # of its params
         self.slot = -1
         self.host: Host
         self.quarters: Quarters

@@ -23,7 +23,7 @@ from coalesce.runtime.gil import handing_on
 from coalesce.runtime.quarters import Resident
 from coalesce.runtime.station import Station
 from coalesce.runtime.verify import Alone, check_examples, Unlike
-from coalesce.runtime.weights import check_types, types_of
+from coalesce.runtime.weights import check_results, check_types, types_of
 from coalesce.scheduler.events import TenantRemoved
 from coalesce.serving.fit import Fit, fit
 from coalesce.tracing import trace
@@ -105,6 +105,7 @@ class Tenancy:
                 f"tenant {resident.name!r}: with these params it would be another program, or share other weights;"
                 " give params of the same tree, shapes and dtypes, or add it as another tenant"
             )
+        check_results(resident.name, [form.out_tree for form in resident.forms], fitted.programs)
         resident.quarters.write(resident, fitted)
         LOG.info("tenant %r has other weights", resident.name)
 
