@@ -26,7 +26,8 @@ from coalesce.runtime.orders import Order
 from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.commands import Command, Dispatch, Reason, Reject, Want
-from coalesce.scheduler.events import Closed, Completed, Event, Submitted, TenantRemoved, Timer
+from coalesce.scheduler.events import Closed, Completed, Event, Submitted, TenantAdded, TenantRemoved, Timer
+from coalesce.scheduler.request import Tenant
 from tests.fake_machine import FakeLaunched, FakeMachine, Served
 
 pytestmark = pytest.mark.once
@@ -592,6 +593,21 @@ def test_a_device_that_fails_ends_everything():
     assert all(t.pending == 0 for t in tenants.values())
 
 
+def test_whoever_ordered_something_goes_on_when_observers_know_of_it():
+    order, seen = list[str](), TenantAdded(Tenant("new", (0,), 10**9))
+
+    class Slow(Observer):
+        def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
+            if event is seen:
+                time.sleep(0.01)
+                order.append("observed")
+
+    with Served(FakeMachine(), observers=[Slow()]) as served:
+        served.driver.carry_out(lambda: [seen])
+        order.append("went on")
+    assert order == ["observed", "went on"]
+
+
 def test_orders_that_come_with_the_end_are_carried_out():
     served = Served(FakeMachine())
     done: list[int] = []
@@ -626,7 +642,7 @@ def test_who_is_interrupted_waits_for_what_was_ordered(monkeypatch):
             super().wait()
 
     def put(order: Order) -> None:
-        threading.Thread(target=lambda: waited_for.wait(10) and order.do()).start()
+        threading.Thread(target=lambda: waited_for.wait(10) and (order.do(), order.told())).start()
 
     monkeypatch.setattr(orders, "Outcome", Interrupted)
     with pytest.raises(KeyboardInterrupt):

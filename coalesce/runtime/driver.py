@@ -199,6 +199,8 @@ class Driver:
                 self._launcher.hand_out(everything=True)  # an order takes as long as it likes
                 for event in item.do() if isinstance(item, Order) else self._maker.exhausted(*item):
                     self._tell(event)
+                if isinstance(item, Order):
+                    item.told()
             elif isinstance(item, Lost):
                 self.lose(item.error)
             elif not isinstance(item, Stop):

@@ -16,6 +16,7 @@ from coalesce.scheduler.events import Event
 
 class Order(NamedTuple):
     do: Callable[[], Sequence[Event]]
+    told: Callable[[], None] = lambda: None  # called when policy and observers know of the events
 
 
 class Outcome:
@@ -60,7 +61,7 @@ class Orders:
             if self._error is not None:
                 raise copy(self._error)  # not the same one for all, which would keep what everybody had
             self._open.add(outcome)
-        put(Order(lambda: self._try(do, outcome)))
+        put(Order(lambda: self._try(do, outcome), lambda: outcome.tell(None)))
         try:
             outcome.wait()
         except BaseException:  # an interrupt's
@@ -74,12 +75,10 @@ class Orders:
 
     def _try(self, do: Callable[[], Sequence[Event]], outcome: Outcome) -> Sequence[Event]:
         try:
-            events = do()
+            return do()
         except BaseException as e:
             outcome.tell(e)
             return ()
-        outcome.tell(None)
-        return events
 
     def fail_all(self, error: Exception) -> None:
         with self._lock:
