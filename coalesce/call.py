@@ -120,6 +120,10 @@ def checked(tenant: str, leaf: Any, slot: Slot) -> Any:
         leaf = number(tenant, leaf, slot)
     elif isinstance(leaf, jax.ShapeDtypeStruct) or not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
         raise InvalidInput(f"tenant {tenant!r}: input{slot.path} is a {type(leaf).__name__}, expected {J.short(want)}")
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise InvalidInput(f"tenant {tenant!r}: input{slot.path} is a masked array; give x.filled(...)")
+    if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+        leaf = converted(tenant, leaf, slot)
     if leaf.shape == want.shape and leaf.dtype == want.dtype:
         return leaf
     if J.is_key(leaf) or leaf.shape != want.shape or jax.dtypes.canonicalize_dtype(leaf.dtype) != want.dtype:
@@ -129,6 +133,22 @@ def checked(tenant: str, leaf: Any, slot: Slot) -> Any:
             "cast or pad it, or trace another program for this request shape"
         )
     return np.asarray(leaf, want.dtype)
+
+
+def converted(tenant: str, leaf: Any, slot: Slot) -> np.ndarray:
+    """Another library's array, a column of a table say, as one of NumPy's own types."""
+    try:
+        array = np.asarray(leaf)
+    except Exception as e:  # of that library
+        why = f"{type(e).__name__}: {e}"
+    else:
+        if array.dtype != object:
+            return array
+        why = "NumPy makes objects of it"
+    raise InvalidInput(
+        f"tenant {tenant!r}: input{slot.path} is a {type(leaf).__name__} of {leaf.dtype} that is no NumPy array "
+        f"({why}); convert it to {J.short(slot.aval)}"
+    )
 
 
 def number(tenant: str, value: bool | int | float | complex, slot: Slot) -> np.ndarray:

@@ -57,6 +57,17 @@ def row(seed: int, batch: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((batch, WIDTH)).astype(np.float32)
 
 
+class Foreign:
+    """A table's column, whose type is none that NumPy knows."""
+
+    shape, dtype = (1, WIDTH), "Float32Dtype()"
+
+    def __init__(self, value: np.ndarray | None = None) -> None:
+        if value is not None:
+            self.__array_interface__ = value.__array_interface__
+            self.value = value
+
+
 @pytest.fixture(scope="module", params=[1, 3], ids=["whole", "in segments"])
 def served(request: pytest.FixtureRequest) -> Iterator[Runtime]:
     """Six mlps, two of them also with a batch of 3, and two taggers."""
@@ -123,11 +134,22 @@ def test_several_request_shapes_read_one_copy_of_the_weights(served, monkeypatch
         (("text",), r"input\[0\] is a str"),
         ((), "inputs are"),
         ((row(0), row(1)), "inputs are"),
+        ((np.ma.masked_array(row(0)),), r"input\[0\] is a masked array; give x.filled"),
+        ((Foreign(),), r"input\[0\] is a Foreign of Float32Dtype\(\) that is no NumPy array"),
     ],
 )
 def test_wrong_inputs_are_refused_at_submit(served, inputs, error):
     with pytest.raises(InvalidInput, match=error):
         served.submit("mlp0", *inputs)
+
+
+def test_another_librarys_array_is_one_of_numpys_own(served):
+    check(served.submit("mlp0", Foreign(row(5))).result(60), np.asarray(jax.jit(mlp)(mlp_params(0), row(5))))
+
+
+def test_what_is_traced_is_no_request(served):
+    with pytest.raises(InvalidInput, match=r"input\[0\] is traced, and a request needs values"):
+        jax.jit(lambda x: served.submit("mlp0", x))(row(0))
 
 
 def test_an_input_of_none_of_the_shapes_names_them_all(served):

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from coalesce.call import checked, is_gone, rewrapped
 from coalesce.errors import InvalidInput
@@ -67,6 +68,12 @@ class Form:
             raise InvalidInput(
                 f"tenant {self.tenant!r}: inputs are {tree}, traced with {self._in_tree}; give one for each input "
                 "after params"
+            )
+        traced = next((slot for x, slot in zip(leaves, self.inputs, strict=True) if isinstance(x, Tracer)), None)
+        if traced is not None:
+            raise InvalidInput(
+                f"tenant {self.tenant!r}: input{traced.path} is traced, and a request needs values; send it outside of "
+                "jax.jit, jax.grad and jax.vmap"
             )
         return [np.asarray(checked(self.tenant, x, slot)) for x, slot in zip(leaves, self.inputs, strict=True)]
 
