@@ -429,6 +429,21 @@ def test_what_does_not_fit_is_refused_with_the_bytes():
         check(rt.submit("t0", row(0)).result(60), np.asarray(jax.jit(mlp)(mlp_params(0), row(0))))
 
 
+def test_a_bank_is_as_large_as_there_is_room_for():
+    """Four tenants fit, but one is left out, whose weights are to be prepared; sixteen, or twice as many, do not."""
+    with checked_runtime(widths=(1,), memory_limit=10_000, compiled=False) as rt:
+        for i in range(3):
+            rt.add_tenant(f"t{i}", mlp, mlp_params(i), example=(row(0),), slo=SLO)
+        assert host_of(rt, "t0").store.capacity == 3
+        with pytest.raises(OutOfDeviceMemory, match="room for 4 tenants of family 0 needs"):
+            rt.add_tenant("t3", mlp, mlp_params(3), example=(row(0),), slo=SLO)
+    with checked_runtime(widths=(1,), memory_limit=25_000, capacity=4, compiled=False) as rt:
+        for i in range(6):
+            rt.add_tenant(f"t{i}", mlp, mlp_params(i), example=(row(0),), slo=SLO)
+        assert host_of(rt, "t0").store.capacity == 6, "eight do not fit"
+        check(rt.submit("t5", row(0)).result(60), np.asarray(jax.jit(mlp)(mlp_params(5), row(0))))
+
+
 def test_shared_weights_lie_on_the_device_once():
     backbone = jnp.asarray(np.random.default_rng(0).standard_normal((WIDTH, WIDTH)), jnp.float32)
 

@@ -7,7 +7,7 @@ What compiles runs on any thread; everything else changes what the next bundle r
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -140,15 +140,27 @@ class Device:
 
     def check_room(self, what: str, needed: int) -> None:
         """Raises OutOfDeviceMemory."""
+        self.room_for([1], lambda _: needed, lambda _: what)
+
+    def room_for(self, counts: Sequence[int], bytes_of: Callable[[int], int], what: Callable[[int], str]) -> int:
+        """The first of some counts, each smaller than the one before, for which there is room.
+
+        Raises:
+          OutOfDeviceMemory: there is none for the last.
+        """
         there = free_there()
-        if there is not None and needed > there:
+        if there is not None and bytes_of(counts[0]) > there:
             set_aside.collect()  # some may be held by what only the collector finds, which seldom looks: see SetAside
         free = free_bytes(list(self.hosts.values()), self._memory_limit)
-        if free is not None and needed > free:
+        fitting = (count for count in counts if free is None or bytes_of(count) <= free)
+        found = next(fitting, None)
+        if found is None:
+            least = counts[-1]
             raise OutOfDeviceMemory(
-                f"{what} needs {needed:,} bytes on the device, and {max(0, free):,} are free; remove tenants, or raise "
-                "Runtime(memory_limit=)"
+                f"{what(least)} needs {bytes_of(least):,} bytes on the device, and {max(0, free or 0):,} are free; "
+                "remove tenants, or raise Runtime(memory_limit=)"
             )
+        return found
 
     @property
     def copies(self) -> bool:

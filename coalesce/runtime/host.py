@@ -95,5 +95,12 @@ def reserve(programs: Iterable[Segments]) -> int:
     return int(any(len(own) > 1 for own in programs))
 
 
-def first_capacity(schema: Schema) -> int:
-    return max(1, min(FIRST_TENANTS, FIRST_BYTES // max(1, schema.slot_bytes)))
+def first_capacities(schema: Schema) -> list[int]:
+    """For a new bank; the first for which there is room."""
+    most = max(1, min(FIRST_TENANTS, FIRST_BYTES // max(1, schema.slot_bytes)))
+    return list(range(most, 0, -1))
+
+
+def next_capacities(capacity: int) -> list[int]:
+    """For a bank that is full; the first for which there is room."""
+    return sorted({2 * capacity, capacity + capacity // 2, capacity + 1} - {capacity}, reverse=True)

@@ -25,7 +25,7 @@ from coalesce.runtime.driver import Driver
 from coalesce.runtime.errands import Errands
 from coalesce.runtime.form import example_of, Form
 from coalesce.runtime.foundry import Foundry
-from coalesce.runtime.host import courses_of, first_capacity, Host, pool_bytes, reserve
+from coalesce.runtime.host import courses_of, first_capacities, Host, pool_bytes, reserve
 from coalesce.runtime.rehearse import rehearse
 from coalesce.runtime.site import Site
 from coalesce.runtime.ticket import Ticket
@@ -202,15 +202,24 @@ class Quarters:
         inside = J.takes_wide()
         self._driver.carry_out(lambda: check_bits(fitted.programs, inside))
         if resident.alone:
-            schema, capacity = self._device.plan_as_it_is(fitted), 1
+            schema, counts = self._device.plan_as_it_is(fitted), [1]
         else:
             schema = self._device.plan(fitted, self._segments, self._site.patience_us(None))
-            capacity = (self._capacity or first_capacity(schema)) + reserve(schema.segments)
+            counts = [self._capacity] if self._capacity else first_capacities(schema)
+            counts = [count + reserve(schema.segments) for count in counts]
         lanes = self._site.lanes
-        needed = capacity * schema.slot_bytes + schema.shared_bytes + pool_bytes(schema.segments, lanes)
+        beside = schema.shared_bytes + pool_bytes(schema.segments, lanes)
+        asked = " (see Runtime(capacity=))" if self._capacity else ""
+
+        def needed(count: int) -> int:  # and where there is a choice, room to prepare the next one's weights
+            return (count + (count > counts[-1])) * schema.slot_bytes + beside
+
+        def what(count: int) -> str:
+            return f"tenant {resident.name!r}, with room for {count} of its kind{asked},"
+
         prepare = Preparer(schema, self._device.make)
         with self._site.rooms:
-            self._device.check_room(f"tenant {resident.name!r}, with room for {capacity} of its kind,", needed)
+            capacity = self._device.room_for(counts, needed, what)
             store = Store(schema, capacity, prepare(fitted), self._device.make)
             families = self._device.next_families(len(schema.templates))
             each = zip(fitted.programs, fitted.inputs, resident.shapes, strict=True)

@@ -49,7 +49,8 @@ class Runtime:
       policy: what decides, or what makes one for each device; `Coalescing` unless given. See coalesce.scheduler.
       devices: JAX devices, each with a driver of its own; a family lives on one of them. None: JAX's default device.
       widths: how many lanes the executables of a family have, ascending from 1.
-      capacity: tenants of a family that there is room for at first; it grows by doubling. None: by the size of one.
+      capacity: tenants of a family that there is room for at first; it grows by doubling, or by what there is memory
+        for. None: by the size of one, and what is free.
       segments: how many a program is cut into, between which others may run. None: as few as cost and SLOs ask for.
       memory_limit: bytes on a device for weights and what lies between segments; unless given, what it says it has.
       reproducible: a tenant's requests run in executables of one width, the widest, of its program alone, and with the

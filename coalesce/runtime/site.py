@@ -16,7 +16,7 @@ from coalesce.runtime.device import Device
 from coalesce.runtime.driver import Driver
 from coalesce.runtime.errands import Errands
 from coalesce.runtime.foundry import Foundry
-from coalesce.runtime.host import Course, Host, lanes_for
+from coalesce.runtime.host import Course, Host, lanes_for, next_capacities
 from coalesce.scheduler.catalog import Entry
 from coalesce.scheduler.events import CatalogChanged, Event
 
@@ -68,11 +68,13 @@ class Site:
         return [made for width in widths for course in courses for made in self.order(course, width)]
 
     def grow(self, host: Host) -> None:
-        """Room for twice as many. One whose narrowest executables cannot be made for that stays as it is."""
-        capacity = 2 * host.store.capacity
+        """Room for twice as many, or for fewer where memory is short. One whose narrowest executables cannot be made
+        for that stays as it is."""
+        store = host.store
         with self.rooms:
-            self.device.check_room(f"room for {capacity} tenants of {host}", host.store.bytes_to_grow(capacity))
-            host.store.make_ready(capacity)
+            counts = next_capacities(store.capacity)
+            capacity = self.device.room_for(counts, store.bytes_to_grow, lambda n: f"room for {n} tenants of {host}")
+            store.make_ready(capacity)
         ordered = {
             entries: self.foundry.order(entries, (capacity,) * len(entries), urgent=True)
             for entries in self.device.entries_of(host)
