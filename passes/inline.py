@@ -14,7 +14,7 @@ region is a call. Equations keep their source line, and the name stack of their 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr
@@ -31,11 +31,14 @@ def inline(program: Program) -> Program:
 def flatten(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
     if not any(J.callee(eqn) is not None for eqn in walk_regions(jaxpr)):
         return jaxpr
-    eqns: list[J.Eqn] = []
-    args = J.invars(jaxpr)
+    splicer, args = J.Splicer(), J.invars(jaxpr)
+
+    def put(eqn: J.Eqn, ins: Sequence[J.Atom]) -> Sequence[J.Atom]:
+        return splicer.copy(eqn, ins, [flatten(region) for region in J.regions(eqn)])
+
     arguments: dict[Any, J.Atom] = dict(zip(args, args, strict=True))
-    outs = J.expand_calls(jaxpr, arguments, eqns, None, lambda called: True, in_place, flatten)
-    return J.close(args, eqns, outs)
+    outs = J.expand_calls(jaxpr, arguments, None, lambda called: True, in_place, put)
+    return J.close(args, splicer.eqns, outs)
 
 
 def in_place(var: J.Var, value: Any) -> J.Atom:

@@ -15,7 +15,6 @@ from coalesce.jaxpr.build import (
     fresh_out as fresh_out,
     read as read,
     respell as respell,
-    separate_consts as separate_consts,
     Splicer as Splicer,
     stage as stage,
     under as under,
@@ -30,6 +29,7 @@ from coalesce.jaxpr.clients import (
     second_client as second_client,
     view_at as view_at,
 )
+from coalesce.jaxpr.constants import separate_consts as separate_consts
 from coalesce.jaxpr.control import (
     as_cond as as_cond,
     as_scan as as_scan,
@@ -75,6 +75,11 @@ from coalesce.jaxpr.read import (
     takes_wide as takes_wide,
     Var as Var,
     walk as walk,
+)
+from coalesce.jaxpr.rebuilt import (
+    rebuilt as rebuilt,
+    rebuilt_scan as rebuilt_scan,
+    staged as staged,
 )
 from coalesce.jaxpr.run import (
     bind as bind,
