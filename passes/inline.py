@@ -8,8 +8,10 @@ Before                                            After
           -> %3
       -> %1
 
-Regions of scan, while and cond stay regions; their bodies are flattened too. Gives: no equation of the program or of a
-region is a call. Equations keep their source line, and the name stack of their callers stands before their own.
+Regions of scan, while and cond stay regions; their bodies are flattened too. A while under `jax.vmap`, whose predicate
+says of each row whether it ends, becomes one with one predicate, and with a body that keeps rows which are done as they
+are: what JAX makes of it for XLA. Gives: no equation of the program or of a region is a call, and every loop ends as
+one. Equations keep their source line, and the name stack of their callers stands before their own.
 """
 
 from __future__ import annotations
@@ -29,12 +31,16 @@ def inline(program: Program) -> Program:
 
 
 def flatten(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
-    if not any(J.callee(eqn) is not None for eqn in walk_regions(jaxpr)):
+    if not any(J.callee(eqn) is not None or J.ends_by_row(eqn) for eqn in walk_regions(jaxpr)):
         return jaxpr
     splicer, args = J.Splicer(), J.invars(jaxpr)
 
     def put(eqn: J.Eqn, ins: Sequence[J.Atom]) -> Sequence[J.Atom]:
-        return splicer.copy(eqn, ins, [flatten(region) for region in J.regions(eqn)])
+        inner = [flatten(region) for region in J.regions(eqn)]
+        if not J.ends_by_row(eqn):
+            return splicer.copy(eqn, ins, inner)
+        own = eqn.replace(invars=list(ins))
+        return splicer.inline(*J.rebuilt(own, [atoms[:n] for atoms, n in J.region_operands(own)], inner), like=eqn)
 
     arguments: dict[Any, J.Atom] = dict(zip(args, args, strict=True))
     outs = J.expand_calls(jaxpr, arguments, None, lambda called: True, in_place, put)

@@ -35,6 +35,7 @@ from coalesce.jaxpr.control import (
     as_scan as as_scan,
     as_while as as_while,
     Cond as Cond,
+    ends_by_row as ends_by_row,
     region_args as region_args,
     region_labels as region_labels,
     region_operands as region_operands,

@@ -6,13 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn as Eqn
 
 from coalesce.jaxpr.build import stage
 from coalesce.jaxpr.control import as_cond, as_scan, as_while, Scan
-from coalesce.jaxpr.read import Atom, aval_struct
-from coalesce.jaxpr.run import evaluate, precision_as_traced
+from coalesce.jaxpr.read import Atom, aval_struct, outvars, shape
+from coalesce.jaxpr.run import context_of, evaluate, precision_as_traced, set_weak_type
 
 
 def staged(call: Callable[..., Any], args: Sequence[Atom]) -> ClosedJaxpr:
@@ -23,7 +24,7 @@ def staged(call: Callable[..., Any], args: Sequence[Atom]) -> ClosedJaxpr:
 
 def rebuilt(eqn: Eqn, fixed: Sequence[Sequence[Atom]], inner: Sequence[ClosedJaxpr]) -> tuple[ClosedJaxpr, list[Atom]]:
     """(a scan, while or cond around other regions, what it takes). Each region gets other operands in the place of its
-    loop-invariant ones."""
+    loop-invariant ones; a while has one predicate, whatever that of `eqn` is."""
     match eqn.primitive.name:
         case "scan":
             scan, (consts,), (body,) = as_scan(eqn), fixed, inner
@@ -34,7 +35,8 @@ def rebuilt(eqn: Eqn, fixed: Sequence[Sequence[Atom]], inner: Sequence[ClosedJax
         case _:
             args = [as_cond(eqn).index, *(a for part in fixed for a in part)]
             call = rebuilt_cond(inner, [len(part) for part in fixed])
-    return staged(call, args), args
+    with context_of(eqn):  # what is added comes from where the loop does
+        return staged(call, args), args
 
 
 def rebuilt_scan(scan: Scan, body: ClosedJaxpr, n_consts: int) -> Callable[..., Any]:
@@ -56,13 +58,37 @@ def rebuilt_scan(scan: Scan, body: ClosedJaxpr, n_consts: int) -> Callable[..., 
 def rebuilt_while(cond: ClosedJaxpr, body: ClosedJaxpr, n_cond: int, n_body: int) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         c, b, init = args[:n_cond], args[n_cond : n_cond + n_body], args[n_cond + n_body :]
-        return lax.while_loop(
+        return while_any(
             lambda carry: evaluate(cond, [*c, *carry])[0],
-            lambda carry: tuple(evaluate(body, [*b, *carry])),
-            tuple(init),
+            lambda carry: evaluate(body, [*b, *carry]),
+            init,
+            len(shape(outvars(cond)[0])),
         )
 
     return call
+
+
+def while_any(
+    runs: Callable[[Any], Any], body: Callable[[Any], Sequence[Any]], init: Sequence[Any], batch: int
+) -> Sequence[Any]:
+    """`lax.while_loop`, also with a predicate that has dimensions, as `jax.vmap` makes it: they lead in all that is
+    carried. The loop runs as long as any row does, and rows that are done keep what they have."""
+
+    def any_runs(carry: Any) -> Any:
+        return lax.reduce_or(runs(carry), tuple(range(batch)))
+
+    def step(carry: Any) -> Any:
+        go = runs(carry)
+        return tuple(kept(go, new, old) for new, old in zip(body(carry), carry, strict=True))
+
+    if not batch:
+        return lax.while_loop(runs, lambda carry: tuple(body(carry)), tuple(init))
+    return lax.while_loop(any_runs, step, tuple(init))
+
+
+def kept(go: Any, new: Any, old: Any) -> Any:
+    chosen = lax.select(lax.broadcast_in_dim(go, new.shape, tuple(range(go.ndim))), new, old)
+    return set_weak_type(chosen, bool(getattr(jax.typeof(old), "weak_type", False)))
 
 
 def rebuilt_cond(branches: Sequence[ClosedJaxpr], sizes: Sequence[int]) -> Callable[..., Any]:
