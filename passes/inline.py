@@ -48,7 +48,7 @@ def flatten(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
 
 
 def in_place(var: J.Var, value: Any) -> J.Atom:
-    """An array closed over inside a loop's body, where no weight can be added: it stays where it is."""
+    """An array that is closed over; of programs that `trace` made none is left, since it makes weights of them."""
     return J.constant(value, var.aval)
 
 
