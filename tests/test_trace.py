@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 import coalesce
-from tests.alone import array, check_fused
+from tests.alone import alone, array, check_fused, fuse_tenants
 from tests.compare import assert_same
 
 
@@ -122,6 +123,21 @@ def test_closed_over_arrays_and_unused_params():
     assert sorted((leaf.path, leaf.constant) for leaf in program.leaves) == [
         ("['unused']", False), ("['w']", False), ("constant 0", True), ("constant 1", True)]  # fmt: skip
     check_fused(three(apply, lambda: {"w": array(4, 4), "unused": array(7)}, lambda: (array(3, 4),)))
+
+
+def test_arrays_on_a_mesh():
+    """Params, what is closed over and inputs; the type of a value that is computed from them names the mesh."""
+    mesh = NamedSharding(jax.make_mesh((1,), ("d",)), PartitionSpec())
+    (w, x), biases = ([array(4, 4), array(2, 4)], [array(1, 4), array(1, 4)])
+
+    def tenant(bias, place):
+        bias = place(bias)
+        return (lambda w, x: x @ w + bias), place(w), (place(x),)
+
+    there = [tenant(bias, lambda v: jax.device_put(v, mesh)) for bias in biases]
+    fused = fuse_tenants(there)
+    for result, bias in zip(fused([xs for _, _, xs in there]), biases, strict=True):
+        assert_same(result, alone(tenant(bias, lambda v: v)))
 
 
 def test_leaves_that_are_no_arrays_are_closed_over():
