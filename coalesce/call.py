@@ -13,6 +13,8 @@ from coalesce import jaxpr as J
 from coalesce.errors import InvalidInput
 from coalesce.program import Program, Slot
 
+NO_ARRAYS = (jax.ShapeDtypeStruct, np.ma.MaskedArray)  # though they look like some: NumPy drops a mask in silence
+
 
 class Caller:
     """The calling convention of a list of programs."""
@@ -118,7 +120,7 @@ def checked(tenant: str, leaf: Any, slot: Slot) -> Any:
         leaf = jax.random.key_data(leaf)
     elif isinstance(leaf, bool | int | float | complex):
         leaf = number(tenant, leaf, slot)
-    elif isinstance(leaf, jax.ShapeDtypeStruct) or not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+    elif isinstance(leaf, NO_ARRAYS) or not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
         raise InvalidInput(f"tenant {tenant!r}: input{slot.path} is a {type(leaf).__name__}, expected {J.short(want)}")
     if leaf.shape == want.shape and leaf.dtype == want.dtype:
         return leaf

@@ -18,6 +18,8 @@ from coalesce import jaxpr as J
 from coalesce.errors import TraceError
 from coalesce.program import Leaf, Program, Slot
 
+NOT_TAKEN = (TypeError, ValueError, OverflowError)  # what JAX says of what only looks like an array, or like a number
+
 
 def trace(
     fn: Callable[..., Any], params: Any, *example_inputs: Any, name: str = "tenant", shared: Any = None
@@ -100,7 +102,7 @@ def check_leaves(name: str, what: str, leaves: Sequence[tuple[Any, Any]]) -> Non
     for path, leaf in leaves:
         try:
             struct(leaf)
-        except TypeError as e:
+        except NOT_TAKEN as e:
             raise TraceError(
                 f"tenant {name!r}: {what}{jax.tree_util.keystr(path)} is a {type(leaf).__name__} that JAX does not "
                 f"take ({e}); convert it to a NumPy or JAX array of numbers"

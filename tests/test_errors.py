@@ -124,6 +124,22 @@ def test_an_example_that_is_no_array():
         coalesce.trace(lambda w, x, y: x, W, X, {"k": "text"}, name="a")
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (2**40, r"a int that JAX does not take \(.*too large"),
+        (np.ma.masked_array(X, mask=X > 0), r"a MaskedArray that JAX does not take \(.*filled"),
+        (np.array([None]), r"a ndarray that JAX does not take \(.*object"),
+    ],
+    ids=["large", "masked", "objects"],
+)
+def test_what_looks_like_an_array_or_a_number_and_is_none_to_jax(value, text):
+    with pytest.raises(coalesce.TraceError, match=rf"tenant 'a': params\['n'\] is {text}"):
+        coalesce.trace(lambda p, x: x * p["n"], {"n": value}, X, name="a")
+    with pytest.raises(coalesce.TraceError, match=rf"tenant 'a': example input\[0\] is {text}"):
+        coalesce.trace(lambda w, x: x, W, value, name="a")
+
+
 def test_shared_that_is_no_part_of_params():
     params = {"backbone": {"w": W}, "head": array(4, 3)}
     copied = {"backbone": {"w": jnp.array(W, copy=True)}}

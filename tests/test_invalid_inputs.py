@@ -39,6 +39,10 @@ BAD = {
         [GOOD, replaced(0, {"x": X[:1]})],
         r"tenant 'b': input\[0\]\['x'\] is float32\[1, 4\], traced with float32\[2, 4\]; cast or pad it, or",
     ),
+    "masked": (
+        [GOOD, replaced(0, {"x": np.ma.masked_array(X, mask=X > 0)})],
+        r"tenant 'b': input\[0\]\['x'\] is a MaskedArray, expected f32\[2,4\]",
+    ),
     "rank": ([GOOD, replaced(0, {"x": X[0]})], r"tenant 'b': input\[0\]\['x'\] is float32\[4\], traced with"),
     "dtype": (
         [replaced(0, {"x": X.astype(jnp.bfloat16)}), GOOD],

@@ -11,7 +11,7 @@ from coalesce import jaxpr as J
 from coalesce.errors import InvalidInput
 from coalesce.program import Program
 from coalesce.scheduler.events import Event
-from coalesce.tracing import staged, struct
+from coalesce.tracing import NOT_TAKEN, staged, struct
 
 
 def types_of(params: Any) -> dict[str, str]:
@@ -23,7 +23,7 @@ def types_of(params: Any) -> dict[str, str]:
 def type_of(leaf: Any) -> str:
     try:
         return J.short(struct(leaf))
-    except TypeError:
+    except NOT_TAKEN:
         return type(leaf).__name__
 
 
