@@ -52,6 +52,20 @@ def test_outputs_that_are_inputs_weights_or_constants():
     check_fused(three(apply, weights, lambda: (array(2, 4), array(2))))
 
 
+def test_a_derivative_by_an_integer():
+    """JAX has a type for it, of which all values are one."""
+
+    def apply(w, x):
+        return jax.grad(lambda n: (x @ w).sum() * n.astype(x.dtype), allow_int=True)(jnp.int32(3)), x @ w
+
+    w, x = array(4, 4), array(2, 4)
+    fused = coalesce.fuse([coalesce.trace(apply, w, x, name="a")])
+    assert "-> float0, %" in fused.explain()
+    nothing, product = fused([(x,)])[0]
+    assert nothing.dtype == jax.dtypes.float0
+    assert_same(product, jax.jit(apply)(w, x)[1])
+
+
 def test_no_inputs_and_no_params():
     check_fused(three(lambda w: jnp.sin(w), weights, tuple))
     check_fused(three(lambda _, x: jnp.sin(x), dict, inputs))
