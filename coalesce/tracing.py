@@ -20,6 +20,13 @@ from coalesce.program import Leaf, Program, Slot
 
 NOT_TAKEN = (TypeError, ValueError, OverflowError)  # what JAX says of what only looks like an array, or like a number
 
+EFFECTS = (
+    "ordered and I/O effects cannot be fused. Use jax.debug.callback(ordered=False) or jax.pure_callback, or move the "
+    "call out of the function"
+)
+REFERRING = frozenset({"InternalMutableArrayEffect", "ReadEffect", "WriteEffect", "AccumEffect"})
+REFERENCES = "references (jax.new_ref) cannot be fused. Use values instead, which array.at[...] changes"
+
 
 def trace(
     fn: Callable[..., Any], params: Any, *example_inputs: Any, name: str = "tenant", shared: Any = None
@@ -137,8 +144,7 @@ def refuse_effects(name: str, jaxpr: ClosedJaxpr) -> None:
         if bad:
             raise TraceError(
                 f"tenant {name!r}: equation {eqn.primitive.name} at {J.source(eqn) or 'an unknown line'} has the "
-                f"effect {', '.join(bad)}; ordered and I/O effects cannot be fused. Use "
-                "jax.debug.callback(ordered=False) or jax.pure_callback, or move the call out of the function"
+                f"effect {', '.join(bad)}; {REFERENCES if REFERRING.issuperset(bad) else EFFECTS}"
             )
 
 

@@ -91,6 +91,27 @@ def test_effects(fn, call, primitive, effect):
     )
 
 
+def inside(w, x):
+    sums = jax.new_ref(jnp.zeros((2, 4)))
+    sums[...] = x @ w
+    return sums[...]
+
+
+OUTSIDE = jax.new_ref(jnp.zeros((2, 4)))
+
+
+def outside(w, x):
+    OUTSIDE[...] = x @ w
+    return x
+
+
+@pytest.mark.parametrize(("fn", "effect"), [(inside, "InternalMutableArrayEffect"), (outside, "WriteEffect")])
+def test_references(fn, effect):
+    text = rf"has the effect {effect}; references \(jax\.new_ref\) cannot be fused\. Use values instead, which "
+    with pytest.raises(coalesce.TraceError, match=text):
+        coalesce.trace(jax.jit(fn), W, X, name="loud")
+
+
 # ---- functions and params that cannot be traced --------------------------------------------------------------------
 
 
