@@ -87,6 +87,7 @@ from coalesce.jaxpr.run import (
     context_of as context_of,
     cpu_small_call as cpu_small_call,
     evaluate as evaluate,
+    is_jit_disabled as is_jit_disabled,
     precision_as_traced as precision_as_traced,
     set_weak_type as set_weak_type,
     verify as verify,
