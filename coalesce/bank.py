@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import SingleDeviceSharding
 
 from coalesce import jaxpr as J
 from coalesce.bundle import arguments, Array, Bundle
@@ -70,12 +71,14 @@ def default_device() -> Any:
 
 
 def on_device(values: Sequence[Any], device: Any = None) -> list[Any]:
-    """The values, those that lie on other devices copied to that one, or to the default one."""
+    """The values, those that lie on other devices, or on a mesh, copied to that one, or to the default one."""
     device = default_device() if device is None else device
 
     def place(x: Any) -> Any:
-        elsewhere = isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.devices() != {device}
-        return jax.device_put(x, device) if elsewhere else x
+        if not isinstance(x, jax.Array) or isinstance(x, Tracer):
+            return x
+        there = x.devices() == {device} and isinstance(x.sharding, SingleDeviceSharding)
+        return x if there else jax.device_put(x, SingleDeviceSharding(device))  # a device keeps the mesh in its type
 
     return [place(x) for x in values]
 

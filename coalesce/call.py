@@ -11,7 +11,10 @@ from jax.core import Tracer
 
 from coalesce import jaxpr as J
 from coalesce.errors import InvalidInput
-from coalesce.program import Program, Slot
+from coalesce.heavy import HEAVY
+from coalesce.program import Program, Slot, why_wide
+
+NO_ARRAYS = (jax.ShapeDtypeStruct, np.ma.MaskedArray)  # though they look like some: NumPy drops a mask in silence
 
 
 class Caller:
@@ -23,17 +26,14 @@ class Caller:
         self.in_tree = jax.tree.structure([p.in_tree.unflatten([0] * len(p.inputs)) for p in programs])
         self.out_tree = jax.tree.structure([p.out_tree.unflatten([0] * len(p.outputs)) for p in programs])
         self.shapes, self.dtypes = [s.shape for s in self.structs], [s.dtype for s in self.structs]
-        self.wide = next((p for p in programs if p.wide), None)
+        self.why_wide = why_wide(programs, {*J.REGIONS, *HEAVY})
         self.key_inputs = any(slot.key_impl is not None for p in programs for slot in p.inputs)
         self.key_outputs = any(slot.key_impl is not None for p in programs for slot in p.outputs)
 
     def check_option(self) -> None:
         """Raises InvalidInput where some program's types are not there."""
-        if self.wide is not None and not J.takes_wide():
-            raise InvalidInput(
-                f"tenant {self.wide.name!r} was traced with jax_enable_x64 and has {self.wide.wide}; "
-                "call it with that option too"
-            )
+        if self.why_wide and not J.takes_wide():
+            raise InvalidInput(f"{self.why_wide}; call it with that option too")
 
     def flatten(self, inputs: Any) -> list[Any]:
         """Every tenant's inputs as one flat list of arrays; raises InvalidInput, naming tenant and argument."""
@@ -118,7 +118,7 @@ def checked(tenant: str, leaf: Any, slot: Slot) -> Any:
         leaf = jax.random.key_data(leaf)
     elif isinstance(leaf, bool | int | float | complex):
         leaf = number(tenant, leaf, slot)
-    elif isinstance(leaf, jax.ShapeDtypeStruct) or not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+    elif isinstance(leaf, NO_ARRAYS) or not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
         raise InvalidInput(f"tenant {tenant!r}: input{slot.path} is a {type(leaf).__name__}, expected {J.short(want)}")
     if isinstance(leaf, np.ma.MaskedArray):
         raise InvalidInput(f"tenant {tenant!r}: input{slot.path} is a masked array; give x.filled(...)")

@@ -17,11 +17,12 @@ from coalesce.costs import Costs, device_of
 from coalesce.errors import PlanError
 from coalesce.family import find_families, holders_of, leaf_tokens
 from coalesce.fused import Fused
+from coalesce.heavy import HEAVY
 from coalesce.kernels import choose
 from coalesce.passes import bundle_pipeline, pipeline
 from coalesce.passes.bundle_pipeline import plan, POLICIES
 from coalesce.passes.pipeline import name_of, normalise, Normalised, PROGRAM_PASSES
-from coalesce.program import Program
+from coalesce.program import Program, why_wide
 from coalesce.tuning import Database, Tuned, tuned_on, UNTUNED
 
 OPTIONAL_PASSES = (*pipeline.OPTIONAL, *bundle_pipeline.OPTIONAL)
@@ -104,7 +105,7 @@ def fuse(
         if done is None:
             done = memo[id(program.jaxpr)] = normalise(program.held_by(holders[id(program.jaxpr)]), passes, strict)
         normalised.append(program.with_jaxpr(done.program.jaxpr, done.program.prepare))
-        check_wide(normalised[-1])
+    check_wide(normalised, {*J.REGIONS, *HEAVY})
     bundle = Bundle(tuple(p.name for p in programs), find_families(normalised, leaves))
     measured = default_tuned(tuned, platform)
     predicted = costs or default_costs(platform, measured)
@@ -188,13 +189,11 @@ def check_usable(programs: Sequence[Program]) -> None:
         unreadable = next((leaf.unreadable for leaf in program.leaves if leaf.unreadable), "")
         if unreadable:
             raise PlanError(f"tenant {program.name!r}: {unreadable}")
-        check_wide(program)
+    check_wide(programs, J.REGIONS)
 
 
-def check_wide(program: Program) -> None:
+def check_wide(programs: Sequence[Program], rebuilt: Collection[str]) -> None:
     """Also of weights as the passes leave them, which a tenant may have widened inside its function."""
-    if program.wide and not J.takes_wide():
-        raise PlanError(
-            f"tenant {program.name!r} was traced with jax_enable_x64 and has {program.wide}; "
-            "fuse and call it with that option too"
-        )
+    why = "" if J.takes_wide() else why_wide(programs, rebuilt)
+    if why:
+        raise PlanError(f"{why}; fuse and call it with that option too")

@@ -53,6 +53,8 @@ class Fused:
         """
         bank = self._weights()
         flat = self._caller.flatten(inputs)
+        if J.is_jit_disabled():
+            return self._caller.unflatten(self._function(bank, on_device(flat, self._device)))
         compiled = self._compiled if self._compiled is not None else self.compile()
         if len(self.bundle.starts) > 1:  # a part of several has run when a later one refuses what it reads
             flat = on_device(flat, self._device)

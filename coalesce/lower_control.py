@@ -113,6 +113,7 @@ def index_behind(x: Any, at: Any) -> Any:
 
 
 def while_loop(walk: Walk, loop: Loop, env: Env) -> list[LaneValue]:
+    assert not J.ends_by_row(loop.eqn), "inline leaves no loop that ends row by row"
     parts, lanes, flags = J.as_while(loop.eqn), walk.width(loop.family), loop.varies
     cond_consts = invariants(walk, loop, env, parts.cond_consts)
     body_consts = invariants(walk, loop, env, parts.body_consts)

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -81,14 +81,24 @@ class Program:
     @property
     def wide(self) -> str:
         """The first type of 64 bits among what it takes, keeps and gives; empty if there is none."""
-        avals = [own.aval for own in (*self.leaves, *self.weights, *self.inputs, *self.outputs)]
-        return next((J.short(aval) for aval in avals if J.is_wide(aval)), "")
+        return first_wide(own.aval for own in (*self.leaves, *self.weights, *self.inputs, *self.outputs))
 
     @property
     def wide_inside(self) -> str:
         """And among what it computes."""
-        made = (out.aval for eqn in J.walk(self.jaxpr) for out in eqn.outvars)
-        return self.wide or next((J.short(aval) for aval in made if J.is_wide(aval)), "")
+        return self.wide or first_wide(out.aval for eqn in J.walk(self.jaxpr) for out in eqn.outvars)
+
+    def why_wide(self, rebuilt: Collection[str]) -> str:
+        """What of it takes jax_enable_x64, which its function may set for itself; empty if nothing does. `rebuilt`:
+        primitives that do not run as they were traced."""
+        given = first_wide(own.aval for own in (*self.leaves, *self.inputs, *self.outputs))
+        if given:
+            return f"was traced with jax_enable_x64 and has {given}"
+        if self.wide:
+            return f"widens weights to {self.wide}, once and for all requests, which takes jax_enable_x64"
+        eqns = (eqn for eqn in J.walk(self.jaxpr) if eqn.primitive.name in rebuilt)
+        inside = first_wide(atom.aval for eqn in eqns for atom in (*eqn.invars, *eqn.outvars))
+        return inside and f"has {inside} in a loop, a branch or a product, which takes jax_enable_x64"
 
     def with_jaxpr(self, jaxpr: ClosedJaxpr, prepare: ClosedJaxpr | None = None) -> Program:
         return replace(self, jaxpr=jaxpr, prepare=prepare if prepare is not None else self.prepare)
@@ -107,6 +117,17 @@ class Program:
         if self.prepare is not None and self.prepare.jaxpr.eqns:
             lines += program_lines("  prepare", self.prepare, len(self.leaves))
         return "\n".join(lines)
+
+
+def why_wide(programs: Sequence[Program], rebuilt: Collection[str]) -> str:
+    """Which of them takes jax_enable_x64, and why; empty if none does."""
+    traced = {id(p.jaxpr): p for p in reversed(programs)}  # the first program of each traced function
+    found = ((p.name, p.why_wide(rebuilt)) for p in reversed(traced.values()))
+    return next((f"tenant {name!r} {why}" for name, why in found if why), "")
+
+
+def first_wide(avals: Iterable[Any]) -> str:
+    return next((J.short(aval) for aval in avals if J.is_wide(aval)), "")
 
 
 def check(program: Program, strict: bool = False) -> None:

@@ -68,7 +68,7 @@ class Staged:
           InvalidInput: there are other arrays, or of other shapes or dtypes.
         """
         self._check(inputs)
-        if any(isinstance(x, Tracer) for own in inputs for x in own):
+        if J.is_jit_disabled() or any(isinstance(x, Tracer) for own in inputs for x in own):
             return self._function(self._bank, inputs)  # under jit, vmap or grad: a part of the caller's program
         compiled = self._compiled if self._compiled is not None else self.compile()
         return compiled(self._bank, inputs)

@@ -7,6 +7,7 @@ structure.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,13 @@ def literal_key(literal: J.Literal) -> Key:
     value = J.literal_value(literal)
     array = np.asarray(jax.random.key_data(value) if J.is_key(literal.aval) else value)
     return ("literal", array.dtype.name, array.shape, array.tobytes())
+
+
+def constant_key(value: Any, aval: Any) -> Key:
+    """Of a closed-over array in what is neither a call nor a region, such as the function of a reduction: `trace` makes
+    no weight of it, so it is structure."""
+    array = np.asarray(jax.random.key_data(value) if J.is_key(aval) else value)
+    return ("constant", array.dtype.name, array.shape, hashlib.blake2b(array.tobytes(), digest_size=16).digest())
 
 
 def aval_key(aval: Any) -> Key:
@@ -80,6 +88,8 @@ def canonical(jaxpr: ClosedJaxpr, n_weights: int = 0, positional: bool = False, 
     """
     args = J.invars(jaxpr)
     number: dict[Any, Key] = {v: ("arg", i, aval_key(v.aval)) for i, v in enumerate(args)} if positional else {}
+    for var, value in zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True):
+        number[var] = constant_key(value, var.aval)
     position = {v: i for i, v in enumerate(args)}
     producer = {v: e for e in jaxpr.jaxpr.eqns for v in e.outvars if not J.is_drop(v)}
     used: list[int] = []

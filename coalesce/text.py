@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from jax import lax
+from jax.dtypes import float0
 from jax.extend.core import ClosedJaxpr
 
 from coalesce import jaxpr as J
@@ -153,6 +154,8 @@ def scalar(v: Any) -> str:
     array = np.asarray(v)
     if array.ndim:
         return f"<{array.dtype.name}{list(array.shape)}>"
+    if array.dtype == float0:
+        return "float0"  # what a derivative by an integer is: it has no value
     if array.dtype.kind in "biuc":
         return str(array.item())
     return f"{float(array):.9g}"

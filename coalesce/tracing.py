@@ -18,6 +18,15 @@ from coalesce import jaxpr as J
 from coalesce.errors import TraceError
 from coalesce.program import Leaf, Program, Slot
 
+NOT_TAKEN = (TypeError, ValueError, OverflowError)  # what JAX says of what only looks like an array, or like a number
+
+EFFECTS = (
+    "ordered and I/O effects cannot be fused. Use jax.debug.callback(ordered=False) or jax.pure_callback, or move the "
+    "call out of the function"
+)
+REFERRING = frozenset({"InternalMutableArrayEffect", "ReadEffect", "WriteEffect", "AccumEffect"})
+REFERENCES = "references (jax.new_ref) cannot be fused. Use values instead, which array.at[...] changes"
+
 
 def trace(
     fn: Callable[..., Any], params: Any, *example_inputs: Any, name: str = "tenant", shared: Any = None
@@ -100,7 +109,7 @@ def check_leaves(name: str, what: str, leaves: Sequence[tuple[Any, Any]]) -> Non
     for path, leaf in leaves:
         try:
             struct(leaf)
-        except TypeError as e:
+        except NOT_TAKEN as e:
             raise TraceError(
                 f"tenant {name!r}: {what}{jax.tree_util.keystr(path)} is a {type(leaf).__name__} that JAX does not "
                 f"take ({e}); convert it to a NumPy or JAX array of numbers"
@@ -135,8 +144,7 @@ def refuse_effects(name: str, jaxpr: ClosedJaxpr) -> None:
         if bad:
             raise TraceError(
                 f"tenant {name!r}: equation {eqn.primitive.name} at {J.source(eqn) or 'an unknown line'} has the "
-                f"effect {', '.join(bad)}; ordered and I/O effects cannot be fused. Use "
-                "jax.debug.callback(ordered=False) or jax.pure_callback, or move the call out of the function"
+                f"effect {', '.join(bad)}; {REFERENCES if REFERRING.issuperset(bad) else EFFECTS}"
             )
 
 

@@ -86,8 +86,9 @@ def refusal(eqn: J.Eqn, flags: Sequence[bool]) -> str:
     structs = [operand(a, flag) for a, flag in zip(eqn.invars, flags, strict=True)]
     try:
         jax.eval_shape(jax.vmap(lambda *xs: J.bind(eqn, xs), in_axes=axes), *structs)
-    except (NotImplementedError, ValueError, TypeError) as e:
-        return f"the batching rule of {eqn.primitive.name} refuses it: {str(e).splitlines()[0]}"
+    except Exception as e:  # of a rule of the user's: JAX asserts that nothing is batched that the function closes over
+        said = str(e).strip().partition("\n")[0]
+        return f"the batching rule of {eqn.primitive.name} refuses it: {said or type(e).__name__}"
     return ""
 
 

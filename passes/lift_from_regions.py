@@ -8,16 +8,15 @@ Before                                                After
         ...                                                   ...
 
 Only an argument that is the same in every iteration counts as a weight: the constants of scan and while, the operands
-of cond. The rule of what is worth moving is `movable`'s. Loops are rebuilt by tracing `lax.scan`, `lax.while_loop` and
-`lax.switch`; their constants stand in the order of first use.
+of cond. The rule of what is worth moving is `movable`'s. Loops are rebuilt (`J.rebuilt`); their constants stand in the
+order of first use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from jax import lax
 from jax.extend.core import ClosedJaxpr
 
 from coalesce import jaxpr as J
@@ -53,25 +52,10 @@ def lift(eqn: J.Eqn, flags: Sequence[Sequence[bool]], splicer: J.Splicer) -> lis
     shells = [Shell(r, f) for r, f in zip(J.regions(eqn), flags, strict=True)]
     if not any(shell.lifted for shell in shells):
         return None
-    match eqn.primitive.name:
-        case "scan":
-            scan = J.as_scan(eqn)
-            (shell,) = shells
-            consts = shell.emit(splicer, scan.consts)
-            args, call = [*consts, *scan.init, *scan.xs], rebuilt_scan(scan, shell.body, len(consts))
-        case "while":
-            loop = J.as_while(eqn)
-            cond, body = shells
-            c, b = cond.emit(splicer, loop.cond_consts), body.emit(splicer, loop.body_consts)
-            args, call = [*c, *b, *loop.init], rebuilt_while(cond.body, body.body, len(c), len(b))
-        case _:
-            branch = J.as_cond(eqn)
-            operands = [shell.emit(splicer, branch.operands) for shell in shells]
-            args = [branch.index, *(a for part in operands for a in part)]
-            call = rebuilt_cond([s.body for s in shells], [len(part) for part in operands])
-    with J.precision_as_traced():
-        staged, _ = J.stage(call, *(J.aval_struct(a.aval) for a in args))
-    return splicer.inline(staged, args, like=eqn)
+    operands = [atoms[:n] for atoms, n in J.region_operands(eqn)]
+    fixed = [shell.emit(splicer, own) for shell, own in zip(shells, operands, strict=True)]
+    loop, args = J.rebuilt(eqn, fixed, [shell.body for shell in shells])
+    return splicer.inline(loop, args, like=eqn)
 
 
 class Shell:
@@ -100,41 +84,3 @@ class Shell:
         paired = list(zip(operands, self.flags, strict=False))
         fixed = splicer.inline(self.before, [a for a, flag in paired if flag])
         return [*fixed, *(a for a, flag in paired if not flag)]
-
-
-def rebuilt_scan(scan: J.Scan, body: ClosedJaxpr, n_consts: int) -> Callable[..., Any]:
-    n_carry = len(scan.init)
-
-    def call(*args: Any) -> Any:
-        consts, init, xs = args[:n_consts], args[n_consts : n_consts + n_carry], args[n_consts + n_carry :]
-
-        def step(carry: Any, x: Any) -> Any:
-            outs = J.evaluate(body, [*consts, *carry, *x])
-            return tuple(outs[:n_carry]), tuple(outs[n_carry:])
-
-        carry, ys = lax.scan(step, tuple(init), tuple(xs), scan.length, scan.reverse, scan.unroll)
-        return [*carry, *ys]
-
-    return call
-
-
-def rebuilt_while(cond: ClosedJaxpr, body: ClosedJaxpr, n_cond: int, n_body: int) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        c, b, init = args[:n_cond], args[n_cond : n_cond + n_body], args[n_cond + n_body :]
-        return lax.while_loop(
-            lambda carry: J.evaluate(cond, [*c, *carry])[0],
-            lambda carry: tuple(J.evaluate(body, [*b, *carry])),
-            tuple(init),
-        )
-
-    return call
-
-
-def rebuilt_cond(branches: Sequence[ClosedJaxpr], sizes: Sequence[int]) -> Callable[..., Any]:
-    def call(index: Any, *args: Any) -> Any:
-        cuts, rest = [], iter(args)
-        for n in sizes:
-            cuts.append([next(rest) for _ in range(n)])
-        return lax.switch(index, [lambda b=b, a=a: J.evaluate(b, a) for b, a in zip(branches, cuts, strict=True)])
-
-    return call

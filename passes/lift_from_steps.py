@@ -35,7 +35,6 @@ from jax.extend.core import ClosedJaxpr
 from coalesce import jaxpr as J
 from coalesce.heavy import heavy_op, is_heavy
 from coalesce.passes.lane_rules import why_not_batched
-from coalesce.passes.lift_from_regions import rebuilt_scan
 from coalesce.program import Program
 
 LARGEST = 16 * 1024 * 1024  # bytes, of a lane
@@ -150,11 +149,11 @@ def rebuilt(scan: J.Scan, found: Products, eqn: J.Eqn, splicer: J.Splicer) -> li
     """Emit the products of all steps, and the scan that reads them; returns its results."""
     given = [*scan.consts, *scan.xs]
     start = len(splicer.eqns)
-    ahead = splicer.inline(staged(all_steps(found.before, len(scan.consts)), given), given)
+    ahead = splicer.inline(J.staged(all_steps(found.before, len(scan.consts)), given), given)
     splicer.eqns[start:] = [from_source(made, found.before, eqn) for made in splicer.eqns[start:]]
     body = J.close([*J.invars(scan.body), *found.results], found.eqns, J.outvars(scan.body))
     operands = [*scan.consts, *scan.init, *scan.xs, *ahead]
-    return splicer.inline(staged(rebuilt_scan(scan, body, len(scan.consts)), operands), operands, like=eqn)
+    return splicer.inline(J.staged(J.rebuilt_scan(scan, body, len(scan.consts)), operands), operands, like=eqn)
 
 
 def all_steps(before: ClosedJaxpr, n_consts: int) -> Callable[..., Any]:
@@ -171,9 +170,3 @@ def from_source(made: J.Eqn, before: ClosedJaxpr, scan: J.Eqn) -> J.Eqn:
     """What an axis for the steps took besides comes from where the scan does."""
     own = any(made.source_info.traceback is eqn.source_info.traceback for eqn in before.jaxpr.eqns)
     return made if own else made.replace(source_info=scan.source_info)
-
-
-def staged(call: Callable[..., Any], args: Sequence[J.Atom]) -> ClosedJaxpr:
-    """Each equation in the context, and from the source line, that it was traced in."""
-    with J.precision_as_traced():
-        return J.stage(call, *(J.aval_struct(a.aval) for a in args))[0]

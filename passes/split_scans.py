@@ -24,8 +24,6 @@ from jax.extend.core import ClosedJaxpr
 from coalesce import jaxpr as J
 from coalesce.costs import Costs
 from coalesce.costs.program import equation_us
-from coalesce.passes.lift_from_regions import rebuilt_scan
-from coalesce.passes.lift_from_steps import staged
 
 MOST = 16  # parts of a scan, unless more are asked for
 
@@ -47,7 +45,7 @@ def split_scans(
             splicer.eqns.append(eqn)
             continue
         changed = True
-        parts = staged(in_parts(J.as_scan(eqn), bounds), eqn.invars)
+        parts = J.staged(in_parts(J.as_scan(eqn), bounds), eqn.invars)
         results = splicer.inline(parts, eqn.invars, like=eqn)
         env.update((v, r) for v, r in zip(eqn.outvars, results, strict=True) if not J.is_drop(v))
     if not changed:
@@ -78,7 +76,7 @@ def in_parts(scan: J.Scan, bounds: Sequence[int]) -> Callable[..., Any]:
         left: dict[int, Sequence[Any]] = {}
         for part in reversed(range(len(spans))) if scan.reverse else range(len(spans)):
             first, end = spans[part]
-            run = rebuilt_scan(scan._replace(length=end - first), scan.body, n_consts)
+            run = J.rebuilt_scan(scan._replace(length=end - first), scan.body, n_consts)
             outs = run(*consts, *carry, *own[part])
             carry, left[part] = outs[:n_carry], outs[n_carry:]
         ys = zip(*(left[part] for part in range(len(spans))), strict=True)

@@ -91,6 +91,27 @@ def test_effects(fn, call, primitive, effect):
     )
 
 
+def inside(w, x):
+    sums = jax.new_ref(jnp.zeros((2, 4)))
+    sums[...] = x @ w
+    return sums[...]
+
+
+OUTSIDE = jax.new_ref(jnp.zeros((2, 4)))
+
+
+def outside(w, x):
+    OUTSIDE[...] = x @ w
+    return x
+
+
+@pytest.mark.parametrize(("fn", "effect"), [(inside, "InternalMutableArrayEffect"), (outside, "WriteEffect")])
+def test_references(fn, effect):
+    text = rf"has the effect {effect}; references \(jax\.new_ref\) cannot be fused\. Use values instead, which "
+    with pytest.raises(coalesce.TraceError, match=text):
+        coalesce.trace(jax.jit(fn), W, X, name="loud")
+
+
 # ---- functions and params that cannot be traced --------------------------------------------------------------------
 
 
@@ -122,6 +143,22 @@ def test_functions_that_cannot_be_traced(fn, text):
 def test_an_example_that_is_no_array():
     with pytest.raises(coalesce.TraceError, match=r"tenant 'a': example input\[1\]\['k'\] is a str; expected an array"):
         coalesce.trace(lambda w, x, y: x, W, X, {"k": "text"}, name="a")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (2**40, r"a int that JAX does not take \(.*too large"),
+        (np.ma.masked_array(X, mask=X > 0), r"a MaskedArray that JAX does not take \(.*filled"),
+        (np.array([None]), r"a ndarray that JAX does not take \(.*object"),
+    ],
+    ids=["large", "masked", "objects"],
+)
+def test_what_looks_like_an_array_or_a_number_and_is_none_to_jax(value, text):
+    with pytest.raises(coalesce.TraceError, match=rf"tenant 'a': params\['n'\] is {text}"):
+        coalesce.trace(lambda p, x: x * p["n"], {"n": value}, X, name="a")
+    with pytest.raises(coalesce.TraceError, match=rf"tenant 'a': example input\[0\] is {text}"):
+        coalesce.trace(lambda w, x: x, W, value, name="a")
 
 
 def test_shared_that_is_no_part_of_params():

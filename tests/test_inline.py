@@ -49,6 +49,12 @@ def test_calls_in_branches(golden):
     golden(rewritten(inline, lambda _, i, x: lax.switch(i, [sine, lambda x: x, lambda x: sine(sine(x))], x), (), 1, X))
 
 
+def test_a_loop_whose_rows_end_by_themselves(golden):
+    step = jax.jit(lambda v: v * 2)
+    apply = jax.vmap(lambda r: lax.while_loop(lambda v: jnp.max(v) < 8, step, r))
+    golden(rewritten(inline, lambda _, x: apply(x), (), array(2, 3)))
+
+
 def test_every_kind_of_call_goes():
     @jax.custom_vjp
     def doubled(x):

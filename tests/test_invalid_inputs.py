@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import coalesce
-from tests.alone import alone, array
+from tests.alone import alone, array, fuse_tenants
 from tests.compare import assert_same
 
 X = array(2, 4)
@@ -38,6 +39,10 @@ BAD = {
     "shape": (
         [GOOD, replaced(0, {"x": X[:1]})],
         r"tenant 'b': input\[0\]\['x'\] is float32\[1, 4\], traced with float32\[2, 4\]; cast or pad it, or",
+    ),
+    "masked": (
+        [GOOD, replaced(0, {"x": np.ma.masked_array(X, mask=X > 0)})],
+        r"tenant 'b': input\[0\]\['x'\] is a MaskedArray, expected f32\[2,4\]",
     ),
     "rank": ([GOOD, replaced(0, {"x": X[0]})], r"tenant 'b': input\[0\]\['x'\] is float32\[4\], traced with"),
     "dtype": (
@@ -127,6 +132,22 @@ def test_a_call_under_jit_vmap_and_grad_is_a_part_of_the_callers_program():
     np.testing.assert_allclose(jax.jit(lambda x: fused([(x,)]))(X)[0], dense(w, X), rtol=1e-6)
     slope = jax.grad(lambda x: fused([(x,)])[0].sum())(X)
     np.testing.assert_allclose(slope, jax.grad(lambda x: dense(w, x).sum())(X), rtol=1e-6)
+
+
+def test_a_call_without_jit_runs_step_by_step():
+    def fn(w, x):
+        x = lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=2)[0]
+        x = lax.while_loop(lambda c: c.sum() < 3, lambda c: c + jnp.abs(c @ w) + 0.1, x)
+        return lax.cond(w[0, 0] > 0, lambda c: c @ w, jnp.sin, x)
+
+    tenants = [(fn, array(4, 4), (array(2, 4),)) for _ in range(2)]
+    fused = fuse_tenants(tenants)
+    requests = [xs for _, _, xs in tenants]
+    with jax.disable_jit():
+        results = fused(requests)
+        staged = fused.staged()
+        assert_same(staged.unstage(staged(staged.stage(requests))), results)
+    assert_same(results, [alone(tenant) for tenant in tenants])
 
 
 @pytest.mark.parametrize("kernel", ["indexed_gemm", "indexed_matvec", "mosaic_gemm"])

@@ -213,6 +213,21 @@ def test_a_primitive_without_a_batching_rule_inside_a_loop():
     assert reasons(fused) == ["ours: ours has no batching rule"]
 
 
+def test_a_rule_for_vmap_of_a_function_that_closes_over_arrays():
+    """JAX refuses to batch these: an array is the same for all lanes, and a weight is not."""
+    number = array()
+
+    def shifted(by):
+        own = jax.custom_batching.custom_vmap(lambda v: v + by)
+        own.def_vmap(lambda size, batched, v: (v + by, True))
+        return own
+
+    fused = check_fused(three(lambda w, x: shifted(number)(x @ w)))
+    assert reasons(fused) == [] and fused.report.superkernels == 1
+    [line] = reasons(check_fused(three(lambda w, x: shifted(w[0, 0])(x @ w))))
+    assert line.startswith("custom_vmap_call: the batching rule of custom_vmap_call refuses it: ")
+
+
 def test_nothing_runs_lane_by_lane_where_no_operand_differs():
     """One lane-by-lane equation on shared values runs once."""
     ours = unbatchable("ours")

@@ -137,6 +137,7 @@ def test_terms_that_mean_nothing(rt, terms, text):
         ({"w": W}, "params is no leaf, and f32.* when it was added; give params of the same tree"),
         (W[:3], r"params is f32\[3,4\], and f32\[4,4\] when it was added"),
         (np.eye(4, 5, dtype=np.float32), r"params is f32\[4,5\], and f32\[4,4\] when it was added"),
+        (np.ma.masked_array(W, mask=W > 0), r"params is MaskedArray, and f32\[4,4\] when it was added"),
         (jax.ShapeDtypeStruct((4, 4), jnp.float32), "params hold a ShapeDtypeStruct"),
     ],
 )

@@ -121,12 +121,37 @@ def test_64_bit_weights_need_it_in_every_call():
         fused = coalesce.fuse([program])
         staged = fused.staged()
         stacks = staged.stage([(x,)])
-    with pytest.raises(coalesce.PlanError, match=r"tenant 'wide' .* jax_enable_x64 and has f64\[4,4\]"):
+    with pytest.raises(coalesce.PlanError, match=r"tenant 'wide' widens weights to f64\[4,4\], .*x64; fuse"):
         coalesce.fuse([program])
     calls = lambda: fused([(x,)]), lambda: staged(stacks), lambda: staged.stage([(x,)])
     for call in (*calls, fused.compile, staged.compile):
-        with pytest.raises(coalesce.InvalidInput, match=r"tenant 'wide' .* jax_enable_x64 and has f64\[4,4\]"):
+        with pytest.raises(coalesce.InvalidInput, match=r"tenant 'wide' widens weights to f64\[4,4\], .*x64; call"):
             call()
+
+
+def test_functions_that_take_64_bits_by_themselves():
+    """That is theirs, unless a loop is rebuilt, or a product is run by a kernel, for all lanes."""
+
+    def widened(work):
+        def fn(w, x):
+            with jax.enable_x64(True):
+                return work(x.astype("float64")).astype("float32") * w
+
+        return fn
+
+    def loop(wide):
+        return lax.scan(lambda c, _: (jnp.sin(c), None), wide, None, length=2)[0]
+
+    check_fused([(widened(jnp.cumsum), array(4), (array(4),)) for _ in range(2)])
+    x, why = array(4), r"tenant 'wide' has f64\[4\] in a loop, a branch or a product, which takes jax_enable_x64; "
+    for work in (loop, lambda wide: wide @ wide):
+        program = coalesce.trace(widened(work), array(4), x, name="wide")
+        with pytest.raises(coalesce.PlanError, match=f"{why}fuse and call"):
+            coalesce.fuse([program])
+        with jax.enable_x64(True):
+            fused = coalesce.fuse([program])
+        with pytest.raises(coalesce.InvalidInput, match=f"{why}call"):
+            fused([(x,)])
 
 
 def test_deleted_weights_are_named():

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 import coalesce
-from tests.alone import array, check_fused
+from tests.alone import alone, array, check_fused, fuse_tenants
 from tests.compare import assert_same
 
 
@@ -49,6 +50,20 @@ def test_outputs_that_are_inputs_weights_or_constants():
         return x, w, constant, 7, 2.5, True, x, jnp.zeros(2), unused
 
     check_fused(three(apply, weights, lambda: (array(2, 4), array(2))))
+
+
+def test_a_derivative_by_an_integer():
+    """JAX has a type for it, of which all values are one."""
+
+    def apply(w, x):
+        return jax.grad(lambda n: (x @ w).sum() * n.astype(x.dtype), allow_int=True)(jnp.int32(3)), x @ w
+
+    w, x = array(4, 4), array(2, 4)
+    fused = coalesce.fuse([coalesce.trace(apply, w, x, name="a")])
+    assert "-> float0, %" in fused.explain()
+    nothing, product = fused([(x,)])[0]
+    assert nothing.dtype == jax.dtypes.float0
+    assert_same(product, jax.jit(apply)(w, x)[1])
 
 
 def test_no_inputs_and_no_params():
@@ -122,6 +137,21 @@ def test_closed_over_arrays_and_unused_params():
     assert sorted((leaf.path, leaf.constant) for leaf in program.leaves) == [
         ("['unused']", False), ("['w']", False), ("constant 0", True), ("constant 1", True)]  # fmt: skip
     check_fused(three(apply, lambda: {"w": array(4, 4), "unused": array(7)}, lambda: (array(3, 4),)))
+
+
+def test_arrays_on_a_mesh():
+    """Params, what is closed over and inputs; the type of a value that is computed from them names the mesh."""
+    mesh = NamedSharding(jax.make_mesh((1,), ("d",)), PartitionSpec())
+    (w, x), biases = ([array(4, 4), array(2, 4)], [array(1, 4), array(1, 4)])
+
+    def tenant(bias, place):
+        bias = place(bias)
+        return (lambda w, x: x @ w + bias), place(w), (place(x),)
+
+    there = [tenant(bias, lambda v: jax.device_put(v, mesh)) for bias in biases]
+    fused = fuse_tenants(there)
+    for result, bias in zip(fused([xs for _, _, xs in there]), biases, strict=True):
+        assert_same(result, alone(tenant(bias, lambda v: v)))
 
 
 def test_leaves_that_are_no_arrays_are_closed_over():

@@ -18,6 +18,8 @@ def program(dtype: Any) -> Any:
     def half(x: Any) -> Any:
         return x * jnp.asarray(0.5, dtype)
 
+    counts = jnp.array([0, 2])
+
     def fn(w: Any, x: Any, n: Any) -> Any:
         w = w.astype(dtype)
 
@@ -26,6 +28,7 @@ def program(dtype: Any) -> Any:
 
         h, doubled = lax.scan(step, x, jnp.arange(3))
         h = lax.fori_loop(0, n, lambda i, h: (half(h.astype(dtype)) @ w).astype(jnp.float32), h)
+        h = jax.vmap(lambda m, r: lax.fori_loop(0, m, lambda i, r: half(r.astype(dtype)).astype(r.dtype), r))(counts, h)
         h = lax.cond(n > 1, lambda h: jax.jit(jnp.sin)(h.astype(dtype)), lambda h: h.astype(dtype), h)
         return h, doubled
 

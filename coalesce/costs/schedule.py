@@ -143,12 +143,13 @@ def light_work(
     for family, eqn in equations_of(steps):
         width = families[family].width
         for atom in eqn.invars:
-            if not isinstance(atom, J.Literal) and (family, atom) not in made | read:
+            if isinstance(atom, J.Literal) or (family, atom) in read:
+                continue
+            read.add((family, atom))
+            if (family, atom) not in made:
                 moved += width * J.nbytes(atom.aval)
-                read.add((family, atom))
         made.update((family, v) for v in eqn.outvars)
-    reads = {(family, a) for family, eqn in equations_of(steps) for a in eqn.invars if not isinstance(a, J.Literal)}
-    moved += sum(families[family].width * J.nbytes(v.aval) for family, v in made if (family, v) not in reads)
+    moved += sum(families[family].width * J.nbytes(v.aval) for family, v in made if (family, v) not in read)
     kernels = kernels_of(steps) if kernels is None else kernels
     return kernels, kernels * costs.launch + costs.move(moved) if kernels else 0.0
 

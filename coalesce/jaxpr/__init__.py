@@ -15,7 +15,6 @@ from coalesce.jaxpr.build import (
     fresh_out as fresh_out,
     read as read,
     respell as respell,
-    separate_consts as separate_consts,
     Splicer as Splicer,
     stage as stage,
     under as under,
@@ -30,11 +29,13 @@ from coalesce.jaxpr.clients import (
     second_client as second_client,
     view_at as view_at,
 )
+from coalesce.jaxpr.constants import separate_consts as separate_consts
 from coalesce.jaxpr.control import (
     as_cond as as_cond,
     as_scan as as_scan,
     as_while as as_while,
     Cond as Cond,
+    ends_by_row as ends_by_row,
     region_args as region_args,
     region_labels as region_labels,
     region_operands as region_operands,
@@ -76,11 +77,17 @@ from coalesce.jaxpr.read import (
     Var as Var,
     walk as walk,
 )
+from coalesce.jaxpr.rebuilt import (
+    rebuilt as rebuilt,
+    rebuilt_scan as rebuilt_scan,
+    staged as staged,
+)
 from coalesce.jaxpr.run import (
     bind as bind,
     context_of as context_of,
     cpu_small_call as cpu_small_call,
     evaluate as evaluate,
+    is_jit_disabled as is_jit_disabled,
     precision_as_traced as precision_as_traced,
     set_weak_type as set_weak_type,
     verify as verify,

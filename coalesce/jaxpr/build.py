@@ -10,7 +10,7 @@ import jax.extend.core as jec
 from jax.extend.core import ClosedJaxpr, JaxprEqn as Eqn, Literal, Var
 from jax.interpreters import partial_eval as pe
 
-from coalesce.jaxpr.control import REGIONS, regions
+from coalesce.jaxpr.control import REGIONS
 from coalesce.jaxpr.read import Atom, callee, is_drop
 
 
@@ -64,31 +64,35 @@ class Splicer:
         for var, value in zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True):
             env[var] = constant(value, var.aval)
         for eqn in jaxpr.jaxpr.eqns:
-            outs = [fresh_out(v) for v in eqn.outvars]
-            new = respell(eqn, [read(env, a) for a in eqn.invars], outs)
-            if like is not None:
-                new = new.replace(source_info=like.source_info, ctx=like.ctx)
-            self.eqns.append(new)
+            ins = [read(env, a) for a in eqn.invars]
+            new = eqn if like is None else eqn.replace(source_info=like.source_info, ctx=like.ctx)
+            outs = self.copy(new, ins)
             env.update((v, o) for v, o in zip(eqn.outvars, outs, strict=True) if not is_drop(v))
         return [read(env, a) for a in jaxpr.jaxpr.outvars]
+
+    def copy(self, eqn: Eqn, ins: Sequence[Atom], inner: Sequence[ClosedJaxpr] = ()) -> list[Var]:
+        """Append an equation with other operands, and regions if any are given; returns its results, which are its
+        own: two calls of one function hold the same variables."""
+        outs = [fresh_out(v) for v in eqn.outvars]
+        self.eqns.append(respell(eqn, ins, outs, inner or None))
+        return outs
 
 
 def expand_calls(
     jaxpr: ClosedJaxpr,
     env: dict[Any, Atom],
-    eqns: list[Eqn],
     stack: Any,
     wanted: Callable[[ClosedJaxpr], bool],
     const: Callable[[Var, Any], Atom],
-    inside: Callable[[ClosedJaxpr], ClosedJaxpr],
+    put: Callable[[Eqn, Sequence[Atom]], Sequence[Atom]],
 ) -> list[Atom]:
-    """Append the equations of `jaxpr`, whose arguments `env` binds, with calls replaced by what they call.
+    """Put the equations of `jaxpr`, whose arguments `env` binds, with calls replaced by what they call.
 
     Args:
       stack: the callers' name stack, put before each equation's own; None at the top.
       wanted: which callees to expand.
       const: the atom that stands for a constant of an expanded jaxpr.
-      inside: what to make of the regions of scan, while and cond.
+      put: has an equation that stays with other operands where it goes; returns its results.
     """
     for var, value in zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True):
         env[var] = const(var, value)
@@ -99,39 +103,11 @@ def expand_calls(
         called = callee(eqn)
         if called is not None and wanted(called):
             arguments = dict(zip(called.jaxpr.invars, ins, strict=True))
-            outs = expand_calls(called, arguments, eqns, eqn.source_info.name_stack, wanted, const, inside)
+            outs = expand_calls(called, arguments, eqn.source_info.name_stack, wanted, const, put)
         else:
-            # Two calls of one function hold the same variables: each copy gets its own.
-            outs = [fresh_out(v) for v in eqn.outvars]
-            inner = regions(eqn)
-            eqns.append(respell(eqn, ins, outs, [inside(r) for r in inner] if inner else None))
+            outs = put(eqn, ins)
         env.update((v, o) for v, o in zip(eqn.outvars, outs, strict=True) if not is_drop(v))
     return [read(env, a) for a in jaxpr.jaxpr.outvars]
-
-
-def holds_constants(jaxpr: ClosedJaxpr) -> bool:
-    """Whether the jaxpr or a call in it, at any depth, closes over an array."""
-    calls = (callee(eqn) for eqn in jaxpr.jaxpr.eqns)
-    return bool(jaxpr.consts) or any(called is not None and holds_constants(called) for called in calls)
-
-
-def separate_consts(jaxpr: ClosedJaxpr) -> tuple[ClosedJaxpr, list[Any]]:
-    """(jaxpr with the constants of itself and of its calls as leading arguments, the constants).
-
-    The same object if it has none. An array that is closed over in several places is one constant.
-    """
-    if not holds_constants(jaxpr):
-        return jaxpr, []
-    found: dict[int, tuple[Var, Any]] = {}
-    eqns: list[Eqn] = []
-    args = list(jaxpr.jaxpr.invars)
-
-    def const(var: Var, value: Any) -> Var:
-        return found.setdefault(id(value), (fresh(var), value))[0]
-
-    arguments = dict(zip(args, args, strict=True))
-    outs = expand_calls(jaxpr, arguments, eqns, None, holds_constants, const, lambda region: region)
-    return close([*(var for var, _ in found.values()), *args], eqns, outs), [value for _, value in found.values()]
 
 
 def read(env: dict[Any, Any], atom: Atom) -> Any:

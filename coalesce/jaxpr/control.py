@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jax.extend.core import ClosedJaxpr, JaxprEqn as Eqn, Var
 
-from coalesce.jaxpr.read import Atom, closed, invars
+from coalesce.jaxpr.read import Atom, closed, invars, outvars, shape
 
 
 class Scan(NamedTuple):
@@ -24,7 +24,7 @@ class While(NamedTuple):
     cond_consts: list[Atom]
     body_consts: list[Atom]
     init: list[Atom]
-    cond: ClosedJaxpr  # (cond_consts, carry) -> bool
+    cond: ClosedJaxpr  # (cond_consts, carry) -> bool, or a bool for each row
     body: ClosedJaxpr  # (body_consts, carry) -> carry
 
 
@@ -54,6 +54,11 @@ def as_while(eqn: Eqn) -> While:
 
 def as_cond(eqn: Eqn) -> Cond:
     return Cond(eqn.invars[0], list(eqn.invars[1:]), tuple(map(closed, eqn.params["branches"])))
+
+
+def ends_by_row(eqn: Eqn) -> bool:
+    """Whether it is a while whose predicate has dimensions, those of `jax.vmap`: each row ends by itself."""
+    return eqn.primitive.name == "while" and bool(shape(outvars(as_while(eqn).cond)[0]))
 
 
 REGIONS = {"scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("branches",)}

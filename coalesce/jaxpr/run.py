@@ -40,6 +40,11 @@ def precision_as_traced() -> Any:
     return jax.default_matmul_precision(None)  # pyright: ignore[reportArgumentType]
 
 
+def is_jit_disabled() -> bool:
+    """Whether `jax.disable_jit` is set: then JAX runs what it is given step by step, and refuses what is compiled."""
+    return bool(getattr(jax.config, "jax_disable_jit"))  # noqa: B009, whose attributes type checkers do not see
+
+
 @contextmanager
 def cpu_small_call() -> Iterator[None]:
     """Calls staged here stay calls and run as one kernel on XLA's CPU backend.

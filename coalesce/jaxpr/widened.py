@@ -10,7 +10,8 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, JaxprEqn as Eqn, Literal
 
 from coalesce.jaxpr.control import as_cond, as_scan, as_while
-from coalesce.jaxpr.read import callee, dtype, subjaxprs
+from coalesce.jaxpr.read import callee, dtype, outvars, shape, subjaxprs
+from coalesce.jaxpr.rebuilt import while_any
 from coalesce.jaxpr.run import bind
 
 LOW = (jnp.dtype("bfloat16"), jnp.dtype("float16"))
@@ -79,10 +80,11 @@ def scan(eqn: Eqn, read: Callable[[Any], Any]) -> Sequence[Any]:
 def while_loop(eqn: Eqn, read: Callable[[Any], Any]) -> Sequence[Any]:
     own = as_while(eqn)
     asked, done = (list(map(read, part)) for part in (own.cond_consts, own.body_consts))
-    return lax.while_loop(
+    return while_any(
         lambda carry: evaluate_widened(own.cond, [*asked, *carry])[0],
         lambda carry: evaluate_widened(own.body, [*done, *carry]),
         list(map(read, own.init)),
+        len(shape(outvars(own.cond)[0])),
     )
 
 

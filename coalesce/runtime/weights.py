@@ -18,7 +18,7 @@ from coalesce import jaxpr as J
 from coalesce.errors import InvalidInput
 from coalesce.program import Program
 from coalesce.scheduler.events import Event
-from coalesce.tracing import staged, struct
+from coalesce.tracing import NOT_TAKEN, staged, struct
 
 
 class Array(NamedTuple):
@@ -61,7 +61,7 @@ def is_by_identity(own: Any) -> bool:
 def type_of(leaf: Any) -> str:
     try:
         return J.short(struct(leaf))
-    except TypeError:
+    except NOT_TAKEN:
         return type(leaf).__name__
 
 
