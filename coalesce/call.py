@@ -120,8 +120,6 @@ def checked(tenant: str, leaf: Any, slot: Slot) -> Any:
         leaf = number(tenant, leaf, slot)
     elif isinstance(leaf, NO_ARRAYS) or not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
         raise InvalidInput(f"tenant {tenant!r}: input{slot.path} is a {type(leaf).__name__}, expected {J.short(want)}")
-    if isinstance(leaf, np.ma.MaskedArray):
-        raise InvalidInput(f"tenant {tenant!r}: input{slot.path} is a masked array; give x.filled(...)")
     if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
         leaf = converted(tenant, leaf, slot)
     if leaf.shape == want.shape and leaf.dtype == want.dtype:

@@ -134,7 +134,7 @@ def test_several_request_shapes_read_one_copy_of_the_weights(served, monkeypatch
         (("text",), r"input\[0\] is a str"),
         ((), "inputs are"),
         ((row(0), row(1)), "inputs are"),
-        ((np.ma.masked_array(row(0)),), r"input\[0\] is a masked array; give x.filled"),
+        ((np.ma.masked_array(row(0)),), r"input\[0\] is a MaskedArray, expected"),
         ((Foreign(),), r"input\[0\] is a Foreign of Float32Dtype\(\) that is no NumPy array"),
     ],
 )
