@@ -36,6 +36,7 @@ class Record:
     packed_us: float = 0.0  # the whole superkernel
     parts_us: float = 0.0  # its members one by one
     movement_us: float = 0.0  # padding and stacking operands; 0 if they arrive stacked
+    tails_us: float = 0.0  # what one elementwise kernel behind it saves, where there was one a member
     launched: Launched | None = None  # the launch that its superkernel shares with others
 
     @property
@@ -54,4 +55,5 @@ class Record:
         others = " and ".join(f"family {f} at {site}" for f, site in self.company)
         padding = f", {self.waste:.1%} padding" if self.waste else ""
         times = f"{self.packed_us:.1f} us and {self.movement_us:.1f} of movement against {self.parts_us:.1f} apart"
-        return f"with {others} as {self.shape}{padding}: {times}"
+        tails = f", and {self.tails_us:.1f} of elementwise kernels" if self.tails_us else ""
+        return f"with {others} as {self.shape}{padding}: {times}{tails}"

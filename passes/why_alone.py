@@ -79,7 +79,8 @@ def packed(bundle: Bundle, pack: Pack, parts: Sequence[Pack], group: Aligned, we
     company = tuple(p for p in group.places if p != place_of(pack))
     shared = weighed.shared
     waste = shared.waste(pack.op, fold(pack.members[0], bundle.families[pack.members[0].family]).per_group)
-    times = (weighed.packed_us, weighed.parts_us, 0.0 if group.stacked else weighed.movement_us)
+    tails_us = weighed.stacked_us - weighed.movement_us if group.stacked and weighed.stacked_us else 0.0
+    times = (weighed.packed_us, weighed.parts_us, 0.0 if group.stacked else weighed.movement_us, tails_us)
     return Record(alone_us(pack, weigh), "", company, shared.op.shape, max(0.0, waste), *times)
 
 
