@@ -48,6 +48,8 @@ def trace(
     """
     if not isinstance(name, str):
         raise TraceError(f"tenant {name!r}: a name is a str, not a {type(name).__name__}")
+    if not callable(fn):
+        raise TraceError(f"tenant {name!r}: fn is a {type(fn).__name__}; give a function of (params, *inputs) first")
     param_leaves, params_tree = jax.tree_util.tree_flatten_with_path(params)
     is_array = [staged(leaf) for _, leaf in param_leaves]
     arrays = [leaf for (_, leaf), ok in zip(param_leaves, is_array, strict=True) if ok]

@@ -140,6 +140,11 @@ def test_functions_that_cannot_be_traced(fn, text):
     assert caught.value.__cause__ is not None
 
 
+def test_params_in_the_place_of_the_function():
+    with nothing_checked(), pytest.raises(coalesce.TraceError, match=r"tenant 'a': fn is a dict; give a function of"):
+        coalesce.trace({"w": W}, lambda w, x: x, X, name="a")  # pyright: ignore
+
+
 def test_an_example_that_is_no_array():
     with pytest.raises(coalesce.TraceError, match=r"tenant 'a': example input\[1\]\['k'\] is a str; expected an array"):
         coalesce.trace(lambda w, x, y: x, W, X, {"k": "text"}, name="a")
