@@ -193,7 +193,10 @@ class Coalescing:
             return
         if not event.drain:
             self._requests.stop_all(Reason.TENANT_CLOSED, account)
-        if self._tenancy.leave(account):
+        loosened = self._tenancy.leave(account)
+        if self._tenancy.get(event.name) is None:  # else it goes with its last request
+            self._watch.forget(event.name)
+        if loosened:
             self._reckon(self._costs.catalog)
 
     def _change_catalog(self, event: CatalogChanged, now_ns: int) -> None:

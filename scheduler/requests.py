@@ -143,7 +143,7 @@ class Requests:
         """What fails alone has failed."""
         for lane in lanes:
             self._reject(lane, lane.ending or Reason.FAILED)
-            if lane.ending is None:
+            if lane.ending is None and lane.request.tenant in self._accounts:  # it may have gone with it
                 self.out += self._watch.fail(lane.request.tenant, now_ns)
 
     def _halve(self, place: Place, lanes: list[Lane]) -> None:
