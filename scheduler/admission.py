@@ -86,7 +86,7 @@ class Admission:
             kept_ns = int(self._promises.kept(due_ns, now_ns) * (due_ns - now_ns))
             by_ns -= kept_ns
         is_brief = self._tenancy.is_brief and due_ns - now_ns <= BRIEF_NS
-        if is_brief and not (over or level.above or self._watch.standings):
+        if is_brief and level.ladder.top is level and not (over or self._watch.standings):
             fits = start.free_ns + costs.alone.l50_ns <= by_ns
         elif level.spare > 0 or is_few(level):
             if is_last and items and not over and has_room(queue, by_ns, start, now_ns):
@@ -117,7 +117,7 @@ class Admission:
     ) -> bool:
         """Of one that is not known to come to a run that is there anyway."""
         level, items, due_ns = queue.level, queue.items, request.deadline_ns
-        if start.is_idle and not level.order and not queue.lot and not any([own.order for own in level.above]):
+        if start.is_idle and not queue.lot and level.is_idle():
             return start.free_ns + queue.costs.alone.l50_ns <= due_ns
         if over and queue.lot:
             kept_ns += kept(due_ns - now_ns, queue, False)

@@ -38,14 +38,14 @@ from coalesce.scheduler.events import (
 from coalesce.scheduler.flight import Bundle, Flight, Lead
 from coalesce.scheduler.joining import join, meets, Part, Run
 from coalesce.scheduler.lag import Lag
-from coalesce.scheduler.lanes import Item, Lane, Queue
+from coalesce.scheduler.lanes import Item, Lane, Queue, UNKNOWN
 from coalesce.scheduler.latency import LatencyModel, Prediction
 from coalesce.scheduler.laying import Start
 from coalesce.scheduler.load import Load
 from coalesce.scheduler.patience import wait_until
 from coalesce.scheduler.promises import Promises
 from coalesce.scheduler.quarantine import Watch
-from coalesce.scheduler.queues import Queues, UNKNOWN
+from coalesce.scheduler.queues import Queues
 from coalesce.scheduler.requests import Requests
 from coalesce.scheduler.shares import Shares
 from coalesce.scheduler.slots import Slots
@@ -193,7 +193,10 @@ class Coalescing:
             return
         if not event.drain:
             self._requests.stop_all(Reason.TENANT_CLOSED, account)
-        if self._tenancy.leave(account):
+        loosened = self._tenancy.leave(account)
+        if self._tenancy.get(event.name) is None:  # else it goes with its last request
+            self._watch.forget(event.name)
+        if loosened:
             self._reckon(self._costs.catalog)
 
     def _change_catalog(self, event: CatalogChanged, now_ns: int) -> None:
@@ -238,7 +241,7 @@ class Coalescing:
         return FAR
 
     def _next_run(self, start: Start, now_ns: int) -> Run | None:
-        for level in self._queues.levels:
+        for level in self._queues.waiting:
             window = choose(level, start, now_ns, self._costs.cap_ns, self._worth)
             if window is not None:
                 return join(window, self._queues, self._costs, start.free_ns)
@@ -290,5 +293,7 @@ class Coalescing:
         """With lanes of lower priorities where there are lanes to spare."""
         lanes = self._queues.take(queue, first, end)
         for lower in self._queues.lower(queue):
+            if len(lanes) == width:
+                return lanes
             lanes += self._queues.take(lower, 0, min(width - len(lanes), lower.ready()))
         return lanes

@@ -164,6 +164,10 @@ class Evidence:
 
     def forget(self, tenant: str) -> None:
         """It has gone; another one may come under its name."""
+        if self._row is not None:
+            self._row -= {tenant}
+        if self._apart is not None:
+            self._apart.discard(tenant)
         for strike in self._strikes:
             strike.who.discard(tenant)
         self._strikes = [s for s in self._strikes if s.who]

@@ -12,7 +12,7 @@ in time           nothing that has expired is dispatched, or still waits, or is 
 not withdrawn     nothing runs again that was cancelled, or whose tenant was removed
 with reason       each Reject has a reason that holds
 within quota      no tenant has more requests waiting than its quota when one is admitted
-apart             a tenant in quarantine shares no bundle
+apart             a tenant in quarantine shares no bundle; who is put there is here, and who is let out was there
 few reruns        a failed bundle of n lanes makes none of them run more than log2(n) times again, rounded up
 never stuck       while something waits there is a bundle on the device, or a time to wake up at
 never idle        the device is not idle for longer than `patience_ns` while something waits that could run
@@ -87,8 +87,8 @@ class Checker:
             Reject: self._reject,
             WakeAt: self._wake,
             Want: lambda command: None,
-            Quarantine: lambda command: self._quarantined.add(command.tenant),
-            Readmit: lambda command: self._quarantined.discard(command.tenant),
+            Quarantine: self._quarantine,
+            Readmit: self._readmit,
         }
 
     def see(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
@@ -168,9 +168,12 @@ class Checker:
 
     def _added(self, event: TenantAdded) -> None:
         name = event.tenant.name
-        if name not in self._tenants and all(way.request.tenant != name for way in self._ways.values()):
+        if not self._is_here(name):
             self._quarantined.discard(name)  # nothing is held against another one of its name
         self._tenants[name] = event.tenant
+
+    def _is_here(self, name: str) -> bool:
+        return name in self._tenants or any(way.request.tenant == name for way in self._ways.values())
 
     def _removed(self, event: TenantRemoved) -> None:
         self._tenants.pop(event.name, None)
@@ -256,6 +259,17 @@ class Checker:
     def _wake(self, command: WakeAt) -> None:
         self._expect(command.time_ns > self._now_ns, f"wakes at {command.time_ns}")
         self._wake_ns = command.time_ns
+
+    def _quarantine(self, command: Quarantine) -> None:
+        name = command.tenant
+        is_new = self._is_here(name) and name not in self._quarantined
+        self._expect(is_new, f"{name!r} is put into quarantine, and is in it, or not here")
+        self._quarantined.add(name)
+
+    def _readmit(self, command: Readmit) -> None:
+        name = command.tenant
+        self._expect(name in self._quarantined, f"{name!r} is let out of quarantine, where it is not")
+        self._quarantined.discard(name)
 
     # After both
 

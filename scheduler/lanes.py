@@ -3,6 +3,7 @@
     Lane      a request on its way through the segments of its family
     Queue     lanes that may share a bundle, by deadline: of one place, one lot and one priority
     Level     the queues of one priority, by the latest start of their heads, and what was promised from it upwards
+    Ladder    which levels have something to do with what is decided now, of as many as there are
 
 The lot is 0 for everybody, and another number for those that run apart: tenants in quarantine, and what is left of a
 bundle that failed.
@@ -10,15 +11,18 @@ bundle that failed.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from typing import Any
 
 from coalesce.scheduler.commands import Reason
 from coalesce.scheduler.costs import Place, PlaceCosts
-from coalesce.scheduler.demand import Demand, FAR
+from coalesce.scheduler.demand import Demand, FAR, Work
 from coalesce.scheduler.rate import FAIR, Rate
 from coalesce.scheduler.request import Request
 from coalesce.scheduler.shares import Account
 from coalesce.scheduler.slots import Slots
+
+UNKNOWN = -1
 
 Item = tuple[int, int, "Lane"]  # deadline, id: no two are equal, so that lanes are never compared
 
@@ -105,38 +109,105 @@ class Queue:
             self.hoped_ns = 0
 
 
+class Ladder:
+    """What levels share. Whoever goes through them goes through those named here: of the others there may be many."""
+
+    __slots__ = ("top", "waiting", "known", "crowded")
+
+    def __init__(self) -> None:
+        self.top: Level | None = None
+        self.waiting: list[Level] = []  # those in which something waits, highest first
+        self.known: list[Level] = []  # those that know what is to come, or how much more may, in the same order
+        self.crowded: int | None = None  # from this priority downwards more runs wait than are laid
+
+    def above(self, level: Level) -> list[Level]:
+        """Where something waits above it; and the highest of all in any case, with which lanes that have begun go."""
+        if self.top is None or self.top is level:
+            return []
+        found = [self.top]
+        for own in self.waiting:
+            if own.priority <= level.priority:
+                break
+            if own is not self.top:
+                found.append(own)
+        return found
+
+    def note(self, level: Level) -> None:
+        """Something waits in it, or nothing any more."""
+        waiting, level.waits = self.waiting, not level.waits
+        if not level.waits:
+            del waiting[-1 if waiting[-1] is level else bisect_left(waiting, -level.priority, key=downwards)]
+        elif not waiting or level.priority < waiting[-1].priority:
+            waiting.append(level)
+        else:
+            insort(waiting, level, key=downwards)
+
+    def learn(self, level: Level) -> None:
+        """It knows something."""
+        if level.knows:
+            return
+        level.knows, known, at = True, self.known, len(self.known)
+        while at and known[at - 1].priority < level.priority:  # few are
+            at -= 1
+        known.insert(at, level)
+
+    def surprise(self, priority: int) -> None:
+        """What is to come is not what it was, below a priority."""
+        known = self.known
+        while known and known[-1].priority < priority:
+            level = known.pop()
+            level.outlook, level.spare, level.knows = None, 0, False
+
+    def forget(self) -> None:
+        if self.known:
+            self.surprise(self.known[0].priority + 1)
+        self.crowded = None
+
+
 class Level:
     __slots__ = (
         "priority",
+        "ladder",
         "order",
+        "waits",
         "starting",
-        "demand",
-        "counted",
-        "above",
+        "hopeless_ns",
+        "firsts",
         "outlook",
         "spare",
-        "is_crowded",
-        "firsts",
+        "knows",
+        "demand",
+        "counted",
+        "below",
     )
 
-    def __init__(self, priority: int):
+    def __init__(self, priority: int, ladder: Ladder, base: Work):
         self.priority = priority
+        self.ladder = ladder
         self.order: list[tuple[int, int, Queue]] = []
+        self.waits = False  # whether there is any in it, as far as the ladder knows
         self.starting = 0  # queues in it whose lanes have not begun
+        self.hopeless_ns = FAR  # as it was found last; UNKNOWN where a head or costs have changed since
         self.firsts: list[Queue] = []  # those in which everybody's requests begin
-        self.above: tuple[Level, ...] = ()  # higher priorities, highest first
         self.outlook: Any = None  # what is to come, as far as it is known: see `outlook`
         self.spare = 0  # so many lanes may come before it is asked anew whether few runs are to come
-        self.is_crowded = False  # more are, until some lanes go
-        self.demand = Demand()  # of this priority and all higher ones
-        self.counted: tuple[Demand, ...] = (self.demand,)  # those in which its lanes count: its own and all lower ones
+        self.knows = False  # whether one of both is known
+        self.demand = Demand(base)  # of this priority and all higher ones
+        self.counted: tuple[Work, ...] = (self.demand,)  # where its lanes count: here, and in lower ones of its band
+        self.below: list[Work] = []  # and in the bases of the bands below
 
-    def hopeless_ns(self) -> int:
+    def is_idle(self) -> bool:
+        """Nothing waits in it or above it."""
+        waiting = self.ladder.waiting
+        return not waiting or waiting[0].priority < self.priority
+
+    def find_hopeless(self) -> int:
         time_ns = FAR
         for rank_ns, _, queue in self.order:
             if rank_ns >= time_ns:
                 break
             time_ns = min(time_ns, queue.items[0][0] - queue.costs.alone.l50_ns + 1)
+        self.hopeless_ns = time_ns
         return time_ns
 
     def first_hopeless(self, start_ns: int) -> Lane | None:
@@ -150,9 +221,17 @@ class Level:
         return None
 
     def promise(self, bucket: int, work_ns: int) -> None:
-        for demand in self.counted:
-            demand.add(bucket, work_ns)
+        for work in self.counted:
+            work.add(bucket, work_ns)
+        for work in self.below:
+            work.add(bucket, work_ns)
 
     def release(self, bucket: int, work_ns: int) -> None:
-        for demand in self.counted:
-            demand.remove(bucket, work_ns)
+        for work in self.counted:
+            work.remove(bucket, work_ns)
+        for work in self.below:
+            work.remove(bucket, work_ns)
+
+
+def downwards(level: Level) -> int:
+    return -level.priority

@@ -50,16 +50,21 @@ def is_few(level: Level) -> bool:
     """Whether what waits is run in few enough runs to lay them at every turn."""
     if level.spare > 0:  # known since it was last asked
         return True
-    if level.is_crowded:
+    ladder, runs = level.ladder, 0
+    if ladder.crowded is not None and level.priority <= ladder.crowded:
         return False
-    runs = 0
-    for own in (*level.above, level):
+    for own in ladder.waiting:
+        if own.priority < level.priority:
+            break
         runs += len(own.order)
         for _, _, queue in own.order if runs <= FEW else ():
             runs += len(queue.items) // queue.costs.cover.widest
+        if runs > FEW:
+            ladder.crowded = own.priority
+            return False
     level.spare = (FEW - runs) // 2 + 1  # a lane is two more at most: that of its queue, and the one that it fills
-    level.is_crowded = runs > FEW
-    return runs <= FEW
+    ladder.learn(level)
+    return True
 
 
 def known(level: Level, start: Start, now_ns: int) -> Outlook:
@@ -85,6 +90,7 @@ def remembered(level: Level, start: Start) -> Known:
     found = level.outlook
     if found is None or (found.start is not start and found.start != start):
         found = level.outlook = Known(start)
+        level.ladder.learn(level)
     return found
 
 
@@ -96,7 +102,7 @@ def remember(found: Known, sure: Outlook, hoped: Outlook) -> None:
 
 def outlook(level: Level, start: Start, now_ns: int, new: Newcomer | None = None, hope: bool = False) -> Outlook:
     """All of this level, after all of those above it."""
-    for above in level.above:
+    for above in level.ladder.above(level):
         start = start._replace(free_ns=laid(above, start, None, now_ns, hope).end_ns, begun=())
     return laid(level, start, new, now_ns, hope)
 

@@ -68,7 +68,7 @@ class Watch:
         self._moved: list[str] = []  # tenants whose lot has changed, and whose lanes do not know
         self.standings: dict[str, Standing] = {}
         self._evidence = Evidence()
-        self._failures: deque[tuple[int, str]] = deque()
+        self._failures: dict[str, deque[int]] = {}  # when the last FAILURES of each tenant were
         self._lots = 0
 
     def lot(self, tenant: str) -> int:
@@ -102,7 +102,9 @@ class Watch:
         return self._lots
 
     def forget(self, tenant: str) -> None:
+        """It has gone; nothing is held against another one that comes under its name."""
         self.standings.pop(tenant, None)
+        self._failures.pop(tenant, None)
         self._evidence.forget(tenant)
 
     def see(self, names: Collection[str], took_ns: int, l99_ns: int, now_ns: int) -> list[Quarantine | Readmit]:
@@ -147,10 +149,9 @@ class Watch:
 
     def fail(self, tenant: str, now_ns: int) -> list[Quarantine | Readmit]:
         """A request of it failed alone: FAILURES of them in a window count as being slow alone."""
-        self._failures.append((now_ns, tenant))
-        while now_ns - self._failures[0][0] >= WINDOW_NS:
-            self._failures.popleft()
-        often = sum(who == tenant for _, who in self._failures) >= FAILURES
+        last = self._failures.setdefault(tenant, deque(maxlen=FAILURES))
+        last.append(now_ns)
+        often = len(last) == FAILURES and now_ns - last[0] < WINDOW_NS
         return self._quarantine(tenant, now_ns) if often else []
 
     def _see_apart(

@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Callable, Container, Iterable, Sequence
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Container, Iterator, Sequence
 
 from coalesce.scheduler.costs import Place, PlaceCosts
 from coalesce.scheduler.demand import FAR, GRID_BITS
-from coalesce.scheduler.lanes import Item, Lane, Level, Queue
+from coalesce.scheduler.lanes import downwards, Item, Lane, Level, Queue, UNKNOWN
+from coalesce.scheduler.levels import Levels
 from coalesce.scheduler.request import Request
 from coalesce.scheduler.shares import Account
 from coalesce.scheduler.slots import Slots
 
-UNKNOWN = -1
-
 
 class Queues:
     def __init__(self, costs_of: Callable[[Place, int], PlaceCosts], slots: Slots):
-        self.levels: list[Level] = []  # highest priority first
+        self._levels = Levels()
+        self._ladder = self._levels.ladder
+        self.levels = self._levels.all  # highest priority first
+        self.waiting = self._ladder.waiting  # those in which something waits
         self._costs_of = costs_of
         self._slots = slots
-        self._levels: dict[int, Level] = {}
         self._queues: dict[tuple[int, int, int, int], Queue] = {}  # family, segment, lot, priority
         self._serial = 0
         self.hopeless_ns = UNKNOWN  # as it was found last, with the heads and costs as they are
 
     def find_hopeless(self) -> int:
         """From when on a head would be late even if it ran alone, as long as runs mostly take; FAR without heads."""
-        self.hopeless_ns = min([level.hopeless_ns() for level in self.levels], default=FAR)
+        times = [own.find_hopeless() if own.hopeless_ns == UNKNOWN else own.hopeless_ns for own in self.waiting]
+        self.hopeless_ns = min(times, default=FAR)
         return self.hopeless_ns
-
-    def level(self, priority: int) -> Level:
-        known = self._levels.get(priority)
-        return known if known is not None else self._add_level(priority)
 
     def find(self, place: Place, lot: int, level: Level) -> Queue:
         key = (*place, lot, level.priority)
@@ -48,18 +46,21 @@ class Queues:
     def first(self, family: int, lot: int, priority: int) -> Queue:
         """Where requests of a family begin."""
         queue = self._queues.get((family, 0, lot, priority))
-        return queue if queue is not None else self.find((family, 0), lot, self.level(priority))
+        return queue if queue is not None else self.find((family, 0), lot, self._levels.get(priority))
 
     def beside(self, queue: Queue, place: Place) -> Queue | None:
         """Another place's queue of the same lot and priority."""
         return self._queues.get((*place, queue.lot, queue.level.priority))
 
-    def lower(self, queue: Queue) -> Iterable[Queue]:
-        """Of the same place and lot, those with a lower priority, in its order."""
+    def lower(self, queue: Queue) -> Iterator[Queue]:
+        """Of the same place and lot, those with a lower priority in which something waits, in its order."""
         if len(self.levels) == 1:
-            return ()
-        found = (self._queues.get((*queue.place, queue.lot, level.priority)) for level in self.levels)
-        return [q for q in found if q is not None and q.level.priority < queue.level.priority]
+            return
+        at = bisect_right(self.waiting, downwards(queue.level), key=downwards)
+        for level in self.waiting[at:]:
+            other = self._queues.get((*queue.place, queue.lot, level.priority))
+            if other is not None and other.items:
+                yield other
 
     def add(self, request: Request, account: Account, queue: Queue, now_ns: int, foreseen: bool) -> Lane:
         """A new one. `foreseen`: the outlook has it already."""
@@ -68,26 +69,27 @@ class Queues:
         bits = (deadline_ns - now_ns).bit_length() - GRID_BITS
         bucket = deadline_ns & -(1 << bits) if bits > 0 else deadline_ns  # as `bucket_of`, for every request
         if not foreseen or len(self.levels) > 1:
-            self._surprise(level, foreseen)
+            self._ladder.surprise(level.priority + (not foreseen))
         account.waiting += 1
         account.pending += 1
         lane = Lane(request, account, level, bucket, lane_ns, queue)
-        if lane_ns:
-            for demand in level.counted:
-                demand.add(bucket, lane_ns)
+        if lane_ns:  # as `promise`, for every request
+            for work in level.counted:
+                work.add(bucket, lane_ns)
+            for work in level.below:
+                work.add(bucket, lane_ns)
         self._insert((deadline_ns, number, lane), queue)
         return lane
 
     def put(self, lane: Lane, queue: Queue) -> None:
         """Puts it in at its deadline, and counts what it has ahead."""
-        self._surprise(lane.level)
         level, request, lane_ns = lane.level, lane.request, queue.costs.lane_ns
+        self._ladder.surprise(level.priority + 1)
         lane.queue = queue
         change = lane_ns - lane.charge_ns
         if change:
-            lane.charge_ns, bucket = lane_ns, lane.bucket
-            for demand in level.counted:
-                demand.add(bucket, change)
+            lane.charge_ns = lane_ns
+            level.promise(lane.bucket, change)
         self._insert((request.deadline_ns, request.id, lane), queue)
 
     def _insert(self, item: Item, queue: Queue) -> None:
@@ -110,7 +112,7 @@ class Queues:
                 self.put(lane, queue)
             return
         level, lane_ns = queue.level, queue.costs.lane_ns
-        self._surprise(level)
+        self._ladder.surprise(level.priority + 1)
         for lane in lanes:
             lane.queue = queue
             change = lane_ns - lane.charge_ns
@@ -125,7 +127,7 @@ class Queues:
 
     def take(self, queue: Queue, first: int, end: int) -> list[Lane]:
         """Takes lanes out to be run; what they have ahead after it stays counted."""
-        self._surprise(queue.level)
+        self._ladder.surprise(queue.level.priority + 1)
         after_ns = queue.costs.lane_after_ns
         lanes = [lane for _, _, lane in queue.items[first:end]]
         bucket = work_ns = begin = 0
@@ -150,7 +152,7 @@ class Queues:
         """Takes one out that goes no further."""
         queue = lane.queue
         assert queue is not None, f"request {lane.request.id} does not wait"
-        self._surprise(lane.level)
+        self._ladder.surprise(lane.level.priority + 1)
         lane.queue = None
         lane.level.release(lane.bucket, lane.charge_ns)
         lane.charge_ns = 0
@@ -169,36 +171,34 @@ class Queues:
         self._cut(old, at, at + 1)
         self.put(lane, queue)
 
-    def _surprise(self, level: Level, foreseen: bool = False) -> None:
-        """What is to come is not what it was, from this level downwards; `foreseen`: from the next one."""
-        for other in self.levels:
-            if other.priority < level.priority + (not foreseen):
-                other.outlook, other.spare = None, 0
-
     def _cut(self, queue: Queue, first: int, end: int) -> None:
         del queue.items[first:end]
         queue.waits = queue.hopes = None
-        for other in self.levels:
-            if other.priority <= queue.level.priority:
-                other.is_crowded = False
+        crowded = self._ladder.crowded
+        if crowded is not None and crowded <= queue.level.priority:
+            self._ladder.crowded = None
         if first == 0:
             self.rank(queue)
 
     def rank(self, queue: Queue) -> None:
         """Finds its place in its level anew: its head or its costs have changed."""
         level = queue.level
-        self.hopeless_ns = UNKNOWN
+        self.hopeless_ns = level.hopeless_ns = UNKNOWN
         if queue.rank is not None:
             del level.order[bisect_left(level.order, queue.rank)]
             level.starting -= queue.place[1] == 0
             level.release(queue.head_bucket, queue.head_ns)
         if not queue.items:
             queue.rank = None
+            if level.waits and not level.order:
+                self._ladder.note(level)
             self.discard(queue)
             return
         deadline_ns, _, lane = queue.items[0]
         queue.rank = (deadline_ns - queue.costs.ahead_ns, queue.serial, queue)
         insort(level.order, queue.rank)
+        if not level.waits:
+            self._ladder.note(level)
         level.starting += queue.place[1] == 0
         queue.head_bucket, queue.head_ns = lane.bucket, queue.costs.first_ns
         level.promise(queue.head_bucket, queue.head_ns)
@@ -210,7 +210,7 @@ class Queues:
 
     def refresh(self, families: Container[int] | None = None) -> None:
         """Costs have changed, of all families or of some; of lots they may at any time."""
-        self._order_levels()
+        self._ladder.forget()
         for queue in list(self._queues.values()):
             if families is not None and queue.place[0] not in families and not queue.lot:
                 continue
@@ -222,23 +222,7 @@ class Queues:
                 del self._queues[(*queue.place, queue.lot, queue.level.priority)]
                 queue.level.firsts = [other for other in queue.level.firsts if other is not queue]
 
-    def _add_level(self, priority: int) -> Level:
-        """Everything that was promised above it counts in it."""
-        level = self._levels[priority] = Level(priority)
-        self._order_levels()
-        above = self.levels.index(level)
-        if above:
-            level.demand.take_over(self.levels[above - 1].demand)
-        return level
-
-    def _order_levels(self) -> None:
-        self.levels = sorted(self._levels.values(), key=lambda level: -level.priority)
-        for at, upper in enumerate(self.levels):
-            upper.counted = tuple(below.demand for below in self.levels[at:])
-            upper.above, upper.outlook, upper.spare, upper.is_crowded = tuple(self.levels[:at]), None, 0, False
-
     def keep_levels(self, busy: Container[int]) -> None:
         """Forgets the priorities that nobody has any more."""
-        self._levels = {priority: level for priority, level in self._levels.items() if priority in busy}
+        self._levels.keep(busy)
         self._queues = {key: queue for key, queue in self._queues.items() if queue.level.priority in busy}
-        self._order_levels()

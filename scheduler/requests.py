@@ -52,6 +52,7 @@ class Requests:
         self._admission = Admission(tenancy, watch, shares, load, promises)
         self.lanes: dict[int, Lane] = {}  # by request
         self._most_levels = LEVELS
+        self._ended = 0  # since those that nobody has any more were forgotten last
 
     def submit(self, requests: Iterable[Request], start: Start, now_ns: int) -> None:
         """`start` is when the device can begin with them."""
@@ -96,7 +97,7 @@ class Requests:
     def drop_hopeless(self, start_ns: int, now_ns: int) -> None:
         """Ends the heads that would be late even if they ran next, and ran no longer than they mostly do."""
         first: Lane | None = None  # who comes with it has the same reason
-        for level in self._queues.levels:
+        for level in list(self._queues.waiting):
             while (lane := level.first_hopeless(start_ns)) is not None:
                 if first is None and lane.queue is not None:
                     first = lane
@@ -142,7 +143,7 @@ class Requests:
         """What fails alone has failed."""
         for lane in lanes:
             self._reject(lane, lane.ending or Reason.FAILED)
-            if lane.ending is None:
+            if lane.ending is None and lane.request.tenant in self._accounts:  # it may have gone with it
                 self.out += self._watch.fail(lane.request.tenant, now_ns)
 
     def _halve(self, place: Place, lanes: list[Lane]) -> None:
@@ -199,6 +200,14 @@ class Requests:
                 self._watch.forget(account.tenant.name)
         if begun:
             self._slots.release(lanes[0].request.family, begun)
-        if len(self._queues.levels) > self._most_levels:
-            self._queues.keep_levels({own.level.priority for own in alive.values()})
-            self._most_levels = max(LEVELS, 2 * len(self._queues.levels))
+        if len(self._queues.levels) > LEVELS:
+            self._look_at_levels(len(lanes))
+
+    def _look_at_levels(self, ended: int) -> None:
+        """When they have become twice as many, or many requests have ended: it takes as long as there are of both."""
+        self._ended += ended
+        count = len(self._queues.levels)
+        if count <= self._most_levels and 2 * self._ended <= count + len(self.lanes):
+            return
+        self._queues.keep_levels({own.level.priority for own in self.lanes.values()})
+        self._most_levels, self._ended = max(LEVELS, 2 * len(self._queues.levels)), 0

@@ -14,7 +14,8 @@ from coalesce.scheduler.catalog import Catalog, Entry, Executable
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.events import Completed
 from coalesce.scheduler.invariants import Checker
-from coalesce.scheduler.lanes import Lane, Level
+from coalesce.scheduler.lanes import Lane
+from coalesce.scheduler.levels import Levels
 from coalesce.scheduler.machine import SerialHost, spread_out
 from coalesce.scheduler.promises import MEMORY, MOST, PAST, Promises, RARELY
 from coalesce.scheduler.request import Request, Tenant
@@ -120,7 +121,7 @@ def test_nothing_is_kept_back_where_no_more_is_asked_than_can_be_done(monkeypatc
 
 def a_lane(arrival_ns: int = PAST * SLO) -> Lane:
     request = Request(0, "t", 0, arrival_ns, arrival_ns + SLO)
-    return Lane(request, Account(Tenant("t", (0,), SLO)), Level(0), 0, 0, None)
+    return Lane(request, Account(Tenant("t", (0,), SLO)), Levels().get(0), 0, 0, None)
 
 
 def ended(promises: Promises, late_ns: int, results_ns: int = 0, suspects: bool = False) -> None:

@@ -228,6 +228,8 @@ class Served(RuleBasedStateMachine):
     def nothing_is_violated(self) -> None:
         if hasattr(self, "checker"):
             assert self.checker.violations == []
+            here = self.policy._tenancy.accounts.keys()
+            assert self.policy._watch.standings.keys() <= here and self.policy._watch._failures.keys() <= here
 
     def teardown(self) -> None:
         """Everything ends once nothing more comes."""

@@ -3,7 +3,7 @@
 import pytest
 
 from coalesce.scheduler.catalog import Catalog, Entry, Executable
-from coalesce.scheduler.commands import Dispatch, Quarantine, Reason, Reject, WakeAt
+from coalesce.scheduler.commands import Dispatch, Quarantine, Readmit, Reason, Reject, WakeAt
 from coalesce.scheduler.events import (
     Cancelled,
     CatalogChanged,
@@ -120,6 +120,13 @@ WRONG = {
         (came(*(asked(i, family=1) for i in range(3))), 1, [run(0, 0, 1, executable=NEXT), run(1, 2, executable=NEXT)])
     ],
     "some in quarantine": [(AB, 1, [Quarantine("a"), run(0, 0, 1)])],
+    "'c' is put into quarantine, and is in it, or not here": [(AB, 1, [Quarantine("c"), run(0, 0, 1)])],
+    "'a' is put into quarantine, and is in it, or not here": [(AB, 1, [Quarantine("a"), Quarantine("a"), run(0, 0)])],
+    "let out of quarantine, where it is not": [
+        (Timer(), 1, [Quarantine("a")]),
+        (TenantRemoved("a", drain=True), 2, []),
+        (TenantAdded(Tenant("a", (0,), 100)), 3, [Readmit("a")]),
+    ],
     "ran too often": [
         (AB, 1, [run(0, 0, 1)]),
         (Completed(0, 1, 11, failed=True), 11, [run(1, 0, 1)]),

@@ -114,7 +114,7 @@ def overloaded(factor: float, segments: int, end_ns: int) -> None:
     sizes, load = Sizes(policy, end_ns // 60), steady(factor * bound, end_ns, NAMES)
     run = checked(tenants(10), catalog(segments=segments), load, policy, watchers=[sizes.see])
     assert sizes.are_flat(), sizes.found
-    assert [own.demand._work for own in policy._queues.levels] == [{}]  # all that was promised is done
+    assert [own.demand.by_bucket for own in policy._queues.levels] == [{}]  # all that was promised is done
     assert run.goodput(60 * MS) >= 0.9 * bound
     assert broken_promises(run) <= 0.01
     assert quantile(run.latencies_ns(), 0.99) <= SLO

@@ -1,0 +1,115 @@
+"""Who goes leaves nothing behind, and nothing is held against another one of its name."""
+
+from collections.abc import Callable
+
+import pytest
+
+from coalesce.scheduler.coalescing import Coalescing
+from coalesce.scheduler.commands import Dispatch, Quarantine, Readmit, WakeAt
+from coalesce.scheduler.events import CatalogChanged, Completed, Event, Submitted, TenantAdded, TenantRemoved, Timer
+from coalesce.scheduler.invariants import Checker
+from coalesce.scheduler.request import Request, Tenant
+from tests.simulated import catalog, MS
+
+pytestmark = pytest.mark.once
+BAD, GOOD = Tenant("bad", (0,), 1000 * MS), Tenant("good", (0,), 1000 * MS)
+
+
+class Device:
+    """On which everything of a tenant fails that runs alone, or is slow."""
+
+    def __init__(self) -> None:
+        self.policy, self.checker = Coalescing(), Checker(depth=2)
+        self.now_ns, self.asked = 0, 0
+        self.flying: list[Dispatch] = []
+        self.told: list[Quarantine | Readmit] = []
+        for event in CatalogChanged(catalog(widths=(1, 2, 4))), TenantAdded(BAD), TenantAdded(GOOD):
+            self.tell(event)
+
+    def tell(self, event: Event) -> None:
+        commands = self.policy.on_event(event, self.now_ns)
+        self.checker.see(event, self.now_ns, commands)
+        self.flying += [command for command in commands if isinstance(command, Dispatch)]
+        self.told += [command for command in commands if isinstance(command, Quarantine | Readmit)]
+        if not self.flying and any(isinstance(command, WakeAt) for command in commands):
+            self.now_ns += MS
+            self.tell(Timer())
+
+    def ask(self, *names: str) -> None:
+        first, due_ns = self.asked, self.now_ns + 1000 * MS
+        self.asked += len(names)
+        self.tell(Submitted(tuple(Request(first + i, own, 0, self.now_ns, due_ns) for i, own in enumerate(names))))
+
+    def end(self, failed: bool = False, took_ns: int = MS) -> None:
+        begun_ns, self.now_ns = self.now_ns, self.now_ns + took_ns
+        self.tell(Completed(self.flying.pop(0).bundle, begun_ns, self.now_ns, failed))
+
+    def fail(self) -> None:
+        """Often enough to be put into quarantine."""
+        for _ in range(3):
+            self.ask("bad")
+            self.end(failed=True)
+        assert self.told == [Quarantine("bad")]
+
+
+def idle(device: Device) -> None:
+    device.tell(TenantRemoved("bad", drain=True))
+
+
+def stopped(device: Device) -> None:
+    device.tell(TenantRemoved("bad", drain=False))
+
+
+def while_it_waits(device: Device, drain: bool) -> None:
+    device.ask("good")
+    device.ask("bad")
+    device.tell(TenantRemoved("bad", drain))
+    while device.flying:
+        device.end()
+
+
+def while_it_runs(device: Device, drain: bool, failed: bool = False) -> None:
+    """And its last run ends well, or not."""
+    device.ask("bad", "bad")
+    device.tell(TenantRemoved("bad", drain))
+    while device.flying:
+        device.end(failed, took_ns=40 * MS)
+
+
+WAYS: dict[str, Callable[[Device], None]] = {
+    "idle": idle,
+    "stopped": stopped,
+    "waits": lambda device: while_it_waits(device, True),
+    "waits, stopped": lambda device: while_it_waits(device, False),
+    "runs": lambda device: while_it_runs(device, True),
+    "runs, stopped": lambda device: while_it_runs(device, False),
+    "fails": lambda device: while_it_runs(device, True, True),
+    "fails, stopped": lambda device: while_it_runs(device, False, True),
+}
+
+
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_nothing_is_held_against_another_one_of_its_name(way, held):
+    device = Device()
+    if held:
+        device.fail()
+    else:  # one failure more would be enough
+        for _ in range(2):
+            device.ask("bad")
+            device.end(failed=True)
+    way(device)
+    assert device.policy.waiting == 0
+    assert not device.policy._watch.standings and not device.policy._watch._failures
+    device.tell(TenantAdded(BAD))
+    told = len(device.told)
+    for _ in range(2):
+        device.ask("bad")
+        device.end(failed=True)
+    for _ in range(4):
+        device.ask("good", "bad", "good", "bad")
+        assert [len(own) for own in device.flying[0].lanes] == [4]
+        device.end()
+        device.now_ns += 400 * MS  # longer than a quarantine, in all
+    assert device.told[told:] == []
+    assert device.checker.finish() == []
