@@ -37,6 +37,7 @@ VARIANTS = (ALL, *OPTIONAL_PASSES, UNTUNED)
 DTYPES = ("float32", "bfloat16")
 
 FLAGS = flags.FLAGS  # experiments/settings.py has more of them; --methods are what is left out
+flags.adopt_module_key_flags(settings)
 define_names("models", ["resnet50", "bert_base", "lstm"], "the models, one after the other", NAMES)
 define_fields_of_models("fields", "fields of single models to set, as in lstm.steps=5,vgg16.image_size=32")
 define_names("dtypes", list(DTYPES), "dtypes of weights and activations", DTYPES)

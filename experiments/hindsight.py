@@ -107,4 +107,6 @@ if __name__ == "__main__":
     define_numbers("slos_ms", [11.4, 6.4], "SLOs")
     define_numbers("rates", [500, 1000, 2000, 3000, 4000], "requests a second")
     flags.DEFINE_float("cv", 4.0, "of the gaps between a tenant's requests", lower_bound=0)
+    for shared in ("requests", "note", "out"):
+        flags.declare_key_flag(shared)  # --help lists them
     app.run(main)

@@ -22,7 +22,8 @@ from experiments.profiler import Line, lines, traced
 
 KERNELS = {"own": "", "pallas": methods.by_pallas}
 
-FLAGS = flags.FLAGS
+FLAGS = flags.FLAGS  # experiments/settings.py has more of them
+flags.adopt_module_key_flags(settings)
 flags.DEFINE_enum("model", "resnet50", NAMES, "the model")
 flags.DEFINE_integer("tenants", 16, "how many tenants of it", lower_bound=1)
 flags.DEFINE_enum("kernels", "own", list(KERNELS), "whose superkernels: as Coalesce chooses, or Pallas wherever it can")

@@ -17,6 +17,8 @@ from absl import flags
 
 from coalesce.models import by_name, NAMES
 
+flags.disclaim_key_flags()  # those that are defined here are the caller's, whose --help lists them
+
 Holder = flags.FlagHolder[Any]  # of a list
 EVERYWHERE = ("dtype", "param_dtype", "parent", "name")  # fields of each network, that no flag sets
 

@@ -57,6 +57,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 FLAGS = flags.FLAGS  # experiments/settings.py has more of them
+flags.adopt_module_key_flags(settings)
 flags.DEFINE_list("sets", list(SETS), f"sets of models, one cell each; of {', '.join(SETS)}")
 flags.DEFINE_integer("lanes", 1, "tenants of each model", lower_bound=1)
 flags.DEFINE_enum("sizes", None, list(SIZES), "sizes of models and requests; small on a CPU unless said otherwise")

@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 
-from absl import app
+from absl import app, flags
 
 from coalesce.scheduler.run import Outcome, Run
 from coalesce.scheduler.workloads import Arrival, arrive, merge, poisson
@@ -23,6 +23,9 @@ from experiments import overload_report
 from experiments.results import header, Row
 from experiments.settings import command, FLAGS
 from experiments.simulated import arrivals_of, chosen, DEVICE, fill, numbers_of, POLICIES, run_policy, SECOND, Setting
+
+for shared in ("policies", "horizon_s", "seed", "note", "out", "force"):
+    flags.declare_key_flag(shared)  # --help lists them
 
 MS = 1_000_000
 WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 480)

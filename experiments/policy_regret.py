@@ -170,4 +170,6 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_integer("instances", 200, "instances, of one seed after the other", lower_bound=1)
     flags.DEFINE_float("solve_s", 60.0, "most time for one optimum")
+    for shared in ("seed", "note", "out", "force"):
+        flags.declare_key_flag(shared)  # --help lists them
     app.run(main)

@@ -38,6 +38,12 @@ from experiments.simulated import chosen, DEVICE, fill, POLICIES
 
 flags.DEFINE_bool("real", False, "serve on the device at hand, instead of simulating")
 slo_serve.define_flags()
+SHARED = (
+    *("policies", "requests", "seed", "dtype", "precision", "tolerance", "budget_s"),
+    *("device_name", "note", "out", "force"),
+)
+for shared in SHARED:
+    flags.declare_key_flag(shared)  # --help lists them
 
 
 def simulate_all() -> None:

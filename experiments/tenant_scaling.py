@@ -36,6 +36,7 @@ METHODS: dict[str, Method[Tenants]] = {
 }
 
 FLAGS = flags.FLAGS  # experiments/settings.py has more of them
+flags.adopt_module_key_flags(settings)
 flags.DEFINE_enum("model", "mlp", NAMES, "the model of all tenants")
 define_fields("override", [], "fields of the model to set, as in width=64,layers=12")
 flags.DEFINE_integer("image_size", None, "short for --override=image_size=...")
