@@ -39,6 +39,7 @@ flags.DEFINE_integer("rounds", 5, "how many rounds to trace", lower_bound=1, fla
 
 def main(argv: Sequence[str]) -> None:
     settings.begin(argv, ())
+    path = settings.folder() / f"mixed_kernels_{FLAGS.set}.json"
     mix = mix_of(SETS[FLAGS.set], fields_of_models())
     runs: dict[tuple[str, str], Callable[[], Any]] = {}
     for policy in FLAGS.policies:
@@ -55,7 +56,6 @@ def main(argv: Sequence[str]) -> None:
     rows = [{"set": FLAGS.set, **row_of(key, run, timings[key])} for key, run in runs.items()]
     conditions = {"dtype": FLAGS.dtype, "batch": FLAGS.batch, "lanes": FLAGS.lanes, "fields": fields_of_models()}
     head = header(settings.command("mixed_kernels"), FLAGS.device_name or device_name(), FLAGS.note, **conditions)
-    path = settings.folder() / f"mixed_kernels_{FLAGS.set}.json"
     save_rows(path, head, rows)
     for row in rows:
         print(json.dumps(row))

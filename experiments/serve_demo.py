@@ -33,7 +33,7 @@ from experiments import own_flags
 from experiments.list_flags import define_counts
 from experiments.live import Client, Live, move_in, PROCESSES, read_kind, Seen, tenants, times_of
 from experiments.policies import POLICIES
-from experiments.results import device_name
+from experiments.results import device_name, writable_file
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_list(
@@ -156,7 +156,7 @@ def milliseconds(seconds: float | None) -> str:
 def main(argv: Sequence[str]) -> None:
     own_flags.parse("serve_demo", FLAGS, argv)
     console, seen = Console(width=None if sys.stdout.isatty() else 120), Seen()
-    trace = Trace() if FLAGS.trace else None
+    trace = Trace() if FLAGS.trace and writable_file(Path(FLAGS.trace), "--trace names another") else None
     lives = tenants([read_kind(text) for text in FLAGS.tenants])
     with Runtime(
         policy=POLICIES[FLAGS.policy](),

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 
 from experiments.methods import Options
-from experiments.results import device_folder, load_rows, Row, save_rows
+from experiments.results import device_folder, load_rows, Row, save_rows, writable
 
 
 def is_object(text: str) -> bool:
@@ -122,7 +122,7 @@ def command(script: str, *without: str) -> str:
 
 
 def folder() -> Path:
-    return Path(FLAGS.out or Path("experiments", "results", device_folder()))
+    return writable(Path(FLAGS.out or Path("experiments", "results", device_folder())))
 
 
 def named(item: str) -> tuple[str, dict[str, Any]]:

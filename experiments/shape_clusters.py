@@ -32,7 +32,7 @@ from coalesce.models import by_name, NAMES
 from coalesce.passes.pipeline import normalise
 from coalesce.target import programs_of, UsageError
 from experiments.list_flags import define_names, define_numbers
-from experiments.results import header, Row, save_rows
+from experiments.results import header, Row, save_rows, writable
 from experiments.shape_plot import plot
 from experiments.shape_report import report
 
@@ -163,6 +163,7 @@ def given_flags() -> list[str]:
 def main(argv: Sequence[str]) -> None:
     if argv[1:]:
         raise app.UsageError(f"what is {argv[1]}?")
+    path = writable(Path(FLAGS.out)) / "shape_clusters.json"
     ops: list[Op] = []
     if FLAGS.function:
         try:
@@ -180,7 +181,6 @@ def main(argv: Sequence[str]) -> None:
     if FLAGS.function:
         settings = {"models": models, "function": FLAGS.function}
     head = header(command, "none", **settings)
-    path = Path(FLAGS.out, "shape_clusters.json")
     shapes = shape_rows(ops, clusters)
     save_rows(path, head, rows)
     save_rows(path.with_name("shape_clusters_ops.json"), {**head, "waste_bound": FLAGS.waste_bound}, shapes)

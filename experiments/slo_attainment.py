@@ -32,7 +32,7 @@ from pathlib import Path
 from absl import app, flags
 
 from experiments import slo_report, slo_serve, slo_sweeps
-from experiments.results import header
+from experiments.results import header, writable
 from experiments.settings import command, FLAGS
 from experiments.simulated import chosen, DEVICE, fill, POLICIES
 
@@ -47,7 +47,7 @@ for shared in SHARED:
 
 
 def simulate_all() -> None:
-    folder = Path(FLAGS.out or Path("experiments", "results", "slo_attainment"))
+    folder = writable(Path(FLAGS.out or Path("experiments", "results", "slo_attainment")))
     head = header(command("slo_attainment", "policies"), DEVICE, FLAGS.note, requests=FLAGS.requests, seed=FLAGS.seed)
     rows = fill(
         folder / "slo_attainment.json",

@@ -28,7 +28,7 @@ from coalesce.measuring.case import cases
 from coalesce.models import by_name
 from coalesce.tuning import known
 from coalesce.tuning.estimate import blocks_of, Fit, KERNEL, speaks_of, us
-from experiments.results import header, Row, save_rows, table
+from experiments.results import header, Row, save_rows, table, writable
 
 DEVICE, TENANTS, MODEL = "NVIDIA H200", 16, "resnet50"
 NAMES = [field.name for field in fields(Fit)]
@@ -54,6 +54,7 @@ class Measured:
 def main(argv: Sequence[str]) -> None:
     if argv[1:]:
         raise app.UsageError(f"what is {argv[1]}?")
+    folder = writable(Path(FLAGS.folder), "--folder names another")
     rows: list[Row] = []
     fits: dict[str, Fit] = {}
     for dtype in ("bfloat16", "float32"):
@@ -66,8 +67,6 @@ def main(argv: Sequence[str]) -> None:
         print(f"{dtype}: {fit}", flush=True)
         rows += [row_of(dtype, one, fitted([o for o in ops if o is not one], start, free), fit) for one in ops]
     head = header("python -m experiments.tile_model", DEVICE, "", fits={d: list(astuple(f)) for d, f in fits.items()})
-    folder = Path(FLAGS.folder)
-    folder.mkdir(parents=True, exist_ok=True)
     save_rows(folder / "tile_model.json", head, rows)
     text = report(rows)
     (folder / "tile_model.md").write_text(text, encoding="utf-8")
