@@ -40,7 +40,7 @@ def asked(item: str) -> str:
 
 FLAGS = flags.FLAGS  # those of mixed_tenants and experiments/settings.py too
 flags.adopt_module_key_flags(mixed_tenants)
-define(asked, "executables", ["1", "auto", "2", "3"], "in how many the program is compiled", FLAGS)
+define(asked, "executables", ["1", "auto", "2", "3"], "in how many the program is compiled", least=1)
 flags.DEFINE_enum("policy", "auto", ["auto", "always", "never"], "what packs across families", flag_values=FLAGS)
 
 

@@ -51,7 +51,9 @@ flags.DEFINE_bool("pallas", True, "on a GPU also try Coalesce with Pallas kernel
 flags.DEFINE_bool("called", False, "on a GPU also try Coalesce as JAX calls it, beside as a CUDA graph of its own")
 flags.DEFINE_bool("autotune", False, "also try PyTorch compiled with max-autotune, which takes minutes a model")
 flags.DEFINE_bool("retry_failed", False, "measure again the rows that failed")
-flags.DEFINE_integer("beside", 0, "build so many cells at once, in processes of which none runs while another times")
+flags.DEFINE_integer(
+    "beside", 0, "build so many cells at once, in processes of which none runs while another times", lower_bound=0
+)
 
 
 def main(argv: Sequence[str]) -> None:

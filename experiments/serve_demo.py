@@ -48,8 +48,8 @@ flags.DEFINE_float("cv", 4.0, "how uneven the gaps of --process=gamma are", lowe
 flags.DEFINE_string("csv", None, "recorded times for --process=csv", flag_values=FLAGS)
 flags.register_multi_flags_validator(
     ["process", "csv"],
-    lambda given: given["process"] != "csv" or (given["csv"] is not None and Path(given["csv"]).is_file()),
-    "--process=csv needs --csv=FILE, with a column TIMESTAMP",
+    lambda given: Path(given["csv"] or "").is_file() if given["process"] == "csv" else given["csv"] is None,
+    "--process=csv needs --csv=FILE, with a column TIMESTAMP, and nothing else takes one",
     flag_values=FLAGS,
 )
 flags.DEFINE_float("zipf", 0.5, "how unequal the tenants' rates are; 0 is equal", lower_bound=0, flag_values=FLAGS)

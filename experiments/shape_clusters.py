@@ -69,6 +69,7 @@ define_numbers(
     wanted="from 0 to less than 1",
 )
 flags.DEFINE_float("waste_bound", WASTE_BOUND, "the bound whose clusters are listed and drawn")
+flags.register_validator("waste_bound", lambda bound: 0 <= bound < 1, "a share from 0 to less than 1 is wanted")
 flags.DEFINE_string("out", "experiments/results/shape_clusters", "folder of the results")
 
 
