@@ -40,7 +40,7 @@ def read_profile(path: str | Path) -> list[dict[str, Any]]:
 def events_of(trace: Any, path: str | Path) -> list[dict[str, Any]]:
     """Raises ValueError if it has none."""
     events = trace.get("traceEvents") if isinstance(trace, dict) else None
-    if not isinstance(events, list):
+    if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
         raise ValueError(f"{path} is no trace: it has no list of traceEvents")
     return events
 
