@@ -14,7 +14,6 @@ no tenant is run, and no weight is needed.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -33,6 +32,9 @@ from coalesce.models import NAMES
 from coalesce.target import EXPECTED, Function, programs_of, Tenants, UsageError
 from coalesce.tuning import known, load, user_file
 from coalesce.tuning.show import table
+
+LIMITS = ("workers", "seconds", "force", "company")
+TUNE = ("function", "model", "dtype", "tenants", "out", "kernels", *LIMITS)  # None where they are not given
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,16 +89,16 @@ def add_tune(commands: Any) -> None:
     command.add_argument("--model", choices=NAMES, help="instead of a function: tenants of this model")
     command.add_argument(
         "--dtype",
-        default="bfloat16",
         choices=("float32", "bfloat16", "float16"),
-        help="of the model's weights and activations (%(default)s)",
+        help="of the model's weights and activations (default: bfloat16)",
     )
-    command.add_argument("--tenants", type=int, default=16, help="how many of the model (%(default)s)")
+    command.add_argument("--tenants", type=int, help="how many of the model (default: 16)")
     command.add_argument("--out", type=Path, metavar="FILE", help="the database to fill (default: the user's own)")
-    command.add_argument("--workers", type=int, default=0, help="processes that compile at once (default: this one)")
-    command.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after so many")
-    command.add_argument("--force", action="store_true", help="measure again what is known")
-    command.add_argument("--company", action="store_true", help="also measure the best beside another launch (GPU)")
+    command.add_argument("--workers", type=int, help="processes that compile at once (default: this one)")
+    command.add_argument("--seconds", type=float, help="begin nothing after so many")
+    command.add_argument("--force", action="store_true", default=None, help="measure again what is known")
+    company = "also measure the best beside another launch (GPU)"
+    command.add_argument("--company", action="store_true", default=None, help=company)
     command.add_argument("--kernels", metavar="NAMES", help="measure only these, with commas between (default: all)")
     command.add_argument(
         "--show", nargs="?", const="", metavar="FILE", help="print a database; what fuse uses, if no file is given"
@@ -130,25 +132,43 @@ def show(options: argparse.Namespace) -> None:
     print(f"{fused.report}\nwrote {options.html}")
 
 
-def tuned(options: argparse.Namespace) -> None:
-    own = user_file()
+def check_tune(options: argparse.Namespace) -> None:
+    """Raises UsageError for options that say nothing beside each other, and for numbers that are none of theirs."""
+    given = [name for name in TUNE if getattr(options, name) is not None]
+    if options.show is not None and given:
+        what = options.function if given[0] == "function" else f"--{given[0]}"
+        raise UsageError(f"tune --show prints what was measured and takes nothing else: leave {what} out")
     if options.show is not None:
-        print(table(load(Path(options.show)) if options.show else known()))
         return
     if (options.function is None) == (options.model is None):
         raise UsageError("tune takes MODULE:FUNCTION or --model, one of them")
+    if options.function and (of_model := [name for name in ("dtype", "tenants") if name in given]):
+        raise UsageError(f"--{of_model[0]} is of a --model; {options.function} says which tenants it has")
+    if options.tenants is not None and options.tenants < 1:
+        raise UsageError(f"--tenants is {options.tenants}; it is how many of the model, one or more")
+    if options.workers is not None and options.workers < 0:
+        raise UsageError(f"--workers is {options.workers}; it is a number of processes, 0 for none besides this one")
+    if options.seconds is not None and not options.seconds >= 0:
+        raise UsageError(f"--seconds is {options.seconds:g}; it is a time from 0")
+
+
+def tuned(options: argparse.Namespace) -> None:
+    own = user_file()
+    check_tune(options)
+    if options.show is not None:
+        print(table(load(Path(options.show)) if options.show else known()))
+        return
     # A process reserves most of a GPU's memory when it starts to use it, and there may be several.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    source = Function(options.function) if options.function else Tenants(options.model, options.dtype, options.tenants)
+    of_model = options.dtype or "bfloat16", options.tenants or 16
+    source = Function(options.function) if options.function else Tenants(options.model, *of_model)
     out = options.out or own
     if out is None:
         raise UsageError("there is no home directory to keep measurements in; give a file with --out")
-    if options.workers < 0:
-        raise UsageError(f"--workers is {options.workers}; it is a number of processes, 0 for none besides this one")
     kernels = options.kernels.split(",") if options.kernels else []
     if unknown := sorted(set(kernels) - set(KERNELS)):
         raise UsageError(f"there is no kernel {unknown[0]!r}; there are {', '.join(KERNELS)}")
-    limits = {name: getattr(options, name) for name in ("workers", "seconds", "force", "company")}
+    limits = {name: getattr(options, name) for name in LIMITS if getattr(options, name) is not None}
     database = tune(source, out, kernels=kernels, **limits)
     if not database.entries:
         raise TuningError("nothing was measured, so nothing was written")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ from coalesce.compile import OPTIONAL_PASSES
 from coalesce.models import by_name, NAMES
 from experiments import methods, pairs, settings
 from experiments.cells import brief, largest_error, on_host, tenants_of
-from experiments.list_flags import define_counts, define_fields_of_models, define_names
+from experiments.list_flags import define, define_counts, define_fields_of_models, define_names
 from experiments.methods import Tenants
 from experiments.peers_common import Burst
 from experiments.results import device_name, header, Row, table
@@ -36,12 +37,21 @@ ALL, UNTUNED = "nothing", "tuning"
 VARIANTS = (ALL, *OPTIONAL_PASSES, UNTUNED)
 DTYPES = ("float32", "bfloat16")
 
+
+def there(item: str) -> str:
+    """Of --databases, if it is a file; one that is no database has a row that says so."""
+    if not Path(item).is_file():
+        raise ValueError(f"there is no file {item}")
+    return item
+
+
 FLAGS = flags.FLAGS  # experiments/settings.py has more of them; --methods are what is left out
+flags.adopt_module_key_flags(settings)
 define_names("models", ["resnet50", "bert_base", "lstm"], "the models, one after the other", NAMES)
 define_fields_of_models("fields", "fields of single models to set, as in lstm.steps=5,vgg16.image_size=32")
 define_names("dtypes", list(DTYPES), "dtypes of weights and activations", DTYPES)
 define_counts("tenants", [8], "numbers of tenants")
-flags.DEFINE_list("databases", [], "files of tuning databases, each of which takes the place of the usual ones once")
+define(there, "databases", [], "files of tuning databases, each of which takes the place of the usual ones once")
 
 
 class Cell(NamedTuple):

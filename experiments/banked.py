@@ -76,8 +76,8 @@ def main(argv: Sequence[str]) -> None:
     conditions = {"model": FLAGS.model, "fields": fields, "dtype": FLAGS.dtype}
     conditions |= {"lanes": FLAGS.lanes, "tenants": FLAGS.tenants, "tolerance": TOLERANCE[FLAGS.dtype]}
     head = header(own_flags.command("banked", FLAGS), FLAGS.device_name or device_name(), FLAGS.note, **conditions)
-    rows = measured(tenants_of(model, FLAGS.tenants, 1))
     path = own_flags.folder(FLAGS) / f"banked_{FLAGS.model}_{FLAGS.dtype}.json"
+    rows = measured(tenants_of(model, FLAGS.tenants, 1))
     save_rows(path, head, rows)
     text = report(head, rows)
     path.with_suffix(".md").write_text(text, encoding="utf-8")

@@ -52,8 +52,9 @@ def size(item: str) -> str:
 
 
 FLAGS = flags.FLAGS  # experiments/settings.py has more of them
+flags.adopt_module_key_flags(settings)
 define_names("products", list(SIZES), f"which products; of {', '.join(SIZES)}", SIZES)
-define(size, "sizes", [], "other sizes of a product, MxKxN, as in sgemm=64x32x16", FLAGS)
+define(size, "sizes", [], "other sizes of a product, MxKxN, as in sgemm=64x32x16")
 define_names(
     "arithmetic",
     list(ARITHMETIC),

@@ -30,6 +30,7 @@ from experiments.tile_trials import CANDIDATES, OPS, report, trial
 DTYPES = ("float32", "bfloat16")
 
 FLAGS = flags.FLAGS  # experiments/settings.py has more of them; --dtypes stands for its --dtype
+flags.adopt_module_key_flags(settings)
 define_names("dtypes", list(DTYPES), "dtypes of the operands; float32 at the default precision, TF32", DTYPES)
 define_names("ops", None, "which operations; all if not given", OPS)
 flags.DEFINE_integer("problems", 16, "problems in company", lower_bound=1)

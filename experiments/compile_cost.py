@@ -18,7 +18,7 @@ from absl import app, flags
 import coalesce
 from coalesce.models import by_name, Model, NAMES
 from experiments.list_flags import define_counts
-from experiments.results import device_folder, device_name, header, Row, save_rows, table
+from experiments.results import device_folder, device_name, header, Row, save_rows, table, writable
 
 MODEL = flags.DEFINE_enum("model", "resnet50", NAMES, "model of coalesce.models")
 REPEATS = flags.DEFINE_integer("repeats", 3, "runs of each cell; the fastest counts", lower_bound=1)
@@ -48,6 +48,7 @@ def measure(model: Model, tenants: int, own_functions: bool) -> dict[str, float]
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"what is {argv[1]}?")
+    folder = writable(Path(OUT.value or Path(__file__).parent / "results" / device_folder()))
     model = by_name(MODEL.value)
     rows: list[Row] = []
     for own_functions in (False, True):
@@ -63,7 +64,6 @@ def main(argv: list[str]) -> None:
         name = "one a tenant" if row["own_functions"] else "one for all"
         lines.append([name, str(row["tenants"]), *(f"{s:.2f}" for s in [*stages, sum(stages)])])
     print(table(columns, lines))
-    folder = Path(OUT.value) if OUT.value else Path(__file__).parent / "results" / device_folder()
     head = header(" ".join(["python -m experiments.compile_cost", *sys.argv[1:]]), device_name(), repeats=REPEATS.value)
     path = folder / f"compile_cost_{model.name}.json"
     save_rows(path, head, rows)

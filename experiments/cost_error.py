@@ -31,7 +31,7 @@ from experiments.cost_cases import Case, kernels_of, model_ops, movement_cases, 
 from experiments.cost_report import fastest, name_of, report, scatter
 from experiments.list_flags import define_counts, define_names
 from experiments.recorded_gpu import records
-from experiments.results import device_folder, device_name, header, load_rows, Row, save_rows
+from experiments.results import device_folder, device_name, header, load_rows, Row, save_rows, writable
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("ops", None, "distinct heavy ops to measure; 24 on a GPU, else 36", lower_bound=0)
@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
     costs = Costs(device_of(platform, kind))
     command = " ".join(["python -m experiments.cost_error", *given_flags()])
     head = header(command, FLAGS.device_name or device_name(), FLAGS.note, entry=costs.device.name)
-    path = Path(FLAGS.out or Path("experiments", "results", device_folder())) / "cost_error.json"
+    path = writable(Path(FLAGS.out or Path("experiments", "results", device_folder()))) / "cost_error.json"
     before = {name_of(row): row for row in ([] if FLAGS.force else load_rows(path, head))}
     write_us = min(in_program_us(write_only(), 64, repeats=FLAGS.repeats, seconds=1) for _ in range(3))
     rows: list[Row] = []

@@ -22,7 +22,7 @@ import jax
 from absl import app, flags
 
 from coalesce.models import NAMES
-from experiments import methods, mixed_methods, pairs, settings
+from experiments import methods, mixed_methods, mixed_tenants, pairs, settings
 from experiments.cells import brief, largest_error, on_host
 from experiments.list_flags import count, define
 from experiments.measure import each_round, interleave
@@ -39,7 +39,8 @@ def asked(item: str) -> str:
 
 
 FLAGS = flags.FLAGS  # those of mixed_tenants and experiments/settings.py too
-define(asked, "executables", ["1", "auto", "2", "3"], "in how many the program is compiled", FLAGS)
+flags.adopt_module_key_flags(mixed_tenants)
+define(asked, "executables", ["1", "auto", "2", "3"], "in how many the program is compiled", least=1)
 flags.DEFINE_enum("policy", "auto", ["auto", "always", "never"], "what packs across families", flag_values=FLAGS)
 
 

@@ -23,7 +23,7 @@ from coalesce.scheduler.run import Outcome
 from coalesce.scheduler.simulator import simulate
 from coalesce.scheduler.workloads import Arrival, arrive_apart
 from experiments.list_flags import define_numbers
-from experiments.results import header, Row, save_rows, table
+from experiments.results import header, Row, save_rows, table, writable
 from experiments.settings import command, FLAGS
 from experiments.simulated import DEVICE, POLICIES
 
@@ -85,7 +85,7 @@ def served(name: str, arrivals: Sequence[Arrival], slo_ns: int) -> float:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"what is {argv[1]}?")
-    folder = Path(FLAGS.out or Path("experiments", "results", "hindsight"))
+    folder = writable(Path(FLAGS.out or Path("experiments", "results", "hindsight")))
     cells = [(slo, rate) for slo in FLAGS.slos_ms for rate in FLAGS.rates]
     rows = [measure(*cell, FLAGS.cv, FLAGS.requests) for cell in cells]
     head = header(command("hindsight"), DEVICE, FLAGS.note)
@@ -107,4 +107,6 @@ if __name__ == "__main__":
     define_numbers("slos_ms", [11.4, 6.4], "SLOs")
     define_numbers("rates", [500, 1000, 2000, 3000, 4000], "requests a second")
     flags.DEFINE_float("cv", 4.0, "of the gaps between a tenant's requests", lower_bound=0)
+    for shared in ("requests", "note", "out"):
+        flags.declare_key_flag(shared)  # --help lists them
     app.run(main)

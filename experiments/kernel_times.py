@@ -22,12 +22,13 @@ from experiments.profiler import Line, lines, traced
 
 KERNELS = {"own": "", "pallas": methods.by_pallas}
 
-FLAGS = flags.FLAGS
+FLAGS = flags.FLAGS  # experiments/settings.py has more of them
+flags.adopt_module_key_flags(settings)
 flags.DEFINE_enum("model", "resnet50", NAMES, "the model")
 flags.DEFINE_integer("tenants", 16, "how many tenants of it", lower_bound=1)
 flags.DEFINE_enum("kernels", "own", list(KERNELS), "whose superkernels: as Coalesce chooses, or Pallas wherever it can")
 flags.DEFINE_integer("rounds", 20, "how many rounds to trace", lower_bound=1)
-flags.DEFINE_integer("top", 40, "how many kernels to list")
+flags.DEFINE_integer("top", 40, "how many kernels to list", lower_bound=1)
 
 
 def trace(run: Callable[[], Any], rounds: int) -> list[Line]:
@@ -41,6 +42,8 @@ def trace(run: Callable[[], Any], rounds: int) -> list[Line]:
 
 def main(argv: Sequence[str]) -> None:
     settings.begin(argv, ())
+    if jax.default_backend() != "gpu":
+        raise app.UsageError("needs a GPU: elsewhere the profiler's trace has no kernels")
     model = by_name(FLAGS.model, dtype=FLAGS.dtype, param_dtype=FLAGS.dtype)
     tenants = tenants_of(model, FLAGS.tenants, FLAGS.batch)
     choice = {FLAGS.kernels: KERNELS[FLAGS.kernels] or methods.choose}

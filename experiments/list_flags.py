@@ -2,6 +2,8 @@
 what there is to choose from, before anything is measured.
 
     define_counts("widths", [1, 2, 4], "of executables", flag_values=FLAGS)  # FLAGS.widths is a list of int
+
+Counts and names are one at least; no numbers, or no fields, mean something.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from absl import flags
 
 from coalesce.models import by_name, NAMES
 
+flags.disclaim_key_flags()  # those that are defined here are the caller's, whose --help lists them
+
 Holder = flags.FlagHolder[Any]  # of a list
 EVERYWHERE = ("dtype", "param_dtype", "parent", "name")  # fields of each network, that no flag sets
 
@@ -26,11 +30,14 @@ class Items(flags.ArgumentParser):
 
     syntactic_help_string = "a comma separated list"
 
-    def __init__(self, read: Callable[[str], Any]) -> None:
-        self._read = read
+    def __init__(self, read: Callable[[str], Any], least: int) -> None:
+        self._read, self._least = read, least
 
     def parse(self, argument: str | list[Any]) -> list[Any]:
-        return [self._read(str(item)) for item in flags.ListParser().parse(argument)]
+        found = [self._read(str(item)) for item in flags.ListParser().parse(argument)]
+        if len(found) < self._least:
+            raise ValueError(f"nothing is given; {self._least} or more are wanted")
+        return found
 
     def flag_type(self) -> str:
         return self.syntactic_help_string
@@ -44,10 +51,17 @@ class Serializer(flags.CsvListSerializer):
 
 
 def define(
-    read: Callable[[str], Any], name: str, default: Sequence[Any] | None, told: str, own: flags.FlagValues
+    read: Callable[[str], Any],
+    name: str,
+    default: Sequence[Any] | None,
+    told: str,
+    own: flags.FlagValues = flags.FLAGS,
+    *,
+    least: int = 0,
 ) -> Holder:
+    """Of `least` values or more."""
     given = None if default is None else list(default)
-    return flags.DEFINE(Items(read), name, given, told, flag_values=own, serializer=Serializer(","))
+    return flags.DEFINE(Items(read, least), name, given, told, flag_values=own, serializer=Serializer(","))
 
 
 def define_counts(
@@ -58,7 +72,7 @@ def define_counts(
     least: int = 1,
     flag_values: flags.FlagValues = flags.FLAGS,
 ) -> Holder:
-    return define(partial(count, least=least), name, default, told, flag_values)
+    return define(partial(count, least=least), name, default, told, flag_values, least=1)
 
 
 def define_numbers(
@@ -81,7 +95,7 @@ def define_names(
     *,
     flag_values: flags.FlagValues = flags.FLAGS,
 ) -> Holder:
-    return define(partial(one_of, known=known), name, default, told, flag_values)
+    return define(partial(one_of, known=known), name, default, told, flag_values, least=1)
 
 
 def define_fields(

@@ -169,6 +169,7 @@ def row_of(summary: dict[str, str], served: Served, seen: Seen) -> Row:
 
 def main(argv: Sequence[str]) -> None:
     own_flags.parse("loadgen", FLAGS, argv)
+    path = own_flags.folder(FLAGS) / "loadgen.json"
     kinds = [read_kind(f"{text}:{FLAGS.latency_ms}") for text in FLAGS.tenants]
     lives, seen = tenants(kinds), Seen()
     keep = {name: FLAGS[name].value for name in ("tenants", "duration", "queries")}
@@ -185,7 +186,6 @@ def main(argv: Sequence[str]) -> None:
     if served.failures:
         raise RuntimeError(f"{len(served.failures)} requests failed, the first for this reason") from served.failures[0]
     row = row_of(summary, served, seen)
-    path = own_flags.folder(FLAGS) / "loadgen.json"
     save_rows(path, head, [row])
     text = report(head, row)
     path.with_suffix(".md").write_text(text, encoding="utf-8")

@@ -167,13 +167,13 @@ def main(argv: Sequence[str]) -> None:
     own_flags.parse("mixed_family", FLAGS, argv)
     settings = {"kinds": FLAGS.kinds, "duration_s": FLAGS.duration, "repeats": FLAGS.repeats}
     head = header(own_flags.command("mixed_family", FLAGS), FLAGS.device_name or device_name(), FLAGS.note, **settings)
+    path, rows = own_flags.folder(FLAGS) / "mixed_family.json", list[Row]()
     kinds = [read_kind(f"{text}:{1e3 * PATIENT_S:g}") for text in FLAGS.kinds]
     log, without = logging.getLogger("coalesce.runtime"), DoneWithout()
     level = log.level
     log.addHandler(without)
     log.setLevel(logging.INFO)
     served = [Served(method, kinds) for method in FLAGS.methods]
-    path, rows = own_flags.folder(FLAGS) / "mixed_family.json", list[Row]()
     for number in range(FLAGS.repeats):
         for own in served:
             print(f"{own.method}, run {number + 1} of {FLAGS.repeats}", file=sys.stderr, flush=True)

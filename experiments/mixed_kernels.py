@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from experiments import mixed_methods, profiler, settings
+from experiments import mixed_methods, mixed_tenants, profiler, settings
 from experiments.cells import brief
 from experiments.list_flags import define_names
 from experiments.measure import interleave, Timing
@@ -31,6 +31,7 @@ POLICIES = ("never", "auto")
 LONG_US = 3.0  # what lies between two kernels of a CUDA graph is shorter
 
 FLAGS = flags.FLAGS  # those of mixed_tenants and experiments/settings.py too
+flags.adopt_module_key_flags(mixed_tenants)
 flags.DEFINE_enum("set", "everything", list(SETS), "the set of models", flag_values=FLAGS)
 define_names("policies", list(POLICIES), "what packs across families", ("never", "auto", "always"), flag_values=FLAGS)
 flags.DEFINE_integer("rounds", 5, "how many rounds to trace", lower_bound=1, flag_values=FLAGS)
@@ -38,6 +39,7 @@ flags.DEFINE_integer("rounds", 5, "how many rounds to trace", lower_bound=1, fla
 
 def main(argv: Sequence[str]) -> None:
     settings.begin(argv, ())
+    path = settings.folder() / f"mixed_kernels_{FLAGS.set}.json"
     mix = mix_of(SETS[FLAGS.set], fields_of_models())
     runs: dict[tuple[str, str], Callable[[], Any]] = {}
     for policy in FLAGS.policies:
@@ -54,7 +56,6 @@ def main(argv: Sequence[str]) -> None:
     rows = [{"set": FLAGS.set, **row_of(key, run, timings[key])} for key, run in runs.items()]
     conditions = {"dtype": FLAGS.dtype, "batch": FLAGS.batch, "lanes": FLAGS.lanes, "fields": fields_of_models()}
     head = header(settings.command("mixed_kernels"), FLAGS.device_name or device_name(), FLAGS.note, **conditions)
-    path = settings.folder() / f"mixed_kernels_{FLAGS.set}.json"
     save_rows(path, head, rows)
     for row in rows:
         print(json.dumps(row))

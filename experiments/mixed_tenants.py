@@ -57,14 +57,18 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 FLAGS = flags.FLAGS  # experiments/settings.py has more of them
+flags.adopt_module_key_flags(settings)
 flags.DEFINE_list("sets", list(SETS), f"sets of models, one cell each; of {', '.join(SETS)}")
 flags.DEFINE_integer("lanes", 1, "tenants of each model", lower_bound=1)
 flags.DEFINE_enum("sizes", None, list(SIZES), "sizes of models and requests; small on a CPU unless said otherwise")
 define_fields_of_models("fields", "fields of single models to set, as in lstm.steps=5,vgg16.image_size=32")
 flags.DEFINE_float("waste_bound", WASTE_BOUND, "the largest share of an op in a superkernel that may be padding")
+flags.register_validator("waste_bound", lambda bound: 0 <= bound < 1, "a share from 0 to less than 1 is wanted")
 
 
 def check_sets(known: Collection[str]) -> None:
+    if not FLAGS.sets:
+        raise app.UsageError(f"--sets= names none. Sets: {', '.join(known)}")
     if unknown := [name for name in FLAGS.sets if name not in known]:
         raise app.UsageError(f"what is {unknown[0]}? Sets: {', '.join(known)}")
 

@@ -41,6 +41,7 @@ TENANTS = {"resnet50": (1, 2, 4, 8, 16, 32, 64)}  # of the others 1, 8 and 32
 PER_CELL = ("models", "dtypes", "tenants", "methods", "beside", "budget_s")
 
 FLAGS = flags.FLAGS  # experiments/settings.py has more of them; --dtypes stands for its --dtype
+flags.adopt_module_key_flags(settings)
 define_names("models", list(MODELS), "the models, one after the other", NAMES)
 define_fields_of_models("fields", "fields of single models to set, as in lstm.steps=5,vgg16.image_size=32")
 define_counts("tenants", None, "numbers of tenants; if not given, by model")
@@ -50,7 +51,9 @@ flags.DEFINE_bool("pallas", True, "on a GPU also try Coalesce with Pallas kernel
 flags.DEFINE_bool("called", False, "on a GPU also try Coalesce as JAX calls it, beside as a CUDA graph of its own")
 flags.DEFINE_bool("autotune", False, "also try PyTorch compiled with max-autotune, which takes minutes a model")
 flags.DEFINE_bool("retry_failed", False, "measure again the rows that failed")
-flags.DEFINE_integer("beside", 0, "build so many cells at once, in processes of which none runs while another times")
+flags.DEFINE_integer(
+    "beside", 0, "build so many cells at once, in processes of which none runs while another times", lower_bound=0
+)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -15,14 +15,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 
-from absl import app
+from absl import app, flags
 
 from coalesce.scheduler.run import Outcome, Run
 from coalesce.scheduler.workloads import Arrival, arrive, merge, poisson
 from experiments import overload_report
-from experiments.results import header, Row
+from experiments.results import header, Row, writable
 from experiments.settings import command, FLAGS
 from experiments.simulated import arrivals_of, chosen, DEVICE, fill, numbers_of, POLICIES, run_policy, SECOND, Setting
+
+for shared in ("policies", "horizon_s", "seed", "note", "out", "force"):
+    flags.declare_key_flag(shared)  # --help lists them
 
 MS = 1_000_000
 WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 480)
@@ -117,7 +120,7 @@ def measure(cell: Cell, horizon_s: float, seed: int, usual: Setting = USUAL) -> 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"what is {argv[1]}?")
-    folder = Path(FLAGS.out or Path("experiments", "results", "overload"))
+    folder = writable(Path(FLAGS.out or Path("experiments", "results", "overload")))
     head = header(command("overload", "policies"), DEVICE, FLAGS.note, horizon_s=FLAGS.horizon_s, seed=FLAGS.seed)
     rows = fill(
         folder / "overload.json",

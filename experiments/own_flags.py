@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from experiments.results import device_folder
+from experiments.results import device_folder, writable
 
 QUIET = ("device_name", "note", "out")  # what the header says anyway, and the folder of one machine
 
@@ -47,5 +47,5 @@ def command(script: str, own: flags.FlagValues) -> str:
 
 
 def folder(own: Any) -> Path:
-    return Path(own.out or Path("experiments", "results", device_folder()))
+    return writable(Path(own.out or Path("experiments", "results", device_folder())))
 

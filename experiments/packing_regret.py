@@ -26,7 +26,7 @@ from coalesce.packing.progressive import align_programs
 from coalesce.packing.state import State
 from experiments.packing_exact import solve
 from experiments.packing_instances import branches, random_problem
-from experiments.results import header, Row, save_rows, table
+from experiments.results import header, Row, save_rows, table, writable
 
 INSTANCES = flags.DEFINE_integer("instances", 200, "instances whose optimum wins something", lower_bound=2)
 FIRST_SEED = flags.DEFINE_integer("first_seed", 1, "seed of the first instance; the next has the next")
@@ -114,8 +114,8 @@ def summary(rows: list[Row]) -> str:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"what is {argv[1]}?")
+    folder = writable(Path(OUT.value or Path(__file__).parent / "results" / "packing_regret"))
     rows = measure(INSTANCES.value, FIRST_SEED.value)
-    folder = Path(OUT.value) if OUT.value else Path(__file__).parent / "results" / "packing_regret"
     command = " ".join(["python -m experiments.packing_regret", *sys.argv[1:]])
     head = header(
         command, "none: nothing is measured on a device", instances=INSTANCES.value, first_seed=FIRST_SEED.value

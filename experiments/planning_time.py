@@ -52,6 +52,7 @@ def plan(programs: Sequence[coalesce.Program], **options: Any) -> tuple[coalesce
 
 def main(argv: Sequence[str]) -> None:
     own_flags.parse("planning_time", FLAGS, argv)
+    folder = own_flags.folder(FLAGS)
     start = time.process_time()
     programs = traced(FLAGS.models, FLAGS.tenants)
     tracing = time.process_time() - start
@@ -61,7 +62,6 @@ def main(argv: Sequence[str]) -> None:
     command = own_flags.command("planning_time", FLAGS)
     conditions = {"tenants": FLAGS.tenants, "models": FLAGS.models, "policy": FLAGS.policy}
     head = header(command, FLAGS.device_name or device_name(), FLAGS.note, **conditions)
-    folder = own_flags.folder(FLAGS)
     save_rows(folder / "planning_time.json", head, rows)
     lines = [[row["what"], f"{row['seconds']:.2f}"] for row in rows]
     text = (

@@ -23,7 +23,7 @@ from coalesce.scheduler.run import Outcome
 from coalesce.scheduler.simulator import simulate
 from experiments.policy_exact import Optimum, solve
 from experiments.policy_instances import Instance, random_instance, US
-from experiments.results import header, load_rows, Row, save_rows, table
+from experiments.results import header, load_rows, Row, save_rows, table, writable
 from experiments.settings import command, FLAGS
 from experiments.simulated import DEVICE, POLICIES
 from experiments.slo_report import style
@@ -149,7 +149,7 @@ def told(row: Row) -> str:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"what is {argv[1]}?")
-    folder = Path(FLAGS.out or Path("experiments", "results", "policy_regret"))
+    folder = writable(Path(FLAGS.out or Path("experiments", "results", "policy_regret")))
     head = header(command("policy_regret", "policies"), DEVICE, FLAGS.note, seed=FLAGS.seed)
     path = folder / "policy_regret.json"
     known = {} if FLAGS.force else {row["seed"]: row for row in load_rows(path, head)}
@@ -170,4 +170,6 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_integer("instances", 200, "instances, of one seed after the other", lower_bound=1)
     flags.DEFINE_float("solve_s", 60.0, "most time for one optimum")
+    for shared in ("seed", "note", "out", "force"):
+        flags.declare_key_flag(shared)  # --help lists them
     app.run(main)

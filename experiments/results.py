@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import jax
@@ -57,6 +58,32 @@ def named(stem: str) -> str:
 
 
 FORCE, OUT = "--force measures all of it again", "--out names another folder"
+
+
+def writable(folder: Path, instead: str = OUT) -> Path:
+    """The folder, made if it is not there; asked for before anything is measured that would go into it.
+
+    Raises:
+      SystemExit: nothing can be written into it; it says what can be done `instead`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            return folder
+    except OSError as e:
+        raise SystemExit(f"{folder} is no folder to write results into ({e.strerror}); {instead}") from None
+
+
+def writable_file(path: Path, instead: str) -> Path:
+    """The same of a file that is written in the end."""
+    there = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as e:
+        raise SystemExit(f"{path} is no file to write ({e.strerror}); {instead}") from None
+    if not there:
+        path.unlink()
+    return path
 
 
 def load_rows(path: Path, head: Mapping[str, Any], instead: str = FORCE) -> list[Row]:

@@ -186,6 +186,7 @@ def main(argv: Sequence[str]) -> None:
         check_fields(FLAGS.model, {**given, FLAGS.longer: MEASURED[0]})
     except ValueError as e:
         raise SystemExit(f"--longer={FLAGS.longer}: {e}") from None
+    path, rows = own_flags.folder(FLAGS) / "segments.json", list[Row]()
     layers = {"short": layers_for(FLAGS.short_ms), "long": layers_for(FLAGS.long_ms)}
     took_ms = {text: alone_ms(own) for text, own in layers.items()}
     short = kind_of("short", layers["short"], FLAGS.short_slo_ms)
@@ -200,7 +201,6 @@ def main(argv: Sequence[str]) -> None:
     }  # fmt: skip
     head = header(own_flags.command("segments", FLAGS), FLAGS.device_name or device_name(), FLAGS.note, **settings)
     print(settings, file=sys.stderr, flush=True)
-    path, rows = own_flags.folder(FLAGS) / "segments.json", list[Row]()
     for method in FLAGS.methods:
         for row in measure(method, short, long, rates):
             rows.append(row)

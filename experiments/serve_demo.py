@@ -33,7 +33,7 @@ from experiments import own_flags
 from experiments.list_flags import define_counts
 from experiments.live import Client, Live, move_in, PROCESSES, read_kind, Seen, tenants, times_of
 from experiments.policies import POLICIES
-from experiments.results import device_name
+from experiments.results import device_name, writable_file
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_list(
@@ -48,8 +48,8 @@ flags.DEFINE_float("cv", 4.0, "how uneven the gaps of --process=gamma are", lowe
 flags.DEFINE_string("csv", None, "recorded times for --process=csv", flag_values=FLAGS)
 flags.register_multi_flags_validator(
     ["process", "csv"],
-    lambda given: given["process"] != "csv" or (given["csv"] is not None and Path(given["csv"]).is_file()),
-    "--process=csv needs --csv=FILE, with a column TIMESTAMP",
+    lambda given: Path(given["csv"] or "").is_file() if given["process"] == "csv" else given["csv"] is None,
+    "--process=csv needs --csv=FILE, with a column TIMESTAMP, and nothing else takes one",
     flag_values=FLAGS,
 )
 flags.DEFINE_float("zipf", 0.5, "how unequal the tenants' rates are; 0 is equal", lower_bound=0, flag_values=FLAGS)
@@ -156,7 +156,7 @@ def milliseconds(seconds: float | None) -> str:
 def main(argv: Sequence[str]) -> None:
     own_flags.parse("serve_demo", FLAGS, argv)
     console, seen = Console(width=None if sys.stdout.isatty() else 120), Seen()
-    trace = Trace() if FLAGS.trace else None
+    trace = Trace() if FLAGS.trace and writable_file(Path(FLAGS.trace), "--trace names another") else None
     lives = tenants([read_kind(text) for text in FLAGS.tenants])
     with Runtime(
         policy=POLICIES[FLAGS.policy](),

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 
 from experiments.methods import Options
-from experiments.results import device_folder, load_rows, Row, save_rows
+from experiments.results import device_folder, load_rows, Row, save_rows, writable
 
 
 def is_object(text: str) -> bool:
@@ -46,6 +46,8 @@ flags.DEFINE_float("tolerance", None, "largest error relative to sequential; by 
 flags.DEFINE_integer("repeats", 300, "timed rounds of each configuration", lower_bound=1)
 flags.DEFINE_float("seconds", 60.0, "most time for the repeats of a cell")
 flags.DEFINE_float("budget_s", None, "no cell starts after so many seconds")
+for limit in ("tolerance", "seconds", "budget_s"):  # a lower bound lets nan through
+    flags.register_validator(limit, lambda given: given is None or given >= 0, "a number from 0 is wanted")
 flags.DEFINE_string("compiler_options", None, "JSON, for all methods; on a GPU CUDA graphs if not given")
 flags.register_validator("compiler_options", lambda given: given is None or is_object(given), "not a JSON object")
 flags.DEFINE_bool(
@@ -122,7 +124,7 @@ def command(script: str, *without: str) -> str:
 
 
 def folder() -> Path:
-    return Path(FLAGS.out or Path("experiments", "results", device_folder()))
+    return writable(Path(FLAGS.out or Path("experiments", "results", device_folder())))
 
 
 def named(item: str) -> tuple[str, dict[str, Any]]:

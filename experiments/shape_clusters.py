@@ -32,7 +32,7 @@ from coalesce.models import by_name, NAMES
 from coalesce.passes.pipeline import normalise
 from coalesce.target import programs_of, UsageError
 from experiments.list_flags import define_names, define_numbers
-from experiments.results import header, Row, save_rows
+from experiments.results import header, Row, save_rows, writable
 from experiments.shape_plot import plot
 from experiments.shape_report import report
 
@@ -69,6 +69,7 @@ define_numbers(
     wanted="from 0 to less than 1",
 )
 flags.DEFINE_float("waste_bound", WASTE_BOUND, "the bound whose clusters are listed and drawn")
+flags.register_validator("waste_bound", lambda bound: 0 <= bound < 1, "a share from 0 to less than 1 is wanted")
 flags.DEFINE_string("out", "experiments/results/shape_clusters", "folder of the results")
 
 
@@ -163,6 +164,7 @@ def given_flags() -> list[str]:
 def main(argv: Sequence[str]) -> None:
     if argv[1:]:
         raise app.UsageError(f"what is {argv[1]}?")
+    path = writable(Path(FLAGS.out)) / "shape_clusters.json"
     ops: list[Op] = []
     if FLAGS.function:
         try:
@@ -180,7 +182,6 @@ def main(argv: Sequence[str]) -> None:
     if FLAGS.function:
         settings = {"models": models, "function": FLAGS.function}
     head = header(command, "none", **settings)
-    path = Path(FLAGS.out, "shape_clusters.json")
     shapes = shape_rows(ops, clusters)
     save_rows(path, head, rows)
     save_rows(path.with_name("shape_clusters_ops.json"), {**head, "waste_bound": FLAGS.waste_bound}, shapes)

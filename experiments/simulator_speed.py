@@ -33,7 +33,7 @@ from coalesce.scheduler.request import Tenant
 from coalesce.scheduler.run import quantile
 from coalesce.scheduler.simulator import simulate
 from coalesce.scheduler.workloads import Arrival, arrive, poisson, SECOND, zipf
-from experiments.results import device_folder, device_name, header, named, Row, save_rows, table
+from experiments.results import device_folder, device_name, header, named, Row, save_rows, table, writable
 
 TENANTS = flags.DEFINE_integer("tenants", 1000, "tenants", lower_bound=1)
 REQUESTS = flags.DEFINE_integer("requests", 200_000, "requests of a simulation", lower_bound=1000)
@@ -156,7 +156,7 @@ def report(rows: list[Row]) -> str:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"what is {argv[1]}?")
-    folder = Path(OUT.value) if OUT.value else Path(__file__).parent / "results" / device_folder()
+    folder = writable(Path(OUT.value or Path(__file__).parent / "results" / device_folder()))
     given = [arg for arg in sys.argv[1:] if not arg.startswith("--out")]
     command = " ".join(["python -m experiments.simulator_speed", *given])
     rows = [*map(measure_speed, SPEED), *map(measure_decisions, DECISIONS)]

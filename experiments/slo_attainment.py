@@ -32,16 +32,22 @@ from pathlib import Path
 from absl import app, flags
 
 from experiments import slo_report, slo_serve, slo_sweeps
-from experiments.results import header
+from experiments.results import header, writable
 from experiments.settings import command, FLAGS
 from experiments.simulated import chosen, DEVICE, fill, POLICIES
 
 flags.DEFINE_bool("real", False, "serve on the device at hand, instead of simulating")
 slo_serve.define_flags()
+SHARED = (
+    *("policies", "requests", "seed", "dtype", "precision", "tolerance", "budget_s"),
+    *("device_name", "note", "out", "force"),
+)
+for shared in SHARED:
+    flags.declare_key_flag(shared)  # --help lists them
 
 
 def simulate_all() -> None:
-    folder = Path(FLAGS.out or Path("experiments", "results", "slo_attainment"))
+    folder = writable(Path(FLAGS.out or Path("experiments", "results", "slo_attainment")))
     head = header(command("slo_attainment", "policies"), DEVICE, FLAGS.note, requests=FLAGS.requests, seed=FLAGS.seed)
     rows = fill(
         folder / "slo_attainment.json",

@@ -38,6 +38,7 @@ REAL = ("coalescing", "EDF, one by one", "FIFO, one by one")  # ours, and the sa
 OURS = (*REAL, ELSEWHERE)
 SHORT: dict[str, str] = dict(zip(("coalescing", "edf", "fifo", "elsewhere"), OURS, strict=True))
 ALL = (*POLICIES, ELSEWHERE, slo_torch.NAME)
+flags.disclaim_key_flags()  # they are the script's, whose --help lists them
 FIRST = 0.9  # of what seems possible: the rate that a search tries first
 
 

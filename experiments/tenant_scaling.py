@@ -22,7 +22,7 @@ from absl import app, flags
 from coalesce.models import by_name, Model, NAMES
 from experiments import methods, settings
 from experiments.cells import measure_cell, tenants_of
-from experiments.list_flags import define_counts, define_fields
+from experiments.list_flags import check_fields, define_counts, define_fields
 from experiments.methods import Method, Tenants
 from experiments.results import device_name, header, plot, Row
 from experiments.scaling_report import report
@@ -36,12 +36,22 @@ METHODS: dict[str, Method[Tenants]] = {
 }
 
 FLAGS = flags.FLAGS  # experiments/settings.py has more of them
+flags.adopt_module_key_flags(settings)
 flags.DEFINE_enum("model", "mlp", NAMES, "the model of all tenants")
 define_fields("override", [], "fields of the model to set, as in width=64,layers=12")
-flags.DEFINE_integer("image_size", None, "short for --override=image_size=...")
+flags.DEFINE_integer("image_size", None, "short for --override=image_size=...", lower_bound=1)
 define_counts("tenants", [1, 2, 4, 8, 16, 32, 64], "numbers of tenants, one cell each")
 flags.DEFINE_integer("max_one_program", 16, "one_program is left out with more tenants than that")
 flags.DEFINE_bool("within_program", False, "try within_program=True for fused")
+
+
+@flags.multi_flags_validator(["model", "image_size"])
+def has_images(given: dict[str, Any]) -> bool:
+    try:
+        check_fields(given["model"], {} if given["image_size"] is None else {"image_size": given["image_size"]})
+    except ValueError as e:
+        raise flags.ValidationError(str(e)) from None
+    return True
 
 
 def chosen_model() -> tuple[Model, str]:

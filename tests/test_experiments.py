@@ -73,6 +73,21 @@ def test_tenant_scaling_goes_on_where_it_stopped(scale, tmp_path):
         scale(*QUICK, f"--out={tmp_path}", "--tolerance=0.5")
 
 
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "wrong, told",
+    [
+        ("--image_size=32", "mlp has not all of image_size"),
+        ("--tenants=", "nothing is given"),
+        ("--tolerance=-1", "a number from 0"),
+        ("--seconds=nan", "a number from 0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(scale, wrong, told):
+    with pytest.raises(flags.Error, match=told):
+        scale(wrong)
+
+
 def test_what_a_method_gets_wrong_is_not_timed():
     def zeros(tenants: Tenants, options: Options):
         yield Candidate("zeros", lambda: [jax.numpy.zeros((1, 4)) for _ in tenants.params])

@@ -286,10 +286,10 @@ def test_a_recording_replays_to_the_same_commands(tmp_path: Path, capsys):
     assert "fifo decides otherwise: decision " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", [None, "no log"])
+@pytest.mark.parametrize("text", [None, "", "no log", "{}", '{"traceEvents": [1]}'])
 def test_what_is_no_log_or_trace_is_told_in_a_line(tmp_path: Path, capsys, text: str | None):
     path = tmp_path / "file"
-    if text:
+    if text is not None:
         path.write_text(text)
     with pytest.raises(SystemExit):
         recording.main([str(path)])

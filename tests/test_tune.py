@@ -362,7 +362,7 @@ def test_tenants_of_a_model(monkeypatch):
     monkeypatch.setattr("coalesce.__main__.tune", tune)
     assert main(["tune", "--model=mlp", "--dtype=float32", "--tenants=2", "--workers=3", "--seconds=5"]) == 0
     assert [program.name for program in found["source"]()] == ["tenant 0", "tenant 1"]
-    assert (found["workers"], found["seconds"], found["force"]) == (3, 5.0, False)
+    assert (found["workers"], found["seconds"]) == (3, 5.0) and not {"force", "company"} & found.keys()
     assert hash(found["source"]) is not None and len(cases_module.cases(found["source"](), "device")) > 0
 
 
@@ -385,6 +385,25 @@ def test_only_some_kernels(tmp_path, monkeypatch, capsys):
 def test_one_source_at_a_time(arguments, capsys):
     assert main(["tune", *arguments]) == 2
     assert "UsageError: tune takes MODULE:FUNCTION or --model, one of them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("a:b --dtype=float32", "--dtype is of a --model; a:b says which tenants it has"),
+        ("a:b --tenants=4", "--tenants is of a --model"),
+        ("--show --model=mlp", "takes nothing else: leave --model out"),
+        ("--company --show", "takes nothing else: leave --company out"),
+        ("a:b --show", "takes nothing else: leave a:b out"),
+        ("--model=mlp --seconds=-1", "--seconds is -1; it is a time from 0"),
+        ("--model=mlp --seconds=nan", "--seconds is nan"),
+        ("--model=mlp --workers=-1", "--workers is -1"),
+        ("--model=mlp --tenants=0", "--tenants is 0; it is how many of the model, one or more"),
+    ],
+)
+def test_options_that_say_nothing_are_refused(arguments, told, capsys):
+    assert main(["tune", *arguments.split()]) == 2
+    assert f"UsageError: {told}" in capsys.readouterr().err.replace("tune --show prints what was measured and ", "")
 
 
 def test_a_database_that_is_none_is_a_message(tmp_path, capsys):

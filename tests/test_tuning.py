@@ -90,6 +90,11 @@ def test_a_file_that_is_none(text, message, tmp_path):
         tuned_on(GPU, str(path))
 
 
+def test_a_folder_is_no_file_that_tuning_makes(tmp_path):
+    with pytest.raises(TuningError, match="cannot be read: Is a directory; name another file"):
+        load(tmp_path)
+
+
 def test_where_nothing_can_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(TuningError, match="cannot be written: .*; give another file with --out"):

@@ -49,8 +49,8 @@ def test_several_values_are_read(own):
     assert (own.widths, own.rates, own.cvs, own.others) == ([4, 8], [1000.0, 0.5], [0.0], ["lstm.steps=5"])
     assert fields_of(own.fields) == {"width": 32, "layers": 2}
     assert own["rates"].serialize() == "--rates=1000,0.5" and own["fields"].serialize() == "--fields=width=32,layers=2"
-    own(["script", "--widths=", '--methods="in, two"', '--fields="width=2"'])
-    assert (own.widths, own.methods, own["methods"].serialize()) == ([], ["in, two"], '--methods="in, two"')
+    own(["script", "--cvs=", '--methods="in, two"', '--fields="width=2"'])
+    assert (own.cvs, own.methods, own["methods"].serialize()) == ([], ["in, two"], '--methods="in, two"')
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,7 @@ def test_several_values_are_read(own):
     [
         ("--widths=4,x", "flag --widths=4,x: what is x. A number of at least 1 is wanted"),
         *((f"--widths={count}", f"what is {count}. A number of at least 1") for count in ("0", "-1", "1.5", "1e3")),
+        *((f"--{name}=", f"flag --{name}=: nothing is given; 1 or more are wanted") for name in ("widths", "methods")),
         ("--widths=1,,2", "what is . A number of at least 1"),
         ("--bytes=3", "what is 3. A number of at least 4"),
         *(
@@ -103,6 +104,7 @@ def test_what_is_no_rate_is_refused():
 @pytest.mark.parametrize(
     "script, wrong, told",
     [
+        ("ablation", "--databases=nowhere.json", "there is no file nowhere.json"),
         ("banked", "--fields=stage=3", "its fields are block, stages"),
         ("coalesced_sgemm", "--products=x", "There are sgemm"),
         ("coalesced_sgemm", "--sizes=sgemm=64x32", "what is sgemm=64x32?"),
@@ -117,30 +119,42 @@ def test_what_is_no_rate_is_refused():
         ("executables", "--policy=x", "should be one of <auto|always|never>"),
         ("host_time", "--bytes=2", "at least 4"),
         ("isolation", "--methods=x", "There are coalescing, fifo"),
+        ("isolation", "--tenants=", "nothing is given"),
+        ("kernel_times", "--model=mlp", "needs a GPU"),
         ("kernel_times", "--model=x", "should be one of <resnet18"),
         ("mixed_family", "--kinds=mlp.wdth=3:1", "unexpected keyword argument 'wdth'"),
         ("mixed_kernels", "--policies=x", "There are never, auto, always"),
         ("mixed_tenants", "--sets=x", "what is x? Sets: mlps"),
+        ("mixed_tenants", "--sets=", "--sets= names none"),
+        ("mixed_tenants", "--waste_bound=2", "from 0 to less than 1"),
         ("mixed_tenants", "--fields=mlp.width", "A field is set as in"),
         ("mixed_tenants", "--methods=x", "Methods: sequential"),
         ("mixed_tenants", "--compiler_options=x", "not a JSON object"),
         ("mixed_tenants", "--precision=x", "--precision=x: "),
         ("multiplexing", "--models=x", "There are resnet18"),
         ("multiplexing", "--tenants=x", "what is x?"),
+        ("multiplexing", "--beside=-1", "non-negative"),
         ("newcomer", "--widths=x", "what is x?"),
         ("overload", "--policies=x", "there is no policy 'x'; there are coalescing"),
+        ("planning_time", "--models=", "nothing is given"),
         ("planning_time", "--platform=x", "should be one of <cpu|gpu>"),
         ("segments", "--longer=x", "--longer=x: mlp has not all of"),
         ("segments", "--longer=width", "is set by --fields, too"),
         ("serve_demo", "--process=csv", "needs --csv=FILE"),
+        ("serve_demo", "--csv=nowhere.csv", "nothing else takes one"),
         ("serve_demo", "--tenants=mlp:x:3", "'mlp:x:3': "),
         ("shape_clusters", "--bounds=1.5", "from 0 to less than 1"),
+        ("shape_clusters", "--waste_bound=2", "from 0 to less than 1"),
         ("shape_clusters", "--function=nowhere:f", "nowhere"),
         ("simulator_speed", "--tenants=0", "0 is not a positive integer"),
         ("slo_attainment", "--loads=x", "--loads=x: what is x?"),
         ("slo_attainment", "--policies=x", "there is no policy 'x'; there are coalescing"),
         ("slo_attainment", "--real --policies=x", "there is no policy 'x'; there are coalescing, edf"),
         ("tenant_scaling", "--override=x=1", "mlp has not all of x"),
+        ("tenant_scaling", "--image_size=32", "mlp has not all of image_size"),
+        ("tenant_scaling", "--tenants=", "nothing is given"),
+        ("tenant_scaling", "--tolerance=-1", "a number from 0 is wanted"),
+        ("tenant_scaling", "--seconds=nan", "a number from 0 is wanted"),
     ],
 )
 def test_what_is_malformed_is_refused(script, wrong, told):

@@ -34,7 +34,15 @@ def read_profile(path: str | Path) -> list[dict[str, Any]]:
             raise FileNotFoundError(f"{path} holds no *.trace.json.gz; did jax.profiler.stop_trace() run?")
         found = files[-1]
     with gzip.open(found, "rt", encoding="utf-8") as file:
-        return [event for event in json.load(file)["traceEvents"] if "ph" in event]
+        return [event for event in events_of(json.load(file), found) if "ph" in event]
+
+
+def events_of(trace: Any, path: str | Path) -> list[dict[str, Any]]:
+    """Raises ValueError if it has none."""
+    events = trace.get("traceEvents") if isinstance(trace, dict) else None
+    if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
+        raise ValueError(f"{path} is no trace: it has no list of traceEvents")
+    return events
 
 
 Bundle = tuple[int, int]  # its device, and its number there
@@ -86,11 +94,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("out", help="the file to write")
     args = parser.parse_args(argv)
     try:
-        ours = json.loads(Path(args.trace).read_text(encoding="utf-8"))["traceEvents"]
+        ours = events_of(json.loads(Path(args.trace).read_text(encoding="utf-8")), args.trace)
         both = overlay(ours, read_profile(args.profile))
-    except (OSError, ValueError) as e:
+    except (OSError, EOFError, ValueError) as e:  # a profile that was cut short ends early
         parser.error(f"there is nothing to lay over each other: {e}")
-    Path(args.out).write_text(json.dumps({"displayTimeUnit": "ms", "traceEvents": both}), encoding="utf-8")
+    try:
+        Path(args.out).write_text(json.dumps({"displayTimeUnit": "ms", "traceEvents": both}), encoding="utf-8")
+    except OSError as e:
+        parser.error(f"{args.out} cannot be written: {e.strerror}; give another file")
 
 
 if __name__ == "__main__":

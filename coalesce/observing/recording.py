@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         log = load(args.log)
     except (OSError, ValueError) as e:
         parser.error(f"{args.log} is no log: {e}")
+    if not log:
+        parser.error(f"{args.log} is no log: it has no decision")
     violations = check(log)
     print(f"{len(log)} decisions, {len(violations)} violations of what is always true")
     print(*violations[:20], sep="\n", end="\n" if violations else "")

@@ -73,10 +73,12 @@ def load(path: Path) -> Database:
     """Raises TuningError if there is no such file, or it is no database of this format."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
+    except FileNotFoundError as e:
         raise TuningError(
             f"{path} cannot be read: {e.strerror}; python -m coalesce tune --out {path} makes it"
         ) from None
+    except OSError as e:
+        raise TuningError(f"{path} cannot be read: {e.strerror}; name another file") from None
     except ValueError as e:
         raise TuningError(f"{path} is no tuning database ({e}); remove it, or restore it, and tune again") from None
     found = data.get("format") if isinstance(data, dict) else None
