@@ -49,7 +49,7 @@ class Device:
         for _ in range(3):
             self.ask("bad")
             self.end(failed=True)
-        assert self.told == [Quarantine("bad")]
+        assert self.told == [Quarantine("bad", failed=True)]
 
 
 def idle(device: Device) -> None:

@@ -213,7 +213,9 @@ class Metrics(Observer, Collector):
         )
         waiting = GaugeMetricFamily("coalesce_requests_waiting", "Requests that wait for a bundle.", labels=by)
         running = GaugeMetricFamily("coalesce_requests_running", "Requests that are lanes of a bundle.", labels=by)
-        apart = GaugeMetricFamily("coalesce_tenant_quarantined", "1 while a tenant runs alone, being slow.", labels=by)
+        apart = GaugeMetricFamily(
+            "coalesce_tenant_quarantined", "1 while a tenant runs alone, being slow or failing.", labels=by
+        )
         for name, own in self._tenants.items():
             submitted.add_metric([name], own.submitted)
             for outcome, count in own.outcomes.items():
