@@ -53,9 +53,10 @@ class Want(NamedTuple):
 
 
 class Quarantine(NamedTuple):
-    """A tenant's requests run alone from now on: bundles with it took too long."""
+    """A tenant's requests run alone from now on: bundles with it took too long, or failed."""
 
     tenant: str
+    failed: bool = False
 
 
 class Readmit(NamedTuple):

@@ -152,7 +152,7 @@ class Watch:
         last = self._failures.setdefault(tenant, deque(maxlen=FAILURES))
         last.append(now_ns)
         often = len(last) == FAILURES and now_ns - last[0] < WINDOW_NS
-        return self._quarantine(tenant, now_ns) if often else []
+        return self._quarantine(tenant, now_ns, failed=True) if often else []
 
     def _see_apart(
         self, tenant: str, standing: Standing, slow: bool, factor: int, now_ns: int
@@ -223,7 +223,7 @@ class Watch:
             slow.lot = self.new_lot()
             self._moved += tenants
 
-    def _quarantine(self, tenant: str, now_ns: int) -> list[Quarantine | Readmit]:
+    def _quarantine(self, tenant: str, now_ns: int, failed: bool = False) -> list[Quarantine | Readmit]:
         known = self.standings.get(tenant)
         if known is not None and known.state is State.QUARANTINED:
             known.clean = 0
@@ -233,4 +233,4 @@ class Watch:
         self.standings[tenant].factor = factor
         self._moved.append(tenant)
         self._evidence.settle(tenant)
-        return [Quarantine(tenant)]
+        return [Quarantine(tenant, failed)]

@@ -14,7 +14,7 @@ UNLIMITED = 1 << 30
 class Slots:
     def __init__(self) -> None:
         self._limits: Mapping[int, int] = {}
-        self._held: dict[int, int] = {}
+        self._held: dict[int, int] = {}  # by family, where any is
 
     def change(self, limits: Mapping[int, int] | None) -> None:
         self._limits = limits or {}
@@ -27,4 +27,8 @@ class Slots:
         self._held[family] = self._held.get(family, 0) + lanes
 
     def release(self, family: int, lanes: int = 1) -> None:
-        self._held[family] -= lanes
+        left = self._held[family] - lanes
+        if left:
+            self._held[family] = left
+        else:  # it may have gone
+            del self._held[family]

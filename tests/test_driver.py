@@ -25,7 +25,7 @@ from coalesce.runtime.observer import Observer
 from coalesce.runtime.orders import Order
 from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler.coalescing import Coalescing
-from coalesce.scheduler.commands import Command, Dispatch, Reason, Reject, Want
+from coalesce.scheduler.commands import Command, Dispatch, Quarantine, Reason, Reject, Want
 from coalesce.scheduler.events import Closed, Completed, Event, Submitted, TenantAdded, TenantRemoved, Timer
 from coalesce.scheduler.request import Tenant
 from tests.fake_machine import FakeLaunched, FakeMachine, Served
@@ -64,6 +64,13 @@ class Told(Observer):
 
     def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
         self.events.append(event)
+
+
+@pytest.mark.parametrize("failed, why", [(False, "took far longer"), (True, "its requests failed")])
+def test_it_is_said_why_a_tenant_runs_alone(failed, why, caplog):
+    with Served(FakeMachine()) as served, caplog.at_level(logging.INFO, "coalesce.runtime"):
+        served.driver._report(Quarantine("t0", failed), 0)
+        assert [why in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_a_bundle_that_has_ended_is_told_before_requests_that_came_first():

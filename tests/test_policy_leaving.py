@@ -9,6 +9,7 @@ from coalesce.scheduler.commands import Dispatch, Quarantine, Readmit, WakeAt
 from coalesce.scheduler.events import CatalogChanged, Completed, Event, Submitted, TenantAdded, TenantRemoved, Timer
 from coalesce.scheduler.invariants import Checker
 from coalesce.scheduler.request import Request, Tenant
+from coalesce.scheduler.slots import Slots
 from tests.simulated import catalog, MS
 
 pytestmark = pytest.mark.once
@@ -49,7 +50,7 @@ class Device:
         for _ in range(3):
             self.ask("bad")
             self.end(failed=True)
-        assert self.told == [Quarantine("bad")]
+        assert self.told == [Quarantine("bad", failed=True)]
 
 
 def idle(device: Device) -> None:
@@ -113,3 +114,16 @@ def test_nothing_is_held_against_another_one_of_its_name(way, held):
         device.now_ns += 400 * MS  # longer than a quarantine, in all
     assert device.told[told:] == []
     assert device.checker.finish() == []
+
+
+def test_a_family_that_nobody_runs_takes_no_place():
+    """Families come with tenants and go with them, and each has a number of its own."""
+    slots = Slots()
+    slots.change({7: 2})
+    for family in 7, 8:  # without a limit too: it may get one
+        slots.take(family, 2)
+        slots.release(family)
+    assert slots.room(7) == 1
+    for family in 7, 8:
+        slots.release(family)
+    assert slots.room(7) == 2 and not slots._held

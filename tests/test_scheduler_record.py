@@ -46,6 +46,7 @@ COMMANDS = [
     WakeAt(1 << 60),
     Want((Entry(0, 0, 4),)),
     Quarantine("ä b"),
+    Quarantine("ä b", failed=True),
     Readmit("ä b"),
 ]
 
@@ -68,6 +69,11 @@ def test_a_line_reads_as_the_docstring_shows():
         '{"ns":5,"event":["Submitted",[[0,"a",0,5,105,0]]],'
         '"commands":[["Dispatch",0,1,[[0]],10,10,"deadline"],["Reject",1,"FAILED"]]}'
     )
+
+
+def test_what_was_written_before_there_was_a_reason_is_read_too():
+    line = '{"ns":5,"event":["Timer"],"commands":[["Quarantine","a"]]}'
+    assert record.load(line) == (Timer(), 5, (Quarantine("a"),))
 
 
 @pytest.mark.parametrize("line", ["", "{", "[]", '{"ns":5}', '{"ns":5,"event":["Nothing"],"commands":[]}'])

@@ -150,6 +150,7 @@ class Metrics(Observer, Collector):
             yield from health_metrics(self._health())
 
 
+
 def tenant_metrics(tenants: Mapping[str, Tenant]) -> list[Metric]:
     by = ["tenant"]
     submitted = CounterMetricFamily("coalesce_requests_submitted", "Requests that were sent.", labels=by)
@@ -165,7 +166,9 @@ def tenant_metrics(tenants: Mapping[str, Tenant]) -> list[Metric]:
     )
     waiting = GaugeMetricFamily("coalesce_requests_waiting", "Requests that wait for a bundle.", labels=by)
     running = GaugeMetricFamily("coalesce_requests_running", "Requests that are lanes of a bundle.", labels=by)
-    apart = GaugeMetricFamily("coalesce_tenant_quarantined", "1 while a tenant runs alone, being slow.", labels=by)
+    apart = GaugeMetricFamily(
+        "coalesce_tenant_quarantined", "1 while a tenant runs alone, being slow or failing.", labels=by
+    )
     for name, own in tenants.items():
         submitted.add_metric([name], own.submitted)
         for outcome, count in own.outcomes.items():

@@ -274,10 +274,11 @@ class Driver:
         self._wake_ns = command.time_ns
 
     def _report(self, command: Quarantine | Readmit, now_ns: int) -> None:
-        if isinstance(command, Quarantine):
-            LOG.warning("tenant %r runs alone for now: bundles took far longer with it than predicted", command.tenant)
-        else:
+        if isinstance(command, Readmit):
             LOG.info("tenant %r shares bundles again, on probation", command.tenant)
+            return
+        why = "its requests failed" if command.failed else "bundles took far longer with it than predicted"
+        LOG.warning("tenant %r runs alone for now: %s", command.tenant, why)
 
     # The end of all
 
