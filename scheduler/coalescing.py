@@ -169,7 +169,8 @@ class Coalescing:
         run = made(Prediction, (number, executable, len(names), l50_ns, l99_ns, took_ns))
         self._requests.out += self._watch.see(names, took_ns, clean_l99_ns, now_ns)
         if self.latency.observe(run, self._watch.blamed):
-            self._moved(None if self.latency.others_moved else frozenset([family for (family, _), _ in parts]))
+            own = frozenset([family for (family, _), _ in parts])
+            self._moved(None if self.latency.others_moved else own | self.latency.stale)
         if self.latency.came_true:
             self._doubt.pauses.come_true()
 

@@ -110,11 +110,6 @@ class Demand(Work):
             last_ns = before_ns
         return worst_ns
 
-    def take_over(self, other: Demand) -> None:
-        """Counts everything that another counts."""
-        self.by_bucket = dict(other.by_bucket)
-        self.changes += 1
-
     def put_on(self, base: Work) -> None:
         """With all that both have as before, but not where."""
         self.base, self._known = base, -1

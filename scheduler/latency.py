@@ -79,7 +79,8 @@ class LatencyModel:
         self._hopes: dict[int, Hope] = {}
         self._fresh = Fresh()
         self.came_true = False  # whether a hope has, with the last run
-        self.others_moved = False  # whether the last run has moved predictions of others than its own executable
+        self.others_moved = False  # whether the last run has moved predictions of all executables
+        self.stale: frozenset[int] = frozenset()  # and of which families, since theirs have not run for so long
 
     def change(self, catalog: Catalog) -> None:
         """Takes another catalog; what is known of executables in both stays known."""
@@ -138,15 +139,15 @@ class LatencyModel:
         prior = self._warm_up.get(run.executable)
         if prior is None:  # it left the catalog while it ran
             return False
-        self.others_moved = self._forget_stale(run.executable)
+        self.others_moved, self.stale = False, self._forget_stale(run.executable)
         hope = self._hopes.pop(run.executable, None)
         if hope is None:
-            return self._learn(run, tenants, prior) or self.others_moved
+            return self._learn(run, tenants, prior) or bool(self.stale)
         if run.actual_ns > hope.within_ns:
             self._published[run.executable] = hope.instead_of
             self._learn(run, tenants, prior)
             return True
-        return self._fulfil(hope, run, prior) or self.others_moved
+        return self._fulfil(hope, run, prior) or bool(self.stale)
 
     def _fulfil(self, hope: Hope, run: Prediction, prior: Executable) -> bool:
         """It came true again: often enough, and what was learnt before is of another time."""
@@ -167,12 +168,14 @@ class LatencyModel:
         self.others_moved = True
         return True
 
-    def _forget_stale(self, executable: int) -> bool:
-        forgotten = False
+    def _forget_stale(self, executable: int) -> frozenset[int]:
+        """The families whose predictions that moves."""
+        moved: list[int] = []
         for stale in self._fresh.note(executable):
             self._hopes.pop(stale, None)
-            forgotten |= self._runs.pop(stale, None) is not None and self._published.pop(stale, None) is not None
-        return forgotten
+            if self._runs.pop(stale, None) is not None and self._published.pop(stale, None) is not None:
+                moved += [entry.family for entry in self._warm_up[stale].entries]
+        return frozenset(moved)
 
     def _learn(self, run: Prediction, tenants: frozenset[str] | None, prior: Executable) -> bool:
         runs = self._runs.get(run.executable)

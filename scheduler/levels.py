@@ -74,7 +74,7 @@ class Levels:
         level = self._by_priority[priority] = Level(priority, self.ladder, band.base)
         at = bisect_left(band.levels, -priority, key=downwards)
         if at:
-            level.demand.take_over(band.levels[at - 1].demand)
+            level.demand.add_all(band.levels[at - 1].demand)
         band.levels.insert(at, level)
         band.count()
         self.all.insert(bisect_left(self.all, -priority, key=downwards), level)

@@ -1,6 +1,7 @@
 """Who goes leaves nothing behind, and nothing is held against another one of its name."""
 
 from collections.abc import Callable
+from random import Random
 
 import pytest
 
@@ -10,10 +11,49 @@ from coalesce.scheduler.events import CatalogChanged, Completed, Event, Submitte
 from coalesce.scheduler.invariants import Checker
 from coalesce.scheduler.request import Request, Tenant
 from coalesce.scheduler.slots import Slots
+from coalesce.scheduler.tenancy import Tenancy
 from tests.simulated import catalog, MS
+from tests.test_policy_levels import Calls
 
 pytestmark = pytest.mark.once
 BAD, GOOD = Tenant("bad", (0,), 1000 * MS), Tenant("good", (0,), 1000 * MS)
+
+
+def tenancy_of(count: int) -> Tenancy:
+    tenancy = Tenancy()
+    for i in range(count):
+        tenancy.add(Tenant(f"t{i}", (i % 2,), 1000 * MS))
+    return tenancy
+
+
+@pytest.mark.inside
+def test_who_goes_takes_no_longer_for_those_that_stay():
+    few, many = tenancy_of(20), tenancy_of(200)
+    with Calls() as of_few:
+        few.leave(few.accounts["t0"])
+    with Calls() as of_many:
+        many.leave(many.accounts["t0"])
+    assert of_many.count == of_few.count
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_least_slo_of_a_family_is_that_of_who_is_here(seed):
+    rng, tenancy = Random(seed), Tenancy()
+    here: dict[str, Tenant] = {}
+    for _ in range(200):
+        before = dict(tenancy.tightest_ns)
+        name = f"t{rng.randrange(8)}"
+        account = tenancy.get(name)
+        if account is not None and rng.random() < 0.5:
+            account.pending = rng.randrange(2)  # some stay for a while, and may be removed again or come back
+            changed = tenancy.leave(account)
+            here.pop(name, None)
+        else:
+            here[name] = Tenant(name, tuple(rng.sample(range(3), rng.randint(1, 3))), rng.randint(1, 4))
+            changed = tenancy.add(here[name])
+        slos = {f: [own.slo_ns for own in here.values() if f in own.families] for f in range(3)}
+        assert tenancy.tightest_ns == {family: min(own) for family, own in slos.items() if own}
+        assert changed is (tenancy.tightest_ns != before)
 
 
 class Device:

@@ -12,6 +12,7 @@ from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.commands import Command, Dispatch
 from coalesce.scheduler.demand import Work
 from coalesce.scheduler.events import CatalogChanged, Completed, Event, Submitted, TenantAdded
+from coalesce.scheduler.lanes import Level
 from coalesce.scheduler.levels import BAND, Levels
 from coalesce.scheduler.request import Request, Tenant
 from coalesce.scheduler.workloads import Arrival
@@ -102,7 +103,12 @@ def check(levels: Levels, promised: dict[int, Work]) -> None:
     for level in levels.all:
         if level.priority in promised:
             above.update(promised[level.priority].by_bucket)
+        exact = [sum(above[at] for at in range(bucket + 1)) for bucket in range(10)]
+        assert all(at_worst >= ns for at_worst, ns in zip(before(level), exact, strict=True))
         level.demand.sum_up()
-        before = [level.demand.around(bucket).before_ns for bucket in range(10)]
-        assert before == [sum(above[at] for at in range(bucket + 1)) for bucket in range(10)]
+        assert before(level) == exact
         assert len(level.counted) <= BAND and len(level.counted) + len(level.below) <= BAND + len(levels.all) // 4
+
+
+def before(level: Level) -> list[int]:
+    return [level.demand.around(bucket).before_ns for bucket in range(10)]

@@ -66,7 +66,7 @@ def test_a_tenant_in_quarantine_is_served_again_once_it_is_not_slow_any_more(slo
 
 def test_what_looked_slow_once_is_forgotten_while_others_run():
     latency = LatencyModel()
-    latency.change(Catalog(tuple(Executable(i, (Entry(0, 0, i + 1),), MS, MS) for i in range(2))))
+    latency.change(Catalog(tuple(Executable(i, (Entry(i, 0, 1),), MS, MS) for i in range(2))))
 
     def observe(executable: int, ms: float) -> bool:
         run = Prediction(0, executable, 1, MS, MS, round(ms * MS))
@@ -79,7 +79,8 @@ def test_what_looked_slow_once_is_forgotten_while_others_run():
         observe(0, 1.0)
     assert latency.of(1).l50_ns == 1.5 * MS
     assert observe(0, 1.0) and latency.of(1).l50_ns == MS
-    assert not observe(0, 1.0)
+    assert not latency.others_moved and latency.stale == {1}  # no more is to be worked out anew
+    assert not observe(0, 1.0) and not latency.stale
 
 
 class Idle:
