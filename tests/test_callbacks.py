@@ -10,7 +10,7 @@ import pytest
 
 from coalesce.errors import Shutdown
 from coalesce.runtime import callbacks
-from coalesce.runtime.driver import Stop
+from coalesce.runtime.orders import Stop
 from coalesce.runtime.station import wait_ended
 from tests.fake_machine import FakeMachine, Served
 

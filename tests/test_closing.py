@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from coalesce.errors import InvalidInput, Shutdown
-from coalesce.runtime import driver, runtime
+from coalesce.runtime import driver, end
 from coalesce.runtime.bundle import Bundle
 from coalesce.runtime.closing import Closing
 from coalesce.runtime.reply import Reply
@@ -91,7 +91,7 @@ def test_a_signal_handler_closes_what_its_thread_is_closing(held: Held):
         held.gate.set()
 
     def send() -> None:
-        while held.rt._closing._who is None:
+        while held.rt._end.closing._who is None:
             time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGUSR1)
 
@@ -120,7 +120,7 @@ def test_who_is_interrupted_has_closed_nothing():
 
 def test_a_callback_that_does_not_return_is_left(held: Held, monkeypatch, caplog):
     monkeypatch.setattr(driver, "JOIN_S", 0.02)
-    monkeypatch.setattr(runtime, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(end, "PATIENCE_S", 0.05)
     called, over = threading.Event(), threading.Event()
     reply = held.rt.submit("t", X)
     reply.add_done_callback(lambda _: (called.set(), over.wait(60)))

@@ -23,6 +23,7 @@ from coalesce.errors import (
 from coalesce.runtime import driver, orders
 from coalesce.runtime.observer import Observer
 from coalesce.runtime.orders import Order
+from coalesce.runtime.reports import report
 from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.commands import Command, Dispatch, Quarantine, Reason, Reject, Want
@@ -68,9 +69,9 @@ class Told(Observer):
 
 @pytest.mark.parametrize("failed, why", [(False, "took far longer"), (True, "its requests failed")])
 def test_it_is_said_why_a_tenant_runs_alone(failed, why, caplog):
-    with Served(FakeMachine()) as served, caplog.at_level(logging.INFO, "coalesce.runtime"):
-        served.driver._report(Quarantine("t0", failed), 0)
-        assert [why in record.getMessage() for record in caplog.records] == [True]
+    with caplog.at_level(logging.INFO, "coalesce.runtime"):
+        report(Quarantine("t0", failed), 0)
+    assert [why in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_a_bundle_that_has_ended_is_told_before_requests_that_came_first():

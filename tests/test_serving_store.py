@@ -262,8 +262,8 @@ def test_garbage_is_looked_for_only_where_the_device_itself_has_no_room(monkeypa
         collected.append(free[0])
         free[0] = 100
 
-    monkeypatch.setattr("coalesce.runtime.device.set_aside", SimpleNamespace(collect=collect))
-    for module in ("coalesce.runtime.device", "coalesce.serving.store"):
+    monkeypatch.setattr("coalesce.runtime.room.set_aside", SimpleNamespace(collect=collect))
+    for module in ("coalesce.runtime.room", "coalesce.serving.store"):
         monkeypatch.setattr(f"{module}.free_there", lambda: free[0])
     with pytest.raises(OutOfDeviceMemory, match="and 5 are free"):
         Device(memory_limit=5).check_room("a tenant", 8)

@@ -17,14 +17,14 @@ import jax
 from coalesce.bank import default_device
 from coalesce.capture.aside import aside_of
 from coalesce.compile import default_costs, default_tuned
-from coalesce.errors import CompileError, OutOfDeviceMemory
+from coalesce.errors import CompileError
 from coalesce.runtime.apart import Apart
 from coalesce.runtime.bundle import Bundle, lanes_of, leave, restored
 from coalesce.runtime.first_runs import run_first
-from coalesce.runtime.frozen import set_aside
 from coalesce.runtime.host import Course, Host
 from coalesce.runtime.loaded import Home, Loaded
 from coalesce.runtime.making import Making
+from coalesce.runtime.room import room_for
 from coalesce.runtime.ticket import Ticket
 from coalesce.scheduler import catalog
 from coalesce.scheduler.catalog import Catalog, Entry
@@ -34,7 +34,6 @@ from coalesce.serving.fit import Fit, Template
 from coalesce.serving.page_locked import can_leave
 from coalesce.serving.schema import cut, Options, plan_schema, Schema
 from coalesce.serving.segments import Segments
-from coalesce.serving.store import free_bytes, free_there
 
 ANNOTATION = "coalesce bundle"  # what a dispatch is called in a trace of jax.profiler
 
@@ -143,24 +142,8 @@ class Device:
         self.room_for([1], lambda _: needed, lambda _: what)
 
     def room_for(self, counts: Sequence[int], bytes_of: Callable[[int], int], what: Callable[[int], str]) -> int:
-        """The first of some counts, each smaller than the one before, for which there is room.
-
-        Raises:
-          OutOfDeviceMemory: there is none for the last.
-        """
-        there = free_there()
-        if there is not None and bytes_of(counts[0]) > there:
-            set_aside.collect()  # some may be held by what only the collector finds, which seldom looks: see SetAside
-        free = free_bytes(list(self.hosts.values()), self._memory_limit)
-        fitting = (count for count in counts if free is None or bytes_of(count) <= free)
-        found = next(fitting, None)
-        if found is None:
-            least = counts[-1]
-            raise OutOfDeviceMemory(
-                f"{what(least)} needs {bytes_of(least):,} bytes on the device, and {max(0, free or 0):,} are free; "
-                "remove tenants, or raise Runtime(memory_limit=)"
-            )
-        return found
+        """The first of some counts for which there is room; raises OutOfDeviceMemory."""
+        return room_for(list(self.hosts.values()), self._memory_limit, counts, bytes_of, what)
 
     @property
     def copies(self) -> bool:

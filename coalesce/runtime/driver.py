@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from coalesce.errors import DeviceError, PolicyError, ServingError, Shutdown
 from coalesce.runtime.book import Book
@@ -23,7 +23,8 @@ from coalesce.runtime.inbox import Inbox, Look
 from coalesce.runtime.launcher import Launcher, Leaving
 from coalesce.runtime.machine import Machine, Maker
 from coalesce.runtime.observer import Observers
-from coalesce.runtime.orders import Order, Orders
+from coalesce.runtime.orders import Order, Orders, Stop
+from coalesce.runtime.reports import report
 from coalesce.runtime.terms import left_s
 from coalesce.runtime.ticket import Ending, tell, Ticket
 from coalesce.runtime.watchdog import Watchdog
@@ -34,10 +35,6 @@ from coalesce.scheduler.policy import Policy
 from coalesce.scheduler.request import Request
 
 LOG = logging.getLogger("coalesce.runtime")
-
-
-class Stop(NamedTuple):
-    pass
 
 
 JOIN_S = 1.0  # how long a thread is waited for that may hang
@@ -78,8 +75,8 @@ class Driver:
             Dispatch: self._dispatch,
             WakeAt: self._wake_at,
             Want: lambda command, now_ns: self._maker.want(command),
-            Quarantine: self._report,
-            Readmit: self._report,
+            Quarantine: report,
+            Readmit: report,
         }
 
     def start(self) -> None:
@@ -272,13 +269,6 @@ class Driver:
 
     def _wake_at(self, command: WakeAt, now_ns: int) -> None:
         self._wake_ns = command.time_ns
-
-    def _report(self, command: Quarantine | Readmit, now_ns: int) -> None:
-        if isinstance(command, Readmit):
-            LOG.info("tenant %r shares bundles again, on probation", command.tenant)
-            return
-        why = "its requests failed" if command.failed else "bundles took far longer with it than predicted"
-        LOG.warning("tenant %r runs alone for now: %s", command.tenant, why)
 
     # The end of all
 

@@ -19,6 +19,10 @@ class Order(NamedTuple):
     told: Callable[[], None] = lambda: None  # called when policy and observers know of the events
 
 
+class Stop(NamedTuple):
+    """There are no more."""
+
+
 class Outcome:
     """Of an order that one thread waits for. An interrupt of that may leave the lock of a condition held, as a future
     has one, and the driver would wait for it for good: here nobody waits for a lock that who waits has."""

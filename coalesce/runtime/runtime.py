@@ -21,25 +21,21 @@ from typing import Any, Literal
 
 from coalesce.errors import InvalidInput, Shutdown, TenantClosed
 from coalesce.runtime.accounts import Accounts, Stats
-from coalesce.runtime.closing import Closing
 from coalesce.runtime.desk import Desk
 from coalesce.runtime.device import Device
+from coalesce.runtime.end import End
 from coalesce.runtime.errands import Errands
 from coalesce.runtime.health import Health
 from coalesce.runtime.observer import Observer
 from coalesce.runtime.options import check_options, made_policies
 from coalesce.runtime.quarters import Resident
 from coalesce.runtime.reply import Reply
-from coalesce.runtime.station import health_of, Setup, Station, wait_ended
+from coalesce.runtime.station import health_of, Setup, Station
 from coalesce.runtime.surroundings import Surroundings
 from coalesce.runtime.tenancy import Tenancy, Wanted
 from coalesce.runtime.terms import left_s, shapes_of, terms_of, until_s
 from coalesce.scheduler.coalescing import Coalescing
-from coalesce.scheduler.events import Closed, Event
 from coalesce.scheduler.policy import Policy
-
-PATIENCE_S = 5.0  # for callbacks, of who does not wait for requests
-JOIN_S = 10.0  # for what is being done for tenants
 
 
 class Runtime:
@@ -90,13 +86,11 @@ class Runtime:
         self._accounts, self._process = Accounts(), Surroundings(compiled)
         if reproducible:  # cuts depend on who else is here
             widths, segments = (max(widths),), 1 if segments is None else segments
-        self._errands, around = Errands(), self._process.around
-        setup = Setup(tuple(sorted(widths)), capacity, segments, executables, hang_s, stall_s, around, self._errands)
+        errands, around = Errands(), self._process.around
+        setup = Setup(tuple(sorted(widths)), capacity, segments, executables, hang_s, stall_s, around, errands)
         self._stations = list[Station]()
-        self._tenancy = Tenancy(self._stations, self._errands)
-        self._closing = Closing(lambda: self._tell_all(Closed(drain=False)))
+        self._tenancy, self._end = Tenancy(self._stations, errands), End(self._stations, errands, self._process.leave)
         self._over = ""  # why nothing is taken on any more
-        self._is_forked = False
         try:
             for number, (at, own) in enumerate(zip(devices or [None], policies, strict=True)):
                 device = Device(memory_limit, at, number, self._process.apart, reproducible)
@@ -259,10 +253,7 @@ class Runtime:
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until every request that was submitted has ended, and its callbacks; False if not after so long."""
-        drivers, until = [station.driver for station in self._stations], until_s("drain", timeout)
-        if self._is_forked:  # what waits here, waits for ever
-            return not any(driver.book.tickets for driver in drivers)
-        return wait_ended(drivers, left_s(until))
+        return self._end.drain(until_s("drain", timeout))
 
     def close(self, *, drain: bool = True, timeout: float | None = None) -> None:
         """Take on nothing more, serve what waits (or end it with Shutdown), and stop the threads. From a callback of a
@@ -282,31 +273,16 @@ class Runtime:
         if any(threading.current_thread() in station.driver.threads for station in self._stations):
             threading.Thread(target=self.close, kwargs={"drain": drain, "timeout": timeout}, daemon=True).start()
             return
-        if not self._over:
-            self._over = "the runtime is closed"
-        if not self._closing.is_closed:
-            self._tell_all(Closed(drain))
+        self._over = self._over or "the runtime is closed"
         self._process.apart.close()
-        called_until = until if drain or until is not None else time.monotonic() + PATIENCE_S
-        self._closing.by(lambda: self._close(until), until, called_until)
-
-    def _close(self, until: float | None) -> None:
-        for station in self._stations:
-            station.close(until, lambda: self._closing.soonest)
-        self._errands.wait(JOIN_S)
-        self._process.leave()
-
-    def _tell_all(self, event: Event) -> None:
-        for station in self._stations:
-            station.driver.inbox.put(event)
+        self._end.close(drain, until)
 
     def _check_open(self) -> None:
         if self._over:
             raise Shutdown(self._over)
 
     def _end_in_a_fork(self) -> None:
-        """None of the threads is there, and who held a lock may be none of them."""
-        self._closing.is_closed = self._is_forked = True
+        self._end.fork()
         self._over = "this process was forked off the runtime's; start it with spawn"
 
     def __enter__(self) -> Runtime:
