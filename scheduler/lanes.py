@@ -122,13 +122,14 @@ class Ladder:
 
     def above(self, level: Level) -> list[Level]:
         """Where something waits above it; and the highest of all in any case, with which lanes that have begun go."""
-        if self.top is None or self.top is level:
+        top, priority = self.top, level.priority
+        if top is None or top is level:
             return []
-        found = [self.top]
+        found = [top]
         for own in self.waiting:
-            if own.priority <= level.priority:
+            if own.priority <= priority:
                 break
-            if own is not self.top:
+            if own is not top:
                 found.append(own)
         return found
 
@@ -143,9 +144,7 @@ class Ladder:
             insort(waiting, level, key=downwards)
 
     def learn(self, level: Level) -> None:
-        """It knows something."""
-        if level.knows:
-            return
+        """It knows something, and did not."""
         level.knows, known, at = True, self.known, len(self.known)
         while at and known[at - 1].priority < level.priority:  # few are
             at -= 1

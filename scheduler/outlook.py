@@ -63,7 +63,8 @@ def is_few(level: Level) -> bool:
             ladder.crowded = own.priority
             return False
     level.spare = (FEW - runs) // 2 + 1  # a lane is two more at most: that of its queue, and the one that it fills
-    ladder.learn(level)
+    if not level.knows:
+        ladder.learn(level)
     return True
 
 
@@ -90,7 +91,8 @@ def remembered(level: Level, start: Start) -> Known:
     found = level.outlook
     if found is None or (found.start is not start and found.start != start):
         found = level.outlook = Known(start)
-        level.ladder.learn(level)
+        if not level.knows:
+            level.ladder.learn(level)
     return found
 
 
