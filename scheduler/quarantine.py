@@ -126,6 +126,8 @@ class Watch:
             self._evidence.clear(who, excess_ns)
             self._forgive(tenants, now_ns)
             return self._judge(now_ns)
+        if self._has_guilty(tenants):  # it began before that one was put apart, which explains it
+            return []
         is_suspect = standing is not None and standing.state is State.SUSPECTED
         if not is_suspect and self._evidence.is_hidden(excess_ns):
             self.blamed = NOBODY
@@ -146,6 +148,10 @@ class Watch:
         common = self._evidence.common(tenants)
         self._deal(known or [t for t in tenants if t in common], now_ns, slow=int(len(tenants) == 1))
         return []
+
+    def _has_guilty(self, tenants: Collection[str]) -> bool:
+        standings = [self.standings[tenant] for tenant in tenants if tenant in self.standings]
+        return any(standing.state is State.QUARANTINED for standing in standings)
 
     def fail(self, tenant: str, now_ns: int) -> list[Quarantine | Readmit]:
         """A request of it failed alone: FAILURES of them in a window count as being slow alone."""

@@ -9,6 +9,7 @@ from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.commands import Dispatch, Quarantine, Readmit, WakeAt
 from coalesce.scheduler.events import CatalogChanged, Completed, Event, Submitted, TenantAdded, TenantRemoved, Timer
 from coalesce.scheduler.invariants import Checker
+from coalesce.scheduler.quarantine import State, Watch
 from coalesce.scheduler.request import Request, Tenant
 from coalesce.scheduler.slots import Slots
 from coalesce.scheduler.tenancy import Tenancy
@@ -167,3 +168,16 @@ def test_a_family_that_nobody_runs_takes_no_place():
     for family in 7, 8:
         slots.release(family)
     assert slots.room(7) == 2 and not slots._held
+
+
+def test_a_slow_run_that_began_before_a_tenant_was_put_apart_changes_nothing():
+    """It was in flight by then: whoever is in quarantine stays there, and nobody who was with it is suspected."""
+    watch = Watch()
+    for i in range(3):
+        watch.fail("guilty", i)
+    assert watch.standings["guilty"].state is State.QUARANTINED
+    lot = watch.lot("guilty")
+    for i in range(10):
+        assert watch.see(["guilty", "other"], 10**9, 10**6, 10 + i) == []
+    assert watch.standings.keys() == {"guilty"} and watch.lot("guilty") == lot
+    assert watch.standings["guilty"].state is State.QUARANTINED
