@@ -49,10 +49,18 @@ def test_what_goes_first_is_not_behind_a_flood():
     inbox.put_first("done")
     inbox.put_first("done too")
     taken = inbox.take(None)
-    assert taken == ["done", "done too", *range(MOST + 1)]
+    assert taken == [*range(MOST + 1), "done", "done too"]
     while len(taken) < 3 * MOST + 4:
         taken += inbox.take(0.0)
-    assert taken[2:] == [*range(3 * MOST), Look(), Look()] and inbox.take(0.0) == []
+    assert taken[MOST + 3 :] == [*range(MOST + 1, 3 * MOST), Look(), Look()] and inbox.take(0.0) == []
+
+
+def test_what_goes_first_has_its_turn_where_there_is_no_flood():
+    inbox = Inbox()
+    inbox.put("cancelled")
+    inbox.put_first("done")
+    inbox.put("asked")
+    assert inbox.take(None) == ["cancelled", "done", "asked"]
 
 
 def test_a_bundle_that_has_ended_does_not_hang_while_the_driver_is_busy(monkeypatch):

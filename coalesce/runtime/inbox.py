@@ -1,7 +1,7 @@
 """What happened, in order, from any thread to one that waits for it.
 
-What the device has done goes first: where requests come faster than they can be looked at, it would wait for more work
-until all of them were.
+What the device has done goes ahead where requests come faster than they can be looked at: it would wait for more work
+until all of them were. Else it has its turn: whoever was cancelled before a bundle ended is not in the next one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Inbox:
         self.put = self._items.put
 
     def put_first(self, item: Any) -> None:
-        """Behind others that go first, and before all else."""
+        """In its turn, but behind no more than is taken at a time."""
         self._first.append(item)
         self._items.put(Look())
 
@@ -38,4 +38,7 @@ class Inbox:
         items += [get() for _ in range(min(self._items.qsize(), MOST))]  # nobody else takes any
         if not self._first:
             return items
-        return [*[self._first.popleft() for _ in range(len(self._first))], *items]
+        found = [self._first.popleft() if type(item) is Look and self._first else item for item in items]
+        if len(items) > MOST:  # there may be many more
+            found += [self._first.popleft() for _ in range(len(self._first))]
+        return found
