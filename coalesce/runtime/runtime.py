@@ -44,7 +44,7 @@ class Runtime:
     Args:
       policy: what decides, or what makes one for each device; `Coalescing` unless given. See coalesce.scheduler.
       devices: JAX devices, each with a driver of its own; a family lives on one of them. None: JAX's default device.
-      widths: how many lanes the executables of a family have, ascending from 1.
+      widths: how many lanes the executables of a family have, each at least 1, in any order.
       capacity: tenants of a family that there is room for at first; it grows by doubling, or by what there is memory
         for. None: by the size of one, and what is free.
       segments: how many a program is cut into, between which others may run. None: as few as cost and SLOs ask for.

@@ -191,9 +191,10 @@ class Tenancy:
         with self._lock:
             known = self._homes.setdefault(schema, [])
             working = [s for s in self._stations if s.driver.failure is None] or self._stations
-            homes = [homes[-1] for homes in self._homes.values() if homes]
-            least = min(working, key=lambda s: (s.device.held_bytes, homes.count(s)))
-            station = next((s for s in known if s in working), least)
+            station = next((s for s in known if s in working), None)
+            if station is None:  # what all of them hold is not summed up for who knows where to go
+                homes = [homes[-1] for homes in self._homes.values() if homes]
+                station = min(working, key=lambda s: (s.device.held_bytes, homes.count(s)))
             known.append(station)
             return station
 
