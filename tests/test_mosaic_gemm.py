@@ -19,7 +19,8 @@ from coalesce.costs import Costs, devices
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import choose, indexed_gemm, mosaic_gemm
 from coalesce.kernels.epilogue import COLUMN, Epilogue, WHOLE
-from coalesce.kernels.mosaic import equal_share, FETCHING, larger_share, on_hopper
+from coalesce.kernels.mosaic import on_hopper
+from coalesce.kernels.mosaic_registers import equal_share, FETCHING, larger_share
 from coalesce.kernels.mosaic_tile import tile_of
 from coalesce.passes.keep_layouts import kernel_for
 from coalesce.slab import Cut, Picked

@@ -22,9 +22,7 @@ ROW_BYTES = 128
 SHARED_BYTES = 227 * 1024  # of a program on an H100
 GROUP = 64  # rows that a warpgroup multiplies at once
 TOGETHER = 8  # rows of a tile
-REGISTERS = 512  # of a thread, if a program were a single warpgroup
 HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA GH200")
-FETCHING = 40  # of a thread that only fetches
 # What the backend lowers on a tile, in all versions that are supported.
 LOWERED = frozenset(
     """abs add and bitcast_convert_type broadcast_in_dim convert_element_type div eq exp exp2 ge gt jit le log logistic
@@ -228,31 +226,20 @@ def parted(ref: Any) -> tuple[list[Any], Any]:
     return list(zip(first, last, strict=True)), after
 
 
-def equal_share(groups: int) -> int:
-    """Registers of a thread, at most, that a program is launched with: so many warpgroups, and one that fetches."""
-    return REGISTERS // (groups + 1) // 8 * 8
-
-
-def larger_share(groups: int) -> int:
-    """Of a thread that multiplies, once who fetches has given its own away. There are no more than the program was
-    launched with: a warpgroup that asks for more waits without an end."""
-    return (equal_share(groups) * (groups + 1) - FETCHING) // groups // 8 * 8
-
-
-def share_registers(groups: int, fetching: bool) -> None:
-    """Who fetches needs few, and leaves them to `groups` warpgroups that multiply, where equal shares are too few."""
-    if groups < 3:
-        return
-    if fetching:
-        backend().set_max_registers(FETCHING, action="decrease")
-    else:
-        backend().set_max_registers(larger_share(groups), action="increase")
-
-
 def wait_if(needed: Any, barriers: Any, at: Any) -> None:
     @pl.when(needed)
     def _() -> None:
         backend().barrier_wait(barriers.at[at])
+
+
+def wait_for_others() -> None:
+    """Until what was launched before has ended, and what it wrote can be read. CUDA may then launch the kernel before
+    that: 1 to 2.5% of a network. XLA has its kernels wait so, and those of Triton; Mosaic can since JAX 0.11.
+
+    To say early that the next kernel may be launched loses more than it wins (docs/performance.md, "Tried").
+    """
+    if jax.__version_info__ >= (0, 11):
+        backend().griddepcontrol_wait()
 
 
 def call(
@@ -269,8 +256,14 @@ def call(
     """One launch of `kernel(*args, out, **scratch)` by `groups` warpgroups, whose number is the axis "group"."""
     plgpu = backend()
     how: dict[str, Any] = {"interpret": plgpu.InterpretGPUParams()} if interpreted else {}
+
+    def begun(*refs: Any, **memory: Any) -> None:
+        if not interpreted:
+            wait_for_others()
+        kernel(*refs, **memory)
+
     run = plgpu.kernel(
-        kernel,
+        begun,
         out_type=out,
         scratch_types=dict(scratch),
         grid=tuple(grid.values()),

@@ -27,10 +27,10 @@ from coalesce.kernels.mosaic import (
     memory_over,
     parted,
     Rows,
-    share_registers,
     wait_if,
 )
 from coalesce.kernels.mosaic_columns import Beside
+from coalesce.kernels.mosaic_registers import share_registers
 from coalesce.kernels.mosaic_share import At, Part, share_of, Turned, Upright
 from coalesce.kernels.mosaic_tile import Tile
 from coalesce.kernels.triton import div, rem

@@ -10,7 +10,8 @@ from jax.experimental import pallas as pl
 
 from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
-from coalesce.kernels.mosaic import equal_share, GROUP, ROW_BYTES, SHARED_BYTES
+from coalesce.kernels.mosaic import GROUP, ROW_BYTES, SHARED_BYTES
+from coalesce.kernels.mosaic_registers import equal_share
 from coalesce.kernels.tiles import by_columns
 from coalesce.kernels.windows import Windows, windows_of
 
