@@ -80,6 +80,18 @@ def result_type_named(view: View) -> Answer:
     return view.eqn.replace(params={**view.eqn.params, "preferred_element_type": out.dtype})
 
 
+# ---- both ----------------------------------------------------------------------------------------------------------
+
+
+def precision_as_usual(view: View) -> Answer:
+    """ "default" and "high", the latter of which is also "tensorfloat32", are what nobody has to ask for: on a CPU XLA
+    multiplies float32 all the same, on a GPU TF32, as Triton does. On a TPU "high" would be more."""
+    precision = view.eqn.params["precision"]
+    if not isinstance(precision, tuple) or not set(precision) <= {lax.Precision.DEFAULT, lax.Precision.HIGH}:
+        return None
+    return view.eqn.replace(params={**view.eqn.params, "precision": None})
+
+
 # ---- conv_general_dilated ------------------------------------------------------------------------------------------
 
 
@@ -243,8 +255,8 @@ def keep(params: dict[str, Any]) -> dict[str, Any]:
 
 
 RULES: Rules = {
-    "dot_general": (weights_on_the_right, dimensions_in_order, result_type_named),
-    "conv_general_dilated": (channels_last, windows_apart),
+    "dot_general": (precision_as_usual, weights_on_the_right, dimensions_in_order, result_type_named),
+    "conv_general_dilated": (precision_as_usual, channels_last, windows_apart),
     "broadcast_in_dim": (as_reshape,),
     "squeeze": (as_reshape,),
     "reshape": (merge_reshapes,),

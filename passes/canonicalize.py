@@ -16,8 +16,9 @@ Before                                                     After
 - in commutative equations a literal, else a weight, stands on the right, else what more heavy ops in a row lead to:
   what is short, as a shortcut, is computed first, and can be read by the last kernel of what is long.
 
-The rules per primitive are in canonical_rules; primitives without one stay as they are. precision and
-preferred_element_type pass through unchanged. Gives: every heavy op is in the form that `coalesce.heavy` reads.
+The rules per primitive are in canonical_rules; primitives without one stay as they are. preferred_element_type passes
+through unchanged, and so does a precision that asks for more than a CPU or a GPU gives by itself. Gives: every heavy op
+is in the form that `coalesce.heavy` reads.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
@@ -234,6 +235,24 @@ def test_precision_and_accumulation_type_are_kept(name):
     params = heavy(after).params
     assert set(params["precision"]) == set(sides)
     assert params["preferred_element_type"] == jnp.float32
+
+
+@pytest.mark.parametrize("asked", ["default", "high", "tensorfloat32"])
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_a_precision_that_a_gpu_has_by_itself_is_the_usual_one(name, asked):
+    fn, w, x = REWRITTEN[name]
+    after = canonical(partial(fn, precision=asked), array(*w), array(*x))
+    usual = canonical(fn, array(*w), array(*x))
+    assert heavy(after).params["precision"] is None
+    assert str(after) == str(usual)
+
+
+def test_a_default_precision_changes_nothing_about_who_shares():
+    fn, w, x = REWRITTEN["1x1 conv"]
+    with jax.default_matmul_precision("tensorfloat32"):
+        asked = coalesce.trace(fn, array(*w), array(*x), name="asked")
+    plain = coalesce.trace(fn, array(*w), array(*x), name="plain")
+    assert len(coalesce.fuse([asked, plain]).bundle.families) == 1
 
 
 def test_a_precision_of_two_sides_changes_sides_with_its_operand():
