@@ -30,9 +30,10 @@ def fused(
     launches: bool = False,
     executables: int | None = None,
     side_by_side: bool | None = None,
+    called: bool = True,
     captured: bool = False,
 ) -> Iterator[Candidate]:
-    """coalesce.fuse of all tenants, by its public call, and `captured`."""
+    """coalesce.fuse of all tenants, by its public call if it is to be `called`, and `captured`."""
     programs = [
         coalesce.trace(tenants.apply, params, *inputs, name=f"model {m} tenant {i}")
         for m, tenants in enumerate(mix)
@@ -45,10 +46,11 @@ def fused(
         "executables": executables,
         "side_by_side": side_by_side,
     }
-    together = coalesce.fuse(programs, **options_of_plan)
-    together.compile(options)
     requests = [inputs for tenants in mix for inputs in tenants.inputs]
-    yield Candidate("", lambda: together(requests), facts=facts_of(together))
+    if called:
+        together = coalesce.fuse(programs, **options_of_plan)
+        together.compile(options)
+        yield Candidate("", lambda: together(requests), facts=facts_of(together))
     if captured:
         again = coalesce.fuse(programs, **options_of_plan, captured=True)
         yield replace(in_graph(again, requests), facts=facts_of(again))

@@ -4,6 +4,7 @@ by side, as the cost model says, and never slower.
     python -m experiments.mixed_tenants
     python -m experiments.mixed_tenants --sets=recurrent,berts --lanes=4 --dtype=bfloat16
     python -m experiments.mixed_tenants --sets=resnets --notry_options      one configuration: half of the compile time
+    python -m experiments.mixed_tenants --sets=everything --notry_options --nocalled      graphs of our own alone
 
 Times a round of all tenants of a set of models, and ten in a row: one ahead-of-time executable a tenant (`sequential`),
 one fused program a model (`per_family`), and all in one fused program. `auto` packs across families, and runs them side
@@ -17,7 +18,7 @@ is measured and how a second run goes on. Models are smaller on a CPU (--sizes);
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,7 @@ from coalesce.models import by_name, NAMES
 from experiments import methods, mixed_methods, settings
 from experiments.cells import measure_cell, tenants_of
 from experiments.list_flags import define_fields_of_models
-from experiments.methods import Method
+from experiments.methods import Candidate, Method, Options, Tenants
 from experiments.mixed_methods import Mix
 from experiments.mixed_report import plot, report
 from experiments.results import device_name, header, Row
@@ -63,6 +64,7 @@ flags.DEFINE_integer("lanes", 1, "tenants of each model", lower_bound=1)
 flags.DEFINE_enum("sizes", None, list(SIZES), "sizes of models and requests; small on a CPU unless said otherwise")
 define_fields_of_models("fields", "fields of single models to set, as in lstm.steps=5,vgg16.image_size=32")
 flags.DEFINE_float("waste_bound", WASTE_BOUND, "the largest share of an op in a superkernel that may be padding")
+flags.DEFINE_bool("called", True, "on a GPU also try fused programs as JAX calls them, not as graphs of our own alone")
 flags.register_validator("waste_bound", lambda bound: 0 <= bound < 1, "a share from 0 to less than 1 is wanted")
 
 
@@ -93,12 +95,13 @@ def chosen_methods() -> dict[str, Method[Mix]]:
     sequential = partial(methods.sequential, own_executables=settings.own_executables())
     # within one program few kernels are independent: tried, since what others are compared with is to be at its best
     on_gpu = jax.default_backend() == "gpu"
-    per_family = partial(methods.fused, side_by_side=on_gpu, captured=on_gpu)
+    called = FLAGS.called or not on_gpu
+    per_family = partial(methods.fused, side_by_side=on_gpu, captured=on_gpu) if called else only_captured
     configured: dict[str, Method[Mix]] = {
         "sequential": partial(mixed_methods.one_by_one, method=sequential),
         "per_family": partial(mixed_methods.one_by_one, method=per_family),
     }
-    fused = partial(mixed_methods.fused, waste_bound=FLAGS.waste_bound, captured=on_gpu)
+    fused = partial(mixed_methods.fused, waste_bound=FLAGS.waste_bound, called=called, captured=on_gpu)
     configured["never"] = partial(fused, policy="never", side_by_side=False)
     configured["beside"] = partial(fused, policy="never", side_by_side=True)
     configured["turns"] = partial(fused, policy="auto", side_by_side=False)
@@ -106,6 +109,10 @@ def chosen_methods() -> dict[str, Method[Mix]]:
     configured["launches"] = partial(fused, policy="auto", launches=True)
     configured["always"] = partial(fused, policy="always")
     return {name: configured[name] for name in settings.wanted(METHODS)}
+
+
+def only_captured(tenants: Tenants, options: Options) -> Iterator[Candidate]:
+    return methods.captured(tenants)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -79,7 +79,7 @@ TAKES_APART = ("indexed_gemm", "indexed_matvec")
 # What runs on some GPUs alone: only where it was measured, or a caller asks for it.
 ON_HOPPER = ("mosaic_gemm",)
 
-# Measurements of other versions are not used: raise it when a kernel's time changes, whatever the reason.
+# Measurements of other versions are not used: raise it when they do not say any more which kernel is the fastest.
 VERSION = 1
 
 # On a CPU, slices win only while the patch matrix stays in cache (measured with 8 lanes, 8x8x16 to 56x56x64).
