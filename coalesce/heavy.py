@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from jax import lax
+
 from coalesce import jaxpr as J
 from coalesce.structure import eqn_key
 
@@ -68,6 +70,14 @@ class HeavyOp:
 
 def is_heavy(eqn: J.Eqn) -> bool:
     return eqn.primitive.name in HEAVY
+
+
+def is_usual(precision: Any) -> bool:
+    """Whether it asks for no more than "high", which is also "tensorfloat32": on a CPU and a GPU that is what XLA and
+    Triton do for who asks for nothing. On a TPU "high" is more."""
+    if type(precision) is not tuple:  # an algorithm is one of another type
+        return precision is None
+    return {lax.Precision.DEFAULT, lax.Precision.HIGH}.issuperset(precision)
 
 
 def heavy_op(eqn: J.Eqn) -> HeavyOp:

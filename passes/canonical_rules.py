@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from coalesce import jaxpr as J
+from coalesce.heavy import is_usual
 from coalesce.rewrite import Answer, Rules, Staged, View
 
 # ---- dot_general ---------------------------------------------------------------------------------------------------
@@ -84,10 +85,9 @@ def result_type_named(view: View) -> Answer:
 
 
 def precision_as_usual(view: View) -> Answer:
-    """ "default" and "high", the latter of which is also "tensorfloat32", are what nobody has to ask for: on a CPU XLA
-    multiplies float32 all the same, on a GPU TF32, as Triton does. On a TPU "high" would be more."""
+    """Who asks for what everybody gets asks for nothing."""
     precision = view.eqn.params["precision"]
-    if not isinstance(precision, tuple) or not set(precision) <= {lax.Precision.DEFAULT, lax.Precision.HIGH}:
+    if precision is None or not is_usual(precision):
         return None
     return view.eqn.replace(params={**view.eqn.params, "precision": None})
 

@@ -33,14 +33,13 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr
 
 from coalesce import jaxpr as J
-from coalesce.heavy import heavy_op, is_heavy
+from coalesce.heavy import heavy_op, is_heavy, is_usual
 from coalesce.passes.lane_rules import why_not_batched
 from coalesce.program import Program
 
 LARGEST = 16 * 1024 * 1024  # bytes, of a lane
 WRITTEN_AND_READ = 2
 HIGHEST = (lax.Precision.HIGHEST, lax.Precision.HIGHEST)
-NOT_SAID = (None, (lax.Precision.DEFAULT, lax.Precision.DEFAULT))
 
 
 def lift_from_steps(program: Program) -> Program:
@@ -126,7 +125,7 @@ def pays(eqn: J.Eqn, fixed: set[Any]) -> bool:
 
 def as_precise(eqn: J.Eqn) -> J.Eqn:
     """The equation for all steps: a product of one row of float32 keeps what it has by itself."""
-    if eqn.primitive.name != "dot_general" or eqn.params["precision"] not in NOT_SAID:
+    if eqn.primitive.name != "dot_general" or not is_usual(eqn.params["precision"]):
         return eqn
     op = heavy_op(eqn)
     if 1 not in (op.m, op.n) or {str(op.lhs.dtype), str(op.rhs.dtype)} != {"float32"}:

@@ -62,7 +62,9 @@ def test_from_either_end(reverse):
 @pytest.mark.parametrize(("rows", "dtype", "asked", "got"), [
     (1, "float32", None, Precision.HIGHEST),
     (1, "float32", "default", Precision.HIGHEST),
-    (1, "float32", "high", Precision.HIGH),
+    (1, "float32", "high", Precision.HIGHEST),
+    (1, "float32", "highest", Precision.HIGHEST),
+    (2, "float32", "high", Precision.HIGH),
     (2, "float32", None, None),
     (1, "bfloat16", None, None),
 ])  # fmt: skip
