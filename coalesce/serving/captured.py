@@ -191,7 +191,7 @@ class Capturing:
         parts = [self._part(own, number, make) for number, own in enumerate(lanes)]
         seats = [Seat(parts) for _ in range(SEATS)]
         # Nothing is read now, so the banks may lie anywhere. The first time loads the program's code.
-        somewhere = seats[0].berths[0].address
+        somewhere = seats[0].address
         nowhere = [[Place(somewhere, struct) for struct in own.schema.structs(own.capacity)] for own in lanes]
         seats[0].capture(nowhere)
         return CapturedExecutable(lanes, parts, seats)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +14,8 @@ from coalesce.capture.cuda import NOT_READY, Owned
 from coalesce.capture.ending import Around
 from coalesce.errors import CaptureError
 from coalesce.serving.executable import Frame
+from coalesce.serving.mirrored import Mirrored
 from coalesce.serving.page_locked import has_processors
-from coalesce.serving.words import nbytes, WORD
 
 LITTLE = 64 * 2**10  # bytes that are as soon there as another stream is told of them: a part of the graph
 
@@ -43,61 +44,60 @@ class Part(NamedTuple):
         return self.frame.returned.structs
 
 
-class Berth:
-    """What one call at a time uses of an entry. In the driver's context."""
+class Berth(NamedTuple):
+    """Of a seat what one entry uses: where it is given what was staged, and where its results lie, on both sides."""
 
-    def __init__(self, part: Part) -> None:
-        self._part, cuda = part, part.aside.line.cuda
-        self.given = cuda.host_memory(part.frame.staging.structs.size, WORD)  # what is staged
-        self._sent = cuda.memory(self.given.nbytes)
-        self._into = [cuda.memory(nbytes(own)) for own in part.results]
-        self._left = [cuda.host_memory(own.size, np.dtype(own.dtype)) for own in part.results]
-        self.brings = self._sent.address, self.given.ctypes.data, self.given.nbytes
-        self._leaves = [
-            (left.ctypes.data, into.address, nbytes(own))
-            for left, into, own in zip(self._left, self._into, part.results, strict=True)
-        ]
+    part: Part
+    sent: Place
+    given: np.ndarray
+    into: Sequence[Place]
+    left: Sequence[np.ndarray]
 
-    def captured(self, bank: Sequence[Place], brings: bool) -> Owned:
-        """The graph that reads a bank which lies there, and brings what was staged, or finds it brought; raises
-        CaptureError."""
-        part, into = self._part, [Place(m.address, own) for m, own in zip(self._into, self._part.results, strict=True)]
-        given = [list(bank)], Place(self._sent.address, part.frame.staging.structs)
-        return part.aside.capture(part.program, given, into, Around([self.brings] if brings else [], self._leaves))
-
-    @property
-    def address(self) -> int:
-        """Somewhere on the device."""
-        return self._sent.address
+    def captured(self, bank: Sequence[Place], around: Around) -> Owned:
+        """The graph that reads a bank which lies there; raises CaptureError."""
+        return self.part.aside.capture(self.part.program, ([list(bank)], self.sent), self.into, around)
 
     def results(self) -> list[np.ndarray]:
         """Copies, of the one entry."""
-        copies = [x.reshape(own.shape).copy() for x, own in zip(self._left, self._part.results, strict=True)]
-        (shown,) = self._part.frame.returned.shown(copies)
+        (shown,) = self.part.frame.returned.shown([x.copy() for x in self.left])
         assert shown is not None, "an entry without results was captured"
         return shown
 
 
 class Seat:
-    """What one call at a time uses. Raises NoSeat if there is no memory for it."""
+    """What one call at a time uses: what is brought to the device lies in one place, and so does what it leaves, so
+    that one copy each way brings it. Raises NoSeat if there is no memory for it."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self._parts, self._line = parts, parts[0].aside.line
         cuda = self._line.cuda
         try:
             with cuda:
-                self.berths = [Berth(part) for part in parts]
+                self._sent = Mirrored(cuda, [part.frame.staging.structs for part in parts])
+                self._left = Mirrored(cuda, [own for part in parts for own in part.results])
                 self._arrived, self._ended = cuda.event(), cuda.event(sleeps=not has_processors())
         except RuntimeError as e:
             raise NoSeat(f"there is no memory for what a call brings and leaves: {e}") from e
-        # Branches of a graph begin at once: what is brought there has to be there before.
-        self._is_little = len(parts) == 1 and self.berths[0].given.nbytes <= LITTLE
+        into, left = iter(self._left.places), iter(self._left.arrays)
+        self.berths = [
+            Berth(part, sent, given, list(islice(into, len(part.results))), list(islice(left, len(part.results))))
+            for part, sent, given in zip(parts, self._sent.places, self._sent.arrays, strict=True)
+        ]
+        # Branches of a graph begin at once, and end when they like: what is copied is so before and after all of them.
+        self._is_one = len(parts) == 1
+        self._is_little = self._is_one and self.berths[0].given.nbytes <= LITTLE
         self._graph: Graph | None = None
         self._reads: Any = None  # where the banks lay when it was captured
 
+    @property
+    def address(self) -> int:
+        """Somewhere on the device."""
+        return self.berths[0].sent.address
+
     def capture(self, banks: Sequence[Sequence[Place]]) -> None:
         """For banks that lie there; raises CaptureError."""
-        graphs = [berth.captured(bank, self._is_little) for berth, bank in zip(self.berths, banks, strict=True)]
+        brings, leaves = [self._sent.to_device] if self._is_little else [], [self._left.to_host] if self._is_one else []
+        graphs = [own.captured(bank, Around(brings, leaves)) for own, bank in zip(self.berths, banks, strict=True)]
         self._graph = Graph(self._line, graphs, [part.program for part in self._parts])
         self._reads = [[place.address for place in own] for own in banks]
 
@@ -110,11 +110,12 @@ class Seat:
         assert graph is not None, "a seat without a graph"
         with cuda:
             if not self._is_little:  # while what was launched before runs
-                for berth in self.berths:
-                    cuda.copy(*berth.brings, line.bringing)
+                cuda.copy(*self._sent.to_device, line.bringing)
                 cuda("cuEventRecord", self._arrived.handle, line.bringing)
                 cuda("cuStreamWaitEvent", line.stream, self._arrived.handle, 0)
             graph.launch_soon()
+            if not self._is_one:
+                cuda.copy(*self._left.to_host, line.stream)
             cuda("cuEventRecord", self._ended.handle, line.stream)
 
     def wait(self) -> None:
