@@ -490,6 +490,25 @@ def test_explain_tells_the_way_of_a_request():
     assert lines[2].startswith("  ended after ") and lines[2].endswith(": ok")
 
 
+def test_explain_tells_how_far_a_request_has_come():
+    machine = FakeMachine()
+    machine.go.clear()
+    with Served(machine) as served:
+        ahead, behind = served.submit("t0", 1), served.submit("t0", 2)
+        while not machine.launches:
+            time.sleep(0.001)
+        tickets, now_ns = served.driver.book.tickets, time.monotonic_ns()
+        texts = [served.history.explain(own.request, tickets.get(own.request), now_ns) for own in (ahead, behind)]
+        machine.go.set()
+        assert [ahead.result(10), behind.result(10)]
+    for reply, text in zip((ahead, behind), texts, strict=True):
+        assert text is not None and text.startswith(f"request {reply.request} of tenant 't0': deadline ")
+    ends = [text.splitlines()[-1] for text in texts if text is not None]
+    assert ends[0].endswith(" it is in bundle 0, which has not ended")
+    assert any(ends[1].endswith(end) for end in (" it waits", " which has not ended"))
+    assert served.history.explain(99) is None
+
+
 def test_every_reason_is_a_typed_error_with_codes():
     served = Served(FakeMachine())
     with served:

@@ -303,6 +303,54 @@ for device in jax.devices():
 """
 
 
+FULL_DEVICES = """
+import jax, numpy as np
+import coalesce
+from tests.checked import checked_runtime
+first, second = jax.devices()
+many = 10_000
+x = np.ones(many, np.float32)
+taken = lambda w, x: x * w + w
+with checked_runtime(devices=[first, second], widths=(1, 2), memory_limit=6 * 4 * many) as rt:
+    def add(name, i, **how):
+        rt.add_tenant(name, taken, np.full(many, i, np.float32), example=(x,), slo=30.0, **how)
+    def home(name):
+        (at,) = {at for x in rt._tenancy.residents[name].host.store.bank for at in x.devices()}
+        return at
+    homes = []
+    try:
+        for i in range(100):
+            add(f"t{i}", i)
+            homes.append(home(f"t{i}"))
+    except coalesce.OutOfDeviceMemory as e:
+        assert "are free" in str(e), e
+    count = homes.index(second)
+    assert homes == [first] * count + [second] * count, homes
+    for i in range(2 * count):
+        np.testing.assert_array_equal(rt.submit(f"t{i}", x).result(60), 2 * i * x)
+    try:
+        add("pinned", 7, device=first)
+        raise AssertionError("it fits")
+    except coalesce.OutOfDeviceMemory:
+        pass
+    rt.remove_tenant(f"t{2 * count - 1}")
+    add("pinned", 7, device=second)
+    assert home("pinned") == second
+    np.testing.assert_array_equal(rt.submit("pinned", x).result(60), 14 * x)
+    rt.update_tenant("pinned", np.full(many, 9, np.float32))
+    np.testing.assert_array_equal(rt.submit("pinned", x).result(60), 18 * x)
+    try:
+        add("elsewhere", 7, device="the moon")
+        raise AssertionError("it is there")
+    except coalesce.InvalidInput as e:
+        assert "tenant 'elsewhere': the runtime has no device the moon; it has " in str(e), e
+"""
+
+
+def test_who_does_not_fit_a_device_lives_on_another():
+    run(FULL_DEVICES, XLA_FLAGS="--xla_force_host_platform_device_count=2", COALESCE_COMPILED="")
+
+
 def test_families_live_on_devices_and_one_that_fails_takes_only_its_own_along():
     """Also what is compiled in another process is for the device that it is to run on, the second one. A fused program
     stays where it was made, whichever device is the default by then and has its inputs."""

@@ -81,26 +81,36 @@ class History(Observer):
     def requests(self) -> list[Ended]:
         return [ended for lot in self._lots.copy() for ended in lot.each()][-KEPT:]
 
-    def explain(self, request: int) -> str | None:
-        """A line for each decision about a request that has ended, or None if it is not known (any more)."""
+    def explain(self, request: int, ticket: Ticket | None = None, now_ns: int = 0) -> str | None:
+        """A line for each decision about a request that has ended, or so far about who has the ticket, and was in the
+        book a moment ago; None if it is not known (any more)."""
         found = (own for lot in reversed(self._lots.copy()) for own in lot.each() if own.request.id == request)
         ended = next(found, None)
-        if ended is None:
+        if ended is not None:
+            lines = [f"  ended after {ms(ended.request, ended.end_ns)}: {ended.outcome}"]
+            return "\n".join([*self._way(ended.request, ended.bundles), *lines])
+        if ticket is None:
             return None
-        bundles = [bundle for b in ended.bundles if (bundle := self._bundles.get(b)) is not None]
-        own, zero = ended.request, ended.request.arrival_ns
+        bundles = list(ticket.bundles)
+        aloft = [bundle for bundle in bundles if bundle not in self._bundles][-1:]
+        now = f"it is in bundle {aloft[0]}, which has not ended" if aloft else "it waits"
+        return "\n".join([*self._way(ticket.request, bundles), f"  after {ms(ticket.request, now_ns)} {now}"])
 
-        def ms(t_ns: int) -> str:
-            return f"{(t_ns - zero) / 1e6:.3f} ms"
-
-        lines = [f"request {own.id} of tenant {own.tenant!r}: deadline {ms(own.deadline_ns)} after submit"]
-        for bundle in bundles:
+    def _way(self, request: Request, bundles: Sequence[int]) -> Iterator[str]:
+        """What it asked for, and the bundles that are done, of those that are remembered."""
+        due = ms(request, request.deadline_ns)
+        yield f"request {request.id} of tenant {request.tenant!r}: deadline {due} after submit"
+        for bundle in filter(None, map(self._bundles.get, bundles)):
             dispatch, lanes = bundle.dispatch, bundle.lanes
             took = (bundle.end_ns - bundle.start_ns) / 1e6
-            lines.append(
+            yield (
                 f"  bundle {dispatch.bundle} ({text_of(bundle.form)}) with {lanes} "
                 f"{'lane' if lanes == 1 else 'lanes'}{f', {dispatch.why}' if dispatch.why else ''}: began after "
-                f"{ms(bundle.start_ns)}, took {took:.3f} ms; expected {dispatch.l50_ns / 1e6:.3f}, at most "
+                f"{ms(request, bundle.start_ns)}, took {took:.3f} ms; expected {dispatch.l50_ns / 1e6:.3f}, at most "
                 f"{dispatch.l99_ns / 1e6:.3f}{f'; failed, {bundle.error}' if bundle.error else ''}"
             )
-        return "\n".join([*lines, f"  ended after {ms(ended.end_ns)}: {ended.outcome}"])
+
+
+def ms(request: Request, t_ns: int) -> str:
+    """Since it was submitted."""
+    return f"{(t_ns - request.arrival_ns) / 1e6:.3f} ms"

@@ -117,6 +117,7 @@ class Runtime:
         quota: int = 1024,
         shared: Any = None,
         verify: bool = False,
+        device: Any = None,
         wait: bool = True,
     ) -> Future[None]:
         """Take on a tenant: `fn(params, *inputs) -> pytree`. Others are served meanwhile.
@@ -134,6 +135,7 @@ class Runtime:
           shared: a subtree of params that other tenants have too, as in `coalesce.trace`.
           verify: compare a fused run with the tenant alone, on its example; a tenant that is not within tolerance is
             served alone, with a warning.
+          device: which of `devices` it lives on; that of its family otherwise, or one with room for it.
 
         Raises:
           InvalidInput: an argument is out of range, or there is a tenant of that name.
@@ -143,8 +145,7 @@ class Runtime:
         """
         self._check_open()
         shapes, terms = shapes_of(name, example, examples), terms_of(name, slo, priority, weight, quota)
-        wanted = Wanted(name, fn, params, shapes, shared, terms, verify)
-        added = self._tenancy.add(wanted, wait)
+        added = self._tenancy.add(Wanted(name, fn, params, shapes, shared, terms, verify, device), wait)
         if wait:
             added.result()
         return added
@@ -244,10 +245,11 @@ class Runtime:
         return health_of(self._stations, len(self._tenancy.residents), bool(self._over), self._tenancy.alone)
 
     def explain(self, request: int | Reply) -> str:
-        """What was decided about a request: its bundles, why they ran, and when. Of the last 4,096 requests."""
+        """What was decided about a request: its bundles, why they ran, and when. Of all that have not ended, and of the
+        last 4,096 that have."""
         number = request.request if isinstance(request, Reply) else request
-        found = filter(None, (station.history.explain(number) for station in self._stations))
-        return next(found, f"request {number}: it has not ended, or is not remembered")
+        found = filter(None, (station.explain(number) for station in self._stations))
+        return next(found, f"request {number}: it is not remembered, or never was")
 
     # The end
 

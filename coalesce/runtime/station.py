@@ -47,7 +47,7 @@ class Station:
         clock: Callable[[], int],
         setup: Setup,
     ) -> None:
-        self.number, self.device, self._policy = number, device, policy
+        self.number, self.device, self._policy, self._clock = number, device, policy, clock
         self.history = History()
         watching = Observers([accounts, self.history, *(observer.on(number) for observer in observers)])
         self.foundry = Foundry(device, setup.widths, setup.executables, setup.stall_s, setup.around)
@@ -56,6 +56,11 @@ class Station:
         self.quarters = Quarters(device, self.driver, self.foundry, accounts, *own, setup.errands)
         self.foundry.start(self.driver)
         self.driver.start()
+
+    def explain(self, request: int) -> str | None:
+        """What was decided about a request; None if it is not known here."""
+        ticket = self.driver.book.tickets.get(request)  # looked for first: it is remembered before it is forgotten here
+        return self.history.explain(request, ticket, self._clock())
 
     @property
     def status(self) -> str:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Container, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from coalesce.errors import InvalidInput, ServingError, TraceError
+from coalesce.errors import InvalidInput, OutOfDeviceMemory, ServingError, TraceError
 from coalesce.passes.pipeline import normalise
 from coalesce.program import Program
 from coalesce.runtime.errands import Errands
@@ -43,6 +43,7 @@ class Wanted(NamedTuple):
     shared: Any
     terms: dict[str, Any]
     verify: bool
+    device: Any  # of JAX, that it is to live on; None: whichever
 
 
 class Tenancy:
@@ -145,15 +146,27 @@ class Tenancy:
         fitted = self._fit(resident, wanted.params, wanted.shared)
         resident.weights = types_of(wanted.params)
         try:
-            self._settle(resident, fitted, wanted if wanted.verify else None)
+            self._settle_anywhere(resident, fitted, wanted, wanted.verify)
         except Unlike as e:
             resident.alone = str(e)
             LOG.warning("tenant %r is served alone: %s", resident.name, e)
-            self._settle(resident, self._fit(resident, wanted.params, wanted.shared), None)
+            self._settle_anywhere(resident, self._fit(resident, wanted.params, wanted.shared), wanted, False)
 
-    def _settle(self, resident: Resident, fitted: Fit, verified: Wanted | None) -> None:
-        station = self._home(fitted.key)
+    def _settle_anywhere(self, resident: Resident, fitted: Fit, wanted: Wanted, verified: bool) -> None:
+        """On its family's device, or where there is room."""
+        full: list[Station] = []
+        while True:
+            station = self._home(fitted.key, wanted, full)
+            try:
+                return self._settle(station, resident, fitted, wanted if verified else None)
+            except OutOfDeviceMemory as e:
+                full.append(station)
+                others = [] if wanted.device is not None else [s for s in self._working if s not in full]
+                if not others:
+                    raise
+                LOG.info("tenant %r does not fit %s, another device is asked: %s", resident.name, station.device.at, e)
 
+    def _settle(self, station: Station, resident: Resident, fitted: Fit, verified: Wanted | None) -> None:
         def check(settled: Resident) -> None:
             assert verified is not None, "nothing is to be verified"
             for i, (program, inputs) in enumerate(zip(fitted.programs, settled.shapes, strict=True)):
@@ -185,12 +198,22 @@ class Tenancy:
                 resident.quarters.forget(resident)
                 self._names.discard(resident.name)
 
-    def _home(self, schema: Hashable) -> Station:
-        """Tenants of a schema live on one device: a new one on that with the least weights. Where that was lost, those
-        who come later live on another."""
+    @property
+    def _working(self) -> Sequence[Station]:
+        return [s for s in self._stations if s.driver.failure is None] or self._stations
+
+    def _home(self, schema: Hashable, wanted: Wanted, full: Container[Station]) -> Station:
+        """Tenants of a schema live on one device, unless they are told where: a new one on that with the least weights.
+        Where that was lost or is full, those who come later live on another."""
         with self._lock:
+            there = [s for s in self._working if s not in full and wanted.device in (None, s.device.at)]
+            working = there or [s for s in self._stations if s.device.at == wanted.device]
+            if not working:
+                raise InvalidInput(
+                    f"tenant {wanted.name!r}: the runtime has no device {wanted.device}; it has "
+                    f"{', '.join(str(s.device.at) for s in self._stations)}"
+                )
             known = self._homes.setdefault(schema, [])
-            working = [s for s in self._stations if s.driver.failure is None] or self._stations
             station = next((s for s in known if s in working), None)
             if station is None:  # what all of them hold is not summed up for who knows where to go
                 homes = [homes[-1] for homes in self._homes.values() if homes]
