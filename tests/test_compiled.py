@@ -12,7 +12,7 @@ from coalesce.lanes import Shared, Stacked
 from coalesce.lower import by_lane
 from coalesce.models import by_name
 from tests.compare import assert_bitwise
-from tests.hlo import instructions, moves_of_size
+from tests.hlo import instructions, moves_of_size, rearranged, weights_written_again
 
 # Models whose weights are larger than any activation at batch 1, so that a move of that size can only be a weight's.
 WEIGHTY = {
@@ -39,6 +39,8 @@ def largest_weight(fused: coalesce.Fused) -> int:
 def test_no_move_of_the_size_of_a_weight(name, within):
     fused = fuse_of(name, 3, within_program=within)
     assert moves_of_size(fused.as_text(), largest_weight(fused)) == []
+    if name != "dlrm":  # whose rows of tables are joined
+        assert weights_written_again(fused) == []
 
 
 def test_the_reader_of_hlo_sees_a_move():
@@ -47,6 +49,26 @@ def test_the_reader_of_hlo_sees_a_move():
     text = jax.jit(lambda a, b: jax.numpy.stack([a, b]) * 2).lower(*structs).compile().as_text() or ""
     assert moves_of_size(text, 64 * 64)
     assert any(i.opcode == "parameter" for i in instructions(text))
+
+
+MOVES = {
+    "padded": lambda w: jnp.pad(w, 3),
+    "turned": lambda w: jnp.cos(w.T.reshape(-1)[::-1]).at[0].set(0.0),
+    "picked": lambda w: w[jnp.array([2, 0, 1, 2])],
+    "joined": lambda w: jnp.concatenate([w, w[:8]]),
+    "cast": lambda w: w.astype(jnp.bfloat16),
+    "computed": lambda w: w * 2.0 + 1.0,
+    "summed": lambda w: w.sum(0),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_the_reader_of_hlo_sees_weights_that_are_written_once_more(name):
+    w = jax.ShapeDtypeStruct((64, 64), "float32")
+    text = jax.jit(lambda x, w: (x + 1, MOVES[name](w))).lower(w, w).compile().as_text() or ""
+    seen = rearranged(text, {1}, 4 * 64)
+    assert bool(seen) == (name in ("padded", "picked", "joined", "cast"))
+    assert rearranged(text, {0}, 1) == rearranged(text, {1}, 10**6) == []
 
 
 GEMM_FUSION = """\

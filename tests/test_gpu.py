@@ -14,7 +14,7 @@ from coalesce.bundle import packs
 from coalesce.kernels import KERNELS
 from coalesce.models import by_name
 from coalesce.waiting import driver_of
-from tests.hlo import moves_of_size
+from tests.hlo import moves_of_size, weights_written_again
 
 pytestmark = [
     pytest.mark.gpu,
@@ -130,6 +130,12 @@ def test_no_move_of_the_size_of_a_weight(name):
     fused = fused_of(model, params, inputs)
     largest = max(int(np.prod((len(a.rows), *a.shape))) for a in fused.bundle.arrays)
     assert moves_of_size(fused.as_text(), largest) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", sorted({*MODELS} - {"dlrm"}))
+def test_no_weight_is_written_again_in_a_call(name, dtype):
+    assert weights_written_again(fused_of(*setup(name, dtype), executables=1)) == []
 
 
 @pytest.mark.parametrize("name", ["vit_ti16", "bert_small", "gru"])
