@@ -88,6 +88,7 @@ def test_families_that_share_an_executable_are_branches(late):
     banks = [serving.store.bank for serving, _ in each]
     outputs = [together.run(banks, [None] * 3, own) for own in filled]
     assert aside.library.calls.count("cuGraphLaunch") == SEATS
+    assert aside.library.calls.count("cuMemcpyAsync") == 2 * SEATS  # one each way, for all of them
     for own, out in zip(filled, outputs, strict=True):
         together.send_back(out)
         stacks = together.fetch(out)
