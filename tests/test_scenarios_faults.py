@@ -347,6 +347,7 @@ with checked_runtime(devices=[first, second], widths=(1, 2), memory_limit=6 * 4 
 """
 
 
+@pytest.mark.once  # a process
 def test_who_does_not_fit_a_device_lives_on_another():
     run(FULL_DEVICES, XLA_FLAGS="--xla_force_host_platform_device_count=2", COALESCE_COMPILED="")
 
