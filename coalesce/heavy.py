@@ -73,8 +73,8 @@ def is_heavy(eqn: J.Eqn) -> bool:
 
 
 def is_usual(precision: Any) -> bool:
-    """Whether it asks for no more than "high", which is also "tensorfloat32": on a CPU and a GPU that is what XLA and
-    Triton do for who asks for nothing. On a TPU "high" is more."""
+    """Whether it asks for no more than "high", which is also "tensorfloat32": of operands of two bytes or more that is
+    what XLA and Triton do on a CPU and a GPU for who asks for nothing. On a TPU "high" is more."""
     if type(precision) is not tuple:  # an algorithm is one of another type
         return precision is None
     return {lax.Precision.DEFAULT, lax.Precision.HIGH}.issuperset(precision)

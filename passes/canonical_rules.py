@@ -85,9 +85,9 @@ def result_type_named(view: View) -> Answer:
 
 
 def precision_as_usual(view: View) -> Answer:
-    """Who asks for what everybody gets asks for nothing."""
+    """Who asks for what everybody gets asks for nothing. Of operands of a byte, "high" has XLA add more precisely."""
     precision = view.eqn.params["precision"]
-    if precision is None or not is_usual(precision):
+    if precision is None or not is_usual(precision) or min(a.aval.dtype.itemsize for a in view.operands) == 1:
         return None
     return view.eqn.replace(params={**view.eqn.params, "precision": None})
 

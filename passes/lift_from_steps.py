@@ -18,7 +18,7 @@ at once, as it may not for several lanes: random bits would be others. A value o
 at most LARGEST bytes.
 
 XLA multiplies and adds one row of float32 as it is, on every device; a product of many rows it may round to TF32 first,
-where nobody asked for more than the default. What had one row a step then asks for the highest precision, so that its
+where nobody asked for more than "high". What had one row a step then asks for the highest precision, so that its
 results stay those of a step.
 """
 

@@ -1,7 +1,7 @@
 """Reading programs: the operations of StableHLO text, the instructions of optimised HLO text with their sizes."""
 
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -47,12 +47,15 @@ def is_product(computation: str) -> bool:
     return fused and any(i.opcode == "dot" for i in instructions(computation))
 
 
-DEFINITION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\w+\[[\d,]*\](?:\{[^}]*\})?) ([\w-]+)\((.*)$")
+DEFINITION = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = (\(.*?\)|\w+\[[\d,]*\](?:\{[^}]*\})?) ([\w-]+)\((.*)$")
+CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)")
+BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 REARRANGED = frozenset(
-    """bitcast broadcast concatenate convert copy copy-done copy-start dynamic-slice gather get-tuple-element
-    optimization-barrier pad reduce-precision reshape reverse slice transpose""".split()
+    """broadcast concatenate convert copy copy-done copy-start dynamic-slice dynamic-update-slice gather pad
+    reduce-precision reshape reverse slice transpose""".split()
 )
-NOT_WRITTEN = frozenset({"bitcast", "get-tuple-element", "optimization-barrier", "parameter"})
+PASSED_ON = frozenset({"bitcast", "optimization-barrier"})
+Same = bool | list[bool]  # of a tuple each of its elements
 
 
 class Defined(NamedTuple):
@@ -60,7 +63,9 @@ class Defined(NamedTuple):
     opcode: str
     elements: int
     operands: list[str]
-    called: str  # the computation of a fusion
+    called: list[str]  # computations: of a fusion, a call, the body of a loop, branches
+    index: int  # of an element of a tuple
+    is_root: bool
     text: str
 
 
@@ -72,40 +77,67 @@ def computations(text: str) -> dict[str, list[Defined]]:
         if line.rstrip().endswith("{") and " = " not in line.split("(")[0]:
             own = found["ENTRY" if line.startswith("ENTRY") else line.split()[0].lstrip("%")] = []
         elif match := DEFINITION.match(line):
-            name, shape, opcode, rest = match.groups()
+            root, name, shape, opcode, rest = match.groups()
             elements = max([prod(int(d) for d in one.split(",") if d) for one in SHAPE.findall(shape)], default=0)
-            called = re.search(r"calls=%?([\w.-]+)", rest)
             given = rest.partition(")")[0]
             names = [given.strip()] if opcode == "parameter" else re.findall(r"%([\w.-]+)", given)
-            own.append(Defined(name, opcode, elements, names, called[1] if called else "", line.strip()))
+            called = CALLED.findall(rest) if opcode in ("fusion", "call", "while", "conditional", "async-start") else []
+            called += [one.strip().lstrip("%") for own in BRANCHES.findall(rest) for one in own.split(",")]
+            index = re.search(r"index=(\d+)", rest)
+            own.append(
+                Defined(name, opcode, elements, names, called, int(index[1]) if index else 0, bool(root), line.strip())
+            )
     return found
 
 
 def rearranged(text: str, parameters: Container[int], elements: int) -> list[str]:
     """Instructions that write once more what some of a program's parameters hold, in whatever order, at least so many
-    elements of it: copies, pads, gathers and the like, also as all that a fusion does."""
+    elements of it: copies, pads, gathers and the like, also as all that a fusion does, also in loops and branches."""
     known = computations(text)
+    found: list[str] = []
 
-    def same(body: Sequence[Defined], given: Callable[[int], bool]) -> set[str]:
-        """What is nothing but parameters, rearranged."""
-        pure: set[str] = set()
+    def walk(body: Sequence[Defined], given: Sequence[Same], writes: bool) -> Same:
+        """What of the root is nothing but parameters, rearranged. What is inside of a fusion is not written."""
+        same: dict[str, Same] = {}
+        root: Same = False
         for own in body:
             if own.opcode == "parameter":
-                if given(int(own.operands[0])):
-                    pure.add(own.name)
-            elif own.opcode in REARRANGED and any(name in pure for name in own.operands):
-                pure.add(own.name)
-            elif own.opcode == "fusion" and own.called in known:
-                inner = known[own.called]
-                within = same(inner, lambda n, own=own: own.operands[n] in pure)
-                if inner[-1].name in within:
-                    pure.add(own.name)
-        return pure
+                same[own.name] = given[int(own.operands[0])] if int(own.operands[0]) < len(given) else False
+                continue
+            of = [same.get(name, False) for name in own.operands]
+            if own.opcode == "tuple":
+                same[own.name] = [one is True for one in of]
+            elif own.opcode == "get-tuple-element":
+                first = of[0] if of else False
+                same[own.name] = first[own.index] if isinstance(first, list) else first
+            elif own.called:
+                branches, is_written = own.opcode == "conditional", own.opcode != "fusion"
+                each = [
+                    walk(known[name], of[i + 1 : i + 2] if branches else of, is_written)
+                    for i, name in enumerate(own.called)
+                    if name in known
+                ]
+                same[own.name] = each[0] if each else False
+                if writes and own.opcode == "fusion" and own.elements >= elements and any_of(same[own.name]):
+                    found.append(own.text)
+            elif own.opcode in PASSED_ON:
+                same[own.name] = of[0] if of else False
+            elif own.opcode in REARRANGED and any(one is True for one in of):
+                same[own.name] = True
+                if writes and own.elements >= elements:
+                    found.append(own.text)
+            if own.is_root:
+                root = same.get(own.name, False)
+        return root
 
     entry = known["ENTRY"]
-    found = same(entry, lambda n: n in parameters)
-    written = [own for own in entry if own.name in found and own.opcode not in NOT_WRITTEN]
-    return [own.text for own in written if own.elements >= elements]
+    count = sum(own.opcode == "parameter" for own in entry)
+    walk(entry, [n in parameters for n in range(count)], True)
+    return found
+
+
+def any_of(same: Same) -> bool:
+    return any(same) if isinstance(same, list) else same
 
 
 def weights_written_again(fused: coalesce.Fused) -> list[str]:

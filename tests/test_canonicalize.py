@@ -247,6 +247,13 @@ def test_a_precision_that_a_gpu_has_by_itself_is_the_usual_one(name, asked):
     assert str(after) == str(usual)
 
 
+def test_of_operands_of_a_byte_high_is_more():
+    """XLA adds up products of such operands less precisely, on a GPU that can, unless somebody asks for it."""
+    how: dict[str, Any] = dict(precision="high", preferred_element_type=jnp.float32)
+    after = canonical(partial(lax.dot, **how), *(array(*shape).astype(jnp.float8_e4m3fn) for shape in ((4, 3), (3, 2))))
+    assert heavy(after).params["precision"] == (lax.Precision.HIGH, lax.Precision.HIGH)
+
+
 def test_a_default_precision_changes_nothing_about_who_shares():
     fn, w, x = REWRITTEN["1x1 conv"]
     with jax.default_matmul_precision("tensorfloat32"):

@@ -498,6 +498,7 @@ def test_explain_tells_how_far_a_request_has_come():
         while not machine.launches:
             time.sleep(0.001)
         tickets, now_ns = served.driver.book.tickets, time.monotonic_ns()
+        held = list(tickets.values())
         texts = [served.history.explain(own.request, tickets.get(own.request), now_ns) for own in (ahead, behind)]
         machine.go.set()
         assert [ahead.result(10), behind.result(10)]
@@ -506,6 +507,10 @@ def test_explain_tells_how_far_a_request_has_come():
     ends = [text.splitlines()[-1] for text in texts if text is not None]
     assert ends[0].endswith(" it is in bundle 0, which has not ended")
     assert any(ends[1].endswith(end) for end in (" it waits", " which has not ended"))
+    (ticket,) = [own for own in held if own.request.id == ahead.request]
+    served.history._lots.clear()  # as between the end of a bundle and that of its requests
+    text = served.history.explain(ahead.request, ticket, now_ns)
+    assert text is not None and "bundle 0 has ended: " in text.splitlines()[-1]
     assert served.history.explain(99) is None
 
 

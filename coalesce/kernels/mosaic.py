@@ -234,7 +234,7 @@ def wait_if(needed: Any, barriers: Any, at: Any) -> None:
 
 def wait_for_others() -> None:
     """Until what was launched before has ended, and what it wrote can be read. CUDA may then launch the kernel before
-    that: 1 to 2.5% of a network. XLA has its kernels wait so, and those of Triton; Mosaic can since JAX 0.11.
+    that: 0.6 to 2.4% of a network. XLA has its kernels wait so, and those of Triton; Mosaic can since JAX 0.11.
 
     To say early that the next one may be launched loses more than it wins (docs/performance.md, "What did not help").
     """

@@ -48,11 +48,13 @@ class History(Observer):
         self._bundles: OrderedDict[int, Recorded] = OrderedDict()
         self._lots: deque[Together] = deque()
         self._count = 0  # requests in them
+        self._newest = -1  # bundle: they end in the order of their numbers
         self._lock = threading.RLock()  # of those who note something, on threads of the runtime unless it has ended
 
     def finished(self, bundle: Finished) -> None:
         with self._lock:
-            self._bundles[bundle.dispatch.bundle] = bundle.record()
+            self._newest = bundle.dispatch.bundle
+            self._bundles[self._newest] = bundle.record()
             if len(self._bundles) > KEPT:
                 self._bundles.popitem(last=False)
 
@@ -91,9 +93,13 @@ class History(Observer):
             return "\n".join([*self._way(ended.request, ended.bundles), *lines])
         if ticket is None:
             return None
-        bundles = list(ticket.bundles)
-        aloft = [bundle for bundle in bundles if bundle not in self._bundles][-1:]
-        now = f"it is in bundle {aloft[0]}, which has not ended" if aloft else "it waits"
+        bundles, newest = list(ticket.bundles), self._newest
+        if not bundles:
+            now = "it waits"
+        elif bundles[-1] > newest:
+            now = f"it is in bundle {bundles[-1]}, which has not ended"
+        else:
+            now = f"bundle {bundles[-1]} has ended: it waits for what is next, or its result is on its way"
         return "\n".join([*self._way(ticket.request, bundles), f"  after {ms(ticket.request, now_ns)} {now}"])
 
     def _way(self, request: Request, bundles: Sequence[int]) -> Iterator[str]:

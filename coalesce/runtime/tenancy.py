@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Container, Hashable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -155,16 +156,18 @@ class Tenancy:
     def _settle_anywhere(self, resident: Resident, fitted: Fit, wanted: Wanted, verified: bool) -> None:
         """On its family's device, or where there is room."""
         full: list[Station] = []
-        while True:
-            station = self._home(fitted.key, wanted, full)
+        why: OutOfDeviceMemory | None = None
+        while (station := self._home(fitted.key, wanted, full)) is not None:
             try:
                 return self._settle(station, resident, fitted, wanted if verified else None)
             except OutOfDeviceMemory as e:
-                full.append(station)
-                others = [] if wanted.device is not None else [s for s in self._working if s not in full]
-                if not others:
-                    raise
-                LOG.info("tenant %r does not fit %s, another device is asked: %s", resident.name, station.device.at, e)
+                why = e
+            LOG.info("tenant %r does not fit %s: %s", resident.name, station.device.at, why)
+            full.append(station)
+            with suppress(ServingError):  # that it went is told before it comes elsewhere
+                station.driver.carry_out(lambda: ())
+        assert why is not None, "no device was asked"
+        raise why
 
     def _settle(self, station: Station, resident: Resident, fitted: Fit, verified: Wanted | None) -> None:
         def check(settled: Resident) -> None:
@@ -198,21 +201,19 @@ class Tenancy:
                 resident.quarters.forget(resident)
                 self._names.discard(resident.name)
 
-    @property
-    def _working(self) -> Sequence[Station]:
-        return [s for s in self._stations if s.driver.failure is None] or self._stations
-
-    def _home(self, schema: Hashable, wanted: Wanted, full: Container[Station]) -> Station:
+    def _home(self, schema: Hashable, wanted: Wanted, full: Container[Station]) -> Station | None:
         """Tenants of a schema live on one device, unless they are told where: a new one on that with the least weights.
-        Where that was lost or is full, those who come later live on another."""
+        Where that was lost or is full, those who come later live on another. None if all are full."""
         with self._lock:
-            there = [s for s in self._working if s not in full and wanted.device in (None, s.device.at)]
-            working = there or [s for s in self._stations if s.device.at == wanted.device]
-            if not working:
+            named = [s for s in self._stations if wanted.device in (None, s.device.at)]
+            if not named:
                 raise InvalidInput(
                     f"tenant {wanted.name!r}: the runtime has no device {wanted.device}; it has "
                     f"{', '.join(str(s.device.at) for s in self._stations)}"
                 )
+            working = [s for s in [s for s in named if s.driver.failure is None] or named if s not in full]
+            if not working:
+                return None
             known = self._homes.setdefault(schema, [])
             station = next((s for s in known if s in working), None)
             if station is None:  # what all of them hold is not summed up for who knows where to go
