@@ -125,8 +125,8 @@ class Spot:
             line.cuda("cuEventRecord", self._read.handle, line.stream)
 
 
-def aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNED) * ALIGNED
+def aligned(nbytes: int, to: int = ALIGNED) -> int:
+    return -(-nbytes // to) * to
 
 
 class InGraph:

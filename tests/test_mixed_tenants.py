@@ -7,12 +7,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from coalesce.models import NAMES
-from experiments import executables, mixed_tenants, settings
+from coalesce.models import by_name, NAMES
+from experiments import executables, mixed_methods, mixed_tenants, settings
+from experiments.cells import tenants_of
 from experiments.mixed_report import beside_lines, gain_lines
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +57,18 @@ def test_mixed_tenants_compares_eight_ways_to_serve_a_set(mix, tmp_path, capsys)
     before = result["rows"]
     mix(*QUICK, "--lanes=2", f"--out={tmp_path}", "--methods=always")
     assert json.loads((tmp_path / "mixed_tenants_lanes2.json").read_text())["rows"] == before
+
+
+def test_graphs_alone_are_tried_where_nothing_is_to_be_called():
+    mix = [tenants_of(by_name("mlp", layers=2, width=width), 1, 1) for width in (4, 8)]
+    (only,) = mixed_methods.fused(mix, {}, "auto", mixed_tenants.WASTE_BOUND, called=False, captured=True)
+    (own,) = mixed_methods.one_by_one(mix, {}, mixed_tenants.only_captured)
+    assert only.how == own.how == "captured"
+    want = [np.asarray(x) for x in jax.tree.leaves([t.apply(t.params[0], *t.inputs[0]) for t in mix])]
+    for candidate in (only, own):
+        got = jax.tree.leaves(candidate.split(candidate.run()))
+        for x, y in zip(got, want, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
 def test_every_model_is_in_a_set():

@@ -83,6 +83,7 @@ class Tenancy:
             self._names.add(wanted.name)
         try:
             resident = Resident(wanted.name, wanted.fn, wanted.shapes, wanted.terms)
+            self._allowed(wanted)
             with handing_on():
                 if wanted.verify:
                     check_examples(wanted.name, wanted.shapes, wanted.params)
@@ -205,13 +206,9 @@ class Tenancy:
         """Tenants of a schema live on one device, unless they are told where: a new one on that with the least weights.
         Where that was lost or is full, those who come later live on another. None if all are full."""
         with self._lock:
-            named = [s for s in self._stations if wanted.device in (None, s.device.at)]
-            if not named:
-                raise InvalidInput(
-                    f"tenant {wanted.name!r}: the runtime has no device {wanted.device}; it has "
-                    f"{', '.join(str(s.device.at) for s in self._stations)}"
-                )
-            working = [s for s in [s for s in named if s.driver.failure is None] or named if s not in full]
+            allowed = self._allowed(wanted)
+            alive = [s for s in allowed if s.driver.failure is None] or allowed
+            working = [s for s in alive if s not in full]
             if not working:
                 return None
             known = self._homes.setdefault(schema, [])
@@ -221,6 +218,14 @@ class Tenancy:
                 station = min(working, key=lambda s: (s.device.held_bytes, homes.count(s)))
             known.append(station)
             return station
+
+    def _allowed(self, wanted: Wanted) -> list[Station]:
+        """Where a tenant may live; raises InvalidInput."""
+        allowed = [s for s in self._stations if wanted.device in (None, s.device.at)]
+        if not allowed:
+            there = ", ".join(str(s.device.at) for s in self._stations)
+            raise InvalidInput(f"tenant {wanted.name!r}: the runtime has no device {wanted.device}; it has {there}")
+        return allowed
 
     def _forget_home(self, schema: Hashable, station: Station) -> None:
         with self._lock:

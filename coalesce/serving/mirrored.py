@@ -10,6 +10,7 @@ import numpy as np
 
 from coalesce.capture.aside import Place
 from coalesce.capture.cuda import Cuda
+from coalesce.captured import aligned
 from coalesce.serving.words import nbytes
 
 ALIGNED = 256  # bytes, as what CUDA gives
@@ -19,7 +20,7 @@ class Mirrored:
     """In the driver's context. Raises RuntimeError if there is no memory."""
 
     def __init__(self, cuda: Cuda, structs: Sequence[jax.ShapeDtypeStruct]) -> None:
-        starts = [0, *accumulate(-(-nbytes(own) // ALIGNED) * ALIGNED for own in structs)]
+        starts = [0, *accumulate(aligned(nbytes(own), ALIGNED) for own in structs)]
         self._host = cuda.host_memory(starts[-1], np.dtype(np.uint8))
         self._device = cuda.memory(self._host.nbytes)
         self.places = [Place(self._device.address + at, own) for at, own in zip(starts, structs, strict=False)]
