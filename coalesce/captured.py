@@ -135,7 +135,7 @@ class InGraph:
 
     def __init__(
         self,
-        run: Stacked,
+        runs: Sequence[Stacked],
         bank: Sequence[jax.Array],
         inputs: Stacks,
         outputs: Stacks,
@@ -143,8 +143,8 @@ class InGraph:
         asides: Sequence[Aside],
         compile: Callable[..., Any],
     ) -> None:
-        """`outputs` are structs; `compile(function, structs, options)` is JAX's Compiled, of a function that donates
-        its last argument."""
+        """`runs` are the parts, as functions that give the outputs of theirs alone; `outputs` are structs;
+        `compile(function, structs, options)` is JAX's Compiled, of a function that donates its last argument."""
         # JAX does not know that these change, and keeps what it has once brought to the host: nobody else gets them.
         self._inputs = jax.tree.map(jnp.copy, inputs)
         self._outputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
@@ -153,10 +153,10 @@ class InGraph:
         self._spots: list[Spot] = []  # made when they are needed
         arguments = (list(bank), self._inputs)
         graphs, programs = [], []
-        for own, aside in zip(parts, asides, strict=False):
+        for own, run, aside in zip(parts, runs, asides, strict=False):
             into = [x for f in own for x in self._outputs[f]]
             try:
-                compiled = compile(ends(partial(part, run, own)), (*arguments, into), OPTIONS)
+                compiled = compile(ends(partial(in_a_row, run)), (*arguments, into), OPTIONS)
             except RuntimeError as e:
                 raise CaptureError(f"the program cannot be compiled as a graph: {type(e).__name__}: {e}") from e
             programs.append(aside.load(compiled))
@@ -207,7 +207,6 @@ class InGraph:
             self._line.wait()
 
 
-def part(run: Stacked, families: Sequence[int], bank: Sequence[Any], inputs: Stacks, into: Sequence[Any]) -> list[Any]:
-    """The outputs of some families; whoever compiles it leaves out what only others need."""
-    outputs = run(bank, inputs)
-    return [x for f in families for x in outputs[f]]
+def in_a_row(run: Stacked, bank: Sequence[Any], inputs: Stacks, into: Sequence[Any]) -> list[Any]:
+    """The outputs of all families that it runs."""
+    return [x for own in run(bank, inputs) for x in own]

@@ -7,11 +7,10 @@ lanes at once, under the context and source line that it was traced with.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
-import numpy as np
-from jax import lax
 
 from coalesce import jaxpr as J
 from coalesce.bundle import (
@@ -50,6 +49,7 @@ from coalesce.lanes import (
 from coalesce.lower_attention import lower_attention, made_in
 from coalesce.lower_control import lower_loop
 from coalesce.lower_pack import lower_packs, Operands
+from coalesce.lower_results import by_lane
 from coalesce.lower_rows import lower_rows
 from coalesce.lower_scans import lower_scans
 from coalesce.slab import Cut, whole
@@ -72,7 +72,7 @@ def lower(
             for family in bundle.families
         ]
         outputs: list[list[Any]] = [[] for _ in bundle.tenants]
-        results_of = evaluated(bundle, arrays_in(bundle, bank), given)
+        results_of = evaluated(bundle, arrays_in(bundle, bank), given, range(len(bundle.families)))
         for family, results in zip(bundle.families, results_of, strict=True):
             for ln, values in zip(family.lanes, by_lane(results, family.width, backend), strict=True):
                 outputs[ln.tenant] = values
@@ -81,29 +81,39 @@ def lower(
     return fused
 
 
-def lower_stacked(bundle: Bundle) -> Callable[[Sequence[Any], Sequence[Sequence[Any]]], list[list[Any]]]:
-    """The same for lanes that stay stacked: (bank, inputs [L,...] of each family) -> outputs [L,...] of each family."""
+def lower_stacked(
+    bundle: Bundle, families: Sequence[int] | None = None
+) -> Callable[[Sequence[Any], Sequence[Sequence[Any]]], list[list[Any]]]:
+    """The same for lanes that stay stacked: (bank, inputs [L,...] of each family) -> outputs [L,...] of each family; or
+    of `families` alone, which share nothing with the others."""
 
     def fused(bank: Sequence[Any], inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        return run_stacked(bundle, arrays_in(bundle, bank), inputs)
+        return run_stacked(bundle, arrays_in(bundle, bank), inputs, families)
 
     return fused
 
 
-def run_stacked(bundle: Bundle, arrays: Sequence[Any], inputs: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """(what lies where each of `bundle.arrays` is, inputs [L,...] of each family) -> outputs [L,...] of each family."""
+def run_stacked(
+    bundle: Bundle, arrays: Sequence[Any], inputs: Sequence[Sequence[Any]], families: Sequence[int] | None = None
+) -> list[list[Any]]:
+    """(what lies where each of `bundle.arrays` is, inputs [L,...] of each family) -> outputs [L,...] of each family, or
+    of some that share nothing with the others."""
     given: list[list[Shared | Stacked]] = [
         [Stacked(x) if family.width > 1 else Shared(x.reshape(x.shape[1:])) for x in own]
         for family, own in zip(bundle.families, inputs, strict=True)
     ]
-    outputs = zip(bundle.families, evaluated(bundle, arrays, given), strict=True)
-    return [[stacked(value, family.width) for value in results] for family, results in outputs]
+    wanted = range(len(bundle.families)) if families is None else families
+    outputs = zip(wanted, evaluated(bundle, arrays, given, wanted), strict=True)
+    return [[stacked(value, bundle.families[f].width) for value in results] for f, results in outputs]
 
 
 def evaluated(
-    bundle: Bundle, arrays: Sequence[Any], inputs: Sequence[Sequence[Shared | Stacked]]
+    bundle: Bundle, arrays: Sequence[Any], inputs: Sequence[Sequence[Shared | Stacked]], wanted: Sequence[int]
 ) -> list[list[Shared | Stacked]]:
-    """Each family's outputs from its inputs; `arrays` are those of the bundle: whole, cut or picked."""
+    """The outputs of the families that are wanted, from the inputs of all; `arrays` are those of the bundle: whole, cut
+    or picked."""
+    if len(wanted) < len(bundle.families):
+        bundle = only(bundle, wanted)
     walk = Walk(bundle, arrays)
     env: Env = {}
     for f, (family, given) in enumerate(zip(bundle.families, inputs, strict=True)):
@@ -112,9 +122,14 @@ def evaluated(
                 env[f, var] = Banked(arrays[bundle.stored[f, w]], family.rows[w])
         env.update(((f, var), value) for var, value in zip(family.inputs, given, strict=True))
     walk.run_parts(env)
-    return [
-        [plain(walk.read(env, f, atom)) for atom in J.outvars(family.jaxpr)] for f, family in enumerate(bundle.families)
-    ]
+    return [[plain(walk.read(env, f, atom)) for atom in J.outvars(bundle.families[f].jaxpr)] for f in wanted]
+
+
+def only(bundle: Bundle, families: Sequence[int]) -> Bundle:
+    """With nothing to run for others."""
+    assert len(bundle.starts) == 1, "families of one executable are taken apart"
+    schedule = tuple(item for item in bundle.schedule if place_of(item)[0] in families)
+    return replace(bundle, schedule=schedule)
 
 
 def arrays_in(bundle: Bundle, bank: Sequence[Any]) -> list[Any]:
@@ -133,36 +148,6 @@ def part_name(part: int) -> str:
 
 # Kernels that run one op as its equation does.
 AS_WRITTEN = ("batched_dot", "separate")
-
-# Results up to this size are handed out by one small kernel on a CPU; larger ones deserve several threads.
-SMALL_RESULTS = 1 << 20
-
-
-def by_lane(results: Sequence[Shared | Stacked], lanes: int, backend: str) -> list[list[Any]]:
-    """Each lane's own results."""
-
-    def split(stacks: Sequence[Any]) -> list[list[Any]]:
-        return [[x[i] for x in stacks] for i in range(lanes)]
-
-    stacks = [r.value for r in results if isinstance(r, Stacked)]
-    if backend == "cpu" and stacks and sum(J.nbytes(x) for x in stacks) <= SMALL_RESULTS:
-        with J.cpu_small_call():
-            parts = jax.jit(split)(stacks)
-    elif backend == "gpu" and lanes > 1:
-        parts = split([rows_at_once(x) for x in stacks])
-    else:
-        parts = split(stacks)
-    rest = [iter(part) for part in parts]
-    return [[next(rest[i]) if isinstance(r, Stacked) else r.value for r in results] for i in range(lanes)]
-
-
-def rows_at_once(stack: Any) -> list[Any]:
-    """The rows of a stack, which XLA copies on a GPU by one kernel that writes all of them. Slices that it knows not to
-    overlap it copies one by one, a launch each; so it is not told where they begin."""
-    none = lax.optimization_barrier(np.uint32(0))
-    places = [none + np.uint32(i) for i in range(stack.shape[0])]
-    return [lax.dynamic_index_in_dim(stack, place, 0, keepdims=False) for place in places]
-
 
 class Walk:
     """Runs schedules. Scopes are environments: {(family, variable): value}."""

@@ -140,7 +140,8 @@ class Staged:
             return ByCall(self, inputs)
         with J.precision_as_traced():
             outputs = jax.eval_shape(self._function, bank_structs(self._bundle), self._structs)
-        return InGraph(self._function, self._bank, inputs, outputs, parts, clients, compile_donating)
+        runs = [lower_stacked(self._bundle, own) for own in parts]
+        return InGraph(runs, self._bank, inputs, outputs, parts, clients, compile_donating)
 
     def compile(self, compiler_options: dict[str, Any] | None = None) -> Any:
         """Compile ahead of time, for later calls too; returns JAX's Compiled, or a `Chain` of several.

@@ -9,7 +9,7 @@ import pytest
 import coalesce
 from coalesce import jaxpr as J
 from coalesce.lanes import Shared, Stacked
-from coalesce.lower import by_lane
+from coalesce.lower_results import by_lane
 from coalesce.models import by_name
 from tests.compare import assert_bitwise
 from tests.hlo import instructions, moves_of_size, rearranged, weights_written_again

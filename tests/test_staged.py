@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 
 import coalesce
+from coalesce import jaxpr as J
 from coalesce.errors import InvalidInput, TraceError
+from coalesce.lower import lower_stacked
 from tests.alone import array
+from tests.compare import assert_same
+from tests.serving import plain
 
 
 def dense(p, x, scale):
@@ -121,3 +125,20 @@ def test_inputs_may_lie_on_another_device():
     found = [(dense, {"w": array(8, 6)}, tuple(jax.device_put((array(4, 8), array(6)), others[0]))) for _ in range(2)]
     staged = coalesce.fuse(programs(found)).staged()
     assert all(x.devices() == {here} for x in jax.tree.leaves(staged(staged.stage(requests_of(found)))))
+
+
+def test_families_by_themselves():
+    """What is compiled for some, as branches of a graph are, traces nothing of others."""
+    found = tenants()
+    fused = coalesce.fuse(programs(found))
+    staged, bundle = fused.staged(), fused.bundle
+    bank = fused._weights()
+    inputs = staged.stage(requests_of(found))
+    both = staged(inputs)
+    for f in range(2):
+        run = lower_stacked(bundle, [f])
+        (own,) = run(bank, inputs)
+        for got, want in zip(own, both[f], strict=True):
+            assert_same(plain(got), plain(want))
+        dots = [eqn for eqn in J.walk(jax.make_jaxpr(run)(bank, inputs)) if eqn.primitive.name == "dot_general"]
+        assert len(dots) == 1
