@@ -109,7 +109,8 @@ class JointStep:
 @dataclass(frozen=True, eq=False)
 class Loop:
     """Control flow of a family, walked into. `varies` flags the carry (scan, while) or the results (cond) that differ
-    between lanes, `decides` whether the predicate or index does. The steps of a scan that is `unrolled` are no loop."""
+    between lanes, `decides` whether the predicate or index does. The steps of a scan that is `unrolled` are no loop. It
+    runs in `shifts`: for some of the lanes, then for others."""
 
     family: int
     site: str
@@ -118,6 +119,7 @@ class Loop:
     varies: tuple[bool, ...]
     decides: bool = False
     unrolled: bool = False
+    shifts: int = 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -175,11 +175,16 @@ def schedule_lines(bundle: Bundle, schedule: Schedule, names: dict[int, Names], 
                     outs = ", ".join(map(names[part.family], J.outvars(J.as_scan(part.eqn).body)))
                     yield f"{indent}      -> f{part.family}: {outs}"
             case Loop(family, _, eqn, bodies):
-                yield f"{indent}f{family}: {equation(eqn, names[family])}{', unrolled' * item.unrolled}"
+                yield f"{indent}f{family}: {', '.join([equation(eqn, names[family]), *loop_facts(item)])}"
                 for body, region in zip(bodies, J.regions(eqn), strict=True):
                     yield f"{indent}  ({', '.join(map(names[family].typed, J.invars(region)))})"
                     yield from schedule_lines(bundle, body, names, indent + "    ")
                     yield f"{indent}    -> {', '.join(map(names[family], J.outvars(region)))}"
+
+
+def loop_facts(loop: Loop) -> list[str]:
+    """How control flow runs, if not as it is written."""
+    return ["unrolled"] * loop.unrolled + [f"in {loop.shifts} shifts of lanes"] * (loop.shifts > 1)
 
 
 def leaves_more(pack: Pack) -> bool:

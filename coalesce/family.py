@@ -47,6 +47,10 @@ class Family:
     def width(self) -> int:
         return len(self.lanes)
 
+    def is_own(self, weight: int) -> bool:
+        """Whether each lane has a row of its own of it, in their order."""
+        return self.rows[weight] == tuple(range(self.width))
+
     @property
     def weights(self) -> list[J.Var]:
         return J.invars(self.jaxpr)[: self.n_weights]

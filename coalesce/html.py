@@ -33,7 +33,7 @@ from coalesce.bundle import (
     Schedule,
     Step,
 )
-from coalesce.explain import member_text, place_text
+from coalesce.explain import loop_facts, member_text, place_text
 from coalesce.family import literal_splits
 from coalesce.fused import Fused
 from coalesce.heavy import heavy_eqns, is_heavy
@@ -203,7 +203,7 @@ class Column:
             for label, body, region in zip(J.region_labels(eqn), item.bodies, J.regions(eqn), strict=True):
                 prefix = f"{site}.{label.replace(' ', '')}."  # as form_packs numbers the sites of a region
                 inner += [self.arguments(label, region), self.scheduled(region, body, prefix)]
-            return el("li", self.line(eqn, site, ["unrolled"] * item.unrolled), *inner)
+            return el("li", self.line(eqn, site, loop_facts(item)), *inner)
         assert isinstance(item, Step), f"{type(item).__name__} has its own rows"
         line = self.line(eqn, site, [f"lane by lane: {item.each}"] * bool(item.each), "each" * bool(item.each))
         return el("li", line, *self.inside(eqn, item, iter(item.alone)))

@@ -52,6 +52,7 @@ from coalesce.lower_pack import lower_packs, Operands
 from coalesce.lower_results import by_lane
 from coalesce.lower_rows import lower_rows
 from coalesce.lower_scans import lower_scans
+from coalesce.lower_shifts import lower_in_shifts
 from coalesce.slab import Cut, whole
 from coalesce.strided import in_place, slices_in
 from coalesce.unify import largest
@@ -157,6 +158,9 @@ class Walk:
         self.slices = slices_in(bundle)
         self.made = made_in(bundle)
 
+    def of(self, bundle: Bundle, arrays: Sequence[Any], /) -> Walk:
+        return Walk(bundle, arrays)
+
     def width(self, family: int) -> int:
         return self.bundle.families[family].width
 
@@ -189,8 +193,8 @@ class Walk:
                     env.update(lower_rows(self, item, env))
                 case JointStep():
                     self.together(item, env)
-                case Loop(family, _, eqn):
-                    self.bind(env, family, eqn, lower_loop(self, item, env))
+                case Loop(family, _, eqn, shifts=shifts):
+                    self.bind(env, family, eqn, (lower_in_shifts if shifts > 1 else lower_loop)(self, item, env))
                 case JointLoop(parts):
                     for part, outs in zip(parts, lower_scans(self, item, env), strict=True):
                         self.bind(env, part.family, part.eqn, outs)

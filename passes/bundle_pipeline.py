@@ -29,6 +29,7 @@ from coalesce.passes.part_families import part_families
 from coalesce.passes.pipeline import name_of
 from coalesce.passes.plan_layouts import plan_layouts
 from coalesce.passes.round_results import round_results
+from coalesce.passes.run_in_shifts import run_in_shifts
 from coalesce.passes.share_launches import share_launches
 from coalesce.passes.side_by_side import side_by_side
 from coalesce.passes.unroll_loops import unroll_loops
@@ -47,6 +48,7 @@ OPTIONAL = (
     "chain_products",
     "round_results",
     "fuse_rows",
+    "run_in_shifts",
     "join_arrays",
     "side_by_side",
 )
@@ -94,6 +96,7 @@ def bundle_passes(
         partial(chain_products, tuned=tuned),  # which of them run as one, tile by tile: with what they do by then
         partial(round_results, costs=costs, tuned=tuned, choice=choice),  # and for whom: what is left is known by then
         partial(fuse_rows, platform=platform),  # what lies between them, and what is rounded there
+        partial(run_in_shifts, costs=costs),  # which loops run for some lanes after others: as kernels read weights
         plan_layouts,  # where the weights lie: after the kernels, which say how they read them
         partial(join_arrays, platform=platform),  # which of these arrays are one argument
         # whether families run in turns: once nothing moves any more
@@ -126,6 +129,7 @@ def serving_passes(
         partial(fuse_epilogues, choice=choice, tuned=tuned),
         partial(chain_products, tuned=tuned),
         partial(fuse_rows, platform=platform),
+        partial(run_in_shifts, costs=costs),
         plan_layouts,
     )
 

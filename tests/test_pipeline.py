@@ -130,8 +130,8 @@ def test_every_bundle_pass_is_recorded():
     steps = bundle_pipeline.plan(bundle, platform="cpu", costs=default_costs("cpu", UNTUNED))
     assert [step.name for step in steps] == [
         "form_packs", "cluster", "align", "part_families", "pack", "unroll_loops", "choose_kernels", "fuse_attention",
-        "fuse_epilogues", "chain_products", "round_results", "fuse_rows", "plan_layouts", "join_arrays", "side_by_side",
-        "cut_executables",
+        "fuse_epilogues", "chain_products", "round_results", "fuse_rows", "run_in_shifts", "plan_layouts",
+        "join_arrays", "side_by_side", "cut_executables",
     ]  # fmt: skip
     never = bundle_pipeline.plan(bundle, platform="cpu", costs=default_costs("cpu", UNTUNED), policy="never")
     assert [step.name for step in never] == [
@@ -143,6 +143,7 @@ def test_every_bundle_pass_is_recorded():
         "chain_products",
         "round_results",
         "fuse_rows",
+        "run_in_shifts",
         "plan_layouts",
         "join_arrays",
         "side_by_side",

@@ -42,6 +42,8 @@ class Device:
     memory_gbs: float  # read plus write
     cache_gbs: float  # of what one kernel writes and the next one reads
     cache_bytes: int  # how much of that there may be; 0: all of it counts as memory traffic
+    resident_bytes: int  # weights that stay in a cache from one step of a loop to the next; 0: not known of any
+    resident_gbs: float  # and how fast they are read there
     overlap: float  # how much of the shorter of arithmetic and traffic hides behind the longer
     launch_us: float  # one more kernel in a program, before it has done any work
     call_us: float  # one more call of a program: what the device waits for it, if nothing else is queued
@@ -95,6 +97,8 @@ H100 = Device(
     memory_gbs=3000.0,  # measured copy; datasheet 3,350
     cache_gbs=3000.0,
     cache_bytes=0,  # part of what kernels hand on stays in the 50 MB L2, but packs of many lanes outgrow it
+    resident_bytes=36_000_000,
+    resident_gbs=6500.0,
     overlap=1.0,
     launch_us=1.7,  # measured: 384 small kernels in one program took 850 us, their work and all
     call_us=41.0,  # measured: calls with two arguments, one after the other without waiting
@@ -154,6 +158,8 @@ CPU = Device(
     memory_gbs=42.0,  # weights, read once
     cache_gbs=200.0,  # stacks and elementwise work of up to 12 MB
     cache_bytes=12_000_000,
+    resident_bytes=0,
+    resident_gbs=200.0,
     overlap=0.5,  # operands are repacked before the product, from memory that the product then finds in a cache
     launch_us=0.5,
     call_us=100.0,  # an estimate: 30 were measured for a call itself, the rest is threads that hand it on

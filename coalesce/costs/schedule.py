@@ -100,6 +100,11 @@ def turns(item: Loop | JointLoop) -> int:
     return TRIPS if item.eqn.primitive.name == "while" else 1
 
 
+def times(item: Loop | JointLoop) -> int:
+    """How often all of its turns are taken."""
+    return item.shifts if isinstance(item, Loop) else 1
+
+
 def count(item: Item) -> int:
     """Kernels of a heavy item."""
     match item:
@@ -107,7 +112,7 @@ def count(item: Item) -> int:
             return 2 if item.kernel == "conv_slices" else 1  # patches, and their product
         case Loop() | JointLoop():
             parts = (part for body in bodies_of(item) for part in parted(body))
-            return turns(item) * sum(sum(map(count, heavy)) + kernels_of(light) for _, heavy, light in parts)
+            return times(item) * turns(item) * sum(sum(map(count, heavy)) + kernels_of(light) for _, heavy, light in parts)
     return 1
 
 
