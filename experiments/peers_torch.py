@@ -193,8 +193,8 @@ def choose_kernels(call: Call) -> None:
 
 
 def recorded(call: Round) -> Round:
-    """The call as a CUDA graph, whose replay overwrites the same outputs. It keeps the call: of what that reads the graph
-    knows addresses alone."""
+    """The call as a CUDA graph, whose replay overwrites the same outputs. It keeps the call, of whose weights the
+    graph knows addresses alone."""
     import torch  # pyright: ignore[reportMissingImports]
 
     side = torch.cuda.Stream()
