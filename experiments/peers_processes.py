@@ -29,6 +29,7 @@ from experiments.alone import alone, turns
 from experiments.methods import Candidate
 from experiments.peers_common import Burst, CannotRun, Cell, Configurations, OneTenant
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 START_S = 240.0  # a worker that is not ready by then, or takes as long for a burst, is given up
 END_S = 20.0
 BURST_S = 0.3  # how long a burst is meant to take
@@ -176,6 +177,11 @@ def mps_control() -> str:
     return found
 
 
+def renumbered(visible: str) -> dict[str, str]:
+    """What an MPS daemon that sees some devices alone calls them: its clients count them from 0."""
+    return {VISIBLE: ",".join(str(i) for i, _ in enumerate(visible.split(",")))} if visible else {}
+
+
 @contextmanager
 def mps(control: str) -> Iterator[dict[str, str]]:
     """The environment of clients of an MPS daemon of our own; it changes nothing of the card's settings."""
@@ -185,7 +191,7 @@ def mps(control: str) -> Iterator[dict[str, str]]:
         if started.returncode:
             raise CannotRun(f"MPS does not start: {(started.stderr or started.stdout).strip()[:200]}")
         try:
-            yield env
+            yield {**env, **renumbered(env.get(VISIBLE, ""))}
         finally:
             with suppress(subprocess.TimeoutExpired):
                 subprocess.run([control], input="quit\n", env=env, capture_output=True, text=True, timeout=END_S)

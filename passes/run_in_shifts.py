@@ -6,9 +6,10 @@ Before                                                After, where a step reads 
 Every step reads the same weights. As long as those of all lanes fit the cache they come out of the memory once; with a
 few lanes more each step fetches all of them again, from a memory that is half as fast. So lanes work in as few shifts
 as make the weights of one fit, and a shift runs all steps before the next one begins: what compilers of loops call
-cache blocking (M. E. Wolf and M. S. Lam, "A data locality optimizing algorithm", 1991). Relies on: the kernels of packs
-are chosen. Gives: packs inside read the weights of their lanes by rows of an array, so that a shift reads its own in
-place.
+cache blocking (M. E. Wolf and M. S. Lam, "A data locality optimizing algorithm", 1991). 32 LSTMs in float32 take 750 us
+on an H200 instead of 977, 23 each as 8 of them do. A step that is short enough for fewer lanes is no loop any more
+(`unroll_loops`). Relies on: the kernels of packs are chosen. Gives: packs inside read the weights of their lanes by
+rows of an array, so that a shift reads its own in place.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from coalesce.family import Family
 from coalesce.kernels import FUSING
 from coalesce.passes.join_arrays import SMALL_ROW
 from coalesce.passes.plan_layouts import region_reads
+from coalesce.passes.unroll_loops import pays
 from coalesce.reschedule import same
 from coalesce.weigh import nbytes
 
 FEWEST = 2  # lanes of a shift: one alone is no stack
+STREAM = 0.9  # of the memory's rate, that products of one row reach
 
 
 def run_in_shifts(bundle: Bundle, *, costs: Costs) -> Bundle:
@@ -36,16 +39,18 @@ def run_in_shifts(bundle: Bundle, *, costs: Costs) -> Bundle:
     def one(item: Item) -> Item:
         if not isinstance(item, Loop) or item.eqn.primitive.name != "scan":
             return item
-        wanted = shifts(item, bundle.families, costs)
-        return item if wanted == item.shifts else replace(item, shifts=wanted)
+        wanted = shifts(item, bundle, costs)
+        if wanted == item.shifts:
+            return item
+        return replace(item, shifts=wanted, unrolled=item.unrolled or pays([item], bundle, costs, wanted))
 
     schedule = tuple(map(one, bundle.schedule))
     return bundle if same(schedule, bundle.schedule) else replace(bundle, schedule=schedule)
 
 
-def shifts(loop: Loop, families: Sequence[Family], costs: Costs) -> int:
+def shifts(loop: Loop, bundle: Bundle, costs: Costs) -> int:
     """As few as make the weights of a shift fit, if that wins; else one."""
-    family, device = families[loop.family], costs.device
+    family, device = bundle.families[loop.family], costs.device
     own = [pack for pack in packs(loop.bodies[0]) if reads_own(pack, family)]
     lane = sum(nbytes(pack.op.rhs) for pack in own)
     if J.as_scan(loop.eqn).length < 2 or lane * family.width <= device.resident_bytes:
@@ -53,10 +58,11 @@ def shifts(loop: Loop, families: Sequence[Family], costs: Costs) -> int:
     count = -(-family.width // max(1, device.resident_bytes // lane))
     if family.width // count < FEWEST or not can_part(loop, own, family):
         return 1
-    won_us = lane * family.width * (1 / device.memory_gbs - 1 / device.resident_gbs) / 1e3
-    kernels = sum(stretch.kernels for stretch in stretches(loop.bodies[0], families, costs))
-    step_us = kernels * costs.launch + (0.0 if loop.unrolled else costs.loop)
-    return count if won_us > (count - 1) * step_us else 1
+    won_us = lane * family.width * (1 / (STREAM * device.memory_gbs) - 1 / device.resident_gbs) / 1e3
+    kernels = sum(stretch.kernels for stretch in stretches(loop.bodies[0], bundle.families, costs))
+    looped = not (loop.unrolled or pays([loop], bundle, costs, count))
+    lost_us = (count - 1) * (kernels * costs.launch + looped * costs.loop)
+    return count if won_us > lost_us else 1
 
 
 def can_part(loop: Loop, own: Sequence[Pack], family: Family) -> bool:

@@ -46,13 +46,13 @@ def unrolled(schedule: Schedule, bundle: Bundle, costs: Costs) -> Schedule:
     return schedule if same(changed, schedule) else changed
 
 
-def pays(parts: Sequence[Loop], bundle: Bundle, costs: Costs) -> bool:
-    """Whether scans, which run as one if there are several, are better without a loop."""
+def pays(parts: Sequence[Loop], bundle: Bundle, costs: Costs, shifts: int = 1) -> bool:
+    """Whether scans, which run as one if there are several, are better without a loop; for one of `shifts`."""
     scans = [J.as_scan(part.eqn) for part in parts]
     steps = max(scan.length for scan in scans)
     if steps * sum(map(size, scans)) > MOST:
         return False
-    lanes = [bundle.families[part.family].width for part in parts]
+    lanes = [-(-bundle.families[part.family].width // shifts) for part in parts]
     step_us = sum(equations_us(s.body.jaxpr.eqns, costs, n) for s, n in zip(scans, lanes, strict=True))
     return costs.loop > SHARE * step_us
 

@@ -309,3 +309,9 @@ def test_pallas_kernels_are_a_configuration_of_ours():
     for candidate in candidates:
         error, row = pairs.check(candidate, {}, pairs.reference(cell), 1e-5)
         assert error <= 1e-5 and "failed" not in row
+
+
+def test_clients_of_mps_count_the_devices_that_it_sees():
+    assert peers_processes.renumbered("") == {}
+    assert peers_processes.renumbered("1") == {"CUDA_VISIBLE_DEVICES": "0"}
+    assert peers_processes.renumbered("3,GPU-5") == {"CUDA_VISIBLE_DEVICES": "0,1"}

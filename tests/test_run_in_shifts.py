@@ -22,6 +22,7 @@ from tests.small import check, D, dot, floats, sequences, weights
 from tests.test_unroll_loops import rnn
 
 ROW = 4 * D * D  # bytes of one lane's weight
+RUNS = {"in shifts": (), "at once": ("run_in_shifts",)}
 FREE = replace(H100, memory_gbs=1e-3)  # whatever a step reads again takes longer than any launch
 
 
@@ -39,8 +40,19 @@ def fused(fn: Any, n: int, fit: int, params: Any = None, **options: Any) -> coal
     return check(fn, params or weights(n), sequences(n), **given)
 
 
+def loops(fused: coalesce.Fused) -> list[Loop]:
+    return [item for item in items(fused.bundle.schedule) if isinstance(item, Loop)]
+
+
 def shifts(fused: coalesce.Fused) -> list[int]:
-    return [item.shifts for item in items(fused.bundle.schedule) if isinstance(item, Loop)]
+    return [loop.shifts for loop in loops(fused)]
+
+
+def of_full_size(model: Any, dtype: str, lanes: int) -> list[coalesce.Program]:
+    full = model(dtype=dtype, param_dtype=dtype)
+    shapes = jax.eval_shape(full.init, jax.random.key(0), *full.example(jax.random.key(0)))
+    one = coalesce.trace(full.apply, shapes, *full.example(jax.random.key(0)))
+    return [replace(one, name=f"t{i}") for i in range(lanes)]
 
 
 def test_lanes_work_in_shifts(golden):
@@ -63,6 +75,17 @@ def test_no_lane_works_alone(lanes, fit):
 def test_not_where_launches_cost_more_than_is_won():
     cheap = Costs(replace(H100, resident_bytes=4 * ROW))
     assert shifts(fused(rnn, 8, 4, costs=cheap)) == [1]
+
+
+def test_a_step_that_is_short_for_fewer_lanes_is_no_loop_any_more():
+    """64 LSTMs in float32 run all steps in 8 shifts, each of which is worth no loop."""
+    programs = of_full_size(lstm, "float32", 64)
+    options = {"platform": "gpu", "costs": Costs(H100), "choose_kernel": by_rows}
+    found = {name: coalesce.fuse(programs, **options, without=without) for name, without in RUNS.items()}
+    assert {name: [(i.shifts, i.unrolled) for i in loops(own)] for name, own in found.items()} == {
+        "in shifts": [(8, True)],
+        "at once": [(1, False)],
+    }
 
 
 def test_a_cpu_is_not_known_to_win():
@@ -216,10 +239,7 @@ def test_served_by_slot():
 def test_recurrent_networks_of_full_size(model, counts):
     """32 LSTMs read 67 MB of weights a step in bfloat16, and 134 in float32; GRUs three quarters of that."""
     for dtype, count in zip(("bfloat16", "float32"), counts, strict=True):
-        full = model(dtype=dtype, param_dtype=dtype)
-        shapes = jax.eval_shape(full.init, jax.random.key(0), *full.example(jax.random.key(0)))
-        one = coalesce.trace(full.apply, shapes, *full.example(jax.random.key(0)))
-        programs = [replace(one, name=f"t{i}") for i in range(32)]
+        programs = of_full_size(model, dtype, 32)
         for lanes, own in ((8, 1), (32, count)):
             found = coalesce.fuse(programs[:lanes], platform="gpu", costs=Costs(H100), choose_kernel=by_rows)
             assert shifts(found) == [own]

@@ -42,8 +42,8 @@ class Device:
     memory_gbs: float  # read plus write
     cache_gbs: float  # of what one kernel writes and the next one reads
     cache_bytes: int  # how much of that there may be; 0: all of it counts as memory traffic
-    resident_bytes: int  # weights that stay in a cache from one step of a loop to the next; 0: not known of any
-    resident_gbs: float  # and how fast they are read there
+    resident_bytes: int  # weights of a loop that its steps find in a cache again; 0: not known of any
+    resident_gbs: float  # how fast they are read there
     overlap: float  # how much of the shorter of arithmetic and traffic hides behind the longer
     launch_us: float  # one more kernel in a program, before it has done any work
     call_us: float  # one more call of a program: what the device waits for it, if nothing else is queued
@@ -97,8 +97,10 @@ H100 = Device(
     memory_gbs=3000.0,  # measured copy; datasheet 3,350
     cache_gbs=3000.0,
     cache_bytes=0,  # part of what kernels hand on stays in the 50 MB L2, but packs of many lanes outgrow it
+    # Measured: LSTMs and GRUs of 512 units, 25 steps. 34 MB of weights stay in the 50 MB L2, in bfloat16 42 too, and 50
+    # do not. They are read at 5,100 to 6,300 GB/s in float32, and at 4,300 to 5,600 in bfloat16.
     resident_bytes=36_000_000,
-    resident_gbs=6500.0,
+    resident_gbs=4500.0,
     overlap=1.0,
     launch_us=1.7,  # measured: 384 small kernels in one program took 850 us, their work and all
     call_us=41.0,  # measured: calls with two arguments, one after the other without waiting

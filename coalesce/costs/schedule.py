@@ -112,7 +112,8 @@ def count(item: Item) -> int:
             return 2 if item.kernel == "conv_slices" else 1  # patches, and their product
         case Loop() | JointLoop():
             parts = (part for body in bodies_of(item) for part in parted(body))
-            return times(item) * turns(item) * sum(sum(map(count, heavy)) + kernels_of(light) for _, heavy, light in parts)
+            a_turn = sum(sum(map(count, heavy)) + kernels_of(light) for _, heavy, light in parts)
+            return times(item) * turns(item) * a_turn
     return 1
 
 
