@@ -6,7 +6,7 @@ from math import prod
 from typing import NamedTuple
 
 import coalesce
-from coalesce.bundle import packs
+from coalesce.bundle import arguments, packs
 
 # `%name = f32[2,3]{1,0} opcode(...)`, or with several results `%name = (f32[2,3]{1,0}, u32[]) opcode(...)`
 INSTRUCTION = re.compile(r"= (\(.*?\)|\w+\[[\d,]*\](?:\{[^}]*\})?) ([\w-]+)\(")
@@ -143,4 +143,4 @@ def any_of(same: Same) -> bool:
 def weights_written_again(fused: coalesce.Fused) -> list[str]:
     """Of what its products multiply, down to the smallest of them, a tenant's."""
     smallest = min(prod(pack.op.rhs.shape) for pack in packs(fused.bundle.schedule))
-    return rearranged(fused.as_text(), range(len(fused.bundle.arrays)), smallest)
+    return rearranged(fused.as_text(), range(len(arguments(fused.bundle))), smallest)

@@ -139,6 +139,8 @@ A100 = replace(
     rates=Rates(f32=14.6, f64=13.8, tf32=110.0, f16=202.0, bf16=202.0, int8=440.0),  # 19.5, 19.5, 156, 312, 312, 624
     memory_gbs=1820.0,  # 2,039
     cache_gbs=1820.0,
+    resident_bytes=28_000_000,  # of 40 MB
+    resident_gbs=2700.0,
 )
 
 V100 = replace(
@@ -148,6 +150,8 @@ V100 = replace(
     rates=Rates(f32=11.7, f64=5.5, f16=81.0),  # 15.7, 7.8, 125
     memory_gbs=810.0,  # 900
     cache_gbs=810.0,
+    resident_bytes=4_300_000,  # of 6 MB
+    resident_gbs=1200.0,
 )
 
 # A small server share: two cores with AVX-512, measured there (JAX 0.10 to 0.12) while nothing else ran. Absolute times
