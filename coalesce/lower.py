@@ -128,7 +128,7 @@ def evaluated(
 
 def only(bundle: Bundle, families: Sequence[int]) -> Bundle:
     """With nothing to run for others."""
-    assert len(bundle.starts) == 1, "families of one executable are taken apart"
+    assert len(bundle.starts) == 1, "families are taken apart where they are one executable"
     schedule = tuple(item for item in bundle.schedule if place_of(item)[0] in families)
     return replace(bundle, schedule=schedule)
 
@@ -149,6 +149,7 @@ def part_name(part: int) -> str:
 
 # Kernels that run one op as its equation does.
 AS_WRITTEN = ("batched_dot", "separate")
+
 
 class Walk:
     """Runs schedules. Scopes are environments: {(family, variable): value}."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -47,15 +48,16 @@ def shift_of(walk: Walk, loop: Loop, start: int, end: int) -> Walk:
     """The walk as some lanes see it: with no other rows of what each lane has a row of."""
     family, bundle, arrays = walk.bundle.families[loop.family], walk.bundle, list(walk.arrays)
     for pack in packs(loop.bodies[0]):
-        (member, *_) = pack.members
-        if pack.array is not None and member.weight is not None and family.is_own(member.weight):
+        own = [member for member in pack.members if member.weight is not None and family.is_own(member.weight)]
+        assert len(pack.members) == 1 or not own, f"{pack.name}: rows of several members are not those of lanes"
+        if pack.array is not None and own:
             arrays[pack.array] = rows_of(walk.arrays[pack.array], start, end)
-    own = [family.is_own(w) for w in range(family.n_weights)]
+    each = [family.is_own(w) for w in range(family.n_weights)]
     part = replace(
         family,
         lanes=family.lanes[start:end],
-        rows=tuple(tuple(range(end - start)) if o else r[start:end] for r, o in zip(family.rows, own, strict=True)),
-        owners=tuple(r[start:end] if o else r for r, o in zip(family.owners, own, strict=True)),
+        rows=tuple(tuple(range(end - start)) if o else r[start:end] for r, o in zip(family.rows, each, strict=True)),
+        owners=tuple(r[start:end] if o else r for r, o in zip(family.owners, each, strict=True)),
     )
     families = tuple(part if other is family else other for other in bundle.families)
     return walk.of(replace(bundle, families=families), arrays)
@@ -99,8 +101,20 @@ def after(before: Sequence[LaneValue], loop: Loop, given: Mapping[J.Atom, LaneVa
     carry = {atom: x for atom, x in values.items() if any(atom is other for other in J.as_scan(loop.eqn).init)}
     arrays = [x.value for x in before if isinstance(x, Shared | Stacked)]
     waits = carry or values
-    held, _ = lax.optimization_barrier(([x.value for x in waits.values()], arrays))
+    held = behind([x.value for x in waits.values()], arrays)
     return {**given, **{atom: replace(x, value=y) for (atom, x), y in zip(waits.items(), held, strict=True)}}
+
+
+@jax.custom_jvp
+def behind(values: Sequence[Any], before: Sequence[Any]) -> Sequence[Any]:
+    """Values that are there when others are. XLA's barrier would hand tangents of the others on to them."""
+    held, _ = lax.optimization_barrier((list(values), list(before)))
+    return held
+
+
+@behind.defjvp
+def behind_jvp(primals: Any, tangents: Any) -> Any:
+    return behind(*primals), tangents[0]
 
 
 def in_one(column: Sequence[LaneValue]) -> LaneValue:

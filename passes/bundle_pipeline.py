@@ -68,6 +68,7 @@ def bundle_passes(
     executables: int | None = None,
     beside: bool | None = None,
     captured: bool = False,
+    unroll: bool = True,
 ) -> tuple[BundlePass, ...]:
     # families as wide lanes: every equation in order, a pack for each heavy op of a family
     first = (partial(form_packs, within_program=within_program, pack_unbounded_loops=pack_unbounded_loops),)
@@ -96,7 +97,8 @@ def bundle_passes(
         partial(chain_products, tuned=tuned),  # which of them run as one, tile by tile: with what they do by then
         partial(round_results, costs=costs, tuned=tuned, choice=choice),  # and for whom: what is left is known by then
         partial(fuse_rows, platform=platform),  # what lies between them, and what is rounded there
-        partial(run_in_shifts, costs=costs),  # which loops run for some lanes after others: as kernels read weights
+        # which loops run for some lanes after others: as kernels read weights
+        partial(run_in_shifts, costs=costs, unroll=unroll),
         plan_layouts,  # where the weights lie: after the kernels, which say how they read them
         partial(join_arrays, platform=platform),  # which of these arrays are one argument
         # whether families run in turns: once nothing moves any more
@@ -145,6 +147,8 @@ def plan(bundle: Bundle, without: Collection[str] = (), **options) -> tuple[Bund
     """Run the bundle passes but for those `without`: see `run_passes`."""
     if "side_by_side" in without:
         options["beside"] = False  # nothing is taken apart for it
+    if "unroll_loops" in without:
+        options["unroll"] = False
     return run_passes(bundle, [run for run in bundle_passes(**options) if name_of(run) not in without])
 
 

@@ -47,7 +47,8 @@ def unrolled(schedule: Schedule, bundle: Bundle, costs: Costs) -> Schedule:
 
 
 def pays(parts: Sequence[Loop], bundle: Bundle, costs: Costs, shifts: int = 1) -> bool:
-    """Whether scans, which run as one if there are several, are better without a loop; for one of `shifts`."""
+    """Whether scans, which run as one if there are several, are better without a loop; with as many lanes as are
+    left to one of so many shifts (`run_in_shifts`)."""
     scans = [J.as_scan(part.eqn) for part in parts]
     steps = max(scan.length for scan in scans)
     if steps * sum(map(size, scans)) > MOST:

@@ -135,6 +135,7 @@ def heavy_us(unit: Sequence[Item], families: Sequence[Family], costs: Costs) -> 
             inside = [schedule_us(body, families, costs) for body in bodies_of(item)]
             once = isinstance(item, Loop) and item.eqn.primitive.name == "cond" and not item.decides
             step_us = max(inside) if once else sum(inside)
+            # in shifts it takes less, or it would not be in any
             return turns(item) * (step_us + (0.0 if item.unrolled or once else costs.loop))
         case Step(family, _, eqn):
             return equation_us(eqn, costs, families[family].width)
