@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
@@ -42,14 +43,14 @@ Cell = TypeVar("Cell", bound=Hashable)
 SECOND, US = 1_000_000_000, 1_000
 DEVICE = "none: simulated, nothing is measured on a device"
 
-POLICIES: dict[str, Callable[[], Policy]] = {
+POLICIES: dict[str, Callable[..., Policy]] = {
     "coalescing": Coalescing,
     "symphony": Symphony,
-    "symphony, tenants apart": lambda: Symphony(apart=True),
+    "symphony, tenants apart": partial(Symphony, apart=True),
     "clockwork": Clockwork,
-    "clockwork, tenants apart": lambda: Clockwork(apart=True),
+    "clockwork, tenants apart": partial(Clockwork, apart=True),
     "EDF packing": Packing,
-    "EDF packing, deferred": lambda: Packing(defer=True),
+    "EDF packing, deferred": partial(Packing, defer=True),
     "EDF, one by one": Edf,
     "FIFO, one by one": Fifo,
 }
