@@ -63,22 +63,26 @@ def test_lanes_work_in_shifts(golden):
     golden(found)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("lanes", "fit", "wanted"), [(8, 8, 1), (8, 7, 2), (8, 3, 4), (7, 3, 3), (8, 2, 4)])
 def test_as_few_as_make_the_weights_fit(lanes, fit, wanted):
     """All as wide, if there is such a number."""
     assert shifts(fused(rnn, lanes, fit)) == [wanted]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("lanes", "fit"), [(3, 2), (5, 2), (8, 1), (8, 0)])
 def test_no_lane_works_alone(lanes, fit):
     assert shifts(fused(rnn, lanes, fit)) == [1]
 
 
+@pytest.mark.once
 def test_not_where_launches_cost_more_than_is_won():
     cheap = Costs(replace(H100, resident_bytes=4 * ROW))
     assert shifts(fused(rnn, 8, 4, costs=cheap)) == [1]
 
 
+@pytest.mark.once
 def test_a_step_that_is_short_for_fewer_lanes_is_no_loop_any_more():
     """64 LSTMs in float32 run all steps in 8 shifts, each of which is worth no loop."""
     programs = of_full_size(lstm, "float32", 64)
@@ -90,10 +94,12 @@ def test_a_step_that_is_short_for_fewer_lanes_is_no_loop_any_more():
     }
 
 
+@pytest.mark.once
 def test_a_cpu_is_not_known_to_win():
     assert shifts(fused(rnn, 8, 4, costs=Costs(CPU))) == [1]
 
 
+@pytest.mark.once
 def test_one_step_reads_nothing_again():
     def once(p: Any, xs: Any) -> Any:
         return lax.scan(lambda h, x: (jnp.tanh(dot(h, p["w"]) + x), None), jnp.zeros(D), xs[:1])[0]
@@ -139,6 +145,7 @@ def test_what_all_lanes_share_is_read_by_all_shifts():
     assert shifts(fused(steps, 6, fit=4, params=params)) == [2]
 
 
+@pytest.mark.once
 def test_what_all_lanes_share_takes_room_too():
     shared = floats(50, D, D)
 
@@ -149,6 +156,7 @@ def test_what_all_lanes_share_takes_room_too():
     assert [shifts(fused(steps, 6, fit, params=params)) for fit in (7, 6, 4, 3)] == [[1], [2], [2], [3]]
 
 
+@pytest.mark.once
 def test_a_weight_that_is_multiplied_twice_takes_room_once():
     def steps(p: Any, xs: Any) -> Any:
         return lax.scan(lambda h, x: (jnp.tanh(dot(dot(h, p["w"]), p["w"]) + x), None), jnp.zeros(D), xs)[0]
@@ -156,6 +164,7 @@ def test_a_weight_that_is_multiplied_twice_takes_room_once():
     assert [shifts(fused(steps, 6, fit)) for fit in (6, 5)] == [[1], [2]]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("own", [1, 2])
 def test_not_where_several_products_of_a_program_are_one(own):
     """Of which one may multiply by what all lanes share, and stand first."""
@@ -173,12 +182,14 @@ def test_not_where_several_products_of_a_program_are_one(own):
     assert max(shifts(fused(steps, 6, fit=6, params=params))) > 1
 
 
+@pytest.mark.once
 def test_no_more_is_unrolled_than_a_bound(monkeypatch):
     programs = of_full_size(lstm, "float32", 32)
     monkeypatch.setattr("coalesce.passes.run_in_shifts.MOST", 2000)
     assert shifts(coalesce.fuse(programs, platform="gpu", costs=Costs(H100), choose_kernel=by_rows)) == [1]
 
 
+@pytest.mark.once
 def test_loops_stay_where_none_is_to_be_unrolled():
     programs = of_full_size(lstm, "float32", 64)
     options = {"platform": "gpu", "costs": Costs(H100), "choose_kernel": by_rows, "without": ["unroll_loops"]}
@@ -216,6 +227,7 @@ def test_keys_and_flags_are_carried():
     assert shifts(fused(steps, 6, fit=3)) == [2]
 
 
+@pytest.mark.once
 def test_not_where_some_lanes_share_a_weight():
     """Its rows are not the lanes'."""
     params = weights(6)
@@ -224,10 +236,12 @@ def test_not_where_some_lanes_share_a_weight():
     assert shifts(fused(rnn, 6, fit=3, params=params)) == [1]
 
 
+@pytest.mark.once
 def test_not_by_kernels_that_would_copy_weights():
     assert shifts(fused(rnn, 8, fit=4, choose_kernel=choose)) == [1]
 
 
+@pytest.mark.once
 def test_not_where_more_than_kernels_reads_much_of_a_lane(monkeypatch):
     """What is no pack's weight is copied for a shift, if it is the lanes' own."""
 
@@ -241,6 +255,7 @@ def test_not_where_more_than_kernels_reads_much_of_a_lane(monkeypatch):
     assert shifts(fused(steps, 6, **options)) == [1]
 
 
+@pytest.mark.once
 def test_layers_that_a_scan_goes_through_are_read_once():
     def layers(p: Any, xs: Any) -> Any:
         return lax.scan(lambda h, w: (jnp.tanh(dot(h, w)), None), xs[0], p["w"])[0]
@@ -249,6 +264,7 @@ def test_layers_that_a_scan_goes_through_are_read_once():
     assert shifts(fused(layers, 6, fit=3, params=params)) == [1]
 
 
+@pytest.mark.once
 def test_but_what_a_step_reads_all_of_is_copied(monkeypatch):
     """Though it is scanned over as well."""
 
@@ -328,6 +344,7 @@ def test_served_by_slot():
             assert_alone(got, (steps, params[t], (xs[t],)))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("model", "counts"), [(lstm, (2, 4)), (gru, (2, 4))], ids=["lstm", "gru"])
 def test_recurrent_networks_of_full_size(model, counts):
     """32 LSTMs read 67 MB of weights a step in bfloat16, and 134 in float32; GRUs three quarters of that."""
