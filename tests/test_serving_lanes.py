@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +39,21 @@ def test_kernels_that_read_by_slot():
         other = [(t, MODELS[name]()[2]) for t in (2, 0, 1)]
         for (t, x), got in zip(other, serving.call(serving.executable(4), other), strict=True):
             assert_alone(got, (*found[t][:2], x))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_weights_of_several_heads(rows):
+    """A row of the bank holds those of all heads, of which each is a problem of its own."""
+
+    def heads(w, x):
+        return jnp.einsum("hmi,hij->hmj", x, w, precision="highest")
+
+    found = [(heads, array(3, 4, 5), (array(3, rows, 4),)) for _ in range(3)]
+    one_row = replace(BY_SLOT, choice=lambda op, groups, platform: "indexed_matvec")
+    serving = serve([fit_of(*own) for own in found], capacity=4, options=one_row if rows == 1 else BY_SLOT)
+    order = [2, 0, 1]
+    for t, got in zip(order, serving.call(serving.executable(4), [(t, found[t][2]) for t in order]), strict=True):
+        assert_alone(got, found[t])
 
 
 @pytest.mark.parametrize("options", [CPU, BY_SLOT], ids=["gathered", "by slot"])

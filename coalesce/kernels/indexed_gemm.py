@@ -158,9 +158,12 @@ def by_problem(op: HeavyOp, rhs: Any, epilogue: Epilogue | None, operands: Seque
 
 
 def as_problems(op: HeavyOp, rhs: Any) -> Any:
-    """Right operands with a row for each problem, where batch dimensions make several of one."""
+    """Right operands with a row for each problem, where batch dimensions make several of one. A row of a slab holds
+    all of a lane's: they are read out of it."""
     if op.batch == 1:
         return rhs
+    if isinstance(rhs.array if isinstance(rhs, Picked) else rhs, Cut):
+        rhs = rhs.read()
     if not isinstance(rhs, Picked):
         return rhs.reshape(-1, *rhs.shape[2:])
     slots = rhs.slots[:, None] * op.batch + jnp.arange(op.batch, dtype=rhs.slots.dtype)[None]
