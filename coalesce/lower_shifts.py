@@ -107,7 +107,7 @@ def after(before: Sequence[LaneValue], loop: Loop, given: Mapping[J.Atom, LaneVa
 
 @jax.custom_jvp
 def behind(values: Sequence[Any], before: Sequence[Any]) -> Sequence[Any]:
-    """Values that are there when others are. XLA's barrier would hand tangents of the others on to them."""
+    """Values that are there when others are. JAX's own rule for the barrier would tie their tangents to the others'."""
     held, _ = lax.optimization_barrier((list(values), list(before)))
     return held
 

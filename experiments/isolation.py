@@ -1,4 +1,4 @@
-"""Claim: as tenants are added, latency under Coalesce grows slower than under time multiplexing, and spreads less.
+"""Claim: as tenants are added, latency under Coalesce grows slower than under time multiplexing.
 
     python -m experiments.isolation
     python -m experiments.isolation --model=resnet50 --fields= --dtype=bfloat16 --engine=torch --tenants=1,4,16 \
@@ -12,7 +12,8 @@ sends the next. Ways to serve them, of which the first two are one runtime under
     processes        a process a tenant, sliced in time by the driver of the device, or the operating system
     processes_mps    the same side by side under NVIDIA's MPS; needs a GPU
 
-Latencies of the runtime are from submit to result; those of processes from dispatch to completion, in the process.
+Latencies of the runtime are from submit to result, with copies; those of processes from dispatch to completion, in the
+process, of inputs that lie on the device.
 Rows that the results have are not measured again, so that the same command goes on where --budget_s stopped it.
 """
 

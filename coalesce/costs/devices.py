@@ -98,7 +98,7 @@ H100 = Device(
     cache_gbs=3000.0,
     cache_bytes=0,  # part of what kernels hand on stays in the 50 MB L2, but packs of many lanes outgrow it
     # Measured on an H200: LSTMs and GRUs of 512 units, 25 steps. 34 MB of weights stay in the 50 MB L2, in bfloat16 42
-    # too, and 50 do not. They are read at 5,100 to 6,300 GB/s in float32, and at 4,300 to 5,600 in bfloat16.
+    # too, and 50 do not. Beside launches they are read at 5,100 to 6,300 GB/s in float32, 4,300 to 5,600 in bfloat16.
     resident_bytes=36_000_000,
     resident_gbs=4500.0,
     overlap=1.0,
