@@ -22,7 +22,7 @@ from coalesce.blocks import Blocks
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import as_product
 from coalesce.kernels.epilogue import Epilogue, WHOLE
-from coalesce.kernels.operands import Operands, operands_of
+from coalesce.kernels.operands import Batched, Operands, operands_of
 from coalesce.kernels.tiles import by_columns, Tiled
 from coalesce.kernels.triton import launch
 from coalesce.kernels.windows import power, row_of, Windows, windows_of
@@ -73,8 +73,8 @@ def run(
 ) -> Any:
     """lhs [G,R,*lhs] x rhs [G,*layout] -> [G,R,*out], or a list of what an epilogue leaves that takes columns apart.
 
-    The rows of `rhs` may be picked. It, and `operands` that are vectors [G,N], may be cuts of a slab and picked from
-    cuts where the op has no batch dimensions.
+    The rows of `rhs` may be picked, and it may be a cut of a slab; so may `operands` that are vectors [G,N], where the
+    op has no batch dimensions.
     """
     product = product_of(op, lhs, rhs, epilogue, operands, blocks)
 
@@ -158,12 +158,12 @@ def by_problem(op: HeavyOp, rhs: Any, epilogue: Epilogue | None, operands: Seque
 
 
 def as_problems(op: HeavyOp, rhs: Any) -> Any:
-    """Right operands with a row for each problem, where batch dimensions make several of one. A row of a slab holds
-    all of a lane's: they are read out of it."""
+    """Right operands with a row for each problem, where batch dimensions make several of one; a row of a slab holds
+    all of a lane's."""
     if op.batch == 1:
         return rhs
     if isinstance(rhs.array if isinstance(rhs, Picked) else rhs, Cut):
-        rhs = rhs.read()
+        return Batched(rhs, op.batch, op.k * op.n)
     if not isinstance(rhs, Picked):
         return rhs.reshape(-1, *rhs.shape[2:])
     slots = rhs.slots[:, None] * op.batch + jnp.arange(op.batch, dtype=rhs.slots.dtype)[None]
