@@ -135,7 +135,7 @@ class InGraph:
 
     def __init__(
         self,
-        runs: Sequence[Stacked],
+        run: Callable[[Sequence[int]], Stacked],
         bank: Sequence[jax.Array],
         inputs: Stacks,
         outputs: Stacks,
@@ -143,7 +143,7 @@ class InGraph:
         asides: Sequence[Aside],
         compile: Callable[..., Any],
     ) -> None:
-        """`runs` are the parts, as functions that give the outputs of theirs alone; `outputs` are structs;
+        """`run(families)` is the function that gives the outputs of these alone; `outputs` are structs;
         `compile(function, structs, options)` is JAX's Compiled, of a function that donates its last argument."""
         # JAX does not know that these change, and keeps what it has once brought to the host: nobody else gets them.
         self._inputs = jax.tree.map(jnp.copy, inputs)
@@ -153,10 +153,10 @@ class InGraph:
         self._spots: list[Spot] = []  # made when they are needed
         arguments = (list(bank), self._inputs)
         graphs, programs = [], []
-        for own, run, aside in zip(parts, runs, asides, strict=False):
+        for own, aside in zip(parts, asides, strict=False):
             into = [x for f in own for x in self._outputs[f]]
             try:
-                compiled = compile(ends(partial(in_a_row, run)), (*arguments, into), OPTIONS)
+                compiled = compile(ends(partial(in_a_row, run(own))), (*arguments, into), OPTIONS)
             except RuntimeError as e:
                 raise CaptureError(f"the program cannot be compiled as a graph: {type(e).__name__}: {e}") from e
             programs.append(aside.load(compiled))

@@ -9,7 +9,7 @@ and each output of a family, however many tenants it has. So a round is a few tr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -140,8 +140,8 @@ class Staged:
             return ByCall(self, inputs)
         with J.precision_as_traced():
             outputs = jax.eval_shape(self._function, bank_structs(self._bundle), self._structs)
-        runs = [lower_stacked(self._bundle, own) for own in parts]
-        return InGraph(runs, self._bank, inputs, outputs, parts, clients, compile_donating)
+        run = partial(lower_stacked, self._bundle)
+        return InGraph(run, self._bank, inputs, outputs, parts, clients, compile_donating)
 
     def compile(self, compiler_options: dict[str, Any] | None = None) -> Any:
         """Compile ahead of time, for later calls too; returns JAX's Compiled, or a `Chain` of several.

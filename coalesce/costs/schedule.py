@@ -100,11 +100,6 @@ def turns(item: Loop | JointLoop) -> int:
     return TRIPS if item.eqn.primitive.name == "while" else 1
 
 
-def times(item: Loop | JointLoop) -> int:
-    """How often all of its turns are taken."""
-    return item.shifts if isinstance(item, Loop) else 1
-
-
 def count(item: Item) -> int:
     """Kernels of a heavy item."""
     match item:
@@ -113,7 +108,7 @@ def count(item: Item) -> int:
         case Loop() | JointLoop():
             parts = (part for body in bodies_of(item) for part in parted(body))
             a_turn = sum(sum(map(count, heavy)) + kernels_of(light) for _, heavy, light in parts)
-            return times(item) * turns(item) * a_turn
+            return turns(item) * a_turn * (item.shifts if isinstance(item, Loop) else 1)
     return 1
 
 
