@@ -101,10 +101,10 @@ def test_where_nothing_can_be_written(tmp_path):
         save(database(16), tmp_path / "file" / "tuned.json")
 
 
-def test_the_nearest_width_within_a_factor_of_four():
+def test_the_nearest_width_within_a_factor_of_four_and_any_above_what_fills_a_device():
     other = replace(ENTRY, kernel="batched_dot", us=1.0, blocks=None)
     tuned = Tuned(database(16).over(database(2, entry=other)), GPU)
-    nearest = {width: tuned.nearest(DOT, width, 1) for width in (1, 2, 5, 6, 16, 64, 65)}
+    nearest = {width: tuned.nearest(DOT, width, 1) for width in (1, 2, 5, 6, 16, 64, 65, 1024)}
     found = {width: entry and entry.kernel for width, entry in nearest.items()}
     assert found == {
         1: "batched_dot",
@@ -113,8 +113,12 @@ def test_the_nearest_width_within_a_factor_of_four():
         6: "indexed_gemm",
         16: "indexed_gemm",
         64: "indexed_gemm",
-        65: None,
+        65: "indexed_gemm",
+        1024: "indexed_gemm",
     }
+    few = {width: Tuned(database(2, 7), GPU).nearest(DOT, width, 1) for width in (28, 29)}
+    assert few[28] is not None and few[29] is None
+    assert Tuned(database(16), GPU).nearest(DOT, 3, 1) is None
     assert tuned.us(DOT, 16, 1, "indexed_gemm") == 9.5
     assert tuned.us(DOT, 15, 1, "indexed_gemm") is None
 

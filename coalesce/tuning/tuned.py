@@ -1,8 +1,9 @@
 """A database as the compiler asks it: what was measured for an op on one kind of device.
 
 An op at a width that was not tuned gets what won at the nearest width that was, if that is at most WITHIN times as wide
-or as narrow: the work of one problem is the same, and only how many tiles there are differs. Where nothing like it was
-measured, a model of the tiles names blocks (see estimate.py). Times are of the very width that was measured, or none.
+or as narrow: the work of one problem is the same, and only how many tiles there are differs. FULL problems and more
+fill a device, and what won for them is taken for any number above. Where nothing like it was measured, a model of the
+tiles names blocks (see estimate.py). Times are of the very width that was measured, or none.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from coalesce.tuning.estimate import best_blocks, KERNEL
 LOG = logging.getLogger("coalesce.tuning")
 
 WITHIN = 4
+FULL = 8
 
 # Of what a chain replaces: among 16 ResNet-50 one that won 10% by itself was level, and one that won 14% won.
 LEAST_GAIN = 0.125
@@ -87,7 +89,7 @@ class Tuned:
         """At a width that is at least so many times that of the measurement."""
         for entries in (self.own, self.kin):
             found = self.of(op, rows, entries)
-            near = [w for w in found if w * least <= width <= WITHIN * w]
+            near = [w for w in found if w * least <= width and (width <= WITHIN * w or w >= FULL)]
             if near:
                 return found[min(near, key=lambda w: (max(w, width) / min(w, width), w))]
         return None
