@@ -99,7 +99,8 @@ def add_tune(commands: Any) -> None:
     command.add_argument("--force", action="store_true", default=None, help="measure again what is known")
     company = "also measure the best beside another launch (GPU)"
     command.add_argument("--company", action="store_true", default=None, help=company)
-    command.add_argument("--kernels", metavar="NAMES", help="measure only these, with commas between (default: all)")
+    some = "measure only these, with commas between, and what runs untuned (default: all)"
+    command.add_argument("--kernels", metavar="NAMES", help=some)
     command.add_argument(
         "--show", nargs="?", const="", metavar="FILE", help="print a database; what fuse uses, if no file is given"
     )

@@ -26,7 +26,7 @@ from coalesce.measuring.case import cases
 from coalesce.measuring.measure import bank_count, entry_of, measure, worth_trying
 from coalesce.measuring.profile import between_marks, kernels_us, Launch, MARK, span, total
 from coalesce.measuring.tune import tune
-from coalesce.tuning import Database, Entry, load, packaged
+from coalesce.tuning import candidate_name, Database, Entry, load, packaged
 from tests.alone import array
 from tests.compare import assert_same
 
@@ -377,6 +377,23 @@ def test_only_some_kernels(tmp_path, monkeypatch, capsys):
     found = tune(abstract, tmp_path / "tuned.json", kernels=["conv_slices"], say=said.append)
     assert measured == ["conv_slices"] and [entry.kernel for entry in found.entries.values()] == ["conv_slices"]
     assert said[1].endswith(": not measured: conv_slices cannot run it")
+
+
+def test_some_kernels_are_measured_beside_what_runs_untuned(tmp_path, monkeypatch):
+    """Or the best of a few would take the place of a better one."""
+    measured = []
+
+    def times(case, tried, lock=None):
+        measured.append([name for name, _ in tried])
+        return {candidate_name(*one): float(len(tried) - i) for i, one in enumerate(tried)}
+
+    monkeypatch.setattr(tune_module, "measure", times)
+    found = tune(abstract, tmp_path / "tuned.json", kernels=["conv_grouped", "separate"], say=lambda line: None)
+    assert measured == [["separate", "batched_dot"], ["conv_grouped", "separate", "conv_slices"]]
+    assert [entry.kernel for entry in found.entries.values()] == ["batched_dot", "conv_slices"]
+
+
+def test_a_kernel_that_there_is_not(capsys):
     assert main(["tune", "--model=mlp", "--kernels=batched_dot,conv"]) == 2
     assert "there is no kernel 'conv'; there are batched_dot," in capsys.readouterr().err
 

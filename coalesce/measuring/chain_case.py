@@ -19,7 +19,7 @@ from coalesce.measuring.case import steps_of, work_of
 from coalesce.passes.chain_products import Scope
 from coalesce.tuning import Key, Tuned, tuned_on
 from coalesce.tuning.candidates import Candidate
-from coalesce.tuning.chains import candidates, Chain, CHAINED
+from coalesce.tuning.chains import APART, candidates, Chain, CHAINED
 
 Read = jax.ShapeDtypeStruct | int  # an array, or the result of a product of the chain, by its number
 
@@ -70,6 +70,10 @@ class ChainCase:
 
     def candidates(self, platform: str, on_hopper: bool) -> list[Candidate]:
         return [] if platform == "cpu" else candidates(self.chain, self.key.rows)
+
+    def usual(self, platform: str) -> Candidate:
+        """What runs it as long as it is not tuned itself."""
+        return APART, None
 
     def run(self, kernel: str, blocks: Blocks | None) -> Callable[..., Any]:
         """(lhs, rhs, *reads) -> what the chain leaves."""

@@ -70,7 +70,8 @@ def tune(
       workers: processes that compile; 0: all in this one.
       seconds: no case is begun after so many.
       force: measure again what is known.
-      kernels: measure only these of the candidates; all, if none are given.
+      kernels: measure only these of the candidates, and what runs a case as long as it is not tuned; all, if none
+        are given.
       company: also measure the best of them beside another launch, where that is not known.
 
     Raises:
@@ -133,6 +134,9 @@ def candidate_times(source: Source, task: Task, lock: Any = None) -> Measured | 
     tried = [one for one in everything if not task.kernels or one[0] in task.kernels]
     if not tried:
         return f"not measured: {', '.join(task.kernels)} cannot run it"
+    usual = case.usual(platform)
+    if usual not in tried and task.kernels:  # the best of a few must not take the place of a better one
+        tried.append(usual)
     alone = task.known
     try:
         alone = measure(case, tried, lock) if alone is None else alone
