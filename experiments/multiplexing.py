@@ -12,7 +12,7 @@ that says why; --retry_failed tries those again.
     time       jax_in_turn, torch_in_turn, processes (sliced by the driver)
     space      torch_streams, processes_mps, xla_concurrent
     user       jax_vmap, torch_vmap, torch_compile: what one writes without us
-    coalesced  once for each peer
+    coalesced  once for each peer; and by itself, for what a tenant costs as they become many
     floor      floor: see experiments/floor.py; own_batch: one tenant with all n requests as its batch
 """
 

@@ -32,7 +32,8 @@ PEERS = {
     "torch_compile": Peer("user", peers_torch.compiled, 16, GROWS),
     "own_batch": Peer("floor", peers_jax.own_batch),
 }
-METHODS = (*PEERS, "floor")
+OURS = "coalesced"  # with no peer beside it
+METHODS = (*PEERS, OURS, "floor")
 
 
 class Pair(NamedTuple):
@@ -68,17 +69,20 @@ class Bench:
 
     def alternate(self, pair: Pair, model: Model, fields: dict[str, Any]) -> list[Row]:
         limits = Limits(settings.tolerance(pair.dtype), flags.FLAGS.repeats, flags.FLAGS.seconds)
-        peer = PEERS[pair.pair]
-        if peer.most is not None and pair.tenants > peer.most:
+        peer = PEERS.get(pair.pair)
+        kind = peer.kind if peer else OURS
+        if peer and peer.most is not None and pair.tenants > peer.most:
             reason = f"left out above {peer.most} tenants: {peer.because}"
-            return [{"method": pair.pair, "kind": peer.kind, "failed": reason}]
+            return [{"method": pair.pair, "kind": kind, "failed": reason}]
         if self.held is None or self.key != pair[:3]:
             self.held = None  # the last tenants' weights, before there are new ones
             pairs.free()
             try:
                 self.held, self.key = hold(pair, model, fields, limits), pair[:3]
             except (jax.errors.JaxRuntimeError, MemoryError) as e:
-                return [{"method": pair.pair, "kind": peer.kind, "failed": f"no reference: {brief(e)}"}]
+                return [{"method": pair.pair, "kind": kind, "failed": f"no reference: {brief(e)}"}]
+        if peer is None:
+            return pairs.measure_alone(OURS, self.held.ours, limits)
         return pairs.measure_pair(self.held.cell, pair.pair, peer, self.held.ours, self.held.want, limits)
 
 

@@ -72,7 +72,7 @@ def round_table(rows: Sequence[Row], key: str = "round_us_median") -> str:
     def cell(count: int, method: str) -> str:
         if (us := times.of(count, method)) is None:
             return "-"
-        ratio = times.faster(count, method)
+        ratio = times.faster(count, method) if method != OURS else None
         return f"{us:,.0f}" + (f" ({ratio:.2f}x)" if ratio else "")
 
     lines = [[f"{m} ({kind})", *(cell(n, m) for n in times.counts)] for m, kind in times.kinds.items() if m != OURS]
@@ -108,7 +108,7 @@ def detail_table(rows: Sequence[Row]) -> str:
             continue
         tried = next((t for t in row.get("tried", ()) if t.get("chosen")), {})
         options = json.dumps(tried["options"]) if tried.get("options") else ""
-        pair = f" against {row['pair']}" if row["method"] == OURS else ""
+        pair = f" against {row['pair']}" if row["method"] == OURS != row["pair"] else ""
         name = ", ".join(filter(None, [str(row["tenants"]), row["method"] + pair, row["how"], options]))
         spread = [f"{row[key]:,.0f}" for key in ("round_us_p10", "round_us_median", "round_us_p90", "latency_p99_us")]
         lines.append([name, *spread, str(row.get("repeats", "-")), f"{row['error']:.0e}"])

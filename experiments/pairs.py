@@ -140,20 +140,31 @@ def measure_pair(
         theirs = best_of(peer.configurations, cell, want, limits)
         if theirs.burst is None:
             return [{"method": name, "kind": peer.kind, "failed": theirs.failed, "tried": theirs.tried}]
-        contenders = {"coalesced": ours, name: theirs}
-        bursts = {key: best.burst for key, best in contenders.items() if best.burst}
         theirs.burst.latencies.clear()  # those of choosing
         try:
-            timings = timed(bursts, limits.repeats, limits.seconds)
-            latencies = {key: list(burst.latencies) for key, burst in bursts.items()}
-            rows = {key: in_a_row(burst) for key, burst in bursts.items()}
-            sustained = timed(rows, max(3, limits.repeats // IN_A_ROW), limits.seconds)
+            return in_turns({name: (peer.kind, theirs), "coalesced": ("coalesced", ours)}, limits)
         except Exception as e:  # out of memory, say, or a process that died
             return [{"method": name, "kind": peer.kind, "failed": f"while timing: {reason(e)}", "tried": theirs.tried}]
-    kinds = {"coalesced": "coalesced", name: peer.kind}
+
+
+def measure_alone(name: str, ours: Best, limits: Limits) -> list[Row]:
+    """Coalesce's row where no peer takes turns with it: what a tenant costs it as they become many."""
+    try:
+        return in_turns({name: (name, ours)}, limits)
+    except Exception as e:
+        return [{"method": name, "kind": name, "failed": f"while timing: {reason(e)}", "tried": ours.tried}]
+
+
+def in_turns(contenders: Mapping[str, tuple[str, Best]], limits: Limits) -> list[Row]:
+    """A row for each, by its method, of its kind: rounds by themselves in turns, then rounds in a row."""
+    bursts = {key: best.burst for key, (_, best) in contenders.items() if best.burst}
+    timings = timed(bursts, limits.repeats, limits.seconds)
+    latencies = {key: list(burst.latencies) for key, burst in bursts.items()}
+    rows = {key: in_a_row(burst) for key, burst in bursts.items()}
+    sustained = timed(rows, max(3, limits.repeats // IN_A_ROW), limits.seconds)
     return [
-        {"method": key, "kind": kinds[key], **row_of(best, timings.get(key), sustained.get(key), latencies.get(key))}
-        for key, best in sorted(contenders.items(), key=lambda item: item[0] == "coalesced")
+        {"method": key, "kind": kind, **row_of(best, timings.get(key), sustained.get(key), latencies.get(key))}
+        for key, (kind, best) in contenders.items()
     ]
 
 

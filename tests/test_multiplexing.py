@@ -56,15 +56,16 @@ def cell_of(name: str, count: int = 2, batch: int = 1) -> Cell:
 
 @pytest.mark.once
 def test_multiplexing_writes_pairs_and_goes_on_where_it_stopped(tmp_path):
-    before = multiplex(tmp_path, "--methods=jax_in_turn,xla_concurrent,floor")["rows"]
+    before = multiplex(tmp_path, "--methods=jax_in_turn,xla_concurrent,coalesced,floor")["rows"]
     assert [(row["method"], row["kind"], row["pair"]) for row in before] == [
         ("jax_in_turn", "time", "jax_in_turn"),
         ("coalesced", "coalesced", "jax_in_turn"),
         ("xla_concurrent", "space", "xla_concurrent"),
+        ("coalesced", "coalesced", "coalesced"),
         ("floor", "floor", "floor"),
     ]
     assert before[2]["failed"] == "needs a GPU: command buffers are CUDA graphs"
-    for row in before[:2]:
+    for row in (*before[:2], before[3]):
         assert (row["model"], row["dtype"], row["tenants"], row["batch"]) == ("mlp", "float32", 2, 1)
         assert 0 < row["round_us_p10"] <= row["round_us_median"] <= row["round_us_p90"] <= row["latency_p99_us"]
         assert row["sustained_us_median"] > 0
