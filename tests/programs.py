@@ -188,7 +188,7 @@ def fit(x: Any, like: Any) -> Any:
 def fewer(share: float) -> settings:
     """Where an example is several programs to compile: a share of the usual number; soak has them all."""
     usual = settings().max_examples
-    return settings(max_examples=usual if usual > 200 else max(5, int(usual * share)))
+    return settings(max_examples=usual if usual > 100 else max(5, int(usual * share)))
 
 
 @contextmanager
