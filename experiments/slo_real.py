@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
+from itertools import cycle, islice, product
 from typing import Any
 
 import jax
@@ -113,7 +113,7 @@ class Service:
         self.policy = FIRST
         self.runtime, self.offered = runtime, offered
         self.slo_ns: Mapping[str, int] = {own.name: own.kind.slo_ns for own in owned}
-        self._switch, self._owned, self._widths = switch, owned, [w for w in widths if w <= len(owned)]
+        self._switch, self._owned, self._widths = switch, owned, [w for w in widths if w <= 2 * len(owned)]
         self._inputs = {own.name: own.inputs for own in owned}
 
     def begin(self) -> None:
@@ -125,7 +125,7 @@ class Service:
         for own in self._owned:
             alike.setdefault(own.kind.name, []).append(own.name)
         for width, names, _ in product(widths, alike.values(), range(KNOWN)):
-            together = names[:width]
+            together = list(islice(cycle(names), width))
             for reply in [self.runtime.submit(name, *self._inputs[name], deadline=PATIENT_S) for name in together]:
                 reply.result(PATIENT_S)
 

@@ -472,6 +472,15 @@ def test_what_waits_together_gets_the_next_width_that_is_offered():
         assert {e.entries[0].width for e in rt._stations[0].device.catalog.executables} == {1, 4}
 
 
+def test_executables_are_as_wide_as_tenants_with_two_requests_each():
+    """And ready before anybody has asked for so much."""
+    with checked_runtime(widths=(1, 2, 4, 8), compiled=False) as rt:
+        for i, widths in enumerate([{1}, {1, 2, 4}, {1, 2, 4}, {1, 2, 4, 8}]):
+            rt.add_tenant(f"t{i}", mlp, mlp_params(i), example=(row(0),), slo=SLO)
+            rt.warm_up(60.0)
+            assert {e.entries[0].width for e in rt._stations[0].device.catalog.executables} == widths
+
+
 def test_closing_ends_everything_once():
     checked = Checked()
     rt = Runtime(widths=(1,), observers=[checked])

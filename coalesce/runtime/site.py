@@ -63,8 +63,9 @@ class Site:
         return [self.foundry.order((entry,), urgent=urgent) for entry in entries]
 
     def order_all(self, host: Host, courses: Sequence[Course]) -> list[Future[None]]:
-        """As wide as its tenants can use."""
-        widths = [width for width in self.widths if width < 2 * host.tenants]
+        """As wide as its tenants can use with two requests each; a single one has company when it asks for it."""
+        most = 2 * host.tenants if host.tenants > 1 else 1
+        widths = [width for width in self.widths if width <= most]
         return [made for width in widths for course in courses for made in self.order(course, width)]
 
     def grow(self, host: Host) -> None:
