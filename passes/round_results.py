@@ -163,9 +163,9 @@ def multiplied(name: Name, readers: Mapping[Name, list[Reader | None]], kept: se
 def otherwise(pack: Pack, bundle: Bundle, costs: Costs, tuned: Tuned) -> Pack:
     """Another kernel, unless the one it has wins more than it costs to round its operand before it."""
     groups, rows = problems(pack, bundle.families)
-    here, there = (tuned.us(pack.op, groups, rows, kernel) for kernel in (CUTS, INSTEAD))
-    lhs = pack.op.lhs
-    if here is not None and there is not None:
+    times, lhs = tuned.rivals(pack.op, groups, rows, (CUTS, INSTEAD)), pack.op.lhs
+    if times is not None:
+        here, there = times
         nbytes = groups * rows * lhs.size * lhs.dtype.itemsize
         if here + costs.light(nbytes, nbytes) < there:
             return pack

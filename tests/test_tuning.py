@@ -123,6 +123,29 @@ def test_the_nearest_width_within_a_factor_of_four_and_any_above_what_fills_a_de
     assert tuned.us(DOT, 15, 1, "indexed_gemm") is None
 
 
+def test_two_kernels_are_compared_where_both_were_measured():
+    """At the nearest such width, each problem with its part of the time; an H100 by what an H200 says of the two."""
+    both = replace(ENTRY, tried={"indexed_gemm 64x64x32 w4 s3": 9.5, "batched_dot": 20.0})
+    only = replace(ENTRY, us=7.0, blocks=Blocks(128, 64, 32), tried={})
+    known = database(8, entry=both).over(database(32, entry=only))
+    tuned, pair = Tuned(known, GPU), ("indexed_gemm", "batched_dot")
+    assert tuned.rivals(DOT, 8, 1, pair) == (9.5, 20.0)
+    assert tuned.rivals(DOT, 32, 1, pair) == (4 * 9.5, 4 * 20.0)
+    assert tuned.rivals(DOT, 32, 1, pair[::-1]) == (4 * 20.0, 4 * 9.5)
+    assert tuned.rivals(DOT, 1, 1, pair) is None  # too far below
+    assert tuned.rivals(DOT, 8, 1, ("indexed_gemm", "separate")) is None
+    assert tuned.blocks(DOT, 32, 1, "indexed_gemm") == Blocks(128, 64, 32)
+    h200 = Database({replace(key, device="NVIDIA H200"): entry for key, entry in known.entries.items()})
+    assert Tuned(h200, "NVIDIA H100 80GB HBM3").rivals(DOT, 8, 1, pair) == (9.5, 20.0)
+
+
+def test_blocks_of_a_kernel_are_of_the_nearest_width_at_which_it_was_measured():
+    other = replace(ENTRY, kernel="mosaic_gemm", us=7.0, tried={})
+    tuned = Tuned(database(8).over(database(32, entry=other)), GPU)
+    assert tuned.kernel(DOT, 32, 1) == "mosaic_gemm"
+    assert tuned.blocks(DOT, 32, 1, "indexed_gemm") == ENTRY.blocks
+
+
 def test_an_h100_takes_the_kernels_of_an_h200_and_not_its_times():
     h100, h200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
     tuned = Tuned(Database({replace(key, device=h200): entry for key, entry in database(16).entries.items()}), h100)

@@ -9,7 +9,7 @@ tiles names blocks (see estimate.py). Times are of the very width that was measu
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 from coalesce.blocks import Blocks
@@ -55,7 +55,7 @@ class Tuned:
 
     def blocks(self, op: HeavyOp, width: int, rows: int, kernel: str) -> Blocks | None:
         """The blocks that were, or should be, fastest for a kernel, whether or not it was the fastest itself."""
-        entry = self.nearest(op, width, rows)
+        entry = self.nearest(op, width, rows, kernels=(kernel,))
         best = entry.best(kernel) if entry else None
         if best is None:
             return self.estimated(op, width, rows) if kernel == KERNEL else None
@@ -72,6 +72,15 @@ class Tuned:
         best = entry.best(kernel) if entry else None
         return best[1] if best else None
 
+    def rivals(self, op: HeavyOp, width: int, rows: int, kernels: tuple[str, str]) -> tuple[float, float] | None:
+        """Microseconds of two kernels, as far as the nearest width says at which both were measured: each problem takes
+        its part of that."""
+        found = self.near(op, width, rows, kernels=kernels)
+        if found is None:
+            return None
+        first, second = (best for kernel in kernels if (best := found[1].best(kernel)))
+        return first[1] * width / found[0], second[1] * width / found[0]
+
     def chain(self, chain: Chain, width: int, rows: int) -> tuple[Blocks, float] | None:
         """The blocks of products that run as one, and the microseconds that it wins; None if it wins too little, or
         nothing like it was measured. At a smaller width it has fewer programs than what it replaces, and may lose."""
@@ -85,13 +94,24 @@ class Tuned:
             return None
         return blocks, apart[1] - entry.us
 
-    def nearest(self, op: HeavyOp | Chain, width: int, rows: int, least: float = 1 / WITHIN) -> Entry | None:
-        """At a width that is at least so many times that of the measurement."""
+    def nearest(
+        self, op: HeavyOp | Chain, width: int, rows: int, least: float = 1 / WITHIN, kernels: Sequence[str] = ()
+    ) -> Entry | None:
+        """At a width that is at least so many times that of the measurement, of which these kernels were a part."""
+        found = self.near(op, width, rows, least, kernels)
+        return found[1] if found else None
+
+    def near(
+        self, op: HeavyOp | Chain, width: int, rows: int, least: float = 1 / WITHIN, kernels: Sequence[str] = ()
+    ) -> tuple[int, Entry] | None:
+        """The nearest entry, with its width."""
         for entries in (self.own, self.kin):
             found = self.of(op, rows, entries)
-            near = [w for w in found if w * least <= width and (width <= WITHIN * w or w >= FULL)]
+            measured = [w for w, entry in found.items() if all(entry.best(kernel) for kernel in kernels)]
+            near = [w for w in measured if w * least <= width and (width <= WITHIN * w or w >= FULL)]
             if near:
-                return found[min(near, key=lambda w: (max(w, width) / min(w, width), w))]
+                at = min(near, key=lambda w: (max(w, width) / min(w, width), w))
+                return at, found[at]
         return None
 
     def of(self, op: HeavyOp | Chain, rows: int, entries: Widths) -> dict[int, Entry]:
