@@ -12,7 +12,7 @@ that says why; --retry_failed tries those again.
     time       jax_in_turn, torch_in_turn, processes (sliced by the driver)
     space      torch_streams, processes_mps, xla_concurrent
     user       jax_vmap, torch_vmap, torch_compile: what one writes without us
-    coalesced  once for each peer; and by itself, for what a tenant costs as they become many
+    coalesced  once for each peer; and by itself, if asked for: what a tenant costs
     floor      floor: see experiments/floor.py; own_batch: one tenant with all n requests as its batch
 """
 
@@ -31,7 +31,7 @@ from coalesce.models import NAMES
 from experiments import settings
 from experiments.beside import Beside, devices, environment, handed_on
 from experiments.list_flags import define_counts, define_fields_of_models, define_names
-from experiments.multiplexing_bench import Bench, METHODS, Pair
+from experiments.multiplexing_bench import Bench, METHODS, OURS, Pair
 from experiments.multiplexing_report import plot, report
 from experiments.results import device_name, header, load_rows, Row, save_rows
 
@@ -64,7 +64,9 @@ def main(argv: Sequence[str]) -> None:
     head = header(settings.command("multiplexing"), FLAGS.device_name or device_name(), FLAGS.note, **conditions)
     path = settings.folder() / ("multiplexing.json" if FLAGS.batch == 1 else f"multiplexing_batch{FLAGS.batch}.json")
     if FLAGS.retry_failed and path.exists():
-        save_rows(path, head, [row for row in load_rows(path, head) if not row["failed"]])
+        known = load_rows(path, head)
+        failed = {pair_of(row) for row in known if row["failed"]}
+        save_rows(path, head, [row for row in known if pair_of(row) not in failed])
 
     rows = measure_beside(path, head) if FLAGS.beside else measure_here(path, head, fields)
     if not rows:
@@ -115,7 +117,7 @@ def wanted() -> list[Pair]:
         for dtype in FLAGS.dtypes
         for count in FLAGS.tenants or TENANTS.get(model, (1, 8, 32))
         for method in METHODS
-        if FLAGS.methods is None or method in FLAGS.methods
+        if (method != OURS if FLAGS.methods is None else method in FLAGS.methods)  # its pairs say it as well
     ]
 
 

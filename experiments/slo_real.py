@@ -125,6 +125,8 @@ class Service:
         for own in self._owned:
             alike.setdefault(own.kind.name, []).append(own.name)
         for width, names, _ in product(widths, alike.values(), range(KNOWN)):
+            if width > 2 * len(names):  # there is no executable for so many, and none is to be made now
+                continue
             together = list(islice(cycle(names), width))
             for reply in [self.runtime.submit(name, *self._inputs[name], deadline=PATIENT_S) for name in together]:
                 reply.result(PATIENT_S)

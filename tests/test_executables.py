@@ -70,7 +70,7 @@ def test_a_program_is_cut_before_a_pack(golden):
 
 
 def few(examples: int) -> settings:
-    """Of the usual 200: an example is several programs to compile."""
+    """Of 200, where the usual number is as many: an example is several programs to compile."""
     return settings(max_examples=max(3, settings().max_examples * examples // 200))
 
 

@@ -31,13 +31,13 @@ IS_SOAK = EXAMPLES > 200
 seeds, poisons = st.integers(0, 99), st.sampled_from([np.nan, np.inf])
 
 
-@settings(max_examples=EXAMPLES // (4 if IS_SOAK else 8))  # each runs three kernels
+@settings(max_examples=max(8, EXAMPLES // (4 if IS_SOAK else 8)))  # each runs three kernels
 @given(case=dots() | convs(), seed=seeds, poison=poisons)
 def test_kernel_is_the_plain_operation_of_each_lane(case: Case, seed: int, poison: float) -> None:
     check(case, KERNELS.keys() - PALLAS, seed, poison)
 
 
-@settings(max_examples=EXAMPLES // (8 if IS_SOAK else 12))
+@settings(max_examples=max(8, EXAMPLES // (8 if IS_SOAK else 12)))
 @given(case=(dots() | convs()).filter(lambda case: not PALLAS.isdisjoint(case.kernels)), seed=seeds, poison=poisons)
 def test_pallas_kernel_is_the_plain_operation_of_each_lane(case: Case, seed: int, poison: float) -> None:
     check(case, PALLAS, seed, poison)

@@ -256,6 +256,22 @@ def test_ratios_are_those_of_a_pair():
     lines = {line[0].strip(): line[1].strip() for row in text.splitlines() if len(line := row.split("|")[1:]) == 3}
     assert lines["quick (time)"] == "60 (3.00x)" and lines["over the best time"] == "3.00x"
     assert lines["over the best space"] == "-" and lines["of the floor"] == "33%"
+    alone = report(
+        {"device": "d", "versions": {"jax": "1"}, "date": "", "note": "", "command": ""},
+        [row("coalesced", "coalesced", "coalesced", 10.0)],
+    )
+    assert "| coalesced           | 10 |" in alone and "against" not in alone and "1.00x" not in alone
+
+
+def test_coalesce_alone_says_why_it_did_not_run():
+    def run():
+        raise RuntimeError("out of memory")
+
+    nothing = pairs.Best(None, 0.0, ({"how": "", "options": {}, "failed": "no device"},))
+    (row,) = pairs.measure_alone("coalesced", nothing, LIMITS)
+    assert (row["method"], row["kind"], row["failed"]) == ("coalesced", "coalesced", "no device")
+    (row,) = pairs.measure_alone("coalesced", pairs.Best(Burst(Candidate("", run), 1), 0.0, ()), LIMITS)
+    assert row["failed"].startswith("while timing: ") and "out of memory" in row["failed"]
 
 
 @pytest.mark.parametrize("name", SMALL)

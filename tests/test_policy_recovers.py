@@ -125,7 +125,7 @@ def after_trouble(rate: float, seed: int, faults: Faults, spread: float, trouble
     return run, idle, quiet_ns
 
 
-@settings(max_examples=settings().max_examples // 20)
+@settings(max_examples=max(5, settings().max_examples // 20))
 @given(
     rate=st.floats(200, 3000),
     factor=st.floats(1.5, 100.0),
@@ -144,7 +144,7 @@ def test_a_device_that_was_slow_serves_everybody_again(rate, factor, ms, spread,
     assert after[Outcome.OK] >= 0.97 * after.total() - 1
 
 
-@settings(max_examples=settings().max_examples // 20)
+@settings(max_examples=max(5, settings().max_examples // 20))
 @given(
     rate=st.floats(200, 3000),
     hiccups=st.lists(st.integers(1, 20), min_size=1, max_size=5),

@@ -191,7 +191,7 @@ def test_models(name, segments):
         assert len(found.segments) == segments
 
 
-@settings(max_examples=settings().max_examples // 10)
+@settings(max_examples=max(5, settings().max_examples // 10))
 @given(st.integers(0, 2**64 - 1), st.integers(1, 6), st.integers(2, 6))
 @example(892, 2, 2)  # one of whose loops would be split once more
 def test_segments_of_random_programs_are_the_program(seed: int, ops: int, segments: int) -> None:

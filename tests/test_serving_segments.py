@@ -88,7 +88,7 @@ def test_lanes_are_as_their_tenants_alone(name, segments):
         assert_alone(results(serving.fits[t], got), (*found[t][:2], x))
 
 
-@settings(max_examples=max(2, settings().max_examples // 40))
+@settings(max_examples=max(5, settings().max_examples // 40))
 @given(st.integers(0, 2**64 - 1), st.integers(2, 5), st.integers(2, 4))
 def test_random_programs_in_segments(seed: int, ops: int, segments: int) -> None:
     draw = Draw(seed)

@@ -172,7 +172,7 @@ def cheap_compiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@settings(max_examples=max(2, settings().max_examples // 40))  # interpreted kernels take their time
+@settings(max_examples=max(5, settings().max_examples // 40))  # interpreted kernels take their time
 @given(length=st.integers(1, 2), seed=st.integers(0, 2**64 - 1))
 def test_each_tenant_gets_what_it_gets_alone(cheap_compiles: None, length: int, seed: int) -> None:
     pick = Draw(seed)

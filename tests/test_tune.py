@@ -26,7 +26,7 @@ from coalesce.measuring.case import cases
 from coalesce.measuring.measure import bank_count, entry_of, measure, worth_trying
 from coalesce.measuring.profile import between_marks, kernels_us, Launch, MARK, span, total
 from coalesce.measuring.tune import tune
-from coalesce.tuning import candidate_name, Database, Entry, load, packaged
+from coalesce.tuning import candidate_name, Database, Entry, load, packaged, save
 from tests.alone import array
 from tests.compare import assert_same
 
@@ -391,6 +391,35 @@ def test_some_kernels_are_measured_beside_what_runs_untuned(tmp_path, monkeypatc
     found = tune(abstract, tmp_path / "tuned.json", kernels=["conv_grouped", "separate"], say=lambda line: None)
     assert measured == [["separate", "batched_dot"], ["conv_grouped", "separate", "conv_slices"]]
     assert [entry.kernel for entry in found.entries.values()] == ["batched_dot", "conv_slices"]
+
+
+def test_what_runs_untuned_is_what_the_same_database_says(tmp_path, monkeypatch):
+    """Of a number of tenants near by, with its blocks; of the very number what is forced to be measured again."""
+    measured = []
+
+    def times(case, tried, lock=None):
+        measured.append([candidate_name(*one) for one in tried])
+        return {candidate_name(*one): float(len(tried) - i) for i, one in enumerate(tried)}
+
+    monkeypatch.setattr(tune_module, "measure", times)
+    out, near = tmp_path / "tuned.json", database(abstract())
+    save(Database({replace(key, width=2): entry for key, entry in near.entries.items()}), out)
+    tune(abstract, out, kernels=["separate"], say=lambda line: None)
+    assert measured == [["separate", f"indexed_gemm {BLOCKS}"]] * 2
+    measured.clear()
+    save(database(abstract(), "conv_grouped"), out)
+    tune(abstract, out, kernels=["separate"], force=True, say=lambda line: None)
+    assert measured[-1] == ["separate", "conv_grouped"]
+
+
+def test_a_broken_database_of_the_user_is_no_matter_for_another(tmp_path, monkeypatch):
+    broken = tmp_path / "own.json"
+    broken.write_text("{")
+    monkeypatch.setenv("COALESCE_TUNED", str(broken))
+    monkeypatch.setattr(tune_module, "measure", lambda case, tried, lock=None: {candidate_name(*tried[0]): 1.0})
+    for kernels in ([], ["separate"]):
+        found = tune(abstract, tmp_path / "new.json", kernels=kernels, force=True, say=lambda line: None)
+        assert len(found.entries) == 2
 
 
 def test_a_kernel_that_there_is_not(capsys):

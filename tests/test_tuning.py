@@ -131,7 +131,7 @@ def test_two_kernels_are_compared_where_both_were_measured():
     tuned, pair = Tuned(known, GPU), ("indexed_gemm", "batched_dot")
     assert tuned.rivals(DOT, 8, 1, pair) == (9.5, 20.0)
     assert tuned.rivals(DOT, 32, 1, pair) == (4 * 9.5, 4 * 20.0)
-    assert tuned.rivals(DOT, 32, 1, pair[::-1]) == (4 * 20.0, 4 * 9.5)
+    assert tuned.rivals(DOT, 32, 1, ("batched_dot", "indexed_gemm")) == (4 * 20.0, 4 * 9.5)
     assert tuned.rivals(DOT, 1, 1, pair) is None  # too far below
     assert tuned.rivals(DOT, 8, 1, ("indexed_gemm", "separate")) is None
     assert tuned.blocks(DOT, 32, 1, "indexed_gemm") == Blocks(128, 64, 32)
@@ -144,6 +144,20 @@ def test_blocks_of_a_kernel_are_of_the_nearest_width_at_which_it_was_measured():
     tuned = Tuned(database(8).over(database(32, entry=other)), GPU)
     assert tuned.kernel(DOT, 32, 1) == "mosaic_gemm"
     assert tuned.blocks(DOT, 32, 1, "indexed_gemm") == ENTRY.blocks
+
+
+def test_what_fills_a_device_is_asked_last():
+    """After what a kin measured of about so many; and not where launches or memory grow with every problem."""
+    h100, h200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
+    wide = replace(ENTRY, kernel="batched_dot", blocks=None)
+    own = {replace(key, device=h100): ENTRY for key in database(8).entries}
+    kin = {replace(key, device=h200): wide for key in database(64).entries}
+    tuned = Tuned(Database({**own, **kin}), h100)
+    found = {width: tuned.kernel(DOT, width, 1) for width in (8, 32, 33, 256, 257)}
+    assert found == {8: "indexed_gemm", 32: "indexed_gemm", 33: "batched_dot", 256: "batched_dot", 257: "indexed_gemm"}
+    for kernel in ("separate", "conv_slices"):
+        growing = Tuned(database(8, entry=replace(ENTRY, kernel=kernel, blocks=None)), GPU)
+        assert growing.nearest(DOT, 32, 1) is not None and growing.nearest(DOT, 33, 1) is None
 
 
 def test_an_h100_takes_the_kernels_of_an_h200_and_not_its_times():

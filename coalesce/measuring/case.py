@@ -24,7 +24,7 @@ from coalesce.kernels import choose, FUSING, indexed_gemm, KERNELS, mosaic_gemm,
 from coalesce.kernels.epilogue import Epilogue, WHOLE
 from coalesce.lower_epilogue import epilogue_of
 from coalesce.program import Program
-from coalesce.tuning import Key, key_of, tuned_on
+from coalesce.tuning import Key, key_of, Tuned
 from coalesce.tuning.candidates import Candidate, candidates
 
 
@@ -44,9 +44,9 @@ class Case:
         found = candidates(self.op, self.key.width, self.key.rows, platform, on_hopper)
         return [one for one in found if one[0] not in FUSING or one[0] in TAKES_APART or not apart]
 
-    def usual(self, platform: str) -> Candidate:
-        """What runs it as long as it is not tuned itself."""
-        tuned, asked = tuned_on(self.key.device), (self.op, self.key.width, self.key.rows)
+    def usual(self, tuned: Tuned, platform: str) -> Candidate:
+        """What runs it by what was tuned so far."""
+        asked = self.op, self.key.width, self.key.rows
         kernel = tuned.kernel(*asked) or choose(self.op, self.key.width, platform)
         return kernel, tuned.blocks(*asked, kernel) if kernel in FUSING else None
 

@@ -71,8 +71,8 @@ class ChainCase:
     def candidates(self, platform: str, on_hopper: bool) -> list[Candidate]:
         return [] if platform == "cpu" else candidates(self.chain, self.key.rows)
 
-    def usual(self, platform: str) -> Candidate:
-        """What runs it as long as it is not tuned itself."""
+    def usual(self, tuned: Tuned, platform: str) -> Candidate:
+        """What runs it by what was tuned so far."""
         return APART, None
 
     def run(self, kernel: str, blocks: Blocks | None) -> Callable[..., Any]:

@@ -26,7 +26,8 @@ from coalesce.measuring.case import Case, cases_in, plan_of
 from coalesce.measuring.chain_case import ChainCase, chains_in
 from coalesce.measuring.measure import entry_of, measure, on_a_gpu, rounded, Times, worth_trying
 from coalesce.program import Program
-from coalesce.tuning import Database, Entry, load, packaged, save, user_file
+from coalesce.tuning import Database, Entry, load, packaged, save, Tuned, user_file
+from coalesce.tuning.candidates import Candidate
 from coalesce.tuning.show import op_name, rivals
 
 Source = Callable[[], Sequence[Program]]  # with workers: hashable, and picklable
@@ -39,6 +40,7 @@ class Task(NamedTuple):
     kernels: tuple[str, ...]
     company: bool
     known: Times | None  # what its candidates took alone
+    usual: Candidate | None = None  # what is measured beside some kernels: the best of a few may be worse
 
 
 class Measured(NamedTuple):
@@ -70,8 +72,8 @@ def tune(
       workers: processes that compile; 0: all in this one.
       seconds: no case is begun after so many.
       force: measure again what is known.
-      kernels: measure only these of the candidates, and what runs a case as long as it is not tuned; all, if none
-        are given.
+      kernels: measure only these of the candidates, and what runs a case by the same database without that; all, if
+        none are given.
       company: also measure the best of them beside another launch, where that is not known.
 
     Raises:
@@ -85,8 +87,15 @@ def tune(
     known = (database.over(packaged()) if out == user_file() else database).entries
     everything = cases_of(source)
     found = {i: None if force else known.get(case.key) for i, case in enumerate(everything)}
+    tuned, platform = Tuned(Database(known), default_device().device_kind), jax.default_backend()
     todo = [
-        Task(i, tuple(kernels), company, {**entry.tried} if entry else None)
+        Task(
+            i,
+            tuple(kernels),
+            company,
+            {**entry.tried} if entry else None,
+            everything[i].usual(tuned, platform) if kernels else None,
+        )
         for i, entry in found.items()
         if entry is None or (company and not entry.company)
     ]
@@ -134,9 +143,8 @@ def candidate_times(source: Source, task: Task, lock: Any = None) -> Measured | 
     tried = [one for one in everything if not task.kernels or one[0] in task.kernels]
     if not tried:
         return f"not measured: {', '.join(task.kernels)} cannot run it"
-    usual = case.usual(platform)
-    if usual not in tried and task.kernels:  # the best of a few must not take the place of a better one
-        tried.append(usual)
+    if task.usual is not None and task.usual not in tried:
+        tried.append(task.usual)
     alone = task.known
     try:
         alone = measure(case, tried, lock) if alone is None else alone

@@ -63,10 +63,12 @@ class Site:
         return [self.foundry.order((entry,), urgent=urgent) for entry in entries]
 
     def order_all(self, host: Host, courses: Sequence[Course]) -> list[Future[None]]:
-        """As wide as its tenants can use with two requests each; a single one has company when it asks for it."""
+        """As wide as two lanes for each tenant, and for a single one as wide as one. Those that are to be waited for:
+        the widest will be there soon."""
         most = 2 * host.tenants if host.tenants > 1 else 1
-        widths = [width for width in self.widths if width <= most]
-        return [made for width in widths for course in courses for made in self.order(course, width)]
+        widths = [width for width in self.widths if width <= most] or self.widths[:1]
+        made = {width: [one for course in courses for one in self.order(course, width)] for width in widths}
+        return [one for width in widths if width < most or width == widths[0] for one in made[width]]
 
     def grow(self, host: Host) -> None:
         """Room for twice as many, or for fewer where memory is short. One whose narrowest executables cannot be made
