@@ -481,6 +481,20 @@ def test_executables_are_as_wide_as_tenants_with_two_requests_each():
             assert {e.entries[0].width for e in rt._stations[0].device.catalog.executables} == widths
 
 
+@pytest.mark.parametrize(("widths", "tenants", "waited"), [
+    ((1, 2, 4), 1, 1),
+    ((1, 2, 4), 2, 2),
+    ((4, 16), 1, 1),  # narrower ones there are not
+])  # fmt: skip
+def test_the_widest_is_not_waited_for(widths, tenants, waited):
+    """Where a program is to be cut for somebody who cannot wait."""
+    with checked_runtime(widths=widths, compiled=False) as rt:
+        for i in range(tenants):
+            rt.add_tenant(f"t{i}", mlp, mlp_params(i), example=(row(0),), slo=SLO)
+        host = host_of(rt, "t0")
+        assert len(rt._stations[0].quarters._site.order_all(host, host.courses)) == waited
+
+
 def test_closing_ends_everything_once():
     checked = Checked()
     rt = Runtime(widths=(1,), observers=[checked])
