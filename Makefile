@@ -53,7 +53,7 @@ newest: | $(VENV)/test.stamp
 
 pytest-newest: newest  ## the suite on the newest interpreter found, with the newest JAX
 	@if $(PYTHON) tools/newest_python.py --newer-than $(VENV)/bin/python >/dev/null 2>&1; then \
-	    $(NEWEST)/bin/python $(PYTEST) --hypothesis-profile second --unchecked -m "not slow and not soak and not once"; \
+	    $(NEWEST)/bin/python $(PYTEST) --hypothesis-profile quick --unchecked -m "not slow and not soak and not once"; \
 	fi
 
 soak: $(VENV)/test.stamp  ## the suite compiled as XLA does by itself, then the slow tests and many examples a property

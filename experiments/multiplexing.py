@@ -31,8 +31,9 @@ from coalesce.models import NAMES
 from experiments import settings
 from experiments.beside import Beside, devices, environment, handed_on
 from experiments.list_flags import define_counts, define_fields_of_models, define_names
-from experiments.multiplexing_bench import Bench, METHODS, OURS, Pair
+from experiments.multiplexing_bench import Bench, METHODS, Pair
 from experiments.multiplexing_report import plot, report
+from experiments.pairs import OURS
 from experiments.results import device_name, header, load_rows, Row, save_rows
 
 MODELS = ("resnet50", "resnet18", "vgg16", "mobilenetv2", "bert_base", "vit_b16", "lstm")

@@ -14,7 +14,7 @@ from absl import flags
 from coalesce.models import by_name, Model
 from experiments import floor, pairs, peers_jax, peers_processes, peers_torch, settings
 from experiments.cells import brief, tenants_of
-from experiments.pairs import Best, Limits
+from experiments.pairs import Best, Limits, OURS
 from experiments.peers_common import Cell, Peer
 from experiments.results import Row
 
@@ -32,8 +32,7 @@ PEERS = {
     "torch_compile": Peer("user", peers_torch.compiled, 16, GROWS),
     "own_batch": Peer("floor", peers_jax.own_batch),
 }
-OURS = "coalesced"  # with no peer beside it
-METHODS = (*PEERS, OURS, "floor")
+METHODS = (*PEERS, OURS, "floor")  # ours with no peer beside it
 
 
 class Pair(NamedTuple):
@@ -82,7 +81,7 @@ class Bench:
             except (jax.errors.JaxRuntimeError, MemoryError) as e:
                 return [{"method": pair.pair, "kind": kind, "failed": f"no reference: {brief(e)}"}]
         if peer is None:
-            return pairs.measure_alone(OURS, self.held.ours, limits)
+            return pairs.measure_alone(self.held.ours, limits)
         return pairs.measure_pair(self.held.cell, pair.pair, peer, self.held.ours, self.held.want, limits)
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from experiments.pairs import IN_A_ROW
+from experiments.pairs import IN_A_ROW, OURS
 from experiments.results import Row, table
 
-OURS = "coalesced"
 SUSTAINED = (
     f"Sustained: microseconds a round where {IN_A_ROW} are issued one after the other and the last one is waited for, "
     "by processes as many as a burst has; each in the configuration above."

@@ -23,6 +23,7 @@ from experiments.methods import Candidate, Options
 from experiments.peers_common import Burst, CannotRun, Cell, Configurations, Peer, with_options
 from experiments.results import Row
 
+OURS = "coalesced"  # a method, of a kind of its own
 CHOOSING = 20  # most repeats of a configuration while the best one is looked for
 IN_A_ROW = 10  # rounds under way at once, at most
 
@@ -142,17 +143,17 @@ def measure_pair(
             return [{"method": name, "kind": peer.kind, "failed": theirs.failed, "tried": theirs.tried}]
         theirs.burst.latencies.clear()  # those of choosing
         try:
-            return in_turns({name: (peer.kind, theirs), "coalesced": ("coalesced", ours)}, limits)
+            return in_turns({name: (peer.kind, theirs), OURS: (OURS, ours)}, limits)
         except Exception as e:  # out of memory, say, or a process that died
             return [{"method": name, "kind": peer.kind, "failed": f"while timing: {reason(e)}", "tried": theirs.tried}]
 
 
-def measure_alone(name: str, ours: Best, limits: Limits) -> list[Row]:
+def measure_alone(ours: Best, limits: Limits) -> list[Row]:
     """Coalesce's row where no peer takes turns with it: what a tenant costs it as they become many."""
     try:
-        return in_turns({name: (name, ours)}, limits)
+        return in_turns({OURS: (OURS, ours)}, limits)
     except Exception as e:
-        return [{"method": name, "kind": name, "failed": f"while timing: {reason(e)}", "tried": ours.tried}]
+        return [{"method": OURS, "kind": OURS, "failed": f"while timing: {reason(e)}", "tried": ours.tried}]
 
 
 def in_turns(contenders: Mapping[str, tuple[str, Best]], limits: Limits) -> list[Row]:

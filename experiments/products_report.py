@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
 
+from experiments.pairs import OURS
 from experiments.results import Row, table
 
-OURS = "coalesced"
 IN_TURN = "jax_in_turn"
 SUMMARY = "summary"
 LOOKS: dict[str, dict[str, Any]] = {OURS: {"color": "black", "linewidth": 2.5}, "floor": {"color": "0.6"}}

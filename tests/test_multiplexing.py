@@ -268,9 +268,9 @@ def test_coalesce_alone_says_why_it_did_not_run():
         raise RuntimeError("out of memory")
 
     nothing = pairs.Best(None, 0.0, ({"how": "", "options": {}, "failed": "no device"},))
-    (row,) = pairs.measure_alone("coalesced", nothing, LIMITS)
+    (row,) = pairs.measure_alone(nothing, LIMITS)
     assert (row["method"], row["kind"], row["failed"]) == ("coalesced", "coalesced", "no device")
-    (row,) = pairs.measure_alone("coalesced", pairs.Best(Burst(Candidate("", run), 1), 0.0, ()), LIMITS)
+    (row,) = pairs.measure_alone(pairs.Best(Burst(Candidate("", run), 1), 0.0, ()), LIMITS)
     assert row["failed"].startswith("while timing: ") and "out of memory" in row["failed"]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Sequence
+from itertools import product
 from pathlib import Path
 
 from coalesce.blocks import Blocks
@@ -108,14 +109,16 @@ class Tuned:
         self, op: HeavyOp | Chain, width: int, rows: int, least: float = 1 / WITHIN, kernels: Sequence[str] = ()
     ) -> tuple[int, Entry] | None:
         """The nearest entry, with its width."""
-        for is_far, entries in ((False, self.own), (False, self.kin), (True, self.own), (True, self.kin)):
+
+        def within(w: int, entry: Entry) -> bool:
+            return w * least <= width <= WITHIN * w
+
+        def above_full(w: int, entry: Entry) -> bool:
+            return isinstance(op, HeavyOp) and FULL <= w <= width and entry.kernel not in GROWING
+
+        for rule, entries in product((within, above_full), (self.own, self.kin)):
             found = self.of(op, rows, entries)
-            measured = [w for w, entry in found.items() if all(entry.best(kernel) for kernel in kernels)]
-            if is_far:
-                near = [w for w in measured if FULL <= w <= width and found[w].kernel not in GROWING]
-                near = near if isinstance(op, HeavyOp) else []
-            else:
-                near = [w for w in measured if w * least <= width <= WITHIN * w]
+            near = [w for w, entry in found.items() if rule(w, entry) and all(map(entry.best, kernels))]
             if near:
                 at = min(near, key=lambda w: (max(w, width) / min(w, width), w))
                 return at, found[at]
