@@ -36,7 +36,7 @@ from coalesce.scheduler.events import (
     Timer,
 )
 from coalesce.scheduler.flight import Bundle, Flight, Lead
-from coalesce.scheduler.joining import join, meets, Part, Run
+from coalesce.scheduler.joining import is_awaited, join, Part, Run
 from coalesce.scheduler.lag import Lag
 from coalesce.scheduler.lanes import Item, Lane, Queue, UNKNOWN
 from coalesce.scheduler.latency import LatencyModel, Prediction
@@ -61,7 +61,7 @@ NEXT = 4  # queues that are looked at for one that could go together with a run
 class Coalescing:
     def __init__(self, *, depth: int = 2, lead_ns: int = 200_000):
         """`depth` bundles are on the device or behind it, the next one from `lead_ns` before the last one ends, and as
-        much earlier as the host takes to bring it there."""
+        much earlier as the host takes to bring it there: one more where that takes longer than the last one runs."""
         self.latency = LatencyModel()
         self._depth = depth
         self._lead, self._lag = Lead(lead_ns), Lag()
@@ -74,7 +74,7 @@ class Coalescing:
         self._watch = Watch()
         self._wants = Wants()
         self._load, self._promises = Load(), Promises()
-        self._starting = Starting(self._flight, self._costs, self._load, self._lag)
+        self._starting = Starting(self._flight, self._costs, self._load, self._lag, self._lead)
         around = self._shares, self._costs, self._load, self._promises
         self._requests = Requests(self._queues, self._slots, self._tenancy, self._watch, *around)
         self._bundles = 0
@@ -151,7 +151,7 @@ class Coalescing:
     def _complete(self, event: Completed, now_ns: int) -> None:
         bundle = self._flight.complete(event)
         self._starting.forget()
-        self._lead.learn(event)
+        self._lead.learn(bundle.executable, event)
         self._flight.host_ns = self._lead.host_ns
         if not event.failed:
             self._learn(bundle, event, now_ns)
@@ -202,6 +202,7 @@ class Coalescing:
 
     def _change_catalog(self, event: CatalogChanged, now_ns: int) -> None:
         self.latency.change(event.catalog)
+        self._lead.forget_all_but([executable.id for executable in event.catalog.executables])
         self._slots.change(event.catalog.slots)
         self._doubt.pauses.rest(now_ns)
         self._reckon(event.catalog)
@@ -227,13 +228,19 @@ class Coalescing:
     def _dispatch(self, start: Start, now_ns: int) -> int:
         """Dispatches what can go now; when the next bundle may go, or until when waiting is better."""
         flying, starting = self._flight.bundles, self._starting
-        while len(flying) < self._depth:
-            next_ns = starting.decides_at(self._lead.ns)
+        while self._has_place():
+            next_ns = starting.decides_at()
             if next_ns > self._lag.ready_ns:
                 return next_ns
             run = self._next_run(start, now_ns)
-            if run is None or self._is_awaited(run, start.free_ns):
+            if run is None or is_awaited(run, flying, self._costs, start.free_ns):
                 break
+            if not self._has_place(run.executable):
+                starting.next_ns = FAR  # before a bundle ends
+                break
+            next_ns = starting.decides_at(run.executable)
+            if next_ns > self._lag.ready_ns:  # until when others may come to it
+                return next_ns
             patient_ns = wait_until(run, start.free_ns - now_ns) if not flying and not self._lag.is_tried else 0
             if patient_ns > now_ns:
                 return patient_ns
@@ -241,28 +248,18 @@ class Coalescing:
             start = starting.find(now_ns)
         return FAR
 
+    def _has_place(self, executable: int | None = None) -> bool:
+        flying = self._flight.bundles
+        return len(flying) < self._depth or (
+            len(flying) == self._depth and self._lead.is_short(flying[-1].executable, executable)
+        )
+
     def _next_run(self, start: Start, now_ns: int) -> Run | None:
         for level in self._queues.waiting:
             window = choose(level, start, now_ns, self._costs.cap_ns, self._worth)
             if window is not None:
                 return join(window, self._queues, self._costs, start.free_ns)
         return None
-
-    def _is_awaited(self, run: Run, start_ns: int) -> bool:
-        """Whether lanes on the device are due before this run and would be late after it, or are better run together
-        with it."""
-        part = run.parts[0]
-        due_ns = part.queue.items[part.first][0]
-        end_ns = start_ns + due_ns - run.latest_ns
-        for bundle in self._flight.bundles:
-            for (family, segment), lanes in bundle.parts:
-                ahead_ns = self._costs.of((family, segment + 1)).through(len(lanes))
-                own_ns = lanes[0].request.deadline_ns
-                if ahead_ns and own_ns <= due_ns and own_ns - ahead_ns < end_ns:
-                    return True
-                if ahead_ns and (family, segment + 1) == part.queue.place and meets(run, len(lanes), start_ns):
-                    return True
-        return False
 
     def _worth(self, item: Item) -> float:
         return self._shares.worth(item[2].account)
@@ -278,7 +275,7 @@ class Coalescing:
         bundle = made(Bundle, (self._bundles, executable, parts, l50_ns, l99_ns, clean_ns))
         lanes = tuple([tuple([lane.request.id for lane in lanes]) for _, lanes in parts])
         self._requests.out.append(made(Dispatch, (self._bundles, executable, lanes, l50_ns, l99_ns, why)))
-        self._flight.add(bundle, self._lag.ready_ns)
+        self._flight.add(bundle, self._lag.ready_ns, self._lead.of(executable))
         self._lag.send()
         self._starting.forget()
         self._bundles += 1

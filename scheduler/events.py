@@ -28,12 +28,18 @@ class Completed(NamedTuple):
     """The device is done with a bundle. Bundles complete in the order in which they were dispatched."""
 
     bundle: int
-    start_ns: int  # when the device began it
+    start_ns: int  # when the device began it, or the host to bring it to an idle device
     end_ns: int
     failed: bool = False  # no lane has a result: some lane raised, and which one is not known
     host_ns: int = 0  # what the host took to bring it to the device, where that is not done at once
     followed: bool = False  # requests have come since, and are told next: what runs next is decided with them
     results_ns: int = 0  # and from the end of the last one that was handed out before until clients had its results
+    brought_ns: int = 0  # when the host had brought it, maybe after `start_ns`
+
+    @property
+    def device_ns(self) -> int:
+        """What it took the device, which may have waited for the host before."""
+        return self.end_ns - max(self.start_ns, self.brought_ns)
 
 
 class TenantAdded(NamedTuple):

@@ -9,10 +9,10 @@ is promised counts on the runs alone, since they have the host's time in them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Generic, NamedTuple, Protocol, runtime_checkable, TypeVar
 
-from coalesce.scheduler.costs import Place
+from coalesce.scheduler.costs import FAR, Place
 from coalesce.scheduler.events import Completed
 from coalesce.scheduler.lanes import Lane
 
@@ -58,13 +58,14 @@ class Flight(Generic[B]):
     def __iter__(self) -> Iterator[B]:
         return iter(self.bundles)
 
-    def add(self, bundle: B, now_ns: int) -> None:
+    def add(self, bundle: B, now_ns: int, host_ns: int = 0) -> None:
+        """One that takes the host so long to bring."""
         if not self.bundles:
             self._began_ns = max(self._began_ns, now_ns)
             self._first_ns = self._began_ns + bundle.l50_ns
         else:
             self._behind_ns += bundle.l50_ns
-        self._brought_ns = max(self._brought_ns, now_ns) + self.host_ns
+        self._brought_ns = max(self._brought_ns, now_ns) + host_ns
         self.bundles.append(bundle)
 
     def complete(self, event: Completed) -> B:
@@ -95,23 +96,48 @@ class Flight(Generic[B]):
         late_ns = self.free_at(now_ns) + slip_ns - brought_ns
         return slip_ns if late_ns > slip_ns else max(0, late_ns)
 
-    def takes_at(self, free_ns: int) -> int:
+    def takes_at(self, free_ns: int, host_ns: int) -> int:
         """When the device can begin with another one, free from then on, if the host has to bring it first."""
-        brought_ns = self._brought_ns + self.host_ns
+        brought_ns = self._brought_ns + host_ns
         return brought_ns if free_ns < brought_ns and self.bundles else free_ns
 
 
 class Lead:
-    """How long before the device is free its next bundle is decided: as long as the host takes to bring it there, and
-    `least_ns` more."""
+    """How long the host takes to bring a bundle to the device: so long before that is free it is decided, and
+    `least_ns` more. Images take it ten times as long as words, so each executable has times of its own."""
 
     def __init__(self, least_ns: int) -> None:
-        self.ns = self._least_ns = least_ns
-        self.host_ns = 0
+        self.least_ns = least_ns
+        self.host_ns = 0  # what any bundle mostly takes
+        self.most_ns = 0  # what the one does that takes longest
+        self._device_ns = 0  # and any of them on the device
+        self._each: dict[int, tuple[int, int]] = {}  # by executable: what it mostly takes the host, and the device
 
-    def learn(self, event: Completed) -> None:
+    def learn(self, executable: int, event: Completed) -> None:
         """What failed may have gone another way."""
-        host_ns = event.host_ns
-        if host_ns and not event.failed:
-            self.host_ns += (host_ns - self.host_ns) // RUNS if self.host_ns else host_ns
-            self.ns = self._least_ns + self.host_ns
+        if not event.host_ns or event.failed:
+            return
+        host_ns, device_ns = self._each.get(executable, (0, 0))
+        self._each[executable] = nearer(host_ns, event.host_ns), nearer(device_ns, event.device_ns)
+        self.host_ns, self._device_ns = nearer(self.host_ns, event.host_ns), nearer(self._device_ns, event.device_ns)
+        self.most_ns = max([host_ns for host_ns, _ in self._each.values()])
+
+    def forget_all_but(self, executables: Collection[int]) -> None:
+        """The others are not offered any more."""
+        self._each = {number: own for number, own in self._each.items() if number in executables}
+        self.most_ns = max([host_ns for host_ns, _ in self._each.values()], default=0)
+
+    def of(self, executable: int) -> int:
+        """Where it has not run yet, what any bundle takes."""
+        return self._each.get(executable, (self.host_ns, 0))[0]
+
+    def is_short(self, executable: int, following: int | None = None) -> bool:
+        """Whether it runs shorter than the host takes to bring what follows, or what takes longest, though the host is
+        mostly done before the device."""
+        _, device_ns = self._each.get(executable, (0, FAR))
+        host_ns = self.most_ns if following is None else self.of(following)
+        return device_ns < host_ns and self.host_ns < self._device_ns
+
+
+def nearer(mean_ns: int, ns: int) -> int:
+    return mean_ns + (ns - mean_ns) // RUNS if mean_ns else ns

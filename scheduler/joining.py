@@ -1,16 +1,19 @@
 """What is better run with a window, or before it.
 
 catch up    lanes of an earlier segment go first, so that both take the segments that are left together
+await       lanes on the device that go on with their next segment
 mix         an executable of several families, where all of them wait, takes less than one run after another
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from coalesce.scheduler.catalog import Executable
 from coalesce.scheduler.choice import best_head, Window
 from coalesce.scheduler.costs import Costs, FAR
+from coalesce.scheduler.flight import Bundle
 from coalesce.scheduler.lanes import Queue
 from coalesce.scheduler.queues import Queues
 from coalesce.scheduler.tuples import made
@@ -63,6 +66,23 @@ def catch_up(window: Window, queues: Queues, start_ns: int) -> Window | None:
         return None
     done_ns = start_ns + late.option.l99_ns + shared.through_ns
     return late if done_ns + late.option.l99_ns <= window.queue.items[0][0] else None
+
+
+def is_awaited(run: Run, flying: Iterable[Bundle], costs: Costs, start_ns: int) -> bool:
+    """Whether lanes on the device are due before this run and would be late after it, or are better run together with
+    it."""
+    part = run.parts[0]
+    due_ns = part.queue.items[part.first][0]
+    end_ns = start_ns + due_ns - run.latest_ns
+    for bundle in flying:
+        for (family, segment), lanes in bundle.parts:
+            ahead_ns = costs.of((family, segment + 1)).through(len(lanes))
+            own_ns = lanes[0].request.deadline_ns
+            if ahead_ns and own_ns <= due_ns and own_ns - ahead_ns < end_ns:
+                return True
+            if ahead_ns and (family, segment + 1) == part.queue.place and meets(run, len(lanes), start_ns):
+                return True
+    return False
 
 
 def meets(run: Run, coming: int, start_ns: int) -> bool:

@@ -174,7 +174,10 @@ class Simulation:
         done, or when it was decided."""
         seen_ns = self._seen_ns
         end_ns = max(completed.end_ns, seen_ns + self._results_ns)
-        known = completed._replace(start_ns=max(seen_ns, begun_ns), end_ns=end_ns, results_ns=self._results_ns)
+        start_ns, brought_ns = max(seen_ns, begun_ns), begun_ns + completed.host_ns
+        known = completed._replace(
+            start_ns=start_ns, end_ns=end_ns, results_ns=self._results_ns, brought_ns=brought_ns
+        )
         self._results_ns = 0 if completed.failed else self._host.hand_out(command)
         self._seen_ns, self._handed[command.bundle] = end_ns, end_ns + self._results_ns
         return known

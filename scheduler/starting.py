@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import hypot
 
 from coalesce.scheduler.costs import Costs
-from coalesce.scheduler.flight import Bundle, Flight
+from coalesce.scheduler.flight import Bundle, Flight, Lead
 from coalesce.scheduler.lag import Lag
 from coalesce.scheduler.laying import Begun, Start
 from coalesce.scheduler.load import Load
@@ -13,12 +13,12 @@ from coalesce.scheduler.tuples import made
 
 
 class Starting:
-    def __init__(self, flight: Flight[Bundle], costs: Costs, load: Load, lag: Lag) -> None:
+    def __init__(self, flight: Flight[Bundle], costs: Costs, load: Load, lag: Lag, lead: Lead) -> None:
         self.known: Start | None = None  # as it was last, where nothing of the flight or of costs has changed
         self.free_ns, self.is_calm = 0, True  # of it
         self.fixed_ns = 0  # until when it may stay the same
         self.next_ns = 0  # the next bundle goes no sooner, as long as that is so
-        self._flight, self._costs, self._load, self._lag = flight, costs, load, lag
+        self._flight, self._costs, self._load, self._lag, self._lead = flight, costs, load, lag, lead
         self._flying_slip_ns = 0  # by how much a bundle on the device may take longer
 
     def forget(self) -> None:
@@ -42,10 +42,13 @@ class Starting:
         self.known = made(Start, (free_ns, tuple(begun), self._slip(), is_calm, is_idle, self._lag.gap_ns))
         return self.known
 
-    def decides_at(self, lead_ns: int) -> int:
-        """When a bundle is to be decided that goes next, so long before the device can take it on."""
+    def decides_at(self, executable: int | None = None) -> int:
+        """When a bundle is to be decided that goes next, by what the host takes to bring it: no later than an average
+        one, and as early as any where it is not known which it will be."""
         assert self.known is not None, "nobody asked when the device can begin"
-        self.next_ns = self._flight.takes_at(self.known.free_ns - self._lag.results_ns) - lead_ns
+        free_ns, lead = self.known.free_ns - self._lag.results_ns, self._lead
+        host_ns = lead.most_ns if executable is None else max(lead.of(executable), lead.host_ns)
+        self.next_ns = self._flight.takes_at(free_ns, host_ns) - host_ns - lead.least_ns
         return self.next_ns
 
     def _begun(self) -> list[Begun]:

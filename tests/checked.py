@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import jax
+
 from coalesce.runtime.observer import Observer
 from coalesce.scheduler.commands import Command
 from coalesce.scheduler.events import Event
@@ -35,7 +37,8 @@ class Checked(Observer):
 
 class OneDevice(Observer):
     def __init__(self) -> None:
-        self._checker = Checker(depth=2, patience_ns=PATIENCE_NS)
+        depth = 2 if jax.default_backend() == "cpu" else 3  # where the host brings bundles there may be one more
+        self._checker = Checker(depth=depth, patience_ns=PATIENCE_NS)
         self._lock = threading.Lock()
 
     def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:

@@ -1,6 +1,7 @@
 """SLOs that are no longer than it takes to see who cannot be in time: nobody is refused for a plan then."""
 
 from random import Random
+from statistics import fmean
 
 import pytest
 
@@ -24,22 +25,23 @@ TENANTS = [Tenant(f"t{i}", (i % 2,), SLO) for i in range(16)]
 PATIENT = Tenant("patient", (0,), 10 * SLO)
 
 
-def serve(tenants: list[Tenant]) -> Run:
+def serve(tenants: list[Tenant], seed: int) -> Run:
     """10,000 requests a second for 0.1 s, of all but the patient one, on a host that takes as long as the device."""
-    checker = Checker(depth=2)
-    host = SerialHost(Random(3), *(us * US for us in (15, 50, 100, 10, 60, 8)), wake_ns=30 * US, spread=2.0)
-    arrivals = arrive_apart(Random(1), 1.0, {tenant.name: 10_000 / 16 for tenant in TENANTS}, SECOND // 10)
-    run = simulate(Coalescing(), tenants, CATALOG, arrivals, host=host, seed=2, watchers=[checker.see])
+    checker = Checker(depth=3)
+    host = SerialHost(Random(seed + 2), *(us * US for us in (15, 50, 100, 10, 60, 8)), wake_ns=30 * US, spread=2.0)
+    arrivals = arrive_apart(Random(seed), 1.0, {tenant.name: 10_000 / 16 for tenant in TENANTS}, SECOND // 10)
+    run = simulate(Coalescing(), tenants, CATALOG, arrivals, host=host, seed=seed, watchers=[checker.see])
     assert checker.finish()[:5] == []
     return run
 
 
 def test_past_what_can_be_served_more_is_in_time_than_by_plan():
-    """60% instead of 56%. Where anybody has an SLO that is longer, requests or none, it is by plan."""
-    run, planned = serve(TENANTS), serve([*TENANTS, PATIENT])
-    assert run.attainment() >= planned.attainment() + 0.03
-    answered = zip(run.requests, run.outcomes, run.ends_ns, strict=True)
-    assert max([end_ns - own.arrival_ns for own, how, end_ns in answered if how is not Outcome.LATE]) <= BRIEF_NS
+    """56% instead of 52%. Where anybody has an SLO that is longer, requests or none, it is by plan."""
+    runs, planned = [[serve(own, seed) for seed in range(1, 7)] for own in (TENANTS, [*TENANTS, PATIENT])]
+    assert fmean([run.attainment() for run in runs]) >= fmean([run.attainment() for run in planned]) + 0.03
+    for run in runs:
+        answered = zip(run.requests, run.outcomes, run.ends_ns, strict=True)
+        assert max([end_ns - own.arrival_ns for own, how, end_ns in answered if how is not Outcome.LATE]) <= BRIEF_NS
 
 
 @pytest.mark.parametrize("is_gone", [False, True])

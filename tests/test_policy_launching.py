@@ -1,8 +1,10 @@
 """The host brings bundles to the device one after another: what comes next is decided when it can take it on."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from heapq import heappop, heappush
 from random import Random
+from statistics import fmean
 from typing import NamedTuple
 
 import pytest
@@ -13,11 +15,15 @@ from coalesce.scheduler.coalescing import Coalescing
 from coalesce.scheduler.commands import Dispatch, WakeAt
 from coalesce.scheduler.events import CatalogChanged, Completed, Event, Submitted, TenantAdded, Timer
 from coalesce.scheduler.flight import Bundle, Flight, Lead
+from coalesce.scheduler.invariants import Checker
+from coalesce.scheduler.machine import lanes_of, SerialHost, spread_out
 from coalesce.scheduler.request import Request, Tenant
+from coalesce.scheduler.simulator import simulate
+from coalesce.scheduler.workloads import arrive_apart, SECOND
 
 pytestmark = pytest.mark.once
 
-MS = 1_000_000
+US, MS = 1_000, 1_000_000
 
 
 def bundle(number: int, ns: int) -> Bundle:
@@ -28,22 +34,21 @@ def done(number: int, end_ns: int, host_ns: int = 0, *, failed: bool = False) ->
     return Completed(number, 0, end_ns, failed, host_ns)
 
 
-def takes_at(flight: Flight[Bundle], now_ns: int) -> int:
-    return flight.takes_at(flight.free_at(now_ns))
+def takes_at(flight: Flight[Bundle], now_ns: int, host_ns: int = 0) -> int:
+    return flight.takes_at(flight.free_at(now_ns), host_ns)
 
 
 def test_a_bundle_begins_when_those_before_it_are_done_and_the_host_has_brought_it():
     flight = Flight[Bundle]()
-    flight.host_ns = 30
-    assert takes_at(flight, 100) == 100
-    flight.add(bundle(0, 10), 100)
-    assert takes_at(flight, 100) == 160  # at 130 the host has brought the first one, at 160 this one
-    flight.add(bundle(1, 100), 105)
-    assert takes_at(flight, 110) == 210  # the device: 110, and 100 more
+    assert takes_at(flight, 100, 20) == 100
+    flight.add(bundle(0, 10), 100, 30)
+    assert takes_at(flight, 100, 20) == 150  # at 130 the host has brought the first one, at 150 this one
+    flight.add(bundle(1, 100), 105, 30)
+    assert takes_at(flight, 110, 20) == 210  # the device: 110, and 100 more
     flight.complete(done(0, 140))
-    assert takes_at(flight, 140) == 240
+    assert takes_at(flight, 140, 20) == 240
     flight.complete(done(1, 240))
-    assert takes_at(flight, 250) == 250
+    assert takes_at(flight, 250, 20) == 250
 
 
 @given(steps=st.lists(st.tuples(st.integers(0, 50), st.integers(1, 50), st.booleans()), max_size=30))
@@ -62,11 +67,37 @@ def test_a_host_that_takes_no_time_changes_nothing(steps):
         assert takes_at(flight, now_ns) == (max(now_ns, began_ns + times[0]) + sum(times[1:]) if times else now_ns)
 
 
+def brought(host_ns: int, device_ns: int, *, failed: bool = False) -> Completed:
+    """Of a device that waited for it."""
+    return Completed(0, 0, host_ns + device_ns, failed, host_ns, brought_ns=host_ns)
+
+
 def test_a_failed_flight_says_nothing_of_the_host():
     lead = Lead(5)
-    lead.learn(done(0, 10, 100))
-    lead.learn(done(1, 20, 100_000, failed=True))
-    assert (lead.ns, lead.host_ns) == (105, 100)
+    lead.learn(0, brought(100, 10))
+    lead.learn(0, brought(100_000, 10, failed=True))
+    assert (lead.most_ns, lead.host_ns, lead.of(0)) == (100, 100, 100)
+
+
+def test_each_executable_takes_the_host_a_time_of_its_own():
+    """Images take 70 to bring, and words 10."""
+    lead, images, words = Lead(5), 0, 1
+    for _ in range(16):
+        lead.learn(images, brought(70, 60))
+        lead.learn(words, brought(10, 50))
+    assert (lead.of(images), lead.of(words), lead.most_ns) == (70, 10, 70)
+    assert words != lead.host_ns == lead.of(2) and 10 < lead.host_ns < 70, "of one that has not run what any takes"
+    assert lead.is_short(words) and lead.is_short(words, images), "who brings images is done after such a run"
+    assert not lead.is_short(words, words) and not lead.is_short(2)
+    lead.forget_all_but([words])
+    assert (lead.of(images), lead.most_ns) == (lead.host_ns, 10)
+
+
+def test_a_host_that_is_never_done_in_time_brings_nothing_earlier():
+    lead = Lead(5)
+    for _ in range(16):
+        lead.learn(0, brought(70, 60))
+    assert not lead.is_short(0, 0)
 
 
 class Served(NamedTuple):
@@ -130,3 +161,43 @@ def test_lanes_are_not_fixed_for_nothing_where_the_host_takes_longest(rate, host
     assert told.p99_ms <= 1.05 * untold.p99_ms
     if host_ms >= 1:
         assert told.p99_ms <= 2.6 * host_ms + 0.6
+
+
+@dataclass(frozen=True)
+class Images(SerialHost):
+    """A host that copies 60 us for a lane of the first few executables, and 3 for one of the others."""
+
+    def bring(self, command: Dispatch) -> int:
+        lane_ns = (60 if command.executable < len(DEVICE_US[0]) else 3) * US
+        return self._drawn(self.bundle_ns + lanes_of(command) * lane_ns)
+
+
+LANES = (1, 4, 8, 16)
+DEVICE_US = (355, 385, 450, 654), (480, 600, 750, 1350)  # eight ResNet-50 and eight BERT-base on an H200
+SLOS_US = 12_570, 6_000
+
+
+def test_images_are_brought_while_words_run():
+    """Of 9,500 requests a second 99.9% are in time: 96% where the host's time was one average, and words ran for less
+    time than it takes to bring images."""
+    took = [us for own in DEVICE_US for us in own]
+    entries = [Entry(family, 0, width) for family in (0, 1) for width in LANES]
+    made = [Executable(i, (entry,), took[i] * US, took[i] * US) for i, entry in enumerate(entries)]
+    tenants = [Tenant(f"t{i}", (i % 2,), SLOS_US[i % 2] * US) for i in range(16)]
+    attained = []
+    for seed in (1, 2, 3):
+        host = Images(Random(seed + 7), *(us * US for us in (25, 120, 100, 0, 60, 5)), wake_ns=100 * US, spread=2.0)
+        checker = Checker(depth=3)
+        run = simulate(
+            Coalescing(),
+            tenants,
+            Catalog(tuple(made)),
+            arrive_apart(Random(seed), 1.0, {tenant.name: 9_500 / 16 for tenant in tenants}, SECOND),
+            takes=lambda executable, rng: spread_out(took[executable.id] * US, 1.05, rng),
+            host=host,
+            seed=seed,
+            watchers=[checker.see],
+        )
+        assert checker.finish()[:5] == []
+        attained.append(run.attainment(None, SECOND // 4))
+    assert fmean(attained) >= 0.99

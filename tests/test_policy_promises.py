@@ -57,7 +57,7 @@ def serve(micros: tuple[int, ...], hiccups: float, segments: int, rate: float, s
     ]
     times = [us * US for us in micros]
     host = Hiccuping(Random(seed + 7), *times, wake_ns=60 * US, spread=spread, chance=hiccups, more_ns=3 * MS)
-    rng, checker = Random(seed), Checker(depth=2)
+    rng, checker = Random(seed), Checker(depth=3)
     run = simulate(
         Coalescing(),
         [Tenant(name, (0,), SLO) for name in NAMES],

@@ -45,7 +45,7 @@ def serve(micros: tuple[int, ...], spread: float, low: float, high: float, seed:
         )
     )
     host = SerialHost(Random(seed + 7), *(own * US for own in micros), wake_ns=60 * US, spread=spread)
-    rng, more, checker = Random(seed), Random(seed + 1), Checker(depth=2)
+    rng, more, checker = Random(seed), Random(seed + 1), Checker(depth=3)
     usual = arrive(rng, poisson(rng, low), NAMES, round(2.2 * SECOND))
     added = arrive(more, poisson(more, high - low, round(0.6 * SECOND)), NAMES, round(1.8 * SECOND))
     run = simulate(
@@ -73,10 +73,9 @@ def kept(run: Run, since_s: float, until_s: float) -> float:
     ("micros", "spread", "share", "served"), [(BUSY, 2.0, 0.985, 1250), (HURRIED, 3.0, 0.98, 1700)]
 )
 def test_what_is_taken_on_is_in_time_where_the_host_is_the_limit(micros, spread, share, served):
-    """At about twice the rate that can be served. By six seeds 99.3% and 98.5% of what was taken on is in time, 1,510
-    and 1,960 a second; if nothing were kept back for promises (`promises`) 99.4% and 97.1%, 1,460 and 2,020. Before the
-    host's part was learnt it was, by eight, 94.1% and 94.8%, 1,400 and 1,670."""
-    runs = [serve(micros, spread, 1000.0, 4800.0, seed) for seed in (1, 2, 3)]
+    """At about twice the rate that can be served. By twelve seeds 99.0% and 98.5% of what was taken on is in time,
+    1,480 and 1,970 a second. Before the host's part was learnt it was, by eight, 94.1% and 94.8%, 1,400 and 1,670."""
+    runs = [serve(micros, spread, 1000.0, 4800.0, seed) for seed in range(1, 7)]
     assert fmean([kept(run, 0.8, 1.8) for run in runs]) >= share
     until = round(1.8 * SECOND)
     waited: list[int] = []
@@ -88,7 +87,7 @@ def test_what_is_taken_on_is_in_time_where_the_host_is_the_limit(micros, spread,
             if 0.8 * SECOND <= request.arrival_ns < until and outcome in (Outcome.OK, Outcome.LATE)
         ]
         assert run.attainment(None, 0, round(0.6 * SECOND)) >= 0.98  # as if the rest had never come
-        assert run.attainment(None, round(1.9 * SECOND)) >= 0.95
+    assert fmean([run.attainment(None, round(1.9 * SECOND)) for run in runs]) >= 0.96
     assert quantile(sorted(waited), share) <= SLO
 
 

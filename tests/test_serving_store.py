@@ -133,8 +133,9 @@ def test_memory_of_calls_that_have_ended_is_filled_again(locked, monkeypatch):
     def lanes(*own: int) -> list[Lane]:
         return [serving.lane(t, found[t][2]) for t in own]
 
-    assert len(executable.staging._spare) == 2, "what the first calls need is there before them"
+    assert len(executable.staging._spare) == SPARES, "what the first calls need is there before them"
     first, second = executable.stage([lanes(0, 1, 0)]), executable.stage([lanes(1)])
+    more = [executable.stage([lanes(1)]) for _ in range(SPARES - 2)]
     assert not executable.staging._spare and (first.locked is not None) == locked
     assert not np.shares_memory(first.given[0].slots, second.given[0].slots)
     third = executable.stage([lanes(1)])
@@ -145,9 +146,10 @@ def test_memory_of_calls_that_have_ended_is_filled_again(locked, monkeypatch):
     assert not any(np.any(own[1:].view(np.uint8)) for own in again.given[0].inputs)
     outputs = executable.fetch(executable.run([serving.store.bank], [None], again))[0]
     assert_alone(results(serving.fits[1], [x[0] for x in outputs]), found[1])
-    for own in (third, second, again, *(executable.stage([lanes(0)]) for _ in range(3))):
+    for own in (third, second, again, *more, *(executable.stage([lanes(0)]) for _ in range(3))):
         executable.take_back(own)
-    assert len(executable.staging._spare) == (3 if locked else 2), "what was made ready, and one more at most"
+    most = SPARES + 1 if locked else SPARES
+    assert len(executable.staging._spare) == most, "what was made ready, and one more at most"
 
 
 def test_page_locked_memory_outlives_calls_that_fail(monkeypatch):

@@ -135,7 +135,9 @@ class Finisher(Attendant):
         elif isinstance(error, DeviceError):
             self._driver.put_first(Lost(error))
         results_ns, self._results_ns = self._results_ns if flight.host_ns else 0, 0  # each is told once
-        ended = Completed(dispatch.bundle, start_ns, end_ns, error is not None, flight.host_ns, False, results_ns)
+        host_ns, failed = flight.host_ns, error is not None
+        brought_ns = flight.since_ns + host_ns
+        ended = Completed(dispatch.bundle, start_ns, end_ns, failed, host_ns, False, results_ns, brought_ns)
         self._driver.put_first(ended)
         self.completed += 1
         self._observers.finished(Finished(dispatch, tuple(flight.form), entries, start_ns, end_ns, error))

@@ -27,7 +27,7 @@ from coalesce.serving.words import from_words, views, WORD, words
 
 LOG = logging.getLogger("coalesce.runtime")
 
-SPARES = 2  # so many calls of one executable are under way at a time, mostly
+SPARES = 3  # so many calls of one executable are under way at a time, mostly
 
 
 class Lane(NamedTuple):
