@@ -11,7 +11,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from coalesce import jaxpr as J
 from coalesce.attended import Attended, regrouped
@@ -19,6 +18,7 @@ from coalesce.bundle import Attention, Bundle, items, Step
 from coalesce.kernels import attention, mosaic_attention
 from coalesce.kernels.attention import Dim, on_rows, Operand, Place, REDUCTIONS
 from coalesce.kernels.epilogue import runs_on_tiles
+from coalesce.kernels.platforms import by_platform
 from coalesce.kernels.tiles import unnamed
 from coalesce.lanes import Banked, Env, LaneValue, plain, Shared, Stacked
 from coalesce.slab import Cut, Picked
@@ -97,7 +97,7 @@ def lower_attention(walk: Walk, item: Attention, env: Env) -> tuple[J.Eqn, list[
         if not by_tma:
             return by(attention.run, arrays)
         on_cuda, elsewhere = partial(by, mosaic_attention.run), partial(by, attention.run)
-        return lax.platform_dependent(arrays, cuda=on_cuda, default=elsewhere)
+        return by_platform(arrays, cuda=on_cuda, default=elsewhere)
 
     name = f"{'superkernel' if lanes > 1 else 'alone'}{item.values.index}_attention"
     run.__name__ = run.__qualname__ = name

@@ -27,6 +27,7 @@ from coalesce.kernels.mosaic import call, lowers, ROW_BYTES, TOGETHER
 from coalesce.kernels.mosaic_program import IMAGE, PART, Program, Source, TILE
 from coalesce.kernels.mosaic_tile import Tile, tile_of, VECTORS
 from coalesce.kernels.operands import operands_of
+from coalesce.kernels.platforms import by_platform
 from coalesce.kernels.tiles import precision_of
 from coalesce.kernels.windows import windows_of
 from coalesce.layout import Layout
@@ -83,7 +84,7 @@ def run(
     does; if not, XLA rounds it before."""
     tile = (tile_of(op, blocks) if blocks else None) or by_rule(op)
     assert tile, f"an op that has no tile: {op}"
-    return lax.platform_dependent(
+    return by_platform(
         lhs,
         rhs,
         tuple(operands),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from coalesce.kernels.platforms import by_platform
 from coalesce.kernels.underived import underived
 
 
@@ -43,7 +44,7 @@ def launch(
             compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
         )
 
-    run = partial(lax.platform_dependent, cuda=call(False), rocm=call(False), default=call(True))
+    run = partial(by_platform, cuda=call(False), rocm=call(False), default=call(True))
     return underived(run, name)(*args)
 
 

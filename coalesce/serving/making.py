@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from coalesce.bank import default_device
 from coalesce.capture.aside import OPTIONS
+from coalesce.kernels.platforms import only
 
 
 class Jitted(NamedTuple):
@@ -37,8 +39,11 @@ WITHOUT_GRAPH: Mapping[str, Any] = OPTIONS
 
 
 def make_here(recipe: Recipe, options: Mapping[str, Any] | None = None) -> Any:
-    jitted = recipe()
-    return jitted.function.lower(*jitted.arguments).compile(compiler_options=told(jitted, options))
+    """For the default device."""
+    with only(default_device().client.platform):
+        jitted = recipe()
+        lowered = jitted.function.lower(*jitted.arguments)
+    return lowered.compile(compiler_options=told(jitted, options))
 
 
 def told(jitted: Jitted, options: Mapping[str, Any] | None) -> dict[str, Any] | None:
