@@ -112,9 +112,10 @@ class Coalescing:
             self._handlers[type(event)](event, now_ns)
             start = starting.find(now_ns)
         queues = self._queues
+        another = queues.hopeless_ns == UNKNOWN  # head: what was to go next may not be any more
         if queues.hopeless_ns <= starting.free_ns and queues.find_hopeless() <= starting.free_ns:
             requests.drop_hopeless(starting.free_ns, now_ns)
-        next_ns = starting.next_ns
+        next_ns = 0 if another or queues.hopeless_ns == UNKNOWN else starting.next_ns
         if next_ns <= ready_ns:
             is_followed = isinstance(event, Completed) and event.followed
             next_ns = now_ns if is_followed else self._dispatch(start, now_ns)
@@ -151,7 +152,7 @@ class Coalescing:
     def _complete(self, event: Completed, now_ns: int) -> None:
         bundle = self._flight.complete(event)
         self._starting.forget()
-        self._lead.learn(bundle.executable, event)
+        self._lead.learn(bundle.executable if bundle.executable in self._costs.catalog.by_id else None, event)
         self._flight.host_ns = self._lead.host_ns
         if not event.failed:
             self._learn(bundle, event, now_ns)
@@ -228,18 +229,15 @@ class Coalescing:
     def _dispatch(self, start: Start, now_ns: int) -> int:
         """Dispatches what can go now; when the next bundle may go, or until when waiting is better."""
         flying, starting = self._flight.bundles, self._starting
-        while self._has_place():
+        while len(flying) < self._depth or (len(flying) == self._depth and self._lead.is_short(flying[-1].executable)):
             next_ns = starting.decides_at()
             if next_ns > self._lag.ready_ns:
                 return next_ns
             run = self._next_run(start, now_ns)
             if run is None or is_awaited(run, flying, self._costs, start.free_ns):
                 break
-            if not self._has_place(run.executable):
-                starting.next_ns = FAR  # before a bundle ends
-                break
             next_ns = starting.decides_at(run.executable)
-            if next_ns > self._lag.ready_ns:  # until when others may come to it
+            if next_ns > self._lag.ready_ns:  # until when others may come to it, or before it
                 return next_ns
             patient_ns = wait_until(run, start.free_ns - now_ns) if not flying and not self._lag.is_tried else 0
             if patient_ns > now_ns:
@@ -247,12 +245,6 @@ class Coalescing:
             self._go(run, now_ns)
             start = starting.find(now_ns)
         return FAR
-
-    def _has_place(self, executable: int | None = None) -> bool:
-        flying = self._flight.bundles
-        return len(flying) < self._depth or (
-            len(flying) == self._depth and self._lead.is_short(flying[-1].executable, executable)
-        )
 
     def _next_run(self, start: Start, now_ns: int) -> Run | None:
         for level in self._queues.waiting:

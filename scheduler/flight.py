@@ -104,39 +104,43 @@ class Flight(Generic[B]):
 
 class Lead:
     """How long the host takes to bring a bundle to the device: so long before that is free it is decided, and
-    `least_ns` more. Images take it ten times as long as words, so each executable has times of its own."""
+    `least_ns` more. Images take it many times as long as words, so each executable has times of its own."""
 
     def __init__(self, least_ns: int) -> None:
         self.least_ns = least_ns
         self.host_ns = 0  # what any bundle mostly takes
-        self.most_ns = 0  # what the one does that takes longest
+        self.most_ns = 0  # and what the one does that takes longest, as far as known
         self._device_ns = 0  # and any of them on the device
         self._each: dict[int, tuple[int, int]] = {}  # by executable: what it mostly takes the host, and the device
 
-    def learn(self, executable: int, event: Completed) -> None:
-        """What failed may have gone another way."""
+    def learn(self, executable: int | None, event: Completed) -> None:
+        """Of none in particular where it is not offered any more. What failed may have gone another way."""
         if not event.host_ns or event.failed:
             return
-        host_ns, device_ns = self._each.get(executable, (0, 0))
-        self._each[executable] = nearer(host_ns, event.host_ns), nearer(device_ns, event.device_ns)
+        if executable is not None:
+            host_ns, device_ns = self._each.get(executable, (0, 0))
+            self._each[executable] = nearer(host_ns, event.host_ns), nearer(device_ns, event.device_ns)
         self.host_ns, self._device_ns = nearer(self.host_ns, event.host_ns), nearer(self._device_ns, event.device_ns)
-        self.most_ns = max([host_ns for host_ns, _ in self._each.values()])
+        self._find_most()
 
     def forget_all_but(self, executables: Collection[int]) -> None:
         """The others are not offered any more."""
         self._each = {number: own for number, own in self._each.items() if number in executables}
-        self.most_ns = max([host_ns for host_ns, _ in self._each.values()], default=0)
+        self._find_most()
+
+    def _find_most(self) -> None:
+        """What is not known yet may take what any bundle takes."""
+        self.most_ns = max([self.host_ns, *(host_ns for host_ns, _ in self._each.values())])
 
     def of(self, executable: int) -> int:
         """Where it has not run yet, what any bundle takes."""
         return self._each.get(executable, (self.host_ns, 0))[0]
 
-    def is_short(self, executable: int, following: int | None = None) -> bool:
-        """Whether it runs shorter than the host takes to bring what follows, or what takes longest, though the host is
-        mostly done before the device."""
+    def is_short(self, executable: int) -> bool:
+        """Whether it runs shorter than the host may take to bring what follows, though the host is mostly done before
+        the device."""
         _, device_ns = self._each.get(executable, (0, FAR))
-        host_ns = self.most_ns if following is None else self.of(following)
-        return device_ns < host_ns and self.host_ns < self._device_ns
+        return device_ns < self.most_ns and self.host_ns < self._device_ns
 
 
 def nearer(mean_ns: int, ns: int) -> int:

@@ -102,18 +102,21 @@ def test_what_cannot_be_launched_fails_alone(apart, elsewhere):
 
 
 def test_the_policy_is_told_what_the_host_takes():
-    told: list[int] = []
+    told: list[Completed] = []
 
     class Watch(Observer):
         def decided(self, event: Event, now_ns: int, commands: Sequence[Command]) -> None:
             if isinstance(event, Completed):
-                told.append(event.host_ns)
+                told.append(event)
 
     with Served(Slow(launch_s=0.003), observers=[Watch()]) as served:
         assert served.submit("t0", 1).result(10) == ("result", 1)
     with Served(FakeMachine(), observers=[Watch()]) as served:
         assert served.submit("t0", 1).result(10) == ("result", 1)
-    assert told[0] >= 3 * MS and told[1:] == [0]
+    brought, at_once = told
+    assert brought.host_ns >= 3 * MS and at_once.host_ns == 0
+    assert brought.start_ns + brought.host_ns == brought.brought_ns == brought.end_ns - brought.device_ns
+    assert at_once.brought_ns <= at_once.start_ns and at_once.device_ns == at_once.end_ns - at_once.start_ns
 
 
 @pytest.mark.parametrize("host_ms", [0, 1])

@@ -33,6 +33,7 @@ EVENTS = [
     Submitted((Request(0, "ä b", 0, 5, 105), Request(1, 'c"', 1, 5, -9, 2))),
     Cancelled(0),
     Completed(4, 10, 20, failed=True),
+    Completed(5, 20, 40, False, 8, True, 3, 25),
     TenantAdded(Tenant("ä b", (0, 4), 100, -1, 0.1, 7)),
     TenantRemoved("ä b", drain=False),
     CatalogChanged(Catalog()),

@@ -39,7 +39,7 @@ from coalesce.serving.seats import fit, Made, NoSeat, Part, Seat
 from coalesce.serving.staging import Filled, Lane
 from coalesce.serving.words import is_narrow, WORD
 
-SEATS = 4  # one runs, one waits for it, one is staged, and of one the results are read
+SEATS = 4  # one runs, two wait for it, and of one the results are read
 INTO = 2  # the argument that results are left in
 # Whether XLA may be asked to launch programs on threads of its own, after a call has returned.
 WAYS = ("PJRT_GPU_ENABLE_ASYNC_DISPATCH", "XLA_PYTHON_CLIENT_USE_TFRT_GPU_CLIENT")
