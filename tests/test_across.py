@@ -59,6 +59,7 @@ def test_each_tenant_gets_what_it_gets_alone(case: Case) -> None:
 
 @fewer(0.07)
 @given(cases(layers=2, families=2, dtypes=(jnp.bfloat16, jnp.float16)))
+@pytest.mark.once
 def test_low_precision_is_as_good_as_alone(case: Case) -> None:
     program = fuse(case.found, case.options)
     results = program(inputs_of(case.found))

@@ -97,6 +97,7 @@ def gated(
 
 @pytest.mark.parametrize("name", ["lstm", "gru"])
 @pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.once
 def test_a_step_of_a_model_is_one_kernel(name, count):
     model = by_name(name, hidden=16, features=12, steps=3, classes=5)
     tenants = [(model.apply, model.init(jax.random.key(i)), model.example(jax.random.key(9 + i))) for i in range(count)]
@@ -416,6 +417,7 @@ def test_lanes_of_a_recurrent_cell(kernel, dtype):
 
 
 @pytest.mark.parametrize("make", [lambda: lstms(3), lambda: gated(3, jax.nn.gelu)])
+@pytest.mark.once
 def test_what_is_measured_does_the_same_work(make):
     """By a kernel that takes columns apart, and by one of XLA's with XLA's own work behind it."""
     programs = [coalesce.trace(fn, params, *xs, name=f"t{i}") for i, (fn, params, xs) in enumerate(make())]

@@ -99,6 +99,7 @@ def nets(pick: Draw, families: int = 2) -> list[Tenant]:
 
 @few(8)
 @given(st.integers(0, 2**64 - 1), st.sampled_from([2, 3, 4, 100]), st.sampled_from(["always", "never"]))
+@pytest.mark.once
 def test_the_same_as_in_one(seed: int, executables: int, policy: str) -> None:
     found = nets(Draw(seed))
     requests = [x for *_, x in found]

@@ -128,6 +128,7 @@ def test_table_is_aligned():
     ]
 
 
+@pytest.mark.once
 def test_demo(standard_promotion, capsys):
     assert demo.main(["--quick"]) == 0
     out = capsys.readouterr().out

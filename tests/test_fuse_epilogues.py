@@ -188,6 +188,7 @@ def test_inside_scans_that_run_as_one(golden):
 
 @pytest.mark.parametrize("lengths", [(3, 3), (2, 5), (5, 2)])
 @pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.once
 def test_scans_that_run_as_one_are_right(lengths, count):
     one, other = lengths
     tenants = [scans(one, True)] * count + [scans(other, False)] * count

@@ -300,6 +300,7 @@ def test_a_bundle_with_one_that_is_wrong_is_broken():
     own=st.booleans(),
     both=st.booleans(),
 )
+@pytest.mark.once
 def test_it_computes_what_each_alone_does(sizes, n, lanes, dtype, own, both):
     """Whatever the rows, of which a program has some; in 16 bits as near to what is exact as each alone is."""
 

@@ -53,6 +53,7 @@ supported = (dots() | convs()).filter(lambda case: indexed_gemm.supports(case.op
 
 @settings(max_examples=max(5, settings().max_examples // 10))  # interpreted kernels take their time
 @given(st.lists(supported, min_size=1, max_size=3), st.integers(0, 99), st.sampled_from([np.nan, np.inf]))
+@pytest.mark.once
 def test_each_product_is_what_it_is_alone(cases: list[Case], seed: int, poison: float) -> None:
     """Of any shapes and dtypes, dots beside convolutions; and poison in one leaves the others as they are."""
     ops = [case.op for case in cases]

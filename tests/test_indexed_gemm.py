@@ -99,6 +99,7 @@ TOGETHER = {
 
 
 @pytest.mark.parametrize(("strides", "padding", "image", "window"), TOGETHER.values(), ids=TOGETHER)
+@pytest.mark.once
 def test_neighbours_are_read_together(strides, padding, image, window):
     """Of 16 bits, in steps of two: a load takes two pixels."""
     call, lhs, rhs = conv(strides, padding), (2, *image), (*window, image[-1], 20)

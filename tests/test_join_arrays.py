@@ -103,6 +103,7 @@ def test_no_row_is_longer_than_can_be_addressed(monkeypatch):
     [tenant(), tenant(32), tenant(), tenant(32)],  # two families, whose lanes take turns
     [tenant(head=array(40, 8))] * 2,  # every weight is shared
 ], ids=["two", "one", "families", "shared"])  # fmt: skip
+@pytest.mark.once
 def test_each_tenant_gets_its_own_weights(tenants):
     fused = check_fused(tenants, choose_kernel=indexed, policy="never")
     assert fused.bundle.slabs

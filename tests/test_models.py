@@ -202,6 +202,7 @@ def test_feature_groups(name, expected):
 
 
 @pytest.mark.parametrize("name", SMALL)
+@pytest.mark.once
 def test_a_row_is_finite_and_depends_on_its_own_inputs_alone(name):
     model, params = small(name)
     inputs = model.example(jax.random.key(1), batch=2)

@@ -165,6 +165,7 @@ def test_what_else_triton_runs(ran, own):
     ("what", "changes"),
     [("32 bits", {"dtype": jnp.float32}), ("small heads", {"size": 32}), ("long rows", {"time": 257})],
 )
+@pytest.mark.once
 def test_what_triton_runs(ran, what, changes):
     check(tenants(2, **{"time": 64, **changes}))
     assert ran == [False], what

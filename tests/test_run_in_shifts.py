@@ -293,6 +293,7 @@ def test_loops_inside_others_stay():
 
 
 @pytest.mark.parametrize("model", [lstm, gru], ids=["lstm", "gru"])
+@pytest.mark.once
 def test_recurrent_networks(model):
     """Whose steps read what was computed of all inputs in place."""
     small = model(hidden=16, features=8, classes=3, steps=3)

@@ -403,6 +403,7 @@ def test_who_removes_a_tenant_twice_does_not_remove_another_of_its_name():
 
 
 @pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.once
 def test_device_memory_returns_to_where_it_was(segments):
     held = held_from_now()
     with checked_runtime(widths=(1, 2), capacity=1, segments=segments) as rt:

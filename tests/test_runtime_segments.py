@@ -231,6 +231,7 @@ def count_cuts(rt: Runtime) -> list[float]:
     return asked
 
 
+@pytest.mark.once
 def test_what_the_most_urgent_tenant_cannot_wait_for_is_cut():
     """A long program beside one with an SLO shorter than it; and none that is alone, or beside patient ones."""
     long, rows = [weights(i, 6, 512) for i in range(2)], np.tile(row(3, 512), (256, 1))
@@ -251,6 +252,7 @@ def test_what_the_most_urgent_tenant_cannot_wait_for_is_cut():
             assert_right(rt.submit(name, rows).result(60), fn, own, rows)
 
 
+@pytest.mark.once
 def test_a_program_is_cut_while_it_is_served_for_a_tenant_who_cannot_wait_for_it():
     """Nobody's requests are lost on the way, and what was made for the whole program goes."""
     params, rows = [weights(i, 6, 512) for i in range(2)], np.tile(row(3, 512), (256, 1))

@@ -75,6 +75,7 @@ def tagger_tenant() -> Tenant:
 @pytest.mark.parametrize(
     "name, segments", [("mlp", 3), ("convnet", 4), ("tagger", 3), ("lstm", 3), ("transformer", 3), ("mixed", 3)]
 )
+@pytest.mark.once
 def test_lanes_are_as_their_tenants_alone(name, segments):
     options = BY_SLOT if name == "convnet" else CPU
     model = MODELS.get(name, tagger_tenant)
@@ -90,6 +91,7 @@ def test_lanes_are_as_their_tenants_alone(name, segments):
 
 @settings(max_examples=max(5, settings().max_examples // 40))
 @given(st.integers(0, 2**64 - 1), st.integers(2, 5), st.integers(2, 4))
+@pytest.mark.once
 def test_random_programs_in_segments(seed: int, ops: int, segments: int) -> None:
     draw = Draw(seed)
     model = draw_model(draw, ops, jnp.float32)

@@ -174,6 +174,7 @@ def cheap_compiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @settings(max_examples=max(5, settings().max_examples // 40))  # interpreted kernels take their time
 @given(length=st.integers(1, 2), seed=st.integers(0, 2**64 - 1))
+@pytest.mark.once
 def test_each_tenant_gets_what_it_gets_alone(cheap_compiles: None, length: int, seed: int) -> None:
     pick = Draw(seed)
     dtype = pick.choice([jnp.float32, jnp.float32, jnp.bfloat16, jnp.float16])

@@ -50,6 +50,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("apply", "image", "reads"), CASES.values(), ids=CASES)
+@pytest.mark.once
 def test_each_tenants_result(apply, image, reads):
     program, params, inputs = fused(apply, image)
     (pack,) = packs(program.bundle.schedule)

@@ -61,6 +61,7 @@ def tenants() -> list[Tenant]:
 
 
 @pytest.mark.parametrize("left_out", [*([name] for name in OPTIONAL_PASSES), list(OPTIONAL_PASSES)], ids="-".join)
+@pytest.mark.once
 def test_tenants_get_what_they_get_alone(left_out: list[str]) -> None:
     fused = check_fused(tenants(), without=left_out, launches=True, policy="always")
     ran = {step.name for step in fused.steps} | {step.name for made in fused._histories for step in made.steps}
