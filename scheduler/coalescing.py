@@ -112,10 +112,10 @@ class Coalescing:
             self._handlers[type(event)](event, now_ns)
             start = starting.find(now_ns)
         queues = self._queues
-        another = queues.hopeless_ns == UNKNOWN  # head: what was to go next may not be any more
+        is_anew = queues.hopeless_ns == UNKNOWN  # a queue has another head: something else may be to go next
         if queues.hopeless_ns <= starting.free_ns and queues.find_hopeless() <= starting.free_ns:
             requests.drop_hopeless(starting.free_ns, now_ns)
-        next_ns = 0 if another or queues.hopeless_ns == UNKNOWN else starting.next_ns
+        next_ns = 0 if is_anew or queues.hopeless_ns == UNKNOWN else starting.next_ns
         if next_ns <= ready_ns:
             is_followed = isinstance(event, Completed) and event.followed
             next_ns = now_ns if is_followed else self._dispatch(start, now_ns)
@@ -153,7 +153,6 @@ class Coalescing:
         bundle = self._flight.complete(event)
         self._starting.forget()
         self._lead.learn(bundle.executable if bundle.executable in self._costs.catalog.by_id else None, event)
-        self._flight.host_ns = self._lead.host_ns
         if not event.failed:
             self._learn(bundle, event, now_ns)
         self._requests.complete(bundle, event.failed, now_ns)

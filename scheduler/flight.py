@@ -50,7 +50,6 @@ class Flight(Generic[B]):
         self._first_ns = -1  # when that one mostly ends
         self._behind_ns = 0  # what those behind it mostly take
         self._brought_ns = 0  # when the host has brought all of them to the device
-        self.host_ns = 0  # what that mostly takes for one
 
     def __len__(self) -> int:
         return len(self.bundles)
@@ -89,10 +88,10 @@ class Flight(Generic[B]):
         """When a bundle that is dispatched now begins, if nothing takes longer than it mostly does."""
         return (self._first_ns if now_ns < self._first_ns else now_ns) + self._behind_ns
 
-    def delays(self, now_ns: int, slip_ns: int) -> int:
+    def delays(self, now_ns: int, slip_ns: int, host_ns: int) -> int:
         """By how much the next one begins later, if the device is free later by so much: by nothing while the host
         brings it."""
-        brought_ns = max(self._brought_ns, now_ns) + self.host_ns
+        brought_ns = max(self._brought_ns, now_ns) + host_ns
         late_ns = self.free_at(now_ns) + slip_ns - brought_ns
         return slip_ns if late_ns > slip_ns else max(0, late_ns)
 

@@ -66,4 +66,5 @@ class Starting:
         return begun
 
     def _slip(self) -> float:
-        return hypot(self._flight.delays(self._lag.ready_ns, self._flying_slip_ns), self._lag.slip_ns)
+        delay_ns = self._flight.delays(self._lag.ready_ns, self._flying_slip_ns, self._lead.host_ns)
+        return hypot(delay_ns, self._lag.slip_ns)

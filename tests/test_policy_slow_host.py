@@ -70,7 +70,7 @@ def kept(run: Run, since_s: float, until_s: float) -> float:
 
 
 @pytest.mark.parametrize(
-    ("micros", "spread", "share", "served"), [(BUSY, 2.0, 0.985, 1250), (HURRIED, 3.0, 0.98, 1700)]
+    ("micros", "spread", "share", "served"), [(BUSY, 2.0, 0.985, 1350), (HURRIED, 3.0, 0.98, 1800)]
 )
 def test_what_is_taken_on_is_in_time_where_the_host_is_the_limit(micros, spread, share, served):
     """At about twice the rate that can be served. By twelve seeds 99.0% and 98.5% of what was taken on is in time,
@@ -87,7 +87,8 @@ def test_what_is_taken_on_is_in_time_where_the_host_is_the_limit(micros, spread,
             if 0.8 * SECOND <= request.arrival_ns < until and outcome in (Outcome.OK, Outcome.LATE)
         ]
         assert run.attainment(None, 0, round(0.6 * SECOND)) >= 0.98  # as if the rest had never come
-    assert fmean([run.attainment(None, round(1.9 * SECOND)) for run in runs]) >= 0.96
+        assert run.attainment(None, round(1.9 * SECOND)) >= 0.93
+    assert fmean([run.attainment(None, round(1.9 * SECOND)) for run in runs]) >= 0.965
     assert quantile(sorted(waited), share) <= SLO
 
 
@@ -151,11 +152,10 @@ def test_a_bundle_that_waited_for_the_device_or_failed_says_nothing_of_the_host(
 )
 def test_who_waits_for_the_host_is_not_delayed_by_the_device_meanwhile(host_ns, taken, now_ns, slip_ns):
     flight = Flight[Bundle]()
-    flight.host_ns = host_ns
     for number, ns in enumerate(taken):
-        flight.add(Bundle(number, 0, (), ns, ns, ns), number)
+        flight.add(Bundle(number, 0, (), ns, ns, ns), number, host_ns)
     now_ns = max(now_ns, len(taken))
-    later_ns = flight.delays(now_ns, slip_ns)
+    later_ns = flight.delays(now_ns, slip_ns, host_ns)
     assert 0 <= later_ns <= slip_ns
     if not host_ns:
         assert later_ns == slip_ns
