@@ -53,6 +53,7 @@ class Pack:
     blocks: Blocks | None = None  # the kernel's, where they were tuned; None: by the kernel's own rule
     reason: str = ""  # of width 1: why nothing else is in it
     array: int | None = None  # the array its right operands lie in, set by plan_layouts
+    weight_rounded: bool = False  # they lie as TF32 has them, even if its kernel does not need that
     epilogue: tuple[Step, ...] = ()  # set by fuse_epilogues
     results: tuple[J.Var, ...] = ()  # what others read of it, set with it
     rounds: bool = False  # its result to TF32; set by round_results

@@ -130,6 +130,7 @@ def serving_passes(
         partial(fuse_attention, platform=platform, choice=choice, tuned=tuned),
         partial(fuse_epilogues, choice=choice, tuned=tuned),
         partial(chain_products, tuned=tuned),
+        partial(round_results, costs=costs, tuned=tuned, choice=choice),
         partial(fuse_rows, platform=platform),
         partial(run_in_shifts, costs=costs),
         plan_layouts,

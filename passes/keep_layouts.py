@@ -7,6 +7,9 @@ It takes the place of `choose_kernels` in programs that read weights from a grow
 reads the bank in place saves a gather of the weights, which counts for it. `held` says in which layouts weights lie
 already: a pack gets another kernel than it would without, rather than a second copy of its weight; only where no kernel
 that reads such a layout supports the op does the weight lie twice. Blocks are those that were tuned for the kernel.
+
+A float32 weight that mosaic_gemm could multiply in TF32 lies rounded to that: some widths may run by it, and the
+kernels that read the same layout at others round what they multiply in TF32, or are free to.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from coalesce.bundle import Bundle, Item, JointStep, Pack, packs, problems
 from coalesce.costs import Costs
 from coalesce.errors import PlanError
 from coalesce.heavy import HeavyOp
-from coalesce.kernels import choose, FUSING, KERNELS, ON_HOPPER
+from coalesce.kernels import choose, FUSING, KERNELS, mosaic_gemm, ON_HOPPER
 from coalesce.layout import Layout
 from coalesce.reschedule import map_schedule
 from coalesce.tf32 import multiplies
@@ -26,6 +29,7 @@ from coalesce.tuning import Tuned, UNTUNED
 from coalesce.weigh import nbytes
 
 OF_ONE_ROW = "indexed_matvec"
+ROUND_THEMSELVES = frozenset({"indexed_gemm", "indexed_matvec"})  # or may: so they read what lies rounded as well
 Held = Mapping[int, Collection[Layout]]  # of each prepared weight, as `Family.owners` numbers them
 
 
@@ -40,27 +44,34 @@ def keep_layouts(
 ) -> Bundle:
     """`held[f]` is what is held of the weights of family f; the rest as in `choose_kernels`."""
 
-    several = {(m.family, m.weight) for pack in packs(bundle.schedule) for m in pack.members if pack.op.m > 1}
+    read = [(m, pack.op) for pack in packs(bundle.schedule) for m in pack.members]
+    several = {(m.family, m.weight) for m, op in read if op.m > 1}
+    # Whether they are read so on this platform is up to the rule, and a caller's choice stands.
+    tf32 = {(m.family, m.weight) for m, op in read if choice is choose and multiplies(op) and mosaic_gemm.supports(op)}
 
     def chosen(item: Pack | JointStep) -> Item:
         assert isinstance(item, Pack) and len(item.members) == 1, "packs of several members need weights in one array"
         op, (groups, rows) = item.op, problems(item, bundle.families)
         rule = (tuned.kernel(op, groups, rows) if choice is choose else None) or choice(op, groups, platform)
-        if choice is choose and rule in ON_HOPPER and multiplies(op):
-            rule = "indexed_gemm"  # which reads no rounded weights, and what wrote its operand need not round that
         if rule not in KERNELS or not KERNELS[rule].supports(op):
             raise PlanError(f"pack {item.index} ({op.shape}): kernel {rule!r} does not support it")
         (member,) = item.members
-        if member.weight is None:
-            name = rule
-        else:
+        name, rounded = rule, False
+        if member.weight is not None:
             ((_, weight), *_) = bundle.families[member.family].owners[member.weight]
             layouts = held[member.family].get(weight, ())
             gathered = groups * nbytes(op.rhs) if member.rhs_varies or member.width == 1 else 0
             one_row = op.m * op.batch * rows == 1 and (member.family, member.weight) not in several
-            flags = {"by_rule": choice is choose, "one_row": one_row}
+            entry = tuned.nearest(op, groups, rows) if choice is choose else None
+            won = entry is not None and entry.kernel == rule and rule in FUSING
+            flags = {"stands": won or choice is not choose, "one_row": one_row}
             name = kernel_for(op, groups, rows, rule, layouts, gathered, costs, **flags)
-        return replace(item, kernel=name, blocks=tuned.blocks(op, groups, rows, name))
+            # As it is held, if it is; else as others may want it.
+            own, *others = readable(name, op)
+            wanted = others[0] if others and (member.family, member.weight) in tf32 else own
+            lies = next((layout for layout in (own, *others) if layout in layouts), wanted)
+            rounded = lies == lies.rounded()
+        return replace(item, kernel=name, blocks=tuned.blocks(op, groups, rows, name), weight_rounded=rounded)
 
     schedule = map_schedule(bundle.schedule, chosen)
     return bundle if schedule is bundle.schedule else replace(bundle, schedule=schedule)
@@ -75,20 +86,31 @@ def kernel_for(
     gathered: int,
     costs: Costs,
     *,
-    by_rule: bool,
+    stands: bool,
     one_row: bool,
 ) -> str:
     """The kernel whose time, with that of a gather of so many bytes if it needs one, is predicted to be least: of the
     rule's own and those that read in place, or if the rule's does not read what is held, of all that do. Of those that
     nothing was measured of, which are predicted alike, the one for dots of one row, where that is all that reads the
-    weight. A choice that the caller made stands wherever it can."""
-    able = [name for name in KERNELS if KERNELS[name].supports(op) and (name == rule or name not in ON_HOPPER)]
-    fitting = [name for name in able if KERNELS[name].layout(op) in layouts] or able
+    weight. What the caller chose `stands` wherever it can, and what reads in place and was measured to win."""
+
+    def may_run(name: str) -> bool:
+        here = name == rule or name not in ON_HOPPER or costs.known(op, groups, rows, name) is not None
+        return here and KERNELS[name].supports(op)
+
+    able = [name for name in KERNELS if may_run(name)]
+    fitting = [name for name in able if {*readable(name, op)} & {*layouts}] or able
     if rule in fitting:
-        fitting = [rule, *(name for name in fitting if name in FUSING and name != rule)] if by_rule else [rule]
+        fitting = [rule] if stands else [rule, *(name for name in fitting if name in FUSING and name != rule)]
 
     def predicted(name: str) -> tuple[float, bool]:
         gather = 0.0 if name in FUSING else costs.stack([gathered], gathered)
         return costs.op(op, groups, rows, name) + gather, name != (OF_ONE_ROW if one_row else rule)
 
     return min(fitting, key=predicted)
+
+
+def readable(name: str, op: HeavyOp) -> tuple[Layout, ...]:
+    """The layouts in which a kernel may read a weight, the one that it asks for first."""
+    own = KERNELS[name].layout(op)
+    return (own, own.rounded()) if name in ROUND_THEMSELVES and multiplies(op) else (own,)

@@ -77,7 +77,8 @@ def row_layout(pack: Pack, member: Member) -> Layout:
         own = as_product.layout(member.op)
     if own.of(member.op.rhs.shape) != pack.op.rhs.shape:
         own = own.pad(pack.op.rhs.shape)
-    return own.then(KERNELS[pack.kernel].layout(pack.op))
+    read = KERNELS[pack.kernel].layout(pack.op)
+    return own.then(read.rounded() if pack.weight_rounded else read)
 
 
 def with_arrays(bundle: Bundle, step: JointStep, arrays: dict[Array, int]) -> JointStep:

@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 
 import coalesce
+from coalesce.blocks import Blocks
 from coalesce.bundle import Bundle, packs
 from coalesce.costs import Costs, device_of
 from coalesce.family import find_families
@@ -19,8 +20,10 @@ from coalesce.passes.form_packs import form_packs
 from coalesce.passes.keep_layouts import keep_layouts
 from coalesce.passes.pipeline import normalise
 from coalesce.serving.schema import Options, plan_lanes, plan_schema
-from tests.alone import array
-from tests.serving import fit_of
+from coalesce.tuning import Database, Entry, key_of, Tuned
+from tests.alone import alone, array
+from tests.compare import distance, norm
+from tests.serving import fit_of, serve
 
 conv = partial(lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 CPU = {"platform": "cpu", "costs": Costs(device_of("cpu"))}
@@ -126,3 +129,69 @@ def test_request_shapes_read_one_copy(rows):
         bundle = plan_lanes([(schema, whole.templates[0], 8)], [held])[-1].bundle
         kernel = "indexed_matvec" if rows == (1,) else "indexed_gemm"
         assert {pack.kernel for pack in packs(bundle.schedule)} == {kernel}, n
+
+
+BLOCKS = Blocks(64, 64, 32, 4, 3)
+
+
+def measured(fn, params, x, us):
+    """`us[width]` is what each kernel took for each product of `fn` at so many problems."""
+    ops = [pack.op for pack in packs(formed_of(fn, [params], x).schedule)]
+    entries = {}
+    for width, times in us.items():
+        best = min(times, key=times.__getitem__)
+        tried = {f"{kernel} {BLOCKS}": time for kernel, time in times.items()}
+        entries |= {key_of(op, width, 1, "a"): Entry(best, times[best], BLOCKS, tried) for op in ops}
+    return Tuned(Database(entries), "a")
+
+
+def rows(p, x):
+    """Of products that TMA can fetch."""
+    return jnp.tanh(x @ p["first"]) @ p["second"]
+
+
+def weights_of_rows(dtype=jnp.float32):
+    return {"first": array(64, 64, dtype=dtype) / 8, "second": array(64, 128, dtype=dtype) / 8}
+
+
+def test_what_may_be_multiplied_in_tf32_lies_rounded_once_for_all_widths():
+    params, x = [weights_of_rows() for _ in range(8)], array(5, 64)
+    us = {1: {"indexed_gemm": 5.0, "mosaic_gemm": 9.0}, 8: {"indexed_gemm": 20.0, "mosaic_gemm": 10.0}}
+    tuned = measured(rows, params[0], x, us)
+    served = serve([fit_of(rows, p, (x,)) for p in params], options=Options("gpu", GPU["costs"], tuned=tuned))
+    assert sorted(weight for weight, _ in served.schema.places) == [0, 1]
+    assert all(layout == layout.rounded() for _, layout in served.schema.places)
+    want = [alone((rows, p, (x,))) for p in params]
+    for width, kernel in ((1, "indexed_gemm"), (2, "indexed_gemm"), (8, "mosaic_gemm")):
+        executable = served.executable(width)
+        first, second = packs(executable.bundle.schedule)
+        assert {first.kernel, second.kernel} == {kernel}, width
+        assert first.rounds == second.rounded == (kernel == "mosaic_gemm")
+        for i, got in enumerate(served.call(executable, [(i, (x,)) for i in range(width)])):
+            assert 1e-6 < distance(got, want[i]) / norm(want[i]) < 1e-3, (width, i)
+
+
+def test_a_product_of_one_row_reads_what_lies_rounded_for_others():
+    fit = fit_of(rows, weights_of_rows(), (array(4, 64),), (array(1, 64),))
+    schema = plan_schema(fit, Options("gpu", GPU["costs"]))
+    assert sorted(weight for weight, _ in schema.places) == [0, 1]
+    assert all(layout == layout.rounded() for _, layout in schema.places)
+
+
+def test_what_counts_in_full_lies_as_it_is():
+    def exact(p, x):
+        return jnp.dot(jnp.dot(x, p["first"], precision="highest"), p["second"], precision="highest")
+
+    schema = plan_schema(fit_of(exact, weights_of_rows(), (array(4, 64),)), Options("gpu", GPU["costs"]))
+    assert all(layout != layout.rounded() for _, layout in schema.places)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_what_reads_in_place_and_was_measured_to_win_runs_though_others_are_predicted_to_take_less(dtype):
+    """Of 8 BERT-base three quarters of the products ran by another kernel behind the runtime than in a program."""
+    params, x = [weights_of_rows(dtype) for _ in range(8)], array(5, 64, dtype=dtype)
+    tuned = measured(rows, params[0], x, {8: {"mosaic_gemm": 1e4}})
+    bundle = formed_of(rows, params, x)
+    done = keep_layouts(bundle, held=[{}], tuned=tuned, **GPU)
+    assert [(pack.kernel, pack.blocks) for pack in packs(done.schedule)] == [("mosaic_gemm", BLOCKS)] * 2
+    assert {pack.kernel for pack in packs(keep_layouts(bundle, held=[{}], **GPU).schedule)} == {"indexed_gemm"}

@@ -319,5 +319,5 @@ def test_only_a_hopper_gpu_is_given_it():
             assert "mosaic_gemm" not in {kernel for kernel, _ in tried}
             rule = tuned.kernel(op, 16, 1) or choose(op, 16, "gpu")
             held = [mosaic_gemm.layout(op)]
-            chosen = kernel_for(op, 16, 1, rule, held, 1 << 30, costs, by_rule=True, one_row=False)
+            chosen = kernel_for(op, 16, 1, rule, held, 1 << 30, costs, stands=False, one_row=False)
             assert "mosaic_gemm" not in (rule, chosen)
