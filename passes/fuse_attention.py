@@ -35,14 +35,14 @@ from coalesce.passes.scopes import left_by, makers_and_readers, Name, names, wit
 from coalesce.reschedule import same
 from coalesce.tuning import Tuned, UNTUNED
 
-BEFORE = "batched_dot"  # the kernel of packs that may be fused so, also where another one was tuned
-TUNED = "indexed_gemm"
+BEFORE = "batched_dot"  # the kernel of packs that may be fused so, also where another one was tuned:
+TUNED = ("indexed_gemm", "separate")
 DTYPES = ("float32", "bfloat16", "float16", "bool")
 
 
 def fuse_attention(bundle: Bundle, *, platform: str, choice: Choice = choose, tuned: Tuned = UNTUNED) -> Bundle:
     """On a device that `tuned` knows as one with TMA, attention may run by it."""
-    kernels = (BEFORE, TUNED) if choice is choose else (BEFORE,)
+    kernels = (BEFORE, *TUNED) if choice is choose else (BEFORE,)
     if platform == "cpu" or sum(can_be_inside(bundle, pack, kernels) for pack in packs(bundle.schedule)) < 2:
         return bundle
     schedule = fused(bundle, bundle.schedule, left_by(bundle), kernels, is_hopper(tuned.device))

@@ -329,13 +329,14 @@ def test_other_kernels_and_long_rows_stay():
 
 
 @pytest.mark.once
-def test_what_was_tuned_by_itself_runs_as_one_all_the_same(monkeypatch):
+@pytest.mark.parametrize("kernel", ["indexed_gemm", "separate"])
+def test_what_was_tuned_by_itself_runs_as_one_all_the_same(kernel, monkeypatch):
     programs = [coalesce.trace(fn, p, *xs, name=f"t{i}") for i, (fn, p, xs) in enumerate(two(softmax, *QKV))]
-    entry = Entry("indexed_gemm", 1.0, Blocks(16, 16, 16))
+    entry = Entry(kernel, 1.0, Blocks(16, 16, 16) if kernel == "indexed_gemm" else None)
     tuned = Tuned(Database({case.key: entry for case in cases(programs, "a GPU", "gpu")}), "a GPU")
     monkeypatch.setattr(compile_module, "default_tuned", lambda *given: tuned)
     apart = coalesce.fuse(programs, platform="gpu", without=["fuse_attention"])
-    assert [pack.kernel for pack in packs(apart.bundle.schedule)] == ["indexed_gemm"] * 2
+    assert [pack.kernel for pack in packs(apart.bundle.schedule)] == [kernel] * 2
     (one,) = attentions(coalesce.fuse(programs, platform="gpu").bundle)
     assert (one.scores.kernel, one.scores.blocks) == (one.values.kernel, one.values.blocks) == ("batched_dot", None)
 

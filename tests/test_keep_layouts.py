@@ -162,7 +162,7 @@ def test_what_may_be_multiplied_in_tf32_lies_rounded_once_for_all_widths():
     assert sorted(weight for weight, _ in served.schema.places) == [0, 1]
     assert all(layout == layout.rounded() for _, layout in served.schema.places)
     want = [alone((rows, p, (x,))) for p in params]
-    for width, kernel in ((1, "indexed_gemm"), (2, "indexed_gemm"), (8, "mosaic_gemm")):
+    for width, kernel in ((1, "indexed_gemm"), (2, "mosaic_gemm"), (8, "mosaic_gemm")):
         executable = served.executable(width)
         first, second = packs(executable.bundle.schedule)
         assert {first.kernel, second.kernel} == {kernel}, width

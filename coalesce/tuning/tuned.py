@@ -108,10 +108,10 @@ class Tuned:
     def near(
         self, op: HeavyOp | Chain, width: int, rows: int, least: float = 1 / WITHIN, kernels: Sequence[str] = ()
     ) -> tuple[int, Entry] | None:
-        """The nearest entry, with its width."""
+        """The nearest entry, with its width. One problem alone says nothing of several, which others win."""
 
         def within(w: int, entry: Entry) -> bool:
-            return w * least <= width <= WITHIN * w
+            return w * least <= width <= WITHIN * w and not 1 == w < width
 
         def above_full(w: int, entry: Entry) -> bool:
             return isinstance(op, HeavyOp) and FULL <= w <= width and entry.kernel not in GROWING
