@@ -152,7 +152,9 @@ def test_only_what_won_is_chained():
     assert chain_products(bundle) is bundle, "nothing was measured"
     assert run(bundle, most=1) is bundle, "products by themselves were faster"
     assert run(bundle, gain=0.5) is bundle, "by less than measurements are worth"
-    assert run(bundle, width=1) is not bundle, "more lanes than were measured"
+    assert run(bundle, width=1) is bundle, "one lane says nothing of several"
+    three = planned(*PLAIN, PLAIN[0])
+    assert run(three, width=2) is not three, "more lanes than were measured"
     assert run(bundle, width=4) is bundle, "fewer of them, of whose programs there are fewer"
 
 
