@@ -119,12 +119,14 @@ def serving_passes(
     choice: Choice = choose,
     tuned: Tuned = UNTUNED,
     pack_unbounded_loops: bool = False,
+    full: Sequence[Collection[int]] = (),
 ) -> tuple[BundlePass, ...]:
-    """For programs whose lanes read a growing bank by slot: a weight has one layout, and shares an array with none."""
+    """For programs whose lanes read a growing bank by slot: a weight has one layout, and shares an array with none.
+    `held` and `full` as in `keep_layouts`."""
     return (
         partial(form_packs, pack_unbounded_loops=pack_unbounded_loops),
         partial(unroll_loops, costs=costs),
-        partial(keep_layouts, held=held, platform=platform, costs=costs, choice=choice, tuned=tuned),
+        partial(keep_layouts, held=held, platform=platform, costs=costs, choice=choice, tuned=tuned, full=full),
         # of several families: what reads the bank in place runs side by side, as it is
         partial(share_launches, costs=costs, tuned=tuned),
         partial(fuse_attention, platform=platform, choice=choice, tuned=tuned),

@@ -8,8 +8,8 @@ reads the bank in place saves a gather of the weights, which counts for it. `hel
 already: a pack gets another kernel than it would without, rather than a second copy of its weight; only where no kernel
 that reads such a layout supports the op does the weight lie twice. Blocks are those that were tuned for the kernel.
 
-A float32 weight that mosaic_gemm could multiply in TF32 lies rounded to that: some widths may run by it, and the
-kernels that read the same layout at others round what they multiply in TF32, or are free to.
+A float32 weight that mosaic_gemm could multiply in TF32 lies rounded to that on a device that has it, if nothing reads
+it in full: some widths may run by that kernel, and others by one that reads the same layout and rounds it anyway.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from coalesce.costs import Costs
 from coalesce.errors import PlanError
 from coalesce.heavy import HeavyOp
 from coalesce.kernels import choose, FUSING, KERNELS, mosaic_gemm, ON_HOPPER
+from coalesce.kernels.mosaic import is_hopper
 from coalesce.layout import Layout
 from coalesce.reschedule import map_schedule
 from coalesce.tf32 import multiplies
@@ -29,7 +30,7 @@ from coalesce.tuning import Tuned, UNTUNED
 from coalesce.weigh import nbytes
 
 OF_ONE_ROW = "indexed_matvec"
-ROUND_THEMSELVES = frozenset({"indexed_gemm", "indexed_matvec"})  # or may: so they read what lies rounded as well
+ROUNDS = "indexed_gemm"  # what it multiplies in TF32, by itself: so it reads what lies rounded as well
 Held = Mapping[int, Collection[Layout]]  # of each prepared weight, as `Family.owners` numbers them
 
 
@@ -41,13 +42,14 @@ def keep_layouts(
     costs: Costs,
     choice: Callable[[HeavyOp, int, str], str] = choose,
     tuned: Tuned = UNTUNED,
+    full: Sequence[Collection[int]] = (),
 ) -> Bundle:
-    """`held[f]` is what is held of the weights of family f; the rest as in `choose_kernels`."""
+    """`held[f]` is what is held of the weights of family f, and `full[f]` are those of them that other programs read in
+    full, if any do; the rest as in `choose_kernels`."""
 
-    read = [(m, pack.op) for pack in packs(bundle.schedule) for m in pack.members]
-    several = {(m.family, m.weight) for m, op in read if op.m > 1}
-    # Whether they are read so on this platform is up to the rule, and a caller's choice stands.
-    tf32 = {(m.family, m.weight) for m, op in read if choice is choose and multiplies(op) and mosaic_gemm.supports(op)}
+    several = {(m.family, m.weight) for pack in packs(bundle.schedule) for m in pack.members if pack.op.m > 1}
+    may_round = choice is choose and is_hopper(tuned.device)
+    exact = read_in_full(bundle) | {(f, weight) for f, weights in enumerate(full) for weight in weights}
 
     def chosen(item: Pack | JointStep) -> Item:
         assert isinstance(item, Pack) and len(item.members) == 1, "packs of several members need weights in one array"
@@ -60,6 +62,8 @@ def keep_layouts(
         if member.weight is not None:
             ((_, weight), *_) = bundle.families[member.family].owners[member.weight]
             layouts = held[member.family].get(weight, ())
+            if rule in ON_HOPPER and multiplies(op) and choice is choose and (member.family, weight) in exact:
+                rule = ROUNDS  # which reads the layout of those that do
             gathered = groups * nbytes(op.rhs) if member.rhs_varies or member.width == 1 else 0
             one_row = op.m * op.batch * rows == 1 and (member.family, member.weight) not in several
             entry = tuned.nearest(op, groups, rows) if choice is choose else None
@@ -68,8 +72,8 @@ def keep_layouts(
             name = kernel_for(op, groups, rows, rule, layouts, gathered, costs, **flags)
             # As it is held, if it is; else as others may want it.
             own, *others = readable(name, op)
-            wanted = others[0] if others and (member.family, member.weight) in tf32 else own
-            lies = next((layout for layout in (own, *others) if layout in layouts), wanted)
+            rounds = others and may_round and (member.family, weight) not in exact and mosaic_gemm.supports(op)
+            lies = next((layout for layout in (own, *others) if layout in layouts), others[0] if rounds else own)
             rounded = lies == lies.rounded()
         return replace(item, kernel=name, blocks=tuned.blocks(op, groups, rows, name), weight_rounded=rounded)
 
@@ -113,4 +117,16 @@ def kernel_for(
 def readable(name: str, op: HeavyOp) -> tuple[Layout, ...]:
     """The layouts in which a kernel may read a weight, the one that it asks for first."""
     own = KERNELS[name].layout(op)
-    return (own, own.rounded()) if name in ROUND_THEMSELVES and multiplies(op) else (own,)
+    return (own, own.rounded()) if name == ROUNDS and multiplies(op) else (own,)
+
+
+def read_in_full(bundle: Bundle) -> set[tuple[int, int]]:
+    """(family, prepared weight) of which some op multiplies more than TF32 has: a product of one row or column, which
+    XLA runs element by element, or one that asks for more."""
+    return {
+        (m.family, weight)
+        for pack in packs(bundle.schedule)
+        for m in pack.members
+        if m.weight is not None and (min(pack.op.m, pack.op.n) == 1 or not multiplies(pack.op))
+        for _, weight in bundle.families[m.family].owners[m.weight]
+    }

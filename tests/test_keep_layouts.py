@@ -131,7 +131,7 @@ def test_request_shapes_read_one_copy(rows):
         assert {pack.kernel for pack in packs(bundle.schedule)} == {kernel}, n
 
 
-BLOCKS = Blocks(64, 64, 32, 4, 3)
+BLOCKS, HOPPER = Blocks(64, 64, 32, 4, 3), "NVIDIA H200"
 
 
 def measured(fn, params, x, us):
@@ -141,8 +141,8 @@ def measured(fn, params, x, us):
     for width, times in us.items():
         best = min(times, key=times.__getitem__)
         tried = {f"{kernel} {BLOCKS}": time for kernel, time in times.items()}
-        entries |= {key_of(op, width, 1, "a"): Entry(best, times[best], BLOCKS, tried) for op in ops}
-    return Tuned(Database(entries), "a")
+        entries |= {key_of(op, width, 1, HOPPER): Entry(best, times[best], BLOCKS, tried) for op in ops}
+    return Tuned(Database(entries), HOPPER)
 
 
 def rows(p, x):
@@ -171,19 +171,45 @@ def test_what_may_be_multiplied_in_tf32_lies_rounded_once_for_all_widths():
             assert 1e-6 < distance(got, want[i]) / norm(want[i]) < 1e-3, (width, i)
 
 
-def test_a_product_of_one_row_reads_what_lies_rounded_for_others():
-    fit = fit_of(rows, weights_of_rows(), (array(4, 64),), (array(1, 64),))
-    schema = plan_schema(fit, Options("gpu", GPU["costs"]))
-    assert sorted(weight for weight, _ in schema.places) == [0, 1]
-    assert all(layout == layout.rounded() for _, layout in schema.places)
+def exact(p, x):
+    return jnp.dot(jnp.dot(x, p["first"], precision="highest"), p["second"], precision="highest")
 
 
-def test_what_counts_in_full_lies_as_it_is():
-    def exact(p, x):
-        return jnp.dot(jnp.dot(x, p["first"], precision="highest"), p["second"], precision="highest")
+def both(p, x):
+    """In full and not."""
+    return jnp.dot(jnp.dot(x, p["first"], precision="highest"), p["first"]) @ p["second"]
 
-    schema = plan_schema(fit_of(exact, weights_of_rows(), (array(4, 64),)), Options("gpu", GPU["costs"]))
-    assert all(layout != layout.rounded() for _, layout in schema.places)
+
+IN_FULL = {
+    "as asked for": (exact, [5], [False, False]),
+    "one weight both ways": (both, [5], [False, True]),
+    "one row": (rows, [1], [False, False]),
+    "one row of another request shape": (rows, [5, 1], [False, False]),
+    "nothing": (rows, [5, 4], [True, True]),
+}
+
+
+@pytest.mark.parametrize(("fn", "lengths", "rounded"), IN_FULL.values(), ids=IN_FULL)
+def test_what_is_read_in_full_lies_as_it_is_and_once(fn, lengths, rounded):
+    """XLA multiplies one row element by element, in float32. Whatever was measured to win elsewhere."""
+    examples = [(array(n, 64),) for n in lengths]
+    weights = [weights_of_rows() for _ in range(2)]
+    us = {2: {"indexed_gemm": 20.0, "mosaic_gemm": 10.0}}
+    tuned = measured(rows, weights[0], array(5, 64), us)
+    served = serve([fit_of(fn, p, *examples) for p in weights], options=Options("gpu", GPU["costs"], tuned=tuned))
+    layouts = dict(served.schema.places)
+    assert [weight for weight, _ in sorted(layouts, key=lambda at: at[0])] == [0, 1]
+    assert [at == at.rounded() for _, at in sorted(layouts, key=lambda at: at[0])] == rounded
+    for template, x in enumerate(examples):
+        executable = served.executable(2, template)
+        for p, got in zip(weights, served.call(executable, [(0, x), (1, x)], template), strict=True):
+            error = distance(got, want := alone((fn, p, x))) / norm(want)
+            assert error < (1e-3 if any(rounded) else 1e-5)
+
+
+def test_nothing_is_rounded_on_a_gpu_that_has_no_kernel_for_it():
+    schema = plan_schema(fit_of(rows, weights_of_rows(), (array(5, 64),)), Options("gpu", GPU["costs"]))
+    assert all(at != at.rounded() for _, at in schema.places)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

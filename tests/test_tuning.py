@@ -139,13 +139,17 @@ def test_two_kernels_are_compared_where_both_were_measured():
     assert Tuned(h200, "NVIDIA H100 80GB HBM3").rivals(DOT, 8, 1, pair) == (9.5, 20.0)
 
 
-def test_one_problem_alone_says_nothing_of_several():
+def test_one_problem_alone_says_least_of_several():
     """XLA runs it by other kernels: some of what won for one ResNet-50 runs several one after another."""
     alone = replace(ENTRY, kernel="separate", us=1.0, blocks=None)
     tuned = Tuned(database(8).over(database(1, entry=alone)), GPU)
     found = {width: tuned.kernel(DOT, width, 1) for width in (1, 2, 3, 8)}
     assert found == {1: "separate", 2: "indexed_gemm", 3: "indexed_gemm", 8: "indexed_gemm"}
     assert Tuned(database(1, entry=alone), GPU).nearest(DOT, 2, 1) is None
+    assert Tuned(database(1, entry=ENTRY), GPU).nearest(DOT, 2, 1) == ENTRY
+    wide = replace(ENTRY, us=3.0)
+    both = Tuned(database(1, entry=ENTRY).over(database(16, entry=wide)), GPU)
+    assert [both.nearest(DOT, width, 1) for width in (1, 4, 5)] == [ENTRY, wide, wide]
 
 
 def test_blocks_of_a_kernel_are_of_the_nearest_width_at_which_it_was_measured():

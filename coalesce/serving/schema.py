@@ -9,7 +9,7 @@ into segments, all of which read the one bank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -22,8 +22,9 @@ from coalesce.heavy import HeavyOp
 from coalesce.kernels import choose
 from coalesce.layout import Layout
 from coalesce.passes.bundle_pipeline import BundleStep, run_passes, serving_passes
+from coalesce.passes.form_packs import form_packs
 from coalesce.passes.join_arrays import side_by_side
-from coalesce.passes.keep_layouts import Held
+from coalesce.passes.keep_layouts import Held, read_in_full
 from coalesce.passes.segment import segment
 from coalesce.serving.as_it_is import arrays_of
 from coalesce.serving.fit import Fit, Template, widened
@@ -123,12 +124,13 @@ def planned(
     schema = Schema(None, templates, cuts, own, options)
     arrays: dict[tuple[int, Layout], Array] = {}
     every = [template for whole in cuts for template in whole.templates]
+    full = set().union(*(in_full(template, own) for template in every))
     for template in sorted(every, key=lambda own: -sum(x.size for x in own.inputs)):
         for width in (REFERENCE, 1):  # one lane walks into what several run lane by lane
             held: dict[int, list[Layout]] = {}
             for weight, layout in arrays:
                 held.setdefault(weight, []).append(layout)
-            for array in plan_lanes([(schema, template, width)], [held])[-1].bundle.arrays:
+            for array in plan_lanes([(schema, template, width)], [held], [full])[-1].bundle.arrays:
                 weight, layout = weight_of(array)
                 arrays.setdefault((weight, layout), Array(((0, weight),), array.shape, array.dtype, (layout,)))
     slabs = laid_out(list(arrays.values()), own)
@@ -155,8 +157,16 @@ def cut(
     return segments_of(template, found)
 
 
-def plan_lanes(entries: Sequence[tuple[Schema, Template, int]], held: Sequence[Held]) -> tuple[BundleStep, ...]:
-    """The program of some lanes of each entry; lane i of entry e is a tenant, and the entries before it come first."""
+def in_full(template: Template, own: Sequence[bool]) -> set[int]:
+    """See `read_in_full`."""
+    return {weight for _, weight in read_in_full(form_packs(Bundle(("0",), (widened(template, own, 1, 0),))))}
+
+
+def plan_lanes(
+    entries: Sequence[tuple[Schema, Template, int]], held: Sequence[Held], full: Sequence[Collection[int]] = ()
+) -> tuple[BundleStep, ...]:
+    """The program of some lanes of each entry; lane i of entry e is a tenant, and the entries before it come first.
+    `full` as in `keep_layouts`, where a weight is not held yet."""
     firsts = np.cumsum([0, *(width for _, _, width in entries)])
     families = tuple(
         widened(template, schema.own, width, int(first))
@@ -174,6 +184,7 @@ def plan_lanes(entries: Sequence[tuple[Schema, Template, int]], held: Sequence[H
         choice=options.choice,
         tuned=options.tuned,
         pack_unbounded_loops=options.pack_unbounded_loops,
+        full=full,
     )
     return run_passes(Bundle(names, families), passes)
 

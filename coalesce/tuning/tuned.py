@@ -1,11 +1,12 @@
 """A database as the compiler asks it: what was measured for an op on one kind of device.
 
 An op at a width that was not tuned gets what won at the nearest width that was, if that is at most WITHIN times as wide
-or as narrow: the work of one problem is the same, and only how many tiles there are differs. Where there is none, what
-won for FULL problems or more is taken for any number above, which mostly wins over what is known without: 64 VGG-16 in
-float32 took 323 us each on an H200 and take 232, 64 ViT-B/16 in bfloat16 take 3% longer. Where nothing like it was
-measured, a model of the tiles names blocks (see estimate.py). Times are of the very width that was measured, or none;
-of two kernels the nearest width at which both were measured says which is quicker.
+or as narrow: the work of one problem is the same, and only how many tiles there are differs. Of several problems one
+alone is asked last, and only if a kernel of ours won: XLA's that win it may run several one after another. Where there
+is none, what won for FULL problems or more is taken for any number above, which mostly wins over what is known without:
+64 VGG-16 in float32 took 323 us each on an H200 and take 232, 64 ViT-B/16 in bfloat16 take 3% longer. Where nothing
+like it was measured, a model of the tiles names blocks (see estimate.py). Times are of the very width that was
+measured, or none; of two kernels the nearest width at which both were measured says which is quicker.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from coalesce.blocks import Blocks
 from coalesce.errors import TuningError
 from coalesce.heavy import HeavyOp
-from coalesce.kernels import KERNELS, VERSION
+from coalesce.kernels import FUSING, KERNELS, VERSION
 from coalesce.tuning.chains import APART, Chain, CHAINED, has_whole_tiles
 from coalesce.tuning.database import Database, known, load
 from coalesce.tuning.entry import Entry, op_text
@@ -108,15 +109,21 @@ class Tuned:
     def near(
         self, op: HeavyOp | Chain, width: int, rows: int, least: float = 1 / WITHIN, kernels: Sequence[str] = ()
     ) -> tuple[int, Entry] | None:
-        """The nearest entry, with its width. One problem alone says nothing of several, which others win."""
+        """The nearest entry, with its width."""
+
+        def is_near(w: int) -> bool:
+            return w * least <= width <= WITHIN * w
 
         def within(w: int, entry: Entry) -> bool:
-            return w * least <= width <= WITHIN * w and not 1 == w < width
+            return is_near(w) and not 1 == w < width
+
+        def alone(w: int, entry: Entry) -> bool:
+            return is_near(w) and 1 == w < width and entry.kernel in FUSING
 
         def above_full(w: int, entry: Entry) -> bool:
             return isinstance(op, HeavyOp) and FULL <= w <= width and entry.kernel not in GROWING
 
-        for rule, entries in product((within, above_full), (self.own, self.kin)):
+        for rule, entries in product((within, alone, above_full), (self.own, self.kin)):
             found = self.of(op, rows, entries)
             near = [w for w, entry in found.items() if rule(w, entry) and all(map(entry.best, kernels))]
             if near:
