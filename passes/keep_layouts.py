@@ -62,17 +62,18 @@ def keep_layouts(
         if member.weight is not None:
             ((_, weight), *_) = bundle.families[member.family].owners[member.weight]
             layouts = held[member.family].get(weight, ())
-            if rule in ON_HOPPER and multiplies(op) and choice is choose and (member.family, weight) in exact:
-                rule = ROUNDS  # which reads the layout of those that do
             gathered = groups * nbytes(op.rhs) if member.rhs_varies or member.width == 1 else 0
             one_row = op.m * op.batch * rows == 1 and (member.family, member.weight) not in several
             entry = tuned.nearest(op, groups, rows) if choice is choose else None
             won = entry is not None and entry.kernel == rule and rule in FUSING
             flags = {"stands": won or choice is not choose, "one_row": one_row}
             name = kernel_for(op, groups, rows, rule, layouts, gathered, costs, **flags)
+            is_exact = (member.family, weight) in exact
+            if name in ON_HOPPER and multiplies(op) and choice is choose and is_exact:
+                name = ROUNDS  # which reads the layout of those that read it in full
             # As it is held, if it is; else as others may want it.
             own, *others = readable(name, op)
-            rounds = others and may_round and (member.family, weight) not in exact and mosaic_gemm.supports(op)
+            rounds = others and may_round and not is_exact and mosaic_gemm.supports(op)
             lies = next((layout for layout in (own, *others) if layout in layouts), others[0] if rounds else own)
             rounded = lies == lies.rounded()
         return replace(item, kernel=name, blocks=tuned.blocks(op, groups, rows, name), weight_rounded=rounded)

@@ -194,8 +194,8 @@ def test_what_is_read_in_full_lies_as_it_is_and_once(fn, lengths, rounded):
     """XLA multiplies one row element by element, in float32. Whatever was measured to win elsewhere."""
     examples = [(array(n, 64),) for n in lengths]
     weights = [weights_of_rows() for _ in range(2)]
-    us = {2: {"indexed_gemm": 20.0, "mosaic_gemm": 10.0}}
-    tuned = measured(rows, weights[0], array(5, 64), us)
+    us = {8: {"indexed_gemm": 20.0, "mosaic_gemm": 10.0}}
+    tuned = measured(fn, weights[0], examples[0][0], us)
     served = serve([fit_of(fn, p, *examples) for p in weights], options=Options("gpu", GPU["costs"], tuned=tuned))
     layouts = dict(served.schema.places)
     assert [weight for weight, _ in sorted(layouts, key=lambda at: at[0])] == [0, 1]

@@ -124,7 +124,7 @@ def planned(
     schema = Schema(None, templates, cuts, own, options)
     arrays: dict[tuple[int, Layout], Array] = {}
     every = [template for whole in cuts for template in whole.templates]
-    full = set().union(*(in_full(template, own) for template in every))
+    full = in_full(every, own) if len(every) > 1 and not options.as_it_is else set()
     for template in sorted(every, key=lambda own: -sum(x.size for x in own.inputs)):
         for width in (REFERENCE, 1):  # one lane walks into what several run lane by lane
             held: dict[int, list[Layout]] = {}
@@ -157,9 +157,10 @@ def cut(
     return segments_of(template, found)
 
 
-def in_full(template: Template, own: Sequence[bool]) -> set[int]:
-    """See `read_in_full`."""
-    return {weight for _, weight in read_in_full(form_packs(Bundle(("0",), (widened(template, own, 1, 0),))))}
+def in_full(templates: Sequence[Template], own: Sequence[bool]) -> set[int]:
+    """The weights that any of them reads in full, see `read_in_full`."""
+    bundles = [form_packs(Bundle(("0",), (widened(template, own, 1, 0),))) for template in templates]
+    return {weight for bundle in bundles for _, weight in read_in_full(bundle)}
 
 
 def plan_lanes(
