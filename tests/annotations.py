@@ -28,7 +28,7 @@ from unittest.mock import patch
 with patch("random.getrandbits", Random(0).getrandbits):
     from beartype import beartype  # looks at one element of a list: which is not for hypothesis to know, or to decide
 
-FIRST = 50
+FIRST = 5
 FUNCTION, CLASS = "__check_function__", "__check_class__"  # what a checked module calls the two
 
 
