@@ -21,6 +21,11 @@ def multiplies(op: HeavyOp) -> bool:
     return str(op.lhs.dtype) == "float32" and {*precisions} <= {None, lax.Precision.DEFAULT}
 
 
+def by_element(op: HeavyOp) -> bool:
+    """Whether XLA multiplies and adds it element by element, in full: a product of one row or one column."""
+    return min(op.m, op.n) == 1
+
+
 def nearest(x: Any) -> Any:
     """The nearest number that TF32 has, of two the larger in size; infinities and NaNs stay. To round twice changes
     nothing, and what is larger stays so: the largest of some numbers can be rounded before or after it is found."""

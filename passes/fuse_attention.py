@@ -35,8 +35,8 @@ from coalesce.passes.scopes import left_by, makers_and_readers, Name, names, wit
 from coalesce.reschedule import same
 from coalesce.tuning import Tuned, UNTUNED
 
-BEFORE = "batched_dot"  # the kernel of packs that may be fused so, also where another one was tuned:
-TUNED = ("indexed_gemm", "separate")
+BEFORE = "batched_dot"  # the kernel of packs that may be fused so
+TUNED = ("indexed_gemm", "separate")  # also where one of these was tuned
 DTYPES = ("float32", "bfloat16", "float16", "bool")
 
 

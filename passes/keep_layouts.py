@@ -25,7 +25,7 @@ from coalesce.kernels import choose, FUSING, KERNELS, mosaic_gemm, ON_HOPPER
 from coalesce.kernels.mosaic import is_hopper
 from coalesce.layout import Layout
 from coalesce.reschedule import map_schedule
-from coalesce.tf32 import multiplies
+from coalesce.tf32 import by_element, multiplies
 from coalesce.tuning import Tuned, UNTUNED
 from coalesce.weigh import nbytes
 
@@ -48,8 +48,8 @@ def keep_layouts(
     full, if any do; the rest as in `choose_kernels`."""
 
     several = {(m.family, m.weight) for pack in packs(bundle.schedule) for m in pack.members if pack.op.m > 1}
-    may_round = choice is choose and is_hopper(tuned.device)
     exact = read_in_full(bundle) | {(f, weight) for f, weights in enumerate(full) for weight in weights}
+    on_hopper = choice is choose and is_hopper(tuned.device)
 
     def chosen(item: Pack | JointStep) -> Item:
         assert isinstance(item, Pack) and len(item.members) == 1, "packs of several members need weights in one array"
@@ -58,24 +58,18 @@ def keep_layouts(
         if rule not in KERNELS or not KERNELS[rule].supports(op):
             raise PlanError(f"pack {item.index} ({op.shape}): kernel {rule!r} does not support it")
         (member,) = item.members
-        name, rounded = rule, False
-        if member.weight is not None:
-            ((_, weight), *_) = bundle.families[member.family].owners[member.weight]
-            layouts = held[member.family].get(weight, ())
-            gathered = groups * nbytes(op.rhs) if member.rhs_varies or member.width == 1 else 0
-            one_row = op.m * op.batch * rows == 1 and (member.family, member.weight) not in several
-            entry = tuned.nearest(op, groups, rows) if choice is choose else None
-            won = entry is not None and entry.kernel == rule and rule in FUSING
-            flags = {"stands": won or choice is not choose, "one_row": one_row}
-            name = kernel_for(op, groups, rows, rule, layouts, gathered, costs, **flags)
-            is_exact = (member.family, weight) in exact
-            if name in ON_HOPPER and multiplies(op) and choice is choose and is_exact:
-                name = ROUNDS  # which reads the layout of those that read it in full
-            # As it is held, if it is; else as others may want it.
-            own, *others = readable(name, op)
-            rounds = others and may_round and not is_exact and mosaic_gemm.supports(op)
-            lies = next((layout for layout in (own, *others) if layout in layouts), others[0] if rounds else own)
-            rounded = lies == lies.rounded()
+        if member.weight is None:
+            return replace(item, kernel=rule, blocks=tuned.blocks(op, groups, rows, rule))
+        ((_, weight), *_) = bundle.families[member.family].owners[member.weight]
+        layouts, in_full = held[member.family].get(weight, ()), (member.family, weight) in exact
+        gathered = groups * nbytes(op.rhs) if member.rhs_varies or member.width == 1 else 0
+        one_row = op.m * op.batch * rows == 1 and (member.family, member.weight) not in several
+        stands = choice is not choose or (rule in FUSING and rule == tuned.fastest(op, groups, rows))
+        flags = {"stands": stands, "one_row": one_row}
+        name = kernel_for(op, groups, rows, rule, layouts, gathered, costs, **flags)
+        if in_full and name in ON_HOPPER and multiplies(op) and choice is choose:
+            name = ROUNDS  # which reads the layout of those that read it in full
+        rounded = lies_rounded(name, op, layouts, on_hopper and not in_full)
         return replace(item, kernel=name, blocks=tuned.blocks(op, groups, rows, name), weight_rounded=rounded)
 
     schedule = map_schedule(bundle.schedule, chosen)
@@ -121,13 +115,21 @@ def readable(name: str, op: HeavyOp) -> tuple[Layout, ...]:
     return (own, own.rounded()) if name == ROUNDS and multiplies(op) else (own,)
 
 
+def lies_rounded(name: str, op: HeavyOp, layouts: Collection[Layout], may_be: bool) -> bool:
+    """Whether a kernel's weight lies rounded to TF32: as it is held, or if it is not, wherever it may be that
+    mosaic_gemm reads it at another width."""
+    own, *others = readable(name, op)
+    wanted = others[0] if others and may_be and mosaic_gemm.supports(op) else own
+    lies = next((layout for layout in (own, *others) if layout in layouts), wanted)
+    return lies == lies.rounded()
+
+
 def read_in_full(bundle: Bundle) -> set[tuple[int, int]]:
-    """(family, prepared weight) of which some op multiplies more than TF32 has: a product of one row or column, which
-    XLA runs element by element, or one that asks for more."""
+    """(family, prepared weight) of which some op multiplies more than TF32 has."""
     return {
         (m.family, weight)
         for pack in packs(bundle.schedule)
         for m in pack.members
-        if m.weight is not None and (min(pack.op.m, pack.op.n) == 1 or not multiplies(pack.op))
+        if m.weight is not None and (by_element(pack.op) or not multiplies(pack.op))
         for _, weight in bundle.families[m.family].owners[m.weight]
     }

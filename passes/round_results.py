@@ -28,7 +28,7 @@ from coalesce.epilogues import epilogue_reads, result_of
 from coalesce.kernels import choose, FUSING
 from coalesce.passes.choose_kernels import Choice
 from coalesce.reschedule import map_schedule
-from coalesce.tf32 import multiplies
+from coalesce.tf32 import by_element, multiplies
 from coalesce.tuning import Tuned, UNTUNED
 
 CUTS, INSTEAD = "mosaic_gemm", "indexed_gemm"
@@ -70,9 +70,8 @@ def cuts(pack: Pack) -> bool:
 
 
 def rounds(pack: Pack) -> bool:
-    """Whether a pack's kernel multiplies its operand in TF32. Those that multiply element by element do not, and XLA
-    makes one of them of a product with one row or column."""
-    by_xla = pack.kernel not in FUSING and min(pack.op.m, pack.op.n) > 1
+    """Whether a pack's kernel multiplies its operand in TF32: not if it does so element by element."""
+    by_xla = pack.kernel not in FUSING and not by_element(pack.op)
     return multiplies(pack.op) and pack.kernel not in ELEMENTWISE and (pack.kernel in FUSING or by_xla)
 
 

@@ -5,7 +5,7 @@ pytest --unchecked                          without the annotations checked
 pytest --numbers 1                          other random numbers in all arrays (default: 0)
 pytest --native                             what `make native` has compiled of the policy, instead of its sources
 pytest --xla own                            compile as XLA does unless told otherwise (default: cheaply, see below)
-pytest --hypothesis-profile quick           20 examples a property, as on the second interpreter (default: 60; the same
+pytest --hypothesis-profile quick           20 examples a property, as on the second interpreter (default: 80; the same
                                             ones in every run; soak: 2000, others in every run)
 """
 
@@ -36,7 +36,7 @@ from tests.random_numbers import NUMBERS
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-settings.register_profile("default", max_examples=60, deadline=None, print_blob=True, derandomize=True)
+settings.register_profile("default", max_examples=80, deadline=None, print_blob=True, derandomize=True)
 settings.register_profile("quick", settings.get_profile("default"), max_examples=20)
 settings.register_profile("soak", settings.get_profile("default"), max_examples=2000, derandomize=False)
 settings.load_profile("default")

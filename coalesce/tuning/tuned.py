@@ -53,10 +53,14 @@ class Tuned:
 
     def kernel(self, op: HeavyOp, width: int, rows: int) -> str | None:
         """The kernel that was fastest, or that should be where nothing was measured."""
-        entry = self.nearest(op, width, rows)
-        if entry is None:
+        if self.nearest(op, width, rows) is None:
             return KERNEL if self.estimated(op, width, rows) else None
-        return entry.kernel if entry.kernel in KERNELS and KERNELS[entry.kernel].supports(op) else None
+        return self.fastest(op, width, rows)
+
+    def fastest(self, op: HeavyOp, width: int, rows: int) -> str | None:
+        """The kernel that was, as far as anything was measured."""
+        entry = self.nearest(op, width, rows)
+        return entry.kernel if entry and entry.kernel in KERNELS and KERNELS[entry.kernel].supports(op) else None
 
     def blocks(self, op: HeavyOp, width: int, rows: int, kernel: str) -> Blocks | None:
         """The blocks that were, or should be, fastest for a kernel, whether or not it was the fastest itself."""
@@ -115,10 +119,10 @@ class Tuned:
             return w * least <= width <= WITHIN * w
 
         def within(w: int, entry: Entry) -> bool:
-            return is_near(w) and not 1 == w < width
+            return is_near(w) and (w > 1 or width == 1)
 
         def alone(w: int, entry: Entry) -> bool:
-            return is_near(w) and 1 == w < width and entry.kernel in FUSING
+            return is_near(w) and w == 1 and entry.kernel in FUSING
 
         def above_full(w: int, entry: Entry) -> bool:
             return isinstance(op, HeavyOp) and FULL <= w <= width and entry.kernel not in GROWING
