@@ -14,7 +14,7 @@ from setuptools import setup
 
 THINKS = """
     admission choice costs cover demand doubt evidence hopes joining lag lanes latency laying levels load outlook
-    patience promises quarantine queues rate requests shares slots starting tenancy times trial wants
+    patience promises quarantine queues rate requests shares slots starting tenancy times told trial wants
 """
 OPTIONS = ["--follow-imports=silent", "--ignore-missing-imports", "--no-site-packages"]
 ASKED = os.environ.get("COALESCE_MYPYC") == "1"

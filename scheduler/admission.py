@@ -2,11 +2,14 @@
 
 It is refused where it could not be done in time beside everything that was promised, where what was promised could not
 be done beside it, where it would make runs narrow that are better wide (`outlook`), and where its tenant has its share
-already and others need the place. Of its time a part is kept back where promises were not kept lately (`promises`).
-Before an idle device where nobody waits there are no others: whoever is in time as runs mostly go is taken on.
+already, others need the place, and more is asked of the device than it can do. Of its time a part is kept back where
+promises were not kept lately (`promises`). Before an idle device where nobody waits there are no others: whoever is in
+time as runs mostly go is taken on.
 
 As long as few queues wait, the runs that are to come are laid to see that. Beyond that the demand test answers, with
-what its own run will take: that of the company that it can expect, what waits with it, and what will come. Whoever is
+what its own run will take: that of the company that it can expect, what waits with it, and what will come. So it does
+where something that was promised will be late, after a hiccup of the host say, though less is asked of the device than
+it can do: runs that are laid for heads that are nearly late are narrow, and rule out whoever came meanwhile. Whoever is
 taken on has the time for such a run. A request that has not is still taken on if it can run with those that are due
 before it, and there is some time to spare: a little as long as less is asked for than the device can do, else so much
 that nobody needs efficient runs.
@@ -22,7 +25,7 @@ from bisect import bisect_left
 
 from coalesce.scheduler.commands import Reason
 from coalesce.scheduler.demand import bucket_of
-from coalesce.scheduler.lanes import Queue
+from coalesce.scheduler.lanes import Level, Queue
 from coalesce.scheduler.laying import Newcomer, Start
 from coalesce.scheduler.load import Load
 from coalesce.scheduler.outlook import (
@@ -71,7 +74,7 @@ class Admission:
             return None
         items, level, work_ns = queue.items, queue.level, costs.lane_ns
         self._load.ask(work_ns, now_ns)
-        over, careful = excess > CLOSE, False
+        over, careful = excess > CLOSE and not start.is_calm, False  # there is enough for everybody
         if over:
             careful = shares.is_careful(account, excess, work_ns)
         else:
@@ -81,8 +84,7 @@ class Admission:
             work_ns += costs.first_ns
         kept_ns, by_ns = 0, due_ns
         if self._promises.share:
-            if not self._load.is_over(now_ns):
-                self._promises.since_ns = now_ns
+            self._promises.note_load(self._load.is_over(now_ns), now_ns)
             kept_ns = int(self._promises.kept(due_ns, now_ns) * (due_ns - now_ns))
             by_ns -= kept_ns
         is_brief = self._tenancy.is_brief and due_ns - now_ns <= BRIEF_NS
@@ -91,6 +93,8 @@ class Admission:
         elif level.spare > 0 or is_few(level):
             if is_last and items and not over and has_room(queue, by_ns, start, now_ns):
                 fits = self.foreseen = True
+            elif start.is_calm and costs.runs == 1 and is_broken(level, start, now_ns):
+                fits = fits_demand(request, queue, kept_ns, work_ns + kept_ns, self._load, start.free_ns, now_ns)
             else:
                 fits = self._fits_outlook(request, queue, start, is_last, over, careful, kept_ns, now_ns)
         else:
@@ -147,6 +151,11 @@ class Admission:
             remember(found, after, hoped)
             self.foreseen = True
         return True
+
+
+def is_broken(level: Level, start: Start, now_ns: int) -> bool:
+    """Whether something that was promised will be late, as far as anybody knows."""
+    return not level.is_idle() and known(level, start, now_ns).tardy_ns > 0
 
 
 def can_wait(new: Newcomer, start: Start, now_ns: int) -> bool:

@@ -1,7 +1,7 @@
 """What the host adds that is in no run's time, where it brings bundles to the device.
 
     told ---- handles: requests, decides ---- brings a bundle ---- it runs ---- clients have its results
-         each_ns for each thing told          in the run's time                 results_ns
+         by how much it is told (`told`)      in the run's time                 results_ns
 
     a run ends ---- the policy is told, and decides ---- the next one begins, though somebody was there all the time
                     gap_ns: nothing where a bundle waits behind another
@@ -22,8 +22,9 @@ from collections import deque
 
 from coalesce.scheduler.events import Completed, Event, Submitted
 from coalesce.scheduler.times import Runs, TAIL, TENTH, WINDOW
+from coalesce.scheduler.told import FEW, middle_of, Told
 
-FEW = 8
+NEXT_NS = 50_000  # from one bundle that was brought to the next, at most, if that had to wait
 STEP = 8  # what is less than one part in so many of what is known is no news
 
 
@@ -36,10 +37,10 @@ class Lag:
         self.gap_ns = 0
         self._now_ns = 0
         self._told = 0
-        self._each_ns = 0
-        self._each = Runs()
+        self._handled = self._handling = Told()  # what counts, and what is learnt
         self._sent: deque[tuple[int, int]] = deque()  # of each bundle: when it was decided, and upon how much
         self._ended_ns = 0  # the last bundle
+        self._brought_ns = 0  # when the host had brought that
         self._results, self._gaps = Runs(), Runs()
         self._late_ns: int | None = None  # by how much it was told late of that end; None where nobody was there then
         self.trials = 0  # bundles that may still be tried
@@ -50,7 +51,7 @@ class Lag:
         """It is told something; when it will be done with that."""
         self._now_ns = now_ns
         self._told = 1 + len(event.requests) if isinstance(event, Submitted) else 1
-        self.ready_ns = now_ns + self._each_ns * self._told
+        self.ready_ns = now_ns + self._handled.takes(self._told)
         return self.ready_ns
 
     def send(self) -> None:
@@ -69,14 +70,16 @@ class Lag:
         if not event.host_ns:
             return
         self.counts = True
-        if told and event.start_ns > before_ns:  # as soon as the host was there
-            self._each.count((event.start_ns - decided_ns) // told)
-            if len(self._each.last) >= FEW:
-                self._each_ns = middle_of(self._each.ascending)
+        begun_ns, free_ns = event.brought_ns - event.host_ns, self._brought_ns
+        self._brought_ns = event.brought_ns
+        if told and begun_ns > free_ns + NEXT_NS:  # it did not wait for the one before it to be brought
+            self._handling.learn(told, begun_ns - decided_ns)
+            if self._handling.bundles >= FEW:
+                self._handled = self._handling
         if event.results_ns:
             self._results.count(event.results_ns)
             self._publish(self._results.ascending)
-        if len(self._each.last) >= FEW and (not self.results_ns or len(self._results.last) >= FEW):
+        if self._handling.bundles >= FEW and (not self.results_ns or len(self._results.last) >= FEW):
             self.trials = 0
 
     def _learn_gap(self, ns: int, run_ns: int) -> None:
@@ -84,13 +87,13 @@ class Lag:
         if not ns and len(gaps.last) == WINDOW and not gaps.ascending[-1]:  # there never is one
             return
         gaps.count(ns)
-        gap_ns = middle_of(gaps.ascending)
+        gap_ns = middle_of(gaps.ascending, 8)
         if len(gaps.last) >= FEW and abs(gap_ns - self.gap_ns) * STEP > run_ns:
             self.gap_ns = gap_ns
 
     def forget(self) -> None:
         """What is known stays so until enough is learnt anew."""
-        self._each, self._results, self._gaps, self.trials = Runs(), Runs(), Runs(), 2 * FEW
+        self._handling, self._results, self._gaps, self.trials = Told(), Runs(), Runs(), 2 * FEW
 
     def begin_trial(self) -> None:
         """What is decided now is as if the host added nothing."""
@@ -110,9 +113,3 @@ class Lag:
         if off_ns * STEP > self.results_ns:
             self.results_ns, self.slip_ns = l50_ns, slip_ns
 
-
-def middle_of(ascending: list[int]) -> int:
-    """Its mean without the least and the largest eighth."""
-    cut = len(ascending) // 8
-    middle = ascending[cut : len(ascending) - cut]
-    return sum(middle) // len(middle)

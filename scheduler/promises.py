@@ -9,9 +9,9 @@ reasons are: a host that hiccups, results that are late, runs that wait for each
 nothing, several in a short time keep back a fifth at most, and where there is time to spare nothing is kept back.
 
 It is kept back only where others would take the place: where somebody was there all the time, and more was asked of the
-device than it can do, for PAST times as long as the request may take. Nobody is refused for it who comes to a device
-that was idle a moment ago, or when a rush is over. Where tenants are suspected of making runs slow (`quarantine`),
-promises are not kept for that, and it does not count.
+device than it can do, for PAST times as long as the request may take, but for moments of less than OVER_NS. Nobody is
+refused for it who comes to a device that was idle a moment ago, or when a rush is over. Where tenants are suspected of
+making runs slow (`quarantine`), promises are not kept for that, and it does not count.
 """
 
 from __future__ import annotations
@@ -26,16 +26,25 @@ MEMORY = 256  # bundles
 RARELY = 100
 MOST = 0.2
 PAST = 4
+OVER_NS = 1 << 25  # 34 ms
 
 
 class Promises:
     def __init__(self) -> None:
         self.since_ns = 0  # from when on somebody was there all the time, and there was too much to do
+        self._over_ns = -OVER_NS  # when there was last
         self.share = 0.0  # that is kept back of the time of requests that come then
         self._counts = True
         self._last: deque[float] = deque()  # what was needed, or 0
         self._needed: list[float] = []  # of it what is more, ascending
         self._handed: tuple[Lane, int] | None = None  # the last lane whose run has ended, and when
+
+    def note_load(self, is_over: bool, now_ns: int) -> None:
+        """Whether more is asked of the device than it can do."""
+        if is_over:
+            self._over_ns = now_ns
+        elif now_ns - self._over_ns >= OVER_NS:
+            self.since_ns = now_ns
 
     def kept(self, due_ns: int, now_ns: int) -> float:
         """The share of the time of a request that comes now."""
