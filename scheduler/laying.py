@@ -16,7 +16,7 @@ from coalesce.scheduler.cover import Cover, Option
 from coalesce.scheduler.hopes import hoped, Pace, pace_of
 from coalesce.scheduler.lanes import Level, Queue
 
-CALM = 0.55  # of what may go wrong once in a hundred times: once in ten
+CALM = 0.3  # of what may go wrong once in a hundred times: once in four
 
 
 class Begun(NamedTuple):
@@ -80,7 +80,7 @@ class Outlook:
         self.hurried: Collection[int] = ()  # queues, by serial
         self.end_ns = begin_ns
         self.slip_ns = slip_ns  # by how much that may be later
-        self.is_calm = is_calm  # so that who is in time nine times in ten is not tardy
+        self.is_calm = is_calm  # so that who is in time three times in four is not tardy
         self.gap_ns = gap_ns  # that passes between two runs, also of one turn
 
     @property
@@ -213,6 +213,8 @@ def lay(found: Outlook, waits: list[Waiting], new: Newcomer | None, now_ns: int,
             is_pressed = True
             option = fitting(queue.costs.cover, whole, waiting, due_ns - time_ns, slip_ns)
             is_given_up = time_ns + option.mostly_ns > due_ns
+            if found.is_calm and option is not whole and option.width < waiting and not is_given_up:
+                option = with_those_behind(option, queue, served, new, at, time_ns, due_ns)
         if pace is not None and not is_given_up:
             cover, until_ns = queue.costs.cover, time_ns - now_ns
             if all_hope or served == at:
@@ -253,6 +255,25 @@ def fitting(cover: Cover, whole: Option, waiting: int, left_ns: int, slip_ns: fl
     sure = cover.within(left_ns, waiting, slip_ns)
     as_good = 10 * sure.mostly_ns * min(whole.width, waiting) <= 11 * whole.mostly_ns * min(sure.width, waiting)
     return sure if as_good else whole
+
+
+def with_those_behind(
+    narrow: Option, queue: Queue, served: int, new: Newcomer | None, at: int, time_ns: int, due_ns: int
+) -> Option:
+    """A narrow run, or a wider one that the head has time for as well, where those behind it could not be done in time
+    in the run that does them soonest: that would be narrow for its own head, and so on."""
+    cover, best, count = queue.costs.cover, narrow, len(queue.items) + (at != FAR)
+    for option in (narrow, *cover.wider(narrow.width)):
+        end_ns, behind = time_ns + option.mostly_ns, served + option.width
+        if end_ns > due_ns:
+            break
+        best = option
+        if behind >= count:
+            break
+        behind_ns = queue.items[behind][0] if behind < at else due_at(queue, new, at, behind)
+        if end_ns + cover.first(count - behind).mostly_ns <= behind_ns:
+            break
+    return best
 
 
 def is_inefficient(option: Option, whole: Option, waiting: int) -> bool:

@@ -6,7 +6,7 @@ Runs are laid one after the other, the queue whose head is due first at every tu
 soonest (`laying`, `cover`). A run whose head would be late becomes narrower; it is *hurried* if it is late all the
 same, or that makes it inefficient while more is asked of the device than it can do. Runs take as long as they mostly
 do. By how much they may take longer adds up as errors do, and by how much heads would then be late makes an outlook
-*tardy*: once in a hundred times where more is asked of the device than it can do, and once in ten where it is not, and
+*tardy*: once in a hundred times where more is asked of the device than it can do, and once in four where it is not, and
 who is refused for what might go wrong could have been served. The next run that is dispatched is the first one here.
 
 A second outlook lays every run as wide as it is hoped to become until its turn (`hopes`), as far as heads that were
