@@ -1,10 +1,10 @@
 """Whether a request is taken on: decided at submit, and for good.
 
 It is refused where it could not be done in time beside everything that was promised, where what was promised could not
-be done beside it, where it would make runs narrow that are better wide (`outlook`), and where its tenant has its share
-already, others need the place, and more is asked of the device than it can do. Of its time a part is kept back where
-promises were not kept lately (`promises`). Before an idle device where nobody waits there are no others: whoever is in
-time as runs mostly go is taken on.
+be done beside it, where it would make runs narrow that are better wide (`outlook`), and where its tenant has had its
+share already, or MUCH of it while no more is asked of the device than it can do, and others need the place. Of its time
+a part is kept back where promises were not kept lately (`promises`). Before an idle device where nobody waits there are
+no others: whoever is in time as runs mostly go is taken on.
 
 As long as few queues wait, the runs that are to come are laid to see that. Beyond that the demand test answers, with
 what its own run will take: that of the company that it can expect, what waits with it, and what will come. So it does
@@ -50,6 +50,7 @@ from coalesce.scheduler.tenancy import BRIEF_NS, Tenancy
 from coalesce.scheduler.tuples import made
 
 INFEASIBLE = Reason.INFEASIBLE
+MUCH = 1.5  # times its share: more than one has whose lanes cost more than others'
 FAR_OFF = 2  # times the least SLO of its family: who is due so late can wait for others
 
 
@@ -74,10 +75,10 @@ class Admission:
             return None
         items, level, work_ns = queue.items, queue.level, costs.lane_ns
         self._load.ask(work_ns, now_ns)
-        over, careful = excess > CLOSE and not start.is_calm, False  # there is enough for everybody
+        over, careful = excess > (MUCH if start.is_calm else CLOSE), False
         if over:
             careful = shares.is_careful(account, excess, work_ns)
-        else:
+        if excess <= CLOSE:
             queue.others.note(now_ns, costs.slo_ns)
         is_last = not items or items[-1][0] < due_ns or items[-1] < (due_ns, number)
         if not items or (not is_last and due_ns < items[0][0]):
@@ -104,7 +105,7 @@ class Admission:
         if fits:
             shares.charge(account, work_ns, over)
             return None
-        if not over:
+        if excess <= CLOSE:
             shares.note_refusal()
         return INFEASIBLE
 

@@ -34,7 +34,7 @@ class Completed(NamedTuple):
     host_ns: int = 0  # what the host took to bring it to the device, where that is not done at once
     followed: bool = False  # requests have come since, and are told next: what runs next is decided with them
     results_ns: int = 0  # and from the end of the last one that was handed out before until clients had its results
-    brought_ns: int = 0  # when the host had brought it, maybe after `start_ns`
+    brought_ns: int = 0  # when the host had brought it, maybe after `start_ns`; whoever says `host_ns` says it
 
     @property
     def device_ns(self) -> int:

@@ -62,6 +62,8 @@ class Lag:
         """`anybody` is there, waiting or on the device. What failed may have gone another way."""
         (decided_ns, told), before_ns, late_ns = self._sent.popleft(), self._ended_ns, self._late_ns
         self._ended_ns, self._late_ns = event.end_ns, now_ns - event.end_ns if anybody else None
+        begun_ns, free_ns = event.brought_ns - event.host_ns, self._brought_ns
+        self._brought_ns = max(free_ns, event.brought_ns)
         if event.failed:
             return
         if late_ns is not None:
@@ -70,8 +72,6 @@ class Lag:
         if not event.host_ns:
             return
         self.counts = True
-        begun_ns, free_ns = event.brought_ns - event.host_ns, self._brought_ns
-        self._brought_ns = event.brought_ns
         if told and begun_ns > free_ns + NEXT_NS:  # it did not wait for the one before it to be brought
             self._handling.learn(told, begun_ns - decided_ns)
             if self._handling.bundles >= FEW:
@@ -112,4 +112,3 @@ class Lag:
         off_ns = max(abs(l50_ns - self.results_ns), abs(slip_ns - self.slip_ns))
         if off_ns * STEP > self.results_ns:
             self.results_ns, self.slip_ns = l50_ns, slip_ns
-

@@ -213,7 +213,8 @@ def lay(found: Outlook, waits: list[Waiting], new: Newcomer | None, now_ns: int,
             is_pressed = True
             option = fitting(queue.costs.cover, whole, waiting, due_ns - time_ns, slip_ns)
             is_given_up = time_ns + option.mostly_ns > due_ns
-            if found.is_calm and option is not whole and option.width < waiting and not is_given_up:
+            narrow = option is not whole and option.width < waiting and not is_given_up
+            if narrow and found.is_calm and queue.costs.runs == 1:
                 option = with_those_behind(option, queue, served, new, at, time_ns, due_ns)
         if pace is not None and not is_given_up:
             cover, until_ns = queue.costs.cover, time_ns - now_ns

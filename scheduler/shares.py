@@ -4,10 +4,11 @@ A tenant's share is its weight among those that asked for anything lately. What 
 admitted with, halved every EPOCH; what it lacks of its share is its deficit, as in deficit round robin, but that it
 fades: nobody is owed for a time in which he asked for nothing.
 
-Over its share, and while others are refused, a tenant is admitted only where those others keep the places that they
-will need (`hopes`). How far over its share that is depends on how many of them are refused, and on how much a
-tenant's use may differ by chance: the more the more unevenly tenants ask, or those whose requests come in bursts would
-be refused for nothing. Nothing is idle for it, since the device works on what waits, whoever sent it.
+Over its share, or over some more while there is enough for everybody (`admission`), and while others are refused, a
+tenant is admitted only where those others keep the places that they will need (`hopes`). How far over its share that is
+depends on how many of them are refused, and on how much a tenant's use may differ by chance: the more the more unevenly
+tenants ask, or those whose requests come in bursts would be refused for nothing. Nothing is idle for it, since the
+device works on what waits, whoever sent it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How long the host takes with what it is told at once, by how much that is.
 
-    told     1      2 to 3   4 to 7   8 to 15
-    takes    480    500      550      640         microseconds until it brings a bundle, on the host of an H200
+    told     1      2      4      8      12
+    takes    460    460    530    620    770      microseconds until it brings a bundle, on the host of an H200
 
 Most of that is there once, whatever it is told: threads wake up, and the policy is asked. So the last bundles are put
 into groups that were decided upon about as much, and what is between these lies on straight lines; what is beyond them

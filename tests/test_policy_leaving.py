@@ -29,12 +29,13 @@ def tenancy_of(count: int) -> Tenancy:
 
 @pytest.mark.inside
 def test_who_goes_takes_no_longer_for_those_that_stay():
-    few, many = tenancy_of(20), tenancy_of(200)
-    with Calls() as of_few:
-        few.leave(few.accounts["t0"])
-    with Calls() as of_many:
-        many.leave(many.accounts["t0"])
-    assert of_many.count == of_few.count
+    counts: dict[int, list[int]] = {20: [], 200: []}
+    for tenants in [20, 200] * 8:  # what an earlier test left behind may end meanwhile
+        tenancy = tenancy_of(tenants)
+        with Calls() as calls:
+            tenancy.leave(tenancy.accounts["t0"])
+        counts[tenants].append(calls.count)
+    assert min(counts[200]) == min(counts[20]) > 0
 
 
 @pytest.mark.parametrize("seed", range(5))
