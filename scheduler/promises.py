@@ -9,7 +9,7 @@ reasons are: a host that hiccups, results that are late, runs that wait for each
 nothing, several in a short time keep back a fifth at most, and where there is time to spare nothing is kept back.
 
 It is kept back only where others would take the place: where somebody was there all the time, and more was asked of the
-device than it can do, for PAST times as long as the request may take, but for moments of less than OVER_NS. Nobody is
+device than it can do, for PAST times as long as the request may take, but for moments of less than WHOLE_NS. Nobody is
 refused for it who comes to a device that was idle a moment ago, or when a rush is over. Where tenants are suspected of
 making runs slow (`quarantine`), promises are not kept for that, and it does not count.
 """
@@ -21,18 +21,18 @@ from collections import deque
 
 from coalesce.scheduler.events import Completed
 from coalesce.scheduler.lanes import Lane
+from coalesce.scheduler.load import WHOLE_NS
 
 MEMORY = 256  # bundles
 RARELY = 100
 MOST = 0.2
 PAST = 4
-OVER_NS = 1 << 25  # 34 ms
 
 
 class Promises:
     def __init__(self) -> None:
         self.since_ns = 0  # from when on somebody was there all the time, and there was too much to do
-        self._over_ns = -OVER_NS  # when there was last
+        self._over_ns = -WHOLE_NS  # when there was last
         self.share = 0.0  # that is kept back of the time of requests that come then
         self._counts = True
         self._last: deque[float] = deque()  # what was needed, or 0
@@ -43,7 +43,7 @@ class Promises:
         """Whether more is asked of the device than it can do."""
         if is_over:
             self._over_ns = now_ns
-        elif now_ns - self._over_ns >= OVER_NS:
+        elif now_ns - self._over_ns >= WHOLE_NS:
             self.since_ns = now_ns
 
     def kept(self, due_ns: int, now_ns: int) -> float:

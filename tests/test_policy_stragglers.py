@@ -1,6 +1,7 @@
 """Several tenants that are slow at once: what others lose by them, and that no lot is refused for one of its own."""
 
 from collections import Counter
+from statistics import fmean
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -51,17 +52,17 @@ def test_others_lose_little_by_two_or_three_slow_tenants(slow, innocents, rate, 
 
 
 @pytest.mark.parametrize(
-    "slow, innocents, rate, factor, from_ms, end_ms, seed, allowed",
-    [(3, 4, 2000.0, 5.0, 1000, 8000, 0, 0.98), (2, 6, 1443.0, 4.85, 300, 3000, 989, 0.05)],
+    "slow, innocents, rate, factor, from_ms, end_ms, seeds, allowed",
+    [(3, 4, 2000.0, 5.0, 1000, 8000, range(4), 0.5), (2, 6, 1443.0, 4.85, 300, 3000, [989], 0.05)],
 )
 def test_slow_tenants_that_take_turns_do_not_clear_each_other(
-    slow, innocents, rate, factor, from_ms, end_ms, seed, allowed
+    slow, innocents, rate, factor, from_ms, end_ms, seeds, allowed
 ):
     """Alone, one right after the other: that nobody was in all of these runs does not make them nobody's fault. What
-    others lose meanwhile differs from seed to seed where three of seven are slow at such a rate: 33 to 97%."""
-    share, guilty = lost(slow, innocents, rate, factor, from_ms * MS, end_ms * MS, seed)
-    assert share <= allowed
-    assert guilty == {f"t{i}" for i in range(slow)}
+    others lose until then differs from seed to seed where three of seven are slow at such a rate: by six, 28 to 65%."""
+    found = [lost(slow, innocents, rate, factor, from_ms * MS, end_ms * MS, seed) for seed in seeds]
+    assert fmean([share for share, _ in found]) <= allowed
+    assert all(guilty == {f"t{i}" for i in range(slow)} for _, guilty in found)
 
 
 @given(st.integers(LOTS + 1, 3 * LOTS), st.data())
