@@ -218,7 +218,7 @@ def lay(found: Outlook, waits: list[Waiting], new: Newcomer | None, now_ns: int,
                 option = with_those_behind(option, queue, served, new, at, time_ns, due_ns)
         if pace is not None and not is_given_up:
             cover, until_ns = queue.costs.cover, time_ns - now_ns
-            if all_hope or served == at:
+            if all_hope or (served == at and not (found.is_calm and queue.rate.is_guess)):
                 option, taken = hoped(cover, option, waiting, until_ns, taken, pace)
             else:
                 option, taken = hoped(cover, option, waiting, until_ns, taken, pace, due_ns - time_ns, slip_ns, risk)

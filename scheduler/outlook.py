@@ -10,7 +10,9 @@ do. By how much they may take longer adds up as errors do, and by how much heads
 who is refused for what might go wrong could have been served. The next run that is dispatched is the first one here.
 
 A second outlook lays every run as wide as it is hoped to become until its turn (`hopes`), as far as heads that were
-promised something can wait for it: whoever comes behind one that cannot makes nothing narrower than it is.
+promised something can wait for it: whoever comes behind one that cannot makes nothing narrower than it is. So does a
+newcomer whose run has no time to become that wide, but not where what is hoped for is a guess after a burst, and less
+is asked of the device than it can do.
 
 A request is taken on where neither becomes more tardy with it, and its own queue is not hurried. So it may come to a
 run that is there anyway, which costs nothing; and it may begin one of its own where that has time to become as wide as

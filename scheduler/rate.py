@@ -8,6 +8,7 @@ from __future__ import annotations
 
 FAIR = 1.25  # times of its share in which a tenant's requests are expected to go on coming
 LONGEST_NS = 1 << 30
+DOZEN = 12  # of which fewer, or many more, may come in the next window by chance
 
 
 class Rate:
@@ -33,6 +34,11 @@ class Rate:
         """When something came last."""
         passed_ns = self._noted_ns - self._window * self._window_ns
         return (self._now + self._before * (1 - passed_ns / self._window_ns)) / self._window_ns
+
+    @property
+    def is_guess(self) -> bool:
+        """Whether what came may be a burst, or chance: it is little, or more than twice what the window before had."""
+        return self._now > 2 * self._before or self._now + self._before < DOZEN
 
     def _turn(self, now_ns: int, slo_ns: int) -> None:
         self._slo_ns, self._window_ns = slo_ns, min(2 * slo_ns, LONGEST_NS)

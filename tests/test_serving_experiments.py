@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from statistics import mean
 
 import pytest
 from absl import app
@@ -11,6 +13,7 @@ from coalesce.scheduler.commands import Reason
 from coalesce.scheduler.events import CatalogChanged
 from coalesce.scheduler.run import Outcome
 from experiments import overload, overload_report, policy_regret, slo_report, slo_sweeps
+from experiments.policy_instances import random_instance
 from experiments.results import header
 from experiments.simulated import (
     arrivals_of,
@@ -156,6 +159,15 @@ def test_overload_reports_goodput_and_recovery(tmp_path):
 
 def test_the_capacity_that_overload_is_held_against():
     assert overload.USUAL.bound == pytest.approx(19_200) and overload.USUAL.slo_ns == 25_000_000
+
+
+def test_a_twentieth_of_the_optimum_is_lost_at_most():
+    """Of the instances whose optimum is committed, which takes long to find and never changes."""
+    path = Path(policy_regret.__file__).parent / "results" / "policy_regret" / "policy_regret.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert len(rows) == 200
+    lost = [1 - policy_regret.serve("coalescing", random_instance(row["seed"])) / row["optimum"] for row in rows]
+    assert 0 < mean(lost) <= 0.05
 
 
 def test_regret_is_the_share_of_the_optimum_that_is_lost(tmp_path):
