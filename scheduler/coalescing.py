@@ -74,7 +74,7 @@ class Coalescing:
         self._watch = Watch()
         self._wants = Wants()
         self._load, self._promises = Load(), Promises()
-        self._starting = Starting(self._flight, self._costs, self._load, self._lag, self._lead)
+        self._starting = Starting(self._flight, self._costs, self._load, self._promises, self._lag, self._lead)
         around = self._shares, self._costs, self._load, self._promises
         self._requests = Requests(self._queues, self._slots, self._tenancy, self._watch, *around)
         self._bundles = 0

@@ -15,6 +15,7 @@ from coalesce.scheduler.costs import FAR
 from coalesce.scheduler.cover import Cover, Option
 from coalesce.scheduler.hopes import hoped, Pace, pace_of
 from coalesce.scheduler.lanes import Level, Queue
+from coalesce.scheduler.promises import PAST
 
 CALM = 0.3  # of what may go wrong once in a hundred times: once in four
 
@@ -35,6 +36,8 @@ class Start(NamedTuple):
     is_calm: bool = False  # less is asked of it than it can do
     is_idle: bool = False  # it has nothing
     gap_ns: int = 0  # that passes between two runs
+    kept: float = 0.0  # of everybody's time, so that who comes later takes no more (`promises`)
+    since_ns: int = 0  # where it is of those alone who may take so long since then
 
 
 class Newcomer(NamedTuple):
@@ -71,17 +74,16 @@ Waiting = tuple[int, int, Queue | None, int, int, int, Option, int, Pace | None]
 
 
 class Outlook:
-    __slots__ = ("turns", "late", "tardy_ns", "hurried", "end_ns", "slip_ns", "is_calm", "gap_ns")
+    __slots__ = ("start", "turns", "late", "tardy_ns", "hurried", "end_ns", "slip_ns")
 
-    def __init__(self, begin_ns: int, slip_ns: float, is_calm: bool, gap_ns: int) -> None:
+    def __init__(self, start: Start) -> None:
+        self.start = start
         self.turns: list[Turn] = []
         self.late = 0  # lanes for which even the narrowest run is too long: they are in no turn
         self.tardy_ns = 0.0
         self.hurried: Collection[int] = ()  # queues, by serial
-        self.end_ns = begin_ns
-        self.slip_ns = slip_ns  # by how much that may be later
-        self.is_calm = is_calm  # so that who is in time three times in four is not tardy
-        self.gap_ns = gap_ns  # that passes between two runs, also of one turn
+        self.end_ns = start.free_ns
+        self.slip_ns = start.slip_ns  # by how much that may be later
 
     @property
     def first(self) -> tuple[Queue, Option, int] | None:
@@ -102,7 +104,7 @@ class Outlook:
 
 def laid(level: Level, start: Start, new: Newcomer | None, now_ns: int, hope: bool) -> Outlook:
     """The outlook of one level."""
-    found = Outlook(start.free_ns, start.slip_ns, start.is_calm, start.gap_ns)
+    found = Outlook(start)
     waits: list[Waiting] = [(due_ns, -i, None, 0, 0, FAR, run, 0, None) for i, (due_ns, run) in enumerate(start.begun)]
     kinds = len(level.firsts) if hope else 0
     newcomer = new.queue if new is not None else None
@@ -122,8 +124,8 @@ def with_one_more(sure: Outlook, new: Newcomer, now_ns: int) -> Outlook:
     """An outlook in which nobody is late or hurried, with a newcomer."""
     turns = sure.turns
     at, served = first_changed(turns, new)
-    found = Outlook(sure.end_ns, sure.slip_ns, sure.is_calm, sure.gap_ns)
-    found.tardy_ns = sure.tardy_ns
+    found = Outlook(sure.start)
+    found.end_ns, found.slip_ns, found.tardy_ns = sure.end_ns, sure.slip_ns, sure.tardy_ns
     found.turns = turns[:at]
     waits: list[Waiting] = []
     if at < len(turns):
@@ -192,9 +194,10 @@ def due_at(queue: Queue, new: Newcomer | None, at: int, number: int) -> int:
 def lay(found: Outlook, waits: list[Waiting], new: Newcomer | None, now_ns: int, hope: bool) -> None:
     """All that waits."""
     time_ns, slip_ns, tardy_ns, append = found.end_ns, found.slip_ns, found.tardy_ns, found.turns.append
-    gap_ns, gaps_ns = found.gap_ns, 0
-    risk = CALM if found.is_calm else 1.0
-    lenient = hope or found.is_calm  # who is in time is, in whatever run
+    _, _, _, is_calm, _, gap_ns, kept, since_ns = found.start
+    gaps_ns = 0
+    risk = CALM if is_calm else 1.0
+    lenient = hope or is_calm  # who is in time is, in whatever run
     all_hope = new is not None and not new.is_owed
     waits.sort()
     for i, (due_ns, serial, queue, served, count, at, whole, taken, pace) in enumerate(waits):
@@ -214,19 +217,22 @@ def lay(found: Outlook, waits: list[Waiting], new: Newcomer | None, now_ns: int,
             option = fitting(queue.costs.cover, whole, waiting, due_ns - time_ns, slip_ns)
             is_given_up = time_ns + option.mostly_ns > due_ns
             narrow = option is not whole and option.width < waiting and not is_given_up
-            if narrow and found.is_calm and queue.costs.runs == 1:
+            if narrow and is_calm and queue.costs.runs == 1:
                 option = with_those_behind(option, queue, served, new, at, time_ns, due_ns)
         if pace is not None and not is_given_up:
             cover, until_ns = queue.costs.cover, time_ns - now_ns
-            if all_hope or (served == at and not (found.is_calm and queue.rate.is_guess)):
+            if all_hope or (served == at and not (is_calm and queue.rate.is_guess)):
                 option, taken = hoped(cover, option, waiting, until_ns, taken, pace)
             else:
                 option, taken = hoped(cover, option, waiting, until_ns, taken, pace, due_ns - time_ns, slip_ns, risk)
         if option is not whole:
             width, _, _, _, _, mostly_ns, own_slip_ns = option
             end_ns, later_ns, is_sure = time_ns + mostly_ns + gaps_ns, hypot(own_slip_ns, slip_ns), False
-        if not is_sure:
-            latest_ns = end_ns + risk * later_ns
+        spare_ns = 0.0
+        if kept and now_ns - since_ns >= PAST * queue.costs.slo_ns:
+            spare_ns = kept * queue.costs.slo_ns
+        if spare_ns or not is_sure:
+            latest_ns = end_ns + risk * later_ns + spare_ns
             if latest_ns > due_ns:
                 tardy_after_ns = tardy_ns + (latest_ns - due_ns)
             if end_ns > due_ns or (option is not whole and not lenient and is_inefficient(option, whole, waiting)):

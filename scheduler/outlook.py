@@ -167,8 +167,8 @@ def room(sure: Outlook, queue: Queue) -> tuple[int, int, bool]:
             break
     if not last or sure.late:
         return 0, FAR, False
-    if sure.gap_ns:
-        end_ns += sure.gap_ns * (queue.costs.runs - 1)
+    if sure.start.gap_ns:
+        end_ns += sure.start.gap_ns * (queue.costs.runs - 1)
     return most if most < last else last, end_ns, is_tight
 
 

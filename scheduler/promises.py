@@ -4,9 +4,13 @@
        [------- time for it -------|kept]    taken on if it can be done in that time, as far as anybody knows
 
 What a request needed to be kept back is what was, and by how much it ended late, or less if it ended early. Of the
-first lanes of the last MEMORY bundles all but one in a hundred needed no more than what is kept back now, whatever the
-reasons are: a host that hiccups, results that are late, runs that wait for each other. So one or two hiccups move
-nothing, several in a short time keep back a fifth at most, and where there is time to spare nothing is kept back.
+first lanes of the last MEMORY bundles, which are the most urgent of theirs, all but one in a hundred needed no more than
+what is kept back now, whatever the reasons are: a host that hiccups, results that are late, runs that wait for each
+other. So one or two hiccups move nothing, several in a short time keep back a fifth at most, and where there is time to
+spare nothing is kept back.
+
+OF_ALL of it is kept of everybody's time in the runs that are laid for a newcomer (`laying`): else whoever comes later
+and is due sooner takes what was kept. The rest is kept of the newcomer's alone.
 
 It is kept back only where others would take the place: where somebody was there all the time, and more was asked of the
 device than it can do, for PAST times as long as the request may take, but for moments of less than WHOLE_NS. Nobody is
@@ -27,6 +31,7 @@ MEMORY = 256  # bundles
 RARELY = 100
 MOST = 0.2
 PAST = 4
+OF_ALL = 0.5
 
 
 class Promises:
@@ -49,6 +54,10 @@ class Promises:
     def kept(self, due_ns: int, now_ns: int) -> float:
         """The share of the time of a request that comes now."""
         return self.share if self._counts and now_ns - self.since_ns >= PAST * (due_ns - now_ns) else 0.0
+
+    def kept_of_all(self, now_ns: int) -> float:
+        """The same, of everybody's who may take a PASTth of the time since then; 0 also where nobody may."""
+        return self.share * OF_ALL if self._counts and self.share and now_ns - self.since_ns >= WHOLE_NS else 0.0
 
     def end(self, lane: Lane | None, event: Completed, suspects: bool) -> None:
         """A bundle has; with the first lane of those that are done, and whether anybody is suspected."""

@@ -9,16 +9,20 @@ from coalesce.scheduler.flight import Bundle, Flight, Lead
 from coalesce.scheduler.lag import Lag
 from coalesce.scheduler.laying import Begun, Start
 from coalesce.scheduler.load import Load
+from coalesce.scheduler.promises import Promises
 from coalesce.scheduler.tuples import made
 
 
 class Starting:
-    def __init__(self, flight: Flight[Bundle], costs: Costs, load: Load, lag: Lag, lead: Lead) -> None:
+    def __init__(
+        self, flight: Flight[Bundle], costs: Costs, load: Load, promises: Promises, lag: Lag, lead: Lead
+    ) -> None:
         self.known: Start | None = None  # as it was last, where nothing of the flight or of costs has changed
         self.free_ns, self.is_calm = 0, True  # of it
         self.fixed_ns = 0  # until when it may stay the same
         self.next_ns = 0  # the next bundle goes no sooner, as long as that is so
-        self._flight, self._costs, self._load, self._lag, self._lead = flight, costs, load, lag, lead
+        self._flight, self._costs, self._load, self._promises = flight, costs, load, promises
+        self._lag, self._lead = lag, lead
         self._flying_slip_ns = 0  # by how much a bundle on the device may take longer
 
     def forget(self) -> None:
@@ -28,18 +32,17 @@ class Starting:
         """As clients see it, who have results some time after a run; lanes that the device has go on with their later
         segments first."""
         free_ns, known = self._flight.free_at(self._lag.ready_ns) + self._lag.results_ns, self.known
-        is_calm = not self._load.is_over(now_ns)
-        if known is not None:
-            if known.free_ns == free_ns and known.is_calm == is_calm:
-                return known
-            self.next_ns, self.free_ns, self.is_calm = 0, free_ns, is_calm
-            self.known = made(Start, (free_ns, known.begun, self._slip(), is_calm, known.is_idle, self._lag.gap_ns))
-            return self.known
-        self.free_ns, self.is_calm = free_ns, is_calm
-        self.fixed_ns, self.next_ns = self._flight.fixed_until_ns, 0
-        begun = self._begun()
-        is_idle = not self._flight.bundles
-        self.known = made(Start, (free_ns, tuple(begun), self._slip(), is_calm, is_idle, self._lag.gap_ns))
+        is_calm, kept = not self._load.is_over(now_ns), self._promises.kept_of_all(now_ns)
+        if known is None:
+            self.fixed_ns = self._flight.fixed_until_ns
+            begun, is_idle = tuple(self._begun()), not self._flight.bundles
+        elif known.free_ns == free_ns and known.is_calm == is_calm and known.kept == kept:
+            return known
+        else:
+            begun, is_idle = known.begun, known.is_idle
+        self.next_ns, self.free_ns, self.is_calm = 0, free_ns, is_calm
+        since_ns = self._promises.since_ns if kept else 0
+        self.known = made(Start, (free_ns, begun, self._slip(), is_calm, is_idle, self._lag.gap_ns, kept, since_ns))
         return self.known
 
     def decides_at(self, executable: int | None = None) -> int:
