@@ -4,10 +4,10 @@
        [------- time for it -------|kept]    taken on if it can be done in that time, as far as anybody knows
 
 What a request needed to be kept back is what was, and by how much it ended late, or less if it ended early. Of the
-first lanes of the last MEMORY bundles, which are the most urgent of theirs, all but one in a hundred needed no more than
-what is kept back now, whatever the reasons are: a host that hiccups, results that are late, runs that wait for each
-other. So one or two hiccups move nothing, several in a short time keep back a fifth at most, and where there is time to
-spare nothing is kept back.
+first lanes of the last MEMORY bundles, which are the most urgent of theirs, all but one in a hundred needed no more
+than what is kept back now, whatever the reasons are: a host that hiccups, results that are late, runs that wait for
+each other. So one or two hiccups move nothing, several in a short time keep back a fifth at most, and where there is
+time to spare nothing is kept back.
 
 OF_ALL of it is kept of everybody's time in the runs that are laid for a newcomer (`laying`): else whoever comes later
 and is due sooner takes what was kept. The rest is kept of the newcomer's alone.
