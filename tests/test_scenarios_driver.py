@@ -55,8 +55,8 @@ def test_cancelled_before_during_after_and_twice(segments: int):
 @in_segments
 @pytest.mark.parametrize("count", SIZES)
 def test_random_cancels(count: int, segments: int):
-    """Each ends exactly once, and whoever did not cancel has a result. They have an hour: while somebody hands in 100,000
-    without a pause the driver hardly runs, and what waits looks as if a minute would not do."""
+    """Each ends exactly once, and whoever did not cancel has a result. They have an hour: while somebody hands in
+    100,000 without a pause the driver hardly runs, and what waits looks as if a minute would not do."""
     machine = FakeMachine(takes_s=0.0001, segments=segments)
     chosen, ended = random.Random(0), list[Any]()
     with Served(machine, quota=count) as served:
