@@ -42,7 +42,7 @@ from coalesce.scheduler.outlook import (
     remember,
     remembered,
 )
-from coalesce.scheduler.promises import PAST, Promises
+from coalesce.scheduler.promises import Promises
 from coalesce.scheduler.quarantine import Watch
 from coalesce.scheduler.request import Request
 from coalesce.scheduler.shares import Account, CLOSE, Shares
@@ -130,13 +130,14 @@ class Admission:
         if is_asked and is_last and not careful and has_room(queue, due_ns - kept_ns, start, now_ns):
             self.foreseen = True
             return True
-        if start.kept and now_ns - start.since_ns >= PAST * queue.costs.slo_ns:  # so much is kept of everybody's time
-            kept_ns = max(0, kept_ns - int(start.kept * queue.costs.slo_ns))
         at = len(items) if is_last else bisect_left(items, (due_ns, request.id))
         new = made(Newcomer, (queue, due_ns - kept_ns, at, not careful))
         is_far = due_ns - now_ns >= FAR_OFF * queue.costs.slo_ns
         if is_far and is_last and not careful and not queue.lot and can_wait(new, start, now_ns):
             return True
+        if start.spared and queue.costs.slo_ns <= start.patience_ns:  # so much is kept for it as for everybody
+            kept_ns = max(0, kept_ns - int(start.spared * queue.costs.slo_ns))
+            new = made(Newcomer, (queue, due_ns - kept_ns, at, not careful))
         found = remembered(level, start)
         if found.closed and is_closed(found, new):
             return False

@@ -15,7 +15,6 @@ from coalesce.scheduler.costs import FAR
 from coalesce.scheduler.cover import Cover, Option
 from coalesce.scheduler.hopes import hoped, Pace, pace_of
 from coalesce.scheduler.lanes import Level, Queue
-from coalesce.scheduler.promises import PAST
 
 CALM = 0.3  # of what may go wrong once in a hundred times: once in four
 
@@ -36,8 +35,8 @@ class Start(NamedTuple):
     is_calm: bool = False  # less is asked of it than it can do
     is_idle: bool = False  # it has nothing
     gap_ns: int = 0  # that passes between two runs
-    kept: float = 0.0  # of everybody's time, so that who comes later takes no more (`promises`)
-    since_ns: int = 0  # where it is of those alone who may take so long since then
+    spared: float = 0.0  # so much of the least SLO of its family is kept for each head (`promises`)
+    patience_ns: int = 0  # of families where that is no longer
 
 
 class Newcomer(NamedTuple):
@@ -194,7 +193,7 @@ def due_at(queue: Queue, new: Newcomer | None, at: int, number: int) -> int:
 def lay(found: Outlook, waits: list[Waiting], new: Newcomer | None, now_ns: int, hope: bool) -> None:
     """All that waits."""
     time_ns, slip_ns, tardy_ns, append = found.end_ns, found.slip_ns, found.tardy_ns, found.turns.append
-    _, _, _, is_calm, _, gap_ns, kept, since_ns = found.start
+    _, _, _, is_calm, _, gap_ns, spared, patience_ns = found.start
     gaps_ns = 0
     risk = CALM if is_calm else 1.0
     lenient = hope or is_calm  # who is in time is, in whatever run
@@ -229,8 +228,8 @@ def lay(found: Outlook, waits: list[Waiting], new: Newcomer | None, now_ns: int,
             width, _, _, _, _, mostly_ns, own_slip_ns = option
             end_ns, later_ns, is_sure = time_ns + mostly_ns + gaps_ns, hypot(own_slip_ns, slip_ns), False
         spare_ns = 0.0
-        if kept and now_ns - since_ns >= PAST * queue.costs.slo_ns:
-            spare_ns = kept * queue.costs.slo_ns
+        if spared and queue.costs.slo_ns <= patience_ns:
+            spare_ns = spared * queue.costs.slo_ns
         if spare_ns or not is_sure:
             latest_ns = end_ns + risk * later_ns + spare_ns
             if latest_ns > due_ns:

@@ -9,8 +9,9 @@ than what is kept back now, whatever the reasons are: a host that hiccups, resul
 each other. So one or two hiccups move nothing, several in a short time keep back a fifth at most, and where there is
 time to spare nothing is kept back.
 
-OF_ALL of it is kept of everybody's time in the runs that are laid for a newcomer (`laying`): else whoever comes later
-and is due sooner takes what was kept. The rest is kept of the newcomer's alone.
+OF_ALL of it, as a share of the least SLO of its family, is kept for the head of each run that is laid for a newcomer
+(`laying`), while too much is asked for: else whoever comes later and is due sooner takes what was kept. The rest is
+kept of the newcomer's time alone; one that allows less than its family keeps more of it.
 
 It is kept back only where others would take the place: where somebody was there all the time, and more was asked of the
 device than it can do, for PAST times as long as the request may take, but for moments of less than WHOLE_NS. Nobody is
@@ -55,9 +56,13 @@ class Promises:
         """The share of the time of a request that comes now."""
         return self.share if self._counts and now_ns - self.since_ns >= PAST * (due_ns - now_ns) else 0.0
 
-    def kept_of_all(self, now_ns: int) -> float:
-        """The same, of everybody's who may take a PASTth of the time since then; 0 also where nobody may."""
-        return self.share * OF_ALL if self._counts and self.share and now_ns - self.since_ns >= WHOLE_NS else 0.0
+    def spared(self, now_ns: int) -> tuple[float, int]:
+        """The share of the least SLO of each family that is kept of everybody's time, and how long that SLO may be: a
+        PASTth of the time since then, which is WHOLE_NS at least."""
+        past_ns = now_ns - self.since_ns
+        if not self.share or not self._counts or past_ns < WHOLE_NS:
+            return 0.0, 0
+        return self.share * OF_ALL, past_ns // PAST
 
     def end(self, lane: Lane | None, event: Completed, suspects: bool) -> None:
         """A bundle has; with the first lane of those that are done, and whether anybody is suspected."""

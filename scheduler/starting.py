@@ -32,17 +32,18 @@ class Starting:
         """As clients see it, who have results some time after a run; lanes that the device has go on with their later
         segments first."""
         free_ns, known = self._flight.free_at(self._lag.ready_ns) + self._lag.results_ns, self.known
-        is_calm, kept = not self._load.is_over(now_ns), self._promises.kept_of_all(now_ns)
+        is_calm = not self._load.is_over(now_ns)
+        spared, patience_ns = (0.0, 0) if is_calm else self._promises.spared(now_ns)
         if known is None:
             self.fixed_ns = self._flight.fixed_until_ns
             begun, is_idle = tuple(self._begun()), not self._flight.bundles
-        elif known.free_ns == free_ns and known.is_calm == is_calm and known.kept == kept:
+        elif known.free_ns == free_ns and known.is_calm == is_calm and known.spared == spared:
             return known
         else:
             begun, is_idle = known.begun, known.is_idle
         self.next_ns, self.free_ns, self.is_calm = 0, free_ns, is_calm
-        since_ns = self._promises.since_ns if kept else 0
-        self.known = made(Start, (free_ns, begun, self._slip(), is_calm, is_idle, self._lag.gap_ns, kept, since_ns))
+        gap_ns = self._lag.gap_ns
+        self.known = made(Start, (free_ns, begun, self._slip(), is_calm, is_idle, gap_ns, spared, patience_ns))
         return self.known
 
     def decides_at(self, executable: int | None = None) -> int:

@@ -17,6 +17,8 @@ from coalesce.scheduler.lanes import Level
 from coalesce.scheduler.laying import Newcomer, Outlook, Start
 from coalesce.scheduler.machine import Host, Line, line_catalog
 from coalesce.scheduler.outlook import Known, outlook, outlook_with
+from coalesce.scheduler.promises import Promises
+from coalesce.scheduler.rate import Rate
 from coalesce.scheduler.request import Tenant
 from coalesce.scheduler.run import Outcome
 from coalesce.scheduler.shares import Account, Shares
@@ -35,19 +37,22 @@ def said(ahead: Outlook) -> tuple[object, ...]:
 
 
 @pytest.mark.inside
-@pytest.mark.parametrize("seed", range(6))
-def test_a_newcomer_is_laid_as_if_all_were_laid_anew(seed, monkeypatch):
-    asked = kept = 0
+@pytest.mark.parametrize(("seed", "share"), [*((seed, 0.0) for seed in range(6)), (0, 0.1), (3, 0.1), (5, 0.1)])
+def test_a_newcomer_is_laid_as_if_all_were_laid_anew(seed, share, monkeypatch):
+    """Also where too much is asked for, and a share of everybody's time is kept who may take no longer than 5 ms."""
+    asked = kept = spared = 0
 
     def both_ways(before: Known, level: Level, start: Start, now_ns: int, new: Newcomer) -> Outlook:
-        nonlocal asked, kept
+        nonlocal asked, kept, spared
         found, anew = outlook_with(before, level, start, now_ns, new), outlook(level, start, now_ns, new)
         assert said(found) == said(anew)
         asked += 1
         kept += len(found.turns) > 1
+        spared += start.spared > 0
         return found
 
     monkeypatch.setattr(admission, "outlook_with", both_ways)
+    monkeypatch.setattr(Promises, "spared", lambda self, now_ns: (share, 5 * MS))
     rng = Random(seed)
     families, segments = 1 + seed % 3, 1 + 2 * (seed > 3)
     lines = {f: Line(rng.randint(30, 90) * 1000, rng.randint(300, 1500) * 1000) for f in range(families)}
@@ -58,7 +63,19 @@ def test_a_newcomer_is_laid_as_if_all_were_laid_anew(seed, monkeypatch):
     times = gamma(rng, rng.choice((2_000.0, 5_000.0)), rng.choice((1.0, 3.0)))
     arrivals = list(arrive(rng, times, [tenant.name for tenant in who], 150 * MS))
     checked(who, line_catalog(lines, segments=segments, spread=1.1), arrivals)
-    assert asked > 20 and kept > 5
+    assert asked > 20 and kept > 5 and (spared > 5) is (share > 0)
+
+
+@pytest.mark.parametrize("at_ms", [21, 39])
+def test_a_burst_is_a_guess_of_a_rate_wherever_a_window_ends(at_ms):
+    """Windows are of 20 ms: fifty requests after two of nearly nothing are no rate yet, in the next window neither."""
+    rate = Rate()
+    for ms in (*range(1, at_ms, 8), *[at_ms] * 50, at_ms + 2):
+        rate.note(ms * MS, 10 * MS)
+    assert rate.is_guess
+    for ms in range(at_ms + 3, at_ms + 60):
+        rate.note(ms * MS, 10 * MS)
+    assert not rate.is_guess
 
 
 @pytest.mark.parametrize(("slo_ms", "widths"), [(6, [0, 3]), (20, [0, 4])])
