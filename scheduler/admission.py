@@ -135,8 +135,8 @@ class Admission:
         is_far = due_ns - now_ns >= FAR_OFF * queue.costs.slo_ns
         if is_far and is_last and not careful and not queue.lot and can_wait(new, start, now_ns):
             return True
-        if start.spared and queue.costs.slo_ns <= start.patience_ns:  # so much is kept for it as for everybody
-            kept_ns = max(0, kept_ns - int(start.spared * queue.costs.slo_ns))
+        if spare_ns := int(start.spare_ns(queue.costs.slo_ns)):  # it is kept for it as for everybody
+            kept_ns = max(0, kept_ns - spare_ns)
             new = made(Newcomer, (queue, due_ns - kept_ns, at, not careful))
         found = remembered(level, start)
         if found.closed and is_closed(found, new):

@@ -38,6 +38,10 @@ class Start(NamedTuple):
     spared: float = 0.0  # so much of the least SLO of its family is kept for each head (`promises`)
     patience_ns: int = 0  # of families where that is no longer
 
+    def spare_ns(self, slo_ns: int) -> float:
+        """What is kept for each head of a family, whose least SLO it is."""
+        return self.spared * slo_ns if slo_ns <= self.patience_ns else 0.0
+
 
 class Newcomer(NamedTuple):
     """A request that may come to a queue."""
@@ -193,7 +197,7 @@ def due_at(queue: Queue, new: Newcomer | None, at: int, number: int) -> int:
 def lay(found: Outlook, waits: list[Waiting], new: Newcomer | None, now_ns: int, hope: bool) -> None:
     """All that waits."""
     time_ns, slip_ns, tardy_ns, append = found.end_ns, found.slip_ns, found.tardy_ns, found.turns.append
-    _, _, _, is_calm, _, gap_ns, spared, patience_ns = found.start
+    _, _, _, is_calm, _, gap_ns, spared, _ = found.start
     gaps_ns = 0
     risk = CALM if is_calm else 1.0
     lenient = hope or is_calm  # who is in time is, in whatever run
@@ -227,9 +231,7 @@ def lay(found: Outlook, waits: list[Waiting], new: Newcomer | None, now_ns: int,
         if option is not whole:
             width, _, _, _, _, mostly_ns, own_slip_ns = option
             end_ns, later_ns, is_sure = time_ns + mostly_ns + gaps_ns, hypot(own_slip_ns, slip_ns), False
-        spare_ns = 0.0
-        if spared and queue.costs.slo_ns <= patience_ns:
-            spare_ns = spared * queue.costs.slo_ns
+        spare_ns = found.start.spare_ns(queue.costs.slo_ns) if spared else 0.0
         if spare_ns or not is_sure:
             latest_ns = end_ns + risk * later_ns + spare_ns
             if latest_ns > due_ns:

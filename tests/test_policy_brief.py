@@ -36,9 +36,9 @@ def serve(tenants: list[Tenant], seed: int) -> Run:
 
 
 def test_past_what_can_be_served_more_is_in_time_than_by_plan():
-    """59% instead of 56%. Where anybody has an SLO that is longer, requests or none, it is by plan."""
+    """59% instead of 55%. Where anybody has an SLO that is longer, requests or none, it is by plan."""
     runs, planned = [[serve(own, seed) for seed in range(1, 7)] for own in (TENANTS, [*TENANTS, PATIENT])]
-    assert fmean([run.attainment() for run in runs]) >= fmean([run.attainment() for run in planned]) + 0.02
+    assert fmean([run.attainment() for run in runs]) >= fmean([run.attainment() for run in planned]) + 0.03
     for run in runs:
         answered = zip(run.requests, run.outcomes, run.ends_ns, strict=True)
         assert max([end_ns - own.arrival_ns for own, how, end_ns in answered if how is not Outcome.LATE]) <= BRIEF_NS
